@@ -1,0 +1,2 @@
+//! `stanchion`: one command at a time, across processes and machines.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The conformance suite that decides what a stanchion store is.

@@ -1,0 +1,248 @@
+//! The one error type.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::time::Duration;
+
+use crate::key::Key;
+use crate::token::Token;
+
+/// The result of a call to stanchion.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, by what the caller can do about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The wait limit was reached; nothing is held.
+    Timeout,
+    /// The caller's cancellation token fired; nothing is held.
+    Cancelled,
+    /// The handle is draining or closed: it takes no new holds.
+    Draining,
+    /// The hold was lost while it was in use.
+    Lost(LossCause),
+    /// The key is held by another, and the call promised not to wait.
+    Busy,
+    /// An argument is out of its documented range.
+    InvalidArgument,
+    /// The store or the file system refused the credentials or the rights.
+    Unauthorized,
+    /// The store cannot be reached or cannot serve now.
+    Unavailable,
+    /// The store asks for fewer requests.
+    RateLimited,
+    /// No answer within the time for one request; the request did nothing or can be repeated.
+    NetworkTimeout,
+    /// The request was sent and its answer is not known. The error carries the token; the library cleans up behind it.
+    Indeterminate,
+    /// The store lacks the capability.
+    Unsupported,
+    /// The store would lose locks, or cannot be used as it is. The message says what is wrong and how to mend it.
+    Misconfigured,
+    /// A defect of the library or of the store's data.
+    Internal,
+}
+
+/// Why a hold was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum LossCause {
+    /// The session could not be renewed in time, or the store ended it.
+    SessionExpired,
+    /// The hold's own term ran out.
+    TermExpired,
+    /// `max_hold` was reached.
+    MaxHold,
+    /// No heartbeat came within `heartbeat_within`.
+    HeartbeatMissed,
+    /// Somebody released it by force.
+    Forced,
+    /// The store no longer has the hold.
+    Missing,
+    /// The handle was closed.
+    Closed,
+}
+
+impl fmt::Display for LossCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::SessionExpired => "the session expired",
+            Self::TermExpired => "its term ran out",
+            Self::MaxHold => "it was held for longer than max_hold",
+            Self::HeartbeatMissed => "no heartbeat came in time",
+            Self::Forced => "it was released by force",
+            Self::Missing => "the store no longer has it",
+            Self::Closed => "the handle was closed",
+        })
+    }
+}
+
+/// An error of stanchion: what went wrong, on which key, in which store.
+///
+/// `Display` is one line that names the key and the store and never a secret; the cause is in [`source`](StdError::source).
+/// Contention is not an error: a call that may meet it says so in its return type.
+pub struct Error(Box<Inner>);
+
+struct Inner {
+    kind: ErrorKind,
+    message: String,
+    /// The request may have taken effect although an error came back.
+    in_doubt: bool,
+    retry_after: Option<Duration>,
+    key: Option<Key>,
+    token: Option<Token>,
+    store: Option<&'static str>,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+impl Error {
+    /// An error of this kind. The message is a lowercase fragment without a final period and without secrets.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            message: message.into(),
+            in_doubt: matches!(kind, ErrorKind::NetworkTimeout | ErrorKind::Indeterminate),
+            retry_after: None,
+            key: None,
+            token: None,
+            store: None,
+            source: None,
+        }))
+    }
+
+    /// What went wrong.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// Whether the same call may succeed later without a change: the store was away, busy or slow.
+    ///
+    /// ```
+    /// use stanchion::{Error, ErrorKind};
+    /// assert!(Error::new(ErrorKind::Unavailable, "connection refused").is_transient());
+    /// assert!(!Error::new(ErrorKind::InvalidArgument, "an empty key").is_transient());
+    /// ```
+    pub fn is_transient(&self) -> bool {
+        matches!(
+            self.0.kind,
+            ErrorKind::Unavailable | ErrorKind::RateLimited | ErrorKind::NetworkTimeout | ErrorKind::Indeterminate
+        )
+    }
+
+    /// Whether the request may have taken effect although it failed.
+    pub fn is_in_doubt(&self) -> bool {
+        self.0.in_doubt
+    }
+
+    /// The key the call was about.
+    pub fn key(&self) -> Option<&Key> {
+        self.0.key.as_ref()
+    }
+
+    /// The name of the store.
+    pub fn store(&self) -> Option<&'static str> {
+        self.0.store
+    }
+
+    /// The token of a request whose outcome is not known ([`ErrorKind::Indeterminate`]).
+    pub fn token(&self) -> Option<&Token> {
+        self.0.token.as_ref()
+    }
+
+    /// How long to wait before another try, where the store said so.
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.0.retry_after
+    }
+
+    /// Adds the cause.
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        self.0.source = Some(source.into());
+        self
+    }
+
+    /// Adds the key, unless one is there already.
+    #[must_use]
+    pub fn with_key(mut self, key: &Key) -> Self {
+        self.0.key.get_or_insert_with(|| key.clone());
+        self
+    }
+
+    /// Adds the store's name, unless one is there already.
+    #[must_use]
+    pub fn with_store(mut self, store: &'static str) -> Self {
+        self.0.store.get_or_insert(store);
+        self
+    }
+
+    /// Adds how long to wait before another try.
+    #[must_use]
+    pub fn with_retry_after(mut self, after: Duration) -> Self {
+        self.0.retry_after = Some(after);
+        self
+    }
+
+    /// States whether the request may have taken effect. Stores set it where the kind alone does not tell.
+    #[must_use]
+    pub fn in_doubt(mut self, in_doubt: bool) -> Self {
+        self.0.in_doubt = in_doubt;
+        self
+    }
+
+    #[must_use]
+    pub(crate) fn with_token(mut self, token: Token) -> Self {
+        self.0.token = Some(token);
+        self
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.0.key, self.0.store) {
+            (Some(key), Some(store)) => write!(f, "key `{key}` in {store}: ")?,
+            (Some(key), None) => write!(f, "key `{key}`: ")?,
+            (None, Some(store)) => write!(f, "{store}: ")?,
+            (None, None) => {}
+        }
+        f.write_str(&self.0.message)
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = &self.0;
+        let mut out = f.debug_struct("Error");
+        out.field("kind", &inner.kind).field("message", &inner.message).field("in_doubt", &inner.in_doubt);
+        out.field("key", &inner.key).field("store", &inner.store).field("source", &inner.source).finish()
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0.source.as_deref().map(|source| source as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_names_key_and_store_in_one_line() {
+        let key = Key::new("", "invoice:42").unwrap();
+        let error = Error::new(ErrorKind::Timeout, "not obtained within 5s").with_key(&key).with_store("sqlite");
+        assert_eq!(error.to_string(), "key `invoice:42` in sqlite: not obtained within 5s");
+    }
+
+    #[test]
+    fn only_faults_that_pass_are_transient() {
+        use ErrorKind::*;
+        let all = [
+            Timeout, Cancelled, Draining, Lost(LossCause::Forced), Busy, InvalidArgument, Unauthorized, Unavailable,
+            RateLimited, NetworkTimeout, Indeterminate, Unsupported, Misconfigured, Internal,
+        ];
+        let transient: Vec<_> = all.into_iter().filter(|kind| Error::new(*kind, "x").is_transient()).collect();
+        assert_eq!(transient, [Unavailable, RateLimited, NetworkTimeout, Indeterminate]);
+    }
+}

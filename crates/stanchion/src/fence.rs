@@ -1,0 +1,91 @@
+//! Fences: numbers that tell an older grant from a newer one.
+
+use std::fmt;
+
+/// A fencing token: strictly increasing over all grants of one key.
+///
+/// Send it with every side effect, and let the resource refuse a number below the highest it has seen: then a holder
+/// that woke up too late cannot do harm, whatever happened to its clock or its network.
+///
+/// A fence is `max(last + 1, the store's clock in µs)`, below 2^53 until the year 2255, so that it is exact in a
+/// double too. `Display` pads it to 20 digits: text order is number order.
+///
+/// ```
+/// use stanchion::Fence;
+///
+/// let (old, new) = (Fence::new(7), Fence::new(1_000));
+/// assert!(old < new);
+/// assert!(old.to_string() < new.to_string());
+/// assert_eq!("00000000000000000007".parse::<Fence>().unwrap(), old);
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Fence(u64);
+
+impl Fence {
+    /// A fence from its number, as read from a resource or a log.
+    pub const fn new(number: u64) -> Self {
+        Self(number)
+    }
+
+    /// The number.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+
+    /// The fence of a grant made when the store's clock shows `clock_us` and `last` was the newest fence of the key.
+    ///
+    /// For store authors: one rule in one place, so that all stores count alike.
+    #[must_use]
+    pub const fn next(last: Option<Self>, clock_us: u64) -> Self {
+        match last {
+            Some(Self(last)) if last >= clock_us => Self(last + 1),
+            _ => Self(clock_us),
+        }
+    }
+}
+
+impl fmt::Display for Fence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:020}", self.0)
+    }
+}
+
+impl fmt::Debug for Fence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Fence({})", self.0)
+    }
+}
+
+impl std::str::FromStr for Fence {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse().map(Self)
+    }
+}
+
+impl From<Fence> for u64 {
+    fn from(fence: Fence) -> Self {
+        fence.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_fence_is_higher_than_the_last_and_not_behind_the_clock() {
+        assert_eq!(Fence::next(None, 5), Fence::new(5));
+        assert_eq!(Fence::next(Some(Fence::new(4)), 5), Fence::new(5));
+        assert_eq!(Fence::next(Some(Fence::new(5)), 5), Fence::new(6));
+        assert_eq!(Fence::next(Some(Fence::new(9)), 5), Fence::new(10), "a clock that stepped back changes nothing");
+    }
+
+    #[test]
+    fn text_order_is_number_order() {
+        let mut numbers = [0, 9, 10, 99, 1 << 53, u64::MAX];
+        numbers.sort_by_key(|n| Fence::new(*n).to_string());
+        assert!(numbers.is_sorted());
+    }
+}

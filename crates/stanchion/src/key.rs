@@ -1,0 +1,176 @@
+//! Keys: the names of the things that are locked.
+
+use std::fmt;
+use std::sync::Arc;
+
+use unicode_normalization::{UnicodeNormalization, is_nfc};
+
+use crate::error::{Error, ErrorKind};
+
+/// The name of a thing that one at a time may do, with its namespace.
+///
+/// - 1 to 512 bytes of UTF-8 in Unicode normal form C: a composed and a decomposed spelling are the same key.
+///   Nothing else is folded: case, spaces and look-alikes stay different.
+/// - No NUL. Every other character is allowed, `/`, `:`, `{}` and `..` included.
+/// - A namespace and a name are joined injectively: no two pairs give the same key.
+///
+/// Keys are checked here, once. A store only encodes them.
+///
+/// ```
+/// use stanchion::Key;
+///
+/// let key = Key::new("", "invoice:42")?;
+/// assert_eq!(key.name(), "invoice:42");
+/// assert_eq!(Key::new("", "caf\u{e9}")?, Key::new("", "cafe\u{301}")?);
+/// assert_ne!(Key::new("a", "b:c")?, Key::new("a:b", "c")?);
+/// assert!(Key::new("", "").is_err());
+/// # Ok::<(), stanchion::Error>(())
+/// ```
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    /// `<length of the namespace in bytes>:<namespace><name>`, or the name alone after `:` without a namespace.
+    text: Arc<str>,
+    name_at: u16,
+}
+
+/// The longest name of a key, in bytes.
+pub const MAX_KEY_BYTES: usize = 512;
+
+/// The longest namespace, in bytes.
+pub const MAX_NAMESPACE_BYTES: usize = 128;
+
+impl Key {
+    /// The key `name` in `namespace` (empty: no namespace).
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] if the name is empty, longer than [`MAX_KEY_BYTES`] or holds a NUL, or if the
+    /// namespace is longer than [`MAX_NAMESPACE_BYTES`] or holds a NUL.
+    pub fn new(namespace: &str, name: &str) -> Result<Self, Error> {
+        let namespace = normal(namespace);
+        let name = normal(name);
+        if name.is_empty() {
+            return Err(invalid("a key may not be empty; give it 1 to 512 bytes".into()));
+        }
+        if name.len() > MAX_KEY_BYTES {
+            return Err(invalid(format!(
+                "the key has {} bytes, the longest allowed is {MAX_KEY_BYTES}; hash the long part of it",
+                name.len()
+            )));
+        }
+        if namespace.len() > MAX_NAMESPACE_BYTES {
+            return Err(invalid(format!(
+                "the namespace has {} bytes, the longest allowed is {MAX_NAMESPACE_BYTES}",
+                namespace.len()
+            )));
+        }
+        if name.contains('\0') || namespace.contains('\0') {
+            return Err(invalid("a key may not hold a NUL character".into()));
+        }
+        let prefix = namespace_prefix(&namespace);
+        Ok(Self { text: format!("{prefix}{name}").into(), name_at: prefix.len() as u16 })
+    }
+
+    /// Reads back a key from [`Key::as_encoded`], for stores that keep it as text.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Internal`] if the text was not made by [`Key::as_encoded`].
+    pub fn from_encoded(text: &str) -> Result<Self, Error> {
+        let parsed = text.split_once(':').and_then(|(length, rest)| {
+            let length = if length.is_empty() { 0 } else { length.parse::<usize>().ok()? };
+            Some((rest.get(..length)?, rest.get(length..)?))
+        });
+        match parsed {
+            Some((namespace, name)) => Self::new(namespace, name)
+                .map_err(|error| Error::new(ErrorKind::Internal, "the store holds a malformed key").with_source(error)),
+            None => Err(Error::new(ErrorKind::Internal, "the store holds a malformed key")),
+        }
+    }
+
+    /// The whole key as one text, with its namespace: what a store keeps. Injective.
+    pub fn as_encoded(&self) -> &str {
+        &self.text
+    }
+
+    /// The name, without the namespace.
+    pub fn name(&self) -> &str {
+        &self.text[usize::from(self.name_at)..]
+    }
+
+    /// The namespace, empty if there is none.
+    pub fn namespace(&self) -> &str {
+        let prefix = &self.text[..usize::from(self.name_at)];
+        prefix.split_once(':').map_or("", |(_, namespace)| namespace)
+    }
+}
+
+/// The part of an encoded key that every key of a namespace begins with, and no other key does.
+pub(crate) fn namespace_prefix(namespace: &str) -> String {
+    if namespace.is_empty() { ":".into() } else { format!("{}:{namespace}", namespace.len()) }
+}
+
+pub(crate) fn normal(text: &str) -> String {
+    if is_nfc(text) { text.to_owned() } else { text.nfc().collect() }
+}
+
+fn invalid(message: String) -> Error {
+    Error::new(ErrorKind::InvalidArgument, message)
+}
+
+impl fmt::Display for Key {
+    /// The name, with control characters escaped so that a terminal or a log is not fooled.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for c in self.name().chars() {
+            if c.is_control() { write!(f, "{}", c.escape_default())? } else { write!(f, "{c}")? }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Key({:?})", &*self.text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_of_512_bytes_is_accepted_and_513_are_not() {
+        assert!(Key::new("", &"x".repeat(512)).is_ok());
+        assert_eq!(Key::new("", &"x".repeat(513)).unwrap_err().kind(), ErrorKind::InvalidArgument);
+        // Bytes count, not characters.
+        assert!(Key::new("", &"é".repeat(256)).is_ok());
+        assert!(Key::new("", &"é".repeat(257)).is_err());
+    }
+
+    #[test]
+    fn namespaces_and_names_are_joined_injectively() {
+        let pairs = [("", "1:ab"), ("a", "b"), ("ab", "c"), ("a", "bc"), ("", "a:b"), ("1:a", "b"), ("", ":"), (":", "x")];
+        for (i, a) in pairs.iter().enumerate() {
+            for b in &pairs[i + 1..] {
+                let (x, y) = (Key::new(a.0, a.1).unwrap(), Key::new(b.0, b.1).unwrap());
+                assert_ne!(x.as_encoded(), y.as_encoded(), "{a:?} and {b:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_encoded_key_is_read_back_whole() {
+        for (namespace, name) in [("", "a"), ("billing", "invoice:42"), ("", "3:abc"), ("ü", "ö/ä"), ("", ":")] {
+            let key = Key::new(namespace, name).unwrap();
+            let read = Key::from_encoded(key.as_encoded()).unwrap();
+            assert_eq!(read, key);
+            assert_eq!((read.namespace(), read.name()), (namespace, name));
+        }
+        for text in ["", "abc", "9:a", "x:a", "0:"] {
+            assert_eq!(Key::from_encoded(text).unwrap_err().kind(), ErrorKind::Internal, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_key_is_printed_without_control_characters() {
+        assert_eq!(Key::new("", "a\u{1b}[2Jb").unwrap().to_string(), "a\\u{1b}[2Jb");
+    }
+}

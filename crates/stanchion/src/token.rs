@@ -1,0 +1,142 @@
+//! Tokens and session names: 128 random bits each.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::key::Key;
+
+macro_rules! random_id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name([u8; 16]);
+
+        impl $name {
+            /// A fresh one from the operating system's randomness.
+            ///
+            /// # Errors
+            /// [`ErrorKind::Internal`] if the operating system has no randomness to give.
+            pub fn random() -> Result<Self> {
+                crate::clock::random_bytes().map(Self)
+            }
+
+            /// From its bytes, as a store kept them.
+            pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+                Self(bytes)
+            }
+
+            /// Its bytes.
+            pub const fn as_bytes(&self) -> &[u8; 16] {
+                &self.0
+            }
+
+            /// 32 lowercase hexadecimal digits.
+            pub fn to_hex(&self) -> String {
+                self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+            }
+
+            /// Reads 32 hexadecimal digits.
+            pub fn from_hex(text: &str) -> Option<Self> {
+                if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+                    return None;
+                }
+                let mut bytes = [0; 16];
+                for (i, byte) in bytes.iter_mut().enumerate() {
+                    *byte = u8::from_str_radix(&text[2 * i..2 * i + 2], 16).ok()?;
+                }
+                Some(Self(bytes))
+            }
+        }
+
+        impl fmt::Debug for $name {
+            /// The first six digits only: whoever knows a token can end its hold.
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({}…)"), &self.to_hex()[..6])
+            }
+        }
+    };
+}
+
+random_id! {
+    /// The identity of one call to acquire, reused only to repeat that very call.
+    TokenId
+}
+
+random_id! {
+    /// The identity of a session: one process's proof of life in a store.
+    SessionId
+}
+
+/// A detached hold: what [`Locks::adopt`](crate::Locks::adopt) needs to take it up again, here or in another process.
+///
+/// Its text form (`to_string` and `parse`) can be stored or sent. Whoever has it can end the hold, so `Debug` hides it.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Token {
+    pub(crate) key: Key,
+    pub(crate) id: TokenId,
+}
+
+impl Token {
+    pub(crate) fn new(key: Key, id: TokenId) -> Self {
+        Self { key, id }
+    }
+
+    /// The key that is held.
+    pub fn key(&self) -> &Key {
+        &self.key
+    }
+
+    /// The identity of the hold.
+    pub fn id(&self) -> TokenId {
+        self.id
+    }
+}
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.id.to_hex(), self.key.as_encoded())
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Token({:?}, {:?})", self.key, self.id)
+    }
+}
+
+impl FromStr for Token {
+    type Err = Error;
+
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] if the text is not what `to_string` of a token gave.
+    fn from_str(text: &str) -> Result<Self> {
+        let parsed = text.split_once('.').and_then(|(id, key)| {
+            Some(Self { id: TokenId::from_hex(id)?, key: Key::from_encoded(key).ok()? })
+        });
+        parsed.ok_or_else(|| {
+            Error::new(ErrorKind::InvalidArgument, "this is not a token: expected what a detached guard's token printed")
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_survives_its_text_form_and_hides_in_debug() {
+        let token = Token::new(Key::new("ns", "a.b").unwrap(), TokenId::random().unwrap());
+        let text = token.to_string();
+        assert_eq!(text.parse::<Token>().unwrap(), token);
+        assert!(!format!("{token:?}").contains(&token.id.to_hex()));
+    }
+
+    #[test]
+    fn malformed_tokens_are_refused() {
+        let long_id = format!("{}.:k", "0".repeat(33));
+        for text in ["", "abc", "zz.:k", long_id.as_str(), "00000000000000000000000000000000", "+0000000000000000000000000000000.:k"] {
+            assert_eq!(text.parse::<Token>().unwrap_err().kind(), ErrorKind::InvalidArgument, "{text:?}");
+        }
+    }
+}
