@@ -90,7 +90,9 @@ impl Clock {
         match &self.source {
             Source::System => SystemTime::now(),
             Source::Virtual(now) => {
-                SystemTime::UNIX_EPOCH + Duration::from_secs(1_893_456_000) + Duration::from_nanos(now.load(Ordering::SeqCst))
+                SystemTime::UNIX_EPOCH
+                    + Duration::from_secs(1_893_456_000)
+                    + Duration::from_nanos(now.load(Ordering::SeqCst))
             }
         }
     }
@@ -246,16 +248,17 @@ impl Drop for Sleep {
 /// 16 bytes of the operating system's randomness.
 pub(crate) fn random_bytes() -> Result<[u8; 16]> {
     let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes)
-        .map_err(|error| Error::new(ErrorKind::Internal, "the operating system gave no randomness").with_source(error))?;
+    getrandom::fill(&mut bytes).map_err(|error| {
+        Error::new(ErrorKind::Internal, "the operating system gave no randomness").with_source(error)
+    })?;
     Ok(bytes)
 }
 
 /// A seed for jitter; quality does not matter.
 pub(crate) fn jitter_seed() -> u64 {
-    random_bytes().map_or(1, |bytes| u64::from_le_bytes([
-        bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7],
-    ]))
+    random_bytes().map_or(1, |bytes| {
+        u64::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]])
+    })
 }
 
 #[cfg(any(target_os = "linux", target_os = "android"))]

@@ -239,8 +239,20 @@ mod tests {
     fn only_faults_that_pass_are_transient() {
         use ErrorKind::*;
         let all = [
-            Timeout, Cancelled, Draining, Lost(LossCause::Forced), Busy, InvalidArgument, Unauthorized, Unavailable,
-            RateLimited, NetworkTimeout, Indeterminate, Unsupported, Misconfigured, Internal,
+            Timeout,
+            Cancelled,
+            Draining,
+            Lost(LossCause::Forced),
+            Busy,
+            InvalidArgument,
+            Unauthorized,
+            Unavailable,
+            RateLimited,
+            NetworkTimeout,
+            Indeterminate,
+            Unsupported,
+            Misconfigured,
+            Internal,
         ];
         let transient: Vec<_> = all.into_iter().filter(|kind| Error::new(*kind, "x").is_transient()).collect();
         assert_eq!(transient, [Unavailable, RateLimited, NetworkTimeout, Indeterminate]);

@@ -147,7 +147,8 @@ mod tests {
 
     #[test]
     fn namespaces_and_names_are_joined_injectively() {
-        let pairs = [("", "1:ab"), ("a", "b"), ("ab", "c"), ("a", "bc"), ("", "a:b"), ("1:a", "b"), ("", ":"), (":", "x")];
+        let pairs =
+            [("", "1:ab"), ("a", "b"), ("ab", "c"), ("a", "bc"), ("", "a:b"), ("1:a", "b"), ("", ":"), (":", "x")];
         for (i, a) in pairs.iter().enumerate() {
             for b in &pairs[i + 1..] {
                 let (x, y) = (Key::new(a.0, a.1).unwrap(), Key::new(b.0, b.1).unwrap());

@@ -111,11 +111,14 @@ impl FromStr for Token {
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] if the text is not what `to_string` of a token gave.
     fn from_str(text: &str) -> Result<Self> {
-        let parsed = text.split_once('.').and_then(|(id, key)| {
-            Some(Self { id: TokenId::from_hex(id)?, key: Key::from_encoded(key).ok()? })
-        });
+        let parsed = text
+            .split_once('.')
+            .and_then(|(id, key)| Some(Self { id: TokenId::from_hex(id)?, key: Key::from_encoded(key).ok()? }));
         parsed.ok_or_else(|| {
-            Error::new(ErrorKind::InvalidArgument, "this is not a token: expected what a detached guard's token printed")
+            Error::new(
+                ErrorKind::InvalidArgument,
+                "this is not a token: expected what a detached guard's token printed",
+            )
         })
     }
 }
@@ -135,7 +138,14 @@ mod tests {
     #[test]
     fn malformed_tokens_are_refused() {
         let long_id = format!("{}.:k", "0".repeat(33));
-        for text in ["", "abc", "zz.:k", long_id.as_str(), "00000000000000000000000000000000", "+0000000000000000000000000000000.:k"] {
+        for text in [
+            "",
+            "abc",
+            "zz.:k",
+            long_id.as_str(),
+            "00000000000000000000000000000000",
+            "+0000000000000000000000000000000.:k",
+        ] {
             assert_eq!(text.parse::<Token>().unwrap_err().kind(), ErrorKind::InvalidArgument, "{text:?}");
         }
     }

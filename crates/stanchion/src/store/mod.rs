@@ -18,6 +18,7 @@
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
@@ -29,13 +30,13 @@ use crate::fence::Fence;
 use crate::key::Key;
 use crate::token::{SessionId, TokenId};
 
-// mod faulty;
-// mod memory;
+mod faulty;
+mod memory;
 // #[cfg(feature = "sqlite")]
 // mod sqlite;
 
-// pub use faulty::{Fault, Faults, Faulty, Step};
-// pub use memory::Memory;
+pub use faulty::{Fault, Faults, Faulty, Step};
+pub use memory::Memory;
 // #[cfg(feature = "sqlite")]
 // pub use sqlite::Sqlite;
 
@@ -247,7 +248,10 @@ impl Demand {
         if units == 0 || units > capacity || capacity > Self::MAX {
             return Err(Error::new(
                 ErrorKind::InvalidArgument,
-                format!("{units} units of a capacity of {capacity}: units must be 1 or more and at most the capacity, which is at most {}", Self::MAX),
+                format!(
+                    "{units} units of a capacity of {capacity}: units must be 1 or more and at most the capacity, which is at most {}",
+                    Self::MAX
+                ),
             ));
         }
         Ok(Self { units, capacity })
@@ -528,7 +532,11 @@ pub enum Push {
 
 /// The push stream of a session.
 #[derive(Debug)]
-pub struct GrantStream(mpsc::UnboundedReceiver<Push>);
+pub struct GrantStream {
+    pushes: mpsc::UnboundedReceiver<Push>,
+    /// While set, pushes get lost: for tests.
+    lossy: Option<Arc<AtomicBool>>,
+}
 
 /// The sending half of a [`GrantStream`], for store authors. Clones send to the same stream.
 #[derive(Clone, Debug)]
@@ -537,7 +545,7 @@ pub struct PushSender(mpsc::UnboundedSender<Push>);
 /// A stream and its sending half.
 pub fn push_channel() -> (PushSender, GrantStream) {
     let (sender, receiver) = mpsc::unbounded_channel();
-    (PushSender(sender), GrantStream(receiver))
+    (PushSender(sender), GrantStream { pushes: receiver, lossy: None })
 }
 
 impl PushSender {
@@ -553,7 +561,22 @@ impl GrantStream {
     /// # Cancel safety
     /// A dropped future loses no push.
     pub async fn next(&mut self) -> Option<Push> {
-        self.0.recv().await
+        std::future::poll_fn(|context| self.poll_push(context)).await
+    }
+
+    fn lossy(mut self, lossy: Arc<AtomicBool>) -> Self {
+        self.lossy = Some(lossy);
+        self
+    }
+
+    fn poll_push(&mut self, context: &mut Context<'_>) -> Poll<Option<Push>> {
+        loop {
+            let push = std::task::ready!(self.pushes.poll_recv(context));
+            let lost = self.lossy.as_ref().is_some_and(|lossy| lossy.load(Ordering::SeqCst));
+            if push.is_none() || !lost {
+                return Poll::Ready(push);
+            }
+        }
     }
 }
 
@@ -561,7 +584,7 @@ impl futures_core::Stream for GrantStream {
     type Item = Push;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Push>> {
-        self.0.poll_recv(context)
+        self.poll_push(context)
     }
 }
 
