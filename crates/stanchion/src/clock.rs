@@ -261,6 +261,12 @@ pub(crate) fn jitter_seed() -> u64 {
     })
 }
 
+/// About this long: between three and five quarters of it, so that many sleepers do not wake together.
+pub(crate) fn jitter(span: Duration) -> Duration {
+    let part = u32::try_from(jitter_seed() % 512).unwrap_or(0);
+    span * (768 + part) / 1_024
+}
+
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const BOOT_CLOCK: rustix::time::ClockId = rustix::time::ClockId::Boottime;
 // Elsewhere the monotonic clock is the best there is: on macOS and the BSDs it may stop in suspend.

@@ -44,6 +44,12 @@ pub enum ErrorKind {
     Internal,
 }
 
+impl ErrorKind {
+    pub(crate) fn is_transient(self) -> bool {
+        matches!(self, Self::Unavailable | Self::RateLimited | Self::NetworkTimeout | Self::Indeterminate)
+    }
+}
+
 /// Why a hold was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -124,10 +130,7 @@ impl Error {
     /// assert!(!Error::new(ErrorKind::InvalidArgument, "an empty key").is_transient());
     /// ```
     pub fn is_transient(&self) -> bool {
-        matches!(
-            self.0.kind,
-            ErrorKind::Unavailable | ErrorKind::RateLimited | ErrorKind::NetworkTimeout | ErrorKind::Indeterminate
-        )
+        self.0.kind.is_transient()
     }
 
     /// Whether the request may have taken effect although it failed.

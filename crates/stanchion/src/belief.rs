@@ -1,0 +1,307 @@
+//! What the holder believes: local, without I/O, on the boot-time clock.
+//!
+//! # Invariants
+//! 1. Belief ends no later than the store may let go: deadlines are counted from before the request that set them, less
+//!    a drift margin.
+//! 2. Lost is final: nothing that arrives later restores a belief, neither a beat's answer nor an extension.
+//! 3. A belief that has run out by the clock is lost for everybody who looks, whether or not the keeper has come to
+//!    announce it.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::BootTime;
+use crate::error::LossCause;
+use crate::fence::Fence;
+use crate::key::Key;
+use crate::store::StoreTime;
+use crate::token::{SessionId, TokenId};
+
+use std::sync::Arc;
+
+/// How much a clock may be wrong in rate, and how coarse a store's time may be.
+///
+/// A hold of `ttl` is believed for `ttl − ttl × rate − fixed`. The default is 1 % and 2 ms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drift {
+    /// Parts of a thousand.
+    pub per_mille: u32,
+    /// A fixed part.
+    pub fixed: Duration,
+}
+
+impl Default for Drift {
+    fn default() -> Self {
+        Self { per_mille: 10, fixed: Duration::from_millis(2) }
+    }
+}
+
+impl Drift {
+    /// How long a term of `ttl` may be believed.
+    pub(crate) fn shorten(self, ttl: Duration) -> Duration {
+        let rate = Duration::from_nanos((ttl.as_nanos() as u64 / 1_000).saturating_mul(u64::from(self.per_mille)));
+        ttl.saturating_sub(rate).saturating_sub(self.fixed)
+    }
+}
+
+/// The time between "stop" and "others may have it": a quarter of the term, 50 ms to 5 s, never more than half.
+pub(crate) fn grace(term: Duration) -> Duration {
+    (term / 4).clamp(Duration::from_millis(50), Duration::from_secs(5)).min(term / 2)
+}
+
+/// The belief in a session.
+#[derive(Debug)]
+pub(crate) struct SessionBelief {
+    pub(crate) id: SessionId,
+    grace: Duration,
+    /// Until when the store keeps it, in nanoseconds since boot; never, if it lives with the process.
+    until: AtomicU64,
+    over: CancellationToken,
+}
+
+impl SessionBelief {
+    pub(crate) fn new(id: SessionId, ttl: Duration, until: BootTime) -> Self {
+        Self { id, grace: grace(ttl), until: AtomicU64::new(until.as_nanos()), over: CancellationToken::new() }
+    }
+
+    pub(crate) fn valid_until(&self) -> BootTime {
+        BootTime::from_nanos(self.until.load(Ordering::Acquire))
+    }
+
+    pub(crate) fn stop_by(&self) -> BootTime {
+        stop_by(self.valid_until(), self.grace)
+    }
+
+    pub(crate) fn is_believed(&self, now: BootTime) -> bool {
+        !self.over.is_cancelled() && now < self.stop_by()
+    }
+
+    /// A beat was answered: it is kept until `until`. Tells whether that came in time (invariant 2).
+    pub(crate) fn renew(&self, now: BootTime, until: BootTime) -> bool {
+        if !self.is_believed(now) {
+            return false;
+        }
+        self.until.fetch_max(until.as_nanos(), Ordering::AcqRel);
+        true
+    }
+
+    pub(crate) fn end(&self) {
+        self.over.cancel();
+    }
+
+    /// Fires when the session is over.
+    pub(crate) fn over(&self) -> &CancellationToken {
+        &self.over
+    }
+}
+
+/// The belief in a hold.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    pub(crate) key: Key,
+    pub(crate) token: TokenId,
+    pub(crate) fence: Fence,
+    pub(crate) session: Arc<SessionBelief>,
+    pub(crate) session_bound: bool,
+    pub(crate) since: BootTime,
+    /// The end of its own term, in nanoseconds since boot; never, if it has none.
+    until: AtomicU64,
+    /// Nanoseconds between `stop_by` and `until`.
+    grace: AtomicU64,
+    /// The longest silence that the holder promised, and when it last gave a sign.
+    pub(crate) heartbeat_within: Option<Duration>,
+    last_heartbeat: AtomicU64,
+    /// A request that made this hold may still be on its way: its token is over only after this time of the store.
+    pub(crate) unanswered_until: Option<StoreTime>,
+    lost: OnceLock<LossCause>,
+    lost_token: CancellationToken,
+}
+
+/// What [`Hold::new`] needs.
+pub(crate) struct NewHold {
+    pub(crate) key: Key,
+    pub(crate) token: TokenId,
+    pub(crate) fence: Fence,
+    pub(crate) session: Arc<SessionBelief>,
+    pub(crate) session_bound: bool,
+    pub(crate) since: BootTime,
+    /// The end of its own term and the term's length, if it has one.
+    pub(crate) deadline: Option<(BootTime, Duration)>,
+    pub(crate) heartbeat_within: Option<Duration>,
+    pub(crate) unanswered_until: Option<StoreTime>,
+}
+
+impl Hold {
+    pub(crate) fn new(new: NewHold) -> Self {
+        let (until, length) = new.deadline.unwrap_or((BootTime::NEVER, Duration::ZERO));
+        Self {
+            key: new.key,
+            token: new.token,
+            fence: new.fence,
+            session: new.session,
+            session_bound: new.session_bound,
+            since: new.since,
+            until: AtomicU64::new(until.as_nanos()),
+            grace: AtomicU64::new(nanos(grace(length))),
+            heartbeat_within: new.heartbeat_within,
+            last_heartbeat: AtomicU64::new(new.since.as_nanos()),
+            unanswered_until: new.unanswered_until,
+            lost: OnceLock::new(),
+            lost_token: CancellationToken::new(),
+        }
+    }
+
+    /// Until when others cannot have it.
+    pub(crate) fn valid_until(&self) -> BootTime {
+        let own = self.own_until();
+        if self.session_bound { own.min(self.session.valid_until()) } else { own }
+    }
+
+    /// When it has to be given up.
+    pub(crate) fn stop_by(&self) -> BootTime {
+        if self.session_bound { self.own_stop_by().min(self.session.stop_by()) } else { self.own_stop_by() }
+    }
+
+    /// When the keeper has to look at it: its own term or its heartbeat, not its session.
+    pub(crate) fn look_at(&self) -> BootTime {
+        self.own_stop_by().min(self.heartbeat_by())
+    }
+
+    pub(crate) fn has_deadline(&self) -> bool {
+        self.own_until() != BootTime::NEVER
+    }
+
+    fn own_until(&self) -> BootTime {
+        BootTime::from_nanos(self.until.load(Ordering::Acquire))
+    }
+
+    fn own_stop_by(&self) -> BootTime {
+        stop_by(self.own_until(), Duration::from_nanos(self.grace.load(Ordering::Acquire)))
+    }
+
+    fn heartbeat_by(&self) -> BootTime {
+        match self.heartbeat_within {
+            Some(within) => BootTime::from_nanos(self.last_heartbeat.load(Ordering::Acquire)).after(within),
+            None => BootTime::NEVER,
+        }
+    }
+
+    /// Why the belief has ended by `now`, if it has (invariant 3).
+    pub(crate) fn ended(&self, now: BootTime) -> Option<LossCause> {
+        if let Some(cause) = self.lost.get() {
+            Some(*cause)
+        } else if self.session_bound && !self.session.is_believed(now) {
+            Some(LossCause::SessionExpired)
+        } else if now >= self.own_stop_by() {
+            Some(if self.session_bound { LossCause::MaxHold } else { LossCause::TermExpired })
+        } else if now >= self.heartbeat_by() {
+            Some(LossCause::HeartbeatMissed)
+        } else {
+            None
+        }
+    }
+
+    /// Ends the belief. Tells whether this call did it.
+    pub(crate) fn lose(&self, cause: LossCause) -> bool {
+        let first = self.lost.set(cause).is_ok();
+        self.lost_token.cancel();
+        first
+    }
+
+    /// Sets the end of the term anew, unless the hold was lost meanwhile (invariant 2).
+    pub(crate) fn extend(&self, now: BootTime, until: BootTime, length: Duration) -> bool {
+        if self.ended(now).is_some() {
+            return false;
+        }
+        self.grace.store(nanos(grace(length)), Ordering::Release);
+        self.until.store(until.as_nanos(), Ordering::Release);
+        true
+    }
+
+    pub(crate) fn heartbeat(&self, now: BootTime) {
+        self.last_heartbeat.fetch_max(now.as_nanos(), Ordering::AcqRel);
+    }
+
+    /// Fires when the hold is lost.
+    pub(crate) fn lost_token(&self) -> &CancellationToken {
+        &self.lost_token
+    }
+}
+
+fn stop_by(until: BootTime, grace: Duration) -> BootTime {
+    if until == BootTime::NEVER { until } else { until.before(grace) }
+}
+
+fn nanos(span: Duration) -> u64 {
+    u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(millis: u64) -> BootTime {
+        BootTime::from_nanos(millis * 1_000_000)
+    }
+
+    fn session(until: BootTime) -> Arc<SessionBelief> {
+        Arc::new(SessionBelief::new(SessionId::from_bytes([1; 16]), Duration::from_secs(10), until))
+    }
+
+    fn hold(session: Arc<SessionBelief>, deadline: Option<(BootTime, Duration)>, session_bound: bool) -> Hold {
+        Hold::new(NewHold {
+            key: Key::new("", "k").unwrap(),
+            token: TokenId::from_bytes([2; 16]),
+            fence: Fence::new(1),
+            session,
+            session_bound,
+            since: at(0),
+            deadline,
+            heartbeat_within: None,
+            unanswered_until: None,
+        })
+    }
+
+    #[test]
+    fn a_term_of_ten_seconds_is_believed_one_percent_and_two_milliseconds_less() {
+        assert_eq!(Drift::default().shorten(Duration::from_secs(10)), Duration::from_millis(9_898));
+        assert_eq!(Drift::default().shorten(Duration::from_millis(1)), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_late_beat_changes_nothing() {
+        let session = session(at(10_000));
+        assert!(session.renew(at(7_000), at(12_000)), "in time");
+        assert_eq!(session.stop_by(), at(9_500));
+        assert!(!session.renew(at(9_500), at(20_000)), "too late");
+        assert!(!session.is_believed(at(9_500)));
+        assert_eq!(session.valid_until(), at(12_000));
+    }
+
+    #[test]
+    fn a_hold_ends_with_its_session_or_its_own_term_whichever_is_first() {
+        let bound = hold(session(at(10_000)), Some((at(60_000), Duration::from_secs(60))), true);
+        assert_eq!(bound.ended(at(7_499)), None);
+        assert_eq!(bound.ended(at(7_500)), Some(LossCause::SessionExpired));
+        let capped = hold(session(BootTime::NEVER), Some((at(4_000), Duration::from_secs(4))), true);
+        assert_eq!(capped.ended(at(3_000)), Some(LossCause::MaxHold));
+        let fixed = hold(session(at(100)), Some((at(4_000), Duration::from_secs(4))), false);
+        assert_eq!(fixed.ended(at(2_999)), None, "a fixed term does not need its session");
+        assert_eq!(fixed.ended(at(3_000)), Some(LossCause::TermExpired));
+    }
+
+    #[test]
+    fn an_extension_that_comes_too_late_changes_nothing() {
+        let fixed = hold(session(BootTime::NEVER), Some((at(4_000), Duration::from_secs(4))), false);
+        assert!(fixed.extend(at(1_000), at(8_000), Duration::from_secs(7)));
+        assert_eq!(fixed.ended(at(4_000)), None);
+        assert!(!fixed.extend(at(8_000), at(20_000), Duration::from_secs(7)));
+        assert_eq!(fixed.ended(at(8_000)), Some(LossCause::TermExpired));
+        assert!(fixed.lose(LossCause::TermExpired));
+        assert!(!fixed.extend(at(1), at(90_000), Duration::from_secs(7)), "lost is final");
+        assert!(!fixed.lose(LossCause::Forced), "the first cause stays");
+    }
+}

@@ -1,0 +1,201 @@
+//! Events: what happened, for whoever listens.
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::error::{ErrorKind, LossCause};
+use crate::fence::Fence;
+use crate::key::Key;
+use crate::token::SessionId;
+
+/// Something that happened to the locks of one handle.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event {
+    /// A hold was granted.
+    Acquired {
+        /// The key.
+        key: Key,
+        /// The fence of the hold.
+        fence: Fence,
+        /// The time from the call to the grant.
+        waited: Duration,
+    },
+    /// A call has to wait.
+    Contended {
+        /// The key.
+        key: Key,
+        /// How many wait before it.
+        ahead: u32,
+    },
+    /// A hold's deadline was set anew.
+    Extended {
+        /// The key.
+        key: Key,
+        /// The fence of the hold.
+        fence: Fence,
+        /// What is left of its term.
+        ttl: Duration,
+    },
+    /// A hold was released by its guard.
+    Released {
+        /// The key.
+        key: Key,
+        /// The fence of the hold.
+        fence: Fence,
+        /// The time from the grant to the release.
+        held: Duration,
+    },
+    /// A hold was lost.
+    Lost {
+        /// The key.
+        key: Key,
+        /// The fence of the hold.
+        fence: Fence,
+        /// Why.
+        cause: LossCause,
+        /// What the one who forced it said, if somebody did.
+        reason: Option<String>,
+    },
+    /// A hold of somebody was released by force through this handle.
+    TakenOver {
+        /// The key.
+        key: Key,
+        /// The fence of the hold that ended.
+        fence: Fence,
+        /// The reason that was given.
+        reason: String,
+    },
+    /// The session is over; its holds are lost and another session is being opened.
+    SessionLost {
+        /// The session.
+        session: SessionId,
+    },
+    /// Something failed in the background, or will be tried again.
+    Error {
+        /// The kind of the error.
+        kind: ErrorKind,
+        /// The key it was about.
+        key: Option<Key>,
+        /// The error's text.
+        message: String,
+    },
+    /// The handle takes no new holds.
+    Draining {
+        /// The reason that was given.
+        reason: String,
+    },
+    /// The listener was too slow: this many events are missing here.
+    Missed {
+        /// How many.
+        count: u64,
+    },
+}
+
+/// The events of one handle, from the moment of [`Locks::events`](crate::Locks::events) on.
+///
+/// A listener that falls behind by more than 1,024 events is told how many it missed.
+#[derive(Debug)]
+pub struct EventStream {
+    events: mpsc::Receiver<Event>,
+    missed: Arc<AtomicU64>,
+}
+
+impl EventStream {
+    /// The next event; `None` when the handle is gone.
+    ///
+    /// # Cancel safety
+    /// A dropped future loses no event.
+    pub async fn next(&mut self) -> Option<Event> {
+        std::future::poll_fn(|context| self.poll_event(context)).await
+    }
+
+    fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<Event>> {
+        let missed = self.missed.swap(0, Ordering::Relaxed);
+        if missed > 0 {
+            return Poll::Ready(Some(Event::Missed { count: missed }));
+        }
+        self.events.poll_recv(context)
+    }
+}
+
+impl futures_core::Stream for EventStream {
+    type Item = Event;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Event>> {
+        self.poll_event(context)
+    }
+}
+
+/// The one observer: everything that is told to the outside goes through it.
+#[derive(Debug, Default)]
+pub(crate) struct Observer {
+    listeners: Mutex<Vec<(mpsc::Sender<Event>, Arc<AtomicU64>)>>,
+    count: AtomicUsize,
+}
+
+impl Observer {
+    pub(crate) fn listen(&self) -> EventStream {
+        let (sender, events) = mpsc::channel(1_024);
+        let missed = Arc::new(AtomicU64::new(0));
+        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        listeners.push((sender, missed.clone()));
+        self.count.store(listeners.len(), Ordering::Release);
+        EventStream { events, missed }
+    }
+
+    /// Tells an event, which is made only if somebody listens.
+    pub(crate) fn tell(&self, event: impl FnOnce() -> Event) {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let event = event();
+        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        listeners.retain(|(sender, missed)| match sender.try_send(event.clone()) {
+            Ok(()) => true,
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                missed.fetch_add(1, Ordering::Relaxed);
+                true
+            }
+            Err(mpsc::error::TrySendError::Closed(_)) => false,
+        });
+        self.count.store(listeners.len(), Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::task::Waker;
+
+    fn draining(reason: &str) -> Event {
+        Event::Draining { reason: reason.into() }
+    }
+
+    #[test]
+    fn a_slow_listener_is_told_how_much_it_missed() {
+        let observer = Observer::default();
+        let mut stream = observer.listen();
+        for _ in 0..1_030 {
+            observer.tell(|| draining("x"));
+        }
+        let mut context = Context::from_waker(Waker::noop());
+        assert_eq!(stream.poll_event(&mut context), Poll::Ready(Some(Event::Missed { count: 6 })));
+        assert_eq!(stream.poll_event(&mut context), Poll::Ready(Some(draining("x"))));
+    }
+
+    #[test]
+    fn no_event_is_made_when_nobody_listens() {
+        let observer = Observer::default();
+        observer.tell(|| unreachable!("nobody listens"));
+        let stream = observer.listen();
+        drop(stream);
+        observer.tell(|| draining("the one that notices the end"));
+        observer.tell(|| unreachable!("nobody listens any more"));
+    }
+}

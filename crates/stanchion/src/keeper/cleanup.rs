@@ -1,0 +1,72 @@
+//! Ending tokens until the store's answer is definite.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::clock::BootTime;
+use crate::event::Event;
+use crate::key::Key;
+use crate::retry::limited;
+use crate::shared::{End, Shared};
+use crate::token::TokenId;
+
+/// Ends a token, however long that takes: until it is definite, or nothing of it can be left.
+pub(super) async fn end(shared: Arc<Shared>, end: End) {
+    let policy = shared.config.retry;
+    let mut pauses = policy.endless_pauses();
+    let mut reported = false;
+    loop {
+        let session_over = end.session.as_ref().is_some_and(|session| session.over().is_cancelled());
+        if session_over || shared.clock.now() >= end.over_at {
+            return;
+        }
+        let step = async {
+            match end.released {
+                Some(_) => shared.store.release(&end.key, end.token, end.cooldown).await,
+                None => shared.store.abandon(&end.key, end.token).await,
+            }
+        };
+        match limited(&shared.clock, policy.attempt, step).await {
+            Ok(reply) => {
+                shared.saw_store_time(reply.time);
+                if end.unanswered_until.is_none_or(|until| reply.time > until) {
+                    tell_released(&shared, &end);
+                    return;
+                }
+                // A request of this token may still come. Ask again when it cannot any more.
+                let until = end.unanswered_until.unwrap_or(reply.time);
+                shared.clock.sleep(until.since(reply.time) + Duration::from_millis(1)).await;
+            }
+            Err(error) => {
+                let error = error.with_key(&end.key).with_store(shared.capabilities.name);
+                if !reported {
+                    let (kind, message) = (error.kind(), error.to_string());
+                    shared.observer.tell(|| Event::Error { kind, key: Some(end.key.clone()), message });
+                    reported = true;
+                }
+                let pause = pauses.next().unwrap_or(policy.longest_pause);
+                shared.clock.sleep(pause.max(error.retry_after().unwrap_or_default())).await;
+            }
+        }
+    }
+}
+
+/// Ends a token of which this process knows nothing but its name.
+pub(super) fn end_unknown(shared: &Arc<Shared>, key: Key, token: TokenId) {
+    shared.command(super::Command::End(End {
+        key,
+        token,
+        cooldown: None,
+        unanswered_until: None,
+        session: None,
+        over_at: BootTime::NEVER,
+        released: None,
+    }));
+}
+
+pub(super) fn tell_released(shared: &Shared, end: &End) {
+    if let Some((fence, since)) = end.released {
+        let held = shared.clock.now().since(since);
+        shared.observer.tell(|| Event::Released { key: end.key.clone(), fence, held });
+    }
+}

@@ -1,0 +1,202 @@
+//! The keeper: one OS thread per handle, with a runtime of its own.
+//!
+//! It keeps the session alive, receives grants, finishes what dropped futures and guards left, and publishes losses.
+//! User code that blocks every thread of its own executor does not reach it.
+//!
+//! # Invariants
+//! 1. The keeper is the only one who beats, and the only one who declares a session over.
+//! 2. A token that it was told to end is ended until the store's answer is definite: given when no request of the token
+//!    can be on its way any more, or after the time until which such a request may act.
+//! 3. It never calls user code and never waits for it.
+
+mod cleanup;
+mod deadlines;
+mod session;
+
+use std::sync::{Arc, mpsc as std_mpsc};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+
+use crate::belief::Hold;
+use crate::error::{Error, ErrorKind, LossCause, Result};
+use crate::shared::{End, Entry, SessionView, Shared, Signal};
+use crate::store::{GrantStream, Push};
+use deadlines::Deadlines;
+
+/// What the keeper is asked to do.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// End a token.
+    End(End),
+    /// Look at a hold's own deadlines.
+    Watch(Arc<Hold>),
+    /// Listen to the pushes of a session.
+    Listen(GrantStream),
+    /// Release everything, end the session and stop.
+    Close,
+}
+
+/// How long closing waits for a store that does not answer.
+const CLOSE_WITHIN: Duration = Duration::from_secs(5);
+
+/// No nap of a timer is longer than this, because the system's timers stop while the machine sleeps.
+const LONGEST_NAP: Duration = Duration::from_millis(500);
+
+/// The keeper's thread.
+#[derive(Debug)]
+pub(crate) struct KeeperThread {
+    id: std::thread::ThreadId,
+    /// Disconnected when the thread has ended.
+    ended: std_mpsc::Receiver<()>,
+}
+
+impl KeeperThread {
+    /// Starts the thread; `setup` runs on it, inside its runtime, and makes what is shared with it.
+    pub(crate) fn start<S, F>(setup: S) -> Result<(Self, oneshot::Receiver<Result<Arc<Shared>>>)>
+    where
+        S: FnOnce(mpsc::UnboundedSender<Command>) -> F + Send + 'static,
+        F: Future<Output = Result<Shared>> + 'static,
+    {
+        let (done, ended) = std_mpsc::channel::<()>();
+        let (tell, shared) = oneshot::channel();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| Error::new(ErrorKind::Internal, "the keeper's runtime cannot start").with_source(error))?;
+        let run = move || {
+            let _done_when_dropped = done;
+            let (commands, inbox) = mpsc::unbounded_channel();
+            runtime.block_on(async move {
+                match setup(commands).await {
+                    Ok(shared) => {
+                        let shared = Arc::new(shared);
+                        let _the_opener_gave_up = tell.send(Ok(shared.clone()));
+                        keep(shared, inbox).await;
+                    }
+                    Err(error) => {
+                        let _the_opener_gave_up = tell.send(Err(error));
+                    }
+                }
+            });
+        };
+        let thread = std::thread::Builder::new()
+            .name("stanchion-keeper".into())
+            .spawn(run)
+            .map_err(|error| Error::new(ErrorKind::Internal, "the keeper's thread cannot start").with_source(error))?;
+        Ok((Self { id: thread.thread().id(), ended }, shared))
+    }
+
+    /// Waits until the thread has ended, at most this long, and not if this is the thread itself.
+    pub(crate) fn join_within(&self, limit: Duration) {
+        if std::thread::current().id() != self.id {
+            let _ended_or_late = self.ended.recv_timeout(limit);
+        }
+    }
+}
+
+async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) {
+    let clock = shared.clock.clone();
+    let mut ends = JoinSet::new();
+    let mut deadlines = Deadlines::default();
+    let mut pushes = None;
+    {
+        let drive = clock.drive(LONGEST_NAP);
+        let sessions = session::keep_one(shared.clone());
+        tokio::pin!(drive, sessions);
+        loop {
+            let next_deadline = deadlines.next();
+            tokio::select! {
+                // What must be on time comes first.
+                biased;
+                () = &mut drive => {}
+                () = &mut sessions => {}
+                () = clock.sleep_until(next_deadline) => deadlines.announce(&shared),
+                push = next_push(&mut pushes) => match push {
+                    Some(push) => receive(&shared, push),
+                    None => pushes = None,
+                },
+                command = inbox.recv() => match command {
+                    Some(Command::End(end)) => { ends.spawn(cleanup::end(shared.clone(), end)); }
+                    Some(Command::Watch(hold)) => deadlines.watch(&hold),
+                    Some(Command::Listen(stream)) => pushes = Some(stream),
+                    Some(Command::Close) | None => break,
+                },
+                Some(_) = ends.join_next() => {}
+            }
+        }
+    }
+    // The session's task has stopped: nothing renews from here on.
+    tokio::select! {
+        () = close(&shared, &mut inbox, ends) => {}
+        () = clock.drive(LONGEST_NAP) => {}
+        () = real_time_limit() => {}
+    }
+    shared.session.send_replace(SessionView::Closed);
+    shared.closed.cancel();
+}
+
+/// Closing is limited in real time, also under a virtual clock that nobody moves on.
+#[allow(clippy::disallowed_methods, reason = "a limit on shutting down, not a deadline of the protocol")]
+async fn real_time_limit() {
+    tokio::time::sleep(CLOSE_WITHIN).await;
+}
+
+async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command>, mut ends: JoinSet<()>) {
+    for hold in shared.holds() {
+        shared.lose(&hold, LossCause::Closed, None);
+    }
+    let session = match &*shared.session.borrow() {
+        SessionView::Open(session) => Some(session.clone()),
+        _ => None,
+    };
+    shared.session.send_replace(SessionView::Closed);
+    // Tokens that do not end with the session: fixed terms.
+    while let Ok(command) = inbox.try_recv() {
+        if let Command::End(end) = command {
+            if end.session.is_none() || end.cooldown.is_some() {
+                ends.spawn(cleanup::end(shared.clone(), end));
+            } else {
+                cleanup::tell_released(shared, &end);
+            }
+        }
+    }
+    while ends.join_next().await.is_some() {}
+    if let Some(session) = session {
+        session::close(shared, &session).await;
+        session.end();
+    }
+}
+
+async fn next_push(pushes: &mut Option<GrantStream>) -> Option<Push> {
+    match pushes {
+        Some(stream) => stream.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn receive(shared: &Arc<Shared>, push: Push) {
+    match push {
+        Push::Granted { key, token, fence } => match shared.entry(token) {
+            Some(Entry::Waiting(cell)) => cell.tell(Signal::Granted(fence)),
+            // The call has its grant already, by an answer.
+            Some(Entry::Held(_)) => {}
+            // The call has ended: nobody will use this grant.
+            None => cleanup::end_unknown(shared, key, token),
+        },
+        Push::Forced(lost) => session::forced_out(shared, lost),
+        Push::Recheck { token } => {
+            if let Some(Entry::Waiting(cell)) = shared.entry(token) {
+                cell.tell(Signal::Recheck);
+            }
+        }
+        Push::RecheckAll => {
+            for entry in shared.registry().values() {
+                if let Entry::Waiting(cell) = entry {
+                    cell.tell(Signal::Recheck);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! The session: opened, beaten, lost, opened anew.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Command, cleanup};
+use crate::belief::SessionBelief;
+use crate::clock::BootTime;
+use crate::error::{Error, ErrorKind, LossCause, Result};
+use crate::event::Event;
+use crate::retry::limited;
+use crate::shared::{Entry, SessionView, Shared};
+use crate::store::{BeatOutcome, Liveness, LostToken, OpenOutcome, OpenSession};
+use crate::token::SessionId;
+
+/// Beats per session ttl: 2 s for the default of 10 s.
+const BEATS_PER_TTL: u32 = 5;
+
+/// Keeps one session open, and another one when it is lost. Never returns.
+pub(super) async fn keep_one(shared: Arc<Shared>) {
+    loop {
+        let (session, opened) = open(&shared).await;
+        shared.session.send_replace(SessionView::Open(session.clone()));
+        beat(&shared, &session, opened).await;
+        session.end();
+        shared.session.send_replace(SessionView::Opening(None));
+        shared.observer.tell(|| Event::SessionLost { session: session.id });
+        for hold in shared.holds() {
+            if hold.session_bound && hold.session.id == session.id {
+                shared.lose(&hold, LossCause::SessionExpired, None);
+            }
+        }
+        // It may still live at the store. Ending it there frees its holds sooner; if that fails it dies by itself.
+        let old = shared.clone();
+        tokio::spawn(async move { close(&old, &session).await });
+    }
+}
+
+/// A session and the time before it was asked for.
+async fn open(shared: &Arc<Shared>) -> (Arc<SessionBelief>, BootTime) {
+    let mut pauses = shared.config.retry.endless_pauses();
+    loop {
+        let error = match open_once(shared).await {
+            Ok(session) => return session,
+            Err(error) => error.with_store(shared.capabilities.name),
+        };
+        let (kind, message) = (error.kind(), error.to_string());
+        shared.session.send_replace(SessionView::Opening(Some((kind, message.clone()))));
+        shared.observer.tell(|| Event::Error { kind, key: None, message });
+        let pause = pauses.next().unwrap_or(shared.config.retry.longest_pause);
+        shared.clock.sleep(pause.max(error.retry_after().unwrap_or_default())).await;
+    }
+}
+
+async fn open_once(shared: &Arc<Shared>) -> Result<(Arc<SessionBelief>, BootTime)> {
+    let ttl = shared.config.session_ttl;
+    let id = SessionId::random()?;
+    let request = OpenSession { session: id, ttl, owner: shared.config.owner.clone() };
+    let pushes = shared.store.grants(id);
+    let asked = shared.clock.now();
+    let reply = limited(&shared.clock, shared.config.retry.attempt, shared.store.open_session(request)).await?;
+    shared.saw_store_time(reply.time);
+    match reply.outcome {
+        OpenOutcome::Opened => {
+            shared.command(Command::Listen(pushes));
+            let belief = SessionBelief::new(id, ttl, valid_until(shared, asked));
+            if belief.is_believed(shared.clock.now()) {
+                return Ok((Arc::new(belief), asked));
+            }
+            Err(Error::new(ErrorKind::NetworkTimeout, "opening the session took longer than it would be valid"))
+        }
+        OpenOutcome::Gone => Err(Error::new(ErrorKind::Unavailable, "the session ended while it was being opened")),
+    }
+}
+
+fn valid_until(shared: &Shared, asked: BootTime) -> BootTime {
+    match shared.capabilities.liveness {
+        Liveness::Beat => asked.after(shared.config.drift.shorten(shared.config.session_ttl)),
+        Liveness::Process => BootTime::NEVER,
+    }
+}
+
+/// Beats until the session is over.
+async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime) {
+    let interval = shared.config.session_ttl / BEATS_PER_TTL;
+    let mut next = opened.after(interval);
+    loop {
+        let stop_by = session.stop_by();
+        shared.clock.sleep_until(next.min(stop_by)).await;
+        let asked = shared.clock.now();
+        if !session.is_believed(asked) {
+            return;
+        }
+        match limited(&shared.clock, interval, shared.store.beat(session.id)).await {
+            Ok(reply) => {
+                // An answer to a request that was sent in time, read too late, changes nothing.
+                if !session.renew(shared.clock.now(), valid_until(shared, asked)) {
+                    return;
+                }
+                shared.saw_store_time(reply.time);
+                match reply.outcome {
+                    BeatOutcome::Alive { lost } => {
+                        for lost in lost {
+                            forced_out(shared, lost);
+                        }
+                    }
+                    BeatOutcome::Gone => return,
+                }
+                next = asked.after(interval);
+            }
+            Err(error) => {
+                let error = error.with_store(shared.capabilities.name);
+                let (kind, message) = (error.kind(), error.to_string());
+                shared.observer.tell(|| Event::Error { kind, key: None, message });
+                next = shared.clock.now().after((interval / 4).max(Duration::from_millis(10)));
+            }
+        }
+    }
+}
+
+/// A token of this session was released by force.
+pub(super) fn forced_out(shared: &Arc<Shared>, lost: LostToken) {
+    match shared.entry(lost.token) {
+        Some(Entry::Held(hold)) => shared.lose(&hold, LossCause::Forced, Some(lost.reason)),
+        // A waiter that does not know yet that it had been granted: asking tells it.
+        Some(Entry::Waiting(cell)) => cell.tell(crate::shared::Signal::Recheck),
+        // Its guard is gone; only the store still remembers.
+        None => cleanup::end_unknown(shared, lost.key, lost.token),
+    }
+}
+
+/// Ends a session in the store, best effort: without an answer it dies by itself.
+pub(super) async fn close(shared: &Arc<Shared>, session: &SessionBelief) {
+    let mut pauses = shared.config.retry.pauses();
+    while let Err(error) =
+        limited(&shared.clock, shared.config.retry.attempt, shared.store.close_session(session.id)).await
+    {
+        let error = error.with_store(shared.capabilities.name);
+        let (kind, message) = (error.kind(), error.to_string());
+        shared.observer.tell(|| Event::Error { kind, key: None, message });
+        let Some(pause) = pauses.next() else { return };
+        shared.clock.sleep(pause).await;
+    }
+}

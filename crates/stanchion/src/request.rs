@@ -1,0 +1,235 @@
+//! A request for a lock.
+
+use std::future::{Future, IntoFuture};
+use std::pin::Pin;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::guard::Guard;
+use crate::locks::{Locks, MAX_METADATA_BYTES, check_duration};
+use crate::store::{Demand, Term};
+use crate::wait;
+
+/// A request for a lock: await it to wait for the lock, or give it limits first.
+///
+/// # Errors
+/// When awaited: [`ErrorKind::Timeout`] at the wait limit, [`ErrorKind::Cancelled`], [`ErrorKind::Draining`],
+/// [`ErrorKind::InvalidArgument`] for a key or an option out of range or a capacity that others do not share,
+/// [`ErrorKind::Indeterminate`] if the store's answer was lost and could not be had again, and the store's faults. After
+/// every error nothing is held: what the request may have got is cleaned up.
+///
+/// # Cancel safety
+/// A dropped request loses its place in the queue and leaves nothing behind: the keeper ends what it may have got.
+///
+/// ```
+/// # use std::time::Duration;
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// # let locks = stanchion::Locks::open("memory:").await?;
+/// let guard = locks.lock("report").wait(Duration::from_secs(5)).metadata("nightly").await?;
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
+#[derive(Clone, Debug)]
+#[must_use = "a request does nothing until it is awaited"]
+pub struct LockRequest {
+    pub(crate) locks: Locks,
+    pub(crate) key: String,
+    pub(crate) wait: Option<Duration>,
+    pub(crate) ttl: Option<Duration>,
+    pub(crate) max_hold: Option<Duration>,
+    pub(crate) heartbeat_within: Option<Duration>,
+    pub(crate) cooldown: Option<Duration>,
+    pub(crate) metadata: Option<String>,
+    pub(crate) trace: Option<String>,
+    pub(crate) cancel: Option<CancellationToken>,
+    pub(crate) demand: Demand,
+}
+
+impl LockRequest {
+    pub(crate) fn new(locks: Locks, key: String) -> Self {
+        Self {
+            locks,
+            key,
+            wait: None,
+            ttl: None,
+            max_hold: None,
+            heartbeat_within: None,
+            cooldown: None,
+            metadata: None,
+            trace: None,
+            cancel: None,
+            demand: Demand::MUTEX,
+        }
+    }
+
+    /// Waits no longer than this, then [`ErrorKind::Timeout`]. Zero: one attempt. Default: no limit.
+    pub fn wait(mut self, limit: Duration) -> Self {
+        self.wait = Some(limit);
+        self
+    }
+
+    /// A fixed term: the hold lasts this long from the grant, whatever becomes of this process, moved only by
+    /// [`extend`](Guard::extend). Default: as long as the session lives and the guard is not dropped.
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.ttl = Some(ttl);
+        self
+    }
+
+    /// The hold is lost after this time, however lively the session is: for work that may hang.
+    pub fn max_hold(mut self, longest: Duration) -> Self {
+        self.max_hold = Some(longest);
+        self
+    }
+
+    /// The hold is lost when [`Guard::heartbeat`] was not called for this long: for work that may hang.
+    pub fn heartbeat_within(mut self, silence: Duration) -> Self {
+        self.heartbeat_within = Some(silence);
+        self
+    }
+
+    /// After the release the key stays closed for this long.
+    pub fn cooldown(mut self, closed: Duration) -> Self {
+        self.cooldown = Some(closed);
+        self
+    }
+
+    /// Text for people who inspect the key: at most 4 KiB.
+    pub fn metadata(mut self, text: impl Into<String>) -> Self {
+        self.metadata = Some(text.into());
+        self
+    }
+
+    /// Where the call comes from, for people who inspect the key: at most 4 KiB.
+    pub fn trace(mut self, text: impl Into<String>) -> Self {
+        self.trace = Some(text.into());
+        self
+    }
+
+    /// Gives up with [`ErrorKind::Cancelled`] when this fires.
+    pub fn cancel(mut self, token: CancellationToken) -> Self {
+        self.cancel = Some(token);
+        self
+    }
+
+    /// Takes so much of the key: default [`Demand::MUTEX`]. All who use a key must agree on its capacity.
+    pub fn demand(mut self, demand: Demand) -> Self {
+        self.demand = demand;
+        self
+    }
+
+    /// One attempt: `None` if another holds the key or waits for it. A wait limit is ignored.
+    ///
+    /// # Errors
+    /// As the request when awaited, but for the wait limit.
+    ///
+    /// # Cancel safety
+    /// As the request when awaited.
+    pub async fn try_acquire(mut self) -> Result<Option<Guard>> {
+        self.wait = Some(Duration::ZERO);
+        wait::acquire(self).await
+    }
+
+    /// Waits for the lock, runs `body` with its guard and releases. When the lock is lost the body's future is dropped at
+    /// its next await and the call fails with [`ErrorKind::Lost`].
+    ///
+    /// What the body returns is returned, an error of its own too: a failing release does not mask it (the keeper goes on
+    /// trying, and an event tells). If the hold was gone when the body ended, that is [`ErrorKind::Lost`], because the
+    /// last effects of the body may have been fenced out.
+    ///
+    /// ```
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// let fence = locks.lock("report").run(async |guard| guard.fence()).await?;
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
+    ///
+    /// # Errors
+    /// As the request when awaited, and [`ErrorKind::Lost`].
+    ///
+    /// # Cancel safety
+    /// A dropped future drops the body and releases.
+    pub async fn run<T>(self, body: impl AsyncFnOnce(&Guard) -> T) -> Result<T> {
+        let guard = self.await?;
+        let finished = tokio::select! {
+            biased;
+            value = body(&guard) => Ok(value),
+            cause = guard.lost() => Err(cause),
+        };
+        let (key, store) = (guard.key().clone(), guard.store_name());
+        let lost = |cause| Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}"));
+        let lost = |cause| lost(cause).with_key(&key).with_store(store);
+        let value = finished.map_err(lost)?;
+        if let Some(cause) = guard.loss() {
+            return Err(lost(cause));
+        }
+        match guard.release().await {
+            Ok(crate::guard::Released::AlreadyLost) => Err(lost(crate::error::LossCause::Missing)),
+            // A release that failed is told by an event, and the keeper goes on with it.
+            Ok(crate::guard::Released::Now) | Err(_) => Ok(value),
+        }
+    }
+
+    /// Checks the options, not the key.
+    pub(crate) fn check(&self) -> Result<Term> {
+        if let Some(wait) = self.wait.filter(|wait| !wait.is_zero()) {
+            check_wait(wait)?;
+        }
+        let durations = [
+            ("the ttl", self.ttl),
+            ("max_hold", self.max_hold),
+            ("heartbeat_within", self.heartbeat_within),
+            ("the cooldown", self.cooldown),
+        ];
+        for (what, span) in durations {
+            if let Some(span) = span {
+                check_duration(what, span)?;
+            }
+        }
+        for (what, text) in [("the metadata", &self.metadata), ("the trace", &self.trace)] {
+            let length = text.as_ref().map_or(0, String::len);
+            if length > MAX_METADATA_BYTES {
+                let message = format!("{what} has {length} bytes, the longest allowed is {MAX_METADATA_BYTES}");
+                return Err(Error::new(ErrorKind::InvalidArgument, message));
+            }
+        }
+        match (self.ttl, self.max_hold) {
+            (Some(_), Some(_)) => {
+                let message = "a request has a ttl or a max_hold, not both: a fixed term ends by itself";
+                Err(Error::new(ErrorKind::InvalidArgument, message))
+            }
+            (Some(ttl), None) => Ok(Term::Fixed(ttl)),
+            (None, max_hold) => Ok(Term::Session { max_hold }),
+        }
+    }
+}
+
+/// A wait limit may be short, even shorter than other durations, but not absurdly long.
+fn check_wait(wait: Duration) -> Result<()> {
+    if wait <= *crate::locks::DURATIONS.end() {
+        return Ok(());
+    }
+    let message =
+        format!("the wait limit is {wait:?}: it must be at most 30 days; leave it out to wait without a limit");
+    Err(Error::new(ErrorKind::InvalidArgument, message))
+}
+
+impl IntoFuture for LockRequest {
+    type Output = Result<Guard>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Result<Guard>> + Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(async move {
+            let (name, wait) = (self.key.clone(), self.wait);
+            let locks = self.locks.clone();
+            match wait::acquire(self).await? {
+                Some(guard) => Ok(guard),
+                // Only a limit of zero ends without a grant.
+                None => {
+                    let message = format!("not obtained within {:?}", wait.unwrap_or_default());
+                    Err(locks.handle.shared.error(ErrorKind::Timeout, message).with_key(&locks.key(&name)?))
+                }
+            }
+        })
+    }
+}

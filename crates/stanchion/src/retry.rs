@@ -1,0 +1,175 @@
+//! The retry layer: repeating after faults. Waiting for a key that is held is not its business.
+
+use std::future::Future;
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+
+use crate::clock::{Clock, jitter_seed};
+use crate::error::{Error, ErrorKind, Result};
+
+/// How a step is repeated after a fault that passes: attempts and time are both limited, and the pauses between attempts
+/// double, with jitter. Contention is not a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetryPolicy {
+    /// The most attempts of one step, the first included. Default: 8.
+    pub attempts: u32,
+    /// The longest time for one step with all its attempts. Default: 10 s.
+    pub total: Duration,
+    /// The longest time for the answer to one attempt. Default: 2 s.
+    pub attempt: Duration,
+    /// The first pause. Default: 20 ms.
+    pub pause: Duration,
+    /// The longest pause. Default: 1 s.
+    pub longest_pause: Duration,
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        Self {
+            attempts: 8,
+            total: Duration::from_secs(10),
+            attempt: Duration::from_secs(2),
+            pause: Duration::from_millis(20),
+            longest_pause: Duration::from_secs(1),
+        }
+    }
+}
+
+impl RetryPolicy {
+    /// One attempt, no repeats.
+    pub fn never() -> Self {
+        Self { attempts: 1, ..Self::default() }
+    }
+
+    /// The pauses between attempts: one fewer than attempts.
+    pub(crate) fn pauses(&self) -> impl Iterator<Item = Duration> + Send + use<> {
+        self.backoff().with_max_times(self.attempts.saturating_sub(1) as usize).build()
+    }
+
+    /// Pauses without an end, for work that must be finished.
+    pub(crate) fn endless_pauses(&self) -> impl Iterator<Item = Duration> + Send + use<> {
+        self.backoff().without_max_times().build()
+    }
+
+    fn backoff(&self) -> ExponentialBuilder {
+        ExponentialBuilder::default()
+            .with_factor(2.0)
+            .with_min_delay(self.pause)
+            .with_max_delay(self.longest_pause)
+            .with_jitter()
+            .with_jitter_seed(jitter_seed())
+    }
+}
+
+/// The result of a step that was repeated.
+pub(crate) struct Repeated<T> {
+    pub(crate) result: Result<T>,
+    /// How many attempts were made and how many of them were answered, or cannot have had an effect. Where the two
+    /// differ a request may still be on its way.
+    pub(crate) unanswered: bool,
+}
+
+/// Repeats a step after faults that pass, within the policy.
+///
+/// `attempt` must be idempotent.
+pub(crate) async fn repeat<T, F>(clock: &Clock, policy: &RetryPolicy, mut attempt: impl FnMut() -> F) -> Repeated<T>
+where
+    F: Future<Output = Result<T>>,
+{
+    let give_up_at = clock.now().after(policy.total);
+    let mut pauses = None;
+    let mut unanswered = false;
+    loop {
+        let error = match limited(clock, policy.attempt, attempt()).await {
+            Ok(value) => return Repeated { result: Ok(value), unanswered },
+            Err(error) => error,
+        };
+        unanswered |= error.is_in_doubt();
+        let pause = pauses.get_or_insert_with(|| policy.pauses()).next();
+        let pause = pause.map(|pause| pause.max(error.retry_after().unwrap_or_default()));
+        match pause {
+            Some(pause) if error.is_transient() && clock.now().after(pause) < give_up_at => clock.sleep(pause).await,
+            _ => return Repeated { result: Err(error), unanswered },
+        }
+    }
+}
+
+/// One attempt with a limit on the time for its answer.
+pub(crate) async fn limited<T>(clock: &Clock, limit: Duration, attempt: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::select! {
+        biased;
+        result = attempt => result,
+        () = clock.sleep(limit) => {
+            Err(Error::new(ErrorKind::NetworkTimeout, format!("no answer within {limit:?}")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::VirtualClock;
+    use std::cell::Cell;
+
+    fn policy() -> RetryPolicy {
+        RetryPolicy {
+            pause: Duration::from_millis(1),
+            longest_pause: Duration::from_millis(4),
+            ..RetryPolicy::default()
+        }
+    }
+
+    /// Runs a future on a virtual clock that moves on whenever everybody sleeps.
+    async fn skipping_time<T>(time: &VirtualClock, work: impl Future<Output = T>) -> T {
+        tokio::select! {
+            biased;
+            value = work => value,
+            () = async { loop { tokio::task::yield_now().await; time.advance(Duration::from_millis(1)); } } => unreachable!(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_fault_that_passes_is_repeated_and_a_lasting_one_is_not() {
+        let time = VirtualClock::new();
+        let clock = time.clock();
+        for (kind, expected) in
+            [(ErrorKind::Unavailable, 8), (ErrorKind::Unauthorized, 1), (ErrorKind::NetworkTimeout, 8)]
+        {
+            let count = Cell::new(0);
+            let policy = policy();
+            let work = repeat(&clock, &policy, || {
+                count.set(count.get() + 1);
+                async move { Err::<(), _>(Error::new(kind, "x")) }
+            });
+            let repeated = skipping_time(&time, work).await;
+            assert_eq!(repeated.result.unwrap_err().kind(), kind);
+            assert_eq!(count.get(), expected, "{kind:?}");
+            assert_eq!(repeated.unanswered, kind == ErrorKind::NetworkTimeout);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_attempt_without_an_answer_ends_at_its_limit() {
+        let time = VirtualClock::new();
+        let clock = time.clock();
+        let policy = RetryPolicy { attempts: 2, attempt: Duration::from_millis(50), ..policy() };
+        let start = clock.now();
+        let work = repeat(&clock, &policy, std::future::pending::<Result<()>>);
+        let repeated = skipping_time(&time, work).await;
+        assert_eq!(repeated.result.unwrap_err().kind(), ErrorKind::NetworkTimeout);
+        assert!(repeated.unanswered);
+        assert!(clock.now().since(start) >= Duration::from_millis(100));
+    }
+
+    #[tokio::test]
+    async fn the_total_time_is_limited_too() {
+        let time = VirtualClock::new();
+        let clock = time.clock();
+        let policy = RetryPolicy { attempts: 1_000, total: Duration::from_millis(40), ..policy() };
+        let start = clock.now();
+        let work = repeat(&clock, &policy, || async { Err::<(), _>(Error::new(ErrorKind::Unavailable, "x")) });
+        assert!(skipping_time(&time, work).await.result.is_err());
+        assert!(clock.now().since(start) <= Duration::from_millis(41));
+    }
+}

@@ -1,0 +1,296 @@
+//! What a handle, its requests, its guards and its keeper share.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::belief::{Drift, Hold, SessionBelief};
+use crate::clock::{BootTime, Clock};
+use crate::error::{Error, ErrorKind, LossCause, Result};
+use crate::event::{Event, Observer};
+use crate::fence::Fence;
+use crate::keeper::Command;
+use crate::key::Key;
+use crate::retry::{Repeated, RetryPolicy, repeat};
+use crate::store::{Capabilities, Reply, Store, StoreTime};
+use crate::token::TokenId;
+
+/// What a handle was configured with.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    pub(crate) namespace: String,
+    pub(crate) owner: String,
+    pub(crate) session_ttl: Duration,
+    pub(crate) drift: Drift,
+    pub(crate) retry: RetryPolicy,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) capabilities: Capabilities,
+    pub(crate) clock: Clock,
+    pub(crate) config: Config,
+    pub(crate) observer: Observer,
+    /// What the keeper has of a session.
+    pub(crate) session: watch::Sender<SessionView>,
+    registry: Mutex<HashMap<TokenId, Entry>>,
+    store_clock: Mutex<Option<(StoreTime, BootTime)>>,
+    commands: mpsc::UnboundedSender<Command>,
+    drain_reason: OnceLock<String>,
+    draining: CancellationToken,
+    /// Fires when the keeper has ended: nobody drives the timers any more.
+    pub(crate) closed: CancellationToken,
+    /// The process that opened the handle: a forked child must not use it.
+    process: u32,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum SessionView {
+    /// None yet, or none any more; the last error, if there was one.
+    Opening(Option<(ErrorKind, String)>),
+    Open(Arc<SessionBelief>),
+    Closed,
+}
+
+/// What this process knows of a token.
+#[derive(Clone, Debug)]
+pub(crate) enum Entry {
+    Waiting(Arc<WaitCell>),
+    Held(Arc<Hold>),
+}
+
+/// Where a waiting call is told what happens.
+#[derive(Debug, Default)]
+pub(crate) struct WaitCell {
+    signal: Mutex<Option<Signal>>,
+    notify: Notify,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Signal {
+    Granted(Fence),
+    /// Something may have changed: ask.
+    Recheck,
+}
+
+impl WaitCell {
+    pub(crate) fn tell(&self, signal: Signal) {
+        let mut current = self.signal.lock().unwrap_or_else(PoisonError::into_inner);
+        // A grant says more than a hint.
+        if !matches!(*current, Some(Signal::Granted(_))) {
+            *current = Some(signal);
+        }
+        drop(current);
+        self.notify.notify_one();
+    }
+
+    /// The next signal. A dropped future loses none.
+    pub(crate) async fn next(&self) -> Signal {
+        loop {
+            let notified = self.notify.notified();
+            if let Some(signal) = self.signal.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                return signal;
+            }
+            notified.await;
+        }
+    }
+}
+
+impl Shared {
+    pub(crate) fn new(
+        store: Arc<dyn Store>,
+        clock: Clock,
+        config: Config,
+        commands: mpsc::UnboundedSender<Command>,
+    ) -> Self {
+        let capabilities = store.capabilities();
+        Self {
+            store,
+            capabilities,
+            clock,
+            config,
+            observer: Observer::default(),
+            session: watch::Sender::new(SessionView::Opening(None)),
+            registry: Mutex::default(),
+            store_clock: Mutex::default(),
+            commands,
+            drain_reason: OnceLock::new(),
+            draining: CancellationToken::new(),
+            closed: CancellationToken::new(),
+            process: std::process::id(),
+        }
+    }
+
+    pub(crate) fn registry(&self) -> MutexGuard<'_, HashMap<TokenId, Entry>> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn entry(&self, token: TokenId) -> Option<Entry> {
+        self.registry().get(&token).cloned()
+    }
+
+    /// All holds, for the keeper.
+    pub(crate) fn holds(&self) -> Vec<Arc<Hold>> {
+        let registry = self.registry();
+        registry
+            .values()
+            .filter_map(|entry| match entry {
+                Entry::Held(hold) => Some(hold.clone()),
+                Entry::Waiting(_) => None,
+            })
+            .collect()
+    }
+
+    pub(crate) fn command(&self, command: Command) {
+        let _the_keeper_has_ended = self.commands.send(command);
+    }
+
+    pub(crate) fn error(&self, kind: ErrorKind, message: impl Into<String>) -> Error {
+        Error::new(kind, message).with_store(self.capabilities.name)
+    }
+
+    /// Refuses a child that was forked after the handle was opened: it would share the parent's connections.
+    pub(crate) fn check_process(&self) -> Result<()> {
+        if self.is_own_process() {
+            return Ok(());
+        }
+        let message = format!(
+            "this handle was opened by process {}, and this is a fork of it: open a handle of its own after the fork",
+            self.process
+        );
+        Err(self.error(ErrorKind::Unsupported, message))
+    }
+
+    pub(crate) fn is_own_process(&self) -> bool {
+        std::process::id() == self.process
+    }
+
+    /// Repeats a step after faults, learns the store's time from its answer, and names the store in its error.
+    pub(crate) async fn step<T, F>(&self, attempt: impl FnMut() -> F) -> Repeated<Reply<T>>
+    where
+        F: Future<Output = Result<Reply<T>>>,
+    {
+        let mut repeated = tokio::select! {
+            biased;
+            repeated = repeat(&self.clock, &self.config.retry, attempt) => repeated,
+            () = self.closed.cancelled() => Repeated { result: Err(self.draining_error()), unanswered: true },
+        };
+        repeated.result = repeated.result.map_err(|error| error.with_store(self.capabilities.name));
+        if let Ok(reply) = &repeated.result {
+            self.saw_store_time(reply.time);
+        }
+        repeated
+    }
+
+    pub(crate) fn saw_store_time(&self, time: StoreTime) {
+        *self.store_clock.lock().unwrap_or_else(PoisonError::into_inner) = Some((time, self.clock.now()));
+    }
+
+    /// The store's time by the last answer and what has passed since. Never ahead of the store, but for drift.
+    pub(crate) fn store_time(&self) -> StoreTime {
+        let seen = *self.store_clock.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.map_or(StoreTime::from_micros(0), |(time, at)| time.after(self.clock.now().since(at)))
+    }
+
+    pub(crate) fn drain(&self, reason: &str) {
+        if self.drain_reason.set(reason.to_owned()).is_ok() {
+            self.observer.tell(|| Event::Draining { reason: reason.to_owned() });
+        }
+        self.draining.cancel();
+    }
+
+    pub(crate) fn draining(&self) -> &CancellationToken {
+        &self.draining
+    }
+
+    pub(crate) fn drain_reason(&self) -> Option<&str> {
+        self.drain_reason.get().map(String::as_str)
+    }
+
+    pub(crate) fn draining_error(&self) -> Error {
+        let reason = self.drain_reason().unwrap_or("closed");
+        self.error(ErrorKind::Draining, format!("the handle takes no new holds: {reason}"))
+    }
+
+    /// A session that is believed now. Waits for the keeper to open one, within the retry policy.
+    pub(crate) async fn believed_session(&self) -> Result<Arc<SessionBelief>> {
+        let mut views = self.session.subscribe();
+        let give_up_at = self.clock.now().after(self.config.retry.total);
+        loop {
+            match &*views.borrow_and_update() {
+                SessionView::Open(session) if session.is_believed(self.clock.now()) => return Ok(session.clone()),
+                SessionView::Closed => return Err(self.draining_error()),
+                // What does not pass is not waited for.
+                SessionView::Opening(Some((kind, message))) if !kind.is_transient() => {
+                    return Err(self.error(*kind, message.clone()));
+                }
+                SessionView::Open(_) | SessionView::Opening(_) => {}
+            }
+            tokio::select! {
+                changed = views.changed() => if changed.is_err() {
+                    return Err(self.error(ErrorKind::Internal, "the keeper has ended"));
+                },
+                () = self.clock.sleep_until(give_up_at) => {
+                    let view = views.borrow().clone();
+                    let (kind, message) = match view {
+                        SessionView::Opening(Some(error)) => error,
+                        _ => (ErrorKind::Unavailable, "no session could be opened".to_owned()),
+                    };
+                    return Err(self.error(kind, message));
+                },
+            }
+        }
+    }
+
+    /// Ends the belief in a hold, tells everybody, and has its token ended in the store.
+    pub(crate) fn lose(&self, hold: &Hold, cause: LossCause, reason: Option<String>) {
+        if !hold.lose(cause) {
+            return;
+        }
+        self.registry().remove(&hold.token);
+        self.observer.tell(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
+        // With its session a session hold is gone; everything else has a token that must be ended.
+        if !(hold.session_bound && cause == LossCause::SessionExpired) {
+            self.command(Command::End(End::of_hold(hold, None)));
+        }
+    }
+}
+
+/// A token to be ended in the store, until that is definite.
+#[derive(Debug)]
+pub(crate) struct End {
+    pub(crate) key: Key,
+    pub(crate) token: TokenId,
+    pub(crate) cooldown: Option<Duration>,
+    /// A request of the token may still be on its way: an answer counts only after this time of the store.
+    pub(crate) unanswered_until: Option<StoreTime>,
+    /// The session that the token depends on: once that is over, nothing is left to end.
+    pub(crate) session: Option<Arc<SessionBelief>>,
+    /// When nothing of the token can be left, because its term has run out.
+    pub(crate) over_at: BootTime,
+    /// The hold, if it was one: told as released when done.
+    pub(crate) released: Option<(Fence, BootTime)>,
+}
+
+impl End {
+    pub(crate) fn of_hold(hold: &Hold, cooldown: Option<Duration>) -> Self {
+        Self {
+            key: hold.key.clone(),
+            token: hold.token,
+            cooldown,
+            unanswered_until: hold.unanswered_until,
+            session: hold.session_bound.then(|| hold.session.clone()),
+            over_at: if hold.has_deadline() {
+                hold.valid_until().after(Duration::from_secs(60))
+            } else {
+                BootTime::NEVER
+            },
+            released: None,
+        }
+    }
+}

@@ -1,0 +1,404 @@
+//! The waiting loop: from a request to a grant. It alone decides how long to wait and when to ask again.
+//!
+//! # Invariants
+//! 1. From before the first question until the grant is in the caller's hand, a [`Pending`] stands for the token: dropped
+//!    at any point, it has the keeper end whatever the token got.
+//! 2. A token is asked for once; asking again is a poll, or the very same request within its window.
+//! 3. A grant is believed only while the session that asked is believed, and a deadline counts from before the very
+//!    question whose answer told what remains.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::belief::{Hold, NewHold, SessionBelief};
+use crate::clock::{BootTime, jitter};
+use crate::error::{Error, ErrorKind, LossCause, Result};
+use crate::event::Event;
+use crate::guard::Guard;
+use crate::keeper::Command;
+use crate::key::Key;
+use crate::locks::{DURATIONS, Locks};
+use crate::request::LockRequest;
+use crate::shared::{End, Entry, Shared, Signal, WaitCell};
+use crate::store::{
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Granted, PollOutcome, Queued, StoreTime, Term,
+};
+use crate::token::{Token, TokenId};
+
+/// How long a request may be on its way. Shorter where the session or the term is short.
+const LONGEST_WINDOW: Duration = Duration::from_secs(5);
+
+/// How often a waiter asks although nobody called it: a lost push costs so much.
+const PACE: Duration = Duration::from_secs(1);
+
+/// The same in a store that does not push.
+const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
+
+/// How long, and what ends the wait.
+pub(crate) async fn acquire(request: LockRequest) -> Result<Option<Guard>> {
+    let locks = request.locks.clone();
+    let shared = &locks.handle.shared;
+    let key = locks.key(&request.key).map_err(|error| error.with_store(shared.capabilities.name))?;
+    let name = |error: Error| error.with_key(&key).with_store(shared.capabilities.name);
+    let term = request.check().map_err(name)?;
+    let started = shared.clock.now();
+    let enqueue = request.wait != Some(Duration::ZERO);
+    let limit = request.wait.filter(|_| enqueue).map_or(BootTime::NEVER, |wait| started.after(wait));
+    let cancel = request.cancel.clone();
+    let cancelled = async {
+        match &cancel {
+            Some(token) => token.cancelled().await,
+            None => std::future::pending().await,
+        }
+    };
+    let mut call = Call { locks: &locks, key: &key, request: &request, term, started, enqueue, fault: None };
+    let ended = tokio::select! {
+        biased;
+        () = cancelled => Err(Error::new(ErrorKind::Cancelled, "the caller cancelled the wait")),
+        () = shared.draining().cancelled() => Err(shared.draining_error()),
+        result = call.ask() => result,
+        () = shared.clock.sleep_until(limit) => Ok(None),
+    };
+    match ended.map_err(name)? {
+        Some(guard) => Ok(Some(guard)),
+        None if !enqueue => Ok(None),
+        // The limit came while the store was failing: say that, not that the key was busy.
+        None => Err(name(call.fault.take().unwrap_or_else(|| {
+            let message = format!("not obtained within {:?}", request.wait.unwrap_or_default());
+            Error::new(ErrorKind::Timeout, message)
+        }))),
+    }
+}
+
+/// Takes up a detached hold.
+pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
+    let shared = &locks.handle.shared;
+    let key = token.key();
+    let name = |error: Error| error.with_key(key).with_store(shared.capabilities.name);
+    shared.check_process().map_err(name)?;
+    if shared.draining().is_cancelled() {
+        return Err(name(shared.draining_error()));
+    }
+    let session = shared.believed_session().await.map_err(name)?;
+    let mut pending = Pending::new(shared, key, session, None)?;
+    let request = AdoptRequest {
+        key: key.clone(),
+        from: token.id(),
+        to: pending.token,
+        session: pending.session.id,
+        not_after: pending.not_after,
+    };
+    let mut asked = shared.clock.now();
+    let step = shared.step(|| {
+        asked = shared.clock.now();
+        shared.store.adopt(request.clone())
+    });
+    let step = step.await;
+    pending.unanswered = step.unanswered;
+    match step.result.map_err(|error| name(pending.in_doubt(error)))?.outcome {
+        AdoptOutcome::Adopted { granted, session_bound } => {
+            let term = Grant { granted, asked, session_bound, heartbeat_within: None, length: granted.remaining };
+            pending.hold(locks, term, None).ok_or_else(|| {
+                name(Error::new(ErrorKind::Lost(LossCause::TermExpired), "taken up with too little time left"))
+            })
+        }
+        AdoptOutcome::Gone => {
+            pending.nothing_was_created();
+            Err(name(Error::new(ErrorKind::Lost(LossCause::Missing), "there is no such hold any more")))
+        }
+        AdoptOutcome::Stale | AdoptOutcome::SessionGone => {
+            Err(name(Error::new(ErrorKind::Unavailable, "the hold could not be taken up in time; try again")))
+        }
+    }
+}
+
+/// One call to acquire, with all its tokens.
+struct Call<'a> {
+    locks: &'a Locks,
+    key: &'a Key,
+    request: &'a LockRequest,
+    term: Term,
+    started: BootTime,
+    enqueue: bool,
+    /// The last fault that was met.
+    fault: Option<Error>,
+}
+
+/// How one token ended.
+enum Round {
+    Granted(Guard),
+    Busy,
+    /// The token is over; the call goes on with a fresh one, at the end of the queue.
+    Again,
+}
+
+impl Call<'_> {
+    fn shared(&self) -> &Arc<Shared> {
+        &self.locks.handle.shared
+    }
+
+    async fn ask(&mut self) -> Result<Option<Guard>> {
+        loop {
+            match self.round().await {
+                Ok(Round::Granted(guard)) => return Ok(Some(guard)),
+                Ok(Round::Busy) => return Ok(None),
+                Ok(Round::Again) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// One token, from the first question to its end.
+    async fn round(&mut self) -> Result<Round> {
+        let shared = self.shared().clone();
+        let session = shared.believed_session().await?;
+        let mut pending = Pending::new(&shared, self.key, session, Some(self.term))?;
+        let request = AcquireRequest {
+            key: self.key.clone(),
+            token: pending.token,
+            session: pending.session.id,
+            demand: self.request.demand,
+            term: self.term,
+            enqueue: self.enqueue,
+            not_after: pending.not_after,
+            metadata: self.request.metadata.clone(),
+            trace: self.request.trace.clone(),
+        };
+        let mut asked = shared.clock.now();
+        let step = shared.step(|| {
+            asked = shared.clock.now();
+            shared.store.acquire(request.clone())
+        });
+        let step = step.await;
+        pending.unanswered = step.unanswered;
+        let reply = match step.result {
+            Ok(reply) => reply,
+            Err(error) => return Err(pending.in_doubt(error)),
+        };
+        match reply.outcome {
+            AcquireOutcome::Granted(granted) => Ok(self.granted(pending, granted, asked)),
+            AcquireOutcome::Queued(queued) => {
+                shared.observer.tell(|| Event::Contended { key: self.key.clone(), ahead: queued.ahead });
+                self.wait(pending, queued).await
+            }
+            AcquireOutcome::Busy { .. } => {
+                pending.nothing_was_created();
+                Ok(Round::Busy)
+            }
+            // The window was missed, or the session ended under the question: the keeper opens another one.
+            AcquireOutcome::Stale | AcquireOutcome::Forced => Ok(Round::Again),
+            AcquireOutcome::SessionGone => {
+                self.session_change(&pending).await;
+                Ok(Round::Again)
+            }
+            AcquireOutcome::CapacityMismatch { in_use } => {
+                pending.nothing_was_created();
+                let asked = self.request.demand.capacity();
+                let message = format!("the key is in use with a capacity of {in_use}, this request says {asked}");
+                Err(Error::new(ErrorKind::InvalidArgument, message))
+            }
+            AcquireOutcome::QueueFull { limit } => {
+                pending.nothing_was_created();
+                Err(Error::new(ErrorKind::RateLimited, format!("{limit} wait for the key already")))
+            }
+        }
+    }
+
+    /// The store says that the session is gone; the keeper learns it by its next beat.
+    async fn session_change(&self, pending: &Pending) {
+        let soon = self.shared().config.session_ttl / 10;
+        tokio::select! {
+            () = pending.session.over().cancelled() => {}
+            () = self.shared().clock.sleep(soon) => {}
+        }
+    }
+
+    /// In the queue: until a push, a poll or the end of the session says how it went on.
+    async fn wait(&mut self, pending: Pending, mut queued: Queued) -> Result<Round> {
+        let shared = self.shared().clone();
+        loop {
+            let nap = nap(&shared, queued);
+            tokio::select! {
+                biased;
+                () = pending.session.over().cancelled() => return Ok(Round::Again),
+                signal = pending.cell.next() => if let Signal::Granted(fence) = signal
+                    // A deadline's start is known only to the store: confirm it.
+                    && self.term.length().is_none()
+                {
+                    let granted = Granted { fence, remaining: None };
+                    return Ok(self.granted(pending, granted, shared.clock.now()));
+                },
+                () = shared.clock.sleep(nap) => {}
+            }
+            let mut asked = shared.clock.now();
+            let step = shared.step(|| {
+                asked = shared.clock.now();
+                shared.store.poll(self.key, pending.token)
+            });
+            match step.await.result {
+                Ok(reply) => match reply.outcome {
+                    PollOutcome::Granted(granted) => return Ok(self.granted(pending, granted, asked)),
+                    PollOutcome::Queued(still) => {
+                        self.fault = None;
+                        queued = still;
+                    }
+                    // Something of it may still be on its way, if an answer was missing: the keeper sees to it.
+                    PollOutcome::Gone => return Ok(Round::Again),
+                },
+                // Its place in the queue is worth one more round of attempts.
+                Err(error) if error.is_transient() && self.fault.is_none() => self.fault = Some(error),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn granted(&self, pending: Pending, granted: Granted, asked: BootTime) -> Round {
+        let grant = Grant {
+            granted,
+            asked,
+            session_bound: matches!(self.term, Term::Session { .. }),
+            heartbeat_within: self.request.heartbeat_within,
+            length: self.term.length(),
+        };
+        let fence = granted.fence;
+        match pending.hold(self.locks, grant, self.request.cooldown) {
+            Some(guard) => {
+                let shared = self.shared();
+                let waited = shared.clock.now().since(self.started);
+                shared.observer.tell(|| Event::Acquired { key: self.key.clone(), fence, waited });
+                Round::Granted(guard)
+            }
+            // Too little validity was left: released, not used.
+            None => Round::Again,
+        }
+    }
+}
+
+/// How long until the next question.
+fn nap(shared: &Shared, queued: Queued) -> Duration {
+    let pace = if shared.capabilities.push { PACE } else { PACE_WITHOUT_PUSH };
+    let pace = jitter(pace);
+    match queued.check_in {
+        // Those behind come a little later: the head's question settles the key for all.
+        Some(check_in) => pace.min(check_in + Duration::from_millis(1 + u64::from(queued.ahead.min(100)))),
+        None => pace,
+    }
+}
+
+/// How long a request may be on its way: shorter than the shortest term that depends on it.
+fn window(shared: &Shared, term: Option<Term>) -> Duration {
+    let shortest =
+        term.and_then(Term::length).map_or(shared.config.session_ttl, |length| length.min(shared.config.session_ttl));
+    LONGEST_WINDOW.min(shortest / 2)
+}
+
+/// A token between its first question and its grant (invariant 1).
+struct Pending {
+    shared: Arc<Shared>,
+    key: Key,
+    token: TokenId,
+    session: Arc<SessionBelief>,
+    not_after: StoreTime,
+    cell: Arc<WaitCell>,
+    /// The length of the term, if the session does not end it.
+    fixed: Option<Duration>,
+    /// A question of this token that may create has not been answered.
+    unanswered: bool,
+    /// The token has nothing to end: it was handed on, or it never got anything.
+    spent: bool,
+}
+
+/// A grant and what its belief is built from.
+struct Grant {
+    granted: Granted,
+    /// Before the question was sent whose answer told of the grant.
+    asked: BootTime,
+    session_bound: bool,
+    heartbeat_within: Option<Duration>,
+    /// The length of the term, if it has a deadline.
+    length: Option<Duration>,
+}
+
+impl Pending {
+    fn new(shared: &Arc<Shared>, key: &Key, session: Arc<SessionBelief>, term: Option<Term>) -> Result<Self> {
+        let token = TokenId::random()?;
+        let cell = Arc::new(WaitCell::default());
+        let not_after = shared.store_time().after(window(shared, term));
+        shared.registry().insert(token, Entry::Waiting(cell.clone()));
+        // Until the first answer has come, everything is unanswered.
+        let unanswered = true;
+        let fixed = match term {
+            Some(Term::Fixed(ttl)) => Some(ttl),
+            // What is adopted may have any term.
+            None => Some(*DURATIONS.end()),
+            Some(Term::Session { .. }) => None,
+        };
+        let (shared, key) = (shared.clone(), key.clone());
+        Ok(Self { shared, key, token, session, not_after, cell, fixed, unanswered, spent: false })
+    }
+
+    /// An error after which the caller gives up. What the token may have got is ended when `self` is dropped.
+    fn in_doubt(&mut self, error: Error) -> Error {
+        if !self.unanswered || !error.is_transient() {
+            return error;
+        }
+        let message = format!("the outcome is not known, the library cleans up behind it: {error}");
+        let token = Token::new(self.key.clone(), self.token);
+        Error::new(ErrorKind::Indeterminate, message).with_source(error).with_token(token)
+    }
+
+    /// The store answered that it entered nothing, and nothing else of this token is on its way.
+    fn nothing_was_created(&mut self) {
+        if !self.unanswered {
+            self.shared.registry().remove(&self.token);
+            self.spent = true;
+        }
+    }
+
+    /// Turns the grant into a guard, if it can be believed for a while.
+    fn hold(mut self, locks: &Locks, grant: Grant, cooldown: Option<Duration>) -> Option<Guard> {
+        let now = self.shared.clock.now();
+        let drift = self.shared.config.drift;
+        let deadline = grant
+            .granted
+            .remaining
+            .map(|remaining| (grant.asked.after(drift.shorten(remaining)), grant.length.unwrap_or(remaining)));
+        let hold = Arc::new(Hold::new(NewHold {
+            key: self.key.clone(),
+            token: self.token,
+            fence: grant.granted.fence,
+            session: self.session.clone(),
+            session_bound: grant.session_bound,
+            since: now,
+            deadline,
+            heartbeat_within: grant.heartbeat_within,
+            unanswered_until: self.unanswered.then_some(self.not_after),
+        }));
+        hold.ended(now).is_none().then(|| {
+            self.spent = true;
+            self.shared.registry().insert(self.token, Entry::Held(hold.clone()));
+            if hold.look_at() != BootTime::NEVER {
+                self.shared.command(Command::Watch(hold.clone()));
+            }
+            Guard::new(locks.clone(), hold, cooldown)
+        })
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        if self.spent || !self.shared.is_own_process() {
+            return;
+        }
+        self.shared.registry().remove(&self.token);
+        self.shared.command(Command::End(End {
+            key: self.key.clone(),
+            token: self.token,
+            cooldown: None,
+            unanswered_until: self.unanswered.then_some(self.not_after),
+            session: self.fixed.is_none().then(|| self.session.clone()),
+            over_at: self.fixed.map_or(BootTime::NEVER, |ttl| self.shared.clock.now().after(ttl + LONGEST_WINDOW * 2)),
+            released: None,
+        }));
+    }
+}

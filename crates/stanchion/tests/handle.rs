@@ -1,0 +1,305 @@
+//! The handle, its requests and its guards, on the memory store.
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use stanchion::store::{Fault, Faulty, Memory, Step};
+use stanchion::{Demand, ErrorKind, Event, Locks, LossCause, Released, RetryPolicy, VirtualClock};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Waits, generously, until something is so.
+async fn until(what: &str, mut so: impl AsyncFnMut() -> bool) {
+    for _ in 0..10_000 {
+        if so().await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    panic!("never: {what}");
+}
+
+async fn is_free(locks: &Locks, key: &str) -> bool {
+    let state = locks.inspect(key).await.unwrap();
+    state.holders.is_empty() && state.waiters.is_empty()
+}
+
+#[tokio::test]
+async fn one_at_a_time_first_come_first_served() {
+    let locks = Locks::open("memory:").await.unwrap();
+    let first = locks.lock("k").await.unwrap();
+    assert!(locks.try_lock("k").await.unwrap().is_none());
+    let mut waiters = Vec::new();
+    for i in 0..5 {
+        let task = tokio::spawn({
+            let locks = locks.clone();
+            async move { (i, locks.lock("k").await.unwrap().fence()) }
+        });
+        until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == i + 1).await;
+        waiters.push(task);
+    }
+    let mut last = first.fence();
+    drop(first);
+    for (expected, task) in waiters.into_iter().enumerate() {
+        let (i, fence) = task.await.unwrap();
+        assert_eq!(i, expected);
+        assert!(fence > last, "fences rise");
+        last = fence;
+    }
+    until("free", async || is_free(&locks, "k").await).await;
+}
+
+#[tokio::test]
+async fn a_wait_limit_ends_the_wait_and_leaves_nothing() {
+    let locks = Locks::open("memory:").await.unwrap();
+    let held = locks.lock("k").await.unwrap();
+    let error = locks.lock("k").wait(Duration::from_millis(30)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Timeout);
+    assert_eq!(error.to_string(), "key `k` in memory: not obtained within 30ms");
+    assert_eq!(locks.lock("k").wait(Duration::ZERO).await.unwrap_err().kind(), ErrorKind::Timeout);
+    until("no waiter", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
+    assert_eq!(held.release().await.unwrap(), Released::Now);
+}
+
+#[tokio::test]
+async fn a_hold_is_lost_on_time_when_the_store_is_gone() {
+    let time = VirtualClock::new();
+    let store = Faulty::with_clock(Memory::with_clock(time.clock()), time.clock());
+    let faults = store.faults();
+    let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
+    let guard = locks.lock("k").await.unwrap();
+    // The session is beaten at 2, 4, … seconds.
+    for _ in 0..20 {
+        let beats = faults.count(Step::Beat);
+        time.advance(2 * SECOND);
+        until("it beats", async || faults.count(Step::Beat) > beats).await;
+    }
+    assert!(guard.is_held());
+    let left = guard.remaining().unwrap();
+    assert!(left > 7 * SECOND && left < 8 * SECOND, "{left:?}");
+    faults.always(Step::Beat, Fault::Fail(ErrorKind::Unavailable));
+    time.advance(left);
+    assert!(!guard.is_held());
+    assert!(guard.valid_for().unwrap() >= 2 * SECOND, "others cannot have it yet");
+    assert_eq!(guard.lost().await, LossCause::SessionExpired);
+    assert_eq!(guard.release().await.unwrap(), Released::AlreadyLost);
+    faults.clear();
+    // Another session is opened, and life goes on.
+    let again = locks.lock("k").await.unwrap();
+    assert!(again.is_held());
+}
+
+#[tokio::test]
+async fn a_lost_answer_is_asked_for_again_and_gives_the_same_grant() {
+    let store = Faulty::new(Memory::new());
+    let faults = store.faults();
+    let locks = Locks::with_store(store).await.unwrap();
+    faults.next(Step::Acquire, Fault::LoseReply);
+    let guard = locks.lock("k").await.unwrap();
+    assert_eq!(locks.inspect("k").await.unwrap().holders.len(), 1);
+    faults.next(Step::Release, Fault::LoseReply);
+    assert_eq!(
+        guard.release().await.unwrap(),
+        Released::Now,
+        "the repeat found nothing, because the first had done it"
+    );
+    until("free", async || is_free(&locks, "k").await).await;
+}
+
+#[tokio::test]
+async fn an_unknown_outcome_is_told_and_cleaned_up() {
+    let store = Faulty::new(Memory::new());
+    let faults = store.faults();
+    let retry = RetryPolicy { attempts: 2, ..RetryPolicy::default() };
+    let locks = Locks::builder_with_store(store).retry(retry).session_ttl(SECOND).open().await.unwrap();
+    faults.always(Step::Acquire, Fault::LoseReply);
+    let error = locks.lock("k").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Indeterminate);
+    assert!(error.token().is_some());
+    faults.clear();
+    until("cleaned up", async || is_free(&locks, "k").await).await;
+}
+
+#[tokio::test]
+async fn a_request_that_arrives_late_does_not_leave_a_hold() {
+    let store = Faulty::new(Memory::new());
+    let faults = store.faults();
+    let retry = RetryPolicy { attempts: 1, ..RetryPolicy::default() };
+    let locks = Locks::builder_with_store(store).retry(retry).session_ttl(2 * SECOND).open().await.unwrap();
+    faults.next(Step::Acquire, Fault::Hold);
+    assert_eq!(locks.lock("k").await.unwrap_err().kind(), ErrorKind::Indeterminate);
+    until("the keeper ended it once", async || faults.count(Step::Abandon) > 0).await;
+    assert_eq!(faults.deliver().await, 1);
+    assert!(!is_free(&locks, "k").await, "the late request took effect: the test is worth something");
+    until("cleaned up again", async || is_free(&locks, "k").await).await;
+}
+
+#[tokio::test]
+async fn a_forced_release_tells_the_holder_by_push_and_without() {
+    for lose_pushes in [false, true] {
+        let store = Faulty::new(Memory::new());
+        let faults = store.faults();
+        let locks = Locks::builder_with_store(store).session_ttl(SECOND).open().await.unwrap();
+        let mut events = locks.events();
+        let guard = locks.lock("k").await.unwrap();
+        faults.lose_pushes(lose_pushes);
+        locks.force_release("k", guard.fence(), "the operator says so").await.unwrap();
+        assert_eq!(guard.lost().await, LossCause::Forced);
+        let reason = loop {
+            if let Event::Lost { reason, .. } = events.next().await.unwrap() {
+                break reason;
+            }
+        };
+        assert_eq!(reason.as_deref(), Some("the operator says so"));
+        assert!(locks.lock("k").await.unwrap().fence() > guard.fence());
+    }
+}
+
+#[tokio::test]
+async fn a_lost_push_costs_time_only() {
+    let store = Faulty::new(Memory::new());
+    store.faults().lose_pushes(true);
+    let locks = Locks::with_store(store).await.unwrap();
+    let held = locks.lock("k").await.unwrap();
+    let waiter = tokio::spawn({
+        let locks = locks.clone();
+        async move { locks.lock("k").await.map(|guard| guard.is_held()) }
+    });
+    until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+    drop(held);
+    assert!(waiter.await.unwrap().unwrap());
+}
+
+#[tokio::test]
+async fn the_body_is_dropped_when_the_lock_is_lost() {
+    let locks = Locks::open("memory:").await.unwrap();
+    let dropped = Arc::new(());
+    let seen = dropped.clone();
+    let other = locks.clone();
+    let ended = tokio::spawn(async move {
+        let locks = other;
+        locks
+            .clone()
+            .lock("k")
+            .run(async move |guard| {
+                let _seen = seen;
+                locks.force_release("k", guard.fence(), "test").await.unwrap();
+                std::future::pending::<()>().await;
+            })
+            .await
+    });
+    assert_eq!(ended.await.unwrap().unwrap_err().kind(), ErrorKind::Lost(LossCause::Forced));
+    assert_eq!(Arc::strong_count(&dropped), 1);
+    assert!(locks.lock("k").run(async |guard| guard.is_held()).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_heartbeat_that_stays_away_and_a_max_hold_end_the_hold() {
+    let time = VirtualClock::new();
+    let locks = Locks::builder_with_store(Memory::with_clock(time.clock())).clock(time.clock()).open().await.unwrap();
+    let quiet = locks.lock("a").heartbeat_within(SECOND).await.unwrap();
+    let capped = locks.lock("b").max_hold(3 * SECOND).await.unwrap();
+    time.advance(Duration::from_millis(900));
+    quiet.heartbeat().unwrap();
+    time.advance(Duration::from_millis(900));
+    assert!(quiet.is_held());
+    time.advance(Duration::from_millis(100));
+    assert_eq!(quiet.lost().await, LossCause::HeartbeatMissed);
+    assert!(quiet.heartbeat().is_err());
+    time.advance(Duration::from_millis(400));
+    assert_eq!(capped.lost().await, LossCause::MaxHold);
+    until("released", async || is_free(&locks, "a").await && is_free(&locks, "b").await).await;
+}
+
+#[tokio::test]
+async fn a_fixed_term_can_be_detached_and_adopted_once() {
+    let store = Memory::new();
+    let first = Locks::with_store(store.clone()).await.unwrap();
+    let second = Locks::with_store(store).await.unwrap();
+    let guard = first.lock("k").ttl(60 * SECOND).await.unwrap();
+    let fence = guard.fence();
+    let token = guard.detach();
+    first.close().await.unwrap();
+    assert!(second.owns(&token).await.unwrap());
+    let adopted = second.adopt(token.to_string().parse().unwrap()).await.unwrap();
+    assert_eq!(adopted.fence(), fence);
+    assert_eq!(second.adopt(token).await.unwrap_err().kind(), ErrorKind::Lost(LossCause::Missing));
+    adopted.extend(120 * SECOND).await.unwrap();
+    assert!(adopted.remaining().unwrap() > 60 * SECOND);
+    assert_eq!(adopted.release().await.unwrap(), Released::Now);
+}
+
+#[tokio::test]
+async fn draining_and_closing() {
+    let locks = Locks::open("memory:").await.unwrap();
+    let guard = locks.lock("k").await.unwrap();
+    let waiter = tokio::spawn({
+        let locks = locks.clone();
+        async move { locks.lock("k").await }
+    });
+    until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+    locks.drain("deploy");
+    assert_eq!(waiter.await.unwrap().unwrap_err().kind(), ErrorKind::Draining);
+    assert_eq!(guard.draining(), Some("deploy"));
+    assert_eq!(guard.heartbeat().unwrap_err().kind(), ErrorKind::Draining);
+    assert!(guard.is_held());
+    locks.close().await.unwrap();
+    assert_eq!(guard.lost().await, LossCause::Closed);
+    assert_eq!(locks.lock("x").await.unwrap_err().kind(), ErrorKind::Draining);
+    assert_eq!(locks.close().await.unwrap(), ());
+}
+
+#[tokio::test]
+async fn readers_share_and_writers_are_not_starved() {
+    let locks = Locks::open("memory:").await.unwrap();
+    let reader = locks.lock("k").demand(Demand::READ).await.unwrap();
+    let second = locks.lock("k").demand(Demand::READ).await.unwrap();
+    let writer = tokio::spawn({
+        let locks = locks.clone();
+        async move { locks.lock("k").demand(Demand::WRITE).await.unwrap() }
+    });
+    until("the writer waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+    assert!(locks.lock("k").demand(Demand::READ).try_acquire().await.unwrap().is_none(), "not past the writer");
+    drop((reader, second));
+    let writer = writer.await.unwrap();
+    assert!(writer.is_held());
+    let error = locks.lock("k").demand(Demand::new(1, 3).unwrap()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert!(error.to_string().contains("2147483647") && error.to_string().contains('3'), "{error}");
+}
+
+#[test]
+fn a_guard_outlives_its_runtime_and_is_dropped_without_one() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let (locks, guard) = runtime.block_on(async {
+        let locks = Locks::open("memory:").await.unwrap();
+        let guard = locks.lock("k").await.unwrap();
+        (locks, guard)
+    });
+    drop(runtime);
+    drop(guard);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(until("released", async || is_free(&locks, "k").await));
+}
+
+#[test]
+fn requests_and_guards_can_be_sent() {
+    fn send<T: Send + 'static>() {}
+    fn sync<T: Sync>() {}
+    send::<Locks>();
+    sync::<Locks>();
+    send::<stanchion::Guard>();
+    sync::<stanchion::Guard>();
+    send::<stanchion::LockRequest>();
+    fn send_value<T: Send>(_: T) {}
+    let check = |locks: &Locks, guard: stanchion::Guard| {
+        send_value(locks.try_lock("k"));
+        send_value(locks.lock("k").run(async |guard| guard.is_held()));
+        send_value(guard.extend(SECOND));
+        send_value(guard.lost());
+        send_value(guard.release());
+        send_value(locks.close());
+    };
+    let _never_called = check;
+}
