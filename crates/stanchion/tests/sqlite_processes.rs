@@ -3,6 +3,7 @@
 //! The other processes are this test binary again: [`child`] does what its environment says, and is told to go on by
 //! lines on its standard input.
 #![cfg(all(feature = "sqlite", target_os = "linux"))]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "helpers of tests")]
 
 mod sqlite_support;
 
@@ -19,6 +20,7 @@ use stanchion::{Clock, Fence};
 
 /// What every process of these tests does: prints `ready`, then `granted FENCE NANOSECONDS` for each grant.
 #[test]
+#[allow(clippy::zombie_processes, reason = "the heir is to outlive its parent; the test ends it")]
 fn child() {
     let Ok(task) = std::env::var("STANCHION_TEST_CHILD") else { return };
     let folder = std::env::var("STANCHION_TEST_FOLDER").unwrap();

@@ -1,5 +1,6 @@
 //! The steps of the embedded store, one by one, through the store trait.
 #![cfg(feature = "sqlite")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "helpers of tests")]
 
 mod sqlite_support;
 
@@ -112,7 +113,8 @@ async fn capacity_is_shared_in_order_and_disagreement_is_told() {
     let (_temp, folder) = folder();
     let (a, mut b) = (Handle::open(&folder).await, Handle::open(&folder).await);
     let pool = key("pool");
-    let take = |handle: &Handle, units| AcquireRequest { demand: Demand::new(units, 3).unwrap(), ..handle.request(&pool) };
+    let take =
+        |handle: &Handle, units| AcquireRequest { demand: Demand::new(units, 3).unwrap(), ..handle.request(&pool) };
     let (one, two, three) = (take(&a, 1), take(&a, 2), take(&b, 3));
     let (first, second) = (one.token, two.token);
     granted(a.ask(one).await);
@@ -200,7 +202,11 @@ async fn a_deadline_frees_the_key_and_extend_moves_it() {
     assert!(matches!(b.poll(&job, waiting).await, PollOutcome::Granted(_)));
     assert_eq!(a.poll(&job, token).await, PollOutcome::Gone);
     assert_eq!(a.release(&job, token).await, EndOutcome::Nothing);
-    assert_eq!(b.store.extend(&job, waiting, SECOND).await.unwrap().outcome, ExtendOutcome::NotHeld, "it has no deadline");
+    assert_eq!(
+        b.store.extend(&job, waiting, SECOND).await.unwrap().outcome,
+        ExtendOutcome::NotHeld,
+        "it has no deadline"
+    );
     // A hold for as long as the session may have a limit too.
     b.release(&job, waiting).await;
     let limited = AcquireRequest { term: Term::Session { max_hold: Some(SECOND) }, ..a.request(&job) };
@@ -490,7 +496,8 @@ async fn a_step_that_is_dropped_half_way_leaves_a_store_that_works() {
         let request = a.request(&job);
         let token = request.token;
         let mut step = Box::pin(a.store.acquire(request));
-        let polled = std::future::poll_fn(|context| std::task::Poll::Ready(step.as_mut().poll(context).is_ready())).await;
+        let polled =
+            std::future::poll_fn(|context| std::task::Poll::Ready(step.as_mut().poll(context).is_ready())).await;
         drop(step);
         let ended = a.store.abandon(&job, token).await.unwrap().outcome;
         assert!(ended == EndOutcome::Released || (!polled && ended == EndOutcome::Nothing), "{ended:?}");
@@ -507,4 +514,57 @@ async fn an_unknown_session_gets_nothing() {
     assert_eq!(a.ask(request).await, AcquireOutcome::SessionGone);
     assert_eq!(a.store.beat(stranger).await.unwrap().outcome, BeatOutcome::Gone);
     a.store.close_session(stranger).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_step_that_fails_spoils_no_other_of_its_transaction() {
+    let (_temp, folder) = folder();
+    let (a, b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    let (bad, good) = (key("bad"), key("good"));
+    b.hold(&bad).await;
+    // To probe the other's session fails from now on.
+    let lock = folder.join("sessions").join(format!("{}.lock", b.session.to_hex()));
+    std::fs::remove_file(&lock).unwrap();
+    std::os::unix::fs::symlink("/dev/null", &lock).unwrap();
+    for _ in 0..50 {
+        let before = a.request(&good);
+        let token = before.token;
+        let (first, failed, last) = tokio::join!(
+            a.store.acquire(before),
+            a.store.acquire(a.request(&bad)),
+            a.store.acquire(a.request(&key("other")))
+        );
+        granted(first.unwrap().outcome);
+        let error = failed.unwrap_err();
+        assert_eq!((error.kind(), error.key()), (ErrorKind::Misconfigured, Some(&bad)), "{error}");
+        let outcome = last.unwrap().outcome;
+        assert!(matches!(outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_)), "{outcome:?}");
+        assert!(matches!(a.poll(&good, token).await, PollOutcome::Granted(_)), "what was answered is there");
+        assert_eq!(a.release(&good, token).await, EndOutcome::Released);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_contenders_never_hear_that_the_database_is_busy() {
+    let (_temp, folder) = folder();
+    let tasks: Vec<_> = (0..60)
+        .map(|n| {
+            let folder = folder.clone();
+            tokio::spawn(async move {
+                let handle = Handle::open(&folder).await;
+                for round in 0..20 {
+                    let job = key(&format!("job-{}", (n + round) % 7));
+                    let request = AcquireRequest { enqueue: false, ..handle.request(&job) };
+                    let token = request.token;
+                    let outcome = handle.ask(request).await;
+                    assert!(matches!(outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Busy { .. }), "{outcome:?}");
+                    handle.store.abandon(&job, token).await.unwrap();
+                }
+                handle.store.close_session(handle.session).await.unwrap();
+            })
+        })
+        .collect();
+    for task in tasks {
+        within(task).await.unwrap();
+    }
 }

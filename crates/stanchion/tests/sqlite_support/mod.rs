@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, Demand, EndOutcome, GrantStream, Granted, OpenOutcome, OpenSession, PollOutcome, Push,
-    Queued, Sqlite, Store, StoreTime, Term,
+    AcquireOutcome, AcquireRequest, Demand, EndOutcome, GrantStream, Granted, OpenOutcome, OpenSession, PollOutcome,
+    Push, Queued, Sqlite, Store, StoreTime, Term,
 };
 use stanchion::{Clock, Key, SessionId, TokenId};
 
