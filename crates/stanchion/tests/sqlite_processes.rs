@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use sqlite_support::{Handle, LIMIT, folder, key, until};
-use stanchion::store::{AcquireRequest, EndOutcome, PollOutcome, Store};
+use stanchion::store::{AcquireRequest, EndOutcome, PollOutcome, Push, Store};
 use stanchion::{Clock, Fence};
 
 /// What every process of these tests does: prints `ready`, then `granted FENCE NANOSECONDS` for each grant.
@@ -252,6 +252,7 @@ async fn a_hold_lives_as_long_as_a_child_that_inherited_its_session() {
     let (waiting, place) = handle.queue(&job).await;
     assert_eq!(place.check_in, None, "the process is watched");
     other.kill();
+    assert_eq!(handle.push().await, Push::Recheck { token: waiting }, "its end is noticed");
     // The process is gone, its lock is not: only asking tells.
     until("the waiter is told to ask by itself", async || {
         matches!(handle.poll(&job, waiting).await,

@@ -125,6 +125,8 @@ async fn capacity_is_shared_in_order_and_disagreement_is_told() {
     assert_eq!(b.ask(b.request(&pool)).await, AcquireOutcome::CapacityMismatch { in_use: 3 });
     a.release(&pool, first).await;
     assert!(matches!(b.poll(&pool, all).await, PollOutcome::Queued(_)));
+    let small = AcquireRequest { enqueue: false, ..take(&a, 1) };
+    assert_eq!(a.ask(small).await, AcquireOutcome::Busy { check_in: None }, "also where there is room for one");
     a.release(&pool, second).await;
     b.granted(&pool, all).await;
     let state = a.store.inspect(&pool).await.unwrap().outcome;
@@ -391,9 +393,10 @@ async fn idle_keys_are_forgotten_and_their_fences_never_come_back() {
         a.release(&busy, token).await;
     }
     assert_eq!(rows(), 1, "all but the one in use");
-    time.advance(Duration::from_secs(1));
-    let (_, grant) = a.hold(&key("job-0")).await;
-    assert!(grant.fence > newest);
+    // The machine's own clock is years behind the virtual one, as after a step back: only the floor remembers.
+    let c = Handle::on(Sqlite::open_with(&folder, stanchion::Clock::system(), "boot").unwrap()).await;
+    let (_, grant) = c.hold(&key("job-0")).await;
+    assert!(grant.fence > newest, "{:?} after {newest:?}", grant.fence);
 }
 
 #[tokio::test]
@@ -520,28 +523,60 @@ async fn an_unknown_session_gets_nothing() {
 async fn a_step_that_fails_spoils_no_other_of_its_transaction() {
     let (_temp, folder) = folder();
     let (a, b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    let c = Handle::open(&folder).await;
     let (bad, good) = (key("bad"), key("good"));
-    b.hold(&bad).await;
-    // To probe the other's session fails from now on.
+    // To probe the session that waits for `bad` fails from now on: the end of its holder cannot be settled.
+    c.hold(&bad).await;
+    b.queue(&bad).await;
     let lock = folder.join("sessions").join(format!("{}.lock", b.session.to_hex()));
     std::fs::remove_file(&lock).unwrap();
     std::os::unix::fs::symlink("/dev/null", &lock).unwrap();
     for _ in 0..50 {
-        let before = a.request(&good);
-        let token = before.token;
-        let (first, failed, last) = tokio::join!(
-            a.store.acquire(before),
+        let (first, last) = (a.request(&good), a.request(&key("other")));
+        let token = first.token;
+        let (first, failed, refused, last) = tokio::join!(
+            a.store.acquire(first),
+            a.store.close_session(c.session),
             a.store.acquire(a.request(&bad)),
-            a.store.acquire(a.request(&key("other")))
+            a.store.acquire(last)
         );
         granted(first.unwrap().outcome);
-        let error = failed.unwrap_err();
+        assert_eq!(failed.unwrap_err().kind(), ErrorKind::Misconfigured);
+        let error = refused.unwrap_err();
         assert_eq!((error.kind(), error.key()), (ErrorKind::Misconfigured, Some(&bad)), "{error}");
         let outcome = last.unwrap().outcome;
         assert!(matches!(outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_)), "{outcome:?}");
         assert!(matches!(a.poll(&good, token).await, PollOutcome::Granted(_)), "what was answered is there");
+        let outcome = c.store.beat(c.session).await.unwrap().outcome;
+        assert!(matches!(outcome, BeatOutcome::Alive { .. }), "what failed has not happened");
         assert_eq!(a.release(&good, token).await, EndOutcome::Released);
     }
+}
+
+#[tokio::test]
+async fn who_gets_another_neighbour_in_the_queue_is_told_to_look() {
+    let (_temp, folder) = folder();
+    let (a, b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    let mut c = Handle::open(&folder).await;
+    let job = key("job");
+    let (held, _) = a.hold(&job).await;
+    let (middle, _) = b.queue(&job).await;
+    let (last, _) = c.queue(&job).await;
+    b.store.abandon(&job, middle).await.unwrap();
+    assert_eq!(c.push().await, Push::Recheck { token: last }, "its neighbour gave up");
+    a.release(&job, held).await;
+    assert!(matches!(c.push().await, Push::Granted { token, .. } if token == last));
+    // Of several holders the head watches all, so it is told that it is the head.
+    let pool = key("pool");
+    let take = |handle: &Handle| AcquireRequest { demand: Demand::new(1, 2).unwrap(), ..handle.request(&pool) };
+    let (first, second, third, fourth) = (take(&a), take(&b), take(&b), take(&c));
+    let (ended, last) = (first.token, fourth.token);
+    granted(a.ask(first).await);
+    granted(b.ask(second).await);
+    queued(b.ask(third).await);
+    queued(c.ask(fourth).await);
+    a.release(&pool, ended).await;
+    assert_eq!(c.push().await, Push::Recheck { token: last });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

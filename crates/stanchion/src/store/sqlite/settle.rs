@@ -194,12 +194,12 @@ impl Tx<'_> {
         Ok(())
     }
 
-    /// Reaps dead sessions of a process: it has been seen to end.
-    pub(super) fn reap_process(&mut self, pid: i32) -> Result<()> {
+    /// Notes the dead sessions of a process that has been seen to end.
+    pub(super) fn probe_process(&mut self, pid: i32) -> Result<()> {
         for session in self.all("SELECT id FROM sessions WHERE pid = ?1", [pid], |row| session_of(row, 0))? {
             self.is_alive(session)?;
         }
-        self.settle_rest()
+        Ok(())
     }
 
     /// Probes a few sessions from a random point on: whoever dies without leaving a waiter is met here some day.

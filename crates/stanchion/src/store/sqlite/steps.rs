@@ -98,7 +98,7 @@ impl Tx<'_> {
             Step::Adopt(request) => Answer::Adopt(self.adopt(request)?),
             Step::Evict(request) => Answer::Evict(self.evict(request)?),
             Step::Died(pid) => {
-                self.reap_process(*pid)?;
+                self.probe_process(*pid)?;
                 Answer::Done
             }
             Step::Beat(_) | Step::Poll { .. } | Step::Inspect(_) | Step::List { .. } => self.settle_and_read(step)?,
