@@ -54,7 +54,9 @@ fn child() {
                 handle.hold(&job).await;
                 let copy = handle.store.session_descriptor(handle.session).unwrap();
                 rustix::io::fcntl_setfd(&copy, rustix::io::FdFlags::empty()).unwrap();
-                let heir = Command::new("sleep").arg("600").stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+                let mut heir = Command::new("sleep");
+                heir.arg("600").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+                let heir = heir.spawn().unwrap();
                 drop(copy);
                 say(&format!("granted {} 0", heir.id()));
                 lines.next();
@@ -146,6 +148,17 @@ impl Drop for Other {
     fn drop(&mut self) {
         let _has_ended = self.child.kill();
         let _was_waited_for = self.child.wait();
+    }
+}
+
+/// The child of a child, by its number: killed when the test ends, however that is.
+struct Heir(i32);
+
+impl Drop for Heir {
+    fn drop(&mut self) {
+        if let Some(pid) = Pid::from_raw(self.0) {
+            let _has_ended = kill_process(pid, Signal::KILL);
+        }
     }
 }
 
@@ -248,7 +261,7 @@ async fn a_hold_lives_as_long_as_a_child_that_inherited_its_session() {
     let mut handle = Handle::open(&folder).await;
     let job = key("job");
     let mut other = Other::start("bequeath", &folder);
-    let heir: i32 = other.wait("granted").split(' ').next().unwrap().parse().unwrap();
+    let heir = Heir(other.wait("granted").split(' ').next().unwrap().parse().unwrap());
     let (waiting, place) = handle.queue(&job).await;
     assert_eq!(place.check_in, None, "the process is watched");
     other.kill();
@@ -259,7 +272,7 @@ async fn a_hold_lives_as_long_as_a_child_that_inherited_its_session() {
             PollOutcome::Queued(place) if place.check_in == Some(Duration::from_millis(50)))
     })
     .await;
-    kill_process(Pid::from_raw(heir).unwrap(), Signal::KILL).unwrap();
+    drop(heir);
     handle.granted(&job, waiting).await;
 }
 
