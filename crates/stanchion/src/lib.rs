@@ -28,3 +28,7 @@ pub use request::LockRequest;
 pub use retry::RetryPolicy;
 pub use store::{Demand, Store};
 pub use token::{SessionId, Token, TokenId};
+
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
