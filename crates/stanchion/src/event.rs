@@ -135,17 +135,22 @@ impl futures_core::Stream for EventStream {
 /// The one observer: everything that is told to the outside goes through it.
 #[derive(Debug, Default)]
 pub(crate) struct Observer {
-    listeners: Mutex<Vec<(mpsc::Sender<Event>, Arc<AtomicU64>)>>,
+    listeners: Mutex<Arc<Vec<Listener>>>,
     count: AtomicUsize,
+}
+
+#[derive(Clone, Debug)]
+struct Listener {
+    events: mpsc::Sender<Event>,
+    missed: Arc<AtomicU64>,
 }
 
 impl Observer {
     pub(crate) fn listen(&self) -> EventStream {
         let (sender, events) = mpsc::channel(1_024);
         let missed = Arc::new(AtomicU64::new(0));
-        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
-        listeners.push((sender, missed.clone()));
-        self.count.store(listeners.len(), Ordering::Release);
+        let listener = Listener { events: sender, missed: missed.clone() };
+        self.change(|listeners| listeners.push(listener));
         EventStream { events, missed }
     }
 
@@ -155,15 +160,26 @@ impl Observer {
             return;
         }
         let event = event();
-        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
-        listeners.retain(|(sender, missed)| match sender.try_send(event.clone()) {
-            Ok(()) => true,
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                missed.fetch_add(1, Ordering::Relaxed);
-                true
+        // Sending wakes tasks, and that may drop one that has something to tell: no lock is held meanwhile.
+        let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut closed = false;
+        for listener in listeners.iter() {
+            match listener.events.try_send(event.clone()) {
+                Ok(()) => {}
+                Err(mpsc::error::TrySendError::Full(_)) => {
+                    listener.missed.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(mpsc::error::TrySendError::Closed(_)) => closed = true,
             }
-            Err(mpsc::error::TrySendError::Closed(_)) => false,
-        });
+        }
+        if closed {
+            self.change(|listeners| listeners.retain(|listener| !listener.events.is_closed()));
+        }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Vec<Listener>)) {
+        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        change(Arc::make_mut(&mut listeners));
         self.count.store(listeners.len(), Ordering::Release);
     }
 }

@@ -134,6 +134,18 @@ impl Shared {
         self.registry().get(&token).cloned()
     }
 
+    /// All waiting calls, for the keeper.
+    pub(crate) fn waiting(&self) -> Vec<Arc<WaitCell>> {
+        let registry = self.registry();
+        registry
+            .values()
+            .filter_map(|entry| match entry {
+                Entry::Waiting(cell) => Some(cell.clone()),
+                Entry::Held(_) => None,
+            })
+            .collect()
+    }
+
     /// All holds, for the keeper.
     pub(crate) fn holds(&self) -> Vec<Arc<Hold>> {
         let registry = self.registry();
@@ -236,14 +248,18 @@ impl Shared {
                     return Err(self.error(ErrorKind::Internal, "the keeper has ended"));
                 },
                 () = self.clock.sleep_until(give_up_at) => {
-                    let view = views.borrow().clone();
-                    let (kind, message) = match view {
-                        SessionView::Opening(Some(error)) => error,
-                        _ => (ErrorKind::Unavailable, "no session could be opened".to_owned()),
-                    };
-                    return Err(self.error(kind, message));
+                    let unknown = || self.error(ErrorKind::Unavailable, "no session could be opened");
+                    return Err(self.session_fault().unwrap_or_else(unknown));
                 },
             }
+        }
+    }
+
+    /// Why there is no session, if that is so.
+    pub(crate) fn session_fault(&self) -> Option<Error> {
+        match &*self.session.borrow() {
+            SessionView::Opening(Some((kind, message))) => Some(self.error(*kind, message.clone())),
+            _ => None,
         }
     }
 

@@ -63,7 +63,7 @@ pub(crate) async fn acquire(request: LockRequest) -> Result<Option<Guard>> {
         Some(guard) => Ok(Some(guard)),
         None if !enqueue => Ok(None),
         // The limit came while the store was failing: say that, not that the key was busy.
-        None => Err(name(call.fault.take().unwrap_or_else(|| {
+        None => Err(name(call.fault.take().or_else(|| shared.session_fault()).unwrap_or_else(|| {
             let message = format!("not obtained within {:?}", request.wait.unwrap_or_default());
             Error::new(ErrorKind::Timeout, message)
         }))),
@@ -374,9 +374,10 @@ impl Pending {
             heartbeat_within: grant.heartbeat_within,
             unanswered_until: self.unanswered.then_some(self.not_after),
         }));
+        // Entered before it is looked at: a session that ends in between is seen here or by the keeper.
+        self.shared.registry().insert(self.token, Entry::Held(hold.clone()));
         hold.ended(now).is_none().then(|| {
             self.spent = true;
-            self.shared.registry().insert(self.token, Entry::Held(hold.clone()));
             if hold.look_at() != BootTime::NEVER {
                 self.shared.command(Command::Watch(hold.clone()));
             }

@@ -65,7 +65,7 @@ async fn a_wait_limit_ends_the_wait_and_leaves_nothing() {
 #[tokio::test]
 async fn a_hold_is_lost_on_time_when_the_store_is_gone() {
     let time = VirtualClock::new();
-    let store = Faulty::with_clock(Memory::with_clock(time.clock()), time.clock());
+    let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
     let guard = locks.lock("k").await.unwrap();

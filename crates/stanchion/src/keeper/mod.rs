@@ -7,7 +7,10 @@
 //! 1. The keeper is the only one who beats, and the only one who declares a session over.
 //! 2. A token that it was told to end is ended until the store's answer is definite: given when no request of the token
 //!    can be on its way any more, or after the time until which such a request may act.
-//! 3. It never calls user code and never waits for it.
+//! 3. It never calls user code and never waits for it. It wakes tasks only while it holds no lock, because waking may
+//!    drop a task and its guards.
+//! 4. However it ends, also by a panic of a store, every hold is lost and every waiting call is ended: without it nobody
+//!    drives the timers.
 
 mod cleanup;
 mod deadlines;
@@ -96,7 +99,22 @@ impl KeeperThread {
     }
 }
 
+/// Invariant 4.
+struct Ended(Arc<Shared>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.drain("the keeper has ended");
+        self.0.session.send_replace(SessionView::Closed);
+        for hold in self.0.holds() {
+            self.0.lose(&hold, LossCause::Closed, None);
+        }
+        self.0.closed.cancel();
+    }
+}
+
 async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) {
+    let _ended = Ended(shared.clone());
     let clock = shared.clock.clone();
     let mut ends = JoinSet::new();
     let mut deadlines = Deadlines::default();
@@ -133,8 +151,6 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
         () = clock.drive(LONGEST_NAP) => {}
         () = real_time_limit() => {}
     }
-    shared.session.send_replace(SessionView::Closed);
-    shared.closed.cancel();
 }
 
 /// Closing is limited in real time, also under a virtual clock that nobody moves on.
@@ -192,10 +208,8 @@ fn receive(shared: &Arc<Shared>, push: Push) {
             }
         }
         Push::RecheckAll => {
-            for entry in shared.registry().values() {
-                if let Entry::Waiting(cell) = entry {
-                    cell.tell(Signal::Recheck);
-                }
+            for cell in shared.waiting() {
+                cell.tell(Signal::Recheck);
             }
         }
     }

@@ -1,0 +1,191 @@
+//! What stanchion costs, measured. Figures drift with the machine: compare those of one run.
+//!
+//! `cargo run --release -p stanchion-bench [WHAT…]` with `pairs`, `handoff`, `processes`, `held`; all by default.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a measuring program prints, reads the clock and may stop at the first fault"
+)]
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use stanchion::store::{Faulty, Memory, Sqlite, Step};
+use stanchion::{Clock, Locks};
+
+fn main() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    if let Ok(folder) = std::env::var("STANCHION_BENCH_WAITER") {
+        return runtime.block_on(waiter(Path::new(&folder)));
+    }
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let wants = |what: &str| wanted.is_empty() || wanted.iter().any(|one| one == what);
+    let folder = tempfile::tempdir().unwrap();
+    runtime.block_on(async {
+        if wants("pairs") {
+            pairs(folder.path()).await;
+        }
+        if wants("handoff") {
+            handoff(folder.path()).await;
+        }
+        if wants("processes") {
+            processes(folder.path()).await;
+        }
+        if wants("held") {
+            held(folder.path()).await;
+        }
+    });
+}
+
+async fn open(folder: &Path) -> Locks {
+    Locks::with_store(Sqlite::open(folder.join("store")).unwrap()).await.unwrap()
+}
+
+/// Uncontended acquire + release, one task and fifty, beside the bare store and bare SQLite's floor.
+async fn pairs(folder: &Path) {
+    const PAIRS: u32 = 20_000;
+    for (name, locks) in [("memory", Locks::open("memory:").await.unwrap()), ("sqlite", open(folder).await)] {
+        for tasks in [1, 50] {
+            let start = Instant::now();
+            let work: Vec<_> = (0..tasks)
+                .map(|task| {
+                    let locks = locks.clone();
+                    tokio::spawn(async move {
+                        for _ in 0..PAIRS / tasks {
+                            locks.lock(format!("k{task}")).await.unwrap().release().await.unwrap();
+                        }
+                    })
+                })
+                .collect();
+            for task in work {
+                task.await.unwrap();
+            }
+            let rate = f64::from(PAIRS) / start.elapsed().as_secs_f64();
+            println!("pairs      {name}, {tasks} task(s): {rate:.0} acquire + release a second");
+        }
+        locks.close().await.unwrap();
+    }
+}
+
+/// From release to the waiter's return, two handles of one process.
+async fn handoff(folder: &Path) {
+    const TURNS: usize = 2_000;
+    let clock = Clock::system();
+    let locks = [open(folder).await, open(folder).await];
+    let mut spans = Vec::with_capacity(TURNS);
+    let mut held = locks[0].lock("handoff").await.unwrap();
+    for turn in 0..TURNS {
+        let waiter = locks[(turn + 1) % 2].clone();
+        let waiting = tokio::spawn({
+            let clock = clock.clone();
+            async move {
+                let guard = waiter.lock("handoff").await.unwrap();
+                (guard, clock.now())
+            }
+        });
+        while locks[0].inspect("handoff").await.unwrap().waiters.is_empty() {}
+        let released = clock.now();
+        held.release().await.unwrap();
+        let (guard, returned) = waiting.await.unwrap();
+        spans.push(returned.since(released));
+        held = guard;
+    }
+    print_spans("handoff    sqlite, two handles", spans);
+}
+
+/// The same between processes: each waiter says when its wait returned and when it let go.
+async fn processes(folder: &Path) {
+    const WAITERS: usize = 10;
+    let folder = folder.join("processes");
+    std::fs::create_dir_all(&folder).unwrap();
+    let locks = open(&folder).await;
+    let first = locks.lock("handoff").await.unwrap();
+    let children: Vec<Child> = (0..WAITERS)
+        .map(|_| {
+            Command::new(std::env::current_exe().unwrap())
+                .env("STANCHION_BENCH_WAITER", &folder)
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    while locks.inspect("handoff").await.unwrap().waiters.len() < WAITERS {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    first.release().await.unwrap();
+    let mut turns: Vec<(u64, u64)> = Vec::new();
+    for child in children {
+        let output = child.wait_with_output().unwrap();
+        for line in String::from_utf8(output.stdout).unwrap().lines() {
+            let (got, let_go) = line.split_once(' ').unwrap();
+            turns.push((got.parse().unwrap(), let_go.parse().unwrap()));
+        }
+    }
+    turns.sort_unstable();
+    let spans = turns.windows(2).map(|two| Duration::from_nanos(two[1].0.saturating_sub(two[0].1))).collect();
+    print_spans("handoff    sqlite, ten processes in turn", spans);
+}
+
+async fn waiter(folder: &Path) {
+    let clock = Clock::system();
+    let locks = open(folder).await;
+    for _ in 0..100 {
+        let guard = locks.lock("handoff").await.unwrap();
+        let got = clock.now().as_nanos();
+        // Long enough for the one before to be back in the queue.
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        println!("{got} {}", clock.now().as_nanos());
+        guard.release().await.unwrap();
+    }
+}
+
+/// What ten thousand held locks cost: memory for each, and requests while nothing happens.
+async fn held(folder: &Path) {
+    const HOLDS: usize = 10_000;
+    let store = Faulty::new(Sqlite::open(folder.join("store")).unwrap());
+    let faults = store.faults();
+    let locks = Locks::with_store(store).await.unwrap();
+    // Warm up, so that caches and pools are not counted as locks.
+    for i in 0..1_000 {
+        locks.lock(format!("warm{i}")).await.unwrap().release().await.unwrap();
+    }
+    let before = resident_bytes();
+    let mut guards = Vec::with_capacity(HOLDS);
+    for i in 0..HOLDS {
+        guards.push(locks.lock(format!("held{i}")).await.unwrap());
+    }
+    let each = resident_bytes().saturating_sub(before) / HOLDS;
+    println!("held       sqlite, {HOLDS} locks: {each} bytes of memory each");
+    let count = || {
+        let steps = [Step::Beat, Step::Acquire, Step::Poll, Step::Release, Step::Abandon, Step::Extend];
+        steps.map(|step| faults.count(step)).iter().sum::<u64>()
+    };
+    let (all, beats) = (count(), faults.count(Step::Beat));
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let (all, beats) = (count() - all, faults.count(Step::Beat) - beats);
+    println!("held       sqlite, {HOLDS} locks: {all} requests in 10 s, of which {beats} beats");
+    drop(guards);
+    let memory = Locks::with_store(Memory::new()).await.unwrap();
+    let before = resident_bytes();
+    let mut guards = Vec::with_capacity(HOLDS);
+    for i in 0..HOLDS {
+        guards.push(memory.lock(format!("held{i}")).await.unwrap());
+    }
+    let each = resident_bytes().saturating_sub(before) / HOLDS;
+    println!("held       memory, {HOLDS} locks: {each} bytes each, the store's own records included");
+}
+
+fn resident_bytes() -> usize {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: usize = text.split(' ').nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0);
+    pages * 4_096
+}
+
+fn print_spans(what: &str, mut spans: Vec<Duration>) {
+    spans.sort_unstable();
+    let at = |share: f64| spans[((spans.len() - 1) as f64 * share) as usize];
+    println!("{what}: p50 {:?}, p99 {:?}, longest {:?} ({} hand-offs)", at(0.5), at(0.99), at(1.0), spans.len());
+}
