@@ -32,13 +32,13 @@ use crate::token::{SessionId, TokenId};
 
 mod faulty;
 mod memory;
-// #[cfg(feature = "sqlite")]
-// mod sqlite;
+#[cfg(feature = "sqlite")]
+mod sqlite;
 
 pub use faulty::{Fault, Faults, Faulty, Step};
 pub use memory::Memory;
-// #[cfg(feature = "sqlite")]
-// pub use sqlite::Sqlite;
+#[cfg(feature = "sqlite")]
+pub use sqlite::Sqlite;
 
 /// A store: single atomic steps on keys, holds, queues and sessions.
 ///

@@ -1,0 +1,109 @@
+//! Where the store's folder is: a path, a URL, or the user's state folder.
+
+use std::env;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+use super::error::{error, misconfigured};
+use crate::error::{ErrorKind, Result};
+
+/// The folder that is used where none is named: `stanchion` in `XDG_STATE_HOME`, else in `.local/state` at home.
+pub(super) fn default_folder() -> Result<PathBuf> {
+    choose_default(env::var_os("XDG_STATE_HOME"), env::var_os("HOME"))
+}
+
+/// The folder that a URL names: `sqlite:` (the default), `sqlite:FOLDER`, `sqlite:///ABSOLUTE/FOLDER`.
+///
+/// `%XX` stands for a byte, so that a `?` or a `%` in a path can be written.
+pub(super) fn folder_of_url(url: &str) -> Result<PathBuf> {
+    let invalid = |why: &str| error(ErrorKind::InvalidArgument, format!("`{url}`: {why}"));
+    let rest =
+        url.strip_prefix("sqlite:").ok_or_else(|| invalid("the URL of the embedded store begins with `sqlite:`"))?;
+    let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+    if let Some(option) = query.split('&').find(|option| !option.is_empty()) {
+        let name = option.split('=').next().unwrap_or(option);
+        return Err(invalid(&format!(
+            "the embedded store has no option `{name}`; write %3F for a question mark in a path"
+        )));
+    }
+    let path = match path.strip_prefix("//") {
+        None => path,
+        Some(absolute) if absolute.starts_with('/') => absolute,
+        Some(_) => {
+            return Err(invalid(
+                "after `sqlite://` comes an absolute folder: write `sqlite:///folder` or `sqlite:folder`",
+            ));
+        }
+    };
+    if path.is_empty() {
+        return default_folder();
+    }
+    let bytes = percent_decoded(path).ok_or_else(|| invalid("a `%` must be followed by two hexadecimal digits"))?;
+    Ok(PathBuf::from(OsString::from_vec(bytes)))
+}
+
+fn choose_default(state_home: Option<OsString>, home: Option<OsString>) -> Result<PathBuf> {
+    // The XDG specification has relative paths ignored.
+    let absolute = |value: Option<OsString>| value.map(PathBuf::from).filter(|path| path.is_absolute());
+    absolute(state_home)
+        .or_else(|| absolute(home).map(|home| home.join(".local").join("state")))
+        .map(|state| state.join("stanchion"))
+        .ok_or_else(|| {
+            misconfigured("no folder to keep locks in: set HOME or XDG_STATE_HOME, or name a folder (sqlite:FOLDER)")
+        })
+}
+
+fn percent_decoded(text: &str) -> Option<Vec<u8>> {
+    let mut bytes = text.bytes();
+    let mut decoded = Vec::with_capacity(text.len());
+    while let Some(byte) = bytes.next() {
+        let byte = match byte {
+            b'%' => {
+                let high = char::from(bytes.next()?).to_digit(16)?;
+                let low = char::from(bytes.next()?).to_digit(16)?;
+                u8::try_from(high * 16 + low).ok()?
+            }
+            byte => byte,
+        };
+        decoded.push(byte);
+    }
+    Some(decoded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_names_a_folder() {
+        let table = [
+            ("sqlite:locks", "locks"),
+            ("sqlite:./locks", "./locks"),
+            ("sqlite:/var/lib/locks", "/var/lib/locks"),
+            ("sqlite:///var/lib/locks", "/var/lib/locks"),
+            ("sqlite:///a%3Fb%20c", "/a?b c"),
+            ("sqlite:/a?", "/a"),
+        ];
+        for (url, folder) in table {
+            assert_eq!(folder_of_url(url).unwrap(), PathBuf::from(folder), "{url}");
+        }
+    }
+
+    #[test]
+    fn a_url_that_says_something_else_is_refused() {
+        for url in ["redis://x", "sqlite:/a?mode=ro", "sqlite:/a?x", "sqlite://host/a", "sqlite:/a%2", "sqlite:/a%zz"] {
+            assert_eq!(folder_of_url(url).unwrap_err().kind(), ErrorKind::InvalidArgument, "{url}");
+        }
+        assert!(folder_of_url("sqlite:/a?mode=ro").unwrap_err().to_string().contains("`mode`"));
+    }
+
+    #[test]
+    fn the_default_folder_is_the_users_state_folder() {
+        let some = |text: &str| Some(OsString::from(text));
+        assert_eq!(choose_default(some("/s"), some("/h")).unwrap(), PathBuf::from("/s/stanchion"));
+        assert_eq!(choose_default(None, some("/h")).unwrap(), PathBuf::from("/h/.local/state/stanchion"));
+        assert_eq!(choose_default(some("relative"), some("/h")).unwrap(), PathBuf::from("/h/.local/state/stanchion"));
+        assert_eq!(choose_default(some(""), None).unwrap_err().kind(), ErrorKind::Misconfigured);
+    }
+}

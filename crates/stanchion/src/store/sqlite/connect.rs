@@ -1,0 +1,282 @@
+//! Opens the database: checks what is there, makes the tables, and ends everything of an earlier boot.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags, TransactionBehavior, params};
+use rustix::fs::{CWD, FlockOperation, Mode, OFlags, flock, openat};
+use rustix::io::Errno;
+
+use super::error::{from_sqlite, from_system, misconfigured};
+use super::folder::{Folder, check_file, open_plain_file};
+use super::session;
+use crate::clock::Clock;
+use crate::error::Result;
+use crate::token::SessionId;
+
+/// "stan" in ASCII: marks the file as ours.
+const APPLICATION_ID: i32 = 0x7374_616e;
+const VERSION: i32 = 1;
+
+/// How far fences are raised after a restart of the machine, in µs of the clock that they follow. With
+/// `synchronous=NORMAL` a loss of power may undo the last commits; fences that were given out in them must not come back.
+const FENCE_STEP_AT_BOOT: i64 = 600_000_000;
+/// Files of nobody that are let be: a process that was killed while it opened its session leaves two.
+const ORPHANS: usize = 16;
+/// The longest duration there is: what a cooldown can have left at most.
+const LONGEST_COOLDOWN: i64 = 30 * 24 * 3600 * 1_000_000;
+
+/// An open store.
+#[derive(Debug)]
+pub(super) struct Connected {
+    pub(super) db: Connection,
+    pub(super) gate: Gate,
+    /// Device and inode of the database file.
+    pub(super) identity: (u64, u64),
+}
+
+/// The file whose kernel lock queues the writers of all processes: SQLite's own waiting has no queue and starves.
+#[derive(Debug)]
+pub(super) struct Gate(OwnedFd);
+
+impl Gate {
+    /// Waits for the gate.
+    pub(super) fn enter(&self, folder: &Folder) -> Result<Entered<'_>> {
+        loop {
+            match flock(&self.0, FlockOperation::LockExclusive) {
+                Ok(()) => return Ok(Entered(self)),
+                Err(Errno::INTR) => {}
+                Err(cause) => return Err(from_system("waiting for the gate", &folder.gate, cause)),
+            }
+        }
+    }
+}
+
+/// The gate is ours until this is dropped.
+#[derive(Debug)]
+pub(super) struct Entered<'a>(&'a Gate);
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        let _cannot_fail = flock(&self.0.0, FlockOperation::Unlock);
+    }
+}
+
+/// Opens the database of the folder.
+pub(super) fn connect(folder: &Folder, clock: &Clock, boot_id: &str) -> Result<Connected> {
+    let gate = Gate(open_plain_file(&folder.gate)?);
+    let path = &folder.database;
+    let failed = |cause| from_sqlite("opening the store", path, cause);
+    // Under the gate: no two make the tables, and none opens while the last one before it is closing.
+    let entered = gate.enter(folder)?;
+    make_file(path)?;
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
+    let mut db = Connection::open_with_flags(path, flags).map_err(failed)?;
+    db.busy_timeout(Duration::from_secs(5)).map_err(failed)?;
+    db.set_prepared_statement_cache_capacity(128);
+    let is_new = check_content(&db, path)?;
+    // Small rows: a small page is less to copy and to checksum for each commit.
+    db.execute_batch(
+        "PRAGMA page_size = 1024; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
+         PRAGMA wal_autocheckpoint = 8000; PRAGMA temp_store = MEMORY; PRAGMA trusted_schema = OFF;",
+    )
+    .map_err(failed)?;
+    let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
+    if is_new {
+        transaction.execute_batch(include_str!("schema.sql")).map_err(failed)?;
+        transaction.execute("INSERT INTO meta VALUES (1, ?1, 0, 0)", [boot_id]).map_err(failed)?;
+        transaction.pragma_update(None, "application_id", APPLICATION_ID).map_err(failed)?;
+        transaction.pragma_update(None, "user_version", VERSION).map_err(failed)?;
+    } else {
+        end_earlier_boot(&transaction, clock, boot_id).map_err(failed)?;
+    }
+    transaction.commit().map_err(failed)?;
+    let sessions = db.query_row("SELECT count(*) FROM sessions", [], |row| row.get::<_, i64>(0)).map_err(failed)?;
+    if session::count_files(folder) > 2 * usize::try_from(sessions).unwrap_or(0) + ORPHANS {
+        session::remove_orphans(folder, |session: SessionId| {
+            let sql = "SELECT count(*) FROM sessions WHERE id = ?1";
+            db.query_row(sql, [session.as_bytes()], |row| row.get(0)).map_err(failed)
+        })?;
+    }
+    drop(entered);
+    let identity = identity(path).map_err(|cause| from_system("opening the store", path, cause))?;
+    Ok(Connected { db, gate, identity })
+}
+
+/// Device and inode of what is at `path`.
+pub(super) fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|state| (state.dev(), state.ino()))
+}
+
+/// The identity of this boot of the machine.
+#[cfg(target_os = "linux")]
+pub(super) fn boot_id() -> Result<String> {
+    let path = Path::new("/proc/sys/kernel/random/boot_id");
+    let text = fs::read_to_string(path).map_err(|cause| from_system("reading the boot id", path, cause))?;
+    Ok(text.trim().to_owned())
+}
+
+/// The identity of this boot of the machine.
+#[cfg(not(target_os = "linux"))]
+pub(super) fn boot_id() -> Result<String> {
+    use super::error::error;
+    let unknown = || {
+        error(
+            crate::error::ErrorKind::Unsupported,
+            "this system does not tell one boot from the next; use another store",
+        )
+    };
+    let output = std::process::Command::new("/usr/sbin/sysctl").args(["-n", "kern.bootsessionuuid"]).output();
+    let text = output.ok().and_then(|output| String::from_utf8(output.stdout).ok()).ok_or_else(unknown)?;
+    let text = text.trim();
+    if text.is_empty() { Err(unknown()) } else { Ok(text.to_owned()) }
+}
+
+/// Makes the file before SQLite would, for its owner alone. An existing one is never opened here: to close it again
+/// would drop the locks that SQLite has on it for another handle of this process.
+fn make_file(path: &Path) -> Result<()> {
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    match openat(CWD, path, flags, Mode::RUSR | Mode::WUSR) {
+        Ok(_) | Err(Errno::EXIST) => {}
+        Err(cause) => return Err(from_system("making the database", path, cause)),
+    }
+    for suffix in ["", "-wal", "-shm"] {
+        let mut name = path.as_os_str().to_owned();
+        name.push(suffix);
+        let path = Path::new(&name);
+        match fs::symlink_metadata(path) {
+            Ok(state) => check_file(path, &state)?,
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
+            Err(cause) => return Err(from_system("looking at the database", path, cause)),
+        }
+    }
+    Ok(())
+}
+
+/// Whether the database is empty; refuses what is not ours. Changes nothing.
+fn check_content(db: &Connection, path: &Path) -> Result<bool> {
+    let number = |sql: &str| {
+        db.query_row(sql, [], |row| row.get::<_, i32>(0)).map_err(|cause| from_sqlite("opening the store", path, cause))
+    };
+    let tables = number("SELECT count(*) FROM sqlite_schema")?;
+    let shown = path.display();
+    match (number("PRAGMA application_id")?, number("PRAGMA user_version")?) {
+        (0, 0) if tables == 0 => Ok(true),
+        (APPLICATION_ID, VERSION) => Ok(false),
+        (APPLICATION_ID, version) if version > VERSION => Err(misconfigured(format!(
+            "{shown} was made by a newer stanchion (version {version} of the tables, this one knows {VERSION}); \
+             update this program, or give it a folder of its own"
+        ))),
+        (APPLICATION_ID, version) => Err(misconfigured(format!(
+            "{shown} has version {version} of the tables, which no stanchion has made; move its folder away"
+        ))),
+        _ => Err(misconfigured(format!("{shown} is the database of another program; choose another folder"))),
+    }
+}
+
+/// No process of an earlier boot lives, and its boot-time clock says nothing now.
+fn end_earlier_boot(db: &Connection, clock: &Clock, boot_id: &str) -> rusqlite::Result<()> {
+    if db.query_row("SELECT boot_id = ?1 FROM meta", [boot_id], |row| row.get(0))? {
+        return Ok(());
+    }
+    let now = i64::try_from(clock.now().as_nanos() / 1_000).unwrap_or(i64::MAX);
+    let wall = i64::try_from(clock.wall_micros()).unwrap_or(i64::MAX);
+    db.execute_batch("DELETE FROM holds; DELETE FROM waiters; DELETE FROM forced; DELETE FROM sessions")?;
+    db.execute(
+        "UPDATE meta SET boot_id = ?1, fence_floor = max(fence_floor, (SELECT ifnull(max(fence), 0) FROM keys)) + ?2",
+        params![boot_id, FENCE_STEP_AT_BOOT],
+    )?;
+    // Where a cooldown runs the row stays; every other key is unknown now, and counts on from the floor.
+    db.execute("DELETE FROM keys WHERE closed_until_wall IS NULL OR closed_until_wall <= ?1", [wall])?;
+    db.execute(
+        "UPDATE keys SET fence = (SELECT fence_floor FROM meta), used = 0, holders = 0, waiting = 0,
+             next_deadline = NULL, touched = ?1, closed_until = ?1 + min(closed_until_wall - ?2, ?3)",
+        params![now, wall, LONGEST_COOLDOWN],
+    )?;
+    // The wall clock may have stepped: the row tells the end that counts now.
+    db.execute("UPDATE keys SET closed_until_wall = ?2 + (closed_until - ?1)", params![now, wall])?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::VirtualClock;
+    use crate::error::ErrorKind;
+
+    fn open(path: &Path, boot_id: &str) -> Result<Connected> {
+        connect(&Folder::prepare(path)?, &VirtualClock::new().clock(), boot_id)
+    }
+
+    fn refused(path: &Path) -> String {
+        let before = fs::read(path.join("locks.db")).unwrap();
+        let error = open(path, "boot").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
+        assert_eq!(fs::read(path.join("locks.db")).unwrap(), before, "a file that is refused is not changed");
+        assert!(error.to_string().contains("locks.db"), "{error}");
+        error.to_string()
+    }
+
+    #[test]
+    fn files_are_for_their_owner_alone() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("locks");
+        let connected = open(&path, "boot").unwrap();
+        for name in ["locks.db", "locks.db-wal", "locks.db-shm", "gate"] {
+            assert_eq!(fs::metadata(path.join(name)).unwrap().mode() & 0o7777, 0o600, "{name}");
+        }
+        drop(connected);
+        open(&path, "boot").unwrap();
+    }
+
+    #[test]
+    fn what_is_not_ours_is_refused_and_never_changed() {
+        let temp = tempfile::tempdir().unwrap();
+        let fresh = |name: &str| {
+            let path = temp.path().join(name);
+            Folder::prepare(&path).unwrap();
+            (path.clone(), path.join("locks.db"))
+        };
+        let (folder, file) = fresh("foreign");
+        make_file(&file).unwrap();
+        Connection::open(&file).unwrap().execute_batch("CREATE TABLE t (x)").unwrap();
+        assert!(refused(&folder).contains("another program"));
+
+        let (folder, file) = fresh("newer");
+        drop(open(&folder, "boot").unwrap());
+        Connection::open(&file).unwrap().execute_batch("PRAGMA user_version = 2").unwrap();
+        assert!(refused(&folder).contains("newer stanchion"));
+
+        let (folder, file) = fresh("text");
+        make_file(&file).unwrap();
+        fs::write(&file, "no database at all, but long enough to have a header: ".repeat(20)).unwrap();
+        assert!(refused(&folder).contains("not a database"));
+
+        let (folder, file) = fresh("damaged");
+        drop(open(&folder, "boot").unwrap());
+        let mut bytes = fs::read(&file).unwrap();
+        bytes[100..].fill(0xff);
+        fs::write(&file, bytes).unwrap();
+        assert!(refused(&folder).contains("damaged"));
+
+        let (folder, file) = fresh("link");
+        std::os::unix::fs::symlink("/dev/null", &file).unwrap();
+        assert!(open(&folder, "boot").unwrap_err().to_string().contains("not a plain file"));
+
+        let (folder, _) = fresh("gate");
+        std::os::unix::fs::symlink("elsewhere", folder.join("gate")).unwrap();
+        let error = open(&folder, "boot").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Misconfigured);
+        assert!(error.to_string().contains("symbolic link"), "{error}");
+    }
+
+    #[test]
+    fn this_machine_has_a_boot_id() {
+        assert_eq!(boot_id().unwrap(), boot_id().unwrap());
+        assert!(!boot_id().unwrap().is_empty());
+    }
+}

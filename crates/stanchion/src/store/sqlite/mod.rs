@@ -1,0 +1,249 @@
+//! The embedded store: a folder with an SQLite database, for the processes of one machine and one user.
+//!
+//! A caller sends a step to the database thread and awaits its answer; SQLite never runs on the caller's thread. What
+//! the kernel keeps, the kernel decides: a session lives as long as its process holds the lock of its file, and writers
+//! queue at the lock of the gate.
+//!
+//! ```text
+//! FOLDER/            0700, of one user, on a local disk
+//!   locks.db         keys, holds, queues, sessions (with -wal and -shm)
+//!   gate             the lock at which writers queue
+//!   sessions/ID.lock locked by the session's process while it lives
+//!   sessions/ID.sock where its pushes arrive
+//! ```
+
+mod config;
+mod connect;
+mod error;
+mod folder;
+mod message;
+mod predecessors;
+mod read;
+mod rows;
+mod session;
+mod settle;
+mod steps;
+mod tx;
+mod watch;
+mod worker;
+
+use std::collections::{HashMap, HashSet};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, Sender};
+use std::thread;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::oneshot;
+
+use self::connect::connect;
+use self::folder::Folder;
+use self::predecessors::Predecessors;
+use self::steps::{Answer, Step};
+use self::tx::Local;
+use self::watch::Watcher;
+use self::worker::{Job, Shared, Worker};
+use super::{
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, EndOutcome, EvictOutcome,
+    EvictRequest, ExtendOutcome, GrantStream, KeyState, Liveness, OpenOutcome, OpenSession, PollOutcome, Reply, Store,
+    push_channel,
+};
+use crate::clock::Clock;
+use crate::error::{ErrorKind, Result};
+use crate::key::Key;
+use crate::token::{SessionId, TokenId};
+
+/// Locks in a folder of this machine, shared by the processes of one user. Needs no server.
+///
+/// A process that ends, however it ends, frees what it held at once; one that is stopped keeps it. Dropping the store
+/// closes the sessions that it has opened.
+///
+/// ```
+/// use stanchion::store::{Sqlite, Store};
+///
+/// # let parent = tempfile::tempdir().unwrap();
+/// let store = Sqlite::open(parent.path().join("locks"))?;
+/// assert!(store.capabilities().fair);
+/// # Ok::<(), stanchion::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Sqlite {
+    jobs: Sender<Job>,
+    shared: Arc<Shared>,
+    folder: PathBuf,
+}
+
+impl Sqlite {
+    /// Opens the store in this folder. Makes the folder, for its owner alone, if it is not there.
+    ///
+    /// Works on files, so it may block for a moment.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Misconfigured`] if locks would not be safe there, or if the database there is damaged, another
+    /// program's, or a newer stanchion's; [`ErrorKind::Unauthorized`] without the right to use it;
+    /// [`ErrorKind::Unavailable`] if the system cannot serve it now. Nothing that is found there is overwritten.
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        Self::start(folder.as_ref(), Clock::system(), connect::boot_id()?)
+    }
+
+    /// Opens the store that a URL names: `sqlite:FOLDER`, `sqlite:///ABSOLUTE/FOLDER`, or `sqlite:` for the
+    /// [default folder](Self::default_folder). `%XX` stands for a byte of the path.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] if the URL is not of this form or has options, and those of [`Sqlite::open`].
+    pub fn from_url(url: &str) -> Result<Self> {
+        Self::open(config::folder_of_url(url)?)
+    }
+
+    /// The user's own folder: `stanchion` in `XDG_STATE_HOME`, or in `~/.local/state` where that is not set.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Misconfigured`] if neither `XDG_STATE_HOME` nor `HOME` is an absolute path.
+    pub fn default_folder() -> Result<PathBuf> {
+        config::default_folder()
+    }
+
+    /// The folder of this store.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// A copy of the descriptor that keeps a session of this handle alive, closed on exec. As long as any process has
+    /// a copy the session lives: a child that inherits one keeps its parent's locks, as with `flock(1)`.
+    ///
+    /// `None` if the session is not open here, or the process has no descriptor left.
+    pub fn session_descriptor(&self, session: SessionId) -> Option<OwnedFd> {
+        self.shared.sessions().get(&session)?.try_clone().ok()
+    }
+
+    /// Opens the store on this clock and as if in this boot of the machine. For tests.
+    ///
+    /// # Errors
+    /// Those of [`Sqlite::open`].
+    #[doc(hidden)]
+    pub fn open_with(folder: impl AsRef<Path>, clock: Clock, boot_id: &str) -> Result<Self> {
+        Self::start(folder.as_ref(), clock, boot_id.to_owned())
+    }
+
+    /// How many write transactions this handle has begun. For tests.
+    #[doc(hidden)]
+    pub fn write_transactions(&self) -> u64 {
+        self.shared.write_transactions.load(Ordering::Relaxed)
+    }
+
+    fn start(path: &Path, clock: Clock, boot_id: String) -> Result<Self> {
+        let folder = Folder::prepare(path)?;
+        let connected = connect(&folder, &clock, &boot_id)?;
+        let place = folder.database.parent().unwrap_or(path).to_owned();
+        let (jobs, queue) = mpsc::channel();
+        let shared = Arc::<Shared>::default();
+        let local = Local {
+            folder,
+            identity: connected.identity,
+            own: HashMap::new(),
+            ended: HashSet::new(),
+            predecessors: Predecessors::new(),
+            watcher: Watcher::new(jobs.clone())?,
+            outlet: session::sending_socket(),
+            // Short-lived handles sweep too, now and then.
+            sweep_in: u32::try_from(crate::clock::jitter_seed() % 64).unwrap_or(0),
+        };
+        let worker = Worker { db: connected.db, gate: connected.gate, local, clock, queue, shared: shared.clone() };
+        let thread = thread::Builder::new().name("stanchion-sqlite".into()).spawn(move || worker.run());
+        thread.map_err(|cause| {
+            error::error(ErrorKind::Unavailable, "the system has no thread for the store").with_source(cause)
+        })?;
+        Ok(Self { jobs, shared, folder: place })
+    }
+
+    async fn ask(&self, step: Step) -> Result<Reply<Answer>> {
+        let ended = || error::error(ErrorKind::Internal, "the store's thread has ended").in_doubt(true);
+        let (reply, answer) = oneshot::channel();
+        self.jobs.send(Job::Step { step, reply }).map_err(|_| ended())?;
+        answer.await.map_err(|_| ended())?
+    }
+}
+
+impl Drop for Sqlite {
+    fn drop(&mut self) {
+        // The thread closes the sessions. Nobody waits for it: a drop must not block on the disk.
+        let _has_ended = self.jobs.send(Job::Stop);
+    }
+}
+
+/// Asks, and takes the answer that belongs to the step.
+macro_rules! ask {
+    ($store:expr, $step:expr, $answer:pat => $outcome:expr) => {{
+        let reply = $store.ask($step).await?;
+        match reply.outcome {
+            $answer => Ok(Reply { time: reply.time, outcome: $outcome }),
+            _ => Err(error::error(ErrorKind::Internal, "the store's thread gave the answer of another step")),
+        }
+    }};
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Store for Sqlite {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(error::NAME).with_liveness(Liveness::Process)
+    }
+
+    async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {
+        ask!(self, Step::Open(request), Answer::Open(outcome) => outcome)
+    }
+
+    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
+        ask!(self, Step::Beat(session), Answer::Beat(outcome) => outcome)
+    }
+
+    async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
+        ask!(self, Step::Close(session), Answer::Done => ())
+    }
+
+    async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
+        ask!(self, Step::Acquire(request), Answer::Acquire(outcome) => outcome)
+    }
+
+    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
+        ask!(self, Step::Poll { key: key.clone(), token }, Answer::Poll(outcome) => outcome)
+    }
+
+    async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
+        ask!(self, Step::End { key: key.clone(), token, cooldown: None }, Answer::End(outcome) => outcome)
+    }
+
+    async fn release(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
+        ask!(self, Step::End { key: key.clone(), token, cooldown }, Answer::End(outcome) => outcome)
+    }
+
+    async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
+        ask!(self, Step::Extend { key: key.clone(), token, ttl }, Answer::Extend(outcome) => outcome)
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
+        ask!(self, Step::Adopt(request), Answer::Adopt(outcome) => outcome)
+    }
+
+    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
+        ask!(self, Step::Evict(request), Answer::Evict(outcome) => outcome)
+    }
+
+    async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
+        ask!(self, Step::Inspect(key.clone()), Answer::Inspect(outcome) => outcome)
+    }
+
+    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
+        let step = Step::List { prefix: prefix.to_owned(), after: after.cloned(), limit };
+        ask!(self, step, Answer::List(outcome) => outcome)
+    }
+
+    fn grants(&self, session: SessionId) -> GrantStream {
+        let (sender, stream) = push_channel();
+        self.shared.senders().insert(session, sender);
+        stream
+    }
+}

@@ -1,0 +1,237 @@
+//! The steps that only look. They run without the gate and without a write transaction.
+//!
+//! Each tells `None` if it has met something that has to be settled first; it has noted then what that is, and is
+//! repeated in a write transaction after that was settled.
+
+use std::time::{Duration, SystemTime};
+
+use rusqlite::{Row, params};
+
+use super::rows::{KeyRow, WaiterRow};
+use super::session;
+use super::steps::{Answer, Step};
+use super::tx::{Tx, session_of, token_of, until};
+use crate::error::{Error, Result};
+use crate::fence::Fence;
+use crate::key::Key;
+use crate::store::{BeatOutcome, HolderState, KeyState, LostToken, PollOutcome, Queued, WaiterState};
+use crate::token::{SessionId, TokenId};
+
+/// How soon a waiter asks again if nobody can tell it of the end of the process that it depends on.
+const UNWATCHED: Duration = Duration::from_millis(50);
+/// Waiters near the front are told when time alone may change something; those behind them hear of it by a push.
+const NEAR_THE_FRONT: u32 = 16;
+/// So many holders are probed for every waiter that asks, more of them only for the head of the queue.
+const FEW_HOLDERS: i64 = 4;
+
+impl Tx<'_> {
+    /// Answers a reading step, or tells `None`: something is to be settled first.
+    pub(super) fn read(&mut self, step: &Step) -> Result<Option<Answer>> {
+        match step {
+            Step::Beat(session) => Ok(self.beat(*session)?.map(Answer::Beat)),
+            Step::Poll { key, token } => Ok(self.poll(key, *token)?.map(Answer::Poll)),
+            Step::Inspect(key) => Ok(self.inspect(key)?.map(Answer::Inspect)),
+            Step::List { prefix, after, limit } => Ok(self.list(prefix, after.as_ref(), *limit)?.map(Answer::List)),
+            _ => Ok(None),
+        }
+    }
+
+    /// The answer to a waiter, and its watch on those that it depends on. `ahead` if that is known.
+    pub(super) fn queued(&mut self, row: &KeyRow, waiter: &WaiterRow, ahead: Option<i64>) -> Result<Queued> {
+        let ahead = match ahead {
+            Some(ahead) => ahead,
+            None => {
+                let sql = "SELECT count(*) FROM waiters INDEXED BY waiters_by_key WHERE key_id = ?1 AND seq < ?2";
+                self.first(sql, [row.id, waiter.seq], |found| found.get(0))?.unwrap_or(0)
+            }
+        };
+        let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
+        let mut check_in = if ahead < NEAR_THE_FRONT { self.check_in(row) } else { None };
+        if self.is_own(waiter.session) {
+            let depends_on = match self.session_before(row.id, waiter.seq)? {
+                Some(before) => vec![before],
+                None => self.holding_sessions(row)?,
+            };
+            let processes = self.processes(&depends_on)?;
+            let local = &mut *self.local;
+            if !local.predecessors.watch(&mut local.watcher, waiter.session, waiter.token, &processes) {
+                check_in = Some(check_in.map_or(UNWATCHED, |span| span.min(UNWATCHED)));
+            }
+        }
+        Ok(Queued { ahead, check_in })
+    }
+
+    /// When time alone may change something: a deadline, the end of a cooldown.
+    pub(super) fn check_in(&self, row: &KeyRow) -> Option<Duration> {
+        let ends = row.next_deadline().into_iter().chain(row.closed_until.filter(|_| row.is_closed(self.now)));
+        ends.min().map(|end| until(self.now, end))
+    }
+
+    /// Waiters whose process is dead are gone.
+    pub(super) fn reap_dead_waiters(&mut self, row: &mut KeyRow) -> Result<()> {
+        for session in self.waiting_sessions(row)? {
+            self.is_alive(session)?;
+        }
+        self.reap_found(row)
+    }
+
+    fn waiting_sessions(&self, row: &KeyRow) -> Result<Vec<SessionId>> {
+        self.all("SELECT DISTINCT session FROM waiters WHERE key_id = ?1", [row.id], |found| session_of(found, 0))
+    }
+
+    fn beat(&mut self, session: SessionId) -> Result<Option<BeatOutcome>> {
+        let known = self.first("SELECT 1 FROM sessions WHERE id = ?1", [session.as_bytes()], |_| Ok(()))?.is_some();
+        let local = &*self.local;
+        // Whoever comes now meets at another database file: nothing in this one counts.
+        if !known || !local.is_database_in_place() {
+            return Ok(Some(BeatOutcome::Gone));
+        }
+        // Others find it dead without its file, so it is dead for itself too.
+        if local.own.get(&session).is_some_and(|own| !session::is_in_place(&local.folder, session, own)) {
+            self.dead.push(session);
+            return Ok(None);
+        }
+        if !self.is_alive(session)? {
+            return Ok(None);
+        }
+        let sql = "SELECT name, token, reason FROM forced WHERE session = ?1";
+        let read = |row: &Row<'_>| Ok((row.get::<_, String>(0)?, token_of(row, 1)?, row.get(2)?));
+        let lost = self
+            .all(sql, [session.as_bytes()], read)?
+            .into_iter()
+            .map(|(name, token, reason)| Ok::<_, Error>(LostToken { key: Key::from_encoded(&name)?, token, reason }));
+        Ok(Some(BeatOutcome::Alive { lost: lost.collect::<Result<_>>()? }))
+    }
+
+    fn poll(&mut self, key: &Key, token: TokenId) -> Result<Option<PollOutcome>> {
+        let Some(row) = self.find_key(key)? else { return Ok(Some(PollOutcome::Gone)) };
+        if !self.is_settled(&row) {
+            return Ok(None);
+        }
+        if let Some(hold) = self.find_hold(&row, token)? {
+            if hold.session_bound && !self.is_alive(hold.session)? {
+                return Ok(None);
+            }
+            self.forget_waiter(token);
+            return Ok(Some(PollOutcome::Granted(hold.granted(self.now))));
+        }
+        let Some(waiter) = self.find_waiter(&row, token)? else {
+            self.forget_waiter(token);
+            return Ok(Some(PollOutcome::Gone));
+        };
+        let before = self.session_before(row.id, waiter.seq)?;
+        let mut all_alive = self.is_alive(waiter.session)?;
+        if let Some(before) = before {
+            all_alive &= self.is_alive(before)?;
+        }
+        if before.is_none() || row.holders <= FEW_HOLDERS {
+            all_alive &= !self.probe_holders(&row)?;
+        }
+        if !all_alive {
+            return Ok(None);
+        }
+        Ok(Some(PollOutcome::Queued(self.queued(&row, &waiter, None)?)))
+    }
+
+    fn inspect(&mut self, key: &Key) -> Result<Option<KeyState>> {
+        match self.find_key(key)? {
+            Some(row) => self.state_of(row),
+            None => Ok(Some(KeyState {
+                key: key.clone(),
+                capacity: None,
+                holders: Vec::new(),
+                waiters: Vec::new(),
+                last_fence: None,
+                closed_for: None,
+            })),
+        }
+    }
+
+    fn list(&mut self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Option<Vec<KeyState>>> {
+        let (mut listed, mut unsettled) = (Vec::new(), 0);
+        let mut from = after.map_or_else(String::new, |after| after.as_encoded().to_owned());
+        while listed.len() + unsettled < limit {
+            // Idle rows are passed over inside SQLite; each key that is found is read by itself.
+            let sql = "SELECT id, name FROM keys WHERE name > ?1 AND name >= ?2
+                 AND (holders > 0 OR waiting > 0 OR closed_until > ?3) ORDER BY name LIMIT 1";
+            let next =
+                self.first(sql, params![from, prefix, self.now], |row| Ok((row.get(0)?, row.get::<_, String>(1)?)))?;
+            let Some((id, name)) = next.filter(|(_, name)| name.starts_with(prefix)) else { break };
+            if let Some(row) = self.find_key_by_id(id)? {
+                match self.state_of(row)? {
+                    Some(state) => listed.push(state),
+                    None => unsettled += 1,
+                }
+            }
+            from = name;
+        }
+        Ok((unsettled == 0).then_some(listed))
+    }
+
+    /// Whether time has changed nothing; notes the key otherwise.
+    fn is_settled(&mut self, row: &KeyRow) -> bool {
+        let is_open_late = row.closed_until.is_some() && !row.is_closed(self.now) && row.waiting > 0;
+        let is_settled = !row.is_due(self.now) && !is_open_late;
+        if !is_settled {
+            self.unsettled.push(row.id);
+        }
+        is_settled
+    }
+
+    fn state_of(&mut self, row: KeyRow) -> Result<Option<KeyState>> {
+        let mut all_alive = !self.probe_holders(&row)?;
+        if row.waiting > 0 {
+            for session in self.waiting_sessions(&row)? {
+                all_alive &= self.is_alive(session)?;
+            }
+        }
+        if !self.is_settled(&row) || !all_alive {
+            return Ok(None);
+        }
+        let now = self.now;
+        let age = |since: i64| until(since, now);
+        let capacity = row.capacity().and_then(|capacity| u32::try_from(capacity).ok());
+        let holders = self.all(
+            "SELECT fence, ifnull(holds.owner, ifnull(sessions.owner, '')), units, session_bound, granted, granted_wall,
+                 deadline, metadata, trace FROM holds LEFT JOIN sessions ON sessions.id = holds.session
+             WHERE key_id = ?1 ORDER BY fence",
+            [row.id],
+            |found| {
+                Ok(HolderState {
+                    fence: Fence::new(found.get::<_, i64>(0)?.unsigned_abs()),
+                    owner: found.get(1)?,
+                    units: found.get(2)?,
+                    session_bound: found.get(3)?,
+                    age: age(found.get(4)?),
+                    since: SystemTime::UNIX_EPOCH + Duration::from_micros(found.get::<_, i64>(5)?.unsigned_abs()),
+                    remaining: found.get::<_, Option<i64>>(6)?.map(|deadline| until(now, deadline)),
+                    metadata: found.get(7)?,
+                    trace: found.get(8)?,
+                })
+            },
+        )?;
+        let waiters = self.all(
+            "SELECT ifnull(sessions.owner, ''), units, entered, metadata, trace
+             FROM waiters INDEXED BY waiters_by_key LEFT JOIN sessions ON sessions.id = waiters.session
+             WHERE key_id = ?1 ORDER BY seq",
+            [row.id],
+            |found| {
+                Ok(WaiterState {
+                    owner: found.get(0)?,
+                    units: found.get(1)?,
+                    age: age(found.get(2)?),
+                    metadata: found.get(3)?,
+                    trace: found.get(4)?,
+                })
+            },
+        )?;
+        Ok(Some(KeyState {
+            capacity,
+            holders,
+            waiters,
+            last_fence: Some(Fence::new(row.fence.unsigned_abs())),
+            closed_for: row.closed_until.filter(|end| *end > now).map(|end| until(now, end)),
+            key: row.key,
+        }))
+    }
+}

@@ -1,0 +1,358 @@
+//! The rows of keys, holds and waiters.
+
+use rusqlite::{Row, params};
+
+use super::tx::{Tx, session_of, token_of};
+use crate::error::Result;
+use crate::fence::Fence;
+use crate::key::Key;
+use crate::store::{Demand, Granted, Term};
+use crate::token::{SessionId, TokenId};
+
+/// A key, with sums over its holds and waiters.
+#[derive(Clone, Debug)]
+pub(super) struct KeyRow {
+    /// 0 until it is entered.
+    pub(super) id: i64,
+    pub(super) key: Key,
+    pub(super) fence: i64,
+    pub(super) used: i64,
+    pub(super) holders: i64,
+    pub(super) waiting: i64,
+    capacity: i64,
+    next_deadline: Option<i64>,
+    pub(super) closed_until: Option<i64>,
+    pub(super) closed_until_wall: Option<i64>,
+    pub(super) touched: i64,
+}
+
+impl KeyRow {
+    /// The capacity of its holds and waiters, if it has any.
+    pub(super) fn capacity(&self) -> Option<i64> {
+        (self.holders > 0 || self.waiting > 0).then_some(self.capacity)
+    }
+
+    /// Not later than the earliest deadline of a hold.
+    pub(super) fn next_deadline(&self) -> Option<i64> {
+        self.next_deadline.filter(|_| self.holders > 0)
+    }
+
+    /// Whether a hold's deadline may have passed.
+    pub(super) fn is_due(&self, now: i64) -> bool {
+        self.next_deadline().is_some_and(|deadline| deadline <= now)
+    }
+
+    /// Whether a cooldown keeps it closed.
+    pub(super) fn is_closed(&self, now: i64) -> bool {
+        self.closed_until.is_some_and(|end| end > now)
+    }
+
+    /// Whether so many units are free.
+    pub(super) fn has_room(&self, units: i64) -> bool {
+        self.holders == 0 || self.used + units <= self.capacity
+    }
+
+    /// A request of another capacity cannot share the key.
+    pub(super) fn expects(&self, demand: Demand) -> bool {
+        self.capacity().is_none_or(|capacity| capacity == i64::from(demand.capacity()))
+    }
+
+    /// It has holds or waiters of this capacity from now on.
+    pub(super) fn set_capacity(&mut self, capacity: i64) {
+        self.capacity = capacity;
+    }
+
+    /// A hold has got this deadline.
+    pub(super) fn note_deadline(&mut self, deadline: i64) {
+        self.next_deadline = Some(self.next_deadline().map_or(deadline, |next| next.min(deadline)));
+    }
+
+    /// The earliest deadline of all holds.
+    pub(super) fn set_deadline(&mut self, deadline: Option<i64>) {
+        self.next_deadline = deadline;
+    }
+}
+
+/// A hold, as far as steps need it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HoldRow {
+    pub(super) token: TokenId,
+    pub(super) fence: i64,
+    pub(super) units: i64,
+    pub(super) session: SessionId,
+    pub(super) session_bound: bool,
+    pub(super) deadline: Option<i64>,
+}
+
+impl HoldRow {
+    pub(super) fn granted(&self, now: i64) -> Granted {
+        let remaining = self.deadline.map(|deadline| super::tx::until(now, deadline));
+        Granted { fence: Fence::new(self.fence.unsigned_abs()), remaining }
+    }
+}
+
+/// A waiter, as far as steps need it.
+#[derive(Clone, Debug)]
+pub(super) struct WaiterRow {
+    pub(super) seq: i64,
+    pub(super) token: TokenId,
+    pub(super) session: SessionId,
+    pub(super) units: i64,
+    pub(super) term: StoredTerm,
+}
+
+/// A term as the rows have it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StoredTerm {
+    pub(super) session_bound: bool,
+    pub(super) length: Option<i64>,
+}
+
+impl From<Term> for StoredTerm {
+    fn from(term: Term) -> Self {
+        Self { session_bound: matches!(term, Term::Session { .. }), length: term.length().map(super::tx::micros) }
+    }
+}
+
+/// A hold to be entered.
+#[derive(Debug)]
+pub(super) struct NewHold<'a> {
+    pub(super) token: TokenId,
+    pub(super) session: SessionId,
+    pub(super) units: i64,
+    pub(super) capacity: i64,
+    pub(super) term: StoredTerm,
+    pub(super) metadata: Option<&'a str>,
+    pub(super) trace: Option<&'a str>,
+}
+
+// The order of the columns is that of `read_key`.
+const KEY_BY_NAME: &str = "SELECT id, fence, used, holders, waiting, capacity, next_deadline, closed_until,
+     closed_until_wall, touched FROM keys WHERE name = ?1";
+const KEY_BY_ID: &str = "SELECT id, fence, used, holders, waiting, capacity, next_deadline, closed_until,
+     closed_until_wall, touched, name FROM keys WHERE id = ?1";
+
+impl Tx<'_> {
+    /// The row of a key, if the store knows the key.
+    pub(super) fn find_key(&self, key: &Key) -> Result<Option<KeyRow>> {
+        self.first(KEY_BY_NAME, [key.as_encoded()], |row| read_key(row, key.clone()))
+    }
+
+    /// The row of a key, or what it is to be: an unknown key counts on from the floor.
+    pub(super) fn key_or_new(&self, key: &Key) -> Result<KeyRow> {
+        if let Some(row) = self.find_key(key)? {
+            return Ok(row);
+        }
+        let floor = self.first("SELECT fence_floor FROM meta", [], |row| row.get(0))?;
+        Ok(KeyRow {
+            id: 0,
+            key: key.clone(),
+            fence: floor.unwrap_or(0),
+            used: 0,
+            holders: 0,
+            waiting: 0,
+            capacity: 0,
+            next_deadline: None,
+            closed_until: None,
+            closed_until_wall: None,
+            touched: self.now,
+        })
+    }
+
+    /// The row of a key by its number.
+    pub(super) fn find_key_by_id(&self, id: i64) -> Result<Option<KeyRow>> {
+        let name = |row: &Row<'_>| row.get::<_, String>(10);
+        let Some(name) = self.first(KEY_BY_ID, [id], name)? else { return Ok(None) };
+        let key = Key::from_encoded(&name)?;
+        self.first(KEY_BY_ID, [id], |row| read_key(row, key))
+    }
+
+    /// Writes the row of a key.
+    pub(super) fn save(&self, row: &mut KeyRow) -> Result<()> {
+        if row.id == 0 {
+            self.execute(
+                "INSERT INTO keys (name, fence, used, holders, waiting, capacity, next_deadline, closed_until,
+                     closed_until_wall, touched) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
+                params![
+                    row.key.as_encoded(),
+                    row.fence,
+                    row.used,
+                    row.holders,
+                    row.waiting,
+                    row.capacity,
+                    row.next_deadline,
+                    row.closed_until,
+                    row.closed_until_wall,
+                    row.touched
+                ],
+            )?;
+            row.id = self.db.last_insert_rowid();
+        } else {
+            self.execute(
+                "UPDATE keys SET fence = ?2, used = ?3, holders = ?4, waiting = ?5, capacity = ?6, next_deadline = ?7,
+                     closed_until = ?8, closed_until_wall = ?9, touched = ?10 WHERE id = ?1",
+                params![
+                    row.id,
+                    row.fence,
+                    row.used,
+                    row.holders,
+                    row.waiting,
+                    row.capacity,
+                    row.next_deadline,
+                    row.closed_until,
+                    row.closed_until_wall,
+                    row.touched
+                ],
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Mints a fence and enters a hold. The caller saves the key's row.
+    pub(super) fn grant(&self, row: &mut KeyRow, hold: &NewHold<'_>) -> Result<HoldRow> {
+        let last = Some(Fence::new(row.fence.unsigned_abs()));
+        let fence = Fence::next(last, self.wall.unsigned_abs());
+        row.fence = i64::try_from(fence.get()).unwrap_or(i64::MAX);
+        row.capacity = hold.capacity;
+        row.used += hold.units;
+        row.holders += 1;
+        row.touched = self.now;
+        let deadline = hold.term.length.map(|length| self.now.saturating_add(length));
+        match deadline {
+            // The first hold: what is left of earlier ones means nothing.
+            _ if row.holders == 1 => row.next_deadline = deadline,
+            Some(deadline) => row.note_deadline(deadline),
+            None => {}
+        }
+        if row.id == 0 {
+            self.save(row)?;
+        }
+        self.execute(
+            "INSERT INTO holds (key_id, token, fence, units, session, session_bound, deadline, granted, granted_wall,
+                 metadata, trace) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+            params![
+                row.id,
+                hold.token.as_bytes(),
+                row.fence,
+                hold.units,
+                hold.session.as_bytes(),
+                hold.term.session_bound,
+                deadline,
+                self.now,
+                self.wall,
+                hold.metadata,
+                hold.trace
+            ],
+        )?;
+        Ok(HoldRow {
+            token: hold.token,
+            fence: row.fence,
+            units: hold.units,
+            session: hold.session,
+            session_bound: hold.term.session_bound,
+            deadline,
+        })
+    }
+
+    /// The hold of a token.
+    pub(super) fn find_hold(&self, row: &KeyRow, token: TokenId) -> Result<Option<HoldRow>> {
+        if row.holders == 0 {
+            return Ok(None);
+        }
+        self.first(
+            "SELECT token, fence, units, session, session_bound, deadline FROM holds WHERE key_id = ?1 AND token = ?2",
+            params![row.id, token.as_bytes()],
+            read_hold,
+        )
+    }
+
+    /// Takes a hold off its key. The caller saves the key's row.
+    pub(super) fn remove_hold(&self, row: &mut KeyRow, hold: &HoldRow) -> Result<()> {
+        self.execute("DELETE FROM holds WHERE key_id = ?1 AND token = ?2", params![row.id, hold.token.as_bytes()])?;
+        row.used -= hold.units;
+        row.holders -= 1;
+        Ok(())
+    }
+
+    /// The queue entry of a token.
+    pub(super) fn find_waiter(&self, row: &KeyRow, token: TokenId) -> Result<Option<WaiterRow>> {
+        if row.waiting == 0 {
+            return Ok(None);
+        }
+        self.first(
+            "SELECT seq, token, session, units, session_bound, term FROM waiters WHERE token = ?2 AND key_id = ?1",
+            params![row.id, token.as_bytes()],
+            read_waiter,
+        )
+    }
+
+    /// The first of the queue.
+    pub(super) fn head(&self, row: &KeyRow) -> Result<Option<WaiterRow>> {
+        self.waiter_after(row.id, i64::MIN)
+    }
+
+    /// Who stands behind this place in the queue.
+    pub(super) fn waiter_after(&self, key_id: i64, seq: i64) -> Result<Option<WaiterRow>> {
+        self.first(
+            "SELECT seq, token, session, units, session_bound, term FROM waiters INDEXED BY waiters_by_key
+             WHERE key_id = ?1 AND seq > ?2 ORDER BY seq LIMIT 1",
+            [key_id, seq],
+            read_waiter,
+        )
+    }
+
+    /// The session of who stands before this place in the queue.
+    pub(super) fn session_before(&self, key_id: i64, seq: i64) -> Result<Option<SessionId>> {
+        self.first(
+            "SELECT session FROM waiters INDEXED BY waiters_by_key
+             WHERE key_id = ?1 AND seq < ?2 ORDER BY seq DESC LIMIT 1",
+            [key_id, seq],
+            |row| session_of(row, 0),
+        )
+    }
+
+    /// Takes a waiter out of the queue. The caller saves the key's row.
+    pub(super) fn remove_waiter(&mut self, row: &mut KeyRow, waiter: &WaiterRow) -> Result<()> {
+        self.execute("DELETE FROM waiters WHERE seq = ?1", [waiter.seq])?;
+        row.waiting -= 1;
+        self.forget_waiter(waiter.token);
+        Ok(())
+    }
+}
+
+fn read_key(row: &Row<'_>, key: Key) -> rusqlite::Result<KeyRow> {
+    Ok(KeyRow {
+        id: row.get(0)?,
+        key,
+        fence: row.get(1)?,
+        used: row.get(2)?,
+        holders: row.get(3)?,
+        waiting: row.get(4)?,
+        capacity: row.get(5)?,
+        next_deadline: row.get(6)?,
+        closed_until: row.get(7)?,
+        closed_until_wall: row.get(8)?,
+        touched: row.get(9)?,
+    })
+}
+
+pub(super) fn read_hold(row: &Row<'_>) -> rusqlite::Result<HoldRow> {
+    Ok(HoldRow {
+        token: token_of(row, 0)?,
+        fence: row.get(1)?,
+        units: row.get(2)?,
+        session: session_of(row, 3)?,
+        session_bound: row.get(4)?,
+        deadline: row.get(5)?,
+    })
+}
+
+fn read_waiter(row: &Row<'_>) -> rusqlite::Result<WaiterRow> {
+    Ok(WaiterRow {
+        seq: row.get(0)?,
+        token: token_of(row, 1)?,
+        session: session_of(row, 2)?,
+        units: row.get(3)?,
+        term: StoredTerm { session_bound: row.get(4)?, length: row.get(5)? },
+    })
+}

@@ -1,0 +1,313 @@
+//! The database thread: takes steps from a queue, and carries out what has gathered there in one transaction.
+//!
+//! # Invariants
+//! 1. One thread has the connection. It waits for a step, for the gate and for the disk, and for nothing else.
+//! 2. A step is answered, and its pushes are sent, only after its transaction is committed.
+//! 3. A step that fails takes nothing back of the others in its transaction.
+//! 4. However the thread ends, every step that waits gets an answer: its reply channel closes.
+
+use std::collections::HashMap;
+use std::mem;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rusqlite::Connection;
+use tokio::sync::oneshot;
+
+use super::connect::Gate;
+use super::error::{error, from_sqlite};
+use super::session::{self, OwnSession};
+use super::steps::{Answer, Step};
+use super::tx::{Effects, Local, Tx};
+use crate::clock::Clock;
+use crate::error::{ErrorKind, Result};
+use crate::store::{Push, PushSender, Reply};
+use crate::token::SessionId;
+
+/// The most steps in one transaction.
+const BATCH: usize = 64;
+/// Write transactions from one sweep to the next.
+const SWEEP_EVERY: u32 = 64;
+
+/// What the thread is told.
+#[derive(Debug)]
+pub(super) enum Job {
+    /// A step and where its answer goes.
+    Step { step: Step, reply: oneshot::Sender<Result<Reply<Answer>>> },
+    /// A watched process has ended.
+    Died(i32),
+    /// The store is dropped: finish what is queued, and end.
+    Stop,
+}
+
+/// What the thread shares with the handle.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    senders: Mutex<HashMap<SessionId, PushSender>>,
+    sessions: Mutex<HashMap<SessionId, Arc<std::os::fd::OwnedFd>>>,
+    pub(super) write_transactions: AtomicU64,
+}
+
+impl Shared {
+    pub(super) fn senders(&self) -> MutexGuard<'_, HashMap<SessionId, PushSender>> {
+        self.senders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The locked files of the open sessions.
+    pub(super) fn sessions(&self) -> MutexGuard<'_, HashMap<SessionId, Arc<std::os::fd::OwnedFd>>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The thread's own.
+#[derive(Debug)]
+pub(super) struct Worker {
+    pub(super) db: Connection,
+    pub(super) gate: Gate,
+    pub(super) local: Local,
+    pub(super) clock: Clock,
+    pub(super) queue: Receiver<Job>,
+    pub(super) shared: Arc<Shared>,
+}
+
+struct Asked {
+    step: Step,
+    reply: Option<oneshot::Sender<Result<Reply<Answer>>>>,
+}
+
+impl Worker {
+    /// Serves until it is told to stop.
+    pub(super) fn run(mut self) {
+        while let Ok(first) = self.queue.recv() {
+            let mut batch = vec![first];
+            while batch.len() < BATCH {
+                match self.queue.try_recv() {
+                    Ok(job) => batch.push(job),
+                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+                }
+            }
+            if !self.serve(batch) {
+                break;
+            }
+        }
+        self.close();
+    }
+
+    /// Carries out a batch. `false` if the thread is to end.
+    fn serve(&mut self, batch: Vec<Job>) -> bool {
+        let mut go_on = true;
+        let mut asked = Vec::with_capacity(batch.len());
+        for job in batch {
+            match job {
+                Job::Step { step, reply } => asked.push(Asked { step, reply: Some(reply) }),
+                Job::Died(pid) => asked.push(Asked { step: Step::Died(pid), reply: None }),
+                Job::Stop => go_on = false,
+            }
+        }
+        for token in self.local.watcher.take_granted() {
+            self.local.predecessors.forget(&mut self.local.watcher, token);
+        }
+        // Nobody waits for the answer: not having asked is as good.
+        asked.retain(|asked| {
+            !matches!(&asked.step, Step::Acquire(_)) || !asked.reply.as_ref().is_some_and(|r| r.is_closed())
+        });
+        if asked.iter().any(|asked| asked.step.is_reading()) {
+            asked = self.read(asked);
+        }
+        if !asked.is_empty() {
+            self.write(asked);
+        }
+        go_on
+    }
+
+    /// Answers the reading steps that have nothing to settle; gives the others back.
+    fn read(&mut self, asked: Vec<Asked>) -> Vec<Asked> {
+        // One snapshot for all: without it each statement takes SQLite's locks anew. It is as right, but slower.
+        let _slower = self.db.prepare_cached("BEGIN").and_then(|mut statement| statement.execute([]));
+        let mut rest = Vec::new();
+        for asked in asked {
+            if !asked.step.is_reading() {
+                rest.push(asked);
+                continue;
+            }
+            let mut tx = Tx::new(&self.db, &mut self.local);
+            tx.set_time(&self.clock);
+            let time = tx.time();
+            match tx.read(&asked.step) {
+                Ok(Some(outcome)) => answer(asked, Ok(Reply { time, outcome })),
+                Ok(None) => rest.push(asked),
+                Err(cause) => answer(asked, Err(cause)),
+            }
+        }
+        let ended = self.db.prepare_cached("COMMIT").and_then(|mut statement| statement.execute([]));
+        if ended.is_err() && !self.db.is_autocommit() {
+            let _nothing_was_changed = self.db.execute_batch("ROLLBACK");
+        }
+        rest
+    }
+
+    /// Carries out steps in one write transaction.
+    fn write(&mut self, asked: Vec<Asked>) {
+        match self.transact(&asked) {
+            Ok((answers, effects)) => {
+                self.follow_up(effects);
+                for (asked, result) in asked.into_iter().zip(answers) {
+                    if let Step::Died(pid) = asked.step {
+                        self.recheck_dependents(pid);
+                    }
+                    answer(asked, result);
+                }
+            }
+            // Steps can be repeated: each by itself, so that each has its own answer.
+            Err(_) if asked.len() > 1 => asked.into_iter().for_each(|asked| self.write(vec![asked])),
+            Err(cause) => {
+                if let Some(asked) = asked.into_iter().next() {
+                    answer(asked, Err(cause));
+                }
+            }
+        }
+    }
+
+    fn transact(&mut self, asked: &[Asked]) -> Result<(Vec<Result<Reply<Answer>>>, Effects)> {
+        let path = self.local.folder.database.clone();
+        let entered = self.gate.enter(&self.local.folder)?;
+        if !self.local.is_database_in_place() {
+            return Err(error(
+                ErrorKind::Unavailable,
+                format!("{} was deleted or replaced while it was in use; open the store anew", path.display()),
+            ));
+        }
+        let statement = |sql: &'static str| {
+            self.db
+                .prepare_cached(sql)
+                .and_then(|mut statement| statement.execute([]))
+                .map_err(|cause| from_sqlite("a step", &path, cause))
+        };
+        statement("BEGIN IMMEDIATE")?;
+        self.shared.write_transactions.fetch_add(1, Ordering::Relaxed);
+        let is_sweep = self.local.sweep_in == 0;
+        self.local.sweep_in = if is_sweep { SWEEP_EVERY } else { self.local.sweep_in - 1 };
+        let mut tx = Tx::new(&self.db, &mut self.local);
+        let mut answers = Vec::with_capacity(asked.len());
+        let alone = asked.len() == 1;
+        for asked in asked {
+            tx.set_time(&self.clock);
+            let before = (tx.effects.pushes.len(), tx.effects.opened.len(), tx.effects.ended.len());
+            if !alone {
+                tx.execute("SAVEPOINT step", [])?;
+            }
+            let outcome = tx.run(&asked.step);
+            // SQLite may have ended the whole transaction, as it does when the disk is full.
+            if outcome.is_err() && (alone || self.db.is_autocommit()) {
+                undo(&self.db, tx);
+                return Err(outcome.err().unwrap_or_else(|| error(ErrorKind::Internal, "a step failed")));
+            }
+            if outcome.is_err() {
+                tx.execute("ROLLBACK TO step", [])?;
+                tx.effects.pushes.truncate(before.0);
+                tx.effects.ended.truncate(before.2);
+                for (session, _) in tx.effects.opened.split_off(before.1) {
+                    session::remove_files(&tx.local.folder, session);
+                }
+                (tx.dead, tx.unsettled, tx.left) = (Vec::new(), Vec::new(), Vec::new());
+            }
+            if !alone {
+                tx.execute("RELEASE step", [])?;
+            }
+            let time = tx.time();
+            answers.push(outcome.map(|outcome| Reply { time, outcome }));
+        }
+        if is_sweep {
+            tx.set_time(&self.clock);
+            let _can_wait = tx.sweep_keys();
+        }
+        if let Err(cause) = tx.execute("COMMIT", []) {
+            undo(&self.db, tx);
+            return Err(cause.in_doubt(true));
+        }
+        let effects = mem::take(&mut tx.effects);
+        drop(entered);
+        Ok((answers, effects))
+    }
+
+    /// What follows from committed steps.
+    fn follow_up(&mut self, effects: Effects) {
+        for (session, own) in effects.opened {
+            let sender = self.shared.senders().get(&session).cloned();
+            if let Some(socket) = &own.socket {
+                self.local.watcher.add_socket(session, socket.clone(), sender);
+            }
+            self.shared.sessions().insert(session, own.lock.clone());
+            self.local.own.insert(session, own);
+        }
+        for (session, push) in effects.pushes {
+            self.send(session, push);
+        }
+        for session in effects.ended {
+            if self.local.own.remove(&session).is_some() {
+                self.local.predecessors.forget_session(&mut self.local.watcher, session);
+                self.local.watcher.remove_socket(session);
+                self.local.ended.insert(session);
+            }
+            self.shared.sessions().remove(&session);
+            self.shared.senders().remove(&session);
+            session::remove_files(&self.local.folder, session);
+        }
+    }
+
+    fn recheck_dependents(&mut self, pid: i32) {
+        for (session, token) in self.local.predecessors.died(pid) {
+            self.send(session, Push::Recheck { token });
+        }
+    }
+
+    fn send(&mut self, session: SessionId, push: Push) {
+        if self.local.own.contains_key(&session) {
+            if let Push::Granted { token, .. } = &push {
+                self.local.predecessors.forget(&mut self.local.watcher, *token);
+            }
+            if let Some(sender) = self.shared.senders().get(&session) {
+                sender.send(push);
+            }
+        } else if let Some(outlet) = &self.local.outlet {
+            session::send(&self.local.folder, outlet, session, &push);
+        }
+    }
+
+    /// Ends the sessions that are still open, as well as that can be.
+    fn close(mut self) {
+        let open: Vec<SessionId> = self.local.own.keys().copied().collect();
+        if !open.is_empty() {
+            self.write(open.into_iter().map(|session| Asked { step: Step::Close(session), reply: None }).collect());
+        }
+        let left: Vec<(SessionId, OwnSession)> = self.local.own.drain().collect();
+        for (session, _) in left {
+            session::remove_files(&self.local.folder, session);
+        }
+        // Under the gate: nobody opens the database while its last user closes it.
+        let entered = self.gate.enter(&self.local.folder);
+        drop(self.db);
+        drop(entered);
+    }
+}
+
+/// Takes a transaction back, with the files that it has made.
+fn undo(db: &Connection, tx: Tx<'_>) {
+    if !db.is_autocommit() {
+        let _gone_with_the_connection = db.execute_batch("ROLLBACK");
+    }
+    for (session, _) in &tx.effects.opened {
+        session::remove_files(&tx.local.folder, *session);
+    }
+}
+
+fn answer(asked: Asked, result: Result<Reply<Answer>>) {
+    let result = match asked.step.key() {
+        Some(key) => result.map_err(|error| error.with_key(key)),
+        None => result,
+    };
+    if let Some(reply) = asked.reply {
+        let _nobody_waits = reply.send(result);
+    }
+}
