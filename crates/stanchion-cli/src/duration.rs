@@ -28,7 +28,8 @@ pub(crate) fn span_or_zero(text: &str) -> Result<Duration, String> {
 }
 
 fn parse(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("`{text}` is not a duration: write seconds (30, 1.5) or a number with a unit (500ms, 30s, 5m, 2h)");
+    let wrong =
+        || format!("`{text}` is not a duration: write seconds (30, 1.5) or a number with a unit (500ms, 30s, 5m, 2h)");
     let text = text.trim();
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let seconds_per_unit = match &text[digits.len()..] {

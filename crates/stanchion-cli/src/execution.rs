@@ -56,7 +56,11 @@ pub(crate) fn execute(plan: Plan) -> Result<u8, Failure> {
         Waited::Signal(signal) => return Ok(exit_code::of_signal(signal)),
         Waited::Refused(Refusal::Failed(failure)) => return Err(failure),
         Waited::Refused(Refusal::Busy(message)) => {
-            if busy.is_a_problem { verbosity.problem(message) } else { verbosity.note(message) }
+            if busy.is_a_problem {
+                verbosity.problem(message)
+            } else {
+                verbosity.note(message)
+            }
             return Ok(busy.exit_code);
         }
         Waited::Refused(Refusal::Cancelled) => return Ok(exit_code::NOT_OBTAINED),
@@ -179,7 +183,8 @@ fn release(
             }
             Ok(Event::Released(Err(failure))) => {
                 let reason = failure.message;
-                verbosity.problem(format_args!("the key could not be released now, the store frees it later: {reason}"));
+                verbosity
+                    .problem(format_args!("the key could not be released now, the store frees it later: {reason}"));
                 return false;
             }
             Ok(Event::Signal(libc::SIGINT | libc::SIGTERM)) | Err(RecvTimeoutError::Timeout) => {

@@ -99,8 +99,17 @@ mod tests {
     #[test]
     fn the_help_names_every_code() {
         let codes = [
-            OK, NO_SUCH_HOLD, USAGE, UNAVAILABLE, INTERNAL, NOT_OBTAINED, LOST, NOT_PERMITTED, MISCONFIGURED,
-            NOT_EXECUTABLE, NOT_FOUND,
+            OK,
+            NO_SUCH_HOLD,
+            USAGE,
+            UNAVAILABLE,
+            INTERNAL,
+            NOT_OBTAINED,
+            LOST,
+            NOT_PERMITTED,
+            MISCONFIGURED,
+            NOT_EXECUTABLE,
+            NOT_FOUND,
         ];
         for code in codes {
             assert!(HELP.lines().any(|line| line.trim_start().starts_with(&format!("{code} "))), "{code}");

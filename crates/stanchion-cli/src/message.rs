@@ -106,7 +106,8 @@ mod tests {
 
     #[test]
     fn a_failure_tells_the_cause_once() {
-        let error = Error::new(ErrorKind::Unavailable, "no answer").with_source(Error::new(ErrorKind::Internal, "refused"));
+        let error =
+            Error::new(ErrorKind::Unavailable, "no answer").with_source(Error::new(ErrorKind::Internal, "refused"));
         let failure = Failure::from(error);
         assert_eq!((failure.code, failure.message.as_str()), (69, "no answer: refused"));
     }

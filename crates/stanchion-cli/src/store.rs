@@ -56,7 +56,10 @@ pub(crate) fn resolve(common: &Common) -> Result<StoreChoice, Failure> {
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     if let Some(url) = variable(environment::STORE) {
         let url = url.into_string().map_err(|_| {
-            Failure::new(exit_code::USAGE, format!("{} is not UTF-8: write other bytes of a URL as %XX", environment::STORE))
+            Failure::new(
+                exit_code::USAGE,
+                format!("{} is not UTF-8: write other bytes of a URL as %XX", environment::STORE),
+            )
         })?;
         return choose(&url, environment::STORE);
     }
@@ -93,11 +96,13 @@ fn choose(url: &str, named_by: &str) -> Result<StoreChoice, Failure> {
 fn holds_password(url: &str) -> bool {
     let Some((_, rest)) = url.split_once("://") else { return url.contains("password=") };
     let (address, query) = rest.split_once('?').unwrap_or((rest, ""));
-    let in_address = address.rsplit_once('@').is_some_and(|(user, _)| user.split_once(':').is_some_and(|(_, p)| !p.is_empty()));
-    in_address || query.split('&').any(|option| {
-        let name = option.split('=').next().unwrap_or_default().to_ascii_lowercase();
-        ["password", "passwd", "pass", "pwd", "secret", "token", "auth"].iter().any(|word| name.contains(word))
-    })
+    let in_address =
+        address.rsplit_once('@').is_some_and(|(user, _)| user.split_once(':').is_some_and(|(_, p)| !p.is_empty()));
+    in_address
+        || query.split('&').any(|option| {
+            let name = option.split('=').next().unwrap_or_default().to_ascii_lowercase();
+            ["password", "passwd", "pass", "pwd", "secret", "token", "auth"].iter().any(|word| name.contains(word))
+        })
 }
 
 impl StoreChoice {
@@ -140,7 +145,13 @@ mod tests {
 
     #[test]
     fn a_password_in_a_url_is_seen_wherever_it_is() {
-        for url in ["redis://:p@h", "redis://u:p@h:1/0", "postgres://u:a@b@h/db", "postgres://h/db?user=u&password=p", "redis://h?auth=x"] {
+        for url in [
+            "redis://:p@h",
+            "redis://u:p@h:1/0",
+            "postgres://u:a@b@h/db",
+            "postgres://h/db?user=u&password=p",
+            "redis://h?auth=x",
+        ] {
             assert!(holds_password(url), "{url}");
         }
         for url in ["redis://h:6379/0", "redis://u@h", "postgres://u:@h/db", "sqlite:/a:b@c", "redis://h?timeout=5"] {

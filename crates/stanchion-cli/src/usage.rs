@@ -38,7 +38,9 @@ fn message(kind: ErrorKind, text: &str) -> String {
     let command = if command.is_empty() { "stanchion".to_owned() } else { command };
     let runs = command.ends_with(" run") || command.ends_with(" once");
     let hint = match kind {
-        ErrorKind::UnknownArgument | ErrorKind::MissingRequiredArgument if runs => "; the command to run comes after `--`",
+        ErrorKind::UnknownArgument | ErrorKind::MissingRequiredArgument if runs => {
+            "; the command to run comes after `--`"
+        }
         _ => "",
     };
     let tip = parts.find_map(|part| part.strip_prefix("tip: ").map(|tip| format!("; {tip}"))).unwrap_or_default();
@@ -52,14 +54,18 @@ mod tests {
     use clap::Parser as _;
 
     fn said(arguments: &[&str]) -> String {
-        let error = Arguments::try_parse_from(std::iter::once("stanchion").chain(arguments.iter().copied())).unwrap_err();
+        let error =
+            Arguments::try_parse_from(std::iter::once("stanchion").chain(arguments.iter().copied())).unwrap_err();
         message(error.kind(), &error.render().to_string())
     }
 
     #[test]
     fn a_usage_error_is_one_line_that_says_what_would_be_right() {
         let table: [(&[&str], &str); 5] = [
-            (&["run", "k", "ls"], "unexpected argument 'ls' found; the command to run comes after `--`; `stanchion run --help` explains it"),
+            (
+                &["run", "k", "ls"],
+                "unexpected argument 'ls' found; the command to run comes after `--`; `stanchion run --help` explains it",
+            ),
             (&["run", "k", "-w", "soon", "--", "ls"], "is not a duration: write seconds"),
             (&["frob"], "unrecognized subcommand 'frob'; `stanchion --help` explains it"),
             (&["run", "k"], "the command to run comes after `--`; `stanchion run --help` explains it"),

@@ -1,4 +1,6 @@
 //! The wrapper is killed: everything that it started dies, and the key is never free before.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
 mod common;
 use common::*;
 use rustix::process::Signal;

@@ -1,9 +1,12 @@
 //! The key is lost while the command runs: the whole group ends, before another may have the key.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
 mod common;
 use common::*;
 
 /// A command that does not end when asked, and whose child does not either.
-const STUBBORN: &str = "trap '' TERM; (trap '' TERM; echo $$ > $D/ready; while :; do sleep 0.01; done) & while :; do sleep 0.01; done";
+const STUBBORN: &str =
+    "trap '' TERM; (trap '' TERM; echo $$ > $D/ready; while :; do sleep 0.01; done) & while :; do sleep 0.01; done";
 
 #[test]
 fn a_hold_that_is_too_long_ends_with_76_and_no_survivor() {
@@ -50,6 +53,10 @@ fn a_broken_hold_ends_its_command_at_once() {
     world.stanchion(["break", "k", "--fence", fence, "--reason", "it hangs"]).finish().code(0).silent();
     running.finish().code(76).says(&["key `k` was lost", "released by force"]);
     world.until_nothing_runs();
-    world.stanchion(["break", "k", "--fence", fence, "--reason", "again"]).finish().code(1).says(&["nobody holds it now"]);
+    world
+        .stanchion(["break", "k", "--fence", fence, "--reason", "again"])
+        .finish()
+        .code(1)
+        .says(&["nobody holds it now"]);
     world.assert_free("k");
 }

@@ -1,4 +1,6 @@
 //! `once`: at most one run per period.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
 mod common;
 use common::*;
 use rustix::process::Signal;

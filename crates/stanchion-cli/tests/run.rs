@@ -1,4 +1,6 @@
 //! `run`: one at a time, with the command's own exit code, streams and environment.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
 mod common;
 use common::*;
 use rustix::process::Signal;

@@ -1,4 +1,6 @@
 //! The store's URL: not in messages, not in the command's environment, and no password in an argument.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
 mod common;
 use common::*;
 
@@ -63,10 +65,21 @@ fn the_command_learns_the_key_and_the_fence_and_nothing_of_the_store() {
 #[test]
 fn the_store_of_the_options_goes_before_that_of_the_environment() {
     let world = World::new();
-    let (here, there) = (format!("sqlite:{}", world.path("here").display()), format!("sqlite:{}", world.path("there").display()));
+    let (here, there) =
+        (format!("sqlite:{}", world.path("here").display()), format!("sqlite:{}", world.path("there").display()));
     std::fs::write(world.path("url"), format!("{here}\nmore\n")).unwrap();
-    world.stanchion(["run", "k", "--store", &here, "--", "true"]).env("STANCHION_STORE", &there).finish().code(0).silent();
-    world.stanchion(["run", "k", "--store-file", "url", "--", "true"]).env("STANCHION_STORE", &there).finish().code(0).silent();
+    world
+        .stanchion(["run", "k", "--store", &here, "--", "true"])
+        .env("STANCHION_STORE", &there)
+        .finish()
+        .code(0)
+        .silent();
+    world
+        .stanchion(["run", "k", "--store-file", "url", "--", "true"])
+        .env("STANCHION_STORE", &there)
+        .finish()
+        .code(0)
+        .silent();
     assert!(world.path("here").exists() && !world.path("there").exists());
     let missing = world.stanchion(["ls", "--store-file", "nowhere"]).finish();
     missing.code(78).says(&["cannot read `nowhere` (of --store-file)"]);

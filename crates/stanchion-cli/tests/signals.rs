@@ -1,4 +1,6 @@
 //! Signals: passed on to the command, and no process left behind, whenever they come.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
 mod common;
 use common::*;
 use rustix::process::Signal;
@@ -62,7 +64,8 @@ fn pending(pid: i32) -> u64 {
 #[test]
 fn what_is_ignored_at_the_start_stays_ignored_here_and_in_the_command() {
     let world = World::new();
-    let script = "grep SigIgn /proc/self/status > $D/ignored; touch $D/ready; while [ ! -e $D/go ]; do sleep 0.01; done";
+    let script =
+        "grep SigIgn /proc/self/status > $D/ignored; touch $D/ready; while [ ! -e $D/go ]; do sleep 0.01; done";
     let options = ["--ignore-signal=HUP", "--ignore-signal=CHLD"];
     let running = world.through(&options, ["run", "k", "--", "sh", "-c", script]).start();
     world.until_file("ready");

@@ -1,4 +1,6 @@
 //! At a terminal: an interactive command works as if the shell had started it itself.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
 mod common;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -91,7 +93,8 @@ impl Drop for Screen {
 #[test]
 fn an_interactive_command_reads_from_the_terminal() {
     let world = World::new();
-    let mut screen = Screen::new(&world, &["sh", "-c", r#"$S run k -- sh -c 'echo name?; read x; echo "hello $x"; exit 4'"#]);
+    let mut screen =
+        Screen::new(&world, &["sh", "-c", r#"$S run k -- sh -c 'echo name?; read x; echo "hello $x"; exit 4'"#]);
     screen.shows("name?");
     screen.types("world\n");
     screen.shows("hello world");
@@ -101,7 +104,8 @@ fn an_interactive_command_reads_from_the_terminal() {
 #[test]
 fn ctrl_c_reaches_the_command() {
     let world = World::new();
-    let script = "$S run k -c 'trap \"echo caught; exit 3\" INT; echo ready; while :; do sleep 0.01; done'; echo code $?";
+    let script =
+        "$S run k -c 'trap \"echo caught; exit 3\" INT; echo ready; while :; do sleep 0.01; done'; echo code $?";
     let mut screen = Screen::shell(&world);
     screen.types(&format!("{script}\n"));
     screen.shows("\nready");

@@ -37,8 +37,9 @@ pub(crate) struct Guardian {
 impl Guardian {
     /// Starts it.
     pub(crate) fn start() -> Result<Self, Failure> {
-        let refused =
-            |error| Failure::new(exit_code::INTERNAL, format!("cannot start the process that guards the command: {error}"));
+        let refused = |error| {
+            Failure::new(exit_code::INTERNAL, format!("cannot start the process that guards the command: {error}"))
+        };
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| refused(e.into()))?;
         let process = Command::new(own_binary().map_err(refused)?)
             .arg0("stanchion")

@@ -27,7 +27,8 @@ pub(super) fn execute(hold: &Break, store: &StoreChoice, verbosity: Verbosity) -
                     format!("it is held now with fence {}", fences.join(", "))
                 }
             };
-            verbosity.problem(format_args!("no hold of key `{key}` has fence {}; {now}; nothing was changed", hold.fence));
+            verbosity
+                .problem(format_args!("no hold of key `{key}` has fence {}; {now}; nothing was changed", hold.fence));
             Ok(exit_code::NO_SUCH_HOLD)
         }
     }

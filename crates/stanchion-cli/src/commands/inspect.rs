@@ -34,7 +34,8 @@ fn write_all(state: &KeyState, out: &mut String) -> std::fmt::Result {
     };
     writeln!(out, "state    {word}")?;
     if let Some(capacity) = state.capacity.filter(|capacity| *capacity > 1) {
-        let capacity = if capacity == i32::MAX as u32 { "shared or exclusive".to_owned() } else { capacity.to_string() };
+        let capacity =
+            if capacity == i32::MAX as u32 { "shared or exclusive".to_owned() } else { capacity.to_string() };
         writeln!(out, "capacity {capacity}")?;
     }
     if let Some(fence) = state.last_fence {

@@ -46,14 +46,18 @@ fn child_plan(child: &Child) -> Result<ChildPlan, Failure> {
         None => child.command.clone(),
     };
     if command.first().is_none_or(|program| program.is_empty()) {
-        return Err(Failure::new(exit_code::USAGE, "the command is empty: give a program and its arguments after `--`"));
+        return Err(Failure::new(
+            exit_code::USAGE,
+            "the command is empty: give a program and its arguments after `--`",
+        ));
     }
     Ok(ChildPlan { command, kill_after: child.kill_after })
 }
 
 /// Who holds the key, for people: the program's name, the machine, this process. Not its arguments: they may be secret.
 fn owner(command: &[std::ffi::OsString]) -> String {
-    let program = command.first().map(Path::new).and_then(Path::file_name).map(OsStr::to_string_lossy).unwrap_or_default();
+    let program =
+        command.first().map(Path::new).and_then(Path::file_name).map(OsStr::to_string_lossy).unwrap_or_default();
     let program: String = program.chars().take(30).collect();
     let host = rustix::system::uname().nodename().to_string_lossy().chars().take(60).collect::<String>();
     let label = format!("{program}@{host}/{}", std::process::id());
