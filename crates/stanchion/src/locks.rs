@@ -445,6 +445,8 @@ async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
     match scheme(url) {
         "memory" if url == "memory:" => Ok(Arc::new(crate::store::Memory::new())),
         "memory" => Err(Error::new(ErrorKind::InvalidArgument, "the memory store's URL is `memory:` and nothing more")),
+        #[cfg(feature = "sqlite")]
+        "sqlite" => Ok(Arc::new(crate::store::Sqlite::from_url(url)?)),
         known @ ("sqlite" | "redis" | "rediss" | "postgres" | "postgresql" | "firestore") => {
             let message = format!("this build has no store for `{known}:` URLs; it has {}", stores());
             Err(Error::new(ErrorKind::Unsupported, message))

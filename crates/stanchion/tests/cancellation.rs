@@ -198,8 +198,8 @@ async fn memory_with_slow_answers() {
 #[cfg(feature = "sqlite")]
 #[tokio::test]
 async fn sqlite_with_slow_requests_and_slow_answers() {
-    use std::sync::Arc;
     use stanchion::store::Sqlite;
+    use std::sync::Arc;
 
     for fault in [Fault::Delay(Duration::from_millis(1)), Fault::DelayReply(Duration::from_millis(1))] {
         let folder = tempfile::tempdir().unwrap();
