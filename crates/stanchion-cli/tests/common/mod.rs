@@ -1,5 +1,12 @@
 //! A world of its own for each test: a folder, processes in it, and ways to look at them.
-#![allow(dead_code, unreachable_pub, missing_docs, missing_debug_implementations, clippy::unwrap_used, reason = "test code; each file uses its part of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    missing_debug_implementations,
+    clippy::unwrap_used,
+    reason = "test code; each file uses its part of it"
+)]
 
 use std::ffi::OsStr;
 use std::fs;
