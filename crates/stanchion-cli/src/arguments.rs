@@ -17,7 +17,11 @@ Examples:
   stanchion run api --permits 3 -- ./call.sh        three at a time
   stanchion once report --every 1h -- ./report.sh   at most once an hour, for cron on many machines
   stanchion ls                                      who holds what, who waits
-  STANCHION_STORE=redis://db:6379 stanchion run …   between machines
+  stanchion run k -c 'date > today; sync'           a line for the shell
+  STANCHION_STORE=sqlite:/srv/locks stanchion ls    another store than your own folder
+
+Durations (DUR):
+  30, 1.5 (seconds), 500ms, 30s, 5m, 2h, 1d, '1h 30m'; from 10ms to 30d
 
 Environment:
   STANCHION_STORE       URL of the store; without it, a folder of the user: this machine only
@@ -27,6 +31,10 @@ Environment:
                         with every hold of the key; send it along, let the receiver refuse lower ones
 ";
 
+fn fence(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("`{text}` is not a fence: write the number that `ls` and `inspect` show"))
+}
+
 /// The text after `--help` of the tool and of the commands that run something.
 fn after_help() -> String {
     format!("{EXAMPLES}\n{}", exit_code::HELP)
@@ -34,10 +42,11 @@ fn after_help() -> String {
 
 /// Run one command at a time, across processes and machines.
 ///
-/// `stanchion run KEY -- CMD` runs CMD while it holds KEY. Whoever else wants the same KEY waits, first come, first
-/// served. With no store given it works between the processes of one user on one machine, without any server.
+/// `stanchion run KEY -- CMD` runs CMD while it holds KEY. Whoever else wants the same KEY waits,
+/// first come, first served. With no store given it works between the processes of one user on one
+/// machine, without any server.
 #[derive(Debug, Parser)]
-#[command(name = "stanchion", version, after_long_help = after_help(), max_term_width = 100)]
+#[command(name = "stanchion", version, after_long_help = after_help(), verbatim_doc_comment)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     pub(crate) common: Common,
@@ -69,20 +78,22 @@ pub(crate) struct Common {
 pub(crate) enum Command {
     /// Run a command while holding a key
     ///
-    /// Waits for KEY, first come, first served, runs CMD and ends with CMD's exit code. The key is free again the moment
-    /// CMD has ended, also when CMD left processes behind in the background.
+    /// Waits for KEY, first come, first served, runs CMD and ends with CMD's exit code. The key is free
+    /// again the moment CMD has ended, also when CMD left processes behind in the background.
     ///
-    /// CMD has its own process group; signals sent to stanchion are passed on to it, and a terminal is handed over, so that
-    /// interactive programs and Ctrl-Z work. If the key is lost while CMD runs, the whole group gets SIGTERM, and SIGKILL
-    /// before anyone else can have the key. If stanchion itself is killed, the group is killed with it.
-    #[command(after_long_help = after_help())]
+    /// CMD has its own process group; signals sent to stanchion are passed on to it (a second INT or
+    /// TERM kills it), and a terminal is handed over, so that interactive programs and Ctrl-Z work. If
+    /// the key is lost while CMD runs, the whole group gets SIGTERM, and SIGKILL before anyone else can
+    /// have the key. If stanchion itself is killed, the group is killed with it. A process that leaves
+    /// the group (setsid) is not killed; in the embedded store it then keeps the key until it ends.
+    #[command(verbatim_doc_comment, after_long_help = after_help())]
     Run(Run),
     /// Run a command at most once per period: the guard for cron
     ///
-    /// Runs CMD if KEY is free, and keeps KEY closed until the period, counted from the start of the run, is over. If KEY is
-    /// held or closed, it does nothing, silently, with exit code 0. A command that fails opens the key at once, so that the
-    /// next machine can try.
-    #[command(after_long_help = after_help())]
+    /// Runs CMD if KEY is free, and keeps KEY closed until the period, counted from the start of the
+    /// run, is over. If KEY is held or closed, it does nothing, silently, with exit code 0. A command
+    /// that fails opens the key at once, so that the next machine can try.
+    #[command(verbatim_doc_comment, after_long_help = after_help())]
     Once(Once),
     /// List the keys that are held, waited for or closed
     #[command(after_long_help = crate::output::JSON_HELP)]
@@ -92,13 +103,16 @@ pub(crate) enum Command {
     Inspect(Inspect),
     /// Print a line for every change
     ///
-    /// Looks at the keys once per --interval and prints what is different; what comes and goes between two looks is not seen.
-    #[command(after_long_help = crate::output::JSON_HELP)]
+    /// Looks at the keys once per --interval and prints what is different; what comes and goes between
+    /// two looks is not seen.
+    #[command(verbatim_doc_comment, after_long_help = crate::output::JSON_HELP)]
     Watch(Watch),
     /// End somebody's hold by force
     ///
-    /// Ends the hold that has this fence, and no other: if the key has changed hands since you looked, nothing happens (exit
-    /// code 1). A `stanchion run` that loses its key this way kills its command at once, because the next one may start.
+    /// Ends the hold that has this fence, and no other: if the key has changed hands since you looked,
+    /// nothing happens (exit code 1). A `stanchion run` that loses its key this way kills its command at
+    /// once, because the next one may start.
+    #[command(verbatim_doc_comment)]
     Break(Break),
     /// Print the completions for a shell
     Completions {
@@ -125,10 +139,10 @@ pub(crate) struct Run {
     /// Wait no longer than this; 0 is one attempt
     #[arg(short, long, value_name = "DUR", value_parser = span_or_zero, allow_hyphen_values = true)]
     pub(crate) wait: Option<Duration>,
-    /// Share the key with others that say --shared; against --exclusive
+    /// Share the key with others that say --shared
     #[arg(short, long, conflicts_with = "permits")]
     pub(crate) shared: bool,
-    /// Hold a key alone that others use with --shared
+    /// Hold alone a key that others use with --shared
     #[arg(short = 'x', long, conflicts_with_all = ["permits", "shared"])]
     pub(crate) exclusive: bool,
     /// Let this many hold the key at a time; all users of the key must agree
@@ -164,14 +178,16 @@ pub(crate) struct Once {
 pub(crate) struct Child {
     /// How long the store keeps the key after this machine has fallen silent (default 10s)
     ///
-    /// A server frees the keys of a program that it has not heard of for this long. The embedded store needs no such limit: it
-    /// knows at once when a program has died.
-    #[arg(long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
+    /// A server frees the keys of a program that it has not heard of for this long. The embedded store
+    /// needs no such limit: it knows at once when a program has died.
+    #[arg(verbatim_doc_comment, long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
     pub(crate) ttl: Option<Duration>,
     /// Hold the key for this long at most; then end the command (exit 76)
     #[arg(long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
     pub(crate) max_hold: Option<Duration>,
-    /// When the key is lost: time between SIGTERM and SIGKILL, cut short where the key could be another's before
+    /// Time between SIGTERM and SIGKILL when the key is lost
+    ///
+    /// It is cut short where another could have the key before.
     #[arg(long, value_name = "DUR", value_parser = span_or_zero, default_value = "5s", allow_hyphen_values = true)]
     pub(crate) kill_after: Duration,
     /// A text that `ls` and `inspect` show with this hold, up to 4 KiB
@@ -224,7 +240,7 @@ pub(crate) struct Break {
     #[arg(value_name = "KEY")]
     pub(crate) key: String,
     /// The fence of the hold to end, as `ls` and `inspect` show it
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", value_parser = fence)]
     pub(crate) fence: u64,
     /// Why: told to the one who loses the key
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use rustix::process::{Signal, getpid, kill_current_process_group, kill_process};
 use stanchion::{BootTime, Clock};
 
-use crate::child::{self, ChildPlan, Event, Exit, NotStarted, Obtained, Ran, Refusal, Supervisor};
+use crate::child::{self, ChildPlan, Event, Exit, NotStarted, Obtained, Ran, Refusal, Released, Supervisor};
 use crate::exit_code;
 use crate::hold::{Hold, HoldPlan};
 use crate::message::{Failure, Verbosity};
@@ -51,7 +51,7 @@ pub(crate) fn execute(plan: Plan) -> Result<u8, Failure> {
     let hold = Hold::ask(hold, sender.clone())?;
 
     let asked = clock.now();
-    let obtained = match wait(&hold, &events) {
+    let obtained = match wait(&hold, &events, verbosity) {
         Waited::Obtained(obtained) => obtained,
         Waited::Signal(signal) => return Ok(exit_code::of_signal(signal)),
         Waited::Refused(Refusal::Failed(failure)) => return Err(failure),
@@ -94,7 +94,7 @@ enum Waited {
 }
 
 /// Waits for the key, or for a signal that ends the wait. Either way nothing is left in the queue.
-fn wait(hold: &Hold, events: &Receiver<Event>) -> Waited {
+fn wait(hold: &Hold, events: &Receiver<Event>, verbosity: Verbosity) -> Waited {
     let mut given_up = None;
     loop {
         // The signals' thread and ours have a sender: the channel does not end.
@@ -109,6 +109,7 @@ fn wait(hold: &Hold, events: &Receiver<Event>) -> Waited {
             }
             // The second one does not wait for the store: what is left in the queue dies with the session.
             (Event::Signal(signal), Some(first)) if child::ends_the_wait(signal) => return Waited::Signal(first),
+            (Event::Waiting { ahead }, None) => verbosity.note(format_args!("waiting; {ahead} before us in the queue")),
             (Event::Obtained(obtained), None) => return Waited::Obtained(obtained),
             // Granted and given up at the same moment.
             (Event::Obtained(_), Some(_)) => hold.release(None),
@@ -142,14 +143,16 @@ fn end(
     clock: &Clock,
     verbosity: Verbosity,
 ) -> Result<u8, Failure> {
-    let was_lost = release(hold, cooldown(ran.exit), events, clock, verbosity);
+    let released = release(hold, cooldown(ran.exit), events, clock, verbosity);
     ran.guardian.dismiss();
     let key = &obtained.key;
     if let Some(loss) = ran.lost {
-        let message = format!("key `{key}` was lost while the command ran: {}; the command was ended", loss.cause);
+        let said = released.said.map(|reason| format!(" ({reason})")).unwrap_or_default();
+        let message =
+            format!("key `{key}` was lost while the command ran: {}{said}; the command was ended", loss.cause);
         return Err(Failure::new(exit_code::LOST, message));
     }
-    if was_lost {
+    if released.was_lost {
         let message = format!("key `{key}` was found lost when the command had ended; another may have run beside it");
         return Err(Failure::new(exit_code::LOST, message));
     }
@@ -165,34 +168,35 @@ fn end(
     })
 }
 
-/// Releases the key; true if it had been lost before.
+/// Releases the key.
 fn release(
     hold: &Hold,
     cooldown: Option<Duration>,
     events: &Receiver<Event>,
     clock: &Clock,
     verbosity: Verbosity,
-) -> bool {
+) -> Released {
     hold.release(cooldown);
+    let unknown = Released { was_lost: false, said: None };
     let until = clock.now().after(LONGEST_RELEASE);
     loop {
         match events.recv_timeout(until.since(clock.now())) {
-            Ok(Event::Released(Ok(was_lost))) => {
+            Ok(Event::Released(Ok(released))) => {
                 verbosity.note("key released");
-                return was_lost;
+                return released;
             }
             Ok(Event::Released(Err(failure))) => {
                 let reason = failure.message;
                 verbosity
                     .problem(format_args!("the key could not be released now, the store frees it later: {reason}"));
-                return false;
+                return unknown;
             }
             Ok(Event::Signal(libc::SIGINT | libc::SIGTERM)) | Err(RecvTimeoutError::Timeout) => {
                 verbosity.problem("the store did not confirm the release; it frees the key when the session ends");
-                return false;
+                return unknown;
             }
             Ok(_) => {}
-            Err(RecvTimeoutError::Disconnected) => return false,
+            Err(RecvTimeoutError::Disconnected) => return unknown,
         }
     }
 }

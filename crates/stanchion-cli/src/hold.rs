@@ -1,14 +1,16 @@
 //! The hold: one thread that gets the key, sees it lost, and releases it. It talks by [`Event`]s and commands.
 
+use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::mpsc::{self, Sender};
 use std::time::Duration;
 
 use stanchion::store::{Demand, KeyState};
-use stanchion::{ErrorKind, Guard, Released};
+use stanchion::{ErrorKind, EventStream, Guard, LossCause};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
-use crate::child::{Event, Loss, Obtained, Refusal};
+use crate::child::{Event, Loss, Obtained, Refusal, Released};
 use crate::exit_code;
 use crate::message::Failure;
 use crate::output::{escape, for_people};
@@ -49,7 +51,13 @@ impl Hold {
         let hold = Self { commands, cancel: cancel.clone() };
         let refused = |error| Failure::new(exit_code::INTERNAL, format!("the system refused a thread: {error}"));
         let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(refused)?;
-        let live = move || runtime.block_on(live(plan, cancel, inbox, events));
+        let live = move || {
+            let farewell = events.clone();
+            let whole = AssertUnwindSafe(|| runtime.block_on(live(plan, cancel, inbox, events)));
+            if std::panic::catch_unwind(whole).is_err() {
+                say_farewell(&farewell);
+            }
+        };
         std::thread::Builder::new().name("hold".into()).spawn(live).map_err(refused)?;
         Ok(hold)
     }
@@ -73,6 +81,19 @@ impl Hold {
     }
 }
 
+/// This thread has a defect: nothing can be said of the key any more. Whatever the main thread waits for, it hears of it.
+fn say_farewell(events: &Sender<Event>) {
+    let failure =
+        || Failure::new(exit_code::INTERNAL, "stanchion has a defect: the thread that holds the key has ended");
+    for event in [
+        Event::NotObtained(Refusal::Failed(failure())),
+        Event::Lost(Loss { cause: LossCause::Closed, left: None }),
+        Event::Released(Err(failure())),
+    ] {
+        let _ended = events.send(event);
+    }
+}
+
 async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedReceiver<Command>, events: Sender<Event>) {
     let tell = |event| {
         // The main thread has ended: so does this process.
@@ -86,14 +107,15 @@ async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedRec
             Err(failure) => return tell(Event::NotObtained(Refusal::Failed(failure))),
         },
     };
-    match obtain(&plan, &cancel, &opened).await {
+    let mut happenings = opened.locks.events();
+    match obtain(&plan, &cancel, &opened, &mut happenings, &tell).await {
         Ok(guard) => {
             tell(Event::Obtained(Obtained {
                 key: guard.key().name().to_owned(),
                 fence: guard.fence().get(),
                 descriptor: opened.session_descriptor(),
             }));
-            let released = keep(guard, &mut inbox, &tell).await;
+            let released = keep(guard, &mut inbox, &mut happenings, &tell).await;
             // What could not be ended dies with the session.
             let _closed = opened.locks.close().await;
             tell(Event::Released(released));
@@ -105,7 +127,13 @@ async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedRec
     }
 }
 
-async fn obtain(plan: &HoldPlan, cancel: &CancellationToken, opened: &Opened) -> Result<Guard, Refusal> {
+async fn obtain(
+    plan: &HoldPlan,
+    cancel: &CancellationToken,
+    opened: &Opened,
+    happenings: &mut EventStream,
+    tell: &impl Fn(Event),
+) -> Result<Guard, Refusal> {
     let mut request = opened.locks.lock(plan.key.as_str()).demand(plan.demand).cancel(cancel.clone());
     if let Some(longest) = plan.max_hold {
         request = request.max_hold(longest);
@@ -113,10 +141,24 @@ async fn obtain(plan: &HoldPlan, cancel: &CancellationToken, opened: &Opened) ->
     if let Some(text) = &plan.metadata {
         request = request.metadata(text.as_str());
     }
-    let answer = match plan.wait {
-        Some(Duration::ZERO) => request.try_acquire().await,
-        Some(limit) => request.wait(limit).await.map(Some),
-        None => request.await.map(Some),
+    let attempt = async {
+        match plan.wait {
+            Some(Duration::ZERO) => request.try_acquire().await,
+            Some(limit) => request.wait(limit).await.map(Some),
+            None => request.await.map(Some),
+        }
+    };
+    let mut attempt = pin!(attempt);
+    let answer = loop {
+        tokio::select! {
+            biased;
+            answer = &mut attempt => break answer,
+            Some(happening) = happenings.next() => {
+                if let stanchion::Event::Contended { ahead, .. } = happening {
+                    tell(Event::Waiting { ahead });
+                }
+            }
+        }
     };
     match answer {
         Ok(Some(guard)) => Ok(guard),
@@ -130,11 +172,24 @@ async fn obtain(plan: &HoldPlan, cancel: &CancellationToken, opened: &Opened) ->
 }
 
 /// Keeps the key until it is to be released.
-async fn keep(guard: Guard, inbox: &mut UnboundedReceiver<Command>, tell: &impl Fn(Event)) -> Result<bool, Failure> {
+async fn keep(
+    guard: Guard,
+    inbox: &mut UnboundedReceiver<Command>,
+    happenings: &mut EventStream,
+    tell: &impl Fn(Event),
+) -> Result<Released, Failure> {
     let mut announced = false;
-    loop {
+    let mut said = None;
+    let cooldown = loop {
         let command = tokio::select! {
             biased;
+            Some(happening) = happenings.next() => {
+                match happening {
+                    stanchion::Event::Lost { fence, reason: Some(reason), .. } if fence == guard.fence() => said = Some(reason),
+                    _ => {}
+                }
+                continue;
+            }
             cause = guard.lost(), if !announced => {
                 announced = true;
                 tell(Event::Lost(Loss { cause, left: guard.valid_for() }));
@@ -147,13 +202,13 @@ async fn keep(guard: Guard, inbox: &mut UnboundedReceiver<Command>, tell: &impl 
                 // Who asked may have given up.
                 let _late = answer.send(guard.is_held());
             }
-            Some(Command::Release(cooldown)) => {
-                guard.set_cooldown(cooldown)?;
-                return Ok(guard.release().await? == Released::AlreadyLost);
-            }
-            None => return Ok(guard.release().await? == Released::AlreadyLost),
+            Some(Command::Release(cooldown)) => break cooldown,
+            None => break None,
         }
-    }
+    };
+    guard.set_cooldown(cooldown)?;
+    let was_lost = guard.release().await? == stanchion::Released::AlreadyLost;
+    Ok(Released { was_lost, said })
 }
 
 /// Says who has the key.

@@ -55,13 +55,9 @@ impl Failure {
 impl From<stanchion::Error> for Failure {
     fn from(error: stanchion::Error) -> Self {
         let mut message = error.to_string();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            let text = cause.to_string();
-            if !message.contains(&text) {
-                message = format!("{message}: {text}");
-            }
-            source = cause.source();
+        // One level: below that, libraries repeat themselves.
+        if let Some(cause) = error.source().map(ToString::to_string).filter(|cause| !message.contains(cause)) {
+            message = format!("{message}: {cause}");
         }
         Self::new(exit_code::of_error(&error), message)
     }

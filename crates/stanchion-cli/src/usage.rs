@@ -1,7 +1,11 @@
 //! Answers to what could not be parsed: help, the version, or one line on what was wrong.
 
+use std::ffi::OsString;
+
+use clap::CommandFactory as _;
 use clap::error::ErrorKind;
 
+use crate::arguments::Arguments;
 use crate::exit_code;
 use crate::message::Verbosity;
 use crate::output::print;
@@ -21,42 +25,48 @@ pub(crate) fn answer(error: &clap::Error) -> u8 {
         }
         kind => {
             let text = error.render().to_string();
-            Verbosity::Normal.problem(message(kind, &text));
+            Verbosity::Normal.problem(message(kind, &text, &command_of(std::env::args_os().skip(1))));
             exit_code::USAGE
         }
     }
 }
 
 /// What clap says in several paragraphs, in one line and with the way out.
-fn message(kind: ErrorKind, text: &str) -> String {
+fn message(kind: ErrorKind, text: &str, command: &str) -> String {
     let mut parts = text.split("\n\n").map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "));
     let what = parts.next().unwrap_or_default();
-    let what = what.strip_prefix("error: ").unwrap_or(&what).to_owned();
-    let usage = text.split_once("Usage: ").map(|(_, usage)| usage.split_whitespace().collect::<Vec<_>>().join(" "));
-    let usage = usage.as_deref().and_then(|usage| usage.split(" For more information").next()).unwrap_or_default();
-    let command = usage.split(' ').take(2).filter(|word| !word.starts_with(['<', '['])).collect::<Vec<_>>().join(" ");
-    let command = if command.is_empty() { "stanchion".to_owned() } else { command };
-    let runs = command.ends_with(" run") || command.ends_with(" once");
-    let hint = match kind {
+    let what = what.strip_prefix("error: ").unwrap_or(&what);
+    let runs = matches!(command, "stanchion run" | "stanchion once");
+    let way_out = match kind {
         ErrorKind::UnknownArgument | ErrorKind::MissingRequiredArgument if runs => {
-            "; the command to run comes after `--`"
+            "; the command to run comes after `--`".to_owned()
         }
-        _ => "",
+        ErrorKind::InvalidUtf8 => "; keys and options are UTF-8, only the command to run may be other bytes".to_owned(),
+        _ => parts.find_map(|part| part.strip_prefix("tip: ").map(|tip| format!("; {tip}"))).unwrap_or_default(),
     };
-    let tip = parts.find_map(|part| part.strip_prefix("tip: ").map(|tip| format!("; {tip}"))).unwrap_or_default();
-    format!("{what}{}{hint}; `{command} --help` explains it", if hint.is_empty() { tip } else { String::new() })
+    format!("{what}{way_out}; `{command} --help` explains it")
+}
+
+/// The command whose help explains more: the first argument that is one.
+fn command_of(arguments: impl Iterator<Item = OsString>) -> String {
+    let definition = Arguments::command();
+    let mut named =
+        arguments.take_while(|argument| argument != "--").filter_map(|argument| argument.into_string().ok());
+    match named.find(|argument| definition.find_subcommand(argument).is_some()) {
+        Some(name) => format!("stanchion {name}"),
+        None => "stanchion".to_owned(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arguments::Arguments;
     use clap::Parser as _;
 
     fn said(arguments: &[&str]) -> String {
         let error =
             Arguments::try_parse_from(std::iter::once("stanchion").chain(arguments.iter().copied())).unwrap_err();
-        message(error.kind(), &error.render().to_string())
+        message(error.kind(), &error.render().to_string(), &command_of(arguments.iter().map(OsString::from)))
     }
 
     #[test]

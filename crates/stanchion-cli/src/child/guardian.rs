@@ -40,7 +40,7 @@ impl Guardian {
         let refused = |error| {
             Failure::new(exit_code::INTERNAL, format!("cannot start the process that guards the command: {error}"))
         };
-        let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| refused(e.into()))?;
+        let (read, write) = std::io::pipe().map_err(refused)?;
         let process = Command::new(own_binary().map_err(refused)?)
             .arg0("stanchion")
             .arg(ARGUMENT)
@@ -51,7 +51,7 @@ impl Guardian {
             .stderr(Stdio::null())
             .spawn()
             .map_err(refused)?;
-        Ok(Self { pipe: write, process })
+        Ok(Self { pipe: write.into(), process })
     }
 
     /// Where the child writes its process group, by [`register`].

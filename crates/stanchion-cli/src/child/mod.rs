@@ -33,14 +33,19 @@ pub(crate) use terminal::has_a_job_shell;
 pub(crate) enum Event {
     /// This process got a signal.
     Signal(i32),
+    /// Others are before us.
+    Waiting {
+        /// How many.
+        ahead: u32,
+    },
     /// The key is held.
     Obtained(Obtained),
     /// The key is not held and will not be.
     NotObtained(Refusal),
     /// The key is not held any more, or will not be for long.
     Lost(Loss),
-    /// The release is done. True if the hold had been lost before.
-    Released(Result<bool, Failure>),
+    /// The release is done.
+    Released(Result<Released, Failure>),
     /// The child has ended; it is not reaped yet, so its id is not another's.
     Exited(Exit),
     /// The child was stopped by this signal.
@@ -76,6 +81,15 @@ pub(crate) struct Loss {
     pub(crate) cause: LossCause,
     /// How long nobody else can have it, if that has an end. Zero: another may have it now.
     pub(crate) left: Option<Duration>,
+}
+
+/// What the release found.
+#[derive(Debug)]
+pub(crate) struct Released {
+    /// The hold had been lost before.
+    pub(crate) was_lost: bool,
+    /// What the one who released it by force said.
+    pub(crate) said: Option<String>,
 }
 
 /// How a child ended.

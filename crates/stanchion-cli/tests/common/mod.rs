@@ -190,9 +190,9 @@ impl Running {
         kill(self.pid(), signal);
     }
 
-    /// Closes the standard input.
-    pub fn close_input(&mut self) {
-        drop(self.child.as_mut().unwrap().stdin.take());
+    /// Its standard output, to be read while it runs.
+    pub fn stdout(&mut self) -> std::process::ChildStdout {
+        self.child.as_mut().unwrap().stdout.take().unwrap()
     }
 
     pub fn has_ended(&mut self) -> bool {
