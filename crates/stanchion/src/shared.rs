@@ -17,7 +17,7 @@ use crate::keeper::Command;
 use crate::key::Key;
 use crate::retry::{Repeated, RetryPolicy, repeat};
 use crate::store::{Capabilities, Reply, Store, StoreTime};
-use crate::token::TokenId;
+use crate::token::{SessionId, TokenId};
 
 /// What a handle was configured with.
 #[derive(Clone, Debug)]
@@ -38,6 +38,8 @@ pub(crate) struct Shared {
     pub(crate) observer: Observer,
     /// What the keeper has of a session.
     pub(crate) session: watch::Sender<SessionView>,
+    /// The session that was asked for last, answered or not.
+    asked_session: Mutex<Option<SessionId>>,
     registry: Mutex<HashMap<TokenId, Entry>>,
     store_clock: Mutex<Option<(StoreTime, BootTime)>>,
     commands: mpsc::UnboundedSender<Command>,
@@ -116,6 +118,7 @@ impl Shared {
             config,
             observer: Observer::default(),
             session: watch::Sender::new(SessionView::Opening(None)),
+            asked_session: Mutex::default(),
             registry: Mutex::default(),
             store_clock: Mutex::default(),
             commands,
@@ -132,6 +135,14 @@ impl Shared {
 
     pub(crate) fn entry(&self, token: TokenId) -> Option<Entry> {
         self.registry().get(&token).cloned()
+    }
+
+    pub(crate) fn ask_for_session(&self, id: SessionId) {
+        *self.asked_session.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
+    }
+
+    pub(crate) fn asked_session(&self) -> Option<SessionId> {
+        *self.asked_session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All waiting calls, for the keeper.

@@ -205,10 +205,12 @@ async fn sqlite_with_slow_requests_and_slow_answers() {
         let folder = tempfile::tempdir().unwrap();
         let store = Arc::new(Sqlite::open(folder.path().join("store")).unwrap());
         the_whole_interface(store.clone(), fault).await;
-        let files = || std::fs::read_dir(folder.path().join("store/sessions")).map(Iterator::count).unwrap_or(0);
+        let sessions = folder.path().join("store/sessions");
+        let files =
+            || -> Vec<_> { std::fs::read_dir(&sessions).unwrap().map(|file| file.unwrap().file_name()).collect() };
         let start = Instant::now();
-        while files() > 0 {
-            assert!(start.elapsed() < Duration::from_secs(5), "{} files of sessions are left", files());
+        while !files().is_empty() {
+            assert!(start.elapsed() < Duration::from_secs(5), "{fault:?}: files of sessions are left: {:?}", files());
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
