@@ -58,10 +58,18 @@ pub(crate) struct Arguments {
 pub(crate) struct Common {
     /// The store: sqlite:FOLDER, or the URL of a server, without a password in it
     ///
-    /// A URL with a password is refused here, because every user of the machine can read the arguments of a program: put
-    /// it into STANCHION_STORE or into a file for --store-file. The default is a folder of the user
-    /// ($XDG_STATE_HOME/stanchion, or ~/.local/state/stanchion).
-    #[arg(long, global = true, value_name = "URL", conflicts_with = "store_file", display_order = 100)]
+    /// A URL with a password is refused here, because every user of the machine can read the
+    /// arguments of a program: put it into STANCHION_STORE or into a file for --store-file.
+    /// The default is a folder of the user: $XDG_STATE_HOME/stanchion, or
+    /// ~/.local/state/stanchion.
+    #[arg(
+        verbatim_doc_comment,
+        long,
+        global = true,
+        value_name = "URL",
+        conflicts_with = "store_file",
+        display_order = 100
+    )]
     pub(crate) store: Option<String>,
     /// A file whose first line is the URL of the store
     #[arg(long, global = true, value_name = "PATH", display_order = 101)]
@@ -104,7 +112,7 @@ pub(crate) enum Command {
     /// Print a line for every change
     ///
     /// Looks at the keys once per --interval and prints what is different; what comes and goes between
-    /// two looks is not seen.
+    /// two looks is not seen. The first look prints what is held.
     #[command(verbatim_doc_comment, after_long_help = crate::output::JSON_HELP)]
     Watch(Watch),
     /// End somebody's hold by force

@@ -100,9 +100,13 @@ fn nobody_who_reads_is_a_quiet_end() {
 #[test]
 fn watch_tells_each_change_once() {
     let world = World::new();
+    let _before = world.stanchion(["run", "job 0", "-c", "touch $D/before; exec sleep 600"]).start();
+    world.until_file("before");
     let mut watch = world.stanchion(["watch", "job", "--interval", "10ms", "--json"]).start();
     let mut lines = BufReader::new(watch.stdout()).lines();
     let mut next = || -> Value { serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap() };
+    let first = next();
+    assert_eq!((&first["event"], &first["key"]), (&"held".into(), &"job 0".into()));
     let holder = world.stanchion(["run", "job", "-c", "touch $D/held; exec sleep 600"]).start();
     let acquired = next();
     assert_eq!((&acquired["event"], &acquired["key"]), (&"acquired".into(), &"job".into()));
