@@ -70,6 +70,13 @@ pub enum LossCause {
     Closed,
 }
 
+impl LossCause {
+    /// The hold has a deadline in the store, and keeps the key until then.
+    pub(crate) fn runs_out(self) -> bool {
+        matches!(self, Self::TermExpired | Self::MaxHold)
+    }
+}
+
 impl fmt::Display for LossCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

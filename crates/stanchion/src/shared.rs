@@ -281,8 +281,10 @@ impl Shared {
         }
         self.registry().remove(&hold.token);
         self.observer.tell(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
-        // With its session a session hold is gone; everything else has a token that must be ended.
-        if !(hold.session_bound && cause == LossCause::SessionExpired) {
+        // With its session a session hold is gone. A hold whose time runs out keeps the key for the grace in which its
+        // holder stops: the store ends it then, or its guard does before. Everything else has a token that must be ended.
+        let ends_with_session = hold.session_bound && cause == LossCause::SessionExpired;
+        if !(ends_with_session || cause.runs_out()) {
             self.command(Command::End(End::of_hold(hold, None)));
         }
     }
