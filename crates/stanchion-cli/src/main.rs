@@ -1,2 +1,45 @@
 //! `stanchion`: one command at a time, across processes and machines.
-fn main() {}
+//!
+//! Parse ([`arguments`]), resolve and execute ([`commands`]); [`child`] is the heart.
+
+mod arguments;
+mod child;
+mod commands;
+mod duration;
+mod environment;
+mod execution;
+mod exit_code;
+mod hold;
+mod message;
+mod output;
+mod store;
+mod sys;
+mod usage;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::arguments::Arguments;
+use crate::message::Verbosity;
+
+fn main() -> ExitCode {
+    let mut given = std::env::args_os().skip(1);
+    if given.next().is_some_and(|argument| argument == child::guardian::ARGUMENT) && given.next().is_none() {
+        child::guardian::guard();
+        return ExitCode::SUCCESS;
+    }
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return ExitCode::from(usage::answer(&error)),
+    };
+    let verbosity = match (arguments.common.quiet, arguments.common.verbose) {
+        (true, _) => Verbosity::Quiet,
+        (_, true) => Verbosity::Verbose,
+        _ => Verbosity::Normal,
+    };
+    ExitCode::from(commands::execute(arguments, verbosity).unwrap_or_else(|failure| {
+        verbosity.problem(failure.message);
+        failure.code
+    }))
+}

@@ -70,6 +70,13 @@ pub enum LossCause {
     Closed,
 }
 
+impl LossCause {
+    /// The holder knows before the store does: the key stays taken for the grace in which the holder stops.
+    pub(crate) fn leaves_grace(self) -> bool {
+        matches!(self, Self::TermExpired | Self::MaxHold | Self::HeartbeatMissed)
+    }
+}
+
 impl fmt::Display for LossCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

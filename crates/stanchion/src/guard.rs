@@ -213,8 +213,9 @@ impl Guard {
     pub async fn release(mut self) -> Result<Released> {
         let shared = self.shared().clone();
         shared.check_process()?;
-        if self.loss().is_some() {
+        if let Some(cause) = self.loss() {
             self.spent = true;
+            self.end_early(cause);
             return Ok(Released::AlreadyLost);
         }
         let cooldown = *self.cooldown.lock().unwrap_or_else(PoisonError::into_inner);
@@ -238,6 +239,13 @@ impl Guard {
             }
         }
         Ok(Released::Now)
+    }
+
+    /// Frees the key before its grace is over: its holder has stopped.
+    fn end_early(&self, cause: LossCause) {
+        if cause.leaves_grace() {
+            self.shared().command(Command::End(End::of_hold(&self.hold, None)));
+        }
     }
 
     fn tell_released(&self) {
@@ -274,8 +282,8 @@ impl Drop for Guard {
         if self.spent || !self.shared().is_own_process() {
             return;
         }
-        if self.loss().is_some() {
-            return;
+        if let Some(cause) = self.loss() {
+            return self.end_early(cause);
         }
         let cooldown = *self.cooldown.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.shared().registry().remove(&self.hold.token);

@@ -1,4 +1,34 @@
-//! stanchion: one at a time, across tasks, processes and machines.
+//! Distributed locks: one at a time, across tasks, processes and machines.
+//!
+//! - Waiters are served first come first served, and are called when it is their turn.
+//! - Every grant carries a [`Fence`]: a number that what the lock protects can compare, so that a holder that woke up too
+//!   late does no harm. It is the product; the lock is the convenience.
+//! - A holder is told that it has lost, on time and without any network: [`Guard::lost`].
+//! - Dropping a future or a guard anywhere leaves nothing behind: a thread of its own, the keeper, cleans up.
+//! - One interface over several stores; a URL chooses.
+//!
+//! ```
+//! use stanchion::Locks;
+//!
+//! # async fn charge(_fence: stanchion::Fence) {}
+//! # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+//! let locks = Locks::open("memory:").await?; // or sqlite:FOLDER
+//! let guard = locks.lock("invoice:42").await?;
+//! charge(guard.fence()).await;
+//! # Ok::<(), stanchion::Error>(()) }).unwrap();
+//! ```
+//!
+//! # Where to start
+//! [`Locks`] opens a store; [`LockRequest`] is what [`Locks::lock`] makes, with its limits; [`Guard`] is what it gives.
+//! [`Error`] is the one error. [`store`] is for those who write a store, and for tests: [`store::Memory`] with a
+//! [`VirtualClock`], [`store::Faulty`] for lost answers and worse.
+//!
+//! # Use something else
+//! Between the tasks of one process `tokio::sync::Mutex` is enough. For exclusive *writes* to one database, its own
+//! transactions are better than any lock.
+//!
+//! # Features
+//! `sqlite` (default): the embedded store. The memory store is always there. A feature only adds.
 
 mod belief;
 mod clock;
@@ -28,3 +58,7 @@ pub use request::LockRequest;
 pub use retry::RetryPolicy;
 pub use store::{Demand, Store};
 pub use token::{SessionId, Token, TokenId};
+
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

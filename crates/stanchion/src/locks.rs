@@ -421,7 +421,7 @@ impl Builder {
             Ok(Shared::new(store, clock, config, commands))
         })?;
         let ended = || Error::new(ErrorKind::Internal, "the keeper ended while it was opening the store");
-        let shared = shared.await.map_err(|_| ended())??;
+        let shared = shared.await.map_err(|_| ended())??.claim().ok_or_else(ended)?;
         let locks = Locks { handle: Arc::new(Handle { shared, thread: std::sync::Mutex::new(thread) }) };
         // An error drops the handle, which ends the keeper.
         locks.handle.shared.believed_session().await?;
@@ -445,10 +445,11 @@ async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
     match scheme(url) {
         "memory" if url == "memory:" => Ok(Arc::new(crate::store::Memory::new())),
         "memory" => Err(Error::new(ErrorKind::InvalidArgument, "the memory store's URL is `memory:` and nothing more")),
-        known @ ("sqlite" | "redis" | "rediss" | "postgres" | "postgresql" | "firestore") => {
-            let message = format!("this build has no store for `{known}:` URLs; it has {}", stores());
-            Err(Error::new(ErrorKind::Unsupported, message))
-        }
+        #[cfg(feature = "sqlite")]
+        "sqlite" => Ok(Arc::new(crate::store::Sqlite::from_url(url)?)),
+        #[cfg(not(feature = "sqlite"))]
+        "sqlite" => Err(not_built("sqlite")),
+        known @ ("redis" | "rediss" | "postgres" | "postgresql" | "firestore") => Err(not_built(known)),
         "" => {
             let message = format!("a store's URL begins with its scheme: one of {}", stores());
             Err(Error::new(ErrorKind::InvalidArgument, message))
@@ -459,6 +460,10 @@ async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
             Err(Error::new(ErrorKind::InvalidArgument, message))
         }
     }
+}
+
+fn not_built(scheme: &str) -> Error {
+    Error::new(ErrorKind::Unsupported, format!("this build has no store for `{scheme}:` URLs; it has {}", stores()))
 }
 
 fn stores() -> &'static str {

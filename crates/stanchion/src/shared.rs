@@ -17,7 +17,7 @@ use crate::keeper::Command;
 use crate::key::Key;
 use crate::retry::{Repeated, RetryPolicy, repeat};
 use crate::store::{Capabilities, Reply, Store, StoreTime};
-use crate::token::TokenId;
+use crate::token::{SessionId, TokenId};
 
 /// What a handle was configured with.
 #[derive(Clone, Debug)]
@@ -38,6 +38,8 @@ pub(crate) struct Shared {
     pub(crate) observer: Observer,
     /// What the keeper has of a session.
     pub(crate) session: watch::Sender<SessionView>,
+    /// The session that was asked for last, answered or not.
+    asked_session: Mutex<Option<SessionId>>,
     registry: Mutex<HashMap<TokenId, Entry>>,
     store_clock: Mutex<Option<(StoreTime, BootTime)>>,
     commands: mpsc::UnboundedSender<Command>,
@@ -116,6 +118,7 @@ impl Shared {
             config,
             observer: Observer::default(),
             session: watch::Sender::new(SessionView::Opening(None)),
+            asked_session: Mutex::default(),
             registry: Mutex::default(),
             store_clock: Mutex::default(),
             commands,
@@ -132,6 +135,14 @@ impl Shared {
 
     pub(crate) fn entry(&self, token: TokenId) -> Option<Entry> {
         self.registry().get(&token).cloned()
+    }
+
+    pub(crate) fn ask_for_session(&self, id: SessionId) {
+        *self.asked_session.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
+    }
+
+    pub(crate) fn asked_session(&self) -> Option<SessionId> {
+        *self.asked_session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All waiting calls, for the keeper.
@@ -270,9 +281,16 @@ impl Shared {
         }
         self.registry().remove(&hold.token);
         self.observer.tell(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
-        // With its session a session hold is gone; everything else has a token that must be ended.
+        // With its session a session hold is gone. Everything else has a token that must be ended: where the holder
+        // knows first, after the grace in which it stops, or by its guard when that is dropped before.
         if !(hold.session_bound && cause == LossCause::SessionExpired) {
-            self.command(Command::End(End::of_hold(hold, None)));
+            let mut end = End::of_hold(hold, None);
+            if cause.leaves_grace() {
+                let grace = hold.heartbeat_within.map_or(Duration::ZERO, crate::belief::grace);
+                let now = self.clock.now();
+                end.not_before = if hold.has_deadline() { hold.valid_until() } else { now.after(grace) };
+            }
+            self.command(Command::End(end));
         }
     }
 }
@@ -287,6 +305,8 @@ pub(crate) struct End {
     pub(crate) unanswered_until: Option<StoreTime>,
     /// The session that the token depends on: once that is over, nothing is left to end.
     pub(crate) session: Option<Arc<SessionBelief>>,
+    /// The key stays taken until then, for its holder to stop.
+    pub(crate) not_before: BootTime,
     /// When nothing of the token can be left, because its term has run out.
     pub(crate) over_at: BootTime,
     /// The hold, if it was one: told as released when done.
@@ -301,6 +321,7 @@ impl End {
             cooldown,
             unanswered_until: hold.unanswered_until,
             session: hold.session_bound.then(|| hold.session.clone()),
+            not_before: BootTime::from_nanos(0),
             over_at: if hold.has_deadline() {
                 hold.valid_until().after(Duration::from_secs(60))
             } else {

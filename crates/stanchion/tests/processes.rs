@@ -125,8 +125,7 @@ fn sixty_four_processes_increment_a_counter_in_the_order_in_which_they_came() {
     const TIMES: u64 = 200;
     let folder = tempfile::tempdir().unwrap();
     let variables = [("TIMES", TIMES.to_string())];
-    let workers: Vec<_> =
-        (0..PROCESSES).map(|_| Worker::start("increment", folder.path(), &variables)).collect();
+    let workers: Vec<_> = (0..PROCESSES).map(|_| Worker::start("increment", folder.path(), &variables)).collect();
     workers.into_iter().for_each(Worker::succeeds);
     let log = log(folder.path());
     assert_eq!(log.len() as u64, PROCESSES * TIMES);
@@ -225,8 +224,7 @@ fn blocked_executor_threads_lose_nothing() {
             })
             .await
             .unwrap();
-            let blockers: Vec<_> =
-                (0..2).map(|_| tokio::spawn(async move { std::thread::sleep(3 * ttl) })).collect();
+            let blockers: Vec<_> = (0..2).map(|_| tokio::spawn(async move { std::thread::sleep(3 * ttl) })).collect();
             std::thread::sleep(3 * ttl);
             assert!(guard.is_held());
             for blocker in blockers {

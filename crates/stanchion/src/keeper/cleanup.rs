@@ -8,17 +8,42 @@ use crate::event::Event;
 use crate::key::Key;
 use crate::retry::limited;
 use crate::shared::{End, Shared};
+use crate::store::StoreTime;
 use crate::token::TokenId;
 
-/// Ends a token, however long that takes: until it is definite, or nothing of it can be left.
-pub(super) async fn end(shared: Arc<Shared>, end: End) {
+/// Has the store end a token, however long that takes. Gives it back if a request of it may still be on its way.
+pub(super) async fn end(shared: Arc<Shared>, end: End) -> Option<End> {
+    shared.clock.sleep_until(end.not_before).await;
+    let reply = ask(&shared, &end).await?;
+    tell_released(&shared, &end);
+    (!is_definite(&end, reply)).then_some(end)
+}
+
+/// Ends a token again when no request of it can come any more.
+pub(super) async fn end_again(shared: Arc<Shared>, end: End) {
+    loop {
+        let until = end.unanswered_until.unwrap_or(shared.store_time());
+        shared.clock.sleep(until.since(shared.store_time()) + Duration::from_millis(1)).await;
+        match ask(&shared, &end).await {
+            Some(reply) if !is_definite(&end, reply) => {}
+            Some(_) | None => return,
+        }
+    }
+}
+
+fn is_definite(end: &End, answered: StoreTime) -> bool {
+    end.unanswered_until.is_none_or(|until| answered > until)
+}
+
+/// Asks until there is an answer; `None` when nothing of the token can be left.
+async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
     let policy = shared.config.retry;
     let mut pauses = policy.endless_pauses();
     let mut reported = false;
     loop {
         let session_over = end.session.as_ref().is_some_and(|session| session.over().is_cancelled());
         if session_over || shared.clock.now() >= end.over_at {
-            return;
+            return None;
         }
         let step = async {
             match end.released {
@@ -29,13 +54,7 @@ pub(super) async fn end(shared: Arc<Shared>, end: End) {
         match limited(&shared.clock, policy.attempt, step).await {
             Ok(reply) => {
                 shared.saw_store_time(reply.time);
-                if end.unanswered_until.is_none_or(|until| reply.time > until) {
-                    tell_released(&shared, &end);
-                    return;
-                }
-                // A request of this token may still come. Ask again when it cannot any more.
-                let until = end.unanswered_until.unwrap_or(reply.time);
-                shared.clock.sleep(until.since(reply.time) + Duration::from_millis(1)).await;
+                return Some(reply.time);
             }
             Err(error) => {
                 let error = error.with_key(&end.key).with_store(shared.capabilities.name);
@@ -59,6 +78,7 @@ pub(super) fn end_unknown(shared: &Arc<Shared>, key: Key, token: TokenId) {
         cooldown: None,
         unanswered_until: None,
         session: None,
+        not_before: BootTime::from_nanos(0),
         over_at: BootTime::NEVER,
         released: None,
     }));

@@ -57,7 +57,7 @@ pub(crate) struct KeeperThread {
 
 impl KeeperThread {
     /// Starts the thread; `setup` runs on it, inside its runtime, and makes what is shared with it.
-    pub(crate) fn start<S, F>(setup: S) -> Result<(Self, oneshot::Receiver<Result<Arc<Shared>>>)>
+    pub(crate) fn start<S, F>(setup: S) -> Result<(Self, oneshot::Receiver<Result<Unclaimed>>)>
     where
         S: FnOnce(mpsc::UnboundedSender<Command>) -> F + Send + 'static,
         F: Future<Output = Result<Shared>> + 'static,
@@ -75,7 +75,8 @@ impl KeeperThread {
                 match setup(commands).await {
                     Ok(shared) => {
                         let shared = Arc::new(shared);
-                        let _the_opener_gave_up = tell.send(Ok(shared.clone()));
+                        // If the opener gave up, what comes back closes the handle as it is dropped here.
+                        drop(tell.send(Ok(Unclaimed(Some(shared.clone())))));
                         keep(shared, inbox).await;
                     }
                     Err(error) => {
@@ -113,10 +114,30 @@ impl Drop for Ended {
     }
 }
 
+/// What was opened, until its opener takes it. An opener that gave up meanwhile leaves it to be closed.
+#[derive(Debug)]
+pub(crate) struct Unclaimed(Option<Arc<Shared>>);
+
+impl Unclaimed {
+    pub(crate) fn claim(mut self) -> Option<Arc<Shared>> {
+        self.0.take()
+    }
+}
+
+impl Drop for Unclaimed {
+    fn drop(&mut self) {
+        if let Some(shared) = &self.0 {
+            shared.command(Command::Close);
+        }
+    }
+}
+
 async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) {
     let _ended = Ended(shared.clone());
     let clock = shared.clock.clone();
+    // Tokens without an answer, and tokens that have one which is not definite.
     let mut ends = JoinSet::new();
+    let mut late = JoinSet::new();
     let mut deadlines = Deadlines::default();
     let mut pushes = None;
     {
@@ -141,7 +162,10 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                     Some(Command::Listen(stream)) => pushes = Some(stream),
                     Some(Command::Close) | None => break,
                 },
-                Some(_) = ends.join_next() => {}
+                Some(ended) = ends.join_next() => if let Ok(Some(end)) = ended {
+                    late.spawn(cleanup::end_again(shared.clone(), end));
+                },
+                Some(_) = late.join_next() => {}
             }
         }
     }
@@ -159,7 +183,7 @@ async fn real_time_limit() {
     tokio::time::sleep(CLOSE_WITHIN).await;
 }
 
-async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command>, mut ends: JoinSet<()>) {
+async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command>, mut ends: JoinSet<Option<End>>) {
     for hold in shared.holds() {
         shared.lose(&hold, LossCause::Closed, None);
     }
@@ -179,8 +203,12 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
         }
     }
     while ends.join_next().await.is_some() {}
+    // With the session ended, a late request of any token is refused: nothing has to be ended again.
+    // Also one that was asked for and not answered yet.
+    if let Some(id) = shared.asked_session() {
+        session::close(shared, id).await;
+    }
     if let Some(session) = session {
-        session::close(shared, &session).await;
         session.end();
     }
 }

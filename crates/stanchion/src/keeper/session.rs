@@ -30,18 +30,23 @@ pub(super) async fn keep_one(shared: Arc<Shared>) {
                 shared.lose(&hold, LossCause::SessionExpired, None);
             }
         }
-        // It may still live at the store. Ending it there frees its holds sooner; if that fails it dies by itself.
+        // What is left of it in the store goes, but not before its holders have had their time to stop.
         let old = shared.clone();
-        tokio::spawn(async move { close(&old, &session).await });
+        let valid_until = session.valid_until().min(shared.clock.now().after(shared.config.session_ttl));
+        tokio::spawn(async move {
+            old.clock.sleep_until(valid_until).await;
+            close(&old, session.id).await;
+        });
     }
 }
 
 /// A session and the time before it was asked for.
 async fn open(shared: &Arc<Shared>) -> (Arc<SessionBelief>, BootTime) {
     let mut pauses = shared.config.retry.endless_pauses();
+    let mut asked = None;
     loop {
-        let error = match open_once(shared).await {
-            Ok(session) => return session,
+        let error = match open_once(shared, &mut asked).await {
+            Ok(opened) => return opened,
             Err(error) => error.with_store(shared.capabilities.name),
         };
         let (kind, message) = (error.kind(), error.to_string());
@@ -52,24 +57,33 @@ async fn open(shared: &Arc<Shared>) -> (Arc<SessionBelief>, BootTime) {
     }
 }
 
-async fn open_once(shared: &Arc<Shared>) -> Result<(Arc<SessionBelief>, BootTime)> {
+/// One attempt. `asked` is the session that was asked for without an answer: it is asked for again, so that none is
+/// left open that nobody knows.
+async fn open_once(shared: &Arc<Shared>, asked: &mut Option<SessionId>) -> Result<(Arc<SessionBelief>, BootTime)> {
     let ttl = shared.config.session_ttl;
-    let id = SessionId::random()?;
+    let id = match *asked {
+        Some(id) => id,
+        None => {
+            let id = SessionId::random()?;
+            shared.ask_for_session(id);
+            shared.command(Command::Listen(shared.store.grants(id)));
+            *asked.insert(id)
+        }
+    };
     let request = OpenSession { session: id, ttl, owner: shared.config.owner.clone() };
-    let pushes = shared.store.grants(id);
-    let asked = shared.clock.now();
+    let asked_at = shared.clock.now();
     let reply = limited(&shared.clock, shared.config.retry.attempt, shared.store.open_session(request)).await?;
     shared.saw_store_time(reply.time);
+    *asked = None;
+    let belief = SessionBelief::new(id, ttl, valid_until(shared, asked_at));
     match reply.outcome {
+        OpenOutcome::Gone => Err(Error::new(ErrorKind::Unavailable, "the session ended while it was being opened")),
+        OpenOutcome::Opened if belief.is_believed(shared.clock.now()) => Ok((Arc::new(belief), asked_at)),
         OpenOutcome::Opened => {
-            shared.command(Command::Listen(pushes));
-            let belief = SessionBelief::new(id, ttl, valid_until(shared, asked));
-            if belief.is_believed(shared.clock.now()) {
-                return Ok((Arc::new(belief), asked));
-            }
+            let old = shared.clone();
+            tokio::spawn(async move { close(&old, id).await });
             Err(Error::new(ErrorKind::NetworkTimeout, "opening the session took longer than it would be valid"))
         }
-        OpenOutcome::Gone => Err(Error::new(ErrorKind::Unavailable, "the session ended while it was being opened")),
     }
 }
 
@@ -130,10 +144,10 @@ pub(super) fn forced_out(shared: &Arc<Shared>, lost: LostToken) {
 }
 
 /// Ends a session in the store, best effort: without an answer it dies by itself.
-pub(super) async fn close(shared: &Arc<Shared>, session: &SessionBelief) {
+pub(super) async fn close(shared: &Arc<Shared>, session: SessionId) {
     let mut pauses = shared.config.retry.pauses();
     while let Err(error) =
-        limited(&shared.clock, shared.config.retry.attempt, shared.store.close_session(session.id)).await
+        limited(&shared.clock, shared.config.retry.attempt, shared.store.close_session(session)).await
     {
         let error = error.with_store(shared.capabilities.name);
         let (kind, message) = (error.kind(), error.to_string());

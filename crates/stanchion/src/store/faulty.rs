@@ -10,7 +10,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use super::*;
-use crate::clock::Clock;
+use crate::clock::{Clock, VirtualClock};
 
 /// One of the steps of a [`Store`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -77,11 +77,15 @@ pub struct Faulty<S> {
 impl<S: Store> Faulty<S> {
     /// A store that fails only when told to. Delays are on the machine's clock.
     pub fn new(store: S) -> Self {
-        Self::with_clock(store, Clock::system())
+        Self::with_delays(store, None)
     }
 
-    /// The same with delays on this clock.
-    pub fn with_clock(store: S, clock: Clock) -> Self {
+    /// The same with delays on this virtual clock.
+    pub fn with_clock(store: S, time: &VirtualClock) -> Self {
+        Self::with_delays(store, Some(time.clock()))
+    }
+
+    fn with_delays(store: S, clock: Option<Clock>) -> Self {
         let plan = Plan { clock, script: Mutex::default(), lose_pushes: Arc::default() };
         Self { inner: Arc::new(store), faults: Faults(Arc::new(plan)) }
     }
@@ -98,7 +102,8 @@ pub struct Faults(Arc<Plan>);
 
 #[derive(Debug)]
 struct Plan {
-    clock: Clock,
+    /// `None`: the machine's, which nobody drives here.
+    clock: Option<Clock>,
     script: Mutex<Script>,
     lose_pushes: Arc<AtomicBool>,
 }
@@ -226,12 +231,12 @@ impl Faults {
             Some(Fault::LoseRequest) => Err(timed_out()),
             Some(Fault::LoseReply) => again().await.and_then(|_| Err(timed_out())),
             Some(Fault::Delay(span)) => {
-                self.0.clock.sleep(span).await;
+                self.sleep(span).await;
                 again().await
             }
             Some(Fault::DelayReply(span)) => {
                 let reply = again().await;
-                self.0.clock.sleep(span).await;
+                self.sleep(span).await;
                 reply
             }
             Some(Fault::Repeat) => {
@@ -249,6 +254,18 @@ impl Faults {
             }
             Some(Fault::Fail(kind)) => Err(Error::new(kind, "a fault of the test").in_doubt(false)),
         }
+    }
+
+    async fn sleep(&self, span: Duration) {
+        if let Some(clock) = &self.0.clock {
+            return clock.sleep(span).await;
+        }
+        let (wake, woken) = tokio::sync::oneshot::channel::<()>();
+        std::thread::spawn(move || {
+            std::thread::sleep(span);
+            drop(wake);
+        });
+        let _the_time_is_over = woken.await;
     }
 
     fn hold<T>(&self, step: impl Future<Output = Result<T>> + Send + 'static) {

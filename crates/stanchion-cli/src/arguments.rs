@@ -1,0 +1,275 @@
+//! The command line: the one definition from which parsing, help, completions and man pages come.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::duration::{span, span_or_zero};
+use crate::exit_code;
+
+const EXAMPLES: &str = "\
+Examples:
+  stanchion run nightly -- ./backup.sh              wait for the key, then run
+  stanchion run nightly -n -- ./backup.sh           give up at once if it is taken (exit 75)
+  stanchion run deploy -w 5m -- make deploy         wait for 5 minutes at most
+  stanchion run api --permits 3 -- ./call.sh        three at a time
+  stanchion once report --every 1h -- ./report.sh   at most once an hour, for cron on many machines
+  stanchion ls                                      who holds what, who waits
+  stanchion run k -c 'date > today; sync'           a line for the shell
+  STANCHION_STORE=sqlite:/srv/locks stanchion ls    another store than your own folder
+
+Durations (DUR):
+  30, 1.5 (seconds), 500ms, 30s, 5m, 2h, 1d, '1h 30m'; from 10ms to 30d
+
+Environment:
+  STANCHION_STORE       URL of the store; without it, a folder of the user: this machine only
+  STANCHION_STORE_FILE  a file whose first line is that URL
+  STANCHION_KEY         given to the command: the key
+  STANCHION_FENCE       given to the command: the fence of this hold, a decimal number that grows
+                        with every hold of the key; send it along, let the receiver refuse lower ones
+";
+
+fn fence(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("`{text}` is not a fence: write the number that `ls` and `inspect` show"))
+}
+
+/// The text after `--help` of the tool and of the commands that run something.
+fn after_help() -> String {
+    format!("{EXAMPLES}\n{}", exit_code::HELP)
+}
+
+/// Run one command at a time, across processes and machines.
+///
+/// `stanchion run KEY -- CMD` runs CMD while it holds KEY. Whoever else wants the same KEY waits,
+/// first come, first served. With no store given it works between the processes of one user on one
+/// machine, without any server.
+#[derive(Debug, Parser)]
+#[command(name = "stanchion", version, after_long_help = after_help(), verbatim_doc_comment)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Common {
+    /// The store: sqlite:FOLDER, or the URL of a server, without a password in it
+    ///
+    /// A URL with a password is refused here, because every user of the machine can read the
+    /// arguments of a program: put it into STANCHION_STORE or into a file for --store-file.
+    /// The default is a folder of the user: $XDG_STATE_HOME/stanchion, or
+    /// ~/.local/state/stanchion.
+    #[arg(
+        verbatim_doc_comment,
+        long,
+        global = true,
+        value_name = "URL",
+        conflicts_with = "store_file",
+        display_order = 100
+    )]
+    pub(crate) store: Option<String>,
+    /// A file whose first line is the URL of the store
+    #[arg(long, global = true, value_name = "PATH", display_order = 101)]
+    pub(crate) store_file: Option<PathBuf>,
+    /// Say nothing: the exit code tells
+    #[arg(short, long, global = true, conflicts_with = "verbose", display_order = 102)]
+    pub(crate) quiet: bool,
+    /// Say what happens, too
+    #[arg(short, long, global = true, display_order = 103)]
+    pub(crate) verbose: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a command while holding a key
+    ///
+    /// Waits for KEY, first come, first served, runs CMD and ends with CMD's exit code. The key is free
+    /// again the moment CMD has ended, also when CMD left processes behind in the background.
+    ///
+    /// CMD has its own process group; signals sent to stanchion are passed on to it (a second INT or
+    /// TERM kills it), and a terminal is handed over, so that interactive programs and Ctrl-Z work. If
+    /// the key is lost while CMD runs, the whole group gets SIGTERM, and SIGKILL before anyone else can
+    /// have the key. If stanchion itself is killed, the group is killed with it. A process that leaves
+    /// the group (setsid) is not killed; in the embedded store it then keeps the key until it ends.
+    #[command(verbatim_doc_comment, after_long_help = after_help())]
+    Run(Run),
+    /// Run a command at most once per period: the guard for cron
+    ///
+    /// Runs CMD if KEY is free, and keeps KEY closed until the period, counted from the start of the
+    /// run, is over. If KEY is held or closed, it does nothing, silently, with exit code 0. A command
+    /// that fails opens the key at once, so that the next machine can try.
+    #[command(verbatim_doc_comment, after_long_help = after_help())]
+    Once(Once),
+    /// List the keys that are held, waited for or closed
+    #[command(after_long_help = crate::output::JSON_HELP)]
+    Ls(Ls),
+    /// Show one key: holders, queue, fences
+    #[command(after_long_help = crate::output::JSON_HELP)]
+    Inspect(Inspect),
+    /// Print a line for every change
+    ///
+    /// Looks at the keys once per --interval and prints what is different; what comes and goes between
+    /// two looks is not seen. The first look prints what is held.
+    #[command(verbatim_doc_comment, after_long_help = crate::output::JSON_HELP)]
+    Watch(Watch),
+    /// End somebody's hold by force
+    ///
+    /// Ends the hold that has this fence, and no other: if the key has changed hands since you looked,
+    /// nothing happens (exit code 1). A `stanchion run` that loses its key this way kills its command at
+    /// once, because the next one may start.
+    #[command(verbatim_doc_comment)]
+    Break(Break),
+    /// Print the completions for a shell
+    Completions {
+        /// The shell
+        #[arg(value_name = "SHELL")]
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page, or write all of them into a folder
+    Man {
+        /// Where to write stanchion.1, stanchion-run.1 and so on
+        #[arg(value_name = "DIR")]
+        folder: Option<PathBuf>,
+    },
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Run {
+    /// The key: 1 to 512 bytes of UTF-8
+    #[arg(value_name = "KEY")]
+    pub(crate) key: String,
+    /// Do not wait: give up at once if the key is taken
+    #[arg(short, long, conflicts_with = "wait")]
+    pub(crate) no_wait: bool,
+    /// Wait no longer than this; 0 is one attempt
+    #[arg(short, long, value_name = "DUR", value_parser = span_or_zero, allow_hyphen_values = true)]
+    pub(crate) wait: Option<Duration>,
+    /// Share the key with others that say --shared
+    #[arg(short, long, conflicts_with = "permits")]
+    pub(crate) shared: bool,
+    /// Hold alone a key that others use with --shared
+    #[arg(short = 'x', long, conflicts_with_all = ["permits", "shared"])]
+    pub(crate) exclusive: bool,
+    /// Let this many hold the key at a time; all users of the key must agree
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(i32::MAX)))]
+    pub(crate) permits: Option<u32>,
+    /// Keep the key closed for this long after the end
+    #[arg(long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
+    pub(crate) cooldown: Option<Duration>,
+    /// The exit code if the key was not obtained
+    #[arg(short = 'E', long, value_name = "N", default_value_t = exit_code::NOT_OBTAINED)]
+    pub(crate) busy_exit_code: u8,
+    #[command(flatten)]
+    pub(crate) child: Child,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Once {
+    /// The key: 1 to 512 bytes of UTF-8
+    #[arg(value_name = "KEY")]
+    pub(crate) key: String,
+    /// The period, counted from the start of a run
+    #[arg(long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
+    pub(crate) every: Duration,
+    /// The exit code if the key is held, or closed until its period is over
+    #[arg(short = 'E', long, value_name = "N", default_value_t = exit_code::OK)]
+    pub(crate) busy_exit_code: u8,
+    #[command(flatten)]
+    pub(crate) child: Child,
+}
+
+/// What `run` and `once` share.
+#[derive(Args, Debug)]
+pub(crate) struct Child {
+    /// How long the store keeps the key after this machine has fallen silent (default 10s)
+    ///
+    /// A server frees the keys of a program that it has not heard of for this long. The embedded store
+    /// needs no such limit: it knows at once when a program has died.
+    #[arg(verbatim_doc_comment, long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
+    pub(crate) ttl: Option<Duration>,
+    /// Hold the key for this long at most; then end the command (exit 76)
+    #[arg(long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
+    pub(crate) max_hold: Option<Duration>,
+    /// Time between SIGTERM and SIGKILL when the key is lost
+    ///
+    /// It is cut short where another could have the key before.
+    #[arg(long, value_name = "DUR", value_parser = span_or_zero, default_value = "5s", allow_hyphen_values = true)]
+    pub(crate) kill_after: Duration,
+    /// A text that `ls` and `inspect` show with this hold, up to 4 KiB
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) metadata: Option<String>,
+    /// Run this text in a shell (sh -c) instead of a command
+    #[arg(short = 'c', long, value_name = "STRING", conflicts_with = "command", allow_hyphen_values = true)]
+    pub(crate) shell: Option<OsString>,
+    /// The command and its arguments, as they are: no shell reads them
+    #[arg(value_name = "CMD", last = true, required_unless_present = "shell")]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Ls {
+    /// Only keys that begin with this
+    #[arg(value_name = "PREFIX", default_value = "", hide_default_value = true)]
+    pub(crate) prefix: String,
+    /// One JSON object per key and line
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Inspect {
+    /// The key
+    #[arg(value_name = "KEY")]
+    pub(crate) key: String,
+    /// One JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Watch {
+    /// Only keys that begin with this
+    #[arg(value_name = "PREFIX", default_value = "", hide_default_value = true)]
+    pub(crate) prefix: String,
+    /// How often to look
+    #[arg(long, value_name = "DUR", value_parser = span, default_value = "1s", allow_hyphen_values = true)]
+    pub(crate) interval: Duration,
+    /// One JSON object per change and line
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Break {
+    /// The key
+    #[arg(value_name = "KEY")]
+    pub(crate) key: String,
+    /// The fence of the hold to end, as `ls` and `inspect` show it
+    #[arg(long, value_name = "F", value_parser = fence)]
+    pub(crate) fence: u64,
+    /// Why: told to the one who loses the key
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) reason: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn options_after_the_dashes_belong_to_the_command() {
+        let arguments = Arguments::try_parse_from(["stanchion", "run", "k", "-n", "--", "ls", "-n", "--json"]).unwrap();
+        let Command::Run(run) = arguments.command else { panic!("not run") };
+        assert!(run.no_wait);
+        assert_eq!(run.child.command, ["ls", "-n", "--json"]);
+    }
+}

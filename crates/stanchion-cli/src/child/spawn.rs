@@ -1,0 +1,133 @@
+//! Starting the child, and seeing its end.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+use std::sync::mpsc::Sender;
+
+use rustix::io::FdFlags;
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, getpid, getppid, waitid};
+
+use super::terminal::put_in_foreground;
+use super::{ChildPlan, Event, Exit, Obtained, guardian};
+use crate::message::Failure;
+use crate::{environment, exit_code, sys};
+
+/// What the child needs besides its command.
+pub(crate) struct Surroundings<'a> {
+    pub(crate) obtained: &'a Obtained,
+    /// Where the child registers itself with the guardian.
+    pub(crate) registration: BorrowedFd<'a>,
+    /// The terminal whose foreground the child takes.
+    pub(crate) terminal: Option<BorrowedFd<'a>>,
+    /// Whoever started us ignored SIGCHLD, so the child does.
+    pub(crate) ignores_chld: bool,
+}
+
+/// Starts the child. Call it on the main thread only: the kernel kills the child when the thread that started it ends.
+pub(crate) fn spawn(plan: &ChildPlan, with: &Surroundings<'_>) -> Result<Pid, Failure> {
+    let (program, arguments) = plan.command.split_first().unwrap_or_else(|| unreachable!("a plan has a command"));
+    let mut command = Command::new(program);
+    command.args(arguments).process_group(0);
+    command.env(environment::KEY, &with.obtained.key);
+    command.env(environment::FENCE, with.obtained.fence.to_string());
+    for secret in environment::NOT_FOR_CHILDREN {
+        command.env_remove(secret);
+    }
+
+    let refused = |error: io::Error| {
+        Failure::new(exit_code::INTERNAL, format!("cannot prepare to run `{}`: {error}", name_of(program)))
+    };
+    let registration = with.registration.try_clone_to_owned().map_err(refused)?;
+    let terminal = with.terminal.map(|device| device.try_clone_to_owned()).transpose().map_err(refused)?;
+    // A high number: scripts use the low ones as they please.
+    let descriptor = with.obtained.descriptor.as_ref().map(high_copy).transpose().map_err(refused)?;
+    let wrapper = getpid();
+    let ignores_chld = with.ignores_chld;
+    sys::before_exec(&mut command, move || {
+        #[cfg(target_os = "linux")]
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        // It may have died before that call.
+        if getppid() != Some(wrapper) {
+            return Err(rustix::io::Errno::SRCH.into());
+        }
+        guardian::register(&registration, getpid())?;
+        if let Some(device) = &terminal {
+            // A terminal that was hung up meanwhile is no reason not to run.
+            let _hung_up = put_in_foreground(device.as_fd(), getpid());
+        }
+        if let Some(descriptor) = &descriptor {
+            rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
+        }
+        if ignores_chld {
+            sys::ignore(libc::SIGCHLD);
+        }
+        Ok(())
+    });
+    let child = command.spawn().map_err(|error| cannot_run(program, &error))?;
+    // It is waited for by id: see `watch`.
+    Ok(Pid::from_child(&child))
+}
+
+/// Tells of the child's end, and of its being stopped. Waits for the process and not for its streams: a child that leaves a
+/// daemon behind with stdout open has ended all the same.
+pub(crate) fn watch(child: Pid, events: Sender<Event>) -> Result<(), Failure> {
+    let look = move || {
+        loop {
+            let seen = rustix::io::retry_on_intr(|| {
+                waitid(WaitId::Pid(child), WaitIdOptions::EXITED | WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT)
+            });
+            // It is our child, and nobody else reaps it.
+            let Ok(Some(status)) = seen else { break };
+            let event = if let Some(code) = status.exit_status() {
+                Event::Exited(Exit::Code(u8::try_from(code & 0xff).unwrap_or(u8::MAX)))
+            } else if let Some(signal) = status.terminating_signal() {
+                Event::Exited(Exit::Signal(signal))
+            } else {
+                let _taken = waitid(WaitId::Pid(child), WaitIdOptions::STOPPED | WaitIdOptions::NOHANG);
+                Event::Stopped(status.stopping_signal().unwrap_or(libc::SIGSTOP))
+            };
+            let ended = matches!(event, Event::Exited(_));
+            if events.send(event).is_err() || ended {
+                break;
+            }
+        }
+    };
+    std::thread::Builder::new().name("child".into()).spawn(look).map(|_| ()).map_err(|error| {
+        Failure::new(exit_code::INTERNAL, format!("cannot start the thread that watches the command: {error}"))
+    })
+}
+
+/// Takes the ended child's exit code from the kernel: from now on its id may become another's.
+pub(crate) fn reap(child: Pid) {
+    let _reaped = rustix::io::retry_on_intr(|| waitid(WaitId::Pid(child), WaitIdOptions::EXITED));
+}
+
+fn high_copy(descriptor: &OwnedFd) -> io::Result<OwnedFd> {
+    match rustix::io::fcntl_dupfd_cloexec(descriptor, 200) {
+        Ok(copy) => Ok(copy),
+        // Fewer descriptors are allowed.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::MFILE) => descriptor.try_clone(),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn cannot_run(program: &OsStr, error: &io::Error) -> Failure {
+    let name = name_of(program);
+    match error.kind() {
+        io::ErrorKind::NotFound => {
+            Failure::new(exit_code::NOT_FOUND, format!("`{name}`: command not found: give its path, or a name in PATH"))
+        }
+        io::ErrorKind::PermissionDenied => Failure::new(
+            exit_code::NOT_EXECUTABLE,
+            format!("`{name}` may not be executed: it must be a program file with the right to execute (chmod +x)"),
+        ),
+        _ => Failure::new(exit_code::NOT_EXECUTABLE, format!("`{name}` could not be executed: {error}")),
+    }
+}
+
+fn name_of(program: &OsStr) -> String {
+    program.to_string_lossy().into_owned()
+}

@@ -1,0 +1,329 @@
+//! The child's life, from its start to its end, as one loop over events.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, getpid, kill_current_process_group, kill_process, kill_process_group};
+use stanchion::{BootTime, Clock, LossCause};
+
+use super::guardian::Guardian;
+use super::signals::{Inherited, ends_the_wait};
+use super::spawn::{self, Surroundings};
+use super::terminal::{Terminal, has_a_job_shell};
+use super::{ChildPlan, Event, Exit, Loss, Obtained};
+use crate::hold::Hold;
+use crate::message::{Failure, Verbosity};
+
+/// The child is killed this long before another may have the key, or earlier.
+const LEAST_MARGIN: Duration = Duration::from_millis(20);
+
+/// Timers stop while the machine sleeps: then the clock is looked at again after this time.
+const LONGEST_NAP: Duration = Duration::from_secs(1);
+
+/// A running child.
+pub(crate) struct Supervisor<'a> {
+    plan: &'a ChildPlan,
+    hold: &'a Hold,
+    events: &'a Receiver<Event>,
+    verbosity: Verbosity,
+    clock: Clock,
+    /// The child; its process group has the same number.
+    child: Pid,
+    guardian: Guardian,
+    terminal: Option<Terminal>,
+    /// The child wants the terminal when we have it.
+    wants_terminal: bool,
+    is_stopped: bool,
+    /// We were asked to stop, and do so when the child has stopped.
+    stops_with_child: bool,
+    /// Stop signals on their way to us that we sent to our own group.
+    own_stops: u32,
+    /// INT or TERM was passed on.
+    asked_to_end: bool,
+    lost: Option<Loss>,
+    kill_at: Option<BootTime>,
+}
+
+/// Why no child was started.
+pub(crate) enum NotStarted {
+    /// This signal asked for an end.
+    Signal(i32),
+    /// The key was lost before.
+    Lost(Loss),
+    /// It cannot be started.
+    Failed(Failure),
+}
+
+impl From<Failure> for NotStarted {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+/// What became of the child.
+pub(crate) struct Ran {
+    pub(crate) exit: Exit,
+    pub(crate) lost: Option<Loss>,
+    /// It died of a Ctrl-C at a terminal that was its own.
+    pub(crate) interrupted: bool,
+    /// To be dismissed when everything else is done.
+    pub(crate) guardian: Guardian,
+}
+
+impl<'a> Supervisor<'a> {
+    /// Starts the child. Call it on the main thread only.
+    pub(crate) fn start(
+        plan: &'a ChildPlan,
+        hold: &'a Hold,
+        obtained: &Obtained,
+        inherited: Inherited,
+        channel: (&Sender<Event>, &'a Receiver<Event>),
+        verbosity: Verbosity,
+    ) -> Result<Self, NotStarted> {
+        let (sender, events) = channel;
+        let guardian = Guardian::start()?;
+        let mut terminal = Terminal::open();
+        let to_be_given = terminal.as_ref().is_some_and(Terminal::is_to_be_given_at_start);
+        // The last look: what comes from here on meets a child that is known.
+        let refusal = events.try_iter().find_map(|event| match event {
+            Event::Signal(signal) if ends_the_wait(signal) => Some(NotStarted::Signal(signal)),
+            Event::Lost(loss) => Some(NotStarted::Lost(loss)),
+            _ => None,
+        });
+        if let Some(refusal) = refusal {
+            guardian.dismiss();
+            return Err(refusal);
+        }
+        let surroundings = Surroundings {
+            obtained,
+            registration: guardian.registration(),
+            terminal: terminal.as_ref().filter(|_| to_be_given).map(Terminal::device),
+            ignores_chld: inherited.ignores_chld,
+        };
+        let spawned = spawn::spawn(plan, &surroundings);
+        if let (true, Some(terminal)) = (to_be_given, &mut terminal) {
+            terminal.was_given();
+        }
+        let child = match spawned {
+            Ok(child) => child,
+            Err(failure) => {
+                guardian.all_is_well();
+                guardian.dismiss();
+                terminal.iter_mut().for_each(Terminal::take_back);
+                return Err(failure.into());
+            }
+        };
+        let supervisor = Self {
+            plan,
+            hold,
+            events,
+            verbosity,
+            clock: Clock::system(),
+            child,
+            guardian,
+            terminal,
+            wants_terminal: to_be_given,
+            is_stopped: false,
+            stops_with_child: false,
+            own_stops: 0,
+            asked_to_end: false,
+            lost: None,
+            kill_at: None,
+        };
+        if let Err(failure) = spawn::watch(child, sender.clone()) {
+            supervisor.signal(Signal::KILL);
+            let _killed = supervisor.finish(Exit::Signal(libc::SIGKILL));
+            return Err(failure.into());
+        }
+        Ok(supervisor)
+    }
+
+    /// Sees the child to its end.
+    pub(crate) fn run(mut self) -> Ran {
+        loop {
+            match self.next_event() {
+                None => {
+                    self.verbosity.note("the command did not end in time: SIGKILL");
+                    self.signal(Signal::KILL);
+                    self.kill_at = None;
+                }
+                Some(Event::Signal(signal)) => self.on_signal(signal),
+                Some(Event::Stopped(signal)) => self.on_stop(signal),
+                Some(Event::Lost(loss)) => self.on_loss(loss),
+                Some(Event::Exited(exit)) => return self.finish(exit),
+                Some(Event::Waiting { .. } | Event::Obtained(_) | Event::NotObtained(_) | Event::Released(_)) => {}
+            }
+        }
+    }
+
+    /// The next event; none when it is time to kill.
+    fn next_event(&self) -> Option<Event> {
+        loop {
+            let nap = match self.kill_at {
+                Some(at) => at.since(self.clock.now()),
+                None => LONGEST_NAP,
+            };
+            if nap.is_zero() {
+                return None;
+            }
+            match self.events.recv_timeout(nap.min(LONGEST_NAP)) {
+                Ok(event) => return Some(event),
+                Err(RecvTimeoutError::Timeout) => {}
+                // The caller has a sender: this cannot be. Killing is what is safe.
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+    }
+
+    fn on_signal(&mut self, signal: i32) {
+        match signal {
+            libc::SIGCONT => self.resume(),
+            libc::SIGTSTP if self.own_stops > 0 => self.own_stops -= 1,
+            libc::SIGTSTP => {
+                self.stops_with_child = true;
+                self.signal(Signal::TSTP);
+            }
+            libc::SIGINT | libc::SIGTERM if self.asked_to_end || self.lost.is_some() => {
+                self.verbosity.note("asked to end for the second time: SIGKILL");
+                self.signal(Signal::KILL);
+            }
+            _ => {
+                self.asked_to_end |= matches!(signal, libc::SIGINT | libc::SIGTERM);
+                if let Some(signal) = Signal::from_named_raw(signal) {
+                    self.signal(signal);
+                }
+                // A stopped command would never learn of it.
+                if self.is_stopped && signal != libc::SIGWINCH {
+                    self.signal(Signal::CONT);
+                    self.is_stopped = false;
+                }
+            }
+        }
+    }
+
+    /// The child was stopped: by Ctrl-Z, because it needs the terminal, or by somebody.
+    fn on_stop(&mut self, signal: i32) {
+        self.is_stopped = true;
+        if self.lost.is_some() {
+            return self.continue_child();
+        }
+        let asks_for_terminal = matches!(signal, libc::SIGTTIN | libc::SIGTTOU);
+        match &mut self.terminal {
+            Some(terminal) if asks_for_terminal && !terminal.is_given() => {
+                self.wants_terminal = true;
+                if terminal.give(self.child) {
+                    self.continue_child();
+                } else {
+                    // We are in the background too: stop as any job does there, until the shell says `fg`.
+                    self.stop_too(false);
+                }
+            }
+            Some(terminal) if terminal.is_given() && !asks_for_terminal => {
+                terminal.take_back();
+                self.stop_too(signal == libc::SIGTSTP);
+            }
+            _ if self.stops_with_child => self.stop_too(false),
+            // Somebody stopped the command alone, and will continue it.
+            _ => {}
+        }
+    }
+
+    /// Stops this process as its child was stopped, for the shell to see; or goes on if no shell would continue us.
+    fn stop_too(&mut self, with_our_group: bool) {
+        if !has_a_job_shell() {
+            return self.resume();
+        }
+        if with_our_group {
+            // The others of our pipeline would have been stopped by the same key.
+            self.own_stops += 1;
+            let _alone = kill_current_process_group(Signal::TSTP);
+        }
+        let _stopped_here = kill_process(getpid(), Signal::STOP);
+    }
+
+    /// This process runs again.
+    fn resume(&mut self) {
+        self.stops_with_child = false;
+        if !self.hold.is_held() {
+            // It was lost while this process was stopped. The child must not run on for a moment.
+            return self.on_loss(Loss { cause: LossCause::SessionExpired, left: Some(Duration::ZERO) });
+        }
+        if let (true, Some(terminal)) = (self.wants_terminal, &mut self.terminal) {
+            terminal.give(self.child);
+        }
+        self.continue_child();
+    }
+
+    fn continue_child(&mut self) {
+        self.is_stopped = false;
+        self.signal(Signal::CONT);
+    }
+
+    fn on_loss(&mut self, loss: Loss) {
+        if self.lost.is_some() {
+            return;
+        }
+        self.lost = Some(loss);
+        let grace = grace(self.plan.kill_after, &loss);
+        if grace.is_zero() {
+            self.signal(Signal::KILL);
+        } else {
+            self.signal(Signal::TERM);
+            self.continue_child();
+            self.kill_at = Some(self.clock.now().after(grace));
+        }
+    }
+
+    fn finish(mut self, exit: Exit) -> Ran {
+        if self.lost.is_some() {
+            // The child is not reaped: the group is still ours.
+            self.signal(Signal::KILL);
+        }
+        self.guardian.all_is_well();
+        spawn::reap(self.child);
+        let mut interrupted = false;
+        if let Some(terminal) = &mut self.terminal {
+            interrupted = terminal.is_given() && exit == Exit::Signal(libc::SIGINT);
+            let was_given = terminal.is_given();
+            terminal.take_back();
+            if was_given && matches!(exit, Exit::Signal(_)) {
+                terminal.restore_modes();
+            }
+        }
+        Ran { exit, lost: self.lost, interrupted, guardian: self.guardian }
+    }
+
+    /// Sends the signal to the whole group.
+    fn signal(&self, signal: Signal) {
+        // It fails when nobody is left there.
+        let _nobody = kill_process_group(self.child, signal);
+    }
+}
+
+/// The time between TERM and KILL.
+fn grace(kill_after: Duration, loss: &Loss) -> Duration {
+    let left = match loss.cause {
+        // Another may have it already.
+        LossCause::Forced | LossCause::Missing => Duration::ZERO,
+        // A hold without a deadline that is lost all the same: nothing protects it.
+        _ => loss.left.unwrap_or_default(),
+    };
+    kill_after.min(left.saturating_sub(LEAST_MARGIN.max(left / 10)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_child_is_killed_before_another_may_have_the_key() {
+        let second = Duration::from_secs(1);
+        let loss = |cause, left| Loss { cause, left };
+        assert_eq!(grace(5 * second, &loss(LossCause::SessionExpired, Some(2 * second))), Duration::from_millis(1800));
+        assert_eq!(grace(second, &loss(LossCause::SessionExpired, Some(2 * second))), second);
+        assert_eq!(grace(5 * second, &loss(LossCause::SessionExpired, None)), Duration::ZERO);
+        assert_eq!(grace(5 * second, &loss(LossCause::MaxHold, Some(Duration::from_millis(15)))), Duration::ZERO);
+        assert_eq!(grace(5 * second, &loss(LossCause::Forced, None)), Duration::ZERO);
+        assert_eq!(grace(Duration::ZERO, &loss(LossCause::MaxHold, Some(second))), Duration::ZERO);
+    }
+}

@@ -1,0 +1,67 @@
+//! `inspect`: all that is known of one key.
+
+use std::fmt::Write as _;
+
+use stanchion::store::KeyState;
+
+use crate::arguments::Inspect;
+use crate::exit_code;
+use crate::message::Failure;
+use crate::output::{KeyRecord, escape, for_people, json_line, print, wall_time};
+use crate::store::StoreChoice;
+
+pub(super) fn execute(inspect: &Inspect, store: &StoreChoice) -> Result<u8, Failure> {
+    super::check_key(&inspect.key)?;
+    let state = store.ask(async |locks| locks.inspect(inspect.key.as_str()).await)?;
+    let text = if inspect.json { json_line(&KeyRecord::from(&state))? } else { describe(&state) };
+    print(&text)?;
+    Ok(exit_code::OK)
+}
+
+fn describe(state: &KeyState) -> String {
+    let mut out = String::new();
+    // Writing to a string does not fail.
+    let _written = write_all(state, &mut out);
+    out
+}
+
+fn write_all(state: &KeyState, out: &mut String) -> std::fmt::Result {
+    writeln!(out, "key      {}", escape(state.key.name()))?;
+    let word = match (state.holders.is_empty(), state.closed_for) {
+        (false, _) => "held".to_owned(),
+        (true, Some(left)) => format!("closed for another {}", for_people(left)),
+        (true, None) => "free".to_owned(),
+    };
+    writeln!(out, "state    {word}")?;
+    if let Some(capacity) = state.capacity.filter(|capacity| *capacity > 1) {
+        let capacity =
+            if capacity == i32::MAX as u32 { "shared or exclusive".to_owned() } else { capacity.to_string() };
+        writeln!(out, "capacity {capacity}")?;
+    }
+    if let Some(fence) = state.last_fence {
+        writeln!(out, "fence    {} (the newest)", fence.get())?;
+    }
+    for holder in &state.holders {
+        let (since, age) = (wall_time(holder.since), for_people(holder.age));
+        writeln!(out, "holder   {}", escape(&holder.owner))?;
+        writeln!(out, "           fence {}, since {since} ({age})", holder.fence.get())?;
+        if let Some(left) = holder.remaining {
+            writeln!(out, "           for another {} at most", for_people(left))?;
+        }
+        texts(out, holder.metadata.as_deref(), holder.trace.as_deref())?;
+    }
+    for (place, waiter) in state.waiters.iter().enumerate() {
+        writeln!(out, "waiter {} {}, for {}", place + 1, escape(&waiter.owner), for_people(waiter.age))?;
+        texts(out, waiter.metadata.as_deref(), waiter.trace.as_deref())?;
+    }
+    Ok(())
+}
+
+fn texts(out: &mut String, metadata: Option<&str>, trace: Option<&str>) -> std::fmt::Result {
+    for (name, text) in [("metadata", metadata), ("trace", trace)] {
+        if let Some(text) = text {
+            writeln!(out, "           {name}: {}", escape(text))?;
+        }
+    }
+    Ok(())
+}

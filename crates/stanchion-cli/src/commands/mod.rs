@@ -1,0 +1,66 @@
+//! One file per command. Each resolves what was parsed, does it, and gives the exit code.
+
+mod break_hold;
+mod completions;
+mod inspect;
+mod ls;
+mod man;
+mod once;
+mod run;
+mod watch;
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use stanchion::Key;
+
+use crate::arguments::{Arguments, Child, Command};
+use crate::child::ChildPlan;
+use crate::message::{Failure, Verbosity};
+use crate::{exit_code, store};
+
+/// Does what the arguments say.
+pub(crate) fn execute(arguments: Arguments, verbosity: Verbosity) -> Result<u8, Failure> {
+    let common = &arguments.common;
+    match arguments.command {
+        Command::Run(run) => run::execute(run, store::resolve(common)?, verbosity),
+        Command::Once(once) => once::execute(once, store::resolve(common)?, verbosity),
+        Command::Ls(ls) => ls::execute(&ls, &store::resolve(common)?),
+        Command::Inspect(inspect) => inspect::execute(&inspect, &store::resolve(common)?),
+        Command::Watch(watch) => watch::execute(&watch, &store::resolve(common)?),
+        Command::Break(hold) => break_hold::execute(&hold, &store::resolve(common)?, verbosity),
+        Command::Completions { shell } => completions::execute(shell),
+        Command::Man { folder } => man::execute(folder.as_deref()),
+    }
+}
+
+/// Refuses a key that is none before anything is opened.
+fn check_key(key: &str) -> Result<(), Failure> {
+    Key::new("", key).map(|_| ()).map_err(Failure::from)
+}
+
+/// The command to run, and how to end it.
+fn child_plan(child: &Child) -> Result<ChildPlan, Failure> {
+    let command = match &child.shell {
+        Some(text) => vec!["sh".into(), "-c".into(), text.clone()],
+        None => child.command.clone(),
+    };
+    if command.first().is_none_or(|program| program.is_empty()) {
+        return Err(Failure::new(
+            exit_code::USAGE,
+            "the command is empty: give a program and its arguments after `--`",
+        ));
+    }
+    Ok(ChildPlan { command, kill_after: child.kill_after })
+}
+
+/// Who holds the key, for people: the program's name, the machine, this process. Not its arguments: they may be secret.
+fn owner(command: &[std::ffi::OsString]) -> String {
+    let program =
+        command.first().map(Path::new).and_then(Path::file_name).map(OsStr::to_string_lossy).unwrap_or_default();
+    let program: String = program.chars().take(30).collect();
+    let host = rustix::system::uname().nodename().to_string_lossy().chars().take(60).collect::<String>();
+    let label = format!("{program}@{host}/{}", std::process::id());
+    // At most 128 bytes, whatever the characters.
+    if label.len() <= 128 { label } else { format!("{}/{}", env!("CARGO_BIN_NAME"), std::process::id()) }
+}

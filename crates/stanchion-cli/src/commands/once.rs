@@ -1,0 +1,33 @@
+//! `once`: at most one run per period, for cron on many machines.
+
+use std::time::Duration;
+
+use stanchion::store::Demand;
+
+use crate::arguments::Once;
+use crate::execution::{self, Busy, Closing, Plan};
+use crate::hold::HoldPlan;
+use crate::message::{Failure, Verbosity};
+use crate::store::StoreChoice;
+
+pub(super) fn execute(once: Once, store: StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
+    super::check_key(&once.key)?;
+    let child = super::child_plan(&once.child)?;
+    execution::execute(Plan {
+        hold: HoldPlan {
+            store,
+            key: once.key,
+            demand: Demand::MUTEX,
+            wait: Some(Duration::ZERO),
+            ttl: once.child.ttl,
+            max_hold: once.child.max_hold,
+            metadata: once.child.metadata,
+            owner: super::owner(&child.command),
+        },
+        child,
+        closing: Closing::FromStart(once.every),
+        // Cron mails whatever is printed, and a skipped run is what was asked for.
+        busy: Busy { exit_code: once.busy_exit_code, is_a_problem: false },
+        verbosity,
+    })
+}

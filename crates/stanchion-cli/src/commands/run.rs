@@ -1,0 +1,38 @@
+//! `run`: a command while a key is held.
+
+use std::time::Duration;
+
+use stanchion::store::Demand;
+
+use crate::arguments::Run;
+use crate::execution::{self, Busy, Closing, Plan};
+use crate::hold::HoldPlan;
+use crate::message::{Failure, Verbosity};
+use crate::store::StoreChoice;
+
+pub(super) fn execute(run: Run, store: StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
+    super::check_key(&run.key)?;
+    let child = super::child_plan(&run.child)?;
+    let demand = match (run.shared, run.exclusive, run.permits) {
+        (true, _, _) => Demand::READ,
+        (_, true, _) => Demand::WRITE,
+        (_, _, Some(permits)) => Demand::new(1, permits)?,
+        _ => Demand::MUTEX,
+    };
+    execution::execute(Plan {
+        hold: HoldPlan {
+            store,
+            key: run.key,
+            demand,
+            wait: if run.no_wait { Some(Duration::ZERO) } else { run.wait },
+            ttl: run.child.ttl,
+            max_hold: run.child.max_hold,
+            metadata: run.child.metadata,
+            owner: super::owner(&child.command),
+        },
+        child,
+        closing: Closing::After(run.cooldown),
+        busy: Busy { exit_code: run.busy_exit_code, is_a_problem: true },
+        verbosity,
+    })
+}

@@ -1,0 +1,240 @@
+//! The hold: one thread that gets the key, sees it lost, and releases it. It talks by [`Event`]s and commands.
+
+use std::panic::AssertUnwindSafe;
+use std::pin::pin;
+use std::sync::mpsc::{self, Sender};
+use std::time::Duration;
+
+use stanchion::store::{Demand, KeyState};
+use stanchion::{ErrorKind, EventStream, Guard, LossCause};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio_util::sync::CancellationToken;
+
+use crate::child::{Event, Loss, Obtained, Refusal, Released};
+use crate::exit_code;
+use crate::message::Failure;
+use crate::output::{escape, for_people};
+use crate::store::{Opened, StoreChoice};
+
+/// What to hold, and how.
+#[derive(Debug)]
+pub(crate) struct HoldPlan {
+    pub(crate) store: StoreChoice,
+    pub(crate) key: String,
+    pub(crate) demand: Demand,
+    /// None: without limit. Zero: one attempt.
+    pub(crate) wait: Option<Duration>,
+    pub(crate) ttl: Option<Duration>,
+    pub(crate) max_hold: Option<Duration>,
+    pub(crate) metadata: Option<String>,
+    /// Who holds it, for people.
+    pub(crate) owner: String,
+}
+
+/// The thread, seen from the outside. Its end without a release leaves the release to the store: the session dies.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    commands: UnboundedSender<Command>,
+    cancel: CancellationToken,
+}
+
+enum Command {
+    IsHeld(Sender<bool>),
+    Release(Option<Duration>),
+}
+
+impl Hold {
+    /// Asks for the key. The answer is an event.
+    pub(crate) fn ask(plan: HoldPlan, events: Sender<Event>) -> Result<Self, Failure> {
+        let (commands, inbox) = unbounded_channel();
+        let cancel = CancellationToken::new();
+        let hold = Self { commands, cancel: cancel.clone() };
+        let refused = |error| Failure::new(exit_code::INTERNAL, format!("the system refused a thread: {error}"));
+        let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(refused)?;
+        let live = move || {
+            let farewell = events.clone();
+            let whole = AssertUnwindSafe(|| runtime.block_on(live(plan, cancel, inbox, events)));
+            if std::panic::catch_unwind(whole).is_err() {
+                say_farewell(&farewell);
+            }
+        };
+        std::thread::Builder::new().name("hold".into()).spawn(live).map_err(refused)?;
+        Ok(hold)
+    }
+
+    /// Gives up waiting. The answer is an event, still.
+    pub(crate) fn cancel(&self) {
+        self.cancel.cancel();
+    }
+
+    /// Whether the key is held at this moment, by the clock. False if there is no telling.
+    pub(crate) fn is_held(&self) -> bool {
+        let (answer, answered) = mpsc::channel();
+        let asked = self.commands.send(Command::IsHeld(answer));
+        asked.is_ok() && answered.recv_timeout(Duration::from_secs(1)).unwrap_or(false)
+    }
+
+    /// Releases the key and closes it for `cooldown`. The answer is an event.
+    pub(crate) fn release(&self, cooldown: Option<Duration>) {
+        // A thread that has ended has told why.
+        let _ended = self.commands.send(Command::Release(cooldown));
+    }
+}
+
+/// This thread has a defect: nothing can be said of the key any more. Whatever the main thread waits for, it hears of it.
+fn say_farewell(events: &Sender<Event>) {
+    let failure =
+        || Failure::new(exit_code::INTERNAL, "stanchion has a defect: the thread that holds the key has ended");
+    for event in [
+        Event::NotObtained(Refusal::Failed(failure())),
+        Event::Lost(Loss { cause: LossCause::Closed, left: None }),
+        Event::Released(Err(failure())),
+    ] {
+        let _ended = events.send(event);
+    }
+}
+
+async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedReceiver<Command>, events: Sender<Event>) {
+    let tell = |event| {
+        // The main thread has ended: so does this process.
+        let _ended = events.send(event);
+    };
+    let opened = tokio::select! {
+        biased;
+        () = cancel.cancelled() => return tell(Event::NotObtained(Refusal::Cancelled)),
+        opened = plan.store.open(Some(&plan.owner), plan.ttl) => match opened {
+            Ok(opened) => opened,
+            Err(failure) => return tell(Event::NotObtained(Refusal::Failed(failure))),
+        },
+    };
+    let mut happenings = opened.locks.events();
+    match obtain(&plan, &cancel, &opened, &mut happenings, &tell).await {
+        Ok(guard) => {
+            tell(Event::Obtained(Obtained {
+                key: guard.key().name().to_owned(),
+                fence: guard.fence().get(),
+                descriptor: opened.session_descriptor(),
+            }));
+            let released = keep(guard, &mut inbox, &mut happenings, &tell).await;
+            // What could not be ended dies with the session.
+            let _closed = opened.locks.close().await;
+            tell(Event::Released(released));
+        }
+        Err(refusal) => {
+            let _closed = opened.locks.close().await;
+            tell(Event::NotObtained(refusal));
+        }
+    }
+}
+
+async fn obtain(
+    plan: &HoldPlan,
+    cancel: &CancellationToken,
+    opened: &Opened,
+    happenings: &mut EventStream,
+    tell: &impl Fn(Event),
+) -> Result<Guard, Refusal> {
+    let mut request = opened.locks.lock(plan.key.as_str()).demand(plan.demand).cancel(cancel.clone());
+    if let Some(longest) = plan.max_hold {
+        request = request.max_hold(longest);
+    }
+    if let Some(text) = &plan.metadata {
+        request = request.metadata(text.as_str());
+    }
+    let attempt = async {
+        match plan.wait {
+            Some(Duration::ZERO) => request.try_acquire().await,
+            Some(limit) => request.wait(limit).await.map(Some),
+            None => request.await.map(Some),
+        }
+    };
+    let mut attempt = pin!(attempt);
+    let answer = loop {
+        tokio::select! {
+            biased;
+            answer = &mut attempt => break answer,
+            Some(happening) = happenings.next() => {
+                if let stanchion::Event::Contended { ahead, .. } = happening {
+                    tell(Event::Waiting { ahead });
+                }
+            }
+        }
+    };
+    match answer {
+        Ok(Some(guard)) => Ok(guard),
+        Ok(None) => Err(Refusal::Busy(busy(plan, opened).await)),
+        Err(error) if matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Busy) => {
+            Err(Refusal::Busy(busy(plan, opened).await))
+        }
+        Err(error) if error.kind() == ErrorKind::Cancelled => Err(Refusal::Cancelled),
+        Err(error) => Err(Refusal::Failed(error.into())),
+    }
+}
+
+/// Keeps the key until it is to be released.
+async fn keep(
+    guard: Guard,
+    inbox: &mut UnboundedReceiver<Command>,
+    happenings: &mut EventStream,
+    tell: &impl Fn(Event),
+) -> Result<Released, Failure> {
+    let mut announced = false;
+    let mut said = None;
+    let cooldown = loop {
+        let command = tokio::select! {
+            biased;
+            Some(happening) = happenings.next() => {
+                match happening {
+                    stanchion::Event::Lost { fence, reason: Some(reason), .. } if fence == guard.fence() => said = Some(reason),
+                    _ => {}
+                }
+                continue;
+            }
+            cause = guard.lost(), if !announced => {
+                announced = true;
+                tell(Event::Lost(Loss { cause, left: guard.valid_for() }));
+                continue;
+            }
+            command = inbox.recv() => command,
+        };
+        match command {
+            Some(Command::IsHeld(answer)) => {
+                // Who asked may have given up.
+                let _late = answer.send(guard.is_held());
+            }
+            Some(Command::Release(cooldown)) => break cooldown,
+            None => break None,
+        }
+    };
+    guard.set_cooldown(cooldown)?;
+    let was_lost = guard.release().await? == stanchion::Released::AlreadyLost;
+    Ok(Released { was_lost, said })
+}
+
+/// Says who has the key.
+async fn busy(plan: &HoldPlan, opened: &Opened) -> String {
+    let limit = match plan.wait {
+        None | Some(Duration::ZERO) => String::new(),
+        Some(limit) => format!(" within {}", for_people(limit)),
+    };
+    let why = match opened.locks.inspect(plan.key.as_str()).await {
+        Ok(state) => reason(&state),
+        Err(_) => "it is taken".to_owned(),
+    };
+    format!("key `{}` was not obtained{limit}: {why}", escape(&plan.key))
+}
+
+fn reason(state: &KeyState) -> String {
+    match (state.holders.first(), state.closed_for) {
+        (Some(holder), _) => {
+            let others = match state.holders.len() {
+                1 => String::new(),
+                more => format!(" and {} more", more - 1),
+            };
+            let (owner, age) = (escape(&holder.owner), for_people(holder.age));
+            format!("held by {owner}{others} for {age}, fence {}", holder.fence.get())
+        }
+        (None, Some(left)) => format!("it stays closed for another {}", for_people(left)),
+        (None, None) => "it was taken, and has become free since".to_owned(),
+    }
+}

@@ -1,0 +1,161 @@
+//! Which store, and opening it.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use stanchion::Locks;
+use stanchion::store::Sqlite;
+
+use crate::arguments::Common;
+use crate::message::Failure;
+use crate::{environment, exit_code};
+
+/// The store that was asked for. `Debug` does not show the URL: it may hold a password.
+pub(crate) struct StoreChoice {
+    url: String,
+}
+
+impl std::fmt::Debug for StoreChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StoreChoice").finish_non_exhaustive()
+    }
+}
+
+/// An open store.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) locks: Locks,
+    embedded: Option<Arc<Sqlite>>,
+}
+
+impl Opened {
+    /// The descriptor that keeps the session's holds for as long as anyone has a copy of it.
+    pub(crate) fn session_descriptor(&self) -> Option<OwnedFd> {
+        self.embedded.as_ref()?.session_descriptor(self.locks.session()?)
+    }
+}
+
+/// The store of the options, else of the environment, else the embedded one in the user's state folder.
+pub(crate) fn resolve(common: &Common) -> Result<StoreChoice, Failure> {
+    if let Some(url) = &common.store {
+        if holds_password(url) {
+            let message = format!(
+                "a password in an argument can be read by every user of this machine: put the URL into the environment \
+                 ({}) or into a file (--store-file PATH)",
+                environment::STORE
+            );
+            return Err(Failure::new(exit_code::USAGE, message));
+        }
+        return choose(url, "--store");
+    }
+    if let Some(path) = &common.store_file {
+        return from_file(path, "--store-file");
+    }
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    if let Some(url) = variable(environment::STORE) {
+        let url = url.into_string().map_err(|_| {
+            Failure::new(
+                exit_code::USAGE,
+                format!("{} is not UTF-8: write other bytes of a URL as %XX", environment::STORE),
+            )
+        })?;
+        return choose(&url, environment::STORE);
+    }
+    match variable(environment::STORE_FILE) {
+        Some(path) => from_file(Path::new(&path), environment::STORE_FILE),
+        None => Ok(StoreChoice { url: "sqlite:".into() }),
+    }
+}
+
+fn from_file(path: &Path, named_by: &str) -> Result<StoreChoice, Failure> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        let code = match error.kind() {
+            std::io::ErrorKind::PermissionDenied => exit_code::NOT_PERMITTED,
+            _ => exit_code::MISCONFIGURED,
+        };
+        Failure::new(code, format!("cannot read `{}` (of {named_by}): {error}", path.display()))
+    })?;
+    choose(text.lines().next().unwrap_or_default().trim(), named_by)
+}
+
+/// Checks what the library need not: that it is a URL at all, and of a store that other processes can share.
+fn choose(url: &str, named_by: &str) -> Result<StoreChoice, Failure> {
+    let usage = |message: String| Err(Failure::new(exit_code::USAGE, message));
+    let scheme = url.split_once(':').map(|(scheme, _)| scheme);
+    match scheme {
+        None | Some("") => usage(format!("{named_by} holds no URL: write sqlite:FOLDER, or the URL of a server")),
+        Some("memory") => usage(format!(
+            "{named_by} says `memory:`, which no other process can see: write sqlite:FOLDER, or the URL of a server"
+        )),
+        Some(_) => Ok(StoreChoice { url: url.to_owned() }),
+    }
+}
+
+fn holds_password(url: &str) -> bool {
+    let Some((_, rest)) = url.split_once("://") else { return url.contains("password=") };
+    let (address, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let in_address =
+        address.rsplit_once('@').is_some_and(|(user, _)| user.split_once(':').is_some_and(|(_, p)| !p.is_empty()));
+    in_address
+        || query.split('&').any(|option| {
+            let name = option.split('=').next().unwrap_or_default().to_ascii_lowercase();
+            ["password", "passwd", "pass", "pwd", "secret", "token", "auth"].iter().any(|word| name.contains(word))
+        })
+}
+
+impl StoreChoice {
+    /// Opens it.
+    pub(crate) async fn open(&self, owner: Option<&str>, ttl: Option<Duration>) -> Result<Opened, Failure> {
+        let (mut builder, embedded) = if self.url.starts_with("sqlite:") {
+            // The handle is kept for its descriptors.
+            let store = Arc::new(Sqlite::from_url(&self.url)?);
+            (Locks::builder_with_store(store.clone()), Some(store))
+        } else {
+            (Locks::builder(&self.url), None)
+        };
+        if let Some(owner) = owner {
+            builder = builder.owner(owner);
+        }
+        if let Some(ttl) = ttl {
+            builder = builder.session_ttl(ttl);
+        }
+        Ok(Opened { locks: builder.open().await?, embedded })
+    }
+
+    /// Opens it, asks it something, and closes it.
+    pub(crate) fn ask<T>(&self, question: impl AsyncFnOnce(&Locks) -> stanchion::Result<T>) -> Result<T, Failure> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .map_err(|error| Failure::new(exit_code::INTERNAL, format!("the system refused a runtime: {error}")))?;
+        runtime.block_on(async {
+            let opened = self.open(None, None).await?;
+            let answer = question(&opened.locks).await;
+            // What could not be ended dies with the session.
+            let _closed = opened.locks.close().await;
+            Ok(answer?)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_in_a_url_is_seen_wherever_it_is() {
+        for url in [
+            "redis://:p@h",
+            "redis://u:p@h:1/0",
+            "postgres://u:a@b@h/db",
+            "postgres://h/db?user=u&password=p",
+            "redis://h?auth=x",
+        ] {
+            assert!(holds_password(url), "{url}");
+        }
+        for url in ["redis://h:6379/0", "redis://u@h", "postgres://u:@h/db", "sqlite:/a:b@c", "redis://h?timeout=5"] {
+            assert!(!holds_password(url), "{url}");
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! The only file with unsafe code: signal dispositions, and the step between fork and exec.
+#![allow(unsafe_code, reason = "the standard library and rustix have no safe form of these three calls")]
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+
+/// Whether this process ignores the signal: whoever started it wanted that, as `nohup` does.
+pub(crate) fn is_ignored(signal: i32) -> bool {
+    let mut current = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: only reads the disposition, into a struct of the right type that is valid when zeroed.
+    unsafe {
+        libc::sigaction(signal, std::ptr::null(), current.as_mut_ptr()) == 0
+            && current.assume_init().sa_sigaction == libc::SIG_IGN
+    }
+}
+
+/// Ignores the signal from now on.
+pub(crate) fn ignore(signal: i32) {
+    // SAFETY: SIG_IGN runs no code of ours.
+    unsafe { libc::signal(signal, libc::SIG_IGN) };
+}
+
+/// Does something while the signal is ignored. Safe between fork and exec if `step` is.
+pub(crate) fn while_ignoring<T>(signal: i32, step: impl FnOnce() -> T) -> T {
+    // SAFETY: SIG_IGN runs no code of ours, and what was there before is put back.
+    let before = unsafe { libc::signal(signal, libc::SIG_IGN) };
+    let result = step();
+    if before != libc::SIG_ERR {
+        // SAFETY: as above.
+        unsafe { libc::signal(signal, before) };
+    }
+    result
+}
+
+/// Has the child run `step` between fork and exec. An error of it is the error of `spawn`.
+///
+/// `step` may make system calls and nothing else: no memory is taken, no lock, no output.
+pub(crate) fn before_exec(command: &mut Command, step: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
+    // SAFETY: the one caller, `child::spawn`, keeps the rule above.
+    unsafe { command.pre_exec(step) };
+}

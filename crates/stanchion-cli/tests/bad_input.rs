@@ -1,0 +1,148 @@
+//! Bad input and bad surroundings: the documented message and exit code, and nothing left behind.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::PermissionsExt;
+
+use common::*;
+
+/// No store was made and no command started.
+fn nothing_is_left(world: &World) {
+    assert_eq!(std::fs::read_dir(world.path("state")).unwrap().count(), 0);
+    assert!(!world.path("started").exists());
+    world.until_nothing_runs();
+}
+
+/// A NUL cannot be in an argument: the system ends it there. The library's own tests have that case.
+#[test]
+fn bad_keys_and_durations_are_wrong_usage() {
+    let world = World::new();
+    let long = "x".repeat(513);
+    let table: [(&[&str], &[&str]); 16] = [
+        (&["run", ""], &["a key may not be empty; give it 1 to 512 bytes"]),
+        (&["run", &long], &["the key has 513 bytes, the longest allowed is 512"]),
+        (&["once", "", "--every", "1h"], &["a key may not be empty"]),
+        (&["once", "k", "--every", "0"], &["`0` is too short: the least is 10ms"]),
+        (&["once", "k", "--every", "31d"], &["`31d` is too long: the most is 30d"]),
+        (&["run", "k", "-w", "soon"], &["`soon` is not a duration: write seconds (30, 1.5)", "stanchion run --help"]),
+        (&["run", "k", "-w", "-5"], &["`-5` is not a duration"]),
+        (&["run", "k", "-w", "99999999999999999999999999"], &["is too long: the most is 30d"]),
+        (&["run", "k", "--ttl", "0"], &["`0` is too short"]),
+        (&["run", "k", "--ttl", "1000d"], &["is too long"]),
+        (&["run", "k", "--max-hold", "0"], &["is too short"]),
+        (&["run", "k", "--cooldown", "9ms"], &["is too short"]),
+        (&["run", "k", "--permits", "0"], &["0 is not in 1..=2147483647"]),
+        (&["run", "k", "--permits", "2147483648"], &["is not in 1..=2147483647"]),
+        (&["run", "k", "-E", "256"], &["256 is not in 0..=255"]),
+        (&["run", "k", "-n", "-w", "5"], &["cannot be used with"]),
+    ];
+    for (arguments, texts) in table {
+        let arguments = arguments.iter().chain(&["--", "touch", "started"]);
+        world.stanchion(arguments).finish().code(64).says(texts);
+    }
+    let not_utf8 = std::ffi::OsStr::from_bytes(b"\xff");
+    let arguments = ["run".as_ref(), not_utf8, "--".as_ref(), "touch".as_ref(), "started".as_ref()];
+    world.stanchion(arguments).finish().code(64).says(&["UTF-8"]);
+    for (arguments, text) in [
+        (&["inspect", ""][..], "a key may not be empty"),
+        (&["break", "k", "--fence", "x", "--reason", "y"], "`x` is not a fence: write the number"),
+        (&["watch", "--interval", "0"], "is too short"),
+        (&[], "a command is missing"),
+        (&["frob"], "unrecognized subcommand 'frob'"),
+        (&["completions", "frob"], "invalid value 'frob'"),
+    ] {
+        world.stanchion(arguments).finish().code(64).says(&[text]);
+    }
+    nothing_is_left(&world);
+    let long = "x".repeat(512);
+    world.stanchion(["run", &long, "--", "true"]).finish().code(0).silent();
+    let metadata = "x".repeat(4097);
+    let finished = world.stanchion(["run", "k", "--metadata", &metadata, "--", "touch", "started"]).finish();
+    finished.code(64).says(&["the metadata has 4097 bytes, the longest allowed is 4096"]);
+    world.stanchion(["break", "k", "--fence", "1", "--reason", " "]).finish().code(64).says(&["needs a reason"]);
+    assert!(!world.path("started").exists());
+    world.assert_free("k");
+}
+
+#[test]
+fn bad_stores_say_what_would_be_right() {
+    let world = World::new();
+    std::fs::write(world.path("file"), "").unwrap();
+    std::fs::write(world.path("empty"), "").unwrap();
+    let file = format!("sqlite:{}", world.path("file").display());
+    let table: [(&[&str], i32, &[&str]); 6] = [
+        (&["--store", "frob:x"], 64, &["there is no store for `frob:` URLs"]),
+        (&["--store", "memory:"], 64, &["which no other process can see: write sqlite:FOLDER"]),
+        (&["--store", "locks"], 64, &["--store holds no URL: write sqlite:FOLDER"]),
+        (&["--store-file", "empty"], 64, &["--store-file holds no URL"]),
+        (&["--store", "sqlite:/a?mode=ro"], 64, &["no option `mode`"]),
+        (&["--store", &file], 78, &["is not a folder"]),
+    ];
+    for (options, code, texts) in table {
+        let arguments = ["run", "k"].iter().chain(options).chain(&["--", "touch", "started"]);
+        world.stanchion(arguments).finish().code(code).says(texts);
+        world.stanchion(options.iter().chain(&["ls"])).finish().code(code).says(texts);
+    }
+    let homeless = world.stanchion(["ls"]).env_remove("HOME").env_remove("XDG_STATE_HOME").finish();
+    homeless.code(78).says(&["set HOME or XDG_STATE_HOME"]);
+    nothing_is_left(&world);
+}
+
+#[test]
+fn a_folder_without_the_right_to_write_is_not_permitted() {
+    let world = World::new();
+    let state = world.path("state");
+    for path in [world.path("."), state.clone()] {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(0o555)).unwrap();
+    }
+    // Root may write anywhere, so it is nobody who asks.
+    let mut command = std::process::Command::new("setpriv");
+    if rustix::process::geteuid().is_root() {
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+    }
+    command.args([env!("CARGO_BIN_EXE_stanchion"), "run", "k", "--", "touch", "started"]);
+    world.prepare(&mut command);
+    let out = command.output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(77), "{said}");
+    assert!(said.starts_with("stanchion: ") && said.contains("no right to use") && said.lines().count() == 1, "{said}");
+    nothing_is_left(&world);
+    for path in [state, world.path(".")] {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
+    }
+}
+
+/// In a file system of its own, small and full.
+fn on_a_full_disk(world: &World, script: &str) -> (Option<i32>, String) {
+    let script = format!(
+        "mount -t tmpfs -o size=400k none $D/state || exit 99
+         fill() {{ dd if=/dev/zero of=$D/state/fill bs=1k 2> /dev/null; true; }}
+         {script}"
+    );
+    let mut command = std::process::Command::new("unshare");
+    command.args(["-rm", "sh", "-c", &script]);
+    world.prepare(&mut command);
+    command.env("S", env!("CARGO_BIN_EXE_stanchion"));
+    let out = command.output().unwrap();
+    (out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+#[test]
+fn a_full_disk_is_a_store_that_cannot_serve() {
+    let world = World::new();
+    for script in [
+        "fill; exec $S run k -- touch $D/started",
+        "$S run k -- true || exit 98; fill; exec $S run k -- touch $D/started",
+    ] {
+        let (code, said) = on_a_full_disk(&world, script);
+        assert_eq!(code, Some(69), "{said}");
+        let tells = said.contains("is full") || said.contains("cannot serve");
+        assert!(said.starts_with("stanchion: ") && tells && said.lines().count() == 1, "{said}");
+        nothing_is_left(&world);
+    }
+    // It recovers.
+    let script = "$S run k -- true; fill; $S run k -q -- touch $D/started; rm $D/state/fill; exec $S run k -w 20 -- touch $D/again";
+    assert_eq!(on_a_full_disk(&world, script), (Some(0), String::new()));
+    assert!(world.path("again").exists() && !world.path("started").exists());
+}

@@ -1,0 +1,60 @@
+//! Help, completions and man pages: from one definition.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+use common::*;
+
+#[test]
+fn help_and_version_are_data_and_go_well() {
+    let world = World::new();
+    let help = world.stanchion(["--help"]).finish().ok();
+    for part in ["Examples:", "Exit codes:", "Environment:", "STANCHION_STORE", "STANCHION_FENCE", "Durations"] {
+        assert!(help.contains(part), "no `{part}` in {help}");
+    }
+    for command in ["run", "once", "ls", "inspect", "watch", "break", "completions", "man"] {
+        assert!(help.contains(&format!("\n  {command} ")), "{command}");
+        let text = world.stanchion([command, "--help"]).finish().ok();
+        assert!(text.contains("Usage: stanchion "), "{text}");
+        assert_eq!(world.stanchion(["help", command]).finish().ok(), text);
+        let wide = text.lines().find(|line| line.chars().count() > 110);
+        assert!(wide.is_none(), "{wide:?}");
+    }
+    assert_eq!(world.stanchion(["--version"]).finish().ok(), format!("stanchion {}\n", env!("CARGO_PKG_VERSION")));
+    assert!(!help.contains("guardian"));
+}
+
+#[test]
+fn completions_are_made_for_every_shell() {
+    let world = World::new();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let text = world.stanchion(["completions", shell]).finish().ok();
+        assert!(text.contains("busy-exit-code") && !text.contains("guardian"), "{shell}");
+        std::fs::write(world.path("completions"), text).unwrap();
+        if shell == "bash" {
+            let mut command = std::process::Command::new("bash");
+            command.args(["-c", "source ./completions; COMP_WORDS=(stanchion in); COMP_CWORD=1; _stanchion stanchion in stanchion; echo ${COMPREPLY[@]}"]);
+            world.prepare(&mut command);
+            let out = command.output().unwrap();
+            assert_eq!(String::from_utf8_lossy(&out.stdout), "inspect\n", "{out:?}");
+        }
+    }
+}
+
+#[test]
+fn man_pages_are_printed_or_written() {
+    let world = World::new();
+    let page = world.stanchion(["man"]).finish().ok();
+    assert!(page.contains(".TH stanchion 1") && page.contains("Exit codes:"), "{page}");
+    world.stanchion(["man", "pages/man1"]).finish().code(0).silent();
+    let mut pages: Vec<_> = std::fs::read_dir(world.path("pages/man1"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    pages.sort();
+    let expected = ["-break", "-completions", "-inspect", "-ls", "-man", "-once", "-run", "-watch", ""];
+    assert_eq!(pages, expected.map(|name| format!("stanchion{name}.1")));
+    let run = world.read("pages/man1/stanchion-run.1");
+    assert!(run.contains("max\\-hold") && run.contains("the key was lost while the command ran"), "{run}");
+    let refused = world.stanchion(["man", "/proc/pages"]).finish();
+    refused.code(70).says(&["cannot write man pages into `/proc/pages`"]);
+}

@@ -1,0 +1,134 @@
+//! `ls`, `inspect` and `watch`: what is held, waited for and closed.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+use std::io::{BufRead as _, BufReader};
+
+use common::*;
+use rustix::process::Signal;
+use serde_json::Value;
+
+/// A holder with metadata that would like to steer a terminal, a waiter behind it, and a closed key.
+fn scene(world: &World) -> [Running; 2] {
+    world.stanchion(["run", "closed", "--cooldown", "1h", "--", "true"]).finish().code(0).silent();
+    let metadata = "a\u{1b}[2Jb\nc";
+    let holder = ["run", "job 1", "--metadata", metadata, "-c", "touch $D/held; exec sleep 600"];
+    let holder = world.stanchion(holder).start();
+    world.until_file("held");
+    let waiter = world.stanchion(["run", "job 1", "--", "true"]).start();
+    world.until_waiting("job 1", 1);
+    [holder, waiter]
+}
+
+#[test]
+fn json_has_the_documented_fields() {
+    let world = World::new();
+    let [holder, waiter] = scene(&world);
+    let text = world.stanchion(["ls", "--json"]).finish().ok();
+    let keys: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(keys.len(), 2);
+    let (closed, job) = (&keys[0], &keys[1]);
+    assert_eq!(closed["key"], "closed");
+    assert_eq!(
+        (&closed["capacity"], &closed["holders"], &closed["waiters"]),
+        (&Value::Null, &Value::from([0; 0]), &Value::from([0; 0]))
+    );
+    assert!((3_500_000..=3_600_000).contains(&closed["closed_for_ms"].as_u64().unwrap()));
+    assert_eq!((&job["key"], &job["capacity"], &job["closed_for_ms"]), (&"job 1".into(), &1.into(), &Value::Null));
+    let hold = &job["holders"][0];
+    assert_eq!(hold["fence"], job["last_fence"]);
+    assert!(hold["fence"].as_u64().unwrap() < 1 << 53);
+    assert!(hold["owner"].as_str().unwrap().ends_with(&format!("/{}", holder.pid())), "{hold}");
+    assert_eq!(
+        (&hold["units"], &hold["session_bound"], &hold["remaining_ms"]),
+        (&1.into(), &true.into(), &Value::Null)
+    );
+    assert!(hold["age_ms"].is_u64());
+    assert!(humantime::parse_rfc3339(hold["since"].as_str().unwrap()).is_ok());
+    assert_eq!((&hold["metadata"], &hold["trace"]), (&"a\u{1b}[2Jb\nc".into(), &Value::Null));
+    let waits = &job["waiters"][0];
+    assert!(waits["owner"].as_str().unwrap().ends_with(&format!("/{}", waiter.pid())), "{waits}");
+    assert_eq!((&waits["units"], &waits["metadata"]), (&1.into(), &Value::Null));
+    assert!(waits["age_ms"].is_u64());
+
+    let one: Value = serde_json::from_str(&world.stanchion(["inspect", "job 1", "--json"]).finish().ok()).unwrap();
+    let names = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&one), names(job));
+    let help = world.stanchion(["ls", "--help"]).finish().ok();
+    for name in names(job).iter().chain(&names(hold)).chain(&names(waits)) {
+        assert!(help.contains(name.as_str()), "`{name}` is not in the help");
+    }
+}
+
+#[test]
+fn text_for_people_is_aligned_and_harmless() {
+    let world = World::new();
+    let _scene = scene(&world);
+    let text = world.stanchion(["ls"]).finish().ok();
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines.len(), 3, "{text}");
+    let column = lines[0].find("FENCE").unwrap();
+    assert!(lines[1].starts_with("closed  closed") && lines[2].starts_with("job 1   held"), "{text}");
+    assert!(lines.iter().all(|line| line.is_char_boundary(column) && line.as_bytes()[column - 1] == b' '), "{text}");
+    assert!(lines[2].ends_with(r"a\u{1b}[2Jb\nc"), "{text}");
+    let text = world.stanchion(["inspect", "job 1"]).finish().ok();
+    for part in ["state    held", "holder   sh@", "waiter 1 true@", r"metadata: a\u{1b}[2Jb\nc"] {
+        assert!(text.contains(part), "no `{part}` in {text}");
+    }
+    assert_eq!(world.stanchion(["inspect", "other"]).finish().ok(), "key      other\nstate    free\n");
+    assert_eq!(world.stanchion(["ls", "nothing"]).finish().ok(), "");
+    assert_eq!(world.stanchion(["ls", "job"]).finish().ok().lines().count(), 2);
+}
+
+#[test]
+fn nobody_who_reads_is_a_quiet_end() {
+    let world = World::new();
+    let _scene = scene(&world);
+    for arguments in ["ls", "ls --json", "inspect closed", "watch", "man", "completions bash", "--help"] {
+        let script = format!("({} {arguments}; echo $? > code) | true", env!("CARGO_BIN_EXE_stanchion"));
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", &script]);
+        world.prepare(&mut command);
+        let out = command.output().unwrap();
+        assert!(out.stderr.is_empty(), "{arguments}: {out:?}");
+        until("the exit code", || !world.read("code").is_empty());
+        assert_eq!(world.read("code"), "0\n", "{arguments}");
+        std::fs::remove_file(world.path("code")).unwrap();
+    }
+}
+
+#[test]
+fn watch_tells_each_change_once() {
+    let world = World::new();
+    let _before = world.stanchion(["run", "job 0", "-c", "touch $D/before; exec sleep 600"]).start();
+    world.until_file("before");
+    let mut watch = world.stanchion(["watch", "job", "--interval", "10ms", "--json"]).start();
+    let mut lines = BufReader::new(watch.stdout()).lines();
+    let mut next = || -> Value { serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap() };
+    let first = next();
+    assert_eq!((&first["event"], &first["key"]), (&"held".into(), &"job 0".into()));
+    let holder = world.stanchion(["run", "job", "-c", "touch $D/held; exec sleep 600"]).start();
+    let acquired = next();
+    assert_eq!((&acquired["event"], &acquired["key"]), (&"acquired".into(), &"job".into()));
+    assert!(humantime::parse_rfc3339(acquired["time"].as_str().unwrap()).is_ok());
+    let waiter =
+        world.stanchion(["run", "job", "--cooldown", "300ms", "-c", "touch $D/second; exec sleep 600"]).start();
+    let waiting = next();
+    assert_eq!(waiting["event"], "waiting");
+    let gives_up = world.stanchion(["run", "job", "--", "true"]).start();
+    assert_eq!(next()["event"], "waiting");
+    gives_up.send(Signal::TERM);
+    assert_eq!(next()["event"], "stopped_waiting");
+    world.until_file("held");
+    holder.send(Signal::TERM);
+    let (released, second) = (next(), next());
+    assert_eq!((&released["event"], &released["fence"]), (&"released".into(), &acquired["fence"]));
+    assert_eq!((&second["event"], &second["owner"]), (&"acquired".into(), &waiting["owner"]));
+    assert!(second["fence"].as_u64() > acquired["fence"].as_u64());
+    world.until_file("second");
+    waiter.send(Signal::TERM);
+    assert_eq!(next()["event"], "released");
+    assert_eq!(next()["event"], "closed");
+    assert_eq!(next()["event"], "opened");
+    watch.send(Signal::TERM);
+}

@@ -1,0 +1,65 @@
+//! `once`: at most one run per period.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+use common::*;
+use rustix::process::Signal;
+
+#[test]
+fn it_runs_once_per_period_and_is_silent() {
+    let world = World::new();
+    let run = || world.stanchion(["once", "k", "--every", "1h", "-c", "echo x >> runs; sleep 0.01"]).finish();
+    for _ in 0..3 {
+        run().code(0).silent();
+    }
+    assert_eq!(world.read("runs"), "x\n");
+    let skipped = world.stanchion(["once", "k", "--every", "1h", "-v", "--", "true"]).finish();
+    skipped.code(0).says(&["key `k` was not obtained: it stays closed for another 59m"]);
+    world.stanchion(["once", "k", "--every", "1h", "-E", "7", "--", "true"]).finish().code(7).silent();
+}
+
+#[test]
+fn the_period_counts_from_the_start_of_the_run() {
+    let world = World::new();
+    // It takes longer than its period: the next one may run at once.
+    world.stanchion(["once", "k", "--every", "100ms", "--", "sleep", "0.2"]).finish().code(0).silent();
+    world.stanchion(["once", "k", "--every", "100ms", "-E", "7", "--", "true"]).finish().code(0).silent();
+    // And a short one opens after the rest of it.
+    until("the next period", || {
+        world.stanchion(["once", "k", "--every", "100ms", "-E", "7", "--", "true"]).finish().code == Some(0)
+    });
+}
+
+#[test]
+fn a_failure_opens_the_key_at_once_and_gives_its_code() {
+    let world = World::new();
+    world.stanchion(["once", "k", "--every", "1h", "--", "sh", "-c", "exit 3"]).finish().code(3).silent();
+    world.stanchion(["once", "k", "--every", "1h", "-c", "kill -TERM $$"]).finish().code(143).silent();
+    world.stanchion(["once", "k", "--every", "1h", "--", "no-such"]).finish().code(127).says(&["not found"]);
+    world.stanchion(["once", "k", "--every", "1h", "-E", "7", "--", "true"]).finish().code(0).silent();
+    world.stanchion(["once", "k", "--every", "1h", "-E", "7", "--", "true"]).finish().code(7).silent();
+}
+
+#[test]
+fn it_does_not_wait_for_one_that_runs() {
+    let world = World::new();
+    let running = world.stanchion(["once", "k", "--every", "1h", "-c", "touch $D/ready; exec sleep 600"]).start();
+    world.until_file("ready");
+    world.stanchion(["once", "k", "--every", "1h", "--", "touch", "second"]).finish().code(0).silent();
+    let noted = world.stanchion(["once", "k", "--every", "1h", "-v", "--", "touch", "second"]).finish();
+    noted.code(0).says(&["held by sh@"]);
+    running.send(Signal::TERM);
+    running.finish().code(143);
+    assert!(!world.path("second").exists());
+}
+
+#[test]
+fn of_many_at_the_same_time_one_runs() {
+    let world = World::new();
+    let all: Vec<_> =
+        (0..20).map(|_| world.stanchion(["once", "k", "--every", "1h", "-c", "echo x >> runs"]).start()).collect();
+    for one in all {
+        one.finish().code(0).silent();
+    }
+    assert_eq!(world.read("runs"), "x\n");
+}

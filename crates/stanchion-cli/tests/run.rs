@@ -1,0 +1,156 @@
+//! `run`: one at a time, with the command's own exit code, streams and environment.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+use common::*;
+use rustix::process::Signal;
+
+#[test]
+fn the_command_keeps_its_exit_code_streams_and_arguments() {
+    let world = World::new();
+    let script = r#"cat; printf '%s|' "$@"; echo err >&2; exit 42"#;
+    let finished =
+        world.stanchion(["run", "k", "--", "sh", "-c", script, "x", "-n", "a b", "--json", ""]).input(b"in\n").finish();
+    assert_eq!((finished.stdout.as_str(), finished.stderr.as_str()), ("in\n-n|a b|--json||", "err\n"));
+    finished.code(42);
+    world.stanchion(["run", "k", "--", "true"]).finish().code(0).silent();
+    world.stanchion(["run", "k", "-c", "exit $((1 + 2))"]).finish().code(3).silent();
+}
+
+#[test]
+fn exit_codes_are_as_documented() {
+    let world = World::new();
+    std::fs::write(world.path("plain"), "echo not a program").unwrap();
+    let table: [(&[&str], i32, &[&str]); 8] = [
+        (&["run", "k", "--", "no-such-command"], 127, &["`no-such-command`: command not found"]),
+        (&["run", "k", "--", "./no/such/file"], 127, &["`./no/such/file`: command not found"]),
+        (&["run", "k", "--", "./plain"], 126, &["`./plain` may not be executed", "chmod +x"]),
+        (&["run", "k", "--", "/"], 126, &["`/` may not be executed"]),
+        (&["run", "k", "--", ""], 64, &["the command is empty"]),
+        (&["run", "k"], 64, &["the command to run comes after `--`"]),
+        (&["run", "k", "true"], 64, &["unexpected argument 'true'", "the command to run comes after `--`"]),
+        (&["run", "k", "-c", "true", "--", "true"], 64, &["cannot be used with"]),
+    ];
+    for (arguments, code, texts) in table {
+        world.stanchion(arguments).finish().code(code).says(texts);
+    }
+    for (signal, code) in [("KILL", 137), ("TERM", 143), ("SEGV", 139), ("INT", 130)] {
+        world.stanchion(["run", "k", "-c", &format!("kill -{signal} $$")]).finish().code(code).silent();
+    }
+    world.assert_free("k");
+    world.until_nothing_runs();
+}
+
+#[test]
+fn the_second_starts_the_moment_the_first_ends() {
+    let world = World::new();
+    let script = "touch $D/first; while [ ! -e $D/go ]; do sleep 0.01; done; date +%s%N > $D/end";
+    let first = world.stanchion(["run", "nightly", "--", "sh", "-c", script]).start();
+    world.until_file("first");
+    let second = world.stanchion(["run", "nightly", "--", "sh", "-c", "date +%s%N > $D/start"]).start();
+    world.until_waiting("nightly", 1);
+    assert!(!world.path("start").exists());
+    std::fs::write(world.path("go"), "").unwrap();
+    first.finish().code(0).silent();
+    second.finish().code(0).silent();
+    let nanos = |name: &str| world.read(name).trim().parse::<i64>().unwrap();
+    let gap = nanos("start") - nanos("end");
+    // Two processes start in it, on a machine that does other things too.
+    assert!((0..500_000_000).contains(&gap), "{gap} ns between the end of the first and the start of the second");
+    world.assert_free("nightly");
+}
+
+#[test]
+fn many_take_turns_and_count_without_a_gap() {
+    let world = World::new();
+    std::fs::write(world.path("counter"), "0").unwrap();
+    let script = "n=$(cat counter); echo $STANCHION_FENCE >> fences; echo $((n + 1)) > counter";
+    let all: Vec<_> = (0..30).map(|_| world.stanchion(["run", "k", "-c", script]).start()).collect();
+    for one in all {
+        one.finish().code(0).silent();
+    }
+    assert_eq!(world.read("counter").trim(), "30");
+    let fences: Vec<u64> = world.read("fences").lines().map(|line| line.parse().unwrap()).collect();
+    assert!(fences.len() == 30 && fences.is_sorted_by(|a, b| a < b), "{fences:?}");
+}
+
+fn hold(world: &World, options: &[&str]) -> Running {
+    let script = ["--", "sh", "-c", "touch $D/held; exec sleep 600"];
+    let arguments = ["run", "k"].iter().chain(options).chain(&script);
+    let holder = world.stanchion(arguments).start();
+    world.until_file("held");
+    std::fs::remove_file(world.path("held")).unwrap();
+    holder
+}
+
+#[test]
+fn a_key_that_is_taken_gives_75_and_names_the_holder() {
+    let world = World::new();
+    let holder = hold(&world, &[]);
+    let who = format!("held by sh@{}/{}", rustix::system::uname().nodename().to_string_lossy(), holder.pid());
+    for options in [&["-n"][..], &["--no-wait"], &["-w", "0"], &["-w", "0.05"], &["--wait", "50ms"]] {
+        let arguments = ["run", "k"].iter().chain(options).chain(&["--", "touch", "started"]);
+        world.stanchion(arguments).finish().code(75).says(&["key `k` was not obtained", &who, "fence "]);
+    }
+    world.stanchion(["run", "k", "-n", "-E", "0", "--", "true"]).finish().code(0).says(&["was not obtained"]);
+    world.stanchion(["run", "k", "-n", "-q", "-E", "9", "--", "true"]).finish().code(9).silent();
+    world.stanchion(["run", "other", "-n", "--", "true"]).finish().code(0).silent();
+    assert!(!world.path("started").exists());
+    world.until_waiting("k", 0);
+    holder.send(Signal::TERM);
+    holder.finish().code(143).silent();
+    world.assert_free("k");
+}
+
+#[test]
+fn shared_holders_share_and_exclusive_ones_do_not() {
+    let world = World::new();
+    let readers = [hold(&world, &["--shared"]), hold(&world, &["-s"])];
+    world.stanchion(["run", "k", "-n", "-x", "--", "true"]).finish().code(75).says(&["and 1 more"]);
+    world.stanchion(["run", "k", "-n", "--", "true"]).finish().code(64).says(&["capacity"]);
+    for reader in readers {
+        reader.send(Signal::TERM);
+        reader.finish().code(143);
+    }
+    world.stanchion(["run", "k", "-n", "-x", "--", "true"]).finish().code(0).silent();
+}
+
+#[test]
+fn as_many_as_there_are_permits_hold_the_key() {
+    let world = World::new();
+    let holders = [hold(&world, &["--permits", "2"]), hold(&world, &["--permits", "2"])];
+    world.stanchion(["run", "k", "-n", "--permits", "2", "--", "true"]).finish().code(75).says(&["and 1 more"]);
+    world.stanchion(["run", "k", "-n", "--permits", "3", "--", "true"]).finish().code(64).says(&["2", "3"]);
+    drop(holders);
+}
+
+#[test]
+fn a_cooldown_keeps_the_key_closed() {
+    let world = World::new();
+    world.stanchion(["run", "k", "--cooldown", "1h", "--", "true"]).finish().code(0).silent();
+    world.stanchion(["run", "k", "-n", "--", "true"]).finish().code(75).says(&["it stays closed for another 59m"]);
+}
+
+#[test]
+fn a_process_left_in_the_background_does_not_keep_the_key_or_the_wrapper() {
+    let world = World::new();
+    // It has the streams, the group and the lock descriptor of the command.
+    let script = "sleep 600 & echo $! > $D/pid";
+    world.stanchion(["run", "k", "--", "sh", "-c", script]).finish().code(0).silent();
+    assert!(is_alive(pid_in(&world, "pid")));
+    world.stanchion(["run", "k", "-n", "--", "true"]).finish().code(0).silent();
+}
+
+#[test]
+fn quiet_says_nothing_and_verbose_says_what_happens() {
+    let world = World::new();
+    world.stanchion(["run", "k", "-q", "--", "no-such-command"]).finish().code(127).silent();
+    let finished = world.stanchion(["run", "k", "-v", "--", "true"]).finish().code(0);
+    let lines: Vec<_> = finished.stderr.lines().collect();
+    assert!(lines[0].starts_with("stanchion: key `k` obtained after ") && lines[0].contains("fence "), "{lines:?}");
+    assert_eq!(lines[1..], ["stanchion: key released"]);
+    let holder = hold(&world, &[]);
+    let waiter = world.stanchion(["run", "k", "-v", "-w", "0.1", "--", "true"]).finish().code(75);
+    assert!(waiter.stderr.contains("stanchion: waiting; 0 before us in the queue\n"), "{waiter:?}");
+    drop(holder);
+}

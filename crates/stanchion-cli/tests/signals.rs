@@ -1,0 +1,164 @@
+//! Signals: passed on to the command, and no process left behind, whenever they come.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+use common::*;
+use rustix::process::Signal;
+
+#[test]
+fn signals_reach_the_command_and_its_own_children() {
+    let world = World::new();
+    for (signal, name) in [
+        (Signal::INT, "INT"),
+        (Signal::TERM, "TERM"),
+        (Signal::HUP, "HUP"),
+        (Signal::QUIT, "QUIT"),
+        (Signal::USR1, "USR1"),
+        (Signal::USR2, "USR2"),
+    ] {
+        // The shell runs its own trap when the one in the foreground has ended.
+        let script = format!(
+            "trap 'exit 9' {name}; touch $D/ready-a-{name}
+             sh -c \"trap 'touch $D/grandchild-{name}; exit' {name}; touch $D/ready-b-{name}
+                    while :; do sleep 0.01; done\"; exit 1"
+        );
+        let running = world.stanchion(["run", "k", "-c", &script]).start();
+        world.until_file(&format!("ready-a-{name}"));
+        world.until_file(&format!("ready-b-{name}"));
+        running.send(signal);
+        running.finish().code(9);
+        assert!(world.path(&format!("grandchild-{name}")).exists());
+        world.until_nothing_runs();
+    }
+}
+
+#[test]
+fn a_command_that_dies_of_a_signal_gives_128_and_its_number() {
+    let world = World::new();
+    let running = world.stanchion(["run", "k", "--", "sh", "-c", "echo $$ > pid; exec sleep 600"]).start();
+    pid_in(&world, "pid");
+    running.send(Signal::TERM);
+    running.finish().code(143).silent();
+}
+
+#[test]
+fn the_second_request_to_end_kills() {
+    let world = World::new();
+    let script = "trap '' TERM INT; touch $D/ready; while :; do sleep 0.01; done";
+    let running = world.stanchion(["run", "k", "-c", script]).start();
+    world.until_file("ready");
+    running.send(Signal::TERM);
+    let pid = running.pid();
+    until("the first one was taken", || pending(pid) == 0);
+    running.send(Signal::INT);
+    running.finish().code(137);
+    world.until_nothing_runs();
+}
+
+fn pending(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("ShdPnd:")).unwrap_or("0");
+    u64::from_str_radix(line.trim(), 16).unwrap_or(0)
+}
+
+#[test]
+fn what_is_ignored_at_the_start_stays_ignored_here_and_in_the_command() {
+    let world = World::new();
+    let script =
+        "grep SigIgn /proc/self/status > $D/ignored; touch $D/ready; while [ ! -e $D/go ]; do sleep 0.01; done";
+    let options = ["--ignore-signal=HUP", "--ignore-signal=CHLD"];
+    let running = world.through(&options, ["run", "k", "--", "sh", "-c", script]).start();
+    world.until_file("ready");
+    running.send(Signal::HUP);
+    std::fs::write(world.path("go"), "").unwrap();
+    running.finish().code(0);
+    let mask = world.read("ignored");
+    let mask = u64::from_str_radix(mask.trim().rsplit('\t').next().unwrap(), 16).unwrap();
+    let bit = |signal: Signal| mask >> (signal.as_raw() - 1) & 1;
+    assert_eq!((bit(Signal::HUP), bit(Signal::PIPE), bit(Signal::INT)), (1, 0, 0), "{mask:x}");
+}
+
+#[test]
+fn what_is_blocked_at_the_start_stays_blocked_in_the_command() {
+    let world = World::new();
+    let options = ["--block-signal=USR1"];
+    let mask = world.through(&options, ["run", "k", "--", "grep", "SigBlk", "/proc/self/status"]).finish().ok();
+    let mask = u64::from_str_radix(mask.trim().rsplit('\t').next().unwrap(), 16).unwrap();
+    assert_eq!(mask, 1 << (Signal::USR1.as_raw() - 1));
+}
+
+#[test]
+fn a_signal_ends_the_wait_and_leaves_nothing_in_the_queue() {
+    let world = World::new();
+    let holder = world.stanchion(["run", "k", "--", "sh", "-c", "touch $D/held; exec sleep 600"]).start();
+    world.until_file("held");
+    for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129), (Signal::USR1, 138)] {
+        let waiter = world.stanchion(["run", "k", "--", "touch", "started"]).start();
+        world.until_waiting("k", 1);
+        waiter.send(signal);
+        waiter.finish().code(code).silent();
+        world.until_waiting("k", 0);
+    }
+    holder.send(Signal::TERM);
+    holder.finish().code(143);
+    world.assert_free("k");
+    assert!(!world.path("started").exists());
+}
+
+/// A small generator, so that the offsets of a failed run can be had again.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
+
+/// TERM at a random moment of a run, the key being free or held: never a survivor, never a start without the key.
+fn signals_at_random_moments(name: &str, command: &[&str]) {
+    let world = World::new();
+    let mut random = Random(name.len() as u64);
+    for round in 0..60 {
+        let held = round % 3 == 0;
+        let holder = held.then(|| {
+            let holder = world.stanchion(["run", "k", "--", "sh", "-c", "touch $D/held; exec sleep 600"]).start();
+            world.until_file("held");
+            holder
+        });
+        let arguments = ["run", "k", "--"].iter().chain(command);
+        let running = world.stanchion(arguments).start();
+        // Over the whole start, from the first instruction to a running command.
+        let offset = random.below(12_000);
+        std::thread::sleep(std::time::Duration::from_micros(offset));
+        running.send(Signal::TERM);
+        let finished = running.finish();
+        // Before the handlers are in place the signal kills, as it kills any program.
+        let ended_by_it = finished.code == Some(143) || finished.signal == Some(15);
+        assert!(ended_by_it, "round {round}, {offset} µs: {finished:?}");
+        if let Some(holder) = holder {
+            assert!(!world.path("started").exists(), "round {round}, {offset} µs: started without the key");
+            holder.send(Signal::TERM);
+            holder.finish().code(143);
+            std::fs::remove_file(world.path("held")).unwrap();
+        }
+        world.until_nothing_runs();
+        let _not_started = std::fs::remove_file(world.path("started"));
+    }
+    world.until_free("k");
+}
+
+#[test]
+fn a_signal_at_a_random_moment_leaves_no_command_behind() {
+    signals_at_random_moments("direct", &["sh", "-c", "touch $D/started; exec sleep 600"]);
+}
+
+#[test]
+fn a_signal_at_a_random_moment_leaves_no_shell_behind() {
+    signals_at_random_moments("shell", &["sh", "-c", "touch $D/started; sleep 600; true"]);
+}
+
+#[test]
+fn a_signal_at_a_random_moment_leaves_no_grandchild_behind() {
+    signals_at_random_moments("grandchild", &["sh", "-c", "touch $D/started; (sleep 600; true) & sleep 600 & wait"]);
+}

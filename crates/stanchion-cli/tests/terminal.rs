@@ -1,0 +1,246 @@
+//! At a terminal: an interactive command works as if the shell had started it itself.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::process::{Child, Command};
+use std::sync::{Arc, Mutex};
+
+use common::*;
+use rustix::fs::{Mode, OFlags};
+use rustix::process::Signal;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+
+/// A terminal with a program in it.
+struct Screen {
+    keyboard: File,
+    shown: Arc<Mutex<String>>,
+    child: Child,
+}
+
+impl Screen {
+    /// Starts a program in a session of its own with a new terminal.
+    fn new(world: &World, program: &[&str]) -> Self {
+        let keyboard = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+        grantpt(&keyboard).unwrap();
+        unlockpt(&keyboard).unwrap();
+        let name = ptsname(&keyboard, Vec::new()).unwrap();
+        let terminal: OwnedFd =
+            rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let mut command = Command::new("env");
+        command.args(["--default-signal", "setsid", "-c"]).args(program);
+        world.prepare(&mut command);
+        command.env("S", env!("CARGO_BIN_EXE_stanchion")).env("PS1", "$ ").env("TERM", "dumb").env("HISTFILE", "");
+        command.stdin(terminal.try_clone().unwrap()).stdout(terminal.try_clone().unwrap()).stderr(terminal);
+        let child = command.spawn().unwrap();
+        let keyboard = File::from(keyboard);
+        let shown = Arc::new(Mutex::new(String::new()));
+        let (mut screen, text) = (keyboard.try_clone().unwrap(), shown.clone());
+        std::thread::spawn(move || {
+            let mut bytes = [0; 1024];
+            while let Ok(count @ 1..) = screen.read(&mut bytes) {
+                text.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[..count]));
+            }
+        });
+        Self { keyboard, shown, child }
+    }
+
+    /// An interactive shell.
+    fn shell(world: &World) -> Self {
+        let mut screen = Self::new(world, &["bash", "--norc", "--noprofile", "-i"]);
+        screen.shows("$ ");
+        screen.types("bind 'set enable-bracketed-paste off'; echo shell $((40 + 2))\n");
+        screen.shows("shell 42");
+        screen
+    }
+
+    fn types(&mut self, text: &str) {
+        self.keyboard.write_all(text.as_bytes()).unwrap();
+    }
+
+    /// Waits for the text, and forgets what was shown up to its end.
+    #[track_caller]
+    fn shows(&self, text: &str) {
+        let end = now().after(LIMIT);
+        loop {
+            let mut shown = self.shown.lock().unwrap();
+            if let Some(at) = shown.find(text) {
+                shown.drain(..at + text.len());
+                return;
+            }
+            assert!(now() < end, "no `{text}` in:\n{shown}");
+            drop(shown);
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+    }
+
+    #[track_caller]
+    fn exit(&mut self) -> std::process::ExitStatus {
+        until("the end of the program at the terminal", || self.child.try_wait().unwrap().is_some());
+        self.child.wait().unwrap()
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        let _ended = self.child.kill();
+        let _ended = self.child.wait();
+    }
+}
+
+#[test]
+fn an_interactive_command_reads_from_the_terminal() {
+    let world = World::new();
+    let mut screen =
+        Screen::new(&world, &["sh", "-c", r#"$S run k -- sh -c 'echo name?; read x; echo "hello $x"; exit 4'"#]);
+    screen.shows("name?");
+    screen.types("world\n");
+    screen.shows("hello world");
+    assert_eq!(screen.exit().code(), Some(4));
+}
+
+#[test]
+fn ctrl_c_reaches_the_command() {
+    let world = World::new();
+    let script =
+        "$S run k -c 'trap \"echo caught; exit 3\" INT; echo ready; while :; do sleep 0.01; done'; echo code $?";
+    let mut screen = Screen::shell(&world);
+    screen.types(&format!("{script}\n"));
+    screen.shows("\nready");
+    screen.types("\x03");
+    screen.shows("caught");
+    screen.shows("code 3");
+}
+
+#[test]
+fn ctrl_c_ends_a_script_as_it_does_without_stanchion() {
+    let world = World::new();
+    std::fs::write(world.path("script"), "$S run k -- sh -c 'echo ready; exec sleep 600'\necho went on\n").unwrap();
+    for shell in ["sh", "bash"] {
+        let mut screen = Screen::shell(&world);
+        screen.types(&format!("{shell} script\n"));
+        screen.shows("\nready");
+        screen.types("\x03");
+        screen.shows("$ ");
+        screen.types("echo code $?\n");
+        screen.shows("code 130");
+        screen.types("echo still $((1 + 1))\n");
+        screen.shows("still 2");
+        assert!(!screen.shown.lock().unwrap().contains("went on"));
+        world.assert_free("k");
+    }
+}
+
+#[test]
+fn ctrl_c_ends_the_wait() {
+    let world = World::new();
+    let holder = world.stanchion(["run", "k", "--", "sh", "-c", "touch $D/held; exec sleep 600"]).start();
+    world.until_file("held");
+    let mut screen = Screen::shell(&world);
+    screen.types("$S run k -- echo ran; echo code $?\n");
+    world.until_waiting("k", 1);
+    screen.types("\x03");
+    screen.shows("code 130");
+    holder.send(Signal::TERM);
+    holder.finish().code(143);
+}
+
+#[test]
+fn ctrl_z_stops_and_fg_goes_on() {
+    let world = World::new();
+    let mut screen = Screen::shell(&world);
+    for _ in 0..2 {
+        screen.types("$S run k -- sh -c 'echo $$ > pid; echo ready; exec cat'; echo code $?\n");
+        screen.shows("\nready");
+        let child = pid_in(&world, "pid");
+        screen.types("\x1a");
+        screen.shows("Stopped");
+        until("a stopped command", || is_stopped(child));
+        screen.types("echo free $((3 + 4))\n");
+        screen.shows("free 7");
+        screen.types("fg\n");
+        until("a running command", || !is_stopped(child));
+        screen.types("abc\n");
+        screen.shows("abc\r\nabc\r\n");
+        // Once more, and to its end.
+        screen.types("\x1a");
+        screen.shows("Stopped");
+        screen.types("fg; echo code $?\n");
+        until("a running command", || !is_stopped(child));
+        screen.types("def\n");
+        screen.shows("def\r\ndef\r\n");
+        screen.types("\x04");
+        screen.shows("code 0");
+        std::fs::remove_file(world.path("pid")).unwrap();
+    }
+}
+
+#[test]
+fn a_job_in_the_background_stops_when_it_reads_and_goes_on_with_fg() {
+    let world = World::new();
+    let mut screen = Screen::shell(&world);
+    screen.types("$S run k -c 'echo $$ > pid; read x; echo got:$x' &\n");
+    let child = pid_in(&world, "pid");
+    until("a stopped command", || is_stopped(child));
+    screen.types("jobs\n");
+    screen.shows("Stopped");
+    screen.types("fg\n");
+    until("a running command", || !is_stopped(child));
+    screen.types("abc\n");
+    screen.shows("got:abc");
+    screen.types("echo back $((5 + 5))\n");
+    screen.shows("back 10");
+}
+
+#[test]
+fn a_job_that_ends_in_the_background_leaves_the_terminal_to_the_shell() {
+    let world = World::new();
+    let mut screen = Screen::shell(&world);
+    // No loop of short commands: a key that stops a shell in the middle of a vfork stops only half of it.
+    screen.types("mkfifo go; $S run k -c 'echo ready; read x < go; touch done'\n");
+    screen.shows("\nready");
+    screen.types("\x1a");
+    screen.shows("Stopped");
+    screen.types("bg\n");
+    std::fs::write(world.path("go"), "x\n").unwrap();
+    world.until_file("done");
+    screen.types("wait; echo back $((5 + 5))\n");
+    screen.shows("back 10");
+    screen.types("read x; echo got:$x\nabc\n");
+    screen.shows("got:abc");
+}
+
+#[test]
+fn in_a_pipeline_the_one_who_reads_has_the_terminal() {
+    let world = World::new();
+    let mut screen = Screen::shell(&world);
+    // The reader behind us, as a pager would.
+    screen.types("$S run k -- echo data | sh -c 'read a; echo $a then; read b </dev/tty; echo got:$a:$b'\n");
+    screen.shows("data then");
+    screen.types("abc\n");
+    screen.shows("got:data:abc");
+    // The command itself, with its output in a pipe.
+    screen.types("$S run k -- sh -c 'echo ask >&2; read b; echo answer $b' | tr a-z A-Z\n");
+    screen.shows("\nask");
+    screen.types("abc\n");
+    screen.shows("ANSWER ABC");
+    // The command, with its input in a pipe.
+    screen.types("echo one | $S run k -- sh -c 'read a; echo $a two; read b </dev/tty; echo got:$a:$b'\n");
+    screen.shows("one two");
+    screen.types("abc\n");
+    screen.shows("got:one:abc");
+    screen.types("echo back $((5 + 5))\n");
+    screen.shows("back 10");
+}
+
+#[test]
+fn a_command_that_is_killed_leaves_a_usable_terminal() {
+    let world = World::new();
+    let mut screen = Screen::shell(&world);
+    screen.types("$S run k -c 'stty raw -echo; echo ready; kill -9 $$'; echo code $?\n");
+    screen.shows("code 137");
+    screen.types("stty -a | tr ';' '\\n' | grep -o '[-]*icanon'\n");
+    screen.shows("\nicanon");
+}

@@ -1,0 +1,35 @@
+//! A child that was forked without exec: it must not use the parent's handle, and does no harm with its copies.
+#![allow(unsafe_code, reason = "fork has no safe form")]
+#![allow(clippy::unwrap_used, reason = "tests may panic")]
+
+use stanchion::{ErrorKind, Locks};
+
+#[test]
+fn a_forked_child_is_told_so_and_releases_nothing() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let (locks, guard) = runtime.block_on(async {
+        let locks = Locks::open("memory:").await.unwrap();
+        let guard = locks.lock("k").await.unwrap();
+        (locks, guard)
+    });
+    // SAFETY: this test is alone in its process; the child calls nothing that another thread could have locked.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        let mut request = Box::pin(locks.try_lock("other"));
+        let refused = match request.as_mut().poll(&mut context) {
+            std::task::Poll::Ready(Err(error)) => error.kind() == ErrorKind::Unsupported,
+            _ => false,
+        };
+        drop(request);
+        drop((guard, locks));
+        // SAFETY: ends the child without the parent's exit handlers.
+        unsafe { libc::_exit(if refused { 0 } else { 1 }) }
+    }
+    let mut status = 0;
+    // SAFETY: waits for the child just made.
+    let waited = unsafe { libc::waitpid(child, &mut status, 0) };
+    assert_eq!((waited, status), (child, 0), "the child was refused, and ended at once");
+    assert!(guard.is_held());
+    assert!(runtime.block_on(locks.is_locked("k")).unwrap());
+}
