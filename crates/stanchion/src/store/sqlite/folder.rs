@@ -206,8 +206,6 @@ fn network_file_system(magic: u32) -> Option<&'static str> {
         0x4750_4653 => "GPFS",
         0x1983_0326 => "BeeGFS",
         0xaad7_aaea => "PanFS",
-        0x0bd0_0bd1 => "Lustre",
-        0x013661 => "DLM",
         _ => return None,
     })
 }
