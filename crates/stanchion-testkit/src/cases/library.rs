@@ -1,0 +1,171 @@
+//! What a user of the library sees, whatever the store.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use stanchion::store::EvictOutcome;
+use stanchion::{Demand, ErrorKind, LossCause, Released, Store};
+
+use crate::environment::{Environment, until};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+pub async fn a_lock_waits_for_the_one_before_it<S: Store>(env: &Environment<S>) {
+    let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
+    let guard = one.lock("k").metadata("first").await.unwrap();
+    assert!(two.try_lock("k").await.unwrap().is_none());
+    let waiting = tokio::spawn(two.lock("k").into_future());
+    until("it waits", async || two.inspect("k").await.unwrap().waiters.len() == 1).await;
+    let fence = guard.fence();
+    assert_eq!(guard.release().await.unwrap(), Released::Now);
+    let guard = waiting.await.unwrap().unwrap();
+    assert!(guard.fence() > fence && guard.is_held());
+    drop(guard);
+    until("a dropped guard releases", async || !one.is_locked("k").await.unwrap()).await;
+}
+
+pub async fn a_wait_has_a_limit<S: Store>(env: &Environment<S>) {
+    let locks = env.locks().open().await.unwrap();
+    let _guard = locks.lock("k").await.unwrap();
+    let waiting = tokio::spawn(locks.lock("k").wait(Duration::from_millis(100)).into_future());
+    until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+    env.pass(Duration::from_millis(110)).await;
+    assert_eq!(waiting.await.unwrap().unwrap_err().kind(), ErrorKind::Timeout);
+    until("its place is given up", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
+}
+
+pub async fn at_most_the_capacity_is_ever_inside<S: Store>(env: &Environment<S>) {
+    let handles = [env.locks().open().await.unwrap(), env.locks().open().await.unwrap()];
+    let (inside, most) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+    let tasks: Vec<_> = (0..12)
+        .map(|i| {
+            let locks = handles[i % 2].clone();
+            let (inside, most) = (inside.clone(), most.clone());
+            tokio::spawn(async move {
+                for _ in 0..10 {
+                    let guard = locks.lock("k").demand(Demand::new(1, 3).unwrap()).await.unwrap();
+                    most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                    tokio::task::yield_now().await;
+                    inside.fetch_sub(1, Ordering::SeqCst);
+                    guard.release().await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    assert!(most.load(Ordering::SeqCst) <= 3);
+    assert!(!handles[0].is_locked("k").await.unwrap());
+}
+
+pub async fn a_read_modify_write_under_the_lock_loses_nothing<S: Store>(env: &Environment<S>) {
+    let handles = [env.locks().open().await.unwrap(), env.locks().open().await.unwrap()];
+    let counter = Arc::new(AtomicU32::new(0));
+    let tasks: Vec<_> = (0..8)
+        .map(|i| {
+            let (locks, counter) = (handles[i % 2].clone(), counter.clone());
+            tokio::spawn(async move {
+                for _ in 0..15 {
+                    let work = async |_: &stanchion::Guard| {
+                        let read = counter.load(Ordering::SeqCst);
+                        tokio::task::yield_now().await;
+                        counter.store(read + 1, Ordering::SeqCst);
+                    };
+                    locks.lock("k").run(work).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    assert_eq!(counter.load(Ordering::SeqCst), 120);
+}
+
+pub async fn a_forced_release_ends_the_running_body<S: Store>(env: &Environment<S>) {
+    let (locks, operator) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
+    let running = tokio::spawn({
+        let locks = locks.clone();
+        async move { locks.lock("k").run(async |_| std::future::pending::<()>().await).await }
+    });
+    until("it runs", async || operator.is_locked("k").await.unwrap()).await;
+    let fence = operator.inspect("k").await.unwrap().holders[0].fence;
+    assert_eq!(operator.force_release("k", fence, "stuck").await.unwrap(), EvictOutcome::Evicted);
+    assert_eq!(running.await.unwrap().unwrap_err().kind(), ErrorKind::Lost(LossCause::Forced));
+    assert!(operator.lock("k").await.unwrap().fence() > fence);
+}
+
+pub async fn a_detached_hold_is_taken_up_by_another_handle<S: Store>(env: &Environment<S>) {
+    let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
+    let guard = one.lock("k").ttl(MINUTE).await.unwrap();
+    let fence = guard.fence();
+    let token = guard.detach();
+    one.close().await.unwrap();
+    assert!(two.owns(&token).await.unwrap());
+    let guard = two.adopt(token.to_string().parse().unwrap()).await.unwrap();
+    assert_eq!(guard.fence(), fence);
+    assert!(!two.owns(&token).await.unwrap(), "the old token is over");
+    assert_eq!(two.adopt(token).await.unwrap_err().kind(), ErrorKind::Lost(LossCause::Missing));
+    guard.extend(MINUTE * 2).await.unwrap();
+    assert_eq!(guard.release().await.unwrap(), Released::Now);
+    assert!(!two.is_locked("k").await.unwrap());
+}
+
+pub async fn a_fixed_term_is_lost_before_another_can_have_it<S: Store>(env: &Environment<S>) {
+    let locks = env.locks().open().await.unwrap();
+    let ttl = Duration::from_millis(400);
+    let guard = locks.lock("k").ttl(ttl).await.unwrap();
+    let remaining = guard.remaining().unwrap();
+    assert!(remaining < ttl && guard.valid_for().unwrap() < ttl);
+    env.pass(remaining).await;
+    assert!(!guard.is_held());
+    assert!(locks.try_lock("k").await.unwrap().is_none(), "the key stays taken while its holder stops");
+    assert_eq!(guard.lost().await, LossCause::TermExpired);
+    assert_eq!(guard.extend(ttl).await.unwrap_err().kind(), ErrorKind::Lost(LossCause::TermExpired));
+    assert_eq!(guard.release().await.unwrap(), Released::AlreadyLost);
+    until("free", async || locks.try_lock("k").await.unwrap().is_some()).await;
+}
+
+pub async fn a_cooldown_skips_those_who_come_too_soon<S: Store>(env: &Environment<S>) {
+    let locks = env.locks().open().await.unwrap();
+    let pause = Duration::from_millis(200);
+    let mut ran = 0;
+    for _ in 0..3 {
+        if let Some(guard) = locks.lock("k").cooldown(pause).try_acquire().await.unwrap() {
+            ran += 1;
+            guard.release().await.unwrap();
+        }
+    }
+    assert_eq!(ran, 1);
+    env.pass(pause + Duration::from_millis(10)).await;
+    assert!(locks.try_lock("k").await.unwrap().is_some());
+}
+
+pub async fn namespaces_are_apart<S: Store>(env: &Environment<S>) {
+    let one = env.locks().namespace("one").open().await.unwrap();
+    let two = env.locks().namespace("two").open().await.unwrap();
+    let _guard = one.lock("k").await.unwrap();
+    let _other = two.try_lock("k").await.unwrap().expect("another namespace");
+    assert_eq!(one.list("").await.unwrap().len(), 1);
+    assert!(one.list("x").await.unwrap().is_empty());
+    assert!(env.locks().open().await.unwrap().list("").await.unwrap().is_empty());
+}
+
+pub async fn bad_arguments_are_refused_and_leave_nothing<S: Store>(env: &Environment<S>) {
+    let locks = env.locks().open().await.unwrap();
+    for name in ["".to_owned(), "x".repeat(513), "a\0b".to_owned()] {
+        for error in [
+            locks.try_lock(name.clone()).await.map(drop).unwrap_err(),
+            locks.inspect(name.clone()).await.map(drop).unwrap_err(),
+            locks.force_release(name, stanchion::Fence::new(1), "x").await.map(drop).unwrap_err(),
+        ] {
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        }
+    }
+    for ttl in [Duration::ZERO, Duration::from_millis(9), Duration::MAX] {
+        assert_eq!(locks.lock("k").ttl(ttl).await.unwrap_err().kind(), ErrorKind::InvalidArgument);
+    }
+    assert!(locks.list("").await.unwrap().is_empty());
+}

@@ -1,0 +1,158 @@
+//! Messages that come late, twice or never, and releases by force.
+
+use std::time::Duration;
+
+use stanchion::Store;
+use stanchion::store::{
+    AcquireOutcome, AcquireRequest, BeatOutcome, EndOutcome, EvictOutcome, EvictRequest, ExtendOutcome, LostToken,
+    PollOutcome, Push, StoreTime,
+};
+use stanchion::{Fence, TokenId};
+
+use crate::environment::{Actor, Environment, key};
+
+async fn force<S: Store>(actor: &Actor<S>, fence: Fence) -> EvictOutcome {
+    let request = EvictRequest { key: key("k"), fence, reason: "stuck".into() };
+    actor.store.evict(request).await.unwrap().outcome
+}
+
+async fn lost<S: Store>(actor: &Actor<S>) -> Vec<LostToken> {
+    match actor.store.beat(actor.session).await.unwrap().outcome {
+        BeatOutcome::Alive { lost } => lost,
+        BeatOutcome::Gone => panic!("the session is gone"),
+    }
+}
+
+pub async fn every_answer_tells_a_time_that_does_not_run_back<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let mut last = StoreTime::from_micros(0);
+    for _ in 0..5 {
+        env.pass(Duration::from_millis(2)).await;
+        let request = actor.request(&key("k"));
+        let times = [
+            actor.store.acquire(request.clone()).await.unwrap().time,
+            actor.store.poll(&key("k"), request.token).await.unwrap().time,
+            actor.store.inspect(&key("k")).await.unwrap().time,
+            actor.store.beat(actor.session).await.unwrap().time,
+            actor.store.release(&key("k"), request.token, None).await.unwrap().time,
+        ];
+        for time in times {
+            assert!(time >= last);
+            last = time;
+        }
+    }
+}
+
+pub async fn an_acquire_that_comes_too_late_changes_nothing<S: Store>(env: &Environment<S>) {
+    let (actor, holder) = (env.actor().await, env.actor().await);
+    let now = actor.store.inspect(&key("k")).await.unwrap().time;
+    env.pass(Duration::from_millis(20)).await;
+    let late = AcquireRequest { not_after: now, ..actor.request(&key("k")) };
+    assert_eq!(actor.ask(&late).await, AcquireOutcome::Stale);
+    assert!(!actor.sees_held(&key("k")).await);
+    holder.takes(&key("k")).await;
+    assert_eq!(actor.ask(&late).await, AcquireOutcome::Stale, "no place in the queue either");
+    assert!(actor.sees(&key("k")).await.waiters.is_empty());
+}
+
+pub async fn an_acquire_that_comes_after_its_end_is_ended_again<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let request = actor.request(&key("k"));
+    assert_eq!(actor.store.abandon(&key("k"), request.token).await.unwrap().outcome, EndOutcome::Nothing);
+    // The store remembers nothing of a token that it ended: until `not_after` the late question counts.
+    actor.gets(&request).await;
+    assert_eq!(actor.store.abandon(&key("k"), request.token).await.unwrap().outcome, EndOutcome::Released);
+    let now = actor.store.inspect(&key("k")).await.unwrap().time;
+    env.pass(Duration::from_millis(20)).await;
+    let late = AcquireRequest { not_after: now, ..request };
+    assert_eq!(actor.ask(&late).await, AcquireOutcome::Stale, "after it, never");
+}
+
+pub async fn a_poll_never_creates<S: Store>(env: &Environment<S>) {
+    let (holder, other) = (env.actor().await, env.actor().await);
+    let unknown = TokenId::random().unwrap();
+    assert_eq!(other.polls(&key("k"), unknown).await, PollOutcome::Gone);
+    let (token, _) = holder.takes(&key("k")).await;
+    assert_eq!(other.polls(&key("k"), unknown).await, PollOutcome::Gone);
+    let waiting = other.queues(&key("k")).await;
+    other.store.abandon(&key("k"), waiting).await.unwrap();
+    assert_eq!(other.polls(&key("k"), waiting).await, PollOutcome::Gone, "a late poll of an ended token");
+    holder.releases(&key("k"), token).await;
+    assert_eq!(other.polls(&key("k"), waiting).await, PollOutcome::Gone);
+    assert!(!other.sees_held(&key("k")).await && other.sees(&key("k")).await.waiters.is_empty());
+}
+
+pub async fn a_dropped_question_leaves_no_half_step<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    for polls in 0..3 {
+        let request = actor.request(&key("k"));
+        {
+            let mut asking = Box::pin(actor.store.acquire(request.clone()));
+            let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+            for _ in 0..polls {
+                if asking.as_mut().poll(&mut context).is_ready() {
+                    break;
+                }
+            }
+        }
+        // Done or not done, and the end of the token makes it certain.
+        actor.store.abandon(&key("k"), request.token).await.unwrap();
+        assert!(!actor.sees_held(&key("k")).await);
+        let (token, _) = actor.takes(&key("k")).await;
+        actor.releases(&key("k"), token).await;
+    }
+}
+
+pub async fn a_forced_release_needs_the_fence_that_is_there<S: Store>(env: &Environment<S>) {
+    let (holder, operator) = (env.actor().await, env.actor().await);
+    let (token, granted) = holder.takes(&key("k")).await;
+    let wrong = Fence::new(granted.fence.get() - 1);
+    assert_eq!(force(&operator, wrong).await, EvictOutcome::NoSuchHold { live: vec![granted.fence] });
+    assert!(holder.granted(&key("k"), token).await.is_some());
+    assert_eq!(force(&operator, granted.fence).await, EvictOutcome::Evicted);
+    assert_eq!(force(&operator, granted.fence).await, EvictOutcome::NoSuchHold { live: vec![] });
+    let (_, next) = operator.takes(&key("k")).await;
+    assert!(next.fence.get() > granted.fence.get() + 1, "a forced release raises the fence by itself");
+    assert_eq!(force(&operator, granted.fence).await, EvictOutcome::NoSuchHold { live: vec![next.fence] });
+}
+
+pub async fn a_forced_release_is_told_by_push_and_by_every_beat<S: Store>(env: &Environment<S>) {
+    let (mut holder, operator) = (env.actor().await, env.actor().await);
+    let (token, granted) = holder.takes(&key("k")).await;
+    force(&operator, granted.fence).await;
+    let expected = LostToken { key: key("k"), token, reason: "stuck".into() };
+    assert_eq!(holder.pushed().await, Push::Forced(expected.clone()));
+    for _ in 0..2 {
+        assert_eq!(lost(&holder).await, vec![expected.clone()], "until the token is ended");
+    }
+    assert_eq!(holder.releases(&key("k"), token).await, EndOutcome::Nothing);
+    assert_eq!(lost(&holder).await, vec![]);
+}
+
+pub async fn a_token_that_was_forced_out_is_over<S: Store>(env: &Environment<S>) {
+    let (holder, operator) = (env.actor().await, env.actor().await);
+    let request = holder.request(&key("k"));
+    let granted = holder.gets(&request).await;
+    let waiting = operator.queues(&key("k")).await;
+    force(&operator, granted.fence).await;
+    assert!(operator.granted(&key("k"), waiting).await.is_some(), "handed on in the same step");
+    assert_eq!(holder.polls(&key("k"), request.token).await, PollOutcome::Gone);
+    assert_eq!(holder.ask(&request).await, AcquireOutcome::Forced, "a repeat is not granted anew");
+    let extended = holder.store.extend(&key("k"), request.token, Duration::from_secs(9)).await.unwrap().outcome;
+    assert_eq!(extended, ExtendOutcome::NotHeld);
+    assert_eq!(operator.sees(&key("k")).await.waiters.len(), 0);
+}
+
+pub async fn one_of_several_permits_can_be_forced_out<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let mut grants = Vec::new();
+    for _ in 0..3 {
+        let demand = stanchion::Demand::new(1, 3).unwrap();
+        let request = AcquireRequest { demand, ..actor.request(&key("k")) };
+        grants.push((request.token, actor.gets(&request).await.fence));
+    }
+    force(&actor, grants[1].1).await;
+    assert!(actor.granted(&key("k"), grants[0].0).await.is_some());
+    assert_eq!(actor.polls(&key("k"), grants[1].0).await, PollOutcome::Gone);
+    assert!(actor.granted(&key("k"), grants[2].0).await.is_some());
+}

@@ -1,0 +1,123 @@
+//! The cases, by subject. Each is a function named after the behaviour; [`for_every_case`](crate::for_every_case) lists
+//! them all, once.
+#![allow(missing_docs, reason = "a case's name says what it is")]
+
+pub mod concurrency;
+pub mod holds;
+pub mod keys;
+pub mod library;
+pub mod messages;
+pub mod queue;
+pub mod sessions;
+
+/// Calls a macro with every case of the suite.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! for_every_case {
+    ($callback:path, $mode:ident, $environment:path) => {
+        $callback! { $mode, $environment,
+            sessions::opening_a_session_again_is_the_same_session,
+            sessions::a_beat_of_a_session_that_was_never_opened_is_gone,
+            sessions::a_beaten_session_lives_on,
+            sessions::a_closed_session_never_lives_again,
+            sessions::a_session_that_did_not_beat_is_dead_for_good,
+            sessions::closing_a_session_hands_its_keys_on,
+            sessions::a_dead_holder_is_followed_by_the_next_who_asks,
+            sessions::a_dead_holder_of_many_keys_loses_them_all,
+            sessions::dead_waiters_are_skipped_all_at_once,
+            sessions::a_fixed_hold_outlives_its_session,
+            sessions::a_waiter_for_a_fixed_term_dies_with_its_session,
+            sessions::ten_sessions_of_one_process_are_ten_sessions,
+            holds::a_free_key_is_granted_and_released,
+            holds::three_keys_at_once_are_independent,
+            holds::a_held_key_is_busy_also_for_its_holder,
+            holds::a_repeated_acquire_returns_the_same_grant,
+            holds::a_repeated_release_finds_nothing,
+            holds::a_wrong_token_does_nothing,
+            holds::an_abandoned_grant_is_gone,
+            holds::a_fixed_term_ends_and_another_can_have_the_key,
+            holds::a_fixed_term_counts_from_the_grant_not_from_the_question,
+            holds::a_session_hold_ends_at_its_max_hold,
+            holds::extending_counts_from_now_keeps_the_fence_and_may_shorten,
+            holds::extending_never_creates_and_never_revives,
+            holds::extending_races_a_contender_at_the_end_and_one_of_them_wins,
+            holds::of_two_who_adopt_one_gets_it,
+            holds::an_adopted_session_hold_moves_to_the_new_session,
+            holds::adopting_nothing_creates_nothing,
+            holds::fences_rise_over_every_grant_however_the_last_one_ended,
+            holds::fences_of_many_keys_never_repeat_when_they_come_back,
+            queue::a_release_hands_the_key_to_the_head_and_tells_it_alone,
+            queue::waiters_are_served_in_the_order_in_which_they_asked,
+            queue::nobody_passes_the_queue,
+            queue::a_repeated_question_of_a_waiter_keeps_its_place,
+            queue::a_waiter_that_gives_up_leaves_no_place,
+            queue::a_grant_that_nobody_collects_is_ended_by_its_token,
+            queue::a_hand_off_starts_a_fixed_term_at_the_grant,
+            queue::the_end_of_a_term_serves_the_waiter_when_it_asks,
+            queue::a_semaphore_admits_its_capacity_and_no_more,
+            queue::readers_share_and_a_writer_waits_for_those_before_it_alone,
+            queue::users_of_a_key_must_agree_on_its_capacity,
+            queue::a_cooldown_keeps_the_key_closed_and_then_serves_the_waiter,
+            queue::a_cooldown_ends_without_a_waiter_too,
+            queue::a_full_queue_refuses_and_enters_nothing,
+            queue::a_push_names_key_token_and_fence,
+            queue::a_waiter_in_another_process_is_called,
+            messages::every_answer_tells_a_time_that_does_not_run_back,
+            messages::an_acquire_that_comes_too_late_changes_nothing,
+            messages::an_acquire_that_comes_after_its_end_is_ended_again,
+            messages::a_poll_never_creates,
+            messages::a_dropped_question_leaves_no_half_step,
+            messages::a_forced_release_needs_the_fence_that_is_there,
+            messages::a_forced_release_is_told_by_push_and_by_every_beat,
+            messages::a_token_that_was_forced_out_is_over,
+            messages::one_of_several_permits_can_be_forced_out,
+            keys::keys_of_any_content_are_apart_and_read_back_whole,
+            keys::a_composed_and_a_decomposed_key_are_the_same,
+            keys::an_unknown_key_is_free_and_not_listed,
+            keys::what_is_seen_of_holders_and_waiters,
+            keys::nothing_that_is_seen_holds_a_token,
+            keys::listing_goes_by_prefix_and_page,
+            keys::what_has_ended_is_not_listed,
+            concurrency::of_many_contenders_one_wins_each_round,
+            concurrency::rapid_cycles_leave_nothing,
+            concurrency::random_operations_agree_with_an_oracle,
+            library::a_lock_waits_for_the_one_before_it,
+            library::a_wait_has_a_limit,
+            library::at_most_the_capacity_is_ever_inside,
+            library::a_read_modify_write_under_the_lock_loses_nothing,
+            library::a_forced_release_ends_the_running_body,
+            library::a_detached_hold_is_taken_up_by_another_handle,
+            library::a_fixed_term_is_lost_before_another_can_have_it,
+            library::a_cooldown_skips_those_who_come_too_soon,
+            library::namespaces_are_apart,
+            library::bad_arguments_are_refused_and_leave_nothing,
+        }
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    /// Every case is in the list: a case that is not run is no case.
+    #[test]
+    fn every_case_is_listed() {
+        let list = include_str!("mod.rs");
+        let groups = [
+            ("sessions", include_str!("sessions.rs")),
+            ("holds", include_str!("holds.rs")),
+            ("queue", include_str!("queue.rs")),
+            ("messages", include_str!("messages.rs")),
+            ("keys", include_str!("keys.rs")),
+            ("concurrency", include_str!("concurrency.rs")),
+            ("library", include_str!("library.rs")),
+        ];
+        let mut count = 0;
+        for (group, text) in groups {
+            for line in text.lines().filter_map(|line| line.strip_prefix("pub async fn ")) {
+                let name = line.split('<').next().unwrap();
+                assert!(list.contains(&format!("            {group}::{name},")), "{group}::{name} is not listed");
+                count += 1;
+            }
+        }
+        assert!(count > 50, "{count}");
+    }
+}

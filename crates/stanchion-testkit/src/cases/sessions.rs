@@ -1,0 +1,151 @@
+//! Sessions: proof of life, and what ends with them.
+
+use std::time::Duration;
+
+use stanchion::store::{AcquireOutcome, BeatOutcome, Liveness, OpenOutcome, OpenSession, PollOutcome, Term};
+use stanchion::{SessionId, Store};
+
+use crate::Environment;
+use crate::environment::{key, until};
+
+const SHORT: Duration = Duration::from_millis(300);
+
+pub async fn opening_a_session_again_is_the_same_session<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let (token, granted) = actor.takes(&key("k")).await;
+    let request = OpenSession { session: actor.session, ttl: Duration::from_secs(3_600), owner: "again".into() };
+    assert_eq!(actor.store.open_session(request).await.unwrap().outcome, OpenOutcome::Opened);
+    assert_eq!(actor.granted(&key("k"), token).await, Some(granted));
+}
+
+pub async fn a_beat_of_a_session_that_was_never_opened_is_gone<S: Store>(env: &Environment<S>) {
+    let store = env.open();
+    let unknown = SessionId::random().unwrap();
+    assert_eq!(store.beat(unknown).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(store.beat(unknown).await.unwrap().outcome, BeatOutcome::Gone, "a beat does not create");
+}
+
+pub async fn a_beaten_session_lives_on<S: Store>(env: &Environment<S>) {
+    let actor = env.mortal(SHORT).await;
+    let (token, _) = actor.takes(&key("k")).await;
+    for _ in 0..6 {
+        env.pass(SHORT / 3).await;
+        assert_eq!(actor.store.beat(actor.session).await.unwrap().outcome, BeatOutcome::Alive { lost: vec![] });
+    }
+    assert!(actor.granted(&key("k"), token).await.is_some());
+}
+
+pub async fn a_closed_session_never_lives_again<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    actor.store.close_session(actor.session).await.unwrap();
+    actor.store.close_session(actor.session).await.unwrap();
+    assert_eq!(actor.store.beat(actor.session).await.unwrap().outcome, BeatOutcome::Gone);
+    let request = OpenSession { session: actor.session, ttl: SHORT, owner: String::new() };
+    assert_eq!(actor.store.open_session(request).await.unwrap().outcome, OpenOutcome::Gone);
+    assert_eq!(actor.ask(&actor.request(&key("k"))).await, AcquireOutcome::SessionGone);
+    assert!(!actor.sees_held(&key("k")).await);
+}
+
+pub async fn a_session_that_did_not_beat_is_dead_for_good<S: Store>(env: &Environment<S>) {
+    let actor = env.mortal(SHORT).await;
+    let other = env.actor().await;
+    let (token, _) = actor.takes(&key("k")).await;
+    env.pass(SHORT * 2).await;
+    if actor.store.capabilities().liveness == Liveness::Process {
+        // It lives as long as its process, beaten or not.
+        assert_eq!(actor.store.beat(actor.session).await.unwrap().outcome, BeatOutcome::Alive { lost: vec![] });
+        assert!(actor.granted(&key("k"), token).await.is_some());
+        return;
+    }
+    assert_eq!(actor.store.beat(actor.session).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(actor.polls(&key("k"), token).await, PollOutcome::Gone);
+    assert_eq!(actor.ask(&actor.request(&key("k"))).await, AcquireOutcome::SessionGone);
+    other.takes(&key("k")).await;
+}
+
+pub async fn closing_a_session_hands_its_keys_on<S: Store>(env: &Environment<S>) {
+    let (leaving, mut waiting) = (env.actor().await, env.actor().await);
+    let (_, first) = leaving.takes(&key("k")).await;
+    let token = waiting.queues(&key("k")).await;
+    leaving.store.close_session(leaving.session).await.unwrap();
+    let (pushed, fence) = waiting.pushed_grant().await;
+    assert_eq!(pushed, token);
+    assert!(fence > first.fence);
+    assert_eq!(waiting.granted(&key("k"), token).await.unwrap().fence, fence);
+}
+
+pub async fn a_dead_holder_is_followed_by_the_next_who_asks<S: Store>(env: &Environment<S>) {
+    let (dying, waiting, late) = (env.mortal(SHORT).await, env.actor().await, env.actor().await);
+    let (_, first) = dying.takes(&key("k")).await;
+    let token = waiting.queues(&key("k")).await;
+    env.dies(dying).await;
+    until("the waiter has it", async || waiting.granted(&key("k"), token).await.is_some()).await;
+    assert!(waiting.granted(&key("k"), token).await.unwrap().fence > first.fence);
+    late.queues(&key("k")).await;
+}
+
+pub async fn a_dead_holder_of_many_keys_loses_them_all<S: Store>(env: &Environment<S>) {
+    let (dying, other) = (env.mortal(SHORT).await, env.actor().await);
+    let keys: Vec<_> = (0..50).map(|i| key(&format!("k{i}"))).collect();
+    for key in &keys {
+        dying.takes(key).await;
+    }
+    env.dies(dying).await;
+    until("the first is free", async || !other.sees_held(&keys[0]).await).await;
+    for key in &keys {
+        other.takes(key).await;
+    }
+}
+
+pub async fn dead_waiters_are_skipped_all_at_once<S: Store>(env: &Environment<S>) {
+    let (holder, dying, last) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
+    let (token, _) = holder.takes(&key("k")).await;
+    for _ in 0..50 {
+        dying.queues(&key("k")).await;
+    }
+    let waiting = last.queues(&key("k")).await;
+    env.dies(dying).await;
+    // In a store where the end of a process takes a moment, it has ended when its places are gone.
+    until("they are gone", async || last.sees(&key("k")).await.waiters.len() == 1).await;
+    holder.releases(&key("k"), token).await;
+    assert!(last.granted(&key("k"), waiting).await.is_some(), "one release is enough");
+}
+
+pub async fn a_fixed_hold_outlives_its_session<S: Store>(env: &Environment<S>) {
+    let (actor, other) = (env.actor().await, env.actor().await);
+    let request =
+        stanchion::store::AcquireRequest { term: Term::Fixed(Duration::from_secs(60)), ..actor.request(&key("k")) };
+    let granted = actor.gets(&request).await;
+    actor.store.close_session(actor.session).await.unwrap();
+    let now = other.granted(&key("k"), request.token).await.unwrap();
+    assert_eq!(now.fence, granted.fence);
+    assert!(now.remaining.unwrap() <= granted.remaining.unwrap());
+    let state = other.sees(&key("k")).await;
+    assert!(!state.holders[0].session_bound);
+    assert_eq!(state.holders[0].owner, "somebody", "who it was is still known");
+    other.queues(&key("k")).await;
+}
+
+pub async fn a_waiter_for_a_fixed_term_dies_with_its_session<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.actor().await, env.actor().await);
+    let (token, _) = holder.takes(&key("k")).await;
+    let request =
+        stanchion::store::AcquireRequest { term: Term::Fixed(Duration::from_secs(60)), ..waiter.request(&key("k")) };
+    waiter.waits(&request).await;
+    waiter.store.close_session(waiter.session).await.unwrap();
+    holder.releases(&key("k"), token).await;
+    assert!(!holder.sees_held(&key("k")).await);
+}
+
+pub async fn ten_sessions_of_one_process_are_ten_sessions<S: Store>(env: &Environment<S>) {
+    let mut actors = Vec::new();
+    for i in 0..10 {
+        let actor = env.actor().await;
+        actor.takes(&key(&format!("k{i}"))).await;
+        actors.push(actor);
+    }
+    let first = actors.remove(0);
+    first.store.close_session(first.session).await.unwrap();
+    assert!(!actors[0].sees_held(&key("k0")).await);
+    assert!(actors[0].sees_held(&key("k1")).await);
+}

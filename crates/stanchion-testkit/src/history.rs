@@ -1,0 +1,1 @@
+//! Histories: what was asked, answered and believed, and whether that can be.

@@ -1,0 +1,19 @@
+//! The memory store, on a virtual clock and on the real one.
+
+use stanchion::VirtualClock;
+use stanchion::store::Memory;
+use stanchion_testkit::{Environment, conformance};
+
+fn virtual_time() -> Environment<Memory> {
+    let time = VirtualClock::new();
+    let store = Memory::with_clock(time.clock());
+    Environment::new(move || store.clone()).with_time(time)
+}
+
+fn real_time() -> Environment<Memory> {
+    let store = Memory::new();
+    Environment::new(move || store.clone())
+}
+
+conformance!(memory, virtual_time);
+conformance!(memory_in_real_time, real_time);
