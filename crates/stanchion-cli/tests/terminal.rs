@@ -183,7 +183,8 @@ fn a_job_in_the_background_stops_when_it_reads_and_goes_on_with_fg() {
     let mut screen = Screen::shell(&world);
     screen.types("$S run k -c 'echo $$ > pid; read x; echo got:$x' &\n");
     let child = pid_in(&world, "pid");
-    until("a stopped command", || is_stopped(child));
+    let (_, wrapper, _) = stat(child).unwrap();
+    until("a stopped job", || is_stopped(child) && is_stopped(wrapper));
     screen.types("jobs\n");
     screen.shows("Stopped");
     screen.types("fg\n");
