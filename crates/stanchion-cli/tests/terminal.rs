@@ -185,8 +185,12 @@ fn a_job_in_the_background_stops_when_it_reads_and_goes_on_with_fg() {
     let child = pid_in(&world, "pid");
     let (_, wrapper, _) = stat(child).unwrap();
     until("a stopped job", || is_stopped(child) && is_stopped(wrapper));
-    screen.types("jobs\n");
-    screen.shows("Stopped");
+    // The shell learns of it in its own time.
+    until("a job that is shown as stopped", || {
+        screen.types("jobs\n");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        screen.shown.lock().unwrap().contains("Stopped")
+    });
     screen.types("fg\n");
     until("a running command", || !is_stopped(child));
     screen.types("abc\n");
