@@ -1,4 +1,5 @@
 //! Measures the embedded store: `cargo run --release --example sqlite_bench`.
+#![allow(clippy::unwrap_used, reason = "a measurement that fails has nothing to tell")]
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -126,8 +126,9 @@ impl Clock {
                 // A virtual clock fires its timers itself.
                 (Source::Virtual(_), _) | (_, None) => changed.await,
                 (Source::System, Some(next)) => {
-                    // Tokio rounds up to a millisecond; the loop looks again.
-                    let span = next.since(now).min(nap);
+                    // Tokio counts in milliseconds and may wake a fraction of one too early: without the extra one
+                    // this loop would spin through it.
+                    let span = next.since(now).min(nap) + Duration::from_millis(1);
                     tokio::select! { () = tokio::time::sleep(span) => {}, () = changed => {} }
                 }
             }
@@ -222,13 +223,14 @@ impl Future for Sleep {
         }
         let timers = self.clock.timers.clone();
         let id = *self.registered.get_or_insert_with(|| timers.next_id.fetch_add(1, Ordering::Relaxed));
-        let is_first = {
+        let is_new_first = {
             let mut pending = timers.pending.lock().unwrap_or_else(PoisonError::into_inner);
-            pending.insert((self.deadline, id), context.waker().clone());
-            pending.first_key_value().is_some_and(|(first, _)| *first == (self.deadline, id))
+            let is_new = pending.insert((self.deadline, id), context.waker().clone()).is_none();
+            is_new && pending.first_key_value().is_some_and(|(first, _)| *first == (self.deadline, id))
         };
-        // The driver sleeps until the deadline that was first before: tell it about an earlier one.
-        if is_first {
+        // The driver sleeps until the deadline that was first before: tell it about an earlier one. Once: the driver may
+        // run in the very task that sleeps here, and would wake itself for ever.
+        if is_new_first {
             timers.changed.notify_one();
         }
         // A virtual clock may have been moved on between the look and the entry.
@@ -326,6 +328,21 @@ mod tests {
             () = clock.sleep(Duration::from_millis(30)) => {},
         }
         assert!(clock.now().since(start) >= Duration::from_millis(30));
+    }
+
+    #[tokio::test]
+    async fn a_driver_in_the_task_that_sleeps_does_not_wake_itself_for_ever() {
+        let clock = Clock::system();
+        let polls = AtomicUsize::new(0);
+        let (mut drive, mut sleep) =
+            (Box::pin(clock.drive(Duration::from_secs(60))), Box::pin(clock.sleep(Duration::from_millis(100))));
+        std::future::poll_fn(|context| {
+            polls.fetch_add(1, Ordering::SeqCst);
+            let _never_ready = drive.as_mut().poll(context);
+            sleep.as_mut().poll(context)
+        })
+        .await;
+        assert!(polls.load(Ordering::SeqCst) < 20, "{polls:?} polls");
     }
 
     #[test]

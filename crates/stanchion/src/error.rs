@@ -71,9 +71,9 @@ pub enum LossCause {
 }
 
 impl LossCause {
-    /// The hold has a deadline in the store, and keeps the key until then.
-    pub(crate) fn runs_out(self) -> bool {
-        matches!(self, Self::TermExpired | Self::MaxHold)
+    /// The holder knows before the store does: the key stays taken for the grace in which the holder stops.
+    pub(crate) fn leaves_grace(self) -> bool {
+        matches!(self, Self::TermExpired | Self::MaxHold | Self::HeartbeatMissed)
     }
 }
 

@@ -241,9 +241,9 @@ impl Guard {
         Ok(Released::Now)
     }
 
-    /// Frees the key before its deadline: its holder has stopped.
+    /// Frees the key before its grace is over: its holder has stopped.
     fn end_early(&self, cause: LossCause) {
-        if cause.runs_out() {
+        if cause.leaves_grace() {
             self.shared().command(Command::End(End::of_hold(&self.hold, None)));
         }
     }

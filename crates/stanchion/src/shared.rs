@@ -281,11 +281,16 @@ impl Shared {
         }
         self.registry().remove(&hold.token);
         self.observer.tell(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
-        // With its session a session hold is gone. A hold whose time runs out keeps the key for the grace in which its
-        // holder stops: the store ends it then, or its guard does before. Everything else has a token that must be ended.
-        let ends_with_session = hold.session_bound && cause == LossCause::SessionExpired;
-        if !(ends_with_session || cause.runs_out()) {
-            self.command(Command::End(End::of_hold(hold, None)));
+        // With its session a session hold is gone. Everything else has a token that must be ended: where the holder
+        // knows first, after the grace in which it stops, or by its guard when that is dropped before.
+        if !(hold.session_bound && cause == LossCause::SessionExpired) {
+            let mut end = End::of_hold(hold, None);
+            if cause.leaves_grace() {
+                let grace = hold.heartbeat_within.map_or(Duration::ZERO, crate::belief::grace);
+                let now = self.clock.now();
+                end.not_before = if hold.has_deadline() { hold.valid_until() } else { now.after(grace) };
+            }
+            self.command(Command::End(end));
         }
     }
 }
@@ -300,6 +305,8 @@ pub(crate) struct End {
     pub(crate) unanswered_until: Option<StoreTime>,
     /// The session that the token depends on: once that is over, nothing is left to end.
     pub(crate) session: Option<Arc<SessionBelief>>,
+    /// The key stays taken until then, for its holder to stop.
+    pub(crate) not_before: BootTime,
     /// When nothing of the token can be left, because its term has run out.
     pub(crate) over_at: BootTime,
     /// The hold, if it was one: told as released when done.
@@ -314,6 +321,7 @@ impl End {
             cooldown,
             unanswered_until: hold.unanswered_until,
             session: hold.session_bound.then(|| hold.session.clone()),
+            not_before: BootTime::from_nanos(0),
             over_at: if hold.has_deadline() {
                 hold.valid_until().after(Duration::from_secs(60))
             } else {

@@ -398,6 +398,7 @@ impl Drop for Pending {
             cooldown: None,
             unanswered_until: self.unanswered.then_some(self.not_after),
             session: self.fixed.is_none().then(|| self.session.clone()),
+            not_before: BootTime::from_nanos(0),
             over_at: self.fixed.map_or(BootTime::NEVER, |ttl| self.shared.clock.now().after(ttl + LONGEST_WINDOW * 2)),
             released: None,
         }));

@@ -13,6 +13,7 @@ use crate::token::TokenId;
 
 /// Has the store end a token, however long that takes. Gives it back if a request of it may still be on its way.
 pub(super) async fn end(shared: Arc<Shared>, end: End) -> Option<End> {
+    shared.clock.sleep_until(end.not_before).await;
     let reply = ask(&shared, &end).await?;
     tell_released(&shared, &end);
     (!is_definite(&end, reply)).then_some(end)
@@ -77,6 +78,7 @@ pub(super) fn end_unknown(shared: &Arc<Shared>, key: Key, token: TokenId) {
         cooldown: None,
         unanswered_until: None,
         session: None,
+        not_before: BootTime::from_nanos(0),
         over_at: BootTime::NEVER,
         released: None,
     }));

@@ -30,9 +30,13 @@ pub(super) async fn keep_one(shared: Arc<Shared>) {
                 shared.lose(&hold, LossCause::SessionExpired, None);
             }
         }
-        // It may still live at the store. Ending it there frees its holds sooner; if that fails it dies by itself.
+        // What is left of it in the store goes, but not before its holders have had their time to stop.
         let old = shared.clone();
-        tokio::spawn(async move { close(&old, session.id).await });
+        let valid_until = session.valid_until().min(shared.clock.now().after(shared.config.session_ttl));
+        tokio::spawn(async move {
+            old.clock.sleep_until(valid_until).await;
+            close(&old, session.id).await;
+        });
     }
 }
 

@@ -80,9 +80,19 @@ pub(super) fn connect(folder: &Folder, clock: &Clock, boot_id: &str) -> Result<C
     db.set_prepared_statement_cache_capacity(128);
     let is_new = check_content(&db, path)?;
     // Small rows: a small page is less to copy and to checksum for each commit.
+    db.pragma_update(None, "page_size", 1024).map_err(failed)?;
+    let mode =
+        db.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get::<_, String>(0)).map_err(failed)?;
+    if mode != "wal" {
+        return Err(misconfigured(format!(
+            "{} cannot have a write-ahead log (its journal is `{mode}`): the file system cannot share memory; \
+             choose a folder on a local disk",
+            path.display()
+        )));
+    }
     db.execute_batch(
-        "PRAGMA page_size = 1024; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
-         PRAGMA wal_autocheckpoint = 8000; PRAGMA temp_store = MEMORY; PRAGMA trusted_schema = OFF;",
+        "PRAGMA synchronous = NORMAL; PRAGMA wal_autocheckpoint = 8000; PRAGMA temp_store = MEMORY;
+         PRAGMA trusted_schema = OFF;",
     )
     .map_err(failed)?;
     let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;

@@ -247,3 +247,25 @@ impl Store for Sqlite {
         stream
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn without_its_thread_every_step_fails_and_none_hangs() {
+        let (jobs, queue) = mpsc::channel();
+        let store = Sqlite { jobs, shared: Arc::default(), folder: PathBuf::new() };
+        let key = Key::new("", "job").unwrap();
+        let token = TokenId::from_bytes([1; 16]);
+        let step = tokio::spawn(async move {
+            let queued = store.poll(&key, token).await.unwrap_err();
+            let refused = store.poll(&key, token).await.unwrap_err();
+            (queued.kind(), refused.kind())
+        });
+        tokio::task::yield_now().await;
+        // As when the thread panics: what is queued is dropped with the queue.
+        drop(queue);
+        assert_eq!(step.await.unwrap(), (ErrorKind::Internal, ErrorKind::Internal));
+    }
+}

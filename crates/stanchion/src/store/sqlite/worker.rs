@@ -11,6 +11,7 @@ use std::mem;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rusqlite::Connection;
 use tokio::sync::oneshot;
@@ -71,6 +72,50 @@ pub(super) struct Worker {
     pub(super) shared: Arc<Shared>,
 }
 
+/// How the thread waits for the next step: a caller that asks again as soon as it has its answer is awaited awake,
+/// because to fall asleep and be woken takes longer than the step. Without such a caller the thread sleeps at once.
+#[derive(Debug)]
+struct Patience {
+    clock: Clock,
+    /// Waits to come in which it does not stay awake.
+    asleep: u32,
+}
+
+impl Patience {
+    /// The longest that it stays awake for one step.
+    const AWAKE: Duration = Duration::from_micros(50);
+    /// A step that comes sooner than this after a sleep might have been awaited awake.
+    const SOON: Duration = Duration::from_micros(150);
+    /// How many waits it sleeps through after it was awake in vain.
+    const SLEEPS: u32 = 32;
+
+    fn new() -> Self {
+        let alone = std::thread::available_parallelism().map_or(1, usize::from) == 1;
+        // The machine's own clock, also where the store's is virtual: that one stands still.
+        Self { clock: Clock::system(), asleep: if alone { u32::MAX } else { Self::SLEEPS } }
+    }
+
+    /// The next job; `None` when nobody can send one any more.
+    fn next(&mut self, queue: &Receiver<Job>) -> Option<Job> {
+        let start = self.clock.now();
+        if self.asleep == 0 {
+            while self.clock.now().since(start) < Self::AWAKE {
+                match queue.try_recv() {
+                    Ok(job) => return Some(job),
+                    Err(TryRecvError::Disconnected) => return None,
+                    Err(TryRecvError::Empty) => std::hint::spin_loop(),
+                }
+            }
+            self.asleep = Self::SLEEPS;
+        }
+        let job = queue.recv().ok();
+        if self.asleep < u32::MAX && self.clock.now().since(start) < Self::SOON {
+            self.asleep = self.asleep.saturating_sub(1);
+        }
+        job
+    }
+}
+
 struct Asked {
     step: Step,
     reply: Option<oneshot::Sender<Result<Reply<Answer>>>>,
@@ -79,7 +124,8 @@ struct Asked {
 impl Worker {
     /// Serves until it is told to stop.
     pub(super) fn run(mut self) {
-        while let Ok(first) = self.queue.recv() {
+        let mut patience = Patience::new();
+        while let Some(first) = patience.next(&self.queue) {
             let mut batch = vec![first];
             while batch.len() < BATCH {
                 match self.queue.try_recv() {
@@ -153,8 +199,12 @@ impl Worker {
             Ok((answers, effects)) => {
                 self.follow_up(effects);
                 for (asked, result) in asked.into_iter().zip(answers) {
-                    if let Step::Died(pid) = asked.step {
-                        self.recheck_dependents(pid);
+                    match &asked.step {
+                        Step::Died(pid) => self.recheck_dependents(*pid),
+                        Step::Open(request) if !self.local.own.contains_key(&request.session) => {
+                            self.shared.senders().remove(&request.session);
+                        }
+                        _ => {}
                     }
                     answer(asked, result);
                 }

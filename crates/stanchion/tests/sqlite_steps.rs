@@ -1,0 +1,570 @@
+//! The steps of the embedded store, one by one, through the store trait.
+#![cfg(feature = "sqlite")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "helpers of tests")]
+
+mod sqlite_support;
+
+use std::time::Duration;
+
+use sqlite_support::{Handle, SESSION, folder, granted, key, queued, until, within};
+use stanchion::store::{
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Demand, EndOutcome, EvictOutcome,
+    EvictRequest, ExtendOutcome, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, PollOutcome, Push, Sqlite, Store,
+    StoreTime, Term,
+};
+use stanchion::{ErrorKind, Fence, SessionId, TokenId, VirtualClock};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Two handles on one folder, on a clock that the test moves.
+async fn pair(time: &VirtualClock, folder: &std::path::Path) -> (Handle, Handle) {
+    let open = || Sqlite::open_with(folder, time.clock(), "boot").unwrap();
+    (Handle::on(open()).await, Handle::on(open()).await)
+}
+
+#[tokio::test]
+async fn an_uncontended_acquire_and_release_are_two_write_transactions() {
+    let (_temp, folder) = folder();
+    let a = Handle::open(&folder).await;
+    let job = key("job");
+    for round in 0..3 {
+        let before = a.store.write_transactions();
+        let (token, _) = a.hold(&job).await;
+        assert_eq!(a.store.write_transactions() - before, 1, "acquire, round {round}");
+        assert_eq!(a.release(&job, token).await, EndOutcome::Released);
+        assert_eq!(a.store.write_transactions() - before, 2, "release, round {round}");
+    }
+    let (token, _) = a.hold(&job).await;
+    let before = a.store.write_transactions();
+    a.poll(&job, token).await;
+    a.store.beat(a.session).await.unwrap();
+    a.store.inspect(&job).await.unwrap();
+    a.store.list("", None, 10).await.unwrap();
+    let (waiting, _) = a.queue(&job).await;
+    a.poll(&job, waiting).await;
+    assert_eq!(a.store.write_transactions() - before, 1, "only entering the queue writes");
+}
+
+#[tokio::test]
+async fn acquire_is_idempotent_by_token_and_fences_increase() {
+    let (_temp, folder) = folder();
+    let (a, b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    let job = key("job");
+    let request = a.request(&job);
+    let first = granted(a.ask(request.clone()).await);
+    assert_eq!(granted(a.ask(request.clone()).await), first);
+    assert_eq!(a.poll(&job, request.token).await, PollOutcome::Granted(first));
+    let waiting = b.request(&job);
+    assert_eq!(queued(b.ask(waiting.clone()).await).ahead, 0);
+    assert_eq!(queued(b.ask(waiting.clone()).await).ahead, 0, "the same place");
+    assert_eq!(a.store.inspect(&job).await.unwrap().outcome.waiters.len(), 1);
+    assert_eq!(a.release(&job, request.token).await, EndOutcome::Released);
+    assert_eq!(a.release(&job, request.token).await, EndOutcome::Nothing);
+    match b.poll(&job, waiting.token).await {
+        PollOutcome::Granted(second) => assert!(second.fence > first.fence),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_release_hands_off_in_order_with_one_push_each() {
+    let (_temp, folder) = folder();
+    let (mut a, mut b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    let job = key("job");
+    let (held, first) = a.hold(&job).await;
+    let (own, place) = a.queue(&job).await;
+    assert_eq!(place.ahead, 0);
+    let (other, place) = b.queue(&job).await;
+    assert_eq!(place.ahead, 1);
+    let before = a.store.write_transactions();
+    a.release(&job, held).await;
+    let Push::Granted { key: of, token, fence } = a.push().await else { panic!("no grant") };
+    assert_eq!((of, token), (job.clone(), own));
+    assert!(fence > first.fence);
+    assert_eq!(b.poll(&job, other).await, PollOutcome::Queued(stanchion::store::Queued { ahead: 0, check_in: None }));
+    a.release(&job, own).await;
+    let Push::Granted { token, .. } = b.push().await else { panic!("no grant") };
+    assert_eq!(token, other, "the push reaches another handle by its socket");
+    assert_eq!(a.store.write_transactions() - before, 2, "a hand-off is part of the release");
+    assert_eq!(b.release(&job, other).await, EndOutcome::Released);
+}
+
+#[tokio::test]
+async fn poll_never_creates_and_late_questions_do_nothing() {
+    let (_temp, folder) = folder();
+    let a = Handle::open(&folder).await;
+    let job = key("job");
+    assert_eq!(a.poll(&job, TokenId::random().unwrap()).await, PollOutcome::Gone);
+    let now = a.store.inspect(&job).await.unwrap().time;
+    let late = AcquireRequest { not_after: StoreTime::from_micros(now.as_micros() - 1), ..a.request(&job) };
+    assert_eq!(a.ask(late).await, AcquireOutcome::Stale);
+    let state = a.store.inspect(&job).await.unwrap().outcome;
+    assert!(state.holders.is_empty() && state.waiters.is_empty());
+    let busy = AcquireRequest { enqueue: false, ..a.request(&job) };
+    let (held, _) = a.hold(&job).await;
+    let token = busy.token;
+    assert_eq!(a.ask(busy).await, AcquireOutcome::Busy { check_in: None });
+    assert_eq!(a.poll(&job, token).await, PollOutcome::Gone, "nothing was entered");
+    assert_eq!(a.store.abandon(&job, held).await.unwrap().outcome, EndOutcome::Released);
+}
+
+#[tokio::test]
+async fn capacity_is_shared_in_order_and_disagreement_is_told() {
+    let (_temp, folder) = folder();
+    let (a, mut b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    let pool = key("pool");
+    let take =
+        |handle: &Handle, units| AcquireRequest { demand: Demand::new(units, 3).unwrap(), ..handle.request(&pool) };
+    let (one, two, three) = (take(&a, 1), take(&a, 2), take(&b, 3));
+    let (first, second) = (one.token, two.token);
+    granted(a.ask(one).await);
+    granted(a.ask(two).await);
+    let all = three.token;
+    queued(b.ask(three).await);
+    assert_eq!(queued(a.ask(take(&a, 1)).await).ahead, 1, "nobody passes the one who waits");
+    assert_eq!(b.ask(b.request(&pool)).await, AcquireOutcome::CapacityMismatch { in_use: 3 });
+    a.release(&pool, first).await;
+    assert!(matches!(b.poll(&pool, all).await, PollOutcome::Queued(_)));
+    a.release(&pool, second).await;
+    b.granted(&pool, all).await;
+    let state = a.store.inspect(&pool).await.unwrap().outcome;
+    assert_eq!((state.capacity, state.holders.len(), state.waiters.len()), (Some(3), 1, 1));
+}
+
+#[tokio::test]
+async fn readers_share_and_a_writer_waits_for_all_of_them() {
+    let (_temp, folder) = folder();
+    let a = Handle::open(&folder).await;
+    let page = key("page");
+    let mut readers = Vec::new();
+    for _ in 0..100 {
+        let request = AcquireRequest { demand: Demand::READ, ..a.request(&page) };
+        readers.push(request.token);
+        granted(a.ask(request).await);
+    }
+    let write = AcquireRequest { demand: Demand::WRITE, ..a.request(&page) };
+    let writer = write.token;
+    queued(a.ask(write).await);
+    for reader in readers {
+        assert!(matches!(a.poll(&page, writer).await, PollOutcome::Queued(_)));
+        a.release(&page, reader).await;
+    }
+    assert!(matches!(a.poll(&page, writer).await, PollOutcome::Granted(_)));
+}
+
+#[tokio::test]
+async fn a_cooldown_closes_the_key_and_its_end_is_told() {
+    let (_temp, folder) = folder();
+    let time = VirtualClock::new();
+    let (a, mut b) = pair(&time, &folder).await;
+    let job = key("job");
+    let (held, _) = a.hold(&job).await;
+    let (waiting, place) = b.queue(&job).await;
+    assert_eq!(place.check_in, None);
+    a.store.release(&job, held, Some(60 * SECOND)).await.unwrap();
+    assert_eq!(b.push().await, Push::Recheck { token: waiting }, "the head learns when to ask");
+    match b.poll(&job, waiting).await {
+        PollOutcome::Queued(place) => assert_eq!(place.check_in, Some(60 * SECOND)),
+        other => panic!("{other:?}"),
+    }
+    let busy = AcquireRequest { enqueue: false, ..a.request(&job) };
+    assert_eq!(a.ask(busy).await, AcquireOutcome::Busy { check_in: Some(60 * SECOND) });
+    assert_eq!(a.store.inspect(&job).await.unwrap().outcome.closed_for, Some(60 * SECOND));
+    time.advance(60 * SECOND);
+    assert!(matches!(b.poll(&job, waiting).await, PollOutcome::Granted(_)));
+    b.store.release(&job, waiting, Some(60 * SECOND)).await.unwrap();
+    assert_eq!(a.store.list("", None, 9).await.unwrap().outcome.len(), 1);
+    time.advance(60 * SECOND);
+    assert_eq!(a.store.list("", None, 9).await.unwrap().outcome, []);
+    a.hold(&job).await;
+}
+
+#[tokio::test]
+async fn a_deadline_frees_the_key_and_extend_moves_it() {
+    let (_temp, folder) = folder();
+    let time = VirtualClock::new();
+    let (a, mut b) = pair(&time, &folder).await;
+    let job = key("job");
+    let fixed = AcquireRequest { term: Term::Fixed(10 * SECOND), ..a.request(&job) };
+    let token = fixed.token;
+    assert_eq!(granted(a.ask(fixed.clone()).await).remaining, Some(10 * SECOND));
+    time.advance(4 * SECOND);
+    assert_eq!(granted(a.ask(fixed).await).remaining, Some(6 * SECOND), "it counts from the grant");
+    let (waiting, place) = b.queue(&job).await;
+    assert_eq!(place.check_in, Some(6 * SECOND));
+    assert_eq!(a.store.extend(&job, token, 20 * SECOND).await.unwrap().outcome, ExtendOutcome::Extended);
+    assert_eq!(a.store.extend(&job, waiting, SECOND).await.unwrap().outcome, ExtendOutcome::NotHeld);
+    time.advance(19 * SECOND);
+    assert!(matches!(b.poll(&job, waiting).await, PollOutcome::Queued(_)));
+    assert_eq!(a.store.extend(&job, token, SECOND / 2).await.unwrap().outcome, ExtendOutcome::Extended);
+    assert_eq!(b.push().await, Push::Recheck { token: waiting }, "a nearer deadline is told");
+    time.advance(SECOND / 2);
+    assert!(matches!(b.poll(&job, waiting).await, PollOutcome::Granted(_)));
+    assert_eq!(a.poll(&job, token).await, PollOutcome::Gone);
+    assert_eq!(a.release(&job, token).await, EndOutcome::Nothing);
+    assert_eq!(
+        b.store.extend(&job, waiting, SECOND).await.unwrap().outcome,
+        ExtendOutcome::NotHeld,
+        "it has no deadline"
+    );
+    // A hold for as long as the session may have a limit too.
+    b.release(&job, waiting).await;
+    let limited = AcquireRequest { term: Term::Session { max_hold: Some(SECOND) }, ..a.request(&job) };
+    assert_eq!(granted(a.ask(limited).await).remaining, Some(SECOND));
+    time.advance(SECOND);
+    b.hold(&job).await;
+}
+
+#[tokio::test]
+async fn a_fixed_term_outlives_its_session_and_keeps_its_owner() {
+    let (_temp, folder) = folder();
+    let time = VirtualClock::new();
+    let (a, b) = pair(&time, &folder).await;
+    let job = key("job");
+    let fixed = AcquireRequest { term: Term::Fixed(10 * SECOND), metadata: Some("m".into()), ..a.request(&job) };
+    granted(a.ask(fixed).await);
+    let owner = b.store.inspect(&job).await.unwrap().outcome.holders[0].owner.clone();
+    assert!(owner.starts_with("test "));
+    a.store.close_session(a.session).await.unwrap();
+    a.store.close_session(a.session).await.unwrap();
+    let state = b.store.inspect(&job).await.unwrap().outcome;
+    assert_eq!((state.holders[0].owner.as_str(), state.holders[0].metadata.as_deref()), (owner.as_str(), Some("m")));
+    assert!(!state.holders[0].session_bound);
+    let (waiting, _) = b.queue(&job).await;
+    time.advance(10 * SECOND);
+    assert!(matches!(b.poll(&job, waiting).await, PollOutcome::Granted(_)));
+}
+
+#[tokio::test]
+async fn a_forced_release_is_told_until_its_token_is_ended() {
+    let (_temp, folder) = folder();
+    let (mut a, mut b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    let job = key("job");
+    let request = a.request(&job);
+    let token = request.token;
+    let first = granted(a.ask(request.clone()).await);
+    let (waiting, _) = b.queue(&job).await;
+    let evict = |fence| EvictRequest { key: job.clone(), fence, reason: "stuck".into() };
+    let wrong = b.store.evict(evict(Fence::new(1))).await.unwrap().outcome;
+    assert_eq!(wrong, EvictOutcome::NoSuchHold { live: vec![first.fence] });
+    assert_eq!(b.store.evict(evict(first.fence)).await.unwrap().outcome, EvictOutcome::Evicted);
+    let lost = LostToken { key: job.clone(), token, reason: "stuck".into() };
+    assert_eq!(a.push().await, Push::Forced(lost.clone()));
+    let next = b.granted(&job, waiting).await;
+    assert!(next.fence.get() > first.fence.get() + 1, "the eviction raised the fence too");
+    assert_eq!(a.poll(&job, token).await, PollOutcome::Gone);
+    assert_eq!(a.ask(request.clone()).await, AcquireOutcome::Forced);
+    for _ in 0..2 {
+        let outcome = a.store.beat(a.session).await.unwrap().outcome;
+        assert_eq!(outcome, BeatOutcome::Alive { lost: vec![lost.clone()] });
+    }
+    assert_eq!(a.release(&job, token).await, EndOutcome::Nothing);
+    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Alive { lost: vec![] });
+}
+
+#[tokio::test]
+async fn of_two_that_adopt_a_hold_one_gets_it() {
+    let (_temp, folder) = folder();
+    let (a, b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    let job = key("job");
+    let (from, first) = a.hold(&job).await;
+    let request = |handle: &Handle| AdoptRequest {
+        key: job.clone(),
+        from,
+        to: TokenId::random().unwrap(),
+        session: handle.session,
+        not_after: StoreTime::from_micros(u64::MAX),
+    };
+    let stale = AdoptRequest { not_after: StoreTime::from_micros(0), ..request(&b) };
+    assert_eq!(b.store.adopt(stale).await.unwrap().outcome, AdoptOutcome::Stale);
+    let (by_a, by_b) = (request(&a), request(&b));
+    let (one, two) = tokio::join!(a.store.adopt(by_a.clone()), b.store.adopt(by_b.clone()));
+    let adopted = AdoptOutcome::Adopted { granted: first, session_bound: true };
+    let outcomes = [one.unwrap().outcome, two.unwrap().outcome];
+    assert!(outcomes == [adopted, AdoptOutcome::Gone] || outcomes == [AdoptOutcome::Gone, adopted], "{outcomes:?}");
+    let (winner, request) = if outcomes[0] == adopted { (&a, by_a) } else { (&b, by_b) };
+    assert_eq!(winner.store.adopt(request.clone()).await.unwrap().outcome, adopted, "asked again");
+    assert_eq!(a.release(&job, from).await, EndOutcome::Nothing);
+    assert_eq!(a.release(&job, request.to).await, EndOutcome::Released);
+}
+
+#[tokio::test]
+async fn closing_a_session_frees_all_that_it_has_and_hands_off() {
+    let (_temp, folder) = folder();
+    let (a, mut b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    let (job, other) = (key("job"), key("other"));
+    let (mine, _) = a.hold(&job).await;
+    let (theirs, _) = b.hold(&other).await;
+    let (waiting, _) = b.queue(&job).await;
+    let (left, _) = a.queue(&other).await;
+    let (last, place) = b.queue(&other).await;
+    assert_eq!(place.ahead, 1);
+    a.store.close_session(a.session).await.unwrap();
+    b.granted(&job, waiting).await;
+    assert_eq!(b.poll(&other, left).await, PollOutcome::Gone);
+    assert!(matches!(b.poll(&other, last).await, PollOutcome::Queued(place) if place.ahead == 0));
+    assert_eq!(a.poll(&job, mine).await, PollOutcome::Gone);
+    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(a.ask(a.request(&job)).await, AcquireOutcome::SessionGone);
+    let again = OpenSession { session: a.session, ttl: SECOND, owner: String::new() };
+    assert_eq!(a.store.open_session(again).await.unwrap().outcome, OpenOutcome::Gone, "an id is used once");
+    assert!(a.store.session_descriptor(a.session).is_none() && b.store.session_descriptor(b.session).is_some());
+    b.release(&other, theirs).await;
+    b.granted(&other, last).await;
+    let files = std::fs::read_dir(folder.join("sessions")).unwrap().count();
+    assert_eq!(files, 2, "the lock and the socket of the session that is left");
+}
+
+#[tokio::test]
+async fn dropping_a_store_closes_its_sessions() {
+    let (_temp, folder) = folder();
+    let (a, mut b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    let job = key("job");
+    a.hold(&job).await;
+    let (waiting, _) = b.queue(&job).await;
+    let Handle { store, mut grants, .. } = a;
+    drop(store);
+    assert!(matches!(b.push().await, Push::Granted { token, .. } if token == waiting));
+    assert_eq!(within(grants.next()).await, None, "its stream ends");
+}
+
+#[tokio::test]
+async fn a_store_that_is_dropped_leaves_no_descriptor() {
+    let (_temp, folder) = folder();
+    let ours = || {
+        let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        links.filter_map(|link| std::fs::read_link(link.path()).ok()).filter(|link| link.starts_with(&folder)).count()
+    };
+    for _ in 0..3 {
+        let a = Handle::open(&folder).await;
+        assert!(ours() > 3);
+        drop(a);
+    }
+    until("everything is closed", async || ours() == 0).await;
+}
+
+#[tokio::test]
+async fn a_queue_has_a_limit_and_places_are_exact() {
+    let (_temp, folder) = folder();
+    let a = Handle::open(&folder).await;
+    let job = key("job");
+    let (held, _) = a.hold(&job).await;
+    let mut tokens = Vec::new();
+    for ahead in 0..MAX_WAITERS {
+        let (token, place) = a.queue(&job).await;
+        assert_eq!(place.ahead, ahead);
+        tokens.push(token);
+    }
+    assert_eq!(a.ask(a.request(&job)).await, AcquireOutcome::QueueFull { limit: MAX_WAITERS });
+    for gone in [5_000, 100, 0] {
+        let token = tokens.remove(gone);
+        assert_eq!(a.store.abandon(&job, token).await.unwrap().outcome, EndOutcome::Dequeued);
+    }
+    assert!(matches!(a.poll(&job, tokens[9_000]).await, PollOutcome::Queued(place) if place.ahead == 9_000));
+    a.release(&job, held).await;
+    assert!(matches!(a.poll(&job, tokens[0]).await, PollOutcome::Granted(_)));
+    assert!(matches!(a.poll(&job, tokens[9_000]).await, PollOutcome::Queued(place) if place.ahead == 8_999));
+}
+
+#[tokio::test]
+async fn idle_keys_are_forgotten_and_their_fences_never_come_back() {
+    let (_temp, folder) = folder();
+    let time = VirtualClock::new();
+    let (a, _b) = pair(&time, &folder).await;
+    let mut newest = Fence::new(0);
+    for n in 0..10_000 {
+        let job = key(&format!("job-{n}"));
+        let (token, grant) = a.hold(&job).await;
+        newest = newest.max(grant.fence);
+        a.release(&job, token).await;
+        // No wall clock helps here: it stands still with the virtual clock.
+    }
+    time.advance(Duration::from_secs(2 * 3600));
+    let rows = || {
+        let db = rusqlite::Connection::open(folder.join("locks.db")).unwrap();
+        db.query_row("SELECT count(*) FROM keys", [], |row| row.get::<_, i64>(0)).unwrap()
+    };
+    assert_eq!(rows(), 10_000);
+    let busy = key("busy");
+    for _ in 0..6_000 {
+        let (token, _) = a.hold(&busy).await;
+        a.release(&busy, token).await;
+    }
+    assert_eq!(rows(), 1, "all but the one in use");
+    time.advance(Duration::from_secs(1));
+    let (_, grant) = a.hold(&key("job-0")).await;
+    assert!(grant.fence > newest);
+}
+
+#[tokio::test]
+async fn a_wall_clock_that_steps_back_repeats_no_fence() {
+    let (_temp, folder) = folder();
+    // The virtual wall clock begins in 2030 whatever the boot clock says: the machine's own is years behind it.
+    let time = VirtualClock::new();
+    let job = key("job");
+    let first = {
+        let a = Handle::on(Sqlite::open_with(&folder, time.clock(), "boot").unwrap()).await;
+        let (token, grant) = a.hold(&job).await;
+        a.release(&job, token).await;
+        grant
+    };
+    let b = Handle::on(Sqlite::open_with(&folder, stanchion::Clock::system(), "boot").unwrap()).await;
+    let (_, grant) = b.hold(&job).await;
+    assert_eq!(grant.fence.get(), first.fence.get() + 1);
+}
+
+#[tokio::test]
+async fn a_restart_of_the_machine_ends_everything_but_cooldowns_and_raises_all_fences() {
+    let (_temp, folder) = folder();
+    let time = VirtualClock::new();
+    let (job, closed) = (key("job"), key("closed"));
+    let (a, b) = pair(&time, &folder).await;
+    let fixed = AcquireRequest { term: Term::Fixed(3600 * SECOND), ..a.request(&job) };
+    let first = granted(a.ask(fixed).await);
+    b.queue(&job).await;
+    let (token, second) = a.hold(&closed).await;
+    a.store.release(&closed, token, Some(100 * SECOND)).await.unwrap();
+    time.advance(40 * SECOND);
+    // The boot clock begins anew; the wall clock goes on. A virtual clock ties them, so the cooldown's end stays.
+    let c = Handle::on(Sqlite::open_with(&folder, time.clock(), "next boot").unwrap()).await;
+    let state = c.store.inspect(&job).await.unwrap().outcome;
+    assert!(state.holders.is_empty() && state.waiters.is_empty());
+    assert_eq!(c.store.inspect(&closed).await.unwrap().outcome.closed_for, Some(60 * SECOND));
+    let (_, grant) = c.hold(&job).await;
+    assert!(grant.fence.get() > first.fence.get() + 600_000_000, "the last commits may have been lost");
+    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone);
+    time.advance(60 * SECOND);
+    let (_, grant) = c.hold(&closed).await;
+    assert!(grant.fence.get() > second.fence.get() + 600_000_000);
+}
+
+#[tokio::test]
+async fn a_folder_that_is_deleted_ends_its_sessions() {
+    let (_temp, folder) = folder();
+    let a = Handle::open(&folder).await;
+    a.hold(&key("job")).await;
+    assert!(matches!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Alive { .. }));
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone);
+    let error = a.store.acquire(a.request(&key("other"))).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "nobody else would see that hold: {error}");
+    let b = Handle::open(&folder).await;
+    b.hold(&key("job")).await;
+    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone);
+}
+
+#[tokio::test]
+async fn a_session_whose_lock_file_is_deleted_is_dead_for_itself_too() {
+    let (_temp, folder) = folder();
+    let (a, mut b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    let job = key("job");
+    a.hold(&job).await;
+    let (waiting, _) = b.queue(&job).await;
+    std::fs::remove_file(folder.join("sessions").join(format!("{}.lock", a.session.to_hex()))).unwrap();
+    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone);
+    b.granted(&job, waiting).await;
+    assert_eq!(a.ask(a.request(&job)).await, AcquireOutcome::SessionGone);
+}
+
+#[tokio::test]
+async fn list_pages_through_keys_in_order() {
+    let (_temp, folder) = folder();
+    let a = Handle::open(&folder).await;
+    for name in ["b:2", "a:1", "b:1", "b:3", "c:1"] {
+        a.hold(&key(name)).await;
+    }
+    let (token, _) = a.hold(&key("b:0")).await;
+    a.release(&key("b:0"), token).await;
+    let names = async |prefix: &str, after: Option<&str>, limit| {
+        let after = after.map(key);
+        let listed = a.store.list(prefix, after.as_ref(), limit).await.unwrap().outcome;
+        listed.into_iter().map(|state| state.key.name().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(names("", None, 10).await, ["a:1", "b:1", "b:2", "b:3", "c:1"]);
+    assert_eq!(names(":b:", None, 2).await, ["b:1", "b:2"]);
+    assert_eq!(names(":b:", Some("b:2"), 10).await, ["b:3"]);
+    assert_eq!(names(":b:", Some("c:1"), 10).await, [] as [&str; 0]);
+    assert_eq!(names("", None, 0).await, [] as [&str; 0]);
+}
+
+#[tokio::test]
+async fn a_step_that_is_dropped_half_way_leaves_a_store_that_works() {
+    let (_temp, folder) = folder();
+    let a = Handle::open(&folder).await;
+    let job = key("job");
+    for _ in 0..200 {
+        let request = a.request(&job);
+        let token = request.token;
+        let mut step = Box::pin(a.store.acquire(request));
+        let polled =
+            std::future::poll_fn(|context| std::task::Poll::Ready(step.as_mut().poll(context).is_ready())).await;
+        drop(step);
+        let ended = a.store.abandon(&job, token).await.unwrap().outcome;
+        assert!(ended == EndOutcome::Released || (!polled && ended == EndOutcome::Nothing), "{ended:?}");
+    }
+    a.hold(&job).await;
+}
+
+#[tokio::test]
+async fn an_unknown_session_gets_nothing() {
+    let (_temp, folder) = folder();
+    let a = Handle::open(&folder).await;
+    let stranger = SessionId::random().unwrap();
+    let request = AcquireRequest { session: stranger, term: SESSION, ..a.request(&key("job")) };
+    assert_eq!(a.ask(request).await, AcquireOutcome::SessionGone);
+    assert_eq!(a.store.beat(stranger).await.unwrap().outcome, BeatOutcome::Gone);
+    a.store.close_session(stranger).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_step_that_fails_spoils_no_other_of_its_transaction() {
+    let (_temp, folder) = folder();
+    let (a, b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    let (bad, good) = (key("bad"), key("good"));
+    b.hold(&bad).await;
+    // To probe the other's session fails from now on.
+    let lock = folder.join("sessions").join(format!("{}.lock", b.session.to_hex()));
+    std::fs::remove_file(&lock).unwrap();
+    std::os::unix::fs::symlink("/dev/null", &lock).unwrap();
+    for _ in 0..50 {
+        let before = a.request(&good);
+        let token = before.token;
+        let (first, failed, last) = tokio::join!(
+            a.store.acquire(before),
+            a.store.acquire(a.request(&bad)),
+            a.store.acquire(a.request(&key("other")))
+        );
+        granted(first.unwrap().outcome);
+        let error = failed.unwrap_err();
+        assert_eq!((error.kind(), error.key()), (ErrorKind::Misconfigured, Some(&bad)), "{error}");
+        let outcome = last.unwrap().outcome;
+        assert!(matches!(outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_)), "{outcome:?}");
+        assert!(matches!(a.poll(&good, token).await, PollOutcome::Granted(_)), "what was answered is there");
+        assert_eq!(a.release(&good, token).await, EndOutcome::Released);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_contenders_never_hear_that_the_database_is_busy() {
+    let (_temp, folder) = folder();
+    let tasks: Vec<_> = (0..60)
+        .map(|n| {
+            let folder = folder.clone();
+            tokio::spawn(async move {
+                let handle = Handle::open(&folder).await;
+                for round in 0..20 {
+                    let job = key(&format!("job-{}", (n + round) % 7));
+                    let request = AcquireRequest { enqueue: false, ..handle.request(&job) };
+                    let token = request.token;
+                    let outcome = handle.ask(request).await;
+                    assert!(matches!(outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Busy { .. }), "{outcome:?}");
+                    handle.store.abandon(&job, token).await.unwrap();
+                }
+                handle.store.close_session(handle.session).await.unwrap();
+            })
+        })
+        .collect();
+    for task in tasks {
+        within(task).await.unwrap();
+    }
+}
