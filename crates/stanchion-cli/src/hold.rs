@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, Sender};
 use std::time::Duration;
 
 use stanchion::store::{Demand, KeyState};
-use stanchion::{ErrorKind, EventStream, Guard, LossCause};
+use stanchion::{ErrorKind, EventStream, Fence, Guard, LossCause};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
@@ -110,14 +110,18 @@ async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedRec
     let mut happenings = opened.locks.events();
     match obtain(&plan, &cancel, &opened, &mut happenings, &tell).await {
         Ok(guard) => {
+            let fence = guard.fence();
             tell(Event::Obtained(Obtained {
                 key: guard.key().name().to_owned(),
-                fence: guard.fence().get(),
+                fence: fence.get(),
                 descriptor: opened.session_descriptor(),
             }));
-            let released = keep(guard, &mut inbox, &mut happenings, &tell).await;
+            let released = keep(guard, &mut inbox, &tell).await;
             // What could not be ended dies with the session.
             let _closed = opened.locks.close().await;
+            // The keeper has told everything by now.
+            let said = what_was_said(fence, &mut happenings).await;
+            let released = released.map(|was_lost| Released { was_lost, said });
             tell(Event::Released(released));
         }
         Err(refusal) => {
@@ -172,24 +176,11 @@ async fn obtain(
 }
 
 /// Keeps the key until it is to be released.
-async fn keep(
-    guard: Guard,
-    inbox: &mut UnboundedReceiver<Command>,
-    happenings: &mut EventStream,
-    tell: &impl Fn(Event),
-) -> Result<Released, Failure> {
+async fn keep(guard: Guard, inbox: &mut UnboundedReceiver<Command>, tell: &impl Fn(Event)) -> Result<bool, Failure> {
     let mut announced = false;
-    let mut said = None;
     let cooldown = loop {
         let command = tokio::select! {
             biased;
-            Some(happening) = happenings.next() => {
-                match happening {
-                    stanchion::Event::Lost { fence, reason: Some(reason), .. } if fence == guard.fence() => said = Some(reason),
-                    _ => {}
-                }
-                continue;
-            }
             cause = guard.lost(), if !announced => {
                 announced = true;
                 tell(Event::Lost(Loss { cause, left: guard.valid_for() }));
@@ -207,8 +198,22 @@ async fn keep(
         }
     };
     guard.set_cooldown(cooldown)?;
-    let was_lost = guard.release().await? == stanchion::Released::AlreadyLost;
-    Ok(Released { was_lost, said })
+    Ok(guard.release().await? == stanchion::Released::AlreadyLost)
+}
+
+/// The reason that came with a forced release of this hold, among what has happened so far.
+async fn what_was_said(fence: Fence, happenings: &mut EventStream) -> Option<String> {
+    loop {
+        let happening = tokio::select! {
+            biased;
+            happening = happenings.next() => happening?,
+            () = std::future::ready(()) => return None,
+        };
+        match happening {
+            stanchion::Event::Lost { fence: lost, reason: Some(reason), .. } if lost == fence => return Some(reason),
+            _ => {}
+        }
+    }
 }
 
 /// Says who has the key.

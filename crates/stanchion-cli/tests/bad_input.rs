@@ -93,6 +93,8 @@ fn bad_stores_say_what_would_be_right() {
 fn a_folder_without_the_right_to_write_is_not_permitted() {
     let world = World::new();
     let state = world.path("state");
+    // Where nobody can read it, too.
+    std::fs::copy(env!("CARGO_BIN_EXE_stanchion"), world.path("stanchion")).unwrap();
     for path in [world.path("."), state.clone()] {
         std::fs::set_permissions(path, PermissionsExt::from_mode(0o555)).unwrap();
     }
@@ -101,7 +103,7 @@ fn a_folder_without_the_right_to_write_is_not_permitted() {
     if rustix::process::geteuid().is_root() {
         command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
     }
-    command.args([env!("CARGO_BIN_EXE_stanchion"), "run", "k", "--", "touch", "started"]);
+    command.args(["./stanchion", "run", "k", "--", "touch", "started"]);
     world.prepare(&mut command);
     let out = command.output().unwrap();
     let said = String::from_utf8_lossy(&out.stderr);
@@ -131,6 +133,10 @@ fn on_a_full_disk(world: &World, script: &str) -> (Option<i32>, String) {
 #[test]
 fn a_full_disk_is_a_store_that_cannot_serve() {
     let world = World::new();
+    if on_a_full_disk(&world, "true").0 != Some(0) {
+        // As in most containers. Where the release is tested they are there.
+        return eprintln!("not tested: this system does not let a user mount a file system of their own");
+    }
     for script in [
         "fill; exec $S run k -- touch $D/started",
         "$S run k -- true || exit 98; fill; exec $S run k -- touch $D/started",
@@ -141,7 +147,7 @@ fn a_full_disk_is_a_store_that_cannot_serve() {
         assert!(said.starts_with("stanchion: ") && tells && said.lines().count() == 1, "{said}");
         nothing_is_left(&world);
     }
-    // It recovers.
+    // It works again once there is room.
     let script = "$S run k -- true; fill; $S run k -q -- touch $D/started; rm $D/state/fill; exec $S run k -w 20 -- touch $D/again";
     assert_eq!(on_a_full_disk(&world, script), (Some(0), String::new()));
     assert!(world.path("again").exists() && !world.path("started").exists());

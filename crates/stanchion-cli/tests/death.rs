@@ -28,6 +28,23 @@ fn killing_the_wrapper_kills_the_command_and_its_children_before_the_key_is_free
 }
 
 #[test]
+fn killing_the_wrapper_at_a_random_moment_leaves_nothing_behind() {
+    let world = World::new();
+    let mut random = Random(7);
+    for _ in 0..60 {
+        let script = "sleep 600 & (sleep 600; true) & exec sleep 600";
+        let running = world.stanchion(["run", "k", "--", "sh", "-c", script]).start();
+        // Over the whole start, from the first instruction to a running command.
+        std::thread::sleep(std::time::Duration::from_micros(random.below(15_000)));
+        running.send(Signal::KILL);
+        assert_eq!(running.finish().signal, Some(9));
+        world.until_nothing_runs();
+    }
+    world.stanchion(["run", "k", "-w", "20", "--", "true"]).finish().code(0).silent();
+    world.until_free("k");
+}
+
+#[test]
 fn a_process_that_left_the_group_keeps_the_key_after_the_wrapper_was_killed() {
     let world = World::new();
     let script = "setsid sh -c 'echo $$ > $D/daemon; exec sleep 600' & wait";

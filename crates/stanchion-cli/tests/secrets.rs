@@ -84,3 +84,13 @@ fn the_store_of_the_options_goes_before_that_of_the_environment() {
     let missing = world.stanchion(["ls", "--store-file", "nowhere"]).finish();
     missing.code(78).says(&["cannot read `nowhere` (of --store-file)"]);
 }
+
+#[test]
+fn the_command_gets_the_lock_descriptor_and_no_other_of_ours() {
+    let world = World::new();
+    let text = world.stanchion(["run", "k", "--", "ls", "-l", "/proc/self/fd"]).finish().ok();
+    let state = world.path("state").display().to_string();
+    let ours: Vec<_> = text.lines().filter(|line| line.contains(&state)).collect();
+    assert!(matches!(ours.as_slice(), [one] if one.contains("/sessions/") && one.contains(" 200 -> ")), "{text}");
+    assert!(!text.contains("socket:") && !text.contains("eventfd") && !text.contains("eventpoll"), "{text}");
+}

@@ -105,14 +105,29 @@ fn a_signal_ends_the_wait_and_leaves_nothing_in_the_queue() {
     assert!(!world.path("started").exists());
 }
 
-/// A small generator, so that the offsets of a failed run can be had again.
-struct Random(u64);
+#[test]
+fn a_stop_that_no_shell_would_end_does_not_stop_the_command() {
+    let world = World::new();
+    let script = "trap 'touch $D/continued; exit 5' CONT; touch $D/ready; while :; do sleep 0.01; done";
+    // A session of its own, as a service has: nobody is there to say `fg`.
+    let running = world.through(&["setsid"], ["run", "k", "-c", script]).start();
+    world.until_file("ready");
+    running.send(Signal::TSTP);
+    world.until_file("continued");
+    running.finish().code(5);
+}
 
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % limit
-    }
+#[test]
+fn a_stopped_command_can_be_ended() {
+    let world = World::new();
+    let running = world.stanchion(["run", "k", "-c", "echo $$ > pid; exec sleep 600"]).start();
+    let child = pid_in(&world, "pid");
+    kill(child, Signal::STOP);
+    until("a stopped command", || is_stopped(child));
+    // It is the command alone that somebody stopped; the wrapper goes on.
+    assert!(!is_stopped(running.pid()));
+    running.send(Signal::TERM);
+    running.finish().code(143).silent();
 }
 
 /// TERM at a random moment of a run, the key being free or held: never a survivor, never a start without the key.

@@ -183,9 +183,14 @@ fn a_job_in_the_background_stops_when_it_reads_and_goes_on_with_fg() {
     let mut screen = Screen::shell(&world);
     screen.types("$S run k -c 'echo $$ > pid; read x; echo got:$x' &\n");
     let child = pid_in(&world, "pid");
-    until("a stopped command", || is_stopped(child));
-    screen.types("jobs\n");
-    screen.shows("Stopped");
+    let (_, wrapper, _) = stat(child).unwrap();
+    until("a stopped job", || is_stopped(child) && is_stopped(wrapper));
+    // The shell learns of it in its own time.
+    until("a job that is shown as stopped", || {
+        screen.types("jobs\n");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        screen.shown.lock().unwrap().contains("Stopped")
+    });
     screen.types("fg\n");
     until("a running command", || !is_stopped(child));
     screen.types("abc\n");

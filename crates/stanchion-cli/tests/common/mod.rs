@@ -325,3 +325,13 @@ pub fn pid_in(world: &World, name: &str) -> i32 {
     });
     pid.unwrap()
 }
+
+/// A small generator, so that the offsets of a failed run can be had again.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
