@@ -1,4 +1,5 @@
 //! The embedded store: a folder of its own for each case, a handle of its own for each actor.
+#![allow(clippy::expect_used, reason = "a test may panic")]
 
 use stanchion::store::Sqlite;
 use stanchion_testkit::{Environment, conformance};

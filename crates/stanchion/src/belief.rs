@@ -92,6 +92,11 @@ impl SessionBelief {
         self.over.cancel();
     }
 
+    /// The store has ended it: nothing is kept from others any more.
+    pub(crate) fn gone(&self, now: BootTime) {
+        self.until.fetch_min(now.as_nanos(), Ordering::AcqRel);
+    }
+
     /// Fires when the session is over.
     pub(crate) fn over(&self) -> &CancellationToken {
         &self.over
@@ -156,6 +161,9 @@ impl Hold {
 
     /// Until when others cannot have it.
     pub(crate) fn valid_until(&self) -> BootTime {
+        if matches!(self.lost.get(), Some(LossCause::Forced | LossCause::Missing | LossCause::Closed)) {
+            return BootTime::from_nanos(0);
+        }
         let own = self.own_until();
         if self.session_bound { own.min(self.session.valid_until()) } else { own }
     }
@@ -174,7 +182,8 @@ impl Hold {
         self.own_until() != BootTime::NEVER
     }
 
-    fn own_until(&self) -> BootTime {
+    /// The end of its own term.
+    pub(crate) fn own_until(&self) -> BootTime {
         BootTime::from_nanos(self.until.load(Ordering::Acquire))
     }
 

@@ -71,7 +71,7 @@ enum Source {
 }
 
 impl Clock {
-    /// The machine's clock. Its timers are driven by whoever calls [`Clock::drive`]: the keeper.
+    /// The machine's clock. Its timers are driven by the keeper of the handle that it is given to.
     pub fn system() -> Self {
         Self { source: Source::System, timers: Arc::default() }
     }

@@ -322,11 +322,8 @@ impl End {
             unanswered_until: hold.unanswered_until,
             session: hold.session_bound.then(|| hold.session.clone()),
             not_before: BootTime::from_nanos(0),
-            over_at: if hold.has_deadline() {
-                hold.valid_until().after(Duration::from_secs(60))
-            } else {
-                BootTime::NEVER
-            },
+            // With a slack for a clock that is wrong.
+            over_at: hold.own_until().after(Duration::from_secs(60)),
             released: None,
         }
     }

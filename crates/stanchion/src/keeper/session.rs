@@ -118,7 +118,7 @@ async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime) {
                             forced_out(shared, lost);
                         }
                     }
-                    BeatOutcome::Gone => return,
+                    BeatOutcome::Gone => return session.gone(shared.clock.now()),
                 }
                 next = asked.after(interval);
             }

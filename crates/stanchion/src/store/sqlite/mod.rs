@@ -30,9 +30,9 @@ mod worker;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -59,7 +59,7 @@ use crate::token::{SessionId, TokenId};
 /// Locks in a folder of this machine, shared by the processes of one user. Needs no server.
 ///
 /// A process that ends, however it ends, frees what it held at once; one that is stopped keeps it. Dropping the store
-/// closes the sessions that it has opened.
+/// closes the sessions that it has opened, and waits for that, a second at most.
 ///
 /// ```
 /// use stanchion::store::{Sqlite, Store};
@@ -74,7 +74,12 @@ pub struct Sqlite {
     jobs: Sender<Job>,
     shared: Arc<Shared>,
     folder: PathBuf,
+    /// Disconnected when the thread has ended.
+    ended: Mutex<mpsc::Receiver<()>>,
 }
+
+/// How long a drop waits for its sessions to be closed.
+const DROP_WITHIN: Duration = Duration::from_secs(1);
 
 impl Sqlite {
     /// Opens the store in this folder. Makes the folder, for its owner alone, if it is not there.
@@ -151,12 +156,16 @@ impl Sqlite {
             // Short-lived handles sweep too, now and then.
             sweep_in: u32::try_from(crate::clock::jitter_seed() % 64).unwrap_or(0),
         };
+        let (ended_when_dropped, ended) = mpsc::channel();
         let worker = Worker { db: connected.db, gate: connected.gate, local, clock, queue, shared: shared.clone() };
-        let thread = thread::Builder::new().name("stanchion-sqlite".into()).spawn(move || worker.run());
+        let thread = thread::Builder::new().name("stanchion-sqlite".into()).spawn(move || {
+            let _ended_when_dropped = ended_when_dropped;
+            worker.run();
+        });
         thread.map_err(|cause| {
             error::error(ErrorKind::Unavailable, "the system has no thread for the store").with_source(cause)
         })?;
-        Ok(Self { jobs, shared, folder: place })
+        Ok(Self { jobs, shared, folder: place, ended: Mutex::new(ended) })
     }
 
     async fn ask(&self, step: Step) -> Result<Reply<Answer>> {
@@ -169,8 +178,12 @@ impl Sqlite {
 
 impl Drop for Sqlite {
     fn drop(&mut self) {
-        // The thread closes the sessions. Nobody waits for it: a drop must not block on the disk.
         let _has_ended = self.jobs.send(Job::Stop);
+        // The thread closes the sessions that are still open. A process that ended meanwhile would leave their files.
+        if !self.shared.sessions().is_empty() {
+            let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ended_or_late = ended.recv_timeout(DROP_WITHIN);
+        }
     }
 }
 
@@ -255,7 +268,8 @@ mod tests {
     #[tokio::test]
     async fn without_its_thread_every_step_fails_and_none_hangs() {
         let (jobs, queue) = mpsc::channel();
-        let store = Sqlite { jobs, shared: Arc::default(), folder: PathBuf::new() };
+        let store =
+            Sqlite { jobs, shared: Arc::default(), folder: PathBuf::new(), ended: Mutex::new(mpsc::channel().1) };
         let key = Key::new("", "job").unwrap();
         let token = TokenId::from_bytes([1; 16]);
         let step = tokio::spawn(async move {
