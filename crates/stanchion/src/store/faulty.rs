@@ -47,7 +47,8 @@ pub enum Fault {
     Repeat,
     /// The caller sees a network timeout; the step is done when [`Faults::deliver`] is called.
     Hold,
-    /// The step is done, and once more when [`Faults::deliver`] is called.
+    /// The step is done, and once more when [`Faults::deliver`] is called. No transport may do this to an `acquire` that
+    /// it has answered: see rule 7 of [`store`](crate::store).
     RepeatLater,
     /// The step is not done; the caller sees this error.
     Fail(ErrorKind),

@@ -14,6 +14,9 @@
 //! 5. Fences of a key strictly increase over all grants, also over those of deleted or forgotten records. The fence is
 //!    minted in the step that grants.
 //! 6. Times are the store's: the client's clock decides nothing.
+//! 7. One call, one request: a store and its driver never send a request again by themselves. The caller counts which of
+//!    its requests were answered, and when all were, one answer ends a token. A repeat that it does not know of would
+//!    create the hold anew.
 
 use std::fmt;
 use std::pin::Pin;
