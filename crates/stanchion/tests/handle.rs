@@ -257,6 +257,26 @@ async fn draining_and_closing() {
 }
 
 #[tokio::test]
+async fn when_the_keeper_dies_every_hold_is_lost_and_nobody_waits_for_ever() {
+    let store = Faulty::new(Memory::new());
+    let faults = store.faults();
+    let locks = Locks::builder_with_store(store.clone()).session_ttl(SECOND).open().await.unwrap();
+    let other = Locks::with_store(store).await.unwrap();
+    let guard = locks.lock("k").await.unwrap();
+    let held = other.lock("busy").await.unwrap();
+    let waiting = tokio::spawn(locks.lock("busy").into_future());
+    until("it waits", async || other.inspect("busy").await.unwrap().waiters.len() == 1).await;
+    faults.next(Step::Beat, Fault::Panic);
+    assert_eq!(guard.lost().await, LossCause::Closed);
+    assert!(guard.cancel_token().is_cancelled());
+    assert_eq!(waiting.await.unwrap().unwrap_err().kind(), ErrorKind::Draining);
+    assert_eq!(guard.release().await.unwrap(), Released::AlreadyLost);
+    assert_eq!(locks.lock("x").await.unwrap_err().kind(), ErrorKind::Draining);
+    locks.close().await.unwrap();
+    assert!(held.is_held(), "the other handle has a keeper of its own");
+}
+
+#[tokio::test]
 async fn readers_share_and_writers_are_not_starved() {
     let locks = Locks::open("memory:").await.unwrap();
     let reader = locks.lock("k").demand(Demand::READ).await.unwrap();

@@ -52,6 +52,8 @@ pub enum Fault {
     RepeatLater,
     /// The step is not done; the caller sees this error.
     Fail(ErrorKind),
+    /// The step panics, as a defect of a store would.
+    Panic,
 }
 
 /// Wraps a store and makes its steps fail as [`Faults`] says.
@@ -253,6 +255,8 @@ impl Faults {
                 self.hold(again());
                 again().await
             }
+            #[allow(clippy::panic, reason = "what was asked for")]
+            Some(Fault::Panic) => panic!("a fault of the test"),
             Some(Fault::Fail(kind)) => Err(Error::new(kind, "a fault of the test").in_doubt(false)),
         }
     }
