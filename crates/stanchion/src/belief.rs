@@ -116,6 +116,11 @@ pub(crate) struct Hold {
     until: AtomicU64,
     /// Nanoseconds between `stop_by` and `until`.
     grace: AtomicU64,
+    /// One extension at a time: answers would otherwise be believed in another order than the store has.
+    pub(crate) extending: tokio::sync::Mutex<()>,
+    /// The shortest ttl of an extension whose answer is missing, in nanoseconds: it may still reach the store, after
+    /// later ones, so no belief reaches further.
+    shortest_unanswered: AtomicU64,
     /// The longest silence that the holder promised, and when it last gave a sign.
     pub(crate) heartbeat_within: Option<Duration>,
     last_heartbeat: AtomicU64,
@@ -151,6 +156,8 @@ impl Hold {
             since: new.since,
             until: AtomicU64::new(until.as_nanos()),
             grace: AtomicU64::new(nanos(grace(length))),
+            extending: tokio::sync::Mutex::new(()),
+            shortest_unanswered: AtomicU64::new(u64::MAX),
             heartbeat_within: new.heartbeat_within,
             last_heartbeat: AtomicU64::new(new.since.as_nanos()),
             unanswered_until: new.unanswered_until,
@@ -218,6 +225,21 @@ impl Hold {
         let first = self.lost.set(cause).is_ok();
         self.lost_token.cancel();
         first
+    }
+
+    /// An extension is about to be asked for. Gives what [`Hold::extension_answered`] needs when its answer has come.
+    pub(crate) fn extension_asked(&self, ttl: Duration) -> u64 {
+        self.shortest_unanswered.fetch_min(nanos(ttl), Ordering::AcqRel)
+    }
+
+    /// Every request of an extension was answered: it can come no more.
+    pub(crate) fn extension_answered(&self, before: u64) {
+        self.shortest_unanswered.store(before, Ordering::Release);
+    }
+
+    /// How long from its question an extension may be believed.
+    pub(crate) fn believable(&self, ttl: Duration) -> Duration {
+        ttl.min(Duration::from_nanos(self.shortest_unanswered.load(Ordering::Acquire)))
     }
 
     /// Sets the end of the term anew, unless the hold was lost meanwhile (invariant 2).

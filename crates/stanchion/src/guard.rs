@@ -134,7 +134,8 @@ impl Guard {
     ///
     /// # Errors
     /// [`ErrorKind::Lost`] if the hold is lost, also when the store says so; [`ErrorKind::InvalidArgument`] if the hold
-    /// has no deadline; the store's faults, after which the old deadline counts.
+    /// has no deadline; the store's faults, after which the old deadline counts. An extension without an answer may reach
+    /// the store late: from then on no extension of this hold is believed for longer than that one asked for.
     ///
     /// # Cancel safety
     /// If the future is dropped the deadline may have been set in the store; this guard goes by the old one, or by the
@@ -147,7 +148,9 @@ impl Guard {
             return Err(self.name(Error::new(ErrorKind::InvalidArgument, message)));
         }
         let shared = self.shared();
+        let _one_at_a_time = self.hold.extending.lock().await;
         let mut asked = shared.clock.now();
+        let before = self.hold.extension_asked(ttl);
         // A shorter term may count before its answer comes.
         let at_least = asked.after(shared.config.drift.shorten(ttl));
         if at_least < self.hold.valid_until() {
@@ -160,9 +163,12 @@ impl Guard {
         });
         let step = step.await;
         let reply = step.result.map_err(|error| self.name(error))?;
+        if !step.unanswered {
+            self.hold.extension_answered(before);
+        }
         match reply.outcome {
             ExtendOutcome::Extended => {
-                let until = asked.after(shared.config.drift.shorten(ttl));
+                let until = asked.after(shared.config.drift.shorten(self.hold.believable(ttl)));
                 if !self.hold.extend(shared.clock.now(), until, ttl) {
                     return self.check();
                 }

@@ -34,6 +34,9 @@ const PACE: Duration = Duration::from_secs(1);
 /// The same in a store that does not push.
 const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 
+/// So many grants may come with no time left until a call gives up.
+const MOST_LATE: u32 = 5;
+
 /// How long, and what ends the wait.
 pub(crate) async fn acquire(request: LockRequest) -> Result<Option<Guard>> {
     let locks = request.locks.clone();
@@ -51,7 +54,7 @@ pub(crate) async fn acquire(request: LockRequest) -> Result<Option<Guard>> {
             None => std::future::pending().await,
         }
     };
-    let mut call = Call { locks: &locks, key: &key, request: &request, term, started, enqueue, fault: None };
+    let mut call = Call { locks: &locks, key: &key, request: &request, term, started, enqueue, fault: None, late: 0 };
     let ended = tokio::select! {
         biased;
         () = cancelled => Err(Error::new(ErrorKind::Cancelled, "the caller cancelled the wait")),
@@ -122,6 +125,8 @@ struct Call<'a> {
     enqueue: bool,
     /// The last fault that was met.
     fault: Option<Error>,
+    /// How many grants came with no time left.
+    late: u32,
 }
 
 /// How one token ended.
@@ -142,7 +147,11 @@ impl Call<'_> {
             match self.round().await {
                 Ok(Round::Granted(guard)) => return Ok(Some(guard)),
                 Ok(Round::Busy) => return Ok(None),
-                Ok(Round::Again) => {}
+                Ok(Round::Again) if self.late < MOST_LATE => {}
+                Ok(Round::Again) => {
+                    let message = "the store answers too slowly for so short a term; ask for a longer ttl";
+                    return Err(Error::new(ErrorKind::Unavailable, message));
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -252,7 +261,7 @@ impl Call<'_> {
         }
     }
 
-    fn granted(&self, pending: Pending, granted: Granted, asked: BootTime) -> Round {
+    fn granted(&mut self, pending: Pending, granted: Granted, asked: BootTime) -> Round {
         let grant = Grant {
             granted,
             asked,
@@ -269,7 +278,10 @@ impl Call<'_> {
                 Round::Granted(guard)
             }
             // Too little validity was left: released, not used.
-            None => Round::Again,
+            None => {
+                self.late += 1;
+                Round::Again
+            }
         }
     }
 }

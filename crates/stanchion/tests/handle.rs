@@ -237,6 +237,39 @@ async fn a_fixed_term_can_be_detached_and_adopted_once() {
 }
 
 #[tokio::test]
+async fn an_extension_that_comes_late_never_ends_a_hold_that_is_still_believed() {
+    let store = Faulty::new(Memory::new());
+    let faults = store.faults();
+    let locks = Locks::builder_with_store(store).retry(RetryPolicy::never()).open().await.unwrap();
+    let guard = locks.lock("k").ttl(60 * SECOND).await.unwrap();
+    faults.next(Step::Extend, Fault::Hold);
+    assert!(guard.extend(10 * SECOND).await.is_err());
+    assert!(guard.remaining().unwrap() < 10 * SECOND, "it may have been done");
+    guard.extend(60 * SECOND).await.unwrap();
+    assert!(guard.remaining().unwrap() < 10 * SECOND, "it may still come, after this one");
+    assert_eq!(faults.deliver().await, 1);
+    let left = locks.inspect("k").await.unwrap().holders[0].remaining.unwrap();
+    assert!(guard.valid_for().unwrap() <= left, "{:?} is believed, {left:?} is true", guard.valid_for());
+    // Extensions at once are done in one order.
+    let guard = locks.lock("other").ttl(60 * SECOND).await.unwrap();
+    faults.next(Step::Extend, Fault::DelayReply(Duration::from_millis(30)));
+    let (long, short) = tokio::join!(guard.extend(90 * SECOND), guard.extend(20 * SECOND));
+    long.and(short).unwrap();
+    let left = locks.inspect("other").await.unwrap().holders[0].remaining.unwrap();
+    assert!(guard.valid_for().unwrap() <= left && left < 21 * SECOND);
+}
+
+#[tokio::test]
+async fn a_term_that_is_too_short_for_its_store_ends_in_an_error_not_in_a_loop() {
+    let store = Faulty::new(Memory::new());
+    store.faults().always(Step::Acquire, Fault::DelayReply(Duration::from_millis(15)));
+    let locks = Locks::with_store(store).await.unwrap();
+    let error = locks.lock("k").ttl(Duration::from_millis(10)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.to_string().contains("longer ttl"), "{error}");
+}
+
+#[tokio::test]
 async fn draining_and_closing() {
     let locks = Locks::open("memory:").await.unwrap();
     let guard = locks.lock("k").await.unwrap();
