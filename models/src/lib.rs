@@ -1,0 +1,10 @@
+//! A model of stanchion's lock protocol.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
+
+pub mod client;
+pub mod config;
+pub mod model;
+pub mod mutant;
+pub mod properties;
+pub mod settle;
+pub mod store;
