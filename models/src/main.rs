@@ -2,16 +2,19 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 use stanchion_models::{config, model::Protocol};
 use stateright::{Checker, Model};
+use std::time::Duration;
 
 fn main() {
-    let name = std::env::args().nth(1).unwrap_or("base".into());
-    let config = config::by_name(&name).unwrap();
-    let checker = Protocol { config, broken: None }.checker().threads(2).spawn_bfs().join();
-    println!("{} unique {} done {}", name, checker.unique_state_count(), checker.is_done());
-    for (name, path) in checker.discoveries() {
-        println!("{name}:");
-        for action in path.into_actions() {
-            println!("  {action:?}");
+    let only = std::env::args().nth(1).unwrap_or("all".into());
+    for config in config::all() {
+        if only != "all" && !only.split(',').any(|n| n == config.name) { continue; }
+        let t = std::time::Instant::now();
+        let checker = Protocol { config, broken: None }.checker().threads(2).timeout(Duration::from_secs(15)).spawn_bfs().join();
+        println!("{} unique {} {:.1?} depth {}", config.name, checker.unique_state_count(), t.elapsed(), checker.max_depth());
+        for (name, path) in checker.discoveries() {
+            let actions = path.into_actions();
+            println!("{name}: {}", actions.len());
+            if only != "all" { for action in actions { println!("  {action:?}"); } }
         }
     }
 }
