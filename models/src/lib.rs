@@ -6,5 +6,6 @@ pub mod config;
 pub mod model;
 pub mod mutant;
 pub mod properties;
+pub mod run;
 pub mod settle;
 pub mod store;

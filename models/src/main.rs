@@ -1,20 +1,47 @@
-//! Runs the model by hand.
-#![allow(clippy::unwrap_used, clippy::print_stdout)]
-use stanchion_models::{config, model::Protocol};
-use stateright::{Checker, Model};
-use std::time::Duration;
+//! `list`, `run NAME`, `mutant NAME`; `all` in place of a name.
+#![allow(clippy::print_stdout)]
 
-fn main() {
-    let only = std::env::args().nth(1).unwrap_or("all".into());
-    for config in config::all() {
-        if only != "all" && !only.split(',').any(|n| n == config.name) { continue; }
-        let t = std::time::Instant::now();
-        let checker = Protocol { config, broken: None }.checker().threads(2).timeout(Duration::from_secs(15)).spawn_bfs().join();
-        println!("{} unique {} {:.1?} depth {}", config.name, checker.unique_state_count(), t.elapsed(), checker.max_depth());
-        for (name, path) in checker.discoveries() {
-            let actions = path.into_actions();
-            println!("{name}: {}", actions.len());
-            if only != "all" { for action in actions { println!("  {action:?}"); } }
+use std::process::ExitCode;
+
+use stanchion_models::run::{Report, run, run_mutant};
+use stanchion_models::{config, mutant};
+
+fn show(report: &Report, steps: bool) {
+    println!("{report}");
+    for (name, way) in report.broken.iter().filter(|_| steps) {
+        println!("  {name}:");
+        for action in way {
+            println!("    {action:?}");
         }
     }
+}
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["list"] => {
+            for config in config::all() {
+                println!("run    {:26} {}", config.name, config.about);
+            }
+            for mutant in mutant::all() {
+                println!("mutant {:26} in {}: {}", mutant.name, mutant.config.name, mutant.killed_by.unwrap_or("survives"));
+            }
+        }
+        ["run", "all"] => config::all().into_iter().for_each(|config| show(&run(config), false)),
+        ["mutant", "all"] => mutant::all().into_iter().for_each(|mutant| show(&run_mutant(mutant), false)),
+        ["run", name] => match config::by_name(name) {
+            Some(config) => show(&run(config), true),
+            None => return ExitCode::FAILURE,
+        },
+        ["mutant", name] => match mutant::by_mutant(name) {
+            Some(mutant) => show(&run_mutant(mutant), true),
+            None => return ExitCode::FAILURE,
+        },
+        _ => {
+            println!("list | run NAME | run all | mutant NAME | mutant all");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
 }

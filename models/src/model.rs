@@ -232,7 +232,7 @@ impl Protocol {
             until,
             over: false,
             beats: 0,
-            calls: (0..config.calls).map(|at| call(client, at)).collect(),
+            calls: (0..config.calls[client]).map(|at| call(client, at)).collect(),
         };
         let mut history = History::default();
         let mut store = Store {
@@ -459,7 +459,7 @@ impl Model for Protocol {
         if looked != *state {
             actions.push(Action::Look);
         }
-        if config.forget && !state.history.lost_records {
+        if config.forget && !state.history.lost_records && state.now < config.last_tick {
             actions.push(Action::Forget);
         }
     }
@@ -527,6 +527,10 @@ impl Model for Protocol {
                 state.store.last = 0;
                 state.history.lost_records = true;
                 state.history.forgotten = state.history.issued;
+                // A store that comes back without its records takes more than one unit of its clock for that.
+                if !self.broken(Break::LossInNoTime) {
+                    self.tick(&mut state);
+                }
             }
         }
         self.prune(&mut state);

@@ -1,5 +1,7 @@
 //! Mutants: one rule broken at a time.
 
+use crate::config::{BASE, Config, by_name};
+
 /// A rule that is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Break {
@@ -63,6 +65,79 @@ pub enum Break {
     AnswersPerToken,
     /// An answer counts although it came after the end of its token was sent.
     AnswersAfterEnd,
+    /// The records are lost and the store is back within one unit of its clock.
+    LossInNoTime,
+    /// More grants than units of the store's clock.
+    CoarseClock,
     /// An extension counts from its answer.
     ExtendFromReply,
+}
+
+/// A mutant and what kills it.
+#[derive(Clone, Copy, Debug)]
+pub struct Mutant {
+    /// Its name.
+    pub name: &'static str,
+    /// The rule that it breaks.
+    pub broken: Break,
+    /// The run that it is put into.
+    pub config: Config,
+    /// The property that kills it; nothing, if it survives.
+    pub killed_by: Option<&'static str>,
+}
+
+const fn mutant(name: &'static str, broken: Break, config: Config, killed_by: Option<&'static str>) -> Mutant {
+    Mutant { name, broken, config, killed_by }
+}
+
+fn run(name: &str) -> Config {
+    by_name(name).unwrap_or(BASE)
+}
+
+/// All mutants.
+pub fn all() -> Vec<Mutant> {
+    use Break::*;
+    let waiter = Config { name: "waiter, given up", give_up: true, beats: 0, polls: 1, ..run("waiter") };
+    let coarse = Config { name: "forget, coarse clock", fences_per_tick: 1, ..run("forget") };
+    let retry = Config { name: "retry, late", last_tick: 4, beats: 1, ..run("retry") };
+    vec![
+        mutant("validity-from-reply", ValidityFromReply, run("beats"), Some("I2")),
+        mutant("release-without-token", ReleaseWithoutToken, run("ends"), Some("I2")),
+        mutant("extend-creates", ExtendCreates, run("extend"), Some("I3")),
+        mutant("extend-from-reply", ExtendFromReply, run("extend"), Some("I2")),
+        mutant("takeover-without-compare", TakeoverWithoutCompare, run("blind"), Some("I2")),
+        mutant("no-takeover", NoTakeover, run("base"), Some("L1")),
+        mutant("plain-counter", PlainCounter, run("forget"), Some("I4")),
+        mutant("loss-in-no-time", LossInNoTime, run("forget"), Some("I4")),
+        mutant("coarse-clock", CoarseClock, coarse, Some("I4")),
+        mutant("resource-unfenced", ResourceUnfenced, run("resource"), Some("I5")),
+        mutant("fresh-token", FreshToken, run("retry"), Some("L3")),
+        mutant("not-idempotent", NotIdempotent, run("retry"), Some("I8")),
+        mutant("first-end-is-definite", FirstEndIsDefinite, run("base"), Some("L3")),
+        mutant("answers-after-end", AnswersAfterEnd, run("base"), Some("L3")),
+        mutant("answers-per-token", AnswersPerToken, retry, Some("L3")),
+        mutant("push-after-end", PushAfterEnd, waiter, Some("I2")),
+        mutant("never-asks-again", NeverAsksAgain, run("waiter"), Some("L2")),
+        mutant("term-from-question", TermFromQuestion, run("fixed"), Some("I2")),
+        mutant("term-from-last-question", TermFromLastQuestion, run("fixed"), Some("I2")),
+        mutant("term-from-push", TermFromPush, run("fixed"), Some("I2")),
+        mutant("late-beat", LateBeat, run("beats"), Some("I7")),
+        mutant("revive", Revive, run("beats"), Some("I9")),
+        mutant("revive-and-believe", ReviveAndBelieve, run("beats"), Some("I7")),
+        mutant("ignores-session", IgnoresSession, run("base"), Some("I2")),
+        mutant("abandon-queue-only", AbandonQueueOnly, run("base"), Some("L3")),
+        mutant("head-not-popped", HeadNotPopped, run("base"), Some("L3")),
+        mutant("force-without-compare", ForceWithoutCompare, run("force"), Some("I2")),
+        mutant("force-not-told", ForceNotTold, run("force"), Some("L4")),
+        mutant("forced-reenters", ForcedReenters, run("force-retry"), Some("I8")),
+        mutant("adopt-without-compare", AdoptWithoutCompare, run("adopt"), Some("I2")),
+        mutant("adopt-no-not-after", AdoptNoNotAfter, run("adopt"), None),
+        mutant("poll-creates", PollCreates, waiter, Some("L3")),
+        mutant("no-not-after", NoNotAfter, run("base"), Some("L3")),
+    ]
+}
+
+/// The mutant of this name.
+pub fn by_mutant(name: &str) -> Option<Mutant> {
+    all().into_iter().find(|mutant| mutant.name == name)
 }
