@@ -7,5 +7,6 @@ pub mod model;
 pub mod mutant;
 pub mod properties;
 pub mod run;
+pub mod runs;
 pub mod settle;
 pub mod store;

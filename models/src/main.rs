@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use stanchion_models::run::{Report, run, run_mutant};
-use stanchion_models::{config, mutant};
+use stanchion_models::{mutant, runs};
 
 fn show(report: &Report, steps: bool) {
     println!("{report}");
@@ -21,16 +21,21 @@ fn main() -> ExitCode {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["list"] => {
-            for config in config::all() {
+            for config in runs::all() {
                 println!("run    {:26} {}", config.name, config.about);
             }
             for mutant in mutant::all() {
-                println!("mutant {:26} in {}: {}", mutant.name, mutant.config.name, mutant.killed_by.unwrap_or("survives"));
+                println!(
+                    "mutant {:26} in {}: {}",
+                    mutant.name,
+                    mutant.config.name,
+                    mutant.killed_by.unwrap_or("survives")
+                );
             }
         }
-        ["run", "all"] => config::all().into_iter().for_each(|config| show(&run(config), false)),
+        ["run", "all"] => runs::all().into_iter().for_each(|config| show(&run(config), false)),
         ["mutant", "all"] => mutant::all().into_iter().for_each(|mutant| show(&run_mutant(mutant), false)),
-        ["run", name] => match config::by_name(name) {
+        ["run", name] => match runs::by_name(name) {
             Some(config) => show(&run(config), true),
             None => return ExitCode::FAILURE,
         },

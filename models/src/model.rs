@@ -6,7 +6,7 @@ use crate::client::{Call, Client, Phase, Rules};
 use crate::config::{Config, Term};
 use crate::mutant::Break;
 use crate::properties;
-use crate::store::{DETACHED, Hold, NOBODY, Session, Step, Store};
+use crate::store::{DETACHED, Hold, Session, Step, Store};
 
 /// A token: the client times 16, plus the call; a fresh one for the same call is 8 higher.
 pub type Token = u8;
@@ -218,7 +218,7 @@ impl Protocol {
         let call = |client: usize, call: usize| Call {
             phase: Phase::Idle,
             token: (client * 16 + call) as u8,
-            term: if config.adopt { Term::Fixed } else { config.terms[client] },
+            term: config.terms[client],
             not_after: 0,
             unanswered: 0,
             last_asked: 0,
@@ -242,10 +242,12 @@ impl Protocol {
             last: 0,
         };
         if config.adopt {
-            let expires = Some(now + config.fixed_ttl);
+            let expires = (config.terms[0] == Term::Fixed).then_some(now + config.fixed_ttl);
+            let session = config.clients as u8;
+            store.sessions.push(Session { expires: u8::MAX, forced: Vec::new() });
             history.issued = 1;
             store.last = 1;
-            store.holds.push(Hold { token: DETACHED, fence: 1, session: NOBODY, expires });
+            store.holds.push(Hold { token: DETACHED, fence: 1, session, expires });
         }
         State { now, store, clients: (0..config.clients).map(client).collect(), net: Vec::new(), history }
     }
@@ -406,7 +408,11 @@ impl Protocol {
         }
         let dead = |hold: &&Hold| {
             hold.expires.is_none()
-                && state.store.sessions.get(usize::from(hold.session)).is_none_or(|session| state.now >= session.expires)
+                && state
+                    .store
+                    .sessions
+                    .get(usize::from(hold.session))
+                    .is_none_or(|session| state.now >= session.expires)
         };
         state.store.holds.iter().filter(dead).map(|hold| hold.fence).collect()
     }
@@ -551,4 +557,3 @@ impl Model for Protocol {
         self.next_state(last, action).map(|state| format!("{state:#?}"))
     }
 }
-

@@ -1,6 +1,7 @@
 //! Mutants: one rule broken at a time.
 
-use crate::config::{BASE, Config, by_name};
+use crate::config::{BASE, Config};
+use crate::runs::by_name;
 
 /// A rule that is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,6 +70,8 @@ pub enum Break {
     LossInNoTime,
     /// More grants than units of the store's clock.
     CoarseClock,
+    /// Not a rule but a wish: a holder is told of a forced release although its session is over.
+    TellTheDead,
     /// An extension counts from its answer.
     ExtendFromReply,
 }
@@ -112,7 +115,7 @@ pub fn all() -> Vec<Mutant> {
         mutant("coarse-clock", CoarseClock, coarse, Some("I4")),
         mutant("resource-unfenced", ResourceUnfenced, run("resource"), Some("I5")),
         mutant("fresh-token", FreshToken, run("retry"), Some("L3")),
-        mutant("not-idempotent", NotIdempotent, run("retry"), Some("I8")),
+        mutant("not-idempotent", NotIdempotent, run("fixed"), Some("I8")),
         mutant("first-end-is-definite", FirstEndIsDefinite, run("base"), Some("L3")),
         mutant("answers-after-end", AnswersAfterEnd, run("base"), Some("L3")),
         mutant("answers-per-token", AnswersPerToken, retry, Some("L3")),
@@ -126,12 +129,13 @@ pub fn all() -> Vec<Mutant> {
         mutant("revive-and-believe", ReviveAndBelieve, run("beats"), Some("I7")),
         mutant("ignores-session", IgnoresSession, run("base"), Some("I2")),
         mutant("abandon-queue-only", AbandonQueueOnly, run("base"), Some("L3")),
-        mutant("head-not-popped", HeadNotPopped, run("base"), Some("L3")),
+        mutant("head-not-popped", HeadNotPopped, run("fixed"), Some("I8")),
         mutant("force-without-compare", ForceWithoutCompare, run("force"), Some("I2")),
         mutant("force-not-told", ForceNotTold, run("force"), Some("L4")),
+        mutant("dead-not-told", TellTheDead, run("force-fixed"), Some("L4")),
         mutant("forced-reenters", ForcedReenters, run("force-retry"), Some("I8")),
         mutant("adopt-without-compare", AdoptWithoutCompare, run("adopt"), Some("I2")),
-        mutant("adopt-no-not-after", AdoptNoNotAfter, run("adopt"), None),
+        mutant("adopt-no-not-after", AdoptNoNotAfter, run("adopt-session"), Some("L3")),
         mutant("poll-creates", PollCreates, waiter, Some("L3")),
         mutant("no-not-after", NoNotAfter, run("base"), Some("L3")),
     ]

@@ -23,6 +23,8 @@ pub struct Report {
     pub took: Duration,
     /// The longest path that the search followed.
     pub depth: usize,
+    /// Whether every state within the bounds was visited.
+    pub complete: bool,
     /// Broken properties, each with the way to it.
     pub broken: Vec<(&'static str, Vec<Action>)>,
 }
@@ -36,7 +38,15 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:26} {:22} {:9} states {:6.2} s depth {:3}", self.name, self.config, self.states, self.took.as_secs_f64(), self.depth)?;
+        write!(
+            f,
+            "{:26} {:22} {:9} states {:6.2} s depth {:3}",
+            self.name,
+            self.config,
+            self.states,
+            self.took.as_secs_f64(),
+            self.depth
+        )?;
         if self.broken.is_empty() {
             return write!(f, " holds");
         }
@@ -53,7 +63,16 @@ fn search(name: &'static str, protocol: Protocol, threads: usize, until: HasDisc
     let checker = protocol.checker().threads(threads).finish_when(until).spawn_bfs().join();
     let mut broken: Vec<_> = checker.discoveries().into_iter().map(|(name, way)| (name, way.into_actions())).collect();
     broken.sort_unstable_by_key(|(name, _)| *name);
-    Report { name, config, states: checker.unique_state_count(), took: began.elapsed(), depth: checker.max_depth(), broken }
+    let complete = checker.is_done() && broken.is_empty();
+    Report {
+        name,
+        config,
+        complete,
+        states: checker.unique_state_count(),
+        took: began.elapsed(),
+        depth: checker.max_depth(),
+        broken,
+    }
 }
 
 /// Visits every state of a configuration; the protocol as it stands. Goes on to the end unless a property breaks.

@@ -6,6 +6,7 @@
 use crate::client::Phase;
 use crate::model::{Msg, Protocol, State};
 use crate::mutant::Break;
+use crate::store::DETACHED;
 
 /// The key does not become free.
 pub const L1: u8 = 1;
@@ -78,11 +79,10 @@ impl Protocol {
         state.net.clear();
         self.beats(&mut state);
         for client in &state.clients {
-            let told = self.rules(state.now).session(client);
+            let told = self.rules(state.now).session(client) || self.broken == Some(Break::TellTheDead);
             let forced = |fence: u16| state.history.forced.contains(&fence);
-            let believes = client.calls.iter().any(|call| {
-                self.rules(state.now).believes(client, call) && forced(call.fence)
-            });
+            let believes =
+                client.calls.iter().any(|call| self.rules(state.now).believes(client, call) && forced(call.fence));
             if told && believes {
                 bad |= L4;
             }
@@ -109,6 +109,8 @@ impl Protocol {
                 bad |= L2;
             }
         }
+        // What nobody took up is ended by the one who detached it.
+        state.store.holds.retain(|hold| hold.token != DETACHED);
         self.look(state);
         if !state.store.holds.is_empty() || !state.store.queue.is_empty() {
             bad |= L3;

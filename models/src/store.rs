@@ -7,9 +7,6 @@ use crate::mutant::Break;
 /// The token of the hold that is detached when a run of `adopt` begins.
 pub const DETACHED: Token = 200;
 
-/// Nobody's session.
-pub const NOBODY: u8 = u8::MAX;
-
 /// A session's record.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Session {

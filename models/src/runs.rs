@@ -1,0 +1,219 @@
+//! The runs of the protocol as it stands. Each visits all its states.
+
+use crate::config::{BASE, Config, Term::Fixed, Term::Session};
+
+/// All runs of the protocol as it stands.
+pub fn all() -> Vec<Config> {
+    vec![
+        BASE,
+        Config { name: "waiter", about: "a waiter that polls", give_up: false, polls: 2, ..BASE },
+        Config { name: "retry", about: "the first question is repeated", asks: 2, beats: 1, last_tick: 3, ..BASE },
+        Config {
+            name: "retry-poll",
+            about: "repeated, and polled",
+            asks: 2,
+            polls: 1,
+            beats: 0,
+            give_up: false,
+            ..BASE
+        },
+        Config { name: "ends", about: "ends are repeated", ends: 2, beats: 0, ..BASE },
+        Config {
+            name: "beats",
+            about: "sessions of three ticks, slow beats",
+            session_ttl: 3,
+            last_tick: 5,
+            beats: 1,
+            give_up: false,
+            ..BASE
+        },
+        Config { name: "blind", about: "takeover by a step of its own", blind: true, ..BASE },
+        Config {
+            name: "blind-poll",
+            about: "the same with a waiter that polls",
+            blind: true,
+            give_up: false,
+            polls: 1,
+            last_tick: 4,
+            ..BASE
+        },
+        Config {
+            name: "fixed",
+            about: "fixed terms, repeated and polled",
+            terms: [Fixed; 3],
+            asks: 2,
+            polls: 1,
+            beats: 0,
+            give_up: false,
+            last_tick: 4,
+            ..BASE
+        },
+        Config {
+            name: "fixed-session",
+            about: "a fixed holder, a session waiter",
+            terms: [Fixed, Session, Session],
+            polls: 1,
+            give_up: false,
+            last_tick: 4,
+            ..BASE
+        },
+        Config {
+            name: "extend",
+            about: "fixed terms are extended",
+            terms: [Fixed; 3],
+            extends: 2,
+            polls: 1,
+            beats: 0,
+            give_up: false,
+            last_tick: 5,
+            ..BASE
+        },
+        Config { name: "force", about: "forced release", forces: 1, last_tick: 3, give_up: false, ..BASE },
+        Config {
+            name: "force-retry",
+            about: "forced release and repeated questions",
+            forces: 1,
+            asks: 2,
+            polls: 1,
+            last_tick: 2,
+            beats: 0,
+            give_up: false,
+            ..BASE
+        },
+        Config {
+            name: "force-fixed",
+            about: "forced release of fixed terms",
+            forces: 1,
+            terms: [Fixed; 3],
+            fixed_ttl: 3,
+            last_tick: 4,
+            extends: 0,
+            polls: 1,
+            beats: 0,
+            give_up: false,
+            ..BASE
+        },
+        Config {
+            name: "two-calls",
+            about: "two calls of each client",
+            calls: [2, 1, 0],
+            beats: 0,
+            last_tick: 3,
+            ..BASE
+        },
+        Config { name: "three", about: "three clients", clients: 3, beats: 0, last_tick: 2, ..BASE },
+        Config {
+            name: "room-for-two",
+            about: "capacity 2, three clients",
+            clients: 3,
+            capacity: 2,
+            beats: 0,
+            last_tick: 3,
+            give_up: false,
+            ..BASE
+        },
+        Config {
+            name: "resource",
+            about: "writes to a fenced resource",
+            writes: 1,
+            beats: 1,
+            give_up: false,
+            last_tick: 4,
+            ..BASE
+        },
+        Config {
+            name: "forget",
+            about: "records and fence counter are lost",
+            forget: true,
+            calls: [2, 1, 0],
+            writes: 1,
+            beats: 0,
+            give_up: false,
+            last_tick: 3,
+            ..BASE
+        },
+        Config {
+            name: "adopt",
+            about: "two adopt one detached hold",
+            adopt: true,
+            terms: [Fixed; 3],
+            asks: 2,
+            extends: 0,
+            beats: 0,
+            last_tick: 4,
+            fixed_ttl: 3,
+            ..BASE
+        },
+        Config {
+            name: "adopt-session",
+            about: "two adopt one detached session hold",
+            adopt: true,
+            asks: 2,
+            beats: 1,
+            last_tick: 4,
+            ..BASE
+        },
+        Config {
+            name: "blind-retry",
+            about: "takeover by a step of its own, questions repeated",
+            blind: true,
+            asks: 2,
+            beats: 0,
+            last_tick: 4,
+            ..BASE
+        },
+        Config {
+            name: "blind-force",
+            about: "the same with a forced release",
+            blind: true,
+            forces: 1,
+            asks: 2,
+            polls: 1,
+            beats: 0,
+            give_up: false,
+            last_tick: 2,
+            ..BASE
+        },
+        Config {
+            name: "blind-three",
+            about: "takeover by a step of its own, three clients",
+            blind: true,
+            clients: 3,
+            beats: 0,
+            give_up: false,
+            ..BASE
+        },
+        Config {
+            name: "two-calls-retry",
+            about: "two calls of one client, questions repeated",
+            calls: [2, 1, 0],
+            asks: 2,
+            beats: 0,
+            last_tick: 2,
+            ..BASE
+        },
+        Config {
+            name: "fixed-give-up",
+            about: "fixed terms, repeated and given up",
+            terms: [Fixed; 3],
+            asks: 2,
+            beats: 0,
+            last_tick: 4,
+            ..BASE
+        },
+        Config {
+            name: "close",
+            about: "sessions are closed",
+            close: true,
+            beats: 1,
+            give_up: false,
+            last_tick: 2,
+            ..BASE
+        },
+    ]
+}
+
+/// The run of this name.
+pub fn by_name(name: &str) -> Option<Config> {
+    all().into_iter().find(|config| config.name == name)
+}
