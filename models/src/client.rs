@@ -1,7 +1,7 @@
 //! The client: what it believes, and what it makes of an answer. One client is one process with one session.
 
 use crate::config::{Config, Term};
-use crate::model::{Msg, Outcome, Token};
+use crate::message::{Msg, Outcome, Token};
 use crate::mutant::Break;
 
 /// Where a call is.

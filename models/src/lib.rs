@@ -3,6 +3,8 @@
 
 pub mod client;
 pub mod config;
+pub mod history;
+pub mod message;
 pub mod model;
 pub mod mutant;
 pub mod properties;

@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["list"] => {
-            for config in runs::all() {
+            for config in runs::all().into_iter().chain(runs::long()) {
                 println!("run    {:26} {}", config.name, config.about);
             }
             for mutant in mutant::all() {

@@ -7,7 +7,7 @@ pub fn all() -> Vec<Config> {
     vec![
         BASE,
         Config { name: "waiter", about: "a waiter that polls", give_up: false, polls: 2, ..BASE },
-        Config { name: "retry", about: "the first question is repeated", asks: 2, beats: 1, last_tick: 3, ..BASE },
+        Config { name: "retry", about: "the first question is repeated", asks: 2, beats: 0, last_tick: 3, ..BASE },
         Config {
             name: "retry-poll",
             about: "repeated, and polled",
@@ -39,12 +39,13 @@ pub fn all() -> Vec<Config> {
         },
         Config {
             name: "fixed",
-            about: "fixed terms, repeated and polled",
+            about: "fixed terms, repeated and polled; sessions outlive them",
             terms: [Fixed; 3],
             asks: 2,
             polls: 1,
             beats: 0,
             give_up: false,
+            session_ttl: 4,
             last_tick: 4,
             ..BASE
         },
@@ -149,8 +150,9 @@ pub fn all() -> Vec<Config> {
             about: "two adopt one detached session hold",
             adopt: true,
             asks: 2,
-            beats: 1,
-            last_tick: 4,
+            beats: 0,
+            session_ttl: 3,
+            last_tick: 3,
             ..BASE
         },
         Config {
@@ -213,7 +215,32 @@ pub fn all() -> Vec<Config> {
     ]
 }
 
+/// Larger runs, not part of the usual test.
+pub fn long() -> Vec<Config> {
+    vec![
+        Config { name: "long-retry", about: "repeated questions and beats", asks: 2, ..BASE },
+        Config {
+            name: "long-two-calls",
+            about: "two calls of each client",
+            calls: [2, 2, 0],
+            beats: 0,
+            last_tick: 2,
+            ..BASE
+        },
+        Config {
+            name: "long-force",
+            about: "forced release, repeated, polled, with beats",
+            forces: 1,
+            asks: 2,
+            polls: 1,
+            last_tick: 2,
+            give_up: false,
+            ..BASE
+        },
+    ]
+}
+
 /// The run of this name.
 pub fn by_name(name: &str) -> Option<Config> {
-    all().into_iter().find(|config| config.name == name)
+    all().into_iter().chain(long()).into_iter().find(|config| config.name == name)
 }

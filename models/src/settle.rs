@@ -4,7 +4,8 @@
 //! more. That is one schedule for each state, not a proof in temporal logic.
 
 use crate::client::Phase;
-use crate::model::{Msg, Protocol, State};
+use crate::message::Msg;
+use crate::model::{Protocol, State};
 use crate::mutant::Break;
 use crate::store::DETACHED;
 

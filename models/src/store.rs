@@ -1,7 +1,8 @@
 //! The store: one atomic step for each request.
 
 use crate::config::{Config, Term};
-use crate::model::{History, Msg, Outcome, Token};
+use crate::history::History;
+use crate::message::{Msg, Outcome, Token};
 use crate::mutant::Break;
 
 /// The token of the hold that is detached when a run of `adopt` begins.
