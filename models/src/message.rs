@@ -32,6 +32,7 @@ pub enum Msg {
     Evict { fence: u16 },
     Write { fence: u16 },
     Look,
+    Record { session: u8, token: Token },
     Acquired { token: Token, outcome: Outcome, asked: u8 },
     Polled { token: Token, outcome: Outcome, asked: u8 },
     Ended { token: Token, time: u8, sure: bool },

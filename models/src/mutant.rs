@@ -62,6 +62,8 @@ pub enum Break {
     ForceNotTold,
     /// A token that was forced out may be entered again.
     ForcedReenters,
+    /// A forced release is recorded against the session by a step of its own, which may be late.
+    ForceInTwoSteps,
     /// An answer is counted for every question of its token.
     AnswersPerToken,
     /// An answer counts although it came after the end of its token was sent.
@@ -133,8 +135,9 @@ pub fn all() -> Vec<Mutant> {
         mutant("force-without-compare", ForceWithoutCompare, run("force"), Some("I2")),
         mutant("force-not-told", ForceNotTold, run("force"), Some("L4")),
         mutant("dead-not-told", TellTheDead, run("force-fixed"), Some("L4")),
+        mutant("force-in-two-steps", ForceInTwoSteps, run("blind-force"), Some("I8")),
         mutant("forced-reenters", ForcedReenters, run("force-retry"), Some("I8")),
-        mutant("adopt-without-compare", AdoptWithoutCompare, run("adopt"), Some("I2")),
+        mutant("adopt-without-compare", AdoptWithoutCompare, run("adopt"), Some("I1")),
         mutant("adopt-no-not-after", AdoptNoNotAfter, run("adopt-session"), Some("L3")),
         mutant("poll-creates", PollCreates, waiter, Some("L3")),
         mutant("no-not-after", NoNotAfter, run("base"), Some("L3")),

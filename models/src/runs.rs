@@ -173,7 +173,7 @@ pub fn all() -> Vec<Config> {
             polls: 1,
             beats: 0,
             give_up: false,
-            last_tick: 2,
+            last_tick: 4,
             ..BASE
         },
         Config {
@@ -187,11 +187,12 @@ pub fn all() -> Vec<Config> {
         },
         Config {
             name: "two-calls-retry",
-            about: "two calls of one client, questions repeated",
+            about: "two calls of one client, questions repeated, none given up",
             calls: [2, 1, 0],
             asks: 2,
             beats: 0,
             last_tick: 2,
+            give_up: false,
             ..BASE
         },
         Config {
@@ -218,6 +219,15 @@ pub fn all() -> Vec<Config> {
 /// Larger runs, not part of the usual test.
 pub fn long() -> Vec<Config> {
     vec![
+        Config {
+            name: "long-two-calls-retry",
+            about: "two calls of one client, questions repeated",
+            calls: [2, 1, 0],
+            asks: 2,
+            beats: 0,
+            last_tick: 2,
+            ..BASE
+        },
         Config { name: "long-retry", about: "repeated questions and beats", asks: 2, ..BASE },
         Config {
             name: "long-two-calls",

@@ -77,7 +77,12 @@ impl Protocol {
                 self.deliver(&mut state, &msg);
             }
         }
-        state.net.clear();
+        // The second step of a forced release is repeated by the one who forces.
+        for msg in std::mem::take(&mut state.net) {
+            if matches!(msg, Msg::Record { .. }) {
+                self.exchange(&mut state, &msg);
+            }
+        }
         self.beats(&mut state);
         for client in &state.clients {
             let told = self.rules(state.now).session(client) || self.broken == Some(Break::TellTheDead);

@@ -153,6 +153,9 @@ impl Step<'_> {
                 let outcome = self.adopt(from, to, by, not_after);
                 self.out.push(Msg::Acquired { token: to, outcome, asked });
             }
+            Msg::Record { session, token } if self.lives(session) => {
+                self.store.sessions[usize::from(session)].forced.push(token);
+            }
             Msg::Close { by } => {
                 self.store.sessions[usize::from(by)].expires = 0;
                 self.history.died(by);
@@ -241,7 +244,9 @@ impl Step<'_> {
         let hold = self.store.holds.remove(at);
         self.store.last += 1;
         self.history.forced(fence);
-        if self.lives(hold.session) {
+        if self.broken(Break::ForceInTwoSteps) {
+            self.out.push(Msg::Record { session: hold.session, token: hold.token });
+        } else if self.lives(hold.session) {
             let forced = &mut self.store.sessions[usize::from(hold.session)].forced;
             forced.push(hold.token);
             forced.sort_unstable();
