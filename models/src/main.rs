@@ -1,8 +1,9 @@
-//! `list`, `run NAME`, `mutant NAME`; `all` in place of a name.
+//! `list`, `run NAME`, `mutant NAME`, with `all` in place of a name; `exhaust NAME` runs a mutant on to its last state.
 #![allow(clippy::print_stdout)]
 
 use std::process::ExitCode;
 
+use stanchion_models::mutant::Mutant;
 use stanchion_models::run::{Report, run, run_mutant};
 use stanchion_models::{mutant, runs};
 
@@ -39,12 +40,16 @@ fn main() -> ExitCode {
             Some(config) => show(&run(config), true),
             None => return ExitCode::FAILURE,
         },
+        ["exhaust", name] => match mutant::by_mutant(name) {
+            Some(mutant) => show(&run_mutant(Mutant { killed_by: None, ..mutant }), false),
+            None => return ExitCode::FAILURE,
+        },
         ["mutant", name] => match mutant::by_mutant(name) {
             Some(mutant) => show(&run_mutant(mutant), true),
             None => return ExitCode::FAILURE,
         },
         _ => {
-            println!("list | run NAME | run all | mutant NAME | mutant all");
+            println!("list | run NAME | run all | mutant NAME | mutant all | exhaust NAME");
             return ExitCode::FAILURE;
         }
     }

@@ -5,9 +5,17 @@ use crate::config::{BASE, Config, Term::Fixed, Term::Session};
 /// All runs of the protocol as it stands.
 pub fn all() -> Vec<Config> {
     vec![
-        BASE,
-        Config { name: "waiter", about: "a waiter that polls", give_up: false, polls: 2, ..BASE },
-        Config { name: "retry", about: "the first question is repeated", asks: 2, beats: 0, last_tick: 3, ..BASE },
+        Config { floor: 297_000, ..BASE },
+        Config { name: "waiter", about: "a waiter that polls", give_up: false, polls: 2, floor: 207_000, ..BASE },
+        Config {
+            name: "retry",
+            about: "the first question is repeated",
+            asks: 2,
+            beats: 0,
+            last_tick: 3,
+            floor: 61_000,
+            ..BASE
+        },
         Config {
             name: "retry-poll",
             about: "repeated, and polled",
@@ -15,9 +23,10 @@ pub fn all() -> Vec<Config> {
             polls: 1,
             beats: 0,
             give_up: false,
+            floor: 31_000,
             ..BASE
         },
-        Config { name: "ends", about: "ends are repeated", ends: 2, beats: 0, ..BASE },
+        Config { name: "ends", about: "ends are repeated", ends: 2, beats: 0, floor: 30_000, ..BASE },
         Config {
             name: "beats",
             about: "sessions of three ticks, slow beats",
@@ -25,9 +34,10 @@ pub fn all() -> Vec<Config> {
             last_tick: 5,
             beats: 1,
             give_up: false,
+            floor: 721_000,
             ..BASE
         },
-        Config { name: "blind", about: "takeover by a step of its own", blind: true, ..BASE },
+        Config { name: "blind", about: "takeover by a step of its own", blind: true, floor: 290_000, ..BASE },
         Config {
             name: "blind-poll",
             about: "the same with a waiter that polls",
@@ -35,6 +45,7 @@ pub fn all() -> Vec<Config> {
             give_up: false,
             polls: 1,
             last_tick: 4,
+            floor: 125_000,
             ..BASE
         },
         Config {
@@ -47,6 +58,7 @@ pub fn all() -> Vec<Config> {
             give_up: false,
             session_ttl: 4,
             last_tick: 4,
+            floor: 1_288_000,
             ..BASE
         },
         Config {
@@ -56,6 +68,7 @@ pub fn all() -> Vec<Config> {
             polls: 1,
             give_up: false,
             last_tick: 4,
+            floor: 241_000,
             ..BASE
         },
         Config {
@@ -67,9 +80,18 @@ pub fn all() -> Vec<Config> {
             beats: 0,
             give_up: false,
             last_tick: 5,
+            floor: 459_000,
             ..BASE
         },
-        Config { name: "force", about: "forced release", forces: 1, last_tick: 3, give_up: false, ..BASE },
+        Config {
+            name: "force",
+            about: "forced release",
+            forces: 1,
+            last_tick: 3,
+            give_up: false,
+            floor: 452_000,
+            ..BASE
+        },
         Config {
             name: "force-retry",
             about: "forced release and repeated questions",
@@ -79,6 +101,7 @@ pub fn all() -> Vec<Config> {
             last_tick: 2,
             beats: 0,
             give_up: false,
+            floor: 221_000,
             ..BASE
         },
         Config {
@@ -92,6 +115,7 @@ pub fn all() -> Vec<Config> {
             polls: 1,
             beats: 0,
             give_up: false,
+            floor: 65_000,
             ..BASE
         },
         Config {
@@ -100,9 +124,10 @@ pub fn all() -> Vec<Config> {
             calls: [2, 1, 0],
             beats: 0,
             last_tick: 3,
+            floor: 261_000,
             ..BASE
         },
-        Config { name: "three", about: "three clients", clients: 3, beats: 0, last_tick: 2, ..BASE },
+        Config { name: "three", about: "three clients", clients: 3, beats: 0, last_tick: 2, floor: 189_000, ..BASE },
         Config {
             name: "room-for-two",
             about: "capacity 2, three clients",
@@ -111,6 +136,7 @@ pub fn all() -> Vec<Config> {
             beats: 0,
             last_tick: 3,
             give_up: false,
+            floor: 31_000,
             ..BASE
         },
         Config {
@@ -120,6 +146,7 @@ pub fn all() -> Vec<Config> {
             beats: 1,
             give_up: false,
             last_tick: 4,
+            floor: 301_000,
             ..BASE
         },
         Config {
@@ -131,6 +158,7 @@ pub fn all() -> Vec<Config> {
             beats: 0,
             give_up: false,
             last_tick: 3,
+            floor: 332_000,
             ..BASE
         },
         Config {
@@ -143,6 +171,7 @@ pub fn all() -> Vec<Config> {
             beats: 0,
             last_tick: 4,
             fixed_ttl: 3,
+            floor: 191_000,
             ..BASE
         },
         Config {
@@ -153,6 +182,7 @@ pub fn all() -> Vec<Config> {
             beats: 0,
             session_ttl: 3,
             last_tick: 3,
+            floor: 45_000,
             ..BASE
         },
         Config {
@@ -162,6 +192,7 @@ pub fn all() -> Vec<Config> {
             asks: 2,
             beats: 0,
             last_tick: 4,
+            floor: 76_000,
             ..BASE
         },
         Config {
@@ -174,6 +205,7 @@ pub fn all() -> Vec<Config> {
             beats: 0,
             give_up: false,
             last_tick: 4,
+            floor: 371_000,
             ..BASE
         },
         Config {
@@ -183,6 +215,7 @@ pub fn all() -> Vec<Config> {
             clients: 3,
             beats: 0,
             give_up: false,
+            floor: 14_000,
             ..BASE
         },
         Config {
@@ -193,6 +226,7 @@ pub fn all() -> Vec<Config> {
             beats: 0,
             last_tick: 2,
             give_up: false,
+            floor: 749_000,
             ..BASE
         },
         Config {
@@ -202,6 +236,7 @@ pub fn all() -> Vec<Config> {
             asks: 2,
             beats: 0,
             last_tick: 4,
+            floor: 494_000,
             ..BASE
         },
         Config {
@@ -211,6 +246,7 @@ pub fn all() -> Vec<Config> {
             beats: 1,
             give_up: false,
             last_tick: 2,
+            floor: 147_000,
             ..BASE
         },
     ]
@@ -226,9 +262,10 @@ pub fn long() -> Vec<Config> {
             asks: 2,
             beats: 0,
             last_tick: 2,
+            floor: 11_000_000,
             ..BASE
         },
-        Config { name: "long-retry", about: "repeated questions and beats", asks: 2, ..BASE },
+        Config { name: "long-retry", about: "repeated questions and beats", asks: 2, floor: 4_000_000, ..BASE },
         Config {
             name: "long-two-calls",
             about: "two calls of each client",
