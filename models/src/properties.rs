@@ -1,9 +1,11 @@
-//! What must always be so.
+//! What must always be so, and what must happen in some run, or the runs prove little.
 
 use std::cell::RefCell;
 
 use stateright::Property;
 
+use crate::client::{Call, Phase};
+use crate::message::Msg;
 use crate::model::{Protocol, State};
 use crate::settle::{L1, L2, L3, L4};
 
@@ -22,7 +24,36 @@ pub fn all() -> Vec<Property<Protocol>> {
         Property::always("L2", |model: &Protocol, state: &State| continued(model, state) & L2 == 0),
         Property::always("L3", |model: &Protocol, state: &State| continued(model, state) & L3 == 0),
         Property::always("L4", |model: &Protocol, state: &State| continued(model, state) & L4 == 0),
+        Property::sometimes("two calls held", |_, state: &State| calls(state).filter(|call| call.held).count() > 1),
+        Property::sometimes("two believe", |model: &Protocol, state: &State| believed(model, state).len() > 1),
+        Property::sometimes("a hold was lost", |_, state: &State| calls(state).any(|call| call.lost)),
+        Property::sometimes("a hold was forced out", |_, state: &State| !state.history.forced.is_empty()),
+        Property::sometimes("a grant after the loss of records", |_, state: &State| {
+            state.history.forgotten > 0 && state.history.issued > state.history.forgotten
+        }),
+        Property::sometimes("a detached hold was taken up", |model: &Protocol, state: &State| {
+            model.config.adopt && calls(state).any(|call| call.held)
+        }),
+        Property::sometimes("a believer after a session died", |model: &Protocol, state: &State| {
+            state.history.dead != 0 && state.history.granted.len() > 1 && !believed(model, state).is_empty()
+        }),
+        Property::sometimes("a push for a waiter", |_, state: &State| {
+            let waits = |token: u8| calls(state).any(|call| call.token == token && call.phase == Phase::Waiting);
+            state.net.iter().any(|msg| matches!(msg, Msg::PushGranted { token, .. } if waits(*token)))
+        }),
+        Property::sometimes("a late question", |_, state: &State| {
+            let late = |msg: &Msg| matches!(msg, Msg::Acquire { not_after, .. } if *not_after < state.now);
+            state.net.iter().any(late)
+        }),
+        Property::sometimes("a stale write on its way", |_, state: &State| {
+            state.history.accepted > 0
+                && state.net.iter().any(|msg| matches!(msg, Msg::Write { fence } if *fence < state.history.accepted))
+        }),
     ]
+}
+
+fn calls(state: &State) -> impl Iterator<Item = &Call> {
+    state.clients.iter().flat_map(|client| &client.calls)
 }
 
 /// Fences of believers, without those that were forced out or forgotten by the store.

@@ -127,7 +127,16 @@ pub fn all() -> Vec<Config> {
             floor: 261_000,
             ..BASE
         },
-        Config { name: "three", about: "three clients", clients: 3, beats: 0, last_tick: 2, floor: 189_000, ..BASE },
+        Config {
+            name: "three",
+            about: "three clients",
+            clients: 3,
+            beats: 0,
+            last_tick: 3,
+            give_up: false,
+            floor: 10_000,
+            ..BASE
+        },
         Config {
             name: "room-for-two",
             about: "capacity 2, three clients",
