@@ -44,6 +44,8 @@ pub struct Config {
     pub writes: u8,
     /// How often a session beats.
     pub beats: u8,
+    /// So many of the first clients never beat.
+    pub quiet: usize,
     /// Forced releases by an operator.
     pub forces: u8,
     /// Calls may be given up before they are granted.
@@ -81,6 +83,7 @@ pub const BASE: Config = Config {
     extends: 0,
     writes: 0,
     beats: 1,
+    quiet: 0,
     forces: 0,
     give_up: true,
     blind: false,

@@ -310,7 +310,7 @@ impl Model for Protocol {
                 self.call_actions(state, (c, k), actions);
             }
             contends |= rules.session(client) && client.calls.iter().any(|call| call.phase == Phase::Waiting);
-            if rules.session(client) && client.beats < config.beats {
+            if rules.session(client) && client.beats < config.beats && c >= config.quiet {
                 actions.push(Action::Beat(c));
             }
             if rules.session(client) && config.close {

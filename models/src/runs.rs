@@ -129,9 +129,10 @@ pub fn all() -> Vec<Config> {
         },
         Config {
             name: "three",
-            about: "three clients",
+            about: "three clients, of whom one beats",
             clients: 3,
-            beats: 0,
+            beats: 1,
+            quiet: 2,
             last_tick: 3,
             give_up: false,
             floor: 10_000,
@@ -219,10 +220,11 @@ pub fn all() -> Vec<Config> {
         },
         Config {
             name: "blind-three",
-            about: "takeover by a step of its own, three clients",
+            about: "takeover by a step of its own, three clients, of whom one beats",
             blind: true,
             clients: 3,
-            beats: 0,
+            beats: 1,
+            quiet: 2,
             give_up: false,
             floor: 14_000,
             ..BASE
@@ -281,6 +283,7 @@ pub fn long() -> Vec<Config> {
             calls: [2, 2, 0],
             beats: 0,
             last_tick: 2,
+            floor: 14_000_000,
             ..BASE
         },
         Config {
@@ -291,6 +294,7 @@ pub fn long() -> Vec<Config> {
             polls: 1,
             last_tick: 2,
             give_up: false,
+            floor: 19_000_000,
             ..BASE
         },
     ]
