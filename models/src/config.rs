@@ -1,0 +1,95 @@
+//! Configurations: what may happen in a run, and how often. Every run is small enough to visit all its states.
+
+/// How long a hold lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Term {
+    /// As long as the session lives.
+    Session,
+    /// Its own deadline.
+    Fixed,
+}
+
+/// The bounds of one run. All times are ticks.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// The name of the run.
+    pub name: &'static str,
+    /// What it looks at.
+    pub about: &'static str,
+    /// Clients; each is one process with one session.
+    pub clients: usize,
+    /// Calls of each client.
+    pub calls: [usize; 3],
+    /// The term that each client asks for.
+    pub terms: [Term; 3],
+    /// How long a session lives after a beat.
+    pub session_ttl: u8,
+    /// How long a fixed term is.
+    pub fixed_ttl: u8,
+    /// How long after its first question a token may be created.
+    pub window: u8,
+    /// No tick after this time.
+    pub last_tick: u8,
+    /// How many holds the key has room for.
+    pub capacity: usize,
+    /// How often a call sends `acquire` (or `adopt`).
+    pub asks: u8,
+    /// How often a call sends `poll`.
+    pub polls: u8,
+    /// How often a call sends `release` or `abandon`.
+    pub ends: u8,
+    /// How often a call sends `extend`.
+    pub extends: u8,
+    /// How often a call writes to the fenced resource.
+    pub writes: u8,
+    /// How often a session beats.
+    pub beats: u8,
+    /// So many of the first clients never beat.
+    pub quiet: usize,
+    /// Forced releases by an operator.
+    pub forces: u8,
+    /// Calls may be given up before they are granted.
+    pub give_up: bool,
+    /// The lock's step does not see sessions: a contender reads the session and evicts by a step of its own.
+    pub blind: bool,
+    /// Records and fence counter may be lost once.
+    pub forget: bool,
+    /// The calls take up one detached hold instead of asking for a new one. A detached session hold hangs on a session
+    /// that lives on.
+    pub adopt: bool,
+    /// A session may be closed.
+    pub close: bool,
+    /// Fences per tick of the store's clock.
+    pub fences_per_tick: u16,
+    /// Fewer unique states than this mean that the run did not look at what it should.
+    pub floor: usize,
+}
+
+/// The smallest run, on which the others are built.
+pub const BASE: Config = Config {
+    name: "base",
+    about: "one call each, nothing repeated",
+    clients: 2,
+    calls: [1; 3],
+    terms: [Term::Session; 3],
+    session_ttl: 2,
+    fixed_ttl: 2,
+    window: 1,
+    last_tick: 3,
+    capacity: 1,
+    asks: 1,
+    polls: 0,
+    ends: 1,
+    extends: 0,
+    writes: 0,
+    beats: 1,
+    quiet: 0,
+    forces: 0,
+    give_up: true,
+    blind: false,
+    forget: false,
+    adopt: false,
+    close: false,
+    fences_per_tick: 8,
+    floor: 1_000,
+};
