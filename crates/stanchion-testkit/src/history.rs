@@ -48,11 +48,11 @@ pub struct History {
 #[non_exhaustive]
 pub enum Violation {
     /// Two grants of a key have the same fence.
-    FenceRepeated(Grant, Grant),
+    FenceRepeated(Box<[Grant; 2]>),
     /// A grant was asked for after another had returned, and has a lower fence.
-    FenceOrder(Grant, Grant),
+    FenceOrder(Box<[Grant; 2]>),
     /// Two clients believed at once that they hold the key alone.
-    BeliefsOverlap(Grant, Grant),
+    BeliefsOverlap(Box<[Grant; 2]>),
     /// The resource took a write with a lower fence than it had taken before.
     StaleWrite {
         /// The highest fence before.
@@ -86,14 +86,14 @@ impl History {
             by_fence.sort_by_key(|grant| grant.fence);
             for two in by_fence.windows(2) {
                 if two[0].fence == two[1].fence {
-                    return Err(Violation::FenceRepeated(two[0].clone(), two[1].clone()));
+                    return Err(Violation::FenceRepeated(Box::new([two[0].clone(), two[1].clone()])));
                 }
             }
             // In order of fences, nobody may have been asked for later than one with a higher fence had returned.
             let mut earliest_return: Option<&Grant> = None;
             for grant in by_fence.iter().rev() {
                 if let Some(later) = earliest_return.filter(|later| later.returned < grant.invoked) {
-                    return Err(Violation::FenceOrder((*later).clone(), (*grant).clone()));
+                    return Err(Violation::FenceOrder(Box::new([(*later).clone(), (*grant).clone()])));
                 }
                 if earliest_return.is_none_or(|earliest| grant.returned < earliest.returned) {
                     earliest_return = Some(grant);
@@ -112,7 +112,7 @@ impl History {
             let mut longest: Option<&Grant> = None;
             for grant in grants {
                 if let Some(before) = longest.filter(|before| before.believed_until > grant.returned) {
-                    return Err(Violation::BeliefsOverlap((*before).clone(), (*grant).clone()));
+                    return Err(Violation::BeliefsOverlap(Box::new([(*before).clone(), (*grant).clone()])));
                 }
                 if longest.is_none_or(|longest| grant.believed_until > longest.believed_until) {
                     longest = Some(grant);
