@@ -135,7 +135,7 @@ pub fn all() -> Vec<Config> {
             quiet: 2,
             last_tick: 3,
             give_up: false,
-            floor: 10_000,
+            floor: 126_000,
             ..BASE
         },
         Config {
@@ -226,7 +226,7 @@ pub fn all() -> Vec<Config> {
             beats: 1,
             quiet: 2,
             give_up: false,
-            floor: 14_000,
+            floor: 119_000,
             ..BASE
         },
         Config {
