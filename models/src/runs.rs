@@ -120,7 +120,7 @@ pub fn all() -> Vec<Config> {
         },
         Config {
             name: "two-calls",
-            about: "two calls of each client",
+            about: "two calls of one client",
             calls: [2, 1, 0],
             beats: 0,
             last_tick: 3,
@@ -200,9 +200,11 @@ pub fn all() -> Vec<Config> {
             about: "takeover by a step of its own, questions repeated",
             blind: true,
             asks: 2,
-            beats: 0,
-            last_tick: 4,
-            floor: 76_000,
+            beats: 1,
+            quiet: 1,
+            last_tick: 3,
+            give_up: false,
+            floor: 93_000,
             ..BASE
         },
         Config {
