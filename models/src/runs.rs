@@ -120,7 +120,7 @@ pub fn all() -> Vec<Config> {
         },
         Config {
             name: "two-calls",
-            about: "two calls of each client",
+            about: "two calls of one client",
             calls: [2, 1, 0],
             beats: 0,
             last_tick: 3,
@@ -135,7 +135,7 @@ pub fn all() -> Vec<Config> {
             quiet: 2,
             last_tick: 3,
             give_up: false,
-            floor: 10_000,
+            floor: 126_000,
             ..BASE
         },
         Config {
@@ -200,9 +200,11 @@ pub fn all() -> Vec<Config> {
             about: "takeover by a step of its own, questions repeated",
             blind: true,
             asks: 2,
-            beats: 0,
-            last_tick: 4,
-            floor: 76_000,
+            beats: 1,
+            quiet: 1,
+            last_tick: 3,
+            give_up: false,
+            floor: 93_000,
             ..BASE
         },
         Config {
@@ -226,7 +228,7 @@ pub fn all() -> Vec<Config> {
             beats: 1,
             quiet: 2,
             give_up: false,
-            floor: 14_000,
+            floor: 119_000,
             ..BASE
         },
         Config {
