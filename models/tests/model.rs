@@ -25,14 +25,6 @@ fn the_protocol_holds_in_every_run() {
 }
 
 #[test]
-#[ignore = "takes minutes"]
-fn the_protocol_holds_in_the_long_runs() {
-    for config in runs::long() {
-        holds(config);
-    }
-}
-
-#[test]
 fn every_mutant_is_killed_by_its_property() {
     for mutant in mutant::all() {
         let report = run_mutant(mutant);

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use stanchion::store::{Fault, Faulty, Memory, Step};
+use stanchion::store::{Fault, Faulty, Memory, Step, Store};
 use stanchion::{Demand, ErrorKind, Event, Locks, LossCause, Released, RetryPolicy, VirtualClock};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -155,6 +155,19 @@ async fn a_forced_release_tells_the_holder_by_push_and_without() {
         assert_eq!(reason.as_deref(), Some("the operator says so"));
         assert!(locks.lock("k").await.unwrap().fence() > guard.fence());
     }
+}
+
+#[tokio::test]
+async fn a_fixed_hold_whose_session_was_lost_is_still_told_of_a_forced_release() {
+    let memory = Memory::new();
+    let locks = Locks::builder_with_store(memory.clone()).session_ttl(SECOND / 2).open().await.unwrap();
+    let guard = locks.lock("k").ttl(60 * SECOND).await.unwrap();
+    let session = locks.session().unwrap();
+    memory.close_session(session).await.unwrap();
+    until("another session", async || locks.session().is_some_and(|now| now != session)).await;
+    assert!(guard.is_held(), "it outlives its session");
+    locks.force_release("k", guard.fence(), "stuck").await.unwrap();
+    assert_eq!(guard.lost().await, LossCause::Missing);
 }
 
 #[tokio::test]

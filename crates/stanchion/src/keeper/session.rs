@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::retry::limited;
 use crate::shared::{Entry, SessionView, Shared};
-use crate::store::{BeatOutcome, Liveness, LostToken, OpenOutcome, OpenSession};
+use crate::store::{BeatOutcome, Liveness, LostToken, OpenOutcome, OpenSession, PollOutcome};
 use crate::token::SessionId;
 
 /// Beats per session ttl: 2 s for the default of 10 s.
@@ -117,6 +117,7 @@ async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime) {
                         for lost in lost {
                             forced_out(shared, lost);
                         }
+                        ask_for_survivors(shared, session.id);
                     }
                     BeatOutcome::Gone => return session.gone(shared.clock.now()),
                 }
@@ -129,6 +130,22 @@ async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime) {
                 next = shared.clock.now().after((interval / 4).max(Duration::from_millis(10)));
             }
         }
+    }
+}
+
+/// Fixed terms outlive the session that asked for them, and then no beat tells that they were released by force: they
+/// are asked for, one by one. There are some only after a session was lost.
+fn ask_for_survivors(shared: &Arc<Shared>, current: SessionId) {
+    let survivors = shared.holds().into_iter().filter(|hold| !hold.session_bound && hold.session.id != current);
+    for hold in survivors {
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            let poll = shared.store.poll(&hold.key, hold.token);
+            let answer = limited(&shared.clock, shared.config.retry.attempt, poll).await;
+            if matches!(answer, Ok(reply) if reply.outcome == PollOutcome::Gone) {
+                shared.lose(&hold, LossCause::Missing, None);
+            }
+        });
     }
 }
 
