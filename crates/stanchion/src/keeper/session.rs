@@ -18,10 +18,12 @@ const BEATS_PER_TTL: u32 = 5;
 
 /// Keeps one session open, and another one when it is lost. Never returns.
 pub(super) async fn keep_one(shared: Arc<Shared>) {
+    let mut is_first = true;
     loop {
         let (session, opened) = open(&shared).await;
         shared.session.send_replace(SessionView::Open(session.clone()));
-        beat(&shared, &session, opened).await;
+        beat(&shared, &session, opened, is_first).await;
+        is_first = false;
         session.end();
         shared.session.send_replace(SessionView::Opening(None));
         shared.observer.tell(|| Event::SessionLost { session: session.id });
@@ -95,7 +97,7 @@ fn valid_until(shared: &Shared, asked: BootTime) -> BootTime {
 }
 
 /// Beats until the session is over.
-async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime) {
+async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime, is_first: bool) {
     let interval = shared.config.session_ttl / BEATS_PER_TTL;
     let mut next = opened.after(interval);
     loop {
@@ -117,7 +119,9 @@ async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime) {
                         for lost in lost {
                             forced_out(shared, lost);
                         }
-                        ask_for_survivors(shared, session.id);
+                        if !is_first {
+                            ask_for_survivors(shared, session.id);
+                        }
                     }
                     BeatOutcome::Gone => return session.gone(shared.clock.now()),
                 }
