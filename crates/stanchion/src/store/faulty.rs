@@ -11,6 +11,7 @@ use async_trait::async_trait;
 
 use super::*;
 use crate::clock::{Clock, VirtualClock};
+use crate::error::{Error, ErrorKind};
 
 /// One of the steps of a [`Store`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -1,0 +1,307 @@
+//! What the memory store keeps, and one atomic step on it.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, MutexGuard};
+use std::time::{Duration, SystemTime};
+
+use crate::fence::Fence;
+use crate::key::Key;
+use crate::store::*;
+use crate::token::{SessionId, TokenId};
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) sessions: HashMap<SessionId, Session>,
+    /// Sessions that have ended and when they may be forgotten: nobody sends for them any more.
+    pub(super) ended: HashMap<SessionId, StoreTime>,
+    pub(super) pushes: HashMap<SessionId, PushSender>,
+    pub(super) keys: BTreeMap<String, Record>,
+    pub(super) forced: HashMap<TokenId, (SessionId, LostToken)>,
+    /// At least as high as every fence of a key whose record was dropped.
+    pub(super) fence_floor: Option<Fence>,
+}
+
+#[derive(Debug)]
+pub(super) struct Session {
+    pub(super) owner: Arc<str>,
+    pub(super) ttl: Duration,
+    pub(super) expires: StoreTime,
+}
+
+#[derive(Debug)]
+pub(super) struct Record {
+    pub(super) key: Key,
+    pub(super) last: Option<Fence>,
+    pub(super) closed_until: Option<StoreTime>,
+    pub(super) holds: Vec<Hold>,
+    pub(super) queue: VecDeque<Waiter>,
+}
+
+#[derive(Debug)]
+pub(super) struct Hold {
+    pub(super) token: TokenId,
+    pub(super) session: SessionId,
+    pub(super) session_bound: bool,
+    pub(super) deadline: Option<StoreTime>,
+    pub(super) fence: Fence,
+    pub(super) demand: Demand,
+    pub(super) owner: Arc<str>,
+    pub(super) at: StoreTime,
+    pub(super) since: SystemTime,
+    pub(super) metadata: Option<String>,
+    pub(super) trace: Option<String>,
+}
+
+#[derive(Debug)]
+pub(super) struct Waiter {
+    pub(super) token: TokenId,
+    pub(super) session: SessionId,
+    pub(super) demand: Demand,
+    pub(super) term: Term,
+    pub(super) owner: Arc<str>,
+    pub(super) at: StoreTime,
+    pub(super) metadata: Option<String>,
+    pub(super) trace: Option<String>,
+}
+
+impl Record {
+    pub(super) fn capacity(&self) -> Option<u32> {
+        self.holds
+            .first()
+            .map(|hold| hold.demand)
+            .or(self.queue.front().map(|waiter| waiter.demand))
+            .map(Demand::capacity)
+    }
+
+    pub(super) fn fits(&self, demand: Demand, now: StoreTime) -> bool {
+        let used: u64 = self.holds.iter().map(|hold| u64::from(hold.demand.units())).sum();
+        let open = self.closed_until.is_none_or(|until| until <= now);
+        open && used + u64::from(demand.units()) <= u64::from(demand.capacity())
+    }
+
+    pub(super) fn hold(&self, token: TokenId) -> Option<&Hold> {
+        self.holds.iter().find(|hold| hold.token == token)
+    }
+}
+
+impl Hold {
+    pub(super) fn granted(&self, now: StoreTime) -> Granted {
+        Granted { fence: self.fence, remaining: self.deadline.map(|deadline| deadline.since(now)) }
+    }
+}
+
+/// One atomic step: the state, locked, and the time at which it is done.
+pub(super) struct Step<'a> {
+    pub(super) state: MutexGuard<'a, State>,
+    pub(super) now: StoreTime,
+    pub(super) wall: SystemTime,
+    pub(super) wall_micros: u64,
+}
+
+impl Step<'_> {
+    pub(super) fn reply<T>(&self, outcome: T) -> Result<Reply<T>> {
+        Ok(Reply { time: self.now, outcome })
+    }
+
+    pub(super) fn lives(&self, session: SessionId) -> bool {
+        self.state.sessions.get(&session).is_some_and(|session| session.expires > self.now)
+    }
+
+    pub(super) fn end_session(&mut self, session: SessionId) {
+        self.state.pushes.remove(&session);
+        if let Some(ended) = self.state.sessions.remove(&session) {
+            let forget_at = self.now.after(ended.ttl.saturating_mul(2).max(Duration::from_secs(60)));
+            self.state.ended.insert(session, forget_at);
+        }
+        self.state.forced.retain(|_, (of, _)| *of != session);
+        let now = self.now;
+        self.state.ended.retain(|_, forget_at| *forget_at > now);
+    }
+
+    /// Takes the record of a key out, settled. [`Step::put`] puts it back.
+    pub(super) fn take(&mut self, key: &Key) -> Record {
+        let mut record = self.state.keys.remove(key.as_encoded()).unwrap_or_else(|| Record {
+            key: key.clone(),
+            last: self.state.fence_floor,
+            closed_until: None,
+            holds: Vec::new(),
+            queue: VecDeque::new(),
+        });
+        self.settle(&mut record);
+        record
+    }
+
+    pub(super) fn put(&mut self, mut record: Record) {
+        self.settle(&mut record);
+        if record.holds.is_empty() && record.queue.is_empty() && record.closed_until.is_none() {
+            // Nothing but a fence: one floor for all idle keys remembers enough, and no key leaks.
+            self.state.fence_floor = self.state.fence_floor.max(record.last);
+        } else {
+            self.state.keys.insert(record.key.as_encoded().to_owned(), record);
+        }
+    }
+
+    pub(super) fn settle(&mut self, record: &mut Record) {
+        let now = self.now;
+        record.holds.retain(|hold| {
+            hold.deadline.is_none_or(|deadline| deadline > now) && (!hold.session_bound || self.lives(hold.session))
+        });
+        record.closed_until = record.closed_until.filter(|until| *until > now);
+        while let Some(head) = record.queue.front() {
+            if !self.lives(head.session) {
+                record.queue.pop_front();
+            } else if record.fits(head.demand, now) {
+                let Some(waiter) = record.queue.pop_front() else { break };
+                let (session, token) = (waiter.session, waiter.token);
+                let granted = self.grant(record, waiter);
+                if let Some(push) = self.state.pushes.get(&session) {
+                    push.send(Push::Granted { key: record.key.clone(), token, fence: granted.fence });
+                }
+            } else {
+                break;
+            }
+        }
+    }
+
+    pub(super) fn grant(&self, record: &mut Record, waiter: Waiter) -> Granted {
+        let fence = Fence::next(record.last, self.wall_micros);
+        record.last = Some(fence);
+        let hold = Hold {
+            token: waiter.token,
+            session: waiter.session,
+            session_bound: matches!(waiter.term, Term::Session { .. }),
+            deadline: waiter.term.length().map(|length| self.now.after(length)),
+            fence,
+            demand: waiter.demand,
+            owner: waiter.owner,
+            at: self.now,
+            since: self.wall,
+            metadata: waiter.metadata,
+            trace: waiter.trace,
+        };
+        let granted = hold.granted(self.now);
+        record.holds.push(hold);
+        granted
+    }
+
+    /// When time alone may change something for a waiter: a deadline, the end of a cooldown, the end of a session.
+    pub(super) fn check_in(&self, record: &Record) -> Option<Duration> {
+        let deadlines = record.holds.iter().filter_map(|hold| hold.deadline);
+        let sessions = record
+            .holds
+            .iter()
+            .filter(|hold| hold.session_bound)
+            .filter_map(|hold| self.state.sessions.get(&hold.session).map(|session| session.expires));
+        deadlines.chain(sessions).chain(record.closed_until).min().map(|at| at.since(self.now))
+    }
+
+    pub(super) fn queued(&self, record: &Record, token: TokenId) -> Option<Queued> {
+        let ahead = record.queue.iter().position(|waiter| waiter.token == token)?;
+        Some(Queued { ahead: u32::try_from(ahead).unwrap_or(u32::MAX), check_in: self.check_in(record) })
+    }
+
+    pub(super) fn acquire(&mut self, record: &mut Record, request: AcquireRequest) -> AcquireOutcome {
+        if !self.lives(request.session) {
+            return AcquireOutcome::SessionGone;
+        }
+        if self.state.forced.contains_key(&request.token) {
+            return AcquireOutcome::Forced;
+        }
+        if let Some(hold) = record.hold(request.token) {
+            return AcquireOutcome::Granted(hold.granted(self.now));
+        }
+        if let Some(queued) = self.queued(record, request.token) {
+            return AcquireOutcome::Queued(queued);
+        }
+        if self.now > request.not_after {
+            return AcquireOutcome::Stale;
+        }
+        if let Some(in_use) = record.capacity().filter(|in_use| *in_use != request.demand.capacity()) {
+            return AcquireOutcome::CapacityMismatch { in_use };
+        }
+        let goes_now = record.queue.is_empty() && record.fits(request.demand, self.now);
+        if !goes_now && !request.enqueue {
+            return AcquireOutcome::Busy { check_in: self.check_in(record) };
+        }
+        let owner = self.state.sessions.get(&request.session).map(|session| session.owner.clone()).unwrap_or_default();
+        let waiter = Waiter {
+            token: request.token,
+            session: request.session,
+            demand: request.demand,
+            term: request.term,
+            owner,
+            at: self.now,
+            metadata: request.metadata,
+            trace: request.trace,
+        };
+        if goes_now {
+            return AcquireOutcome::Granted(self.grant(record, waiter));
+        }
+        if record.queue.len() >= MAX_WAITERS as usize {
+            record.queue.retain(|waiter| self.lives(waiter.session));
+        }
+        if record.queue.len() >= MAX_WAITERS as usize {
+            return AcquireOutcome::QueueFull { limit: MAX_WAITERS };
+        }
+        record.queue.push_back(waiter);
+        match self.queued(record, request.token) {
+            Some(queued) => AcquireOutcome::Queued(queued),
+            None => AcquireOutcome::Busy { check_in: None },
+        }
+    }
+
+    pub(super) fn end(&mut self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> EndOutcome {
+        self.state.forced.remove(&token);
+        let mut record = self.take(key);
+        let outcome = if let Some(at) = record.holds.iter().position(|hold| hold.token == token) {
+            record.holds.remove(at);
+            if let Some(cooldown) = cooldown {
+                record.closed_until = record.closed_until.max(Some(self.now.after(cooldown)));
+            }
+            EndOutcome::Released
+        } else if let Some(at) = record.queue.iter().position(|waiter| waiter.token == token) {
+            record.queue.remove(at);
+            EndOutcome::Dequeued
+        } else {
+            EndOutcome::Nothing
+        };
+        self.put(record);
+        outcome
+    }
+
+    pub(super) fn state_of(&self, record: &Record) -> KeyState {
+        KeyState {
+            key: record.key.clone(),
+            capacity: record.capacity(),
+            holders: record
+                .holds
+                .iter()
+                .map(|hold| HolderState {
+                    fence: hold.fence,
+                    owner: hold.owner.to_string(),
+                    units: hold.demand.units(),
+                    session_bound: hold.session_bound,
+                    age: self.now.since(hold.at),
+                    since: hold.since,
+                    remaining: hold.deadline.map(|deadline| deadline.since(self.now)),
+                    metadata: hold.metadata.clone(),
+                    trace: hold.trace.clone(),
+                })
+                .collect(),
+            waiters: record
+                .queue
+                .iter()
+                .filter(|waiter| self.lives(waiter.session))
+                .map(|waiter| WaiterState {
+                    owner: waiter.owner.to_string(),
+                    units: waiter.demand.units(),
+                    age: self.now.since(waiter.at),
+                    metadata: waiter.metadata.clone(),
+                    trace: waiter.trace.clone(),
+                })
+                .collect(),
+            last_fence: record.last,
+            closed_for: record.closed_until.map(|until| until.since(self.now)),
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Pushes: what a store tells a session without being asked.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+
+use tokio::sync::mpsc;
+
+use super::LostToken;
+use crate::fence::Fence;
+use crate::key::Key;
+use crate::token::TokenId;
+
+/// A message to a session. A hint: it may come late, twice or never.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Push {
+    /// A waiting token was granted.
+    Granted {
+        /// The key.
+        key: Key,
+        /// The token.
+        token: TokenId,
+        /// The fence of the hold.
+        fence: Fence,
+    },
+    /// A hold was released by force.
+    Forced(LostToken),
+    /// Something may have changed for this waiting token: ask.
+    Recheck {
+        /// The token.
+        token: TokenId,
+    },
+    /// Messages may have been lost: ask for every waiting token.
+    RecheckAll,
+}
+
+/// The push stream of a session.
+#[derive(Debug)]
+pub struct GrantStream {
+    pushes: mpsc::UnboundedReceiver<Push>,
+    /// While set, pushes get lost: for tests.
+    lossy: Option<Arc<AtomicBool>>,
+}
+
+/// The sending half of a [`GrantStream`], for store authors. Clones send to the same stream.
+#[derive(Clone, Debug)]
+pub struct PushSender(mpsc::UnboundedSender<Push>);
+
+/// A stream and its sending half.
+pub fn push_channel() -> (PushSender, GrantStream) {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    (PushSender(sender), GrantStream { pushes: receiver, lossy: None })
+}
+
+impl PushSender {
+    /// Sends a push, from any thread, without blocking. Whether somebody still listens does not matter.
+    pub fn send(&self, push: Push) {
+        let _nobody_listens = self.0.send(push);
+    }
+}
+
+impl GrantStream {
+    /// The next push; `None` when the stream has ended.
+    ///
+    /// # Cancel safety
+    /// A dropped future loses no push.
+    pub async fn next(&mut self) -> Option<Push> {
+        std::future::poll_fn(|context| self.poll_push(context)).await
+    }
+
+    pub(super) fn lossy(mut self, lossy: Arc<AtomicBool>) -> Self {
+        self.lossy = Some(lossy);
+        self
+    }
+
+    fn poll_push(&mut self, context: &mut Context<'_>) -> Poll<Option<Push>> {
+        loop {
+            let push = std::task::ready!(self.pushes.poll_recv(context));
+            let lost = self.lossy.as_ref().is_some_and(|lossy| lossy.load(Ordering::SeqCst));
+            if push.is_none() || !lost {
+                return Poll::Ready(push);
+            }
+        }
+    }
+}
+
+impl futures_core::Stream for GrantStream {
+    type Item = Push;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Push>> {
+        self.poll_push(context)
+    }
+}

@@ -1,0 +1,417 @@
+//! What the steps of a store ask and answer.
+
+use std::time::{Duration, SystemTime};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::fence::Fence;
+use crate::key::Key;
+use crate::token::{SessionId, TokenId};
+
+/// A point on a store's clock, in µs. Compare it only with times of the same store.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
+pub struct StoreTime(u64);
+
+impl StoreTime {
+    /// From microseconds.
+    pub const fn from_micros(micros: u64) -> Self {
+        Self(micros)
+    }
+
+    /// Microseconds.
+    pub const fn as_micros(self) -> u64 {
+        self.0
+    }
+
+    /// This much later.
+    #[must_use]
+    pub fn after(self, span: Duration) -> Self {
+        Self(self.0.saturating_add(u64::try_from(span.as_micros()).unwrap_or(u64::MAX)))
+    }
+
+    /// The time from `earlier` to this point; zero if `earlier` is later.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_micros(self.0.saturating_sub(earlier.0))
+    }
+}
+
+/// An answer, with the store's time at which the step was done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reply<T> {
+    /// The store's time.
+    pub time: StoreTime,
+    /// What happened.
+    pub outcome: T,
+}
+
+/// What a store can do. The conformance suite runs what is declared here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Capabilities {
+    /// The store's name, as errors and events show it.
+    pub name: &'static str,
+    /// How a session lives.
+    pub liveness: Liveness,
+    /// Waiters are granted in the order in which they asked.
+    pub fair: bool,
+    /// A grant is pushed to a waiter. Without it waiters poll.
+    pub push: bool,
+}
+
+impl Capabilities {
+    /// The capabilities of a fair store with push and sessions that must beat.
+    pub const fn new(name: &'static str) -> Self {
+        Self { name, liveness: Liveness::Beat, fair: true, push: true }
+    }
+
+    /// The same with this kind of liveness.
+    #[must_use]
+    pub const fn with_liveness(mut self, liveness: Liveness) -> Self {
+        self.liveness = liveness;
+        self
+    }
+}
+
+/// How a session lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Liveness {
+    /// Until its ttl has passed since the last beat.
+    Beat,
+    /// As long as its process lives, beaten or not; its end is known at once.
+    Process,
+}
+
+/// A session to be opened.
+#[derive(Clone, Debug)]
+pub struct OpenSession {
+    /// Its identity, chosen by the client.
+    pub session: SessionId,
+    /// How long it lives without a beat (ignored where [`Liveness::Process`]).
+    pub ttl: Duration,
+    /// Who it is, for people to read: host, process, program.
+    pub owner: String,
+}
+
+/// The answer to [`Store::open_session`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OpenOutcome {
+    /// It is open.
+    Opened,
+    /// A session of this id has ended. Choose another id.
+    Gone,
+}
+
+/// The answer to [`Store::beat`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BeatOutcome {
+    /// It lives; these tokens were taken from it by force and have not been ended yet.
+    Alive {
+        /// What was lost.
+        lost: Vec<LostToken>,
+    },
+    /// It is dead or was never opened.
+    Gone,
+}
+
+/// A hold that was released by force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostToken {
+    /// The key that was held.
+    pub key: Key,
+    /// The token that is over.
+    pub token: TokenId,
+    /// The reason that was given.
+    pub reason: String,
+}
+
+/// How much of a key a hold takes. A request fits when the units of the live holds and its own are at most `capacity`.
+///
+/// | primitive | units | capacity |
+/// |---|---|---|
+/// | mutex | 1 | 1 |
+/// | semaphore of n, taking k | k | n |
+/// | read | 1 | [`Demand::MAX`] |
+/// | write | [`Demand::MAX`] | [`Demand::MAX`] |
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Demand {
+    units: u32,
+    capacity: u32,
+}
+
+impl Demand {
+    /// The largest number of units and the largest capacity: 2^31 − 1.
+    pub const MAX: u32 = i32::MAX as u32;
+    /// One at a time.
+    pub const MUTEX: Self = Self { units: 1, capacity: 1 };
+    /// Shared with other readers.
+    pub const READ: Self = Self { units: 1, capacity: Self::MAX };
+    /// Alone, on a key that readers share.
+    pub const WRITE: Self = Self { units: Self::MAX, capacity: Self::MAX };
+
+    /// `units` of a key of `capacity`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] unless `1 ≤ units ≤ capacity ≤ 2^31 − 1`.
+    pub fn new(units: u32, capacity: u32) -> Result<Self> {
+        if units == 0 || units > capacity || capacity > Self::MAX {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!(
+                    "{units} units of a capacity of {capacity}: units must be 1 or more and at most the capacity, which is at most {}",
+                    Self::MAX
+                ),
+            ));
+        }
+        Ok(Self { units, capacity })
+    }
+
+    /// The units it takes.
+    pub const fn units(self) -> u32 {
+        self.units
+    }
+
+    /// The capacity it expects the key to have.
+    pub const fn capacity(self) -> u32 {
+        self.capacity
+    }
+}
+
+/// How long a hold lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Term {
+    /// As long as the session lives, and never longer than `max_hold` from the grant if that is set.
+    Session {
+        /// A deadline of its own, counted from the grant.
+        max_hold: Option<Duration>,
+    },
+    /// This long from the grant, whatever becomes of the session once it is granted.
+    Fixed(Duration),
+}
+
+impl Term {
+    /// The length of the term from its grant, if it has a deadline.
+    pub fn length(self) -> Option<Duration> {
+        match self {
+            Self::Session { max_hold } => max_hold,
+            Self::Fixed(ttl) => Some(ttl),
+        }
+    }
+}
+
+/// A request for a hold.
+#[derive(Clone, Debug)]
+pub struct AcquireRequest {
+    /// What to hold.
+    pub key: Key,
+    /// The identity of this call.
+    pub token: TokenId,
+    /// Who asks. A waiter lives as long as its session, also one for a fixed term.
+    pub session: SessionId,
+    /// How much of the key.
+    pub demand: Demand,
+    /// For how long.
+    pub term: Term,
+    /// Whether to enter the queue if it does not fit now.
+    pub enqueue: bool,
+    /// After this time of the store the request does nothing ([`AcquireOutcome::Stale`]).
+    pub not_after: StoreTime,
+    /// Text for people who inspect the key, at most 4 KiB.
+    pub metadata: Option<String>,
+    /// Where the call comes from, for people who inspect the key, at most 4 KiB.
+    pub trace: Option<String>,
+}
+
+/// A grant: the key is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Granted {
+    /// The fence of the hold.
+    pub fence: Fence,
+    /// How much of its term is left at the time of the answer, if the hold has a deadline.
+    pub remaining: Option<Duration>,
+}
+
+/// A place in the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queued {
+    /// How many are before it.
+    pub ahead: u32,
+    /// Ask again after this time, because then something may have changed that nobody would push: a deadline passes, a
+    /// cooldown ends. `None`: at the waiter's own pace.
+    pub check_in: Option<Duration>,
+}
+
+/// The answer to [`Store::acquire`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AcquireOutcome {
+    /// It is held.
+    Granted(Granted),
+    /// It waits in the queue.
+    Queued(Queued),
+    /// It does not fit now, and was not to wait. Nothing was entered.
+    Busy {
+        /// How long until a deadline or a cooldown may free the key, if one will.
+        check_in: Option<Duration>,
+    },
+    /// The store's time is past `not_after`. Nothing was changed.
+    Stale,
+    /// This token was released by force. It will never be granted again.
+    Forced,
+    /// The session is dead. Nothing was entered.
+    SessionGone,
+    /// The key is in use with another capacity. Nothing was entered.
+    CapacityMismatch {
+        /// The capacity that the holds and waiters of the key have.
+        in_use: u32,
+    },
+    /// The queue is full. Nothing was entered.
+    QueueFull {
+        /// The most waiters that a key may have.
+        limit: u32,
+    },
+}
+
+/// The most waiters that one key may have.
+pub const MAX_WAITERS: u32 = 10_000;
+
+/// The answer to [`Store::poll`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PollOutcome {
+    /// It is held.
+    Granted(Granted),
+    /// It waits.
+    Queued(Queued),
+    /// There is nothing of this token: it was ended, forced out, expired, or lost with its session.
+    Gone,
+}
+
+/// The answer to [`Store::release`] and [`Store::abandon`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndOutcome {
+    /// A live hold ended.
+    Released,
+    /// A queue entry ended.
+    Dequeued,
+    /// There was nothing to end.
+    Nothing,
+}
+
+/// The answer to [`Store::extend`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtendOutcome {
+    /// The deadline is `ttl` from the time of the answer.
+    Extended,
+    /// There is no live hold of this token, or it has no deadline.
+    NotHeld,
+}
+
+/// A request to take up a detached hold.
+#[derive(Clone, Debug)]
+pub struct AdoptRequest {
+    /// The key that is held.
+    pub key: Key,
+    /// The token that was detached.
+    pub from: TokenId,
+    /// The token of this call.
+    pub to: TokenId,
+    /// Who takes it up.
+    pub session: SessionId,
+    /// After this time of the store the request does nothing ([`AdoptOutcome::Stale`]).
+    pub not_after: StoreTime,
+}
+
+/// The answer to [`Store::adopt`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AdoptOutcome {
+    /// It is held under the new token.
+    Adopted {
+        /// The grant, with what is left of its term.
+        granted: Granted,
+        /// Whether it lives with the session.
+        session_bound: bool,
+    },
+    /// There is no live hold of the old token.
+    Gone,
+    /// The store's time is past `not_after`. Nothing was changed.
+    Stale,
+    /// The session is dead.
+    SessionGone,
+}
+
+/// A request to release by force.
+#[derive(Clone, Debug)]
+pub struct EvictRequest {
+    /// The key.
+    pub key: Key,
+    /// The fence of the hold that is to end.
+    pub fence: Fence,
+    /// Why, for the one who loses it.
+    pub reason: String,
+}
+
+/// The answer to [`Store::evict`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EvictOutcome {
+    /// The hold ended.
+    Evicted,
+    /// No live hold has this fence; these are the fences that are live.
+    NoSuchHold {
+        /// The fences of the live holds.
+        live: Vec<Fence>,
+    },
+}
+
+/// What is known of a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyState {
+    /// The key.
+    pub key: Key,
+    /// The capacity that its holds and waiters have, if there are any.
+    pub capacity: Option<u32>,
+    /// Live holds, oldest grant first.
+    pub holders: Vec<HolderState>,
+    /// The queue, head first.
+    pub waiters: Vec<WaiterState>,
+    /// The newest fence, if the store still knows it.
+    pub last_fence: Option<Fence>,
+    /// How long a cooldown still keeps the key closed.
+    pub closed_for: Option<Duration>,
+}
+
+/// What is known of a hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HolderState {
+    /// Its fence.
+    pub fence: Fence,
+    /// Who has it, for people to read.
+    pub owner: String,
+    /// How many units it takes.
+    pub units: u32,
+    /// Whether it ends with its session.
+    pub session_bound: bool,
+    /// The time since its grant.
+    pub age: Duration,
+    /// The wall clock at its grant, for display.
+    pub since: SystemTime,
+    /// What is left of its term, if it has a deadline.
+    pub remaining: Option<Duration>,
+    /// Text of the holder.
+    pub metadata: Option<String>,
+    /// Where the call came from.
+    pub trace: Option<String>,
+}
+
+/// What is known of a waiter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WaiterState {
+    /// Who waits, for people to read.
+    pub owner: String,
+    /// How many units it asks for.
+    pub units: u32,
+    /// The time since it entered the queue.
+    pub age: Duration,
+    /// Text of the waiter.
+    pub metadata: Option<String>,
+    /// Where the call came from.
+    pub trace: Option<String>,
+}
