@@ -140,6 +140,17 @@ impl Error {
         self.0.kind.is_transient()
     }
 
+    /// The same fault as another kind, said in other words; the cause stays.
+    pub(crate) fn restate(mut self, kind: ErrorKind, message: String) -> Self {
+        (self.0.kind, self.0.message) = (kind, message);
+        self
+    }
+
+    /// What went wrong, without the names of the key and the store.
+    pub(crate) fn message(&self) -> &str {
+        &self.0.message
+    }
+
     /// Whether the request may have taken effect although it failed.
     pub fn is_in_doubt(&self) -> bool {
         self.0.in_doubt

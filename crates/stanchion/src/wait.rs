@@ -354,9 +354,9 @@ impl Pending {
         if !self.unanswered || !error.is_transient() {
             return error;
         }
-        let message = format!("the outcome is not known, the library cleans up behind it: {error}");
+        let message = format!("the outcome is not known, the library cleans up behind it: {}", error.message());
         let token = Token::new(self.key.clone(), self.token);
-        Error::new(ErrorKind::Indeterminate, message).with_source(error).with_token(token)
+        error.restate(ErrorKind::Indeterminate, message).with_token(token)
     }
 
     /// The store answered that it entered nothing, and nothing else of this token is on its way.

@@ -52,7 +52,7 @@ async fn open(shared: &Arc<Shared>) -> (Arc<SessionBelief>, BootTime) {
             Err(error) => error.with_store(shared.capabilities.name),
         };
         let (kind, message) = (error.kind(), error.to_string());
-        shared.session.send_replace(SessionView::Opening(Some((kind, message.clone()))));
+        shared.session.send_replace(SessionView::Opening(Some((kind, error.message().to_owned()))));
         shared.observer.tell(|| Event::Error { kind, key: None, message });
         let pause = pauses.next().unwrap_or(shared.config.retry.longest_pause);
         shared.clock.sleep(pause.max(error.retry_after().unwrap_or_default())).await;
