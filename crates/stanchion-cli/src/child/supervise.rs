@@ -180,8 +180,14 @@ impl<'a> Supervisor<'a> {
             libc::SIGCONT => self.resume(),
             libc::SIGTSTP if self.own_stops > 0 => self.own_stops -= 1,
             libc::SIGTSTP => {
-                self.stops_with_child = true;
                 self.signal(Signal::TSTP);
+                if has_a_job_shell() {
+                    self.stops_with_child = true;
+                } else {
+                    // Nobody would continue it. Not left to its stop being seen: a shell that is starting a program with
+                    // vfork cannot stop, while what it starts does.
+                    self.signal(Signal::CONT);
+                }
             }
             libc::SIGINT | libc::SIGTERM if self.asked_to_end || self.lost.is_some() => {
                 self.verbosity.note("asked to end for the second time: SIGKILL");
