@@ -45,6 +45,8 @@ pub(crate) struct Shared {
     commands: mpsc::UnboundedSender<Command>,
     drain_reason: OnceLock<String>,
     draining: CancellationToken,
+    /// Fires when the handle is being closed: what waits to be ended is ended at once.
+    pub(crate) closing: CancellationToken,
     /// Fires when the keeper has ended: nobody drives the timers any more.
     pub(crate) closed: CancellationToken,
     /// The process that opened the handle: a forked child must not use it.
@@ -124,6 +126,7 @@ impl Shared {
             commands,
             drain_reason: OnceLock::new(),
             draining: CancellationToken::new(),
+            closing: CancellationToken::new(),
             closed: CancellationToken::new(),
             process: std::process::id(),
         }

@@ -1,5 +1,10 @@
 //! The handle, its requests and its guards, on the memory store.
-#![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "tests wait on the real clock, and may panic"
+)]
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -280,6 +285,36 @@ async fn a_term_that_is_too_short_for_its_store_ends_in_an_error_not_in_a_loop()
     let error = locks.lock("k").ttl(Duration::from_millis(10)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.to_string().contains("longer ttl"), "{error}");
+}
+
+#[tokio::test]
+async fn closing_does_not_wait_for_the_grace_of_what_was_lost() {
+    let time = VirtualClock::new();
+    let memory = Memory::with_clock(time.clock());
+    let watch = Locks::builder_with_store(memory.clone()).clock(time.clock()).open().await.unwrap();
+    let locks = Locks::builder_with_store(memory).clock(time.clock()).open().await.unwrap();
+    let capped = locks.lock("a").max_hold(6 * SECOND).await.unwrap();
+    let fixed = locks.lock("b").ttl(6 * SECOND).await.unwrap();
+    time.advance(5 * SECOND);
+    assert_eq!(capped.lost().await, LossCause::MaxHold);
+    assert_eq!(fixed.lost().await, LossCause::TermExpired);
+    // Nobody moves the clock on.
+    tokio::time::timeout(3 * SECOND, locks.close()).await.expect("closing takes no grace").unwrap();
+    assert!(is_free(&watch, "a").await && is_free(&watch, "b").await);
+}
+
+#[tokio::test]
+async fn closing_ends_the_session_although_a_release_fails() {
+    let store = Faulty::new(Memory::new());
+    let faults = store.faults();
+    let locks = Locks::with_store(store.clone()).await.unwrap();
+    let watch = Locks::with_store(store).await.unwrap();
+    let _session_bound = locks.lock("a").await.unwrap();
+    let released = locks.lock("b").cooldown(SECOND).await.unwrap();
+    faults.always(Step::Release, Fault::Fail(ErrorKind::Unavailable));
+    drop(released);
+    locks.close().await.unwrap();
+    assert!(is_free(&watch, "a").await && is_free(&watch, "b").await);
 }
 
 #[tokio::test]

@@ -13,7 +13,10 @@ use crate::token::TokenId;
 
 /// Has the store end a token, however long that takes. Gives it back if a request of it may still be on its way.
 pub(super) async fn end(shared: Arc<Shared>, end: End) -> Option<End> {
-    shared.clock.sleep_until(end.not_before).await;
+    tokio::select! {
+        () = shared.clock.sleep_until(end.not_before) => {}
+        () = shared.closing.cancelled() => {}
+    }
     let reply = ask(&shared, &end).await?;
     tell_released(&shared, &end);
     (!is_definite(&end, reply)).then_some(end)

@@ -41,8 +41,9 @@ pub(crate) enum Command {
     Close,
 }
 
-/// How long closing waits for a store that does not answer.
+/// How long closing waits for a store that does not answer, and how much of it for single tokens.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
+const END_WITHIN: Duration = Duration::from_secs(2);
 
 /// No nap of a timer is longer than this, because the system's timers stop while the machine sleeps.
 const LONGEST_NAP: Duration = Duration::from_millis(500);
@@ -173,17 +174,18 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
     tokio::select! {
         () = close(&shared, &mut inbox, ends) => {}
         () = clock.drive(LONGEST_NAP) => {}
-        () = real_time_limit() => {}
+        () = real_time_limit(CLOSE_WITHIN) => {}
     }
 }
 
 /// Closing is limited in real time, also under a virtual clock that nobody moves on.
 #[allow(clippy::disallowed_methods, reason = "a limit on shutting down, not a deadline of the protocol")]
-async fn real_time_limit() {
-    tokio::time::sleep(CLOSE_WITHIN).await;
+async fn real_time_limit(limit: Duration) {
+    tokio::time::sleep(limit).await;
 }
 
 async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command>, mut ends: JoinSet<Option<End>>) {
+    shared.closing.cancel();
     for hold in shared.holds() {
         shared.lose(&hold, LossCause::Closed, None);
     }
@@ -202,7 +204,11 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
             }
         }
     }
-    while ends.join_next().await.is_some() {}
+    let all_ended = async { while ends.join_next().await.is_some() {} };
+    tokio::select! {
+        () = all_ended => {}
+        () = real_time_limit(END_WITHIN) => {}
+    }
     // With the session ended, a late request of any token is refused: nothing has to be ended again.
     // Also one that was asked for and not answered yet.
     if let Some(id) = shared.asked_session() {
