@@ -93,7 +93,7 @@ pub struct OpenSession {
     pub owner: String,
 }
 
-/// The answer to [`Store::open_session`].
+/// The answer to [`Store::open_session`](crate::Store::open_session).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OpenOutcome {
     /// It is open.
@@ -102,7 +102,7 @@ pub enum OpenOutcome {
     Gone,
 }
 
-/// The answer to [`Store::beat`].
+/// The answer to [`Store::beat`](crate::Store::beat).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BeatOutcome {
     /// It lives; these tokens were taken from it by force and have not been ended yet.
@@ -241,7 +241,7 @@ pub struct Queued {
     pub check_in: Option<Duration>,
 }
 
-/// The answer to [`Store::acquire`].
+/// The answer to [`Store::acquire`](crate::Store::acquire).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AcquireOutcome {
     /// It is held.
@@ -274,7 +274,7 @@ pub enum AcquireOutcome {
 /// The most waiters that one key may have.
 pub const MAX_WAITERS: u32 = 10_000;
 
-/// The answer to [`Store::poll`].
+/// The answer to [`Store::poll`](crate::Store::poll).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PollOutcome {
     /// It is held.
@@ -285,7 +285,7 @@ pub enum PollOutcome {
     Gone,
 }
 
-/// The answer to [`Store::release`] and [`Store::abandon`].
+/// The answer to [`Store::release`](crate::Store::release) and [`Store::abandon`](crate::Store::abandon).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndOutcome {
     /// A live hold ended.
@@ -296,7 +296,7 @@ pub enum EndOutcome {
     Nothing,
 }
 
-/// The answer to [`Store::extend`].
+/// The answer to [`Store::extend`](crate::Store::extend).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtendOutcome {
     /// The deadline is `ttl` from the time of the answer.
@@ -320,7 +320,7 @@ pub struct AdoptRequest {
     pub not_after: StoreTime,
 }
 
-/// The answer to [`Store::adopt`].
+/// The answer to [`Store::adopt`](crate::Store::adopt).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AdoptOutcome {
     /// It is held under the new token.
@@ -349,7 +349,7 @@ pub struct EvictRequest {
     pub reason: String,
 }
 
-/// The answer to [`Store::evict`].
+/// The answer to [`Store::evict`](crate::Store::evict).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EvictOutcome {
     /// The hold ended.
