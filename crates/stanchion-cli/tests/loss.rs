@@ -22,8 +22,8 @@ fn a_hold_that_is_too_long_ends_with_76_and_no_survivor() {
 #[test]
 fn the_command_is_asked_first_and_may_clean_up() {
     let world = World::new();
-    let script = "trap 'touch $D/cleaned; exit 0' TERM; while :; do sleep 0.01; done";
-    let finished = world.stanchion(["run", "k", "--max-hold", "2s", "-c", script]).finish();
+    let script = format!("trap 'touch $D/cleaned; exit 0' TERM; {FOREVER}");
+    let finished = world.stanchion(["run", "k", "--max-hold", "2s", "-c", &script]).finish();
     // A shell says something of its own when its child is ended.
     assert!(finished.stderr.ends_with("held for longer than max_hold; the command was ended\n"), "{finished:?}");
     finished.code(76);

@@ -20,7 +20,7 @@ fn signals_reach_the_command_and_its_own_children() {
         let script = format!(
             "trap 'exit 9' {name}; touch $D/ready-a-{name}
              sh -c \"trap 'touch $D/grandchild-{name}; exit' {name}; touch $D/ready-b-{name}
-                    while :; do sleep 0.01; done\"; exit 1"
+                    {FOREVER}\"; exit 1"
         );
         let running = world.stanchion(["run", "k", "-c", &script]).start();
         world.until_file(&format!("ready-a-{name}"));
@@ -108,9 +108,9 @@ fn a_signal_ends_the_wait_and_leaves_nothing_in_the_queue() {
 #[test]
 fn a_stop_that_no_shell_would_end_does_not_stop_the_command() {
     let world = World::new();
-    let script = "trap 'touch $D/continued; exit 5' CONT; touch $D/ready; while :; do sleep 0.01; done";
+    let script = format!("trap 'touch $D/continued; exit 5' CONT; touch $D/ready; {FOREVER}");
     // A session of its own, as a service has: nobody is there to say `fg`.
-    let running = world.through(&["setsid"], ["run", "k", "-c", script]).start();
+    let running = world.through(&["setsid"], ["run", "k", "-c", &script]).start();
     world.until_file("ready");
     running.send(Signal::TSTP);
     world.until_file("continued");

@@ -104,8 +104,7 @@ fn an_interactive_command_reads_from_the_terminal() {
 #[test]
 fn ctrl_c_reaches_the_command() {
     let world = World::new();
-    let script =
-        "$S run k -c 'trap \"echo caught; exit 3\" INT; echo ready; while :; do sleep 0.01; done'; echo code $?";
+    let script = format!("$S run k -c 'trap \"echo caught; exit 3\" INT; echo ready; {FOREVER}'; echo code $?");
     let mut screen = Screen::shell(&world);
     screen.types(&format!("{script}\n"));
     screen.shows("\nready");

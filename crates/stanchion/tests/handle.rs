@@ -97,6 +97,31 @@ async fn a_hold_is_lost_on_time_when_the_store_is_gone() {
 }
 
 #[tokio::test]
+async fn a_session_counts_from_the_first_time_it_was_asked_for() {
+    let time = VirtualClock::new();
+    let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
+    let faults = store.faults();
+    // It is opened at once, and that is learned five seconds later.
+    faults.next(Step::OpenSession, Fault::LoseReply);
+    faults.always(Step::Beat, Fault::Fail(ErrorKind::Unavailable));
+    let started = time.clock().now();
+    let opening = tokio::spawn(Locks::builder_with_store(store).clock(time.clock()).open());
+    until("asked", async || faults.count(Step::OpenSession) == 1).await;
+    time.advance(5 * SECOND);
+    until("opened", async || {
+        time.advance(Duration::from_millis(1));
+        opening.is_finished()
+    })
+    .await;
+    let locks = opening.await.unwrap().unwrap();
+    let guard = locks.lock("k").await.unwrap();
+    assert!(guard.is_held());
+    let store_forgets_it = started.after(10 * SECOND);
+    time.advance(store_forgets_it.since(time.clock().now()));
+    assert!(!guard.is_held(), "the session ended in the store now: another may have the key");
+}
+
+#[tokio::test]
 async fn a_lost_answer_is_asked_for_again_and_gives_the_same_grant() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();

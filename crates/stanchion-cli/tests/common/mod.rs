@@ -22,6 +22,10 @@ use tempfile::TempDir;
 /// Generous: it is waited for conditions, and this long only where a test fails.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
+/// Shell text that runs until a signal ends it. It starts no program: a signal that reaches dash between `vfork` and
+/// `exec` runs no trap.
+pub const FOREVER: &str = "while :; do :; done";
+
 pub fn now() -> BootTime {
     Clock::system().now()
 }

@@ -59,21 +59,24 @@ async fn open(shared: &Arc<Shared>) -> (Arc<SessionBelief>, BootTime) {
     }
 }
 
-/// One attempt. `asked` is the session that was asked for without an answer: it is asked for again, so that none is
-/// left open that nobody knows.
-async fn open_once(shared: &Arc<Shared>, asked: &mut Option<SessionId>) -> Result<(Arc<SessionBelief>, BootTime)> {
+/// One attempt. `asked` is the session that was asked for without an answer, and when that was first done: it is asked
+/// for again, so that none is left open that nobody knows. Its time counts from the first question, because that one may
+/// have opened it.
+async fn open_once(
+    shared: &Arc<Shared>,
+    asked: &mut Option<(SessionId, BootTime)>,
+) -> Result<(Arc<SessionBelief>, BootTime)> {
     let ttl = shared.config.session_ttl;
-    let id = match *asked {
-        Some(id) => id,
+    let (id, asked_at) = match *asked {
+        Some(asked) => asked,
         None => {
             let id = SessionId::random()?;
             shared.ask_for_session(id);
             shared.command(Command::Listen(shared.store.grants(id)));
-            *asked.insert(id)
+            *asked.insert((id, shared.clock.now()))
         }
     };
     let request = OpenSession { session: id, ttl, owner: shared.config.owner.clone() };
-    let asked_at = shared.clock.now();
     let reply = limited(&shared.clock, shared.config.retry.attempt, shared.store.open_session(request)).await?;
     shared.saw_store_time(reply.time);
     *asked = None;
