@@ -14,14 +14,15 @@ pub mod sessions;
 #[doc(hidden)]
 #[macro_export]
 macro_rules! for_every_case {
-    ($callback:path, $mode:ident, $environment:path) => {
-        $callback! { $mode, $environment,
+    ($callback:path $(, $with:ident, $fixture:expr)?) => {
+        $callback! { $($with, $fixture,)?
             sessions::opening_a_session_again_is_the_same_session,
             sessions::a_beat_of_a_session_that_was_never_opened_is_gone,
             sessions::a_beaten_session_lives_on,
             sessions::a_closed_session_never_lives_again,
-            sessions::a_session_that_did_not_beat_is_dead_for_good,
-            sessions::closing_a_session_hands_its_keys_on,
+            sessions::a_session_that_did_not_beat_is_dead_for_good [Beat],
+            sessions::a_session_lives_as_long_as_its_process [Process],
+            sessions::closing_a_session_hands_its_keys_on [Push],
             sessions::a_dead_holder_is_followed_by_the_next_who_asks,
             sessions::a_dead_holder_of_many_keys_loses_them_all,
             sessions::dead_waiters_are_skipped_all_at_once,
@@ -46,29 +47,29 @@ macro_rules! for_every_case {
             holds::adopting_nothing_creates_nothing,
             holds::fences_rise_over_every_grant_however_the_last_one_ended,
             holds::fences_of_many_keys_never_repeat_when_they_come_back,
-            queue::a_release_hands_the_key_to_the_head_and_tells_it_alone,
-            queue::waiters_are_served_in_the_order_in_which_they_asked,
-            queue::nobody_passes_the_queue,
-            queue::a_repeated_question_of_a_waiter_keeps_its_place,
-            queue::a_waiter_that_gives_up_leaves_no_place,
-            queue::a_grant_that_nobody_collects_is_ended_by_its_token,
+            queue::a_release_hands_the_key_to_the_head_and_tells_it_alone [Push, Fair],
+            queue::waiters_are_served_in_the_order_in_which_they_asked [Fair],
+            queue::nobody_passes_the_queue [Fair],
+            queue::a_repeated_question_of_a_waiter_keeps_its_place [Fair],
+            queue::a_waiter_that_gives_up_leaves_no_place [Fair],
+            queue::a_grant_that_nobody_collects_is_ended_by_its_token [Fair],
             queue::a_hand_off_starts_a_fixed_term_at_the_grant,
             queue::the_end_of_a_term_serves_the_waiter_when_it_asks,
-            queue::a_semaphore_admits_its_capacity_and_no_more,
-            queue::readers_share_and_a_writer_waits_for_those_before_it_alone,
+            queue::a_semaphore_admits_its_capacity_and_no_more [Fair],
+            queue::readers_share_and_a_writer_waits_for_those_before_it_alone [Fair],
             queue::users_of_a_key_must_agree_on_its_capacity,
             queue::a_cooldown_keeps_the_key_closed_and_then_serves_the_waiter,
             queue::a_cooldown_ends_without_a_waiter_too,
-            queue::a_full_queue_refuses_and_enters_nothing,
-            queue::a_push_names_key_token_and_fence,
-            queue::a_waiter_in_another_process_is_called,
+            queue::a_full_queue_refuses_and_enters_nothing [Fair],
+            queue::a_push_names_key_token_and_fence [Push],
+            queue::a_waiter_in_another_process_is_called [Push, Fair],
             messages::every_answer_tells_a_time_that_does_not_run_back,
             messages::an_acquire_that_comes_too_late_changes_nothing,
             messages::an_acquire_that_comes_after_its_end_is_ended_again,
             messages::a_poll_never_creates,
             messages::a_dropped_question_leaves_no_half_step,
             messages::a_forced_release_needs_the_fence_that_is_there,
-            messages::a_forced_release_is_told_by_push_and_by_every_beat,
+            messages::a_forced_release_is_told_by_push_and_by_every_beat [Push],
             messages::a_token_that_was_forced_out_is_over,
             messages::one_of_several_permits_can_be_forced_out,
             keys::keys_of_any_content_are_apart_and_read_back_whole,
@@ -80,7 +81,7 @@ macro_rules! for_every_case {
             keys::what_has_ended_is_not_listed,
             concurrency::of_many_contenders_one_wins_each_round,
             concurrency::rapid_cycles_leave_nothing,
-            concurrency::random_operations_agree_with_an_oracle,
+            concurrency::random_operations_agree_with_an_oracle [Fair],
             library::a_lock_waits_for_the_one_before_it,
             library::a_wait_has_a_limit,
             library::at_most_the_capacity_is_ever_inside,
@@ -97,27 +98,24 @@ macro_rules! for_every_case {
 
 #[cfg(test)]
 mod tests {
-    /// Every case is in the list: a case that is not run is no case.
+    use std::collections::BTreeSet;
+
+    /// Every case in every file is in the list: a case that is not run is no case.
     #[test]
     fn every_case_is_listed() {
-        let list = include_str!("mod.rs");
-        let groups = [
-            ("sessions", include_str!("sessions.rs")),
-            ("holds", include_str!("holds.rs")),
-            ("queue", include_str!("queue.rs")),
-            ("messages", include_str!("messages.rs")),
-            ("keys", include_str!("keys.rs")),
-            ("concurrency", include_str!("concurrency.rs")),
-            ("library", include_str!("library.rs")),
-        ];
-        let mut count = 0;
-        for (group, text) in groups {
-            for line in text.lines().filter_map(|line| line.strip_prefix("pub async fn ")) {
-                let name = line.split('<').next().unwrap();
-                assert!(list.contains(&format!("            {group}::{name},")), "{group}::{name} is not listed");
-                count += 1;
+        let mut written = BTreeSet::new();
+        for file in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src/cases")).unwrap() {
+            let path = file.unwrap().path();
+            let subject = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            for line in std::fs::read_to_string(&path).unwrap().lines() {
+                if let Some(name) = line.strip_prefix("pub async fn ").and_then(|line| line.split('<').next()) {
+                    written.insert(format!("{subject}::{name}"));
+                }
             }
         }
-        assert!(count > 50, "{count}");
+        let listed: BTreeSet<_> =
+            crate::cases().iter().map(|case| format!("{}::{}", case.subject, case.name)).collect();
+        assert_eq!(listed, written);
+        assert_eq!(listed.len(), crate::cases().len(), "none is listed twice");
     }
 }
