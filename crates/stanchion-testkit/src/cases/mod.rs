@@ -3,12 +3,17 @@
 #![allow(missing_docs, reason = "a case's name says what it is")]
 
 pub mod concurrency;
+pub mod forced;
+pub mod handoff;
 pub mod holds;
 pub mod keys;
 pub mod library;
+pub mod liveness;
+pub mod looking;
 pub mod messages;
 pub mod queue;
 pub mod sessions;
+pub mod time;
 
 /// Calls a macro with every case of the suite.
 #[doc(hidden)]
@@ -79,6 +84,73 @@ macro_rules! for_every_case {
             keys::nothing_that_is_seen_holds_a_token,
             keys::listing_goes_by_prefix_and_page,
             keys::what_has_ended_is_not_listed,
+            liveness::a_session_that_ended_by_time_is_not_opened_again [Beat],
+            liveness::a_beat_keeps_its_own_session_alone [Beat],
+            liveness::asking_is_no_beat [Beat],
+            liveness::the_end_of_a_session_is_told_to_the_waiter_beforehand [Beat],
+            liveness::asking_for_a_session_that_was_never_opened_enters_nothing,
+            liveness::closing_a_session_that_is_not_there_is_nothing,
+            liveness::a_dead_token_can_do_nothing_any_more,
+            liveness::a_dead_head_that_did_not_fit_lets_the_next_in,
+            liveness::a_crashed_reader_goes_though_other_readers_stay,
+            liveness::a_dead_session_leaves_no_cooldown,
+            liveness::a_session_that_is_closed_loses_its_places_in_every_queue [Fair],
+            liveness::a_fixed_hold_of_a_dead_session_is_extended_and_ended_by_its_token,
+            time::terms_of_any_length_are_kept,
+            time::a_max_hold_counts_from_the_grant,
+            time::a_max_hold_does_not_outlive_its_session,
+            time::a_beat_moves_no_deadline,
+            time::a_shorter_term_is_told_to_the_waiter,
+            time::a_longer_term_keeps_the_waiter_waiting,
+            time::the_first_of_several_deadlines_is_told,
+            time::extending_one_permit_leaves_the_others,
+            time::extending_a_waiter_does_nothing,
+            time::a_term_that_ends_serves_as_many_as_fit [Fair],
+            time::a_term_that_ends_closes_nothing,
+            time::giving_up_closes_nothing,
+            time::a_cooldown_of_a_permit_closes_the_key_and_leaves_the_others,
+            time::a_shorter_cooldown_opens_nothing_sooner,
+            time::a_cooldown_of_nothing_closes_nothing,
+            time::a_closed_key_keeps_its_waiters_in_order [Fair],
+            forced::evicting_nothing_changes_nothing,
+            forced::everything_that_was_lost_is_told_until_it_is_ended,
+            forced::a_forced_release_closes_nothing_and_serves_all_that_fit,
+            forced::a_fixed_term_can_be_forced_out_too,
+            forced::a_hold_of_the_dead_can_be_forced_out,
+            forced::what_is_over_cannot_be_forced_out,
+            forced::an_adopted_hold_keeps_fence_deadline_and_text,
+            forced::the_old_token_of_an_adopted_hold_does_nothing,
+            forced::a_repeated_adopt_is_answered_the_same_also_late,
+            forced::an_adopted_hold_that_is_forced_out_is_told_to_its_new_session,
+            forced::a_waiter_cannot_be_adopted,
+            forced::what_is_over_cannot_be_adopted,
+            handoff::a_hand_off_is_found_by_asking_alone,
+            handoff::a_head_that_gives_up_lets_the_next_in [Fair],
+            handoff::a_writer_that_gives_up_lets_the_readers_in [Fair],
+            handoff::a_stream_of_readers_does_not_starve_a_writer [Fair],
+            handoff::one_release_serves_as_many_as_fit_in_order [Fair],
+            handoff::a_small_demand_does_not_pass_a_large_one [Fair],
+            handoff::an_oversized_mix_never_exceeds_the_capacity,
+            handoff::every_way_to_leave_tells_the_next [Push],
+            handoff::each_of_several_tokens_of_a_session_is_told [Push],
+            handoff::a_waiter_stays_after_its_question_has_become_too_late,
+            handoff::a_late_message_of_an_old_token_does_not_touch_the_next_one,
+            handoff::a_queue_full_of_the_dead_has_room,
+            looking::looking_changes_nothing,
+            looking::two_who_look_see_the_same,
+            looking::waiters_are_seen_in_order [Fair],
+            looking::texts_of_the_full_length_are_kept,
+            looking::an_age_grows_and_a_beginning_stays,
+            looking::what_is_closed_or_waited_for_is_listed,
+            looking::a_prefix_is_taken_letter_by_letter,
+            looking::pages_of_any_size_give_every_key_once,
+            looking::paging_goes_on_behind_a_key_that_is_gone,
+            looking::a_namespace_is_no_prefix_of_a_name,
+            looking::a_name_like_an_internal_one_is_a_name,
+            looking::a_key_of_the_full_length_does_everything,
+            looking::fences_are_in_order_as_text,
+            looking::the_fences_of_a_key_do_not_move_with_those_of_another,
+            looking::a_second_handle_sees_what_the_first_did,
             concurrency::of_many_contenders_one_wins_each_round,
             concurrency::rapid_cycles_leave_nothing,
             concurrency::random_operations_agree_with_an_oracle [Fair],
