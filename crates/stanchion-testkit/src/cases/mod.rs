@@ -13,6 +13,7 @@ pub mod looking;
 pub mod messages;
 pub mod queue;
 pub mod sessions;
+pub mod threads;
 pub mod time;
 
 /// Calls a macro with every case of the suite.
@@ -151,6 +152,17 @@ macro_rules! for_every_case {
             looking::fences_are_in_order_as_text,
             looking::the_fences_of_a_key_do_not_move_with_those_of_another,
             looking::a_second_handle_sees_what_the_first_did,
+            threads::of_contenders_in_threads_one_wins_each_round,
+            threads::a_semaphore_under_contention_admits_exactly_its_capacity,
+            threads::one_question_asked_many_times_at_once_is_one_hold,
+            threads::a_token_is_ended_once_however_many_try,
+            threads::wrong_tokens_at_once_end_nothing,
+            threads::of_many_who_adopt_at_once_one_gets_it,
+            threads::waiters_in_threads_never_overlap_and_leave_nothing,
+            threads::a_counter_kept_under_the_lock_loses_nothing,
+            threads::different_keys_do_not_wait_for_each_other,
+            threads::waiters_that_come_and_go_in_threads_leave_nothing,
+            threads::sessions_that_end_in_the_middle_leave_nothing,
             concurrency::of_many_contenders_one_wins_each_round,
             concurrency::rapid_cycles_leave_nothing,
             concurrency::random_operations_agree_with_an_oracle [Fair],
