@@ -18,6 +18,28 @@ const GENEROUS: Duration = Duration::from_secs(30);
 /// A session that outlives every test.
 const LONG: Duration = Duration::from_secs(3_600);
 
+/// How to test a store. A function that makes an [`Environment`] is one too.
+pub trait Fixture {
+    /// The store under test.
+    type Store: Store;
+
+    /// An environment that shares nothing with any other.
+    fn fresh(&self) -> Environment<Self::Store>;
+
+    /// The same through `Arc<dyn Store>`.
+    fn fresh_erased(&self) -> Environment<Arc<dyn Store>> {
+        self.fresh().erase()
+    }
+}
+
+impl<S: Store, F: Fn() -> Environment<S>> Fixture for F {
+    type Store = S;
+
+    fn fresh(&self) -> Environment<S> {
+        self()
+    }
+}
+
 type Open<S> = Box<dyn Fn() -> S + Send + Sync>;
 
 /// Data of their own for one test, and how to open them.

@@ -6,16 +6,25 @@
 //! ```
 //! use stanchion::VirtualClock;
 //! use stanchion::store::Memory;
-//! use stanchion_testkit::{Environment, conformance};
+//! use stanchion_testkit::{Environment, Fixture, conformance};
 //!
-//! fn memory() -> Environment<Memory> {
-//!     let time = VirtualClock::new();
-//!     let store = Memory::with_clock(time.clock());
-//!     Environment::new(move || store.clone()).with_time(time)
+//! struct MemoryFixture;
+//!
+//! impl Fixture for MemoryFixture {
+//!     type Store = Memory;
+//!
+//!     fn fresh(&self) -> Environment<Memory> {
+//!         let time = VirtualClock::new();
+//!         let store = Memory::with_clock(time.clock());
+//!         Environment::new(move || store.clone()).with_time(time)
+//!     }
 //! }
 //!
-//! conformance!(memory_store, memory);
+//! conformance!(memory, MemoryFixture);
 //! ```
+//!
+//! A case that needs what the store does not declare says so on the standard error and passes: `not applicable:
+//! a_push_names_key_token_and_fence needs push`. [`cases`] lists all of them with what they need.
 //!
 //! `BEHAVIOURS.md` says which behaviour of which library each case stands for.
 #![allow(
@@ -31,27 +40,97 @@ pub mod cases;
 mod environment;
 pub mod history;
 
-pub use environment::{Actor, Environment, block_on, seed, until};
+use stanchion::Store;
+use stanchion::store::{Capabilities, Liveness};
+
+pub use environment::{Actor, Environment, Fixture, block_on, seed, until};
+
+/// A case of the suite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Case {
+    /// What it is about.
+    pub subject: &'static str,
+    /// The behaviour.
+    pub name: &'static str,
+    /// What a store must declare for it.
+    pub needs: &'static [Need],
+}
+
+/// Something that only some stores can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Need {
+    /// Waiters are granted in the order in which they asked.
+    Fair,
+    /// Grants are pushed.
+    Push,
+    /// Sessions live by beats.
+    Beat,
+    /// Sessions live by their process.
+    Process,
+}
+
+impl Need {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Fair => "fair",
+            Self::Push => "push",
+            Self::Beat => "liveness by beats",
+            Self::Process => "liveness by process",
+        }
+    }
+
+    fn is_met(self, by: Capabilities) -> bool {
+        match self {
+            Self::Fair => by.fair,
+            Self::Push => by.push,
+            Self::Beat => by.liveness == Liveness::Beat,
+            Self::Process => by.liveness == Liveness::Process,
+        }
+    }
+}
+
+/// Every case, in the order of the table.
+pub fn cases() -> &'static [Case] {
+    CASES
+}
+
+/// Whether a case applies to this store. If not, says so where a test's captured output does not hide it.
+#[doc(hidden)]
+pub fn applies<S: Store>(name: &str, needs: &[Need], environment: &Environment<S>) -> bool {
+    use std::io::Write;
+
+    let can = environment.open().capabilities();
+    match needs.iter().find(|need| !need.is_met(can)) {
+        Some(missing) => {
+            let line = format!("not applicable: {name} needs {} ({})\n", missing.name(), can.name);
+            let _nobody_reads_it = std::io::stderr().write_all(line.as_bytes());
+            false
+        }
+        None => true,
+    }
+}
 
 /// Instantiates every case of the suite for a store: a module of this name with two modules in it, `direct` and
 /// `dynamic`, each with one test per case.
 ///
-/// The second argument is a function that makes an [`Environment`]: fresh data each time.
+/// The second argument is a [`Fixture`], or a function that makes an [`Environment`]: fresh data each time.
 #[macro_export]
 macro_rules! conformance {
-    ($name:ident, $environment:path) => {
+    ($name:ident, $fixture:expr) => {
         mod $name {
             #[allow(unused_imports)]
             use super::*;
             mod direct {
                 #[allow(unused_imports)]
                 use super::*;
-                $crate::for_every_case!($crate::instantiate, direct, $environment);
+                $crate::for_every_case!($crate::instantiate, fresh, $fixture);
             }
             mod dynamic {
                 #[allow(unused_imports)]
                 use super::*;
-                $crate::for_every_case!($crate::instantiate, dynamic, $environment);
+                $crate::for_every_case!($crate::instantiate, fresh_erased, $fixture);
             }
         }
     };
@@ -60,14 +139,19 @@ macro_rules! conformance {
 #[doc(hidden)]
 #[macro_export]
 macro_rules! instantiate {
-    (direct, $environment:path, $($group:ident :: $case:ident),* $(,)?) => {
+    ($fresh:ident, $fixture:expr, $($subject:ident :: $case:ident $([$($need:ident),+])?),* $(,)?) => {
         $(#[test] fn $case() {
-            $crate::block_on($crate::cases::$group::$case(&$environment()));
-        })*
-    };
-    (dynamic, $environment:path, $($group:ident :: $case:ident),* $(,)?) => {
-        $(#[test] fn $case() {
-            $crate::block_on($crate::cases::$group::$case(&$environment().erase()));
+            let environment = $crate::Fixture::$fresh(&$fixture);
+            if $crate::applies(stringify!($case), &[$($($crate::Need::$need),+)?], &environment) {
+                $crate::block_on($crate::cases::$subject::$case(&environment));
+            }
         })*
     };
 }
+
+macro_rules! listed {
+    ($($subject:ident :: $case:ident $([$($need:ident),+])?),* $(,)?) => {
+        static CASES: &[Case] = &[$(Case { subject: stringify!($subject), name: stringify!($case), needs: &[$($(Need::$need),+)?] }),*];
+    };
+}
+for_every_case!(listed);

@@ -2,12 +2,19 @@
 
 use stanchion::VirtualClock;
 use stanchion::store::Memory;
-use stanchion_testkit::{Environment, conformance};
+use stanchion_testkit::{Environment, Fixture, conformance};
 
-fn virtual_time() -> Environment<Memory> {
-    let time = VirtualClock::new();
-    let store = Memory::with_clock(time.clock());
-    Environment::new(move || store.clone()).with_time(time)
+/// On a virtual clock.
+struct MemoryFixture;
+
+impl Fixture for MemoryFixture {
+    type Store = Memory;
+
+    fn fresh(&self) -> Environment<Memory> {
+        let time = VirtualClock::new();
+        let store = Memory::with_clock(time.clock());
+        Environment::new(move || store.clone()).with_time(time)
+    }
 }
 
 fn real_time() -> Environment<Memory> {
@@ -15,5 +22,5 @@ fn real_time() -> Environment<Memory> {
     Environment::new(move || store.clone())
 }
 
-conformance!(memory, virtual_time);
+conformance!(memory, MemoryFixture);
 conformance!(memory_in_real_time, real_time);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use stanchion::store::{AcquireOutcome, BeatOutcome, Liveness, OpenOutcome, OpenSession, PollOutcome, Term};
+use stanchion::store::{AcquireOutcome, BeatOutcome, OpenOutcome, OpenSession, PollOutcome, Term};
 use stanchion::{SessionId, Store};
 
 use crate::Environment;
@@ -51,16 +51,21 @@ pub async fn a_session_that_did_not_beat_is_dead_for_good<S: Store>(env: &Enviro
     let other = env.actor().await;
     let (token, _) = actor.takes(&key("k")).await;
     env.pass(SHORT * 2).await;
-    if actor.store.capabilities().liveness == Liveness::Process {
-        // It lives as long as its process, beaten or not.
-        assert_eq!(actor.store.beat(actor.session).await.unwrap().outcome, BeatOutcome::Alive { lost: vec![] });
-        assert!(actor.granted(&key("k"), token).await.is_some());
-        return;
-    }
     assert_eq!(actor.store.beat(actor.session).await.unwrap().outcome, BeatOutcome::Gone);
     assert_eq!(actor.polls(&key("k"), token).await, PollOutcome::Gone);
     assert_eq!(actor.ask(&actor.request(&key("k"))).await, AcquireOutcome::SessionGone);
     other.takes(&key("k")).await;
+}
+
+pub async fn a_session_lives_as_long_as_its_process<S: Store>(env: &Environment<S>) {
+    let (actor, other) = (env.mortal(SHORT).await, env.actor().await);
+    let (token, _) = actor.takes(&key("k")).await;
+    let waiting = other.queues(&key("k")).await;
+    env.pass(SHORT * 2).await;
+    assert!(actor.granted(&key("k"), token).await.is_some(), "beaten or not");
+    assert_eq!(actor.store.beat(actor.session).await.unwrap().outcome, BeatOutcome::Alive { lost: vec![] });
+    env.dies(actor).await;
+    until("the waiter has it", async || other.granted(&key("k"), waiting).await.is_some()).await;
 }
 
 pub async fn closing_a_session_hands_its_keys_on<S: Store>(env: &Environment<S>) {

@@ -1,0 +1,157 @@
+//! What the death of a session leaves, and what it does not.
+
+use std::time::Duration;
+
+use stanchion::store::{
+    AcquireOutcome, AcquireRequest, BeatOutcome, Demand, EndOutcome, ExtendOutcome, OpenOutcome, OpenSession,
+    PollOutcome, Term,
+};
+use stanchion::{SessionId, Store};
+
+use crate::environment::{Environment, key, until};
+
+const SHORT: Duration = Duration::from_millis(200);
+const MINUTE: Duration = Duration::from_secs(60);
+
+pub async fn a_session_that_ended_by_time_is_not_opened_again<S: Store>(env: &Environment<S>) {
+    let actor = env.mortal(SHORT).await;
+    env.pass(SHORT + Duration::from_millis(10)).await;
+    let again = OpenSession { session: actor.session, ttl: MINUTE, owner: "again".into() };
+    for _ in 0..2 {
+        assert_eq!(actor.store.open_session(again.clone()).await.unwrap().outcome, OpenOutcome::Gone);
+    }
+    assert_eq!(actor.ask(&actor.request(&key("k"))).await, AcquireOutcome::SessionGone);
+}
+
+pub async fn a_beat_keeps_its_own_session_alone<S: Store>(env: &Environment<S>) {
+    let (beating, silent, other) = (env.mortal(SHORT).await, env.mortal(SHORT).await, env.actor().await);
+    let (kept, _) = beating.takes(&key("kept")).await;
+    silent.takes(&key("left")).await;
+    for _ in 0..5 {
+        env.pass(SHORT / 3).await;
+        assert_eq!(beating.store.beat(beating.session).await.unwrap().outcome, BeatOutcome::Alive { lost: vec![] });
+    }
+    assert!(other.granted(&key("kept"), kept).await.is_some());
+    assert!(!other.sees_held(&key("left")).await);
+    assert_eq!(silent.store.beat(silent.session).await.unwrap().outcome, BeatOutcome::Gone);
+}
+
+pub async fn asking_is_no_beat<S: Store>(env: &Environment<S>) {
+    let actor = env.mortal(SHORT).await;
+    let request = actor.request(&key("k"));
+    for _ in 0..4 {
+        env.pass(SHORT / 3).await;
+        actor.ask(&request).await;
+        actor.polls(&key("k"), request.token).await;
+    }
+    assert_eq!(actor.polls(&key("k"), request.token).await, PollOutcome::Gone, "only a beat renews");
+}
+
+pub async fn the_end_of_a_session_is_told_to_the_waiter_beforehand<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.mortal(SHORT).await, env.actor().await);
+    holder.takes(&key("k")).await;
+    let request = waiter.request(&key("k"));
+    let check_in = waiter.waits(&request).await.check_in.expect("time will free it");
+    assert!(check_in <= SHORT, "{check_in:?}");
+    env.pass(check_in + Duration::from_millis(5)).await;
+    assert!(waiter.granted(&key("k"), request.token).await.is_some());
+}
+
+pub async fn asking_for_a_session_that_was_never_opened_enters_nothing<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let request = AcquireRequest { session: SessionId::random().unwrap(), ..actor.request(&key("k")) };
+    assert_eq!(actor.ask(&request).await, AcquireOutcome::SessionGone);
+    assert!(!actor.sees_held(&key("k")).await);
+    actor.takes(&key("k")).await;
+    assert_eq!(actor.ask(&request).await, AcquireOutcome::SessionGone);
+    assert!(actor.sees(&key("k")).await.waiters.is_empty());
+}
+
+pub async fn closing_a_session_that_is_not_there_is_nothing<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let (token, _) = actor.takes(&key("k")).await;
+    actor.store.close_session(SessionId::random().unwrap()).await.unwrap();
+    assert!(actor.granted(&key("k"), token).await.is_some());
+}
+
+pub async fn a_dead_token_can_do_nothing_any_more<S: Store>(env: &Environment<S>) {
+    let (dead, next) = (env.actor().await, env.actor().await);
+    let request = AcquireRequest { term: Term::Session { max_hold: Some(MINUTE) }, ..dead.request(&key("k")) };
+    dead.gets(&request).await;
+    dead.store.close_session(dead.session).await.unwrap();
+    let (token, granted) = next.takes(&key("k")).await;
+    assert_eq!(dead.polls(&key("k"), request.token).await, PollOutcome::Gone);
+    assert_eq!(dead.ask(&request).await, AcquireOutcome::SessionGone);
+    let extended = dead.store.extend(&key("k"), request.token, MINUTE).await.unwrap().outcome;
+    assert_eq!(extended, ExtendOutcome::NotHeld);
+    assert_eq!(dead.releases(&key("k"), request.token).await, EndOutcome::Nothing);
+    assert_eq!(dead.store.abandon(&key("k"), request.token).await.unwrap().outcome, EndOutcome::Nothing);
+    assert_eq!(next.granted(&key("k"), token).await, Some(granted));
+}
+
+pub async fn a_dead_head_that_did_not_fit_lets_the_next_in<S: Store>(env: &Environment<S>) {
+    let (holder, dying, next) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
+    let permits = |units| Demand::new(units, 3).unwrap();
+    let held = AcquireRequest { demand: permits(2), ..holder.request(&key("k")) };
+    holder.gets(&held).await;
+    let big = AcquireRequest { demand: permits(3), ..dying.request(&key("k")) };
+    dying.waits(&big).await;
+    let small = AcquireRequest { demand: permits(1), ..next.request(&key("k")) };
+    next.waits(&small).await;
+    env.dies(dying).await;
+    until("the next is in", async || next.granted(&key("k"), small.token).await.is_some()).await;
+    assert!(next.granted(&key("k"), held.token).await.is_some(), "beside the one that was there");
+}
+
+pub async fn a_crashed_reader_goes_though_other_readers_stay<S: Store>(env: &Environment<S>) {
+    let (staying, dying, writer) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
+    let stays = AcquireRequest { demand: Demand::READ, ..staying.request(&key("k")) };
+    staying.gets(&stays).await;
+    let dies = AcquireRequest { demand: Demand::READ, ..dying.request(&key("k")) };
+    dying.gets(&dies).await;
+    let writes = AcquireRequest { demand: Demand::WRITE, ..writer.request(&key("k")) };
+    writer.waits(&writes).await;
+    env.dies(dying).await;
+    until("one reader is left", async || writer.sees(&key("k")).await.holders.len() == 1).await;
+    staying.releases(&key("k"), stays.token).await;
+    assert!(writer.granted(&key("k"), writes.token).await.is_some());
+}
+
+pub async fn a_dead_session_leaves_no_cooldown<S: Store>(env: &Environment<S>) {
+    let (dying, next) = (env.mortal(SHORT).await, env.actor().await);
+    dying.takes(&key("k")).await;
+    env.dies(dying).await;
+    until("free", async || !next.sees_held(&key("k")).await).await;
+    assert_eq!(next.sees(&key("k")).await.closed_for, None);
+    next.takes(&key("k")).await;
+}
+
+pub async fn a_session_that_is_closed_loses_its_places_in_every_queue<S: Store>(env: &Environment<S>) {
+    let (holder, leaving, next) = (env.actor().await, env.actor().await, env.actor().await);
+    let mut waiting = Vec::new();
+    for name in ["a", "b", "c"] {
+        let (token, _) = holder.takes(&key(name)).await;
+        let left = leaving.queues(&key(name)).await;
+        waiting.push((name, token, left, next.queues(&key(name)).await));
+    }
+    leaving.store.close_session(leaving.session).await.unwrap();
+    for (name, token, left, behind) in waiting {
+        assert_eq!(next.polls(&key(name), left).await, PollOutcome::Gone);
+        assert!(matches!(next.polls(&key(name), behind).await, PollOutcome::Queued(queued) if queued.ahead == 0));
+        holder.releases(&key(name), token).await;
+        assert!(next.granted(&key(name), behind).await.is_some());
+    }
+}
+
+pub async fn a_fixed_hold_of_a_dead_session_is_extended_and_ended_by_its_token<S: Store>(env: &Environment<S>) {
+    let (dying, other) = (env.mortal(SHORT).await, env.actor().await);
+    let request = AcquireRequest { term: Term::Fixed(MINUTE), ..dying.request(&key("k")) };
+    let fence = dying.gets(&request).await.fence;
+    env.dies(dying).await;
+    let extended = other.store.extend(&key("k"), request.token, MINUTE * 2).await.unwrap().outcome;
+    assert_eq!(extended, ExtendOutcome::Extended);
+    let granted = other.granted(&key("k"), request.token).await.unwrap();
+    assert_eq!(granted.fence, fence);
+    assert!(granted.remaining.unwrap() > MINUTE);
+    assert_eq!(other.releases(&key("k"), request.token).await, EndOutcome::Released);
+}

@@ -1,0 +1,274 @@
+//! What is seen from outside, and names that look like something else.
+
+use std::time::Duration;
+
+use stanchion::store::{AcquireRequest, KeyState, Term};
+use stanchion::{Key, Store};
+
+use crate::environment::{Actor, Environment, key, until};
+
+const SHORT: Duration = Duration::from_millis(200);
+
+async fn listed<S: Store>(actor: &Actor<S>, prefix: &str, after: Option<&Key>, limit: usize) -> Vec<String> {
+    let page = actor.store.list(prefix, after, limit).await.unwrap().outcome;
+    page.iter().map(|state| state.key.name().to_owned()).collect()
+}
+
+pub async fn looking_changes_nothing<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.actor().await, env.actor().await);
+    let (token, granted) = holder.takes(&key("k")).await;
+    let waiting = waiter.queues(&key("k")).await;
+    for _ in 0..5 {
+        waiter.sees(&key("k")).await;
+        waiter.sees(&key("never")).await;
+        listed(&waiter, "", None, 100).await;
+    }
+    assert_eq!(listed(&waiter, "", None, 100).await, ["k"]);
+    assert_eq!(holder.granted(&key("k"), token).await, Some(granted));
+    holder.releases(&key("k"), token).await;
+    assert!(waiter.granted(&key("k"), waiting).await.is_some());
+}
+
+pub async fn two_who_look_see_the_same<S: Store>(env: &Environment<S>) {
+    let (holder, one, two) = (env.actor().await, env.actor().await, env.actor().await);
+    let (_, granted) = holder.takes(&key("k")).await;
+    one.queues(&key("k")).await;
+    let still = |state: KeyState| {
+        let fences: Vec<_> = state.holders.iter().map(|holder| (holder.fence, holder.since)).collect();
+        (state.key, state.capacity, fences, state.waiters.len(), state.last_fence)
+    };
+    let (a, b) = (one.sees(&key("k")).await, two.sees(&key("k")).await);
+    assert_eq!(a.last_fence, Some(granted.fence));
+    let listed = two.store.list("", None, 10).await.unwrap().outcome.remove(0);
+    assert_eq!(still(a), still(b.clone()), "through two handles");
+    assert_eq!(still(b), still(listed), "inspected and listed");
+}
+
+pub async fn waiters_are_seen_in_order<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    actor.takes(&key("k")).await;
+    let texts: Vec<String> = (0..12).map(|i| format!("waiter {i}")).collect();
+    for text in &texts {
+        actor.waits(&AcquireRequest { metadata: Some(text.clone()), ..actor.request(&key("k")) }).await;
+    }
+    let seen: Vec<String> =
+        actor.sees(&key("k")).await.waiters.into_iter().map(|waiter| waiter.metadata.unwrap()).collect();
+    assert_eq!(seen, texts);
+}
+
+pub async fn texts_of_the_full_length_are_kept<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.actor().await, env.actor().await);
+    let metadata = Some("é\n\"'\\%{}".repeat(409));
+    let trace = Some("\u{1b}".repeat(4_096));
+    let request = holder.request(&key("k"));
+    let (mut held, mut waits) = (request.clone(), waiter.request(&key("k")));
+    (held.metadata, held.trace) = (metadata.clone(), trace.clone());
+    (waits.metadata, waits.trace) = (metadata.clone(), trace.clone());
+    holder.gets(&held).await;
+    waiter.waits(&waits).await;
+    let state = holder.sees(&key("k")).await;
+    assert_eq!((&state.holders[0].metadata, &state.holders[0].trace), (&metadata, &trace));
+    assert_eq!((&state.waiters[0].metadata, &state.waiters[0].trace), (&metadata, &trace));
+    let (token, _) = holder.takes(&key("none")).await;
+    let state = holder.sees(&key("none")).await;
+    assert_eq!((&state.holders[0].metadata, &state.holders[0].trace), (&None, &None), "nothing is not empty");
+    holder.releases(&key("none"), token).await;
+}
+
+pub async fn an_age_grows_and_a_beginning_stays<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    actor.takes(&key("k")).await;
+    let before = actor.sees(&key("k")).await.holders.remove(0);
+    env.pass(SHORT).await;
+    let after = actor.sees(&key("k")).await.holders.remove(0);
+    assert!(after.age >= before.age + SHORT);
+    assert_eq!(after.since, before.since);
+}
+
+pub async fn what_is_closed_or_waited_for_is_listed<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let (token, _) = actor.takes(&key("closed")).await;
+    actor.store.release(&key("closed"), token, Some(Duration::from_secs(60))).await.unwrap();
+    let (token, _) = actor.takes(&key("waited")).await;
+    actor.store.release(&key("waited"), token, Some(Duration::from_secs(60))).await.unwrap();
+    actor.queues(&key("waited")).await;
+    let page = actor.store.list("", None, 10).await.unwrap().outcome;
+    let seen: Vec<_> = page.iter().map(|state| (state.key.name(), state.holders.len(), state.waiters.len())).collect();
+    assert_eq!(seen, [("closed", 0, 0), ("waited", 0, 1)]);
+    assert!(page.iter().all(|state| state.closed_for.is_some()));
+}
+
+pub async fn a_prefix_is_taken_letter_by_letter<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let names =
+        ["%", "%a", "_", "_a", "*", "*a", "?a", "[a]", "a", "A", "ab", "Ab", "\\%", "\\a", "é", "éa", "e", "''"];
+    for name in names {
+        actor.takes(&key(name)).await;
+    }
+    for prefix in ["%", "_", "*", "?", "[", "[a]", "a", "A", "ab", "\\", "\\%", "é", "e", "'", "''", "%%", "a%", "__"]
+    {
+        let mut expected: Vec<&str> = names.into_iter().filter(|name| name.starts_with(prefix)).collect();
+        expected.sort_unstable();
+        assert_eq!(listed(&actor, &format!(":{prefix}"), None, 100).await, expected, "{prefix}");
+    }
+}
+
+pub async fn pages_of_any_size_give_every_key_once<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let mut names: Vec<String> = (0..23).map(|i| format!("{}k{}", if i % 3 == 0 { "é" } else { "" }, i)).collect();
+    for name in &names {
+        actor.takes(&key(name)).await;
+    }
+    names.sort();
+    for size in [1, 2, 7, 22, 23, 24, 1_000] {
+        let (mut seen, mut after): (Vec<String>, Option<Key>) = (Vec::new(), None);
+        loop {
+            let page = listed(&actor, "", after.as_ref(), size).await;
+            assert!(page.len() <= size);
+            let Some(last) = page.last() else { break };
+            after = Some(key(last));
+            seen.extend(page);
+        }
+        assert_eq!(seen, names, "pages of {size}");
+    }
+    assert!(listed(&actor, "", None, 0).await.is_empty());
+}
+
+pub async fn paging_goes_on_behind_a_key_that_is_gone<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let mut tokens = Vec::new();
+    for name in ["b", "d", "f"] {
+        tokens.push(actor.takes(&key(name)).await.0);
+    }
+    actor.releases(&key("d"), tokens[1]).await;
+    assert_eq!(listed(&actor, "", Some(&key("d")), 10).await, ["f"]);
+    assert_eq!(listed(&actor, "", Some(&key("c")), 10).await, ["f"], "behind one that never was");
+    assert_eq!(listed(&actor, ":f", Some(&key("a")), 10).await, ["f"], "behind one before the prefix");
+    assert!(listed(&actor, ":b", Some(&key("d")), 10).await.is_empty(), "behind one after the prefix");
+    assert!(listed(&actor, "", Some(&key("f")), 10).await.is_empty());
+}
+
+pub async fn a_namespace_is_no_prefix_of_a_name<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let keys = [("", "ab"), ("a", "b"), ("ab", "c"), ("a", "bc"), ("", "1:ab"), ("", "a:b"), ("1:a", "b")];
+    let keys = keys.map(|(namespace, name)| Key::new(namespace, name).unwrap());
+    for key in &keys {
+        actor.takes(key).await;
+    }
+    for key in &keys {
+        let state = actor.sees(key).await;
+        assert_eq!((state.holders.len(), state.key.namespace()), (1, key.namespace()));
+    }
+    assert_eq!(listed(&actor, "1:a", None, 10).await, ["b", "bc"]);
+    assert_eq!(listed(&actor, ":", None, 10).await, ["1:ab", "a:b", "ab"]);
+}
+
+pub async fn a_name_like_an_internal_one_is_a_name<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let mut names: Vec<String> = [
+        "keys",
+        "holds",
+        "waiters",
+        "forced",
+        "meta",
+        "sqlite_master",
+        "rowid",
+        "lock",
+        "store.db",
+        "db",
+        "gate",
+        "sessions/x.lock",
+        "fence_floor",
+        ":fence",
+        ":queue",
+        "k:fence",
+        "k:queue",
+        "k:holds",
+        "k/0",
+        "stanchion",
+        "stanchion:k",
+        "session:1",
+        "__all__",
+        "con",
+        "nul",
+        "aux",
+        "-",
+        "--help",
+        "~",
+        "$HOME",
+        "${x}",
+        "0x0",
+        "1e9",
+        "true",
+        "undefined",
+    ]
+    .map(str::to_owned)
+    .into();
+    // A session's and a token's own text.
+    names.push(actor.session.to_hex());
+    names.push(format!("{}.lock", actor.session.to_hex()));
+    let (token, _) = actor.takes(&key("k")).await;
+    names.push(token.to_hex());
+    for name in &names {
+        let (token, granted) = actor.takes(&key(name)).await;
+        assert_eq!(actor.sees(&key(name)).await.holders[0].fence, granted.fence, "{name}");
+        actor.queues(&key(name)).await;
+        assert_eq!(actor.sees(&key(name)).await.waiters.len(), 1, "{name}");
+        assert!(actor.granted(&key(name), token).await.is_some(), "{name}");
+    }
+    assert!(actor.granted(&key("k"), token).await.is_some());
+    assert_eq!(listed(&actor, "", None, 1_000).await.len(), names.len() + 1);
+}
+
+pub async fn a_key_of_the_full_length_does_everything<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.actor().await, env.actor().await);
+    // Two that differ in the last byte alone.
+    let stem = "k".repeat(stanchion::MAX_KEY_BYTES - 1);
+    let namespace = "n".repeat(128);
+    let [one, two] = ["1", "2"].map(|end| Key::new(&namespace, &format!("{stem}{end}")).unwrap());
+    let request = AcquireRequest { term: Term::Fixed(SHORT), ..holder.request(&one) };
+    let granted = holder.gets(&request).await;
+    let (token, _) = holder.takes(&two).await;
+    let waiting = waiter.queues(&one).await;
+    holder.store.extend(&one, request.token, Duration::from_secs(60)).await.unwrap();
+    assert!(holder.granted(&two, token).await.is_some());
+    holder.releases(&one, request.token).await;
+    assert!(waiter.granted(&one, waiting).await.unwrap().fence > granted.fence);
+    assert_eq!(waiter.sees(&one).await.key, one);
+    assert_eq!(holder.store.list(two.as_encoded(), None, 9).await.unwrap().outcome[0].key, two);
+}
+
+pub async fn fences_are_in_order_as_text<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let mut last = String::new();
+    for _ in 0..20 {
+        let (token, granted) = actor.takes(&key("k")).await;
+        let text = granted.fence.to_string();
+        assert!(text > last, "{last}, then {text}");
+        assert_eq!(text.parse::<stanchion::Fence>().unwrap(), granted.fence);
+        last = text;
+        actor.releases(&key("k"), token).await;
+    }
+}
+
+pub async fn the_fences_of_a_key_do_not_move_with_those_of_another<S: Store>(env: &Environment<S>) {
+    let actor = env.actor().await;
+    let (_, quiet) = actor.takes(&key("quiet")).await;
+    for _ in 0..50 {
+        let (token, _) = actor.takes(&key("busy")).await;
+        actor.releases(&key("busy"), token).await;
+    }
+    assert_eq!(actor.sees(&key("quiet")).await.last_fence, Some(quiet.fence));
+    assert_eq!(actor.sees(&key("quiet")).await.holders[0].fence, quiet.fence);
+}
+
+pub async fn a_second_handle_sees_what_the_first_did<S: Store>(env: &Environment<S>) {
+    let (one, two) = (env.actor().await, env.open());
+    let (token, granted) = one.takes(&key("k")).await;
+    let seen = two.inspect(&key("k")).await.unwrap().outcome;
+    assert_eq!(seen.holders[0].fence, granted.fence, "as soon as it was answered");
+    assert_eq!(two.list("", None, 10).await.unwrap().outcome.len(), 1);
+    one.releases(&key("k"), token).await;
+    assert!(two.inspect(&key("k")).await.unwrap().outcome.holders.is_empty());
+    until("nothing is left", async || two.list("", None, 10).await.unwrap().outcome.is_empty()).await;
+}
