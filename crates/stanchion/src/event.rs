@@ -85,6 +85,12 @@ pub enum Event {
         /// The error's text.
         message: String,
     },
+    /// The store may lose locks as it is set up, or cannot do all it could. See also
+    /// [`Locks::warnings`](crate::Locks::warnings).
+    Warning {
+        /// What, and how to mend it.
+        message: String,
+    },
     /// The handle takes no new holds.
     Draining {
         /// The reason that was given.

@@ -77,6 +77,7 @@ impl Locks {
     /// | `memory:` | the memory of this process, fresh at each open |
     /// | `sqlite:FOLDER` | the embedded store: processes of this machine that open the same folder |
     /// | `sqlite:` | the same in the user's state folder |
+    /// | `redis://HOST`, `rediss://…`, `redis+unix:…`, `redis+sentinel://…`, `redis+cluster://…` | Redis or Valkey: see [`Redis`](crate::store::Redis) (feature `redis`) |
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] for a URL that cannot be read, [`ErrorKind::Unsupported`] for a store that this
@@ -255,6 +256,11 @@ impl Locks {
     /// The events of this handle from now on.
     pub fn events(&self) -> EventStream {
         self.handle.shared.observer.listen()
+    }
+
+    /// What the store said so far of settings that may lose locks, for people. Empty is good.
+    pub fn warnings(&self) -> Vec<String> {
+        self.handle.shared.warnings()
     }
 
     /// No new holds from now on: waiting calls end with [`ErrorKind::Draining`], guards see
@@ -449,7 +455,11 @@ async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
         "sqlite" => Ok(Arc::new(crate::store::Sqlite::from_url(url)?)),
         #[cfg(not(feature = "sqlite"))]
         "sqlite" => Err(not_built("sqlite")),
-        known @ ("redis" | "rediss" | "postgres" | "postgresql" | "firestore") => Err(not_built(known)),
+        #[cfg(feature = "redis")]
+        redis if is_redis(redis) => Ok(Arc::new(crate::store::Redis::from_url(url)?)),
+        #[cfg(not(feature = "redis"))]
+        redis if is_redis(redis) => Err(not_built(redis)),
+        known @ ("postgres" | "postgresql" | "firestore") => Err(not_built(known)),
         "" => {
             let message = format!("a store's URL begins with its scheme: one of {}", stores());
             Err(Error::new(ErrorKind::InvalidArgument, message))
@@ -462,12 +472,22 @@ async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
     }
 }
 
+/// `redis+sentinel` and the like are of the family too.
+fn is_redis(scheme: &str) -> bool {
+    matches!(scheme.split('+').next(), Some("redis" | "rediss"))
+}
+
 fn not_built(scheme: &str) -> Error {
     Error::new(ErrorKind::Unsupported, format!("this build has no store for `{scheme}:` URLs; it has {}", stores()))
 }
 
 fn stores() -> &'static str {
-    if cfg!(feature = "sqlite") { "`memory:` and `sqlite:`" } else { "`memory:`" }
+    match (cfg!(feature = "sqlite"), cfg!(feature = "redis")) {
+        (true, true) => "`memory:`, `sqlite:` and `redis:` (with `rediss:`, `redis+unix:`, `redis+sentinel:`, `redis+cluster:`)",
+        (true, false) => "`memory:` and `sqlite:`",
+        (false, true) => "`memory:` and `redis:` (with `rediss:`, `redis+unix:`, `redis+sentinel:`, `redis+cluster:`)",
+        (false, false) => "`memory:`",
+    }
 }
 
 /// Program, host and process.

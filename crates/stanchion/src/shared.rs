@@ -29,6 +29,9 @@ pub(crate) struct Config {
     pub(crate) retry: RetryPolicy,
 }
 
+/// So many different warnings are kept.
+const MOST_WARNINGS: usize = 32;
+
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) store: Arc<dyn Store>,
@@ -43,6 +46,7 @@ pub(crate) struct Shared {
     registry: Mutex<HashMap<TokenId, Entry>>,
     store_clock: Mutex<Option<(StoreTime, BootTime)>>,
     commands: mpsc::UnboundedSender<Command>,
+    warnings: Mutex<Vec<String>>,
     drain_reason: OnceLock<String>,
     draining: CancellationToken,
     /// Fires when the handle is being closed: what waits to be ended is ended at once.
@@ -124,6 +128,7 @@ impl Shared {
             registry: Mutex::default(),
             store_clock: Mutex::default(),
             commands,
+            warnings: Mutex::default(),
             drain_reason: OnceLock::new(),
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
@@ -174,6 +179,19 @@ impl Shared {
 
     pub(crate) fn command(&self, command: Command) {
         let _the_keeper_has_ended = self.commands.send(command);
+    }
+
+    pub(crate) fn warn(&self, message: String) {
+        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        if !warnings.contains(&message) && warnings.len() < MOST_WARNINGS {
+            warnings.push(message.clone());
+        }
+        drop(warnings);
+        self.observer.tell(|| Event::Warning { message });
+    }
+
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn error(&self, kind: ErrorKind, message: impl Into<String>) -> Error {

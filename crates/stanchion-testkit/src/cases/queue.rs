@@ -247,7 +247,7 @@ pub async fn a_push_names_key_token_and_fence<S: Store>(env: &Environment<S>) {
     holder.releases(&odd, token).await;
     let push = loop {
         match waiter.pushed().await {
-            Push::Recheck { .. } | Push::RecheckAll => {}
+            Push::Recheck { .. } | Push::RecheckAll | Push::VerifyAll | Push::Warning(_) => {}
             push => break push,
         }
     };

@@ -25,7 +25,7 @@ use tokio::task::JoinSet;
 use crate::belief::Hold;
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::shared::{End, Entry, SessionView, Shared, Signal};
-use crate::store::{GrantStream, Push};
+use crate::store::{GrantStream, PollOutcome, Push};
 use deadlines::Deadlines;
 
 /// What the keeper is asked to do.
@@ -44,6 +44,9 @@ pub(crate) enum Command {
 /// How long closing waits for a store that does not answer, and how much of it for single tokens.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 const END_WITHIN: Duration = Duration::from_secs(2);
+
+/// After a failover every hold is asked for: so many at once.
+const VERIFIED_AT_ONCE: usize = 64;
 
 /// No nap of a timer is longer than this, because the system's timers stop while the machine sleeps.
 const LONGEST_NAP: Duration = Duration::from_millis(500);
@@ -241,10 +244,35 @@ fn receive(shared: &Arc<Shared>, push: Push) {
                 cell.tell(Signal::Recheck);
             }
         }
-        Push::RecheckAll => {
-            for cell in shared.waiting() {
-                cell.tell(Signal::Recheck);
-            }
+        Push::RecheckAll => recheck_all(shared),
+        Push::VerifyAll => {
+            recheck_all(shared);
+            tokio::spawn(verify_all(shared.clone()));
         }
+        Push::Warning(message) => shared.warn(message),
     }
+}
+
+fn recheck_all(shared: &Shared) {
+    for cell in shared.waiting() {
+        cell.tell(Signal::Recheck);
+    }
+}
+
+/// Asks for every hold, a few at a time: what the store has forgotten is lost, and its holder is told.
+async fn verify_all(shared: Arc<Shared>) {
+    let mut asking = JoinSet::new();
+    for hold in shared.holds() {
+        if asking.len() >= VERIFIED_AT_ONCE {
+            asking.join_next().await;
+        }
+        let shared = shared.clone();
+        asking.spawn(async move {
+            let answer = shared.step(|| shared.store.poll(&hold.key, hold.token)).await.result;
+            if matches!(answer, Ok(reply) if reply.outcome == PollOutcome::Gone) {
+                shared.lose(&hold, LossCause::Missing, None);
+            }
+        });
+    }
+    while asking.join_next().await.is_some() {}
 }

@@ -31,13 +31,19 @@ use crate::token::{SessionId, TokenId};
 mod faulty;
 mod memory;
 mod push;
+#[cfg(feature = "redis")]
+mod redis;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod types;
+#[cfg(any(feature = "redis", feature = "sqlite"))]
+mod url;
 
 pub use faulty::{Fault, Faults, Faulty, Step};
 pub use memory::Memory;
 pub use push::{GrantStream, Push, PushSender, push_channel};
+#[cfg(feature = "redis")]
+pub use self::redis::Redis;
 #[cfg(feature = "sqlite")]
 pub use sqlite::Sqlite;
 pub use types::*;

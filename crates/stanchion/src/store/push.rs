@@ -33,6 +33,10 @@ pub enum Push {
     },
     /// Messages may have been lost: ask for every waiting token.
     RecheckAll,
+    /// The store may have forgotten something, by a restart or a failover: ask for every token, the held ones too.
+    VerifyAll,
+    /// For people: a setting of the store that may lose locks, or that waiting is slower than it could be.
+    Warning(String),
 }
 
 /// The push stream of a session.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use super::error::{error, misconfigured};
 use crate::error::{ErrorKind, Result};
+use crate::store::url::percent_decoded;
 
 /// The folder that is used where none is named: `stanchion` in `XDG_STATE_HOME`, else in `.local/state` at home.
 pub(super) fn default_folder() -> Result<PathBuf> {
@@ -52,23 +53,6 @@ fn choose_default(state_home: Option<OsString>, home: Option<OsString>) -> Resul
         .ok_or_else(|| {
             misconfigured("no folder to keep locks in: set HOME or XDG_STATE_HOME, or name a folder (sqlite:FOLDER)")
         })
-}
-
-fn percent_decoded(text: &str) -> Option<Vec<u8>> {
-    let mut bytes = text.bytes();
-    let mut decoded = Vec::with_capacity(text.len());
-    while let Some(byte) = bytes.next() {
-        let byte = match byte {
-            b'%' => {
-                let high = char::from(bytes.next()?).to_digit(16)?;
-                let low = char::from(bytes.next()?).to_digit(16)?;
-                u8::try_from(high * 16 + low).ok()?
-            }
-            byte => byte,
-        };
-        decoded.push(byte);
-    }
-    Some(decoded)
 }
 
 #[cfg(test)]

@@ -35,6 +35,11 @@ pub(super) fn encode(push: &Push) -> Vec<u8> {
             out.extend_from_slice(token.as_bytes());
         }
         Push::RecheckAll => out.push(4),
+        Push::VerifyAll => out.push(5),
+        Push::Warning(message) => {
+            out.push(6);
+            put_text(&mut out, message);
+        }
     }
     out
 }
@@ -59,6 +64,8 @@ pub(super) fn decode(datagram: &[u8]) -> Option<Push> {
         }
         3 => Push::Recheck { token: TokenId::from_bytes(take(&mut rest)?) },
         4 => Push::RecheckAll,
+        5 => Push::VerifyAll,
+        6 => Push::Warning(take_text(&mut rest)?.to_owned()),
         _ => return None,
     };
     rest.is_empty().then_some(push)
@@ -107,6 +114,8 @@ mod tests {
             Push::Forced(LostToken { key, token, reason: "because".into() }),
             Push::Recheck { token },
             Push::RecheckAll,
+            Push::VerifyAll,
+            Push::Warning("slow".into()),
         ]
     }
 

@@ -1,0 +1,125 @@
+//! Settings of a server that lose locks: looked at when the first session is opened.
+
+use std::collections::HashMap;
+
+use super::Inner;
+use super::connect::Target;
+use super::error::error;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::Push;
+use crate::token::SessionId;
+
+impl Inner {
+    /// Refuses a server that is certain to lose locks, and tells the session what may lose some.
+    pub(super) async fn audit(&self, session: SessionId) -> Result<()> {
+        let mut audited = self.audited.lock().await;
+        if *audited {
+            return Ok(());
+        }
+        let target = Target::of(&self.names.session(session));
+        let mut settings = HashMap::new();
+        let mut unknown = false;
+        for name in ["maxmemory", "maxmemory-policy", "appendonly", "appendfsync", "save", "min-replicas-to-write"] {
+            let mut command = redis::cmd("CONFIG");
+            command.arg("GET").arg(name);
+            match self.links.ask(target.clone(), &command).await {
+                Ok(answer) => {
+                    let answer: HashMap<String, String> = redis::from_redis_value(answer).unwrap_or_default();
+                    unknown |= !answer.contains_key(name);
+                    settings.extend(answer);
+                }
+                // A user with few rights, or a service that hides its settings.
+                Err(fault) if !fault.is_transient() => unknown = true,
+                Err(fault) => return Err(fault),
+            }
+        }
+        let replicas = match self.links.ask(target, redis::cmd("INFO").arg("replication")).await {
+            Ok(answer) => {
+                let text: String = redis::from_redis_value(answer).unwrap_or_default();
+                text.lines().find_map(|line| line.strip_prefix("connected_slaves:")?.trim().parse().ok()).unwrap_or(0)
+            }
+            Err(fault) if !fault.is_transient() => 0,
+            Err(fault) => return Err(fault),
+        };
+        for warning in findings(&settings, replicas, unknown)? {
+            if let Some(pushes) = self.sessions.wants_listener(session) {
+                pushes.send(Push::Warning(warning));
+            }
+        }
+        *audited = true;
+        Ok(())
+    }
+}
+
+/// What may lose locks; an error for what is certain to.
+fn findings(settings: &HashMap<String, String>, replicas: u32, unknown: bool) -> Result<Vec<String>, Error> {
+    let get = |name: &str| settings.get(name).map(String::as_str);
+    let mut warnings = Vec::new();
+    if let (Some(limit), Some(policy)) = (get("maxmemory"), get("maxmemory-policy"))
+        && policy != "noeviction"
+    {
+        if limit != "0" {
+            return Err(error(
+                ErrorKind::Misconfigured,
+                format!(
+                    "the server evicts keys when its memory is full (maxmemory-policy {policy}), and locks with them: \
+                     set `maxmemory-policy noeviction`"
+                ),
+            ));
+        }
+        warnings.push(format!(
+            "maxmemory-policy is {policy}: with a maxmemory the server would evict locks; set `noeviction`"
+        ));
+    }
+    match (get("appendonly"), get("appendfsync"), get("save")) {
+        (Some("no"), _, Some("")) => {
+            warnings.push("the server keeps nothing on disk: a restart forgets every lock; set `appendonly yes`".into());
+        }
+        (Some("no"), _, Some(_)) => {
+            warnings.push("the server saves snapshots only: a restart forgets the newest locks; set `appendonly yes`".into());
+        }
+        (Some("yes"), Some(fsync), _) if fsync != "always" => {
+            warnings.push(format!("appendfsync is {fsync}: a power failure forgets the newest locks"));
+        }
+        _ => {}
+    }
+    if replicas > 0 && get("min-replicas-to-write") == Some("0") {
+        warnings.push(
+            "the server has replicas and takes writes without them: a failover may forget the newest locks, and an \
+             isolated primary goes on granting; set `min-replicas-to-write 1` and a short `min-replicas-max-lag`"
+                .into(),
+        );
+    }
+    if unknown {
+        warnings.push("the server's settings cannot be read: whether it keeps locks was not checked".into());
+    }
+    Ok(warnings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn audit(settings: &[(&str, &str)], replicas: u32) -> Result<Vec<String>, Error> {
+        let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        findings(&settings, replicas, false)
+    }
+
+    #[test]
+    fn what_is_certain_to_lose_locks_is_refused_and_the_rest_is_told() {
+        let safe = [("maxmemory", "0"), ("maxmemory-policy", "noeviction"), ("appendonly", "yes"), ("appendfsync", "always")];
+        assert!(audit(&safe, 0).unwrap().is_empty());
+        for policy in ["allkeys-lru", "volatile-lru", "volatile-ttl", "allkeys-random"] {
+            let error = audit(&[("maxmemory", "100"), ("maxmemory-policy", policy)], 0).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Misconfigured);
+            assert!(error.to_string().contains("set `maxmemory-policy noeviction`"), "{error}");
+            assert_eq!(audit(&[("maxmemory", "0"), ("maxmemory-policy", policy)], 0).unwrap().len(), 1);
+        }
+        assert!(audit(&[("appendonly", "no"), ("save", "")], 0).unwrap()[0].contains("every lock"));
+        assert!(audit(&[("appendonly", "no"), ("save", "60 1")], 0).unwrap()[0].contains("newest locks"));
+        assert!(audit(&[("appendonly", "yes"), ("appendfsync", "everysec")], 0).unwrap()[0].contains("power failure"));
+        assert_eq!(audit(&[("min-replicas-to-write", "0")], 1).unwrap().len(), 1);
+        assert!(audit(&[("min-replicas-to-write", "1")], 1).unwrap().is_empty());
+        assert_eq!(findings(&HashMap::new(), 0, true).unwrap().len(), 1);
+    }
+}

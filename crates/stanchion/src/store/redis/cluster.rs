@@ -1,0 +1,180 @@
+//! The slots of a cluster: which server has which.
+
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use redis::Value;
+
+use super::config::{Address, address};
+use crate::clock::BootTime;
+
+const SLOTS: usize = 16_384;
+
+/// The map is not asked for again within this time.
+const FRESH_FOR: Duration = Duration::from_millis(100);
+
+/// The slot of a key: of what is in its braces.
+pub(super) fn slot_of(name: &str) -> u16 {
+    let tag = name.split_once('{').and_then(|(_, rest)| rest.split_once('}')).map_or("", |(tag, _)| tag);
+    let hashed = if tag.is_empty() { name } else { tag };
+    crc16::State::<crc16::XMODEM>::calculate(hashed.as_bytes()) % SLOTS as u16
+}
+
+/// Which server has which slot, as far as is known.
+#[derive(Debug)]
+pub(super) struct SlotMap {
+    known: Mutex<Known>,
+    /// One at a time asks for the map.
+    pub(super) learning: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug)]
+struct Known {
+    seeds: Vec<Address>,
+    servers: Vec<Address>,
+    /// Replicas, which know the map too.
+    others: Vec<Address>,
+    /// The place in `servers` of the server of each slot.
+    slots: Vec<Option<u16>>,
+    learned: Option<BootTime>,
+    /// Something spoke against it since.
+    doubtful: bool,
+}
+
+impl SlotMap {
+    pub(super) fn new(seeds: Vec<Address>) -> Self {
+        let known =
+            Known { seeds, servers: Vec::new(), others: Vec::new(), slots: vec![None; SLOTS], learned: None, doubtful: true };
+        Self { known: Mutex::new(known), learning: tokio::sync::Mutex::default() }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The server of a slot, unless the map is in doubt.
+    pub(super) fn server(&self, slot: u16) -> Option<Address> {
+        let known = self.lock();
+        if known.doubtful {
+            return None;
+        }
+        let at = (*known.slots.get(usize::from(slot))?)?;
+        known.servers.get(usize::from(at)).cloned()
+    }
+
+    pub(super) fn servers(&self) -> Vec<Address> {
+        self.lock().servers.clone()
+    }
+
+    /// Whom to ask for the map.
+    pub(super) fn known(&self) -> Vec<Address> {
+        let known = self.lock();
+        let mut seen = BTreeSet::new();
+        let all = known.servers.iter().chain(&known.others).chain(&known.seeds);
+        all.filter(|address| seen.insert(address.to_string())).cloned().collect()
+    }
+
+    /// The map may be out of date.
+    pub(super) fn doubt(&self) {
+        self.lock().doubtful = true;
+    }
+
+    /// Whether it was learned a moment ago: then it has to do.
+    pub(super) fn is_fresh(&self, now: BootTime) -> bool {
+        let mut known = self.lock();
+        let is_fresh = known.learned.is_some_and(|at| now.since(at) < FRESH_FOR);
+        known.doubtful &= !is_fresh;
+        is_fresh
+    }
+
+    /// A server said that a slot is elsewhere now.
+    pub(super) fn moved(&self, slot: u16, to: &Address) {
+        let mut known = self.lock();
+        let at = known.servers.iter().position(|server| server == to).unwrap_or_else(|| {
+            known.servers.push(to.clone());
+            known.servers.len() - 1
+        });
+        if let Some(place) = known.slots.get_mut(usize::from(slot)) {
+            *place = u16::try_from(at).ok();
+        }
+        // Other slots have probably moved too.
+        known.doubtful = true;
+    }
+
+    /// The answer to `CLUSTER SLOTS`, from this server.
+    pub(super) fn learned(&self, answer: &Value, from: &Address, now: BootTime) {
+        let mut known = self.lock();
+        let (mut servers, mut others, mut slots) = (Vec::new(), Vec::new(), vec![None; SLOTS]);
+        for range in elements(answer) {
+            let [first, last, nodes @ ..] = elements(range) else { continue };
+            let (Some(first), Some(last)) = (number(first), number(last)) else { continue };
+            let mut nodes = nodes.iter().filter_map(|node| node_address(node, from));
+            let Some(primary) = nodes.next() else { continue };
+            others.extend(nodes);
+            let at = servers.iter().position(|server| *server == primary).unwrap_or_else(|| {
+                servers.push(primary);
+                servers.len() - 1
+            });
+            for slot in slots.iter_mut().take(last + 1).skip(first) {
+                *slot = u16::try_from(at).ok();
+            }
+        }
+        if !servers.is_empty() {
+            (known.servers, known.others, known.slots) = (servers, others, slots);
+            (known.learned, known.doubtful) = (Some(now), false);
+        }
+    }
+}
+
+fn elements(value: &Value) -> &[Value] {
+    match value {
+        Value::Array(elements) => elements,
+        _ => &[],
+    }
+}
+
+fn number(value: &Value) -> Option<usize> {
+    match value {
+        Value::Int(number) => usize::try_from(*number).ok(),
+        _ => None,
+    }
+}
+
+fn node_address(node: &Value, from: &Address) -> Option<Address> {
+    let [host, port, ..] = elements(node) else { return None };
+    let port = u16::try_from(number(port)?).ok()?;
+    match host {
+        Value::BulkString(host) if !host.is_empty() => {
+            let host = String::from_utf8_lossy(host).into_owned();
+            Some(Address::Tcp { host, port })
+        }
+        // No name: the one that answered.
+        _ => Some(from.with_port(&format!(":{port}"))),
+    }
+}
+
+impl Address {
+    /// The same host with this port, given as `:port`.
+    pub(super) fn with_port(&self, port: &str) -> Self {
+        match self {
+            Self::Tcp { host, .. } => {
+                address(&format!("{}{port}", if host.contains(':') { format!("[{host}]") } else { host.clone() }), 0)
+                    .unwrap_or_else(|_| self.clone())
+            }
+            Self::Unix(_) => self.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_those_of_the_specification() {
+        assert_eq!(slot_of("123456789"), 0x31c3 % 16_384);
+        assert_eq!(slot_of("a:{user1000}:queue"), slot_of("user1000"));
+        assert_eq!(slot_of("stanchion:{x}y}:queue"), slot_of("x"));
+    }
+}

@@ -1,0 +1,301 @@
+//! Where the store is: its URL and its options.
+
+use std::path::PathBuf;
+
+use redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo};
+
+use super::error::{error, from_client};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::url::percent_decoded;
+
+const DEFAULT_PORT: u16 = 6379;
+const DEFAULT_SENTINEL_PORT: u16 = 26379;
+const LONGEST_PREFIX: usize = 64;
+
+/// How servers stand together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// One server.
+    Single(Address),
+    /// One primary, which the sentinels name.
+    Sentinel { sentinels: Vec<Address>, service: String },
+    /// A cluster, of which these are some nodes.
+    Cluster { seeds: Vec<Address> },
+}
+
+/// Where a server listens.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Address {
+    Tcp { host: String, port: u16 },
+    Unix(PathBuf),
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Self::Tcp { host, port } => write!(f, "{host}:{port}"),
+            Self::Unix(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// All that a URL says.
+#[derive(Clone)]
+pub(super) struct Config {
+    pub(super) layout: Layout,
+    pub(super) tls: bool,
+    user: Option<String>,
+    password: Option<String>,
+    sentinel_user: Option<String>,
+    sentinel_password: Option<String>,
+    database: i64,
+    pub(super) prefix: String,
+    /// So many replicas must have a write before it is believed.
+    pub(super) min_replicas: u32,
+}
+
+impl std::fmt::Debug for Config {
+    /// Without the passwords.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Config")
+            .field("layout", &self.layout)
+            .field("tls", &self.tls)
+            .field("database", &self.database)
+            .field("prefix", &self.prefix)
+            .field("min_replicas", &self.min_replicas)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Config {
+    /// Reads a URL. What is wrong with it is told without the part that may hold a password.
+    pub(super) fn from_url(url: &str) -> Result<Self> {
+        let (scheme, rest) = url.split_once("://").ok_or_else(|| {
+            invalid("a redis URL has `://` after its scheme, for example `redis://127.0.0.1:6379`".to_owned())
+        })?;
+        let (tls, kind) = match scheme {
+            "redis" => (false, ""),
+            "rediss" => (true, ""),
+            _ => match scheme.split_once('+') {
+                Some(("redis", kind)) => (false, kind),
+                Some(("rediss", kind)) => (true, kind),
+                _ => (false, "unknown"),
+            },
+        };
+        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+        // A path may hold an `@`, the part before it may hold a password.
+        let (authority, path) = match rest.find('/') {
+            Some(at) => (&rest[..at], &rest[at + 1..]),
+            None => (rest, ""),
+        };
+        let (credentials, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
+        let (user, password) = credentials.split_once(':').unwrap_or((credentials, ""));
+        let mut config = Self {
+            layout: Layout::Cluster { seeds: Vec::new() },
+            tls,
+            user: text("the user", user)?,
+            password: text("the password", password)?,
+            sentinel_user: None,
+            sentinel_password: None,
+            database: 0,
+            prefix: "stanchion".to_owned(),
+            min_replicas: 0,
+        };
+        let mut database = "";
+        config.layout = match kind {
+            "" => {
+                database = path;
+                let [address] = <[Address; 1]>::try_from(addresses(hosts, DEFAULT_PORT)?).map_err(|_| {
+                    invalid("`redis://` takes one host; several are a `redis+cluster://` or a `redis+sentinel://`".into())
+                })?;
+                Layout::Single(address)
+            }
+            "unix" if tls || !hosts.is_empty() || path.is_empty() => {
+                return Err(invalid("a socket is given as `redis+unix:///path/to/redis.sock`".into()));
+            }
+            "unix" => {
+                let path = text("the path of the socket", path)?.unwrap_or_default();
+                Layout::Single(Address::Unix(PathBuf::from(format!("/{path}"))))
+            }
+            "cluster" if !path.is_empty() => {
+                return Err(invalid("a cluster has no databases: there is nothing after the hosts".into()));
+            }
+            "cluster" => Layout::Cluster { seeds: addresses(hosts, DEFAULT_PORT)? },
+            "sentinel" => {
+                let (service, number) = path.split_once('/').unwrap_or((path, ""));
+                database = number;
+                let service = text("the service", service)?.ok_or_else(|| {
+                    invalid("after the sentinels comes the service: `redis+sentinel://host1,host2/mymaster`".into())
+                })?;
+                Layout::Sentinel { sentinels: addresses(hosts, DEFAULT_SENTINEL_PORT)?, service }
+            }
+            _ => {
+                let known = "redis, rediss, redis+unix, redis+sentinel, rediss+sentinel, redis+cluster, rediss+cluster";
+                return Err(invalid(format!("there is no such scheme; the schemes are {known}")));
+            }
+        };
+        if !database.is_empty() {
+            config.database = i64::from(number::<u32>("the database", database)?);
+        }
+        for option in query.split('&').filter(|option| !option.is_empty()) {
+            let (name, value) = option.split_once('=').unwrap_or((option, ""));
+            match name {
+                "db" if matches!(kind, "unix") => config.database = i64::from(number::<u32>("`db`", value)?),
+                "prefix" => config.prefix = prefix(value)?,
+                "min_replicas" => config.min_replicas = number("`min_replicas`", value)?,
+                "sentinel_user" if kind == "sentinel" => config.sentinel_user = text("`sentinel_user`", value)?,
+                "sentinel_password" if kind == "sentinel" => {
+                    config.sentinel_password = text("`sentinel_password`", value)?;
+                }
+                _ => {
+                    let name: String = name.chars().filter(|c| !c.is_control()).take(32).collect();
+                    let sentinel = if kind == "sentinel" { ", `sentinel_user`, `sentinel_password`" } else { "" };
+                    let unix = if kind == "unix" { ", `db`" } else { "" };
+                    return Err(invalid(format!(
+                        "there is no option `{name}`; the options are `prefix`, `min_replicas`{sentinel}{unix}"
+                    )));
+                }
+            }
+        }
+        Ok(config)
+    }
+
+    /// How to connect to a server that keeps locks.
+    pub(super) fn server(&self, address: &Address) -> Result<ConnectionInfo> {
+        let mut settings = RedisConnectionInfo::default().set_db(self.database);
+        if let Some(user) = &self.user {
+            settings = settings.set_username(user);
+        }
+        if let Some(password) = &self.password {
+            settings = settings.set_password(password);
+        }
+        self.info(address, settings)
+    }
+
+    /// How to connect to a sentinel.
+    pub(super) fn sentinel(&self, address: &Address) -> Result<ConnectionInfo> {
+        let mut settings = RedisConnectionInfo::default();
+        if let Some(user) = &self.sentinel_user {
+            settings = settings.set_username(user);
+        }
+        if let Some(password) = &self.sentinel_password {
+            settings = settings.set_password(password);
+        }
+        self.info(address, settings)
+    }
+
+    fn info(&self, address: &Address, settings: RedisConnectionInfo) -> Result<ConnectionInfo> {
+        let address = match address {
+            Address::Unix(path) => ConnectionAddr::Unix(path.clone()),
+            Address::Tcp { host, port } if self.tls => {
+                super::connect::install_crypto();
+                ConnectionAddr::TcpTls { host: host.clone(), port: *port, insecure: false, tls_params: None }
+            }
+            Address::Tcp { host, port } => ConnectionAddr::Tcp(host.clone(), *port),
+        };
+        let info = address.into_connection_info().map_err(|fault| from_client(&fault))?;
+        Ok(info.set_redis_settings(settings).set_tcp_settings(super::connect::tcp_settings()))
+    }
+}
+
+fn invalid(message: String) -> Error {
+    error(ErrorKind::InvalidArgument, message)
+}
+
+fn text(what: &str, encoded: &str) -> Result<Option<String>> {
+    if encoded.is_empty() {
+        return Ok(None);
+    }
+    let bytes = percent_decoded(encoded)
+        .ok_or_else(|| invalid(format!("{what}: a `%` must be followed by two hexadecimal digits")))?;
+    String::from_utf8(bytes).map(Some).map_err(|_| invalid(format!("{what} is not UTF-8")))
+}
+
+fn number<T: std::str::FromStr>(what: &str, text: &str) -> Result<T> {
+    text.parse().map_err(|_| invalid(format!("{what} must be a whole number, 0 or more")))
+}
+
+fn prefix(text: &str) -> Result<String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | '/');
+    if text.is_empty() || text.len() > LONGEST_PREFIX || !text.chars().all(fits) {
+        return Err(invalid(format!(
+            "`prefix` has 1 to {LONGEST_PREFIX} characters: letters, digits, `_`, `-`, `.`, `:`, `/`"
+        )));
+    }
+    Ok(text.to_owned())
+}
+
+fn addresses(hosts: &str, default_port: u16) -> Result<Vec<Address>> {
+    let list: Result<Vec<_>> = hosts.split(',').map(|host| address(host, default_port)).collect();
+    list.map_err(|_| invalid("a host is missing or malformed: write `host:port`, or `[address]:port` for IPv6".into()))
+}
+
+/// `host`, `host:port`, `[ipv6]`, `[ipv6]:port`.
+pub(super) fn address(text: &str, default_port: u16) -> Result<Address> {
+    let malformed = || invalid("a malformed address".into());
+    let (host, port) = match text.strip_prefix('[') {
+        Some(rest) => {
+            let (host, rest) = rest.split_once(']').ok_or_else(malformed)?;
+            (host, rest.strip_prefix(':').or(rest.is_empty().then_some("")).ok_or_else(malformed)?)
+        }
+        None => text.rsplit_once(':').unwrap_or((text, "")),
+    };
+    let port = if port.is_empty() { default_port } else { port.parse().map_err(|_| malformed())? };
+    if host.is_empty() || host.chars().any(|c| c.is_control() || c.is_whitespace() || c == '/') {
+        return Err(malformed());
+    }
+    Ok(Address::Tcp { host: host.to_owned(), port })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tcp(host: &str, port: u16) -> Address {
+        Address::Tcp { host: host.to_owned(), port }
+    }
+
+    #[test]
+    fn every_kind_of_url_is_read() {
+        let read = |url: &str| Config::from_url(url).unwrap();
+        assert_eq!(read("redis://h").layout, Layout::Single(tcp("h", 6379)));
+        let full = read("rediss://us%40er:p%3A@h:7/3?prefix=a:b&min_replicas=2");
+        assert_eq!((full.layout, full.tls), (Layout::Single(tcp("h", 7)), true));
+        assert_eq!((full.user.as_deref(), full.password.as_deref()), (Some("us@er"), Some("p:")));
+        assert_eq!((full.database, full.prefix.as_str(), full.min_replicas), (3, "a:b", 2));
+        assert_eq!(read("redis://:secret@[::1]:1").layout, Layout::Single(tcp("::1", 1)));
+        assert_eq!(read("redis://:secret@h").password.as_deref(), Some("secret"));
+        let unix = read("redis+unix:///run/redis.sock?db=2");
+        assert_eq!((unix.layout, unix.database), (Layout::Single(Address::Unix("/run/redis.sock".into())), 2));
+        assert_eq!(
+            read("redis+sentinel://a,b:1/main/4").layout,
+            Layout::Sentinel { sentinels: vec![tcp("a", 26379), tcp("b", 1)], service: "main".into() }
+        );
+        assert_eq!(read("rediss+cluster://a,b:1").layout, Layout::Cluster { seeds: vec![tcp("a", 6379), tcp("b", 1)] });
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_without_the_password() {
+        for (url, says) in [
+            ("redis:h", "`://`"),
+            ("redis://", "a host is missing"),
+            ("redis://u:secret@a,b", "one host"),
+            ("redis://u:secret@h/x", "the database must be a whole number"),
+            ("redis://u:secret@h?ttl=1", "there is no option `ttl`"),
+            ("redis://u:secret@h?prefix={", "`prefix` has 1 to 64"),
+            ("redis://u:secret%@h", "two hexadecimal digits"),
+            ("redis+sentinel://u:secret@h", "comes the service"),
+            ("redis+cluster://u:secret@h/1", "no databases"),
+            ("redis+unix://u:secret@h/x", "redis+unix:///path"),
+            ("redis+other://u:secret@h", "no such scheme"),
+        ] {
+            let error = Config::from_url(url).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+            let text = format!("{error} {error:?}");
+            assert!(text.contains(says) && !text.contains("secret"), "{url}: {text}");
+        }
+        let config = Config::from_url("redis://user:secret@h").unwrap();
+        assert!(!format!("{config:?}").contains("secret"));
+    }
+}

@@ -1,0 +1,563 @@
+//! Connections: one for each runtime and server, made when needed, made anew after a fault.
+//!
+//! A connection is driven by a task, and a task belongs to a runtime. A step that runs in the user's runtime uses a
+//! connection there, because a hop to another thread costs as much as the step; the keeper has its own, which no traffic
+//! of the user's delays. Where there is no runtime, or one that cannot do I/O, the keeper's is used.
+//!
+//! The client never repeats a request (rule 7 of the store trait). What was refused with `MOVED` or `ASK` was not done,
+//! and is sent to where it belongs.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use redis::io::tcp::{TcpSettings, socket2};
+use redis::{AsyncConnectionConfig, Client, Cmd, RedisError, Value};
+use tokio::runtime::{Handle, Id};
+
+use super::cluster::{SlotMap, slot_of};
+use super::config::{Address, Config, Layout};
+use super::error::{Verdict, error, from_answer, from_client, while_connecting};
+use super::scripts::Script;
+use crate::clock::{BootTime, Clock, jitter};
+use crate::error::{Error, ErrorKind, Result};
+
+/// How long making a connection may take.
+const CONNECT_WITHIN: Duration = Duration::from_secs(2);
+
+/// After a fault nobody connects for so long, doubled with each further one: a thousand tasks are no storm.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// A request without an answer for so long makes its connection suspect: the next request uses another one.
+const SUSPECT_AFTER: Duration = Duration::from_secs(1);
+
+/// The most redirections that one request follows.
+const MOST_REDIRECTIONS: u32 = 5;
+
+/// So many requests may wait to be written.
+const BUFFER: usize = 1_024;
+
+/// What every connection is told about TCP: no delay, and a link that is dead is noticed within seconds.
+pub(super) fn tcp_settings() -> TcpSettings {
+    let probes = socket2::TcpKeepalive::new()
+        .with_time(Duration::from_secs(3))
+        .with_interval(Duration::from_secs(1))
+        .with_retries(3);
+    let settings = TcpSettings::default().set_nodelay(true).set_keepalive(probes);
+    #[cfg(target_os = "linux")]
+    let settings = settings.set_user_timeout(Duration::from_secs(6));
+    settings
+}
+
+/// TLS needs a provider of cryptography; the process may have chosen one already.
+pub(super) fn install_crypto() {
+    if rustls::crypto::CryptoProvider::get_default().is_none() {
+        let _another_was_faster = rustls::crypto::ring::default_provider().install_default();
+    }
+}
+
+/// All connections of a store.
+#[derive(Debug)]
+pub(super) struct Links {
+    pub(super) config: Config,
+    topology: Topology,
+    locals: Mutex<HashMap<Id, Arc<Local>>>,
+    /// The keeper's runtime: the first one that a session was opened in.
+    home: OnceLock<Handle>,
+    clock: Clock,
+}
+
+/// Which server to ask.
+#[derive(Debug)]
+enum Topology {
+    Single(Address),
+    Sentinel { sentinels: Mutex<Vec<Address>>, service: String, primary: Mutex<Option<Address>> },
+    Cluster(SlotMap),
+}
+
+/// The connections of one runtime.
+#[derive(Debug)]
+struct Local {
+    nodes: Mutex<HashMap<Address, Arc<Node>>>,
+    /// Finished when the runtime is gone.
+    sign_of_life: tokio::task::JoinHandle<()>,
+    /// The runtime cannot do I/O.
+    is_unusable: AtomicBool,
+}
+
+/// One server, as one runtime sees it.
+#[derive(Debug)]
+struct Node {
+    address: Address,
+    state: Mutex<State>,
+    /// One at a time connects; the others wait for the outcome.
+    connecting: tokio::sync::Mutex<()>,
+    generations: AtomicU64,
+}
+
+#[derive(Debug)]
+enum State {
+    Up(Link),
+    Down { failures: u32, next: BootTime, why: Option<Arc<Fault>> },
+}
+
+#[derive(Debug)]
+struct Fault {
+    kind: ErrorKind,
+    message: String,
+}
+
+/// A connection.
+#[derive(Clone, Debug)]
+struct Link {
+    connection: MultiplexedConnection,
+    generation: u64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where a request is to go.
+#[derive(Clone, Debug)]
+pub(super) enum Target {
+    /// To the server that has this key's slot.
+    Slot(u16),
+    /// To this server.
+    Server(Address),
+}
+
+impl Target {
+    pub(super) fn of(name: &str) -> Self {
+        Self::Slot(slot_of(name))
+    }
+}
+
+impl Links {
+    pub(super) fn new(config: Config) -> Self {
+        let topology = match &config.layout {
+            Layout::Single(address) => Topology::Single(address.clone()),
+            Layout::Sentinel { sentinels, service } => Topology::Sentinel {
+                sentinels: Mutex::new(sentinels.clone()),
+                service: service.clone(),
+                primary: Mutex::default(),
+            },
+            Layout::Cluster { seeds } => Topology::Cluster(SlotMap::new(seeds.clone())),
+        };
+        Self { config, topology, locals: Mutex::default(), home: OnceLock::new(), clock: Clock::system() }
+    }
+
+    pub(super) fn is_cluster(&self) -> bool {
+        matches!(self.topology, Topology::Cluster(_))
+    }
+
+    /// The current runtime is the one that is always there.
+    pub(super) fn settle_here(&self) {
+        if let Ok(handle) = Handle::try_current() {
+            let _there_is_one = self.home.set(handle);
+        }
+    }
+
+    /// Runs a script: by its hash, and by its text if the server does not know it.
+    pub(super) async fn run(self: &Arc<Self>, target: Target, script: &'static Script, command: Cmd) -> Result<Value> {
+        match self.send(target.clone(), &command).await {
+            Err(Failure { is_unknown_script: true, .. }) => {
+                self.send(target, &script.by_text(&command)).await.map_err(|failure| failure.error)
+            }
+            other => other.map_err(|failure| failure.error),
+        }
+    }
+
+    /// Sends a command that is no script.
+    pub(super) async fn ask(self: &Arc<Self>, target: Target, command: &Cmd) -> Result<Value> {
+        self.send(target, command).await.map_err(|failure| failure.error)
+    }
+
+    async fn send(self: &Arc<Self>, target: Target, command: &Cmd) -> Result<Value, Failure> {
+        if let Some(local) = self.local() {
+            return self.send_from(&local, target, command).await;
+        }
+        let Some(home) = self.home.get() else {
+            let message = "no runtime to do I/O in; open a handle of the library, which brings one";
+            return Err(error(ErrorKind::Unsupported, message).into());
+        };
+        let (links, command) = (self.clone(), command.clone());
+        let task = home.spawn(async move {
+            let local = links.local().ok_or_else(|| error(ErrorKind::Internal, "the keeper's runtime cannot do I/O"))?;
+            links.send_from(&local, target, &command).await
+        });
+        task.await.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the keeper has ended").in_doubt(true).into()))
+    }
+
+    /// The connections of the runtime that this runs in, if it can have some.
+    fn local(&self) -> Option<Arc<Local>> {
+        let id = Handle::try_current().ok()?.id();
+        let mut locals = lock(&self.locals);
+        let local = locals.get(&id).cloned().unwrap_or_else(|| {
+            locals.retain(|_, local| !local.sign_of_life.is_finished());
+            let local = Arc::new(Local {
+                nodes: Mutex::default(),
+                sign_of_life: tokio::spawn(std::future::pending()),
+                is_unusable: AtomicBool::new(false),
+            });
+            locals.insert(id, local.clone());
+            local
+        });
+        (!local.is_unusable.load(Ordering::Relaxed)).then_some(local)
+    }
+
+    async fn send_from(self: &Arc<Self>, local: &Local, target: Target, command: &Cmd) -> Result<Value, Failure> {
+        let mut address = match target {
+            Target::Server(address) => address,
+            Target::Slot(slot) => self.route(local, slot).await?,
+        };
+        let mut asking = false;
+        for _ in 0..MOST_REDIRECTIONS {
+            let node = local.node(&address);
+            let mut link = match node.link(self, local).await {
+                Ok(link) => link,
+                Err(error) => {
+                    // Perhaps another server has taken its place.
+                    self.forget(&address);
+                    return Err(error.into());
+                }
+            };
+            let suspicion = Suspicion { node: &node, generation: link.generation, since: self.clock.now(), links: self };
+            let answer: Result<Value, RedisError> = if asking {
+                let mut both = redis::pipe();
+                both.cmd("ASKING").ignore().add_command(command.clone());
+                let both = both.query_async(&mut link.connection).await;
+                both.map(|mut both: Vec<Value>| both.pop().unwrap_or(Value::Nil))
+            } else {
+                command.query_async(&mut link.connection).await
+            };
+            std::mem::forget(suspicion);
+            let fault = match answer {
+                Ok(value) => return Ok(value),
+                Err(fault) => fault,
+            };
+            if let (Topology::Cluster(slots), Some((to, slot))) = (&self.topology, fault.redirect_node()) {
+                asking = fault.code() == Some("ASK");
+                // An empty host is the one that answered.
+                let to = if to.starts_with(':') { address.with_port(to) } else { super::config::address(to, 0)? };
+                if !asking {
+                    slots.moved(slot, &to);
+                }
+                address = to;
+                continue;
+            }
+            if fault.code() == Some("NOSCRIPT") {
+                let (error, _) = from_answer(&address, &fault);
+                return Err(Failure { error, is_unknown_script: true });
+            }
+            let (error, verdict) = from_answer(&address, &fault);
+            match verdict {
+                Verdict::Refused => {
+                    if let (Topology::Cluster(slots), Some("CLUSTERDOWN")) = (&self.topology, fault.code()) {
+                        slots.doubt();
+                    }
+                }
+                Verdict::NotHere | Verdict::Broken => {
+                    node.lost(link.generation);
+                    self.forget(&address);
+                }
+            }
+            return Err(error.into());
+        }
+        Err(error(ErrorKind::Unavailable, "the cluster sends the request from node to node").into())
+    }
+
+    /// The server for a slot.
+    async fn route(self: &Arc<Self>, local: &Local, slot: u16) -> Result<Address> {
+        match &self.topology {
+            Topology::Single(address) => Ok(address.clone()),
+            Topology::Sentinel { primary, .. } => {
+                if let Some(known) = lock(primary).clone() {
+                    return Ok(known);
+                }
+                self.ask_sentinels().await
+            }
+            Topology::Cluster(slots) => {
+                if let Some(known) = slots.server(slot) {
+                    return Ok(known);
+                }
+                self.learn_slots(local, slots).await?;
+                slots.server(slot).ok_or_else(|| {
+                    error(ErrorKind::Unavailable, format!("the cluster has no server for slot {slot}"))
+                })
+            }
+        }
+    }
+
+    /// All servers that keep locks.
+    pub(super) async fn servers(self: &Arc<Self>) -> Result<Vec<Address>> {
+        match (&self.topology, self.local()) {
+            (Topology::Cluster(slots), Some(local)) => {
+                self.learn_slots(&local, slots).await?;
+                Ok(slots.servers())
+            }
+            (Topology::Cluster(slots), None) => Ok(slots.servers()),
+            (_, Some(local)) => Ok(vec![self.route(&local, 0).await?]),
+            (Topology::Single(address), None) => Ok(vec![address.clone()]),
+            (Topology::Sentinel { primary, .. }, None) => Ok(lock(primary).clone().into_iter().collect()),
+        }
+    }
+
+    /// Another server may do now what this one did.
+    fn forget(&self, address: &Address) {
+        match &self.topology {
+            Topology::Single(_) => {}
+            Topology::Sentinel { primary, .. } => {
+                let mut primary = lock(primary);
+                if primary.as_ref() == Some(address) {
+                    *primary = None;
+                }
+            }
+            Topology::Cluster(slots) => slots.doubt(),
+        }
+    }
+
+    async fn learn_slots(&self, local: &Local, slots: &SlotMap) -> Result<()> {
+        let _one_at_a_time = slots.learning.lock().await;
+        if slots.is_fresh(self.clock.now()) {
+            return Ok(());
+        }
+        let mut last = None;
+        for address in slots.known() {
+            let node = local.node(&address);
+            let link = node.link(self, local).await;
+            let answer = match link {
+                Ok(mut link) => {
+                    let answer: Result<Value, RedisError> =
+                        redis::cmd("CLUSTER").arg("SLOTS").query_async(&mut link.connection).await;
+                    answer.map_err(|fault| {
+                        node.lost(link.generation);
+                        from_answer(&address, &fault).0
+                    })
+                }
+                Err(error) => Err(error),
+            };
+            match answer {
+                Ok(value) => {
+                    slots.learned(&value, &address, self.clock.now());
+                    return Ok(());
+                }
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.unwrap_or_else(|| error(ErrorKind::Unavailable, "no node of the cluster is known")).in_doubt(false))
+    }
+
+    async fn ask_sentinels(&self) -> Result<Address> {
+        let Topology::Sentinel { sentinels, service, primary } = &self.topology else {
+            return Err(error(ErrorKind::Internal, "there are no sentinels"));
+        };
+        let mut last = None;
+        let all = lock(sentinels).clone();
+        for sentinel in all {
+            match self.ask_sentinel(&sentinel, service).await {
+                Ok(Some(address)) => {
+                    let mut sentinels = lock(sentinels);
+                    // Who knows is asked first the next time.
+                    if let Some(at) = sentinels.iter().position(|known| *known == sentinel) {
+                        sentinels[..=at].rotate_right(1);
+                    }
+                    *lock(primary) = Some(address.clone());
+                    return Ok(address);
+                }
+                Ok(None) => {
+                    let message = format!("the sentinel {sentinel} knows no service `{service}`");
+                    last = Some(error(ErrorKind::Misconfigured, message));
+                }
+                Err(fault) => last = last.or(Some(fault)),
+            }
+        }
+        Err(last.unwrap_or_else(|| error(ErrorKind::Unavailable, "there are no sentinels")))
+    }
+
+    async fn ask_sentinel(&self, sentinel: &Address, service: &str) -> Result<Option<Address>> {
+        let client = Client::open(self.config.sentinel(sentinel)?).map_err(|fault| from_client(&fault))?;
+        let options = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(CONNECT_WITHIN / 2))
+            .set_response_timeout(Some(CONNECT_WITHIN / 2));
+        let told = async {
+            let mut connection = client.get_multiplexed_async_connection_with_config(&options).await?;
+            let mut command = redis::cmd("SENTINEL");
+            command.arg("GET-MASTER-ADDR-BY-NAME").arg(service);
+            command.query_async::<Option<(String, u16)>>(&mut connection).await
+        };
+        let told = told.await.map_err(|fault| while_connecting(sentinel, &fault))?;
+        Ok(told.map(|(host, port)| Address::Tcp { host, port }))
+    }
+
+    /// A connection that does nothing but listen.
+    pub(super) async fn listen(self: &Arc<Self>, channel: &str) -> Result<redis::aio::PubSub> {
+        let local = self.local().ok_or_else(|| error(ErrorKind::Internal, "the keeper's runtime cannot do I/O"))?;
+        let address = self.route(&local, slot_of(channel)).await?;
+        let client = Client::open(self.config.server(&address)?).map_err(|fault| from_client(&fault))?;
+        let connected = async {
+            let mut pubsub = client.get_async_pubsub().await?;
+            pubsub.subscribe(channel).await?;
+            Ok(pubsub)
+        };
+        let connected = within(CONNECT_WITHIN, connected).await;
+        connected.map_err(|fault| {
+            self.forget(&address);
+            while_connecting(&address, &fault)
+        })
+    }
+}
+
+/// A request that failed.
+pub(super) struct Failure {
+    error: Error,
+    is_unknown_script: bool,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self { error, is_unknown_script: false }
+    }
+}
+
+#[allow(clippy::disallowed_methods, reason = "a limit on making a connection, not a deadline of the protocol")]
+async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, RedisError>>) -> Result<T, RedisError> {
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+        Err(std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {limit:?}")).into())
+    })
+}
+
+impl Drop for Local {
+    fn drop(&mut self) {
+        self.sign_of_life.abort();
+    }
+}
+
+impl Local {
+    fn node(&self, address: &Address) -> Arc<Node> {
+        let mut nodes = lock(&self.nodes);
+        if let Some(node) = nodes.get(address) {
+            return node.clone();
+        }
+        let node = Arc::new(Node {
+            address: address.clone(),
+            state: Mutex::new(State::Down { failures: 0, next: BootTime::from_nanos(0), why: None }),
+            connecting: tokio::sync::Mutex::default(),
+            generations: AtomicU64::new(0),
+        });
+        nodes.insert(address.clone(), node.clone());
+        node
+    }
+}
+
+impl Node {
+    /// A connection: the one there is, or a new one.
+    async fn link(&self, links: &Links, local: &Local) -> Result<Link> {
+        if let Some(link) = self.current(links.clock.now())? {
+            return Ok(link);
+        }
+        let _one_at_a_time = self.connecting.lock().await;
+        if let Some(link) = self.current(links.clock.now())? {
+            return Ok(link);
+        }
+        let client = Client::open(links.config.server(&self.address)?).map_err(|fault| from_client(&fault))?;
+        // A task of its own: that it cannot do I/O here is a panic of the runtime.
+        let connecting = tokio::spawn(async move { connect(&client).await });
+        let connected = match connecting.await {
+            Ok(connected) => connected,
+            Err(ended) => {
+                if ended.is_panic() {
+                    local.is_unusable.store(true, Ordering::Relaxed);
+                }
+                return Err(error(ErrorKind::Unavailable, "this runtime cannot do I/O").in_doubt(false));
+            }
+        };
+        let connected = connected.map_err(|fault| while_connecting(&self.address, &fault));
+        let connected = connected.and_then(|(connection, role)| match role.as_str() {
+            "master" => Ok(connection),
+            "active-replica" => Err(error(
+                ErrorKind::Misconfigured,
+                format!("{} is an active replica: two servers would grant the same key; use one primary", self.address),
+            )),
+            _ if matches!(links.topology, Topology::Single(_)) => Err(error(
+                ErrorKind::Misconfigured,
+                format!("{} is a replica; name its primary, or its sentinels (`redis+sentinel://`)", self.address),
+            )),
+            _ => Err(error(ErrorKind::Unavailable, format!("{} is a replica now", self.address))),
+        });
+        let mut state = lock(&self.state);
+        match connected {
+            Ok(connection) => {
+                let generation = self.generations.fetch_add(1, Ordering::Relaxed);
+                let link = Link { connection, generation };
+                *state = State::Up(link.clone());
+                Ok(link)
+            }
+            Err(error) => {
+                let failures = match &*state {
+                    State::Up(_) => 0,
+                    State::Down { failures, .. } => *failures,
+                };
+                let pause = jitter((FIRST_PAUSE * 2u32.saturating_pow(failures.min(10))).min(LONGEST_PAUSE));
+                let why = Fault { kind: error.kind(), message: error.message().to_owned() };
+                let next = links.clock.now().after(pause);
+                *state = State::Down { failures: failures + 1, next, why: Some(Arc::new(why)) };
+                Err(error)
+            }
+        }
+    }
+
+    /// The connection there is; none if one may be made now; the last fault if not.
+    fn current(&self, now: BootTime) -> Result<Option<Link>> {
+        match &*lock(&self.state) {
+            State::Up(link) => Ok(Some(link.clone())),
+            State::Down { next, why: Some(why), .. } if now < *next => {
+                Err(error(why.kind, why.message.clone()).in_doubt(false))
+            }
+            State::Down { .. } => Ok(None),
+        }
+    }
+
+    /// This connection is not to be used again.
+    fn lost(&self, generation: u64) {
+        let mut state = lock(&self.state);
+        if matches!(&*state, State::Up(link) if link.generation == generation) {
+            *state = State::Down { failures: 0, next: BootTime::from_nanos(0), why: None };
+        }
+    }
+}
+
+/// A connection and what the server is: primary or replica.
+async fn connect(client: &Client) -> Result<(MultiplexedConnection, String), RedisError> {
+    let options = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(CONNECT_WITHIN))
+        // How long an answer may take is said by who asks.
+        .set_response_timeout(None)
+        .set_pipeline_buffer_size(BUFFER);
+    let mut connection = client.get_multiplexed_async_connection_with_config(&options).await?;
+    let role = async {
+        let role: Vec<Value> = redis::cmd("ROLE").query_async(&mut connection).await?;
+        redis::from_redis_value::<String>(role.into_iter().next().unwrap_or(Value::Nil)).map_err(RedisError::from)
+    };
+    let role = within(CONNECT_WITHIN, role).await?;
+    Ok((connection, role))
+}
+
+/// Dropped with its request unanswered, it gives up a connection that has been silent for long.
+struct Suspicion<'a> {
+    node: &'a Node,
+    generation: u64,
+    since: BootTime,
+    links: &'a Links,
+}
+
+impl Drop for Suspicion<'_> {
+    fn drop(&mut self) {
+        if self.links.clock.now().since(self.since) >= SUSPECT_AFTER {
+            self.node.lost(self.generation);
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! What servers and the client report, as errors of stanchion.
+
+use redis::{RedisError, ServerErrorKind};
+
+use super::config::Address;
+use crate::error::{Error, ErrorKind};
+
+/// The store's name in errors and events.
+pub(super) const NAME: &str = "redis";
+
+/// A message and its kind.
+pub(super) fn error(kind: ErrorKind, message: impl Into<String>) -> Error {
+    Error::new(kind, message).with_store(NAME)
+}
+
+/// What a server's answer says about the connection and the request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// The server refused, and did nothing. The connection is good.
+    Refused,
+    /// The server refused, and another one is to be asked from now on.
+    NotHere,
+    /// The connection is gone, and nobody knows what became of the request.
+    Broken,
+}
+
+/// A fault while a connection was being made: nothing was sent yet.
+pub(super) fn while_connecting(address: &Address, fault: &RedisError) -> Error {
+    let (kind, what) = match kind_of(fault) {
+        (ErrorKind::NetworkTimeout, what) => (ErrorKind::Unavailable, what),
+        other => other,
+    };
+    error(kind, format!("cannot connect to {address}: {what}")).in_doubt(false).with_source(fault.clone())
+}
+
+/// A fault of the client itself: what it was told cannot be.
+pub(super) fn from_client(fault: &RedisError) -> Error {
+    error(ErrorKind::InvalidArgument, fault.to_string())
+}
+
+/// A fault of a request that was sent.
+pub(super) fn from_answer(address: &Address, fault: &RedisError) -> (Error, Verdict) {
+    let (kind, what) = kind_of(fault);
+    let verdict = match fault.code() {
+        None => Verdict::Broken,
+        Some(_) if is_elsewhere(fault) => Verdict::NotHere,
+        Some(_) => Verdict::Refused,
+    };
+    let error = error(kind, format!("{address}: {what}")).in_doubt(verdict == Verdict::Broken);
+    (error.with_source(fault.clone()), verdict)
+}
+
+/// The server is no primary any more, or not yet.
+fn is_elsewhere(fault: &RedisError) -> bool {
+    text(fault).contains("READONLY") || matches!(fault.code(), Some("MASTERDOWN" | "UNBLOCKED"))
+}
+
+/// Code and detail: before Redis 7 what fails in a script comes as `ERR`, with the real code inside.
+fn text(fault: &RedisError) -> String {
+    format!("{} {}", fault.code().unwrap_or_default(), fault.detail().unwrap_or_default())
+}
+
+fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
+    if fault.code().is_none() {
+        return match fault.kind() {
+            redis::ErrorKind::AuthenticationFailed => {
+                (ErrorKind::Unauthorized, "the server refused the user or the password".to_owned())
+            }
+            redis::ErrorKind::Io if fault.is_timeout() => {
+                (ErrorKind::NetworkTimeout, "no answer in time".to_owned())
+            }
+            redis::ErrorKind::Io if is_untrusted(fault) => (ErrorKind::Misconfigured, format!("TLS: {fault}")),
+            redis::ErrorKind::Io => (ErrorKind::Unavailable, fault.to_string()),
+            redis::ErrorKind::InvalidClientConfig => (ErrorKind::Unavailable, fault.to_string()),
+            _ => (ErrorKind::Internal, fault.to_string()),
+        };
+    }
+    let text = text(fault);
+    // In the order in which they count where several are named.
+    let table: &[(&[&str], ErrorKind, &str)] = &[
+        (&["NOPERM", "can't run this command"], ErrorKind::Unauthorized, "the user lacks a right; see the access list in the documentation of the store"),
+        (&["NOAUTH"], ErrorKind::Unauthorized, "the server wants a user or a password"),
+        (&["WRONGPASS", "invalid password"], ErrorKind::Unauthorized, "the server refused the user or the password"),
+        (&["OOM "], ErrorKind::Unavailable, "the server is out of memory (maxmemory) and takes no new holds"),
+        (&["READONLY"], ErrorKind::Unavailable, "the server is a replica now"),
+        (&["LOADING"], ErrorKind::Unavailable, "the server is loading its data"),
+        (&["MASTERDOWN"], ErrorKind::Unavailable, "the server has lost its primary"),
+        (&["CLUSTERDOWN"], ErrorKind::Unavailable, "the cluster is down"),
+        (&["TRYAGAIN"], ErrorKind::Unavailable, "the key is being moved to another node"),
+        (&["BUSY "], ErrorKind::Unavailable, "the server is busy with a script"),
+        (&["NOREPLICAS"], ErrorKind::Unavailable, "the server has too few replicas (min-replicas-to-write)"),
+        (&["max number of clients"], ErrorKind::RateLimited, "the server has too many clients (maxclients)"),
+        (&["MISCONF"], ErrorKind::Misconfigured, "the server cannot save its data and takes no writes; see its log"),
+        (&["MOVED", "ASK "], ErrorKind::Misconfigured, "the server is part of a cluster: use `redis+cluster://`"),
+        (&["CROSSSLOT"], ErrorKind::Internal, "keys of one lock are in several slots"),
+        (&["WRONGTYPE", "RECORD "], ErrorKind::Misconfigured, "a key of ours was written by something else; use another `prefix`"),
+        (&["FENCE "], ErrorKind::Misconfigured, "the key has the highest fence there is: the server's clock was far ahead once"),
+        (&["unknown command", "NOPROTO"], ErrorKind::Unsupported, "the server lacks a command; Redis 6.2 or later is needed"),
+    ];
+    for (marks, kind, what) in table {
+        if marks.iter().any(|mark| text.contains(mark)) {
+            return (*kind, format!("{what} ({})", text.trim()));
+        }
+    }
+    let kind = match fault.kind() {
+        redis::ErrorKind::Server(ServerErrorKind::BusyLoading | ServerErrorKind::ClusterDown) => ErrorKind::Unavailable,
+        _ => ErrorKind::Internal,
+    };
+    (kind, text.trim().to_owned())
+}
+
+/// A certificate that is not trusted does not become so by trying again.
+fn is_untrusted(fault: &RedisError) -> bool {
+    let text = fault.to_string().to_lowercase();
+    text.contains("certificate") || text.contains("corrupt message") || text.contains("invalidcontenttype")
+}

@@ -1,0 +1,679 @@
+//! Redis and what speaks as it does: one server, a primary with sentinels, a cluster.
+//!
+//! # How it is kept
+//! - A key is one string, its record; those who wait for it are in two more keys that exist only then. All three share a
+//!   slot. One step is one script on them.
+//! - A session is a key of its own, in another slot of a cluster: no script sees whether a session lives. Who meets a hold
+//!   or a waiter whose session it does not know to live asks, and has what belongs to a dead session ended
+//!   ([`bury`](Inner::bury)). A dead session never lives again, so that is right however late it happens.
+//! - A grant by hand-off may thus go to a session that is dead; the next who asks takes the key from it. It does no harm:
+//!   nobody believes a grant whose session they do not believe.
+//!
+//! # Invariants
+//! 1. `alive_until` of a session is never later than the server's time for it: it counts from before the question.
+//! 2. A request is sent once. A second one is sent only after the first was answered, and where that answer changed nothing
+//!    or the second one finds what the first one did.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use ::redis::{Cmd, Value};
+use tokio::task::JoinSet;
+
+use self::config::Config;
+use self::connect::{Links, Target};
+use self::error::{NAME, error};
+use self::reply::{Answer, malformed, read_texts, write_texts};
+use self::scripts::{LockNames, Names, Script};
+use self::sessions::{Known, Sessions};
+use super::*;
+use crate::clock::Clock;
+use crate::fence::Fence;
+use crate::key::Key;
+use crate::token::{SessionId, TokenId};
+use crate::error::{ErrorKind, Result};
+
+mod audit;
+mod cluster;
+mod config;
+mod connect;
+mod error;
+mod push;
+mod reply;
+mod scripts;
+mod sessions;
+
+/// A session's key stays for so long after it is over, or for twice its ttl: so long it is refused to open it again.
+const LEAST_MEMORY: Duration = Duration::from_secs(60);
+
+/// A record lives at least so long after it was written.
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// So often a step goes on after dead sessions were in its way.
+const MOST_BURIALS: u32 = 16;
+
+/// So many requests are on their way at once where there are many to send.
+const AT_ONCE: usize = 256;
+
+/// Locks in Redis or Valkey.
+///
+/// | URL | |
+/// |---|---|
+/// | `redis://[user:password@]host[:port][/database]` | one server |
+/// | `rediss://…` | the same over TLS; certificates are verified with the system's roots |
+/// | `redis+unix:///path/to/redis.sock?db=0` | one server, by a Unix socket |
+/// | `redis+sentinel://host1,host2,host3/service[/database]` | the primary that the sentinels name |
+/// | `redis+cluster://host1,host2` | a cluster, by some of its nodes |
+///
+/// Options: `prefix` (the first part of every key, `stanchion`), `min_replicas` (so many replicas must have a grant before
+/// it is believed, 0), `sentinel_user`, `sentinel_password`. `redis+sentinel` and `redis+cluster` have a `rediss+…` too.
+/// Special characters in a user or a password are written as `%XX`.
+///
+/// # What it needs
+/// Redis 6.2 or later, or Valkey. `maxmemory-policy noeviction`. For a user of its own, this access list is enough
+/// (Redis 7; `stanchion` is the prefix):
+/// ```text
+/// resetkeys resetchannels -@all ~stanchion:* &stanchion:*
+/// +eval +evalsha +get +set +del +time +pexpire +pttl +zadd +zrange +zrank +zscore +zrem +zcard +hset +hget +hdel +hvals
+/// +hgetall +publish +subscribe +unsubscribe +scan +role +ping +hello +auth +select +client|setinfo +wait +cluster|slots
+/// ```
+/// With `+config|get +info` it also reports settings that lose locks.
+///
+/// # What it cannot promise
+/// A server that restarts without persistence, or a failover to a replica that lacks the last writes, forgets holds. The
+/// library then asks for every hold anew and tells those that are gone; fences do not repeat, because they follow the
+/// server's clock. Between the two a holder may not know: check fences. `min_replicas` makes it rarer: a grant to a caller
+/// who asks is believed only when so many replicas have it. It is not a quorum, and a grant by hand-off does not wait.
+#[derive(Clone, Debug)]
+pub struct Redis {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    links: Arc<Links>,
+    names: Names,
+    sessions: Sessions,
+    clock: Clock,
+    min_replicas: u32,
+    audited: tokio::sync::Mutex<bool>,
+}
+
+impl Redis {
+    /// A store at this URL. Nothing is sent yet.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for a URL that cannot be read.
+    pub fn from_url(url: &str) -> Result<Self> {
+        let config = Config::from_url(url)?;
+        let inner = Inner {
+            names: Names::new(&config.prefix),
+            sessions: Sessions::default(),
+            clock: Clock::system(),
+            min_replicas: config.min_replicas,
+            audited: tokio::sync::Mutex::new(false),
+            links: Arc::new(Links::new(config)),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+}
+
+fn micros(span: Duration) -> String {
+    span.as_micros().to_string()
+}
+
+fn millis(span: Duration) -> String {
+    span.as_millis().to_string()
+}
+
+impl Inner {
+    async fn on_key(&self, names: &LockNames, script: &'static Script, arguments: &[&str]) -> Result<Answer> {
+        let mut command = script.by_hash(3);
+        command.arg(&names.all());
+        for argument in arguments {
+            command.arg(argument);
+        }
+        Answer::read(self.links.run(Target::of(names.record()), script, command).await?)
+    }
+
+    async fn on_session(&self, session: SessionId, script: &'static Script, arguments: &[&str]) -> Result<Answer> {
+        let name = self.names.session(session);
+        let mut command = script.by_hash(2);
+        command.arg(&name).arg(self.names.lost(session));
+        for argument in arguments {
+            command.arg(argument);
+        }
+        Answer::read(self.links.run(Target::of(&name), script, command).await?)
+    }
+
+    /// Those of the sessions that are dead. Asks for those that are not known to live.
+    async fn dead_of(&self, sessions: &[SessionId]) -> Result<Vec<SessionId>> {
+        let now = self.clock.now();
+        let (mut dead, mut unknown) = (Vec::new(), Vec::new());
+        for session in sessions {
+            match self.sessions.known(*session, now) {
+                Known::Alive(_) => {}
+                Known::Dead => dead.push(*session),
+                Known::Unknown => unknown.push(*session),
+            }
+        }
+        // In a cluster each is elsewhere.
+        let at_once = if self.links.is_cluster() { 1 } else { 100 };
+        for some in unknown.chunks(at_once) {
+            let names: Vec<_> = some.iter().map(|session| self.names.session(*session)).collect();
+            let mut command = scripts::SESSION_LOOK.by_hash(names.len());
+            command.arg(&names);
+            let asked = self.clock.now();
+            let answer = self.links.run(Target::of(&names[0]), &scripts::SESSION_LOOK, command).await?;
+            let left = Answer::read(answer)?.spans()?;
+            for (session, left) in some.iter().zip(left) {
+                if left.is_zero() {
+                    self.sessions.died(*session);
+                    dead.push(*session);
+                } else {
+                    self.sessions.seen(*session, asked, left);
+                }
+            }
+        }
+        Ok(dead)
+    }
+
+    /// Ends what these dead sessions have of a key, and hands it on.
+    async fn bury(&self, names: &LockNames, dead: &[SessionId]) -> Result<()> {
+        let dead: Vec<_> = dead.iter().map(|session| session.to_hex()).collect();
+        let dead: Vec<_> = dead.iter().map(String::as_str).collect();
+        self.on_key(names, &scripts::BURY, &dead).await.map(drop)
+    }
+
+    /// Ends what dead sessions have of a key. Tells whether there was something.
+    async fn bury_the_dead(&self, names: &LockNames, sessions: &[SessionId]) -> Result<bool> {
+        let dead = self.dead_of(sessions).await?;
+        if dead.is_empty() {
+            return Ok(false);
+        }
+        self.bury(names, &dead).await?;
+        Ok(true)
+    }
+
+    /// The session that a token is held by, if that is one of this process, is asked for where it may be dead.
+    async fn settle_own(&self, names: &LockNames, token: TokenId) -> Result<()> {
+        if let Some(session) = self.sessions.holder(token) {
+            self.bury_the_dead(names, &[session]).await?;
+        }
+        Ok(())
+    }
+
+    /// The state of a key without anything of the dead.
+    async fn settled(&self, key: &Key, names: &LockNames) -> Result<Reply<KeyState>> {
+        for _ in 0..MOST_BURIALS {
+            let answer = self.on_key(names, &scripts::INSPECT, &[]).await?;
+            let mut sessions = Vec::new();
+            for hold in answer.rows(3)? {
+                if hold.text(2)? == "S" {
+                    sessions.push(hold.session(3)?);
+                }
+            }
+            for waiter in answer.rows(4)? {
+                sessions.push(waiter.session(1)?);
+            }
+            sessions.sort_unstable();
+            sessions.dedup();
+            if !self.bury_the_dead(names, &sessions).await? {
+                return Ok(Reply { time: answer.time, outcome: state_of(key, &answer)? });
+            }
+        }
+        Err(error(ErrorKind::Unavailable, "sessions die faster than they can be buried"))
+    }
+
+    /// How long until something may change that nobody would push.
+    fn check_in(&self, by_time: Option<Duration>, sessions: &[SessionId]) -> Option<Duration> {
+        let now = self.clock.now();
+        let ends = sessions.iter().filter_map(|session| match self.sessions.known(*session, now) {
+            Known::Alive(until) => Some(until.since(now)),
+            Known::Dead | Known::Unknown => None,
+        });
+        ends.chain(by_time).min()
+    }
+
+    /// Waits until so many replicas have what was written, where that is wanted.
+    async fn replicated(&self, target: Target) -> Result<()> {
+        if self.min_replicas == 0 {
+            return Ok(());
+        }
+        let mut command = ::redis::cmd("WAIT");
+        command.arg(self.min_replicas).arg(1_000);
+        let have = match self.links.ask(target, &command).await? {
+            Value::Int(have) => have,
+            _ => return Err(malformed()),
+        };
+        if have >= i64::from(self.min_replicas) {
+            return Ok(());
+        }
+        let message = format!("{have} replicas have the grant, {} are wanted (min_replicas)", self.min_replicas);
+        Err(error(ErrorKind::Unavailable, message).in_doubt(true))
+    }
+
+    /// Ends what a session has that is known here: its waiters and the holds that depend on it.
+    async fn bury_all(self: &Arc<Self>, session: SessionId, keys: Vec<Key>) -> Result<()> {
+        let mut tasks = JoinSet::new();
+        let mut outcome = Ok(());
+        for key in keys {
+            if tasks.len() >= AT_ONCE
+                && let Some(done) = tasks.join_next().await
+            {
+                outcome = outcome.and(done.unwrap_or(Ok(())));
+            }
+            let inner = self.clone();
+            tasks.spawn(async move { inner.bury(&inner.names.lock(&key), &[session]).await });
+        }
+        while let Some(done) = tasks.join_next().await {
+            outcome = outcome.and(done.unwrap_or(Ok(())));
+        }
+        outcome
+    }
+
+    async fn end(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
+        let names = self.names.lock(key);
+        self.settle_own(&names, token).await?;
+        let (token_text, cooldown) = (token.to_hex(), cooldown.map(micros));
+        let answer = match &cooldown {
+            Some(cooldown) => self.on_key(&names, &scripts::END, &[&token_text, cooldown]).await?,
+            None => self.on_key(&names, &scripts::END, &[&token_text]).await?,
+        };
+        self.sessions.lets_go(token);
+        let outcome = match answer.word() {
+            "short" | "released" => EndOutcome::Released,
+            "dequeued" => EndOutcome::Dequeued,
+            "nothing" => EndOutcome::Nothing,
+            _ => return Err(malformed()),
+        };
+        if let Some(session) = answer.session(0)? {
+            // It was forced out: its session's beats need not say so any longer.
+            let mut command = ::redis::cmd("HDEL");
+            command.arg(self.names.lost(session)).arg(&token_text);
+            self.links.ask(Target::of(&self.names.session(session)), &command).await?;
+        }
+        Ok(Reply { time: answer.time, outcome })
+    }
+
+    /// All keys with a record whose encoded form begins so, in order.
+    async fn keys(&self, prefix: &str) -> Result<Vec<Key>> {
+        let pattern = self.names.pattern(prefix);
+        let mut found = std::collections::BTreeMap::new();
+        for server in self.links.servers().await? {
+            let mut cursor = "0".to_owned();
+            loop {
+                let mut command = ::redis::cmd("SCAN");
+                command.arg(&cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(1_000);
+                let page = self.links.ask(Target::Server(server.clone()), &command).await?;
+                let (next, names): (String, Vec<String>) = ::redis::from_redis_value(page).map_err(|_| malformed())?;
+                for key in names.iter().filter_map(|name| self.names.key_of(name)) {
+                    let key = key?;
+                    if key.as_encoded().starts_with(prefix) {
+                        found.insert(key.as_encoded().to_owned(), key);
+                    }
+                }
+                if next == "0" {
+                    break;
+                }
+                cursor = next;
+            }
+        }
+        Ok(found.into_values().collect())
+    }
+}
+
+fn state_of(key: &Key, answer: &Answer) -> Result<KeyState> {
+    let age = |since: StoreTime| answer.time.since(since);
+    let wall = |time: StoreTime| SystemTime::UNIX_EPOCH + Duration::from_micros(time.as_micros());
+    let mut holders = Vec::new();
+    for hold in answer.rows(3)? {
+        let [owner, metadata, trace] = read_texts(hold.text(6)?)?;
+        holders.push(HolderState {
+            fence: Fence::new(hold.number(0)?),
+            owner: owner.unwrap_or_default(),
+            units: hold.number(1)?,
+            session_bound: hold.text(2)? == "S",
+            age: age(hold.time(4)?),
+            since: wall(hold.time(4)?),
+            remaining: hold.span(5)?,
+            metadata,
+            trace,
+        });
+    }
+    let mut waiters = Vec::new();
+    for waiter in answer.rows(4)? {
+        let [owner, metadata, trace] = read_texts(waiter.text(3)?)?;
+        let owner = owner.unwrap_or_default();
+        waiters.push(WaiterState { owner, units: waiter.number(0)?, age: age(waiter.time(2)?), metadata, trace });
+    }
+    Ok(KeyState {
+        key: key.clone(),
+        capacity: if answer.text(0)?.is_empty() { None } else { Some(answer.number(0)?) },
+        holders,
+        waiters,
+        last_fence: if answer.text(1)?.is_empty() { None } else { Some(answer.fence(1)?) },
+        closed_for: answer.span(2)?,
+    })
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Store for Redis {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(NAME)
+    }
+
+    async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {
+        let inner = &self.inner;
+        inner.links.settle_here();
+        let OpenSession { session, ttl, owner } = request;
+        inner.audit(session).await?;
+        if let Some(pushes) = inner.sessions.wants_listener(session) {
+            push::start(inner, session, pushes).await;
+        }
+        let asked = inner.clock.now();
+        let answer = inner.on_session(session, &scripts::SESSION_OPEN, &[&micros(ttl), &millis(memory(ttl))]).await?;
+        let outcome = match answer.word() {
+            "opened" => {
+                inner.sessions.opened(session, asked, ttl, owner);
+                OpenOutcome::Opened
+            }
+            "gone" => {
+                inner.sessions.died(session);
+                OpenOutcome::Gone
+            }
+            _ => return Err(malformed()),
+        };
+        Ok(Reply { time: answer.time, outcome })
+    }
+
+    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
+        let inner = &self.inner;
+        let asked = inner.clock.now();
+        let memory = millis(memory(inner.sessions.ttl(session)));
+        let answer = inner.on_session(session, &scripts::SESSION_BEAT, &[&memory]).await?;
+        if answer.word() == "gone" {
+            inner.sessions.died(session);
+            return Ok(Reply { time: answer.time, outcome: BeatOutcome::Gone });
+        }
+        inner.sessions.beaten(session, asked);
+        let mut lost = Vec::new();
+        for pair in answer.pairs() {
+            let (token, what) = pair?;
+            let token = TokenId::from_hex(token).ok_or_else(malformed)?;
+            lost.push(push::read_lost(token, what)?);
+        }
+        for (token, key) in inner.sessions.due(session, asked) {
+            // Best effort, and nobody waits for it: the next sweep comes long before a record is forgotten.
+            let inner = inner.clone();
+            tokio::spawn(async move {
+                let _in_six_hours = inner.on_key(&inner.names.lock(&key), &scripts::TOUCH, &[&token.to_hex()]).await;
+            });
+        }
+        Ok(Reply { time: answer.time, outcome: BeatOutcome::Alive { lost } })
+    }
+
+    async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
+        let inner = &self.inner;
+        inner.sessions.died(session);
+        let memory = millis(memory(inner.sessions.ttl(session)));
+        let answer = inner.on_session(session, &scripts::SESSION_CLOSE, &[&memory]).await?;
+        // What another process took up of it, and what is on its way, goes by the word of whoever comes next.
+        let keys = inner.sessions.keys(session);
+        inner.bury_all(session, keys).await?;
+        inner.sessions.ended(session);
+        Ok(Reply { time: answer.time, outcome: () })
+    }
+
+    async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
+        let inner = &self.inner;
+        let names = inner.names.lock(&request.key);
+        let session = request.session;
+        if inner.sessions.known(session, inner.clock.now()) == Known::Unknown || inner.is_dead(session) {
+            if let Some(time) = inner.dead_since(session).await? {
+                return Ok(Reply { time, outcome: AcquireOutcome::SessionGone });
+            }
+        }
+        let kind = if matches!(request.term, Term::Session { .. }) { 'S' } else { 'F' };
+        let owner = inner.sessions.owner(session);
+        let texts = write_texts([Some(&owner), request.metadata.as_deref(), request.trace.as_deref()]);
+        let who = format!("{}{}{kind}{texts}", request.token.to_hex(), session.to_hex());
+        let until = format!("{:016}{}", request.not_after.as_micros(), u8::from(request.enqueue));
+        let life = DAY.max(inner.sessions.ttl(session).saturating_mul(2));
+        let plain = request.demand == Demand::MUTEX && request.term.length().is_none() && life == DAY;
+        let more = (!plain).then(|| {
+            let term = request.term.length().map_or_else(|| "0".to_owned(), micros);
+            [term, request.demand.units().to_string(), request.demand.capacity().to_string(), millis(life)]
+        });
+        let mut arguments = vec![who.as_str(), until.as_str()];
+        arguments.extend(more.iter().flatten().map(String::as_str));
+        for _ in 0..MOST_BURIALS {
+            let asked = inner.clock.now();
+            let answer = inner.on_key(&names, &scripts::ACQUIRE, &arguments).await?;
+            let (outcome, in_the_way) = match answer.word() {
+                "short" | "granted" => {
+                    inner.replicated(Target::of(names.record())).await?;
+                    if kind == 'S' {
+                        inner.sessions.holds(session, request.token, &request.key, asked);
+                    }
+                    (AcquireOutcome::Granted(answer.granted()?), Vec::new())
+                }
+                "queued" => {
+                    inner.sessions.holds(session, request.token, &request.key, asked);
+                    let sessions = answer.sessions(2)?;
+                    let queued = Queued { ahead: answer.number(0)?, check_in: answer.span(1)? };
+                    (AcquireOutcome::Queued(queued), sessions)
+                }
+                "busy" => (AcquireOutcome::Busy { check_in: answer.span(0)? }, answer.sessions(1)?),
+                "full" => (AcquireOutcome::QueueFull { limit: answer.number(0)? }, answer.sessions(1)?),
+                "stale" => (AcquireOutcome::Stale, Vec::new()),
+                "forced" => (AcquireOutcome::Forced, Vec::new()),
+                "mismatch" => (AcquireOutcome::CapacityMismatch { in_use: answer.number(0)? }, answer.sessions(1)?),
+                _ => return Err(malformed()),
+            };
+            if inner.bury_the_dead(&names, &in_the_way).await? {
+                continue;
+            }
+            let outcome = match outcome {
+                AcquireOutcome::Queued(queued) => AcquireOutcome::Queued(Queued {
+                    check_in: inner.check_in(queued.check_in, &in_the_way),
+                    ..queued
+                }),
+                AcquireOutcome::Busy { check_in } => {
+                    AcquireOutcome::Busy { check_in: inner.check_in(check_in, &in_the_way) }
+                }
+                other => other,
+            };
+            return Ok(Reply { time: answer.time, outcome });
+        }
+        Err(error(ErrorKind::Unavailable, "sessions die faster than they can be buried").in_doubt(true))
+    }
+
+    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
+        let inner = &self.inner;
+        let names = inner.names.lock(key);
+        for _ in 0..MOST_BURIALS {
+            let answer = inner.on_key(&names, &scripts::POLL, &[&token.to_hex()]).await?;
+            let (outcome, in_the_way) = match answer.word() {
+                "granted" => {
+                    let session = answer.session(2)?;
+                    match session {
+                        Some(session) => inner.sessions.holds(session, token, key, inner.clock.now()),
+                        None => inner.sessions.lets_go(token),
+                    }
+                    (PollOutcome::Granted(answer.granted()?), session.into_iter().collect())
+                }
+                "queued" => {
+                    let mut sessions = answer.sessions(2)?;
+                    let check_in = answer.span(1)?;
+                    // A waiter whose own session is dead is gone.
+                    sessions.extend(inner.sessions.holder(token));
+                    (PollOutcome::Queued(Queued { ahead: answer.number(0)?, check_in }), sessions)
+                }
+                "gone" => (PollOutcome::Gone, Vec::new()),
+                _ => return Err(malformed()),
+            };
+            if inner.bury_the_dead(&names, &in_the_way).await? {
+                continue;
+            }
+            let outcome = match outcome {
+                PollOutcome::Queued(queued) => PollOutcome::Queued(Queued {
+                    check_in: inner.check_in(queued.check_in, &in_the_way),
+                    ..queued
+                }),
+                other => other,
+            };
+            return Ok(Reply { time: answer.time, outcome });
+        }
+        Err(error(ErrorKind::Unavailable, "sessions die faster than they can be buried"))
+    }
+
+    async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
+        self.inner.end(key, token, None).await
+    }
+
+    async fn release(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
+        self.inner.end(key, token, cooldown).await
+    }
+
+    async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
+        let inner = &self.inner;
+        let names = inner.names.lock(key);
+        inner.settle_own(&names, token).await?;
+        let answer = inner.on_key(&names, &scripts::EXTEND, &[&token.to_hex(), &micros(ttl)]).await?;
+        let outcome = match answer.word() {
+            "extended" => ExtendOutcome::Extended,
+            "not held" => ExtendOutcome::NotHeld,
+            _ => return Err(malformed()),
+        };
+        Ok(Reply { time: answer.time, outcome })
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
+        let inner = &self.inner;
+        let names = inner.names.lock(&request.key);
+        if let Some(time) = inner.dead_since(request.session).await? {
+            return Ok(Reply { time, outcome: AdoptOutcome::SessionGone });
+        }
+        inner.settled(&request.key, &names).await?;
+        let owner = inner.sessions.owner(request.session);
+        let owner = format!("{}:{owner}", owner.len());
+        let until = format!("{:016}", request.not_after.as_micros());
+        let (from, to, session) = (request.from.to_hex(), request.to.to_hex(), request.session.to_hex());
+        let asked = inner.clock.now();
+        let answer = inner.on_key(&names, &scripts::ADOPT, &[&from, &to, &session, &owner, &until]).await?;
+        let outcome = match answer.word() {
+            "adopted" => {
+                inner.replicated(Target::of(names.record())).await?;
+                let session_bound = answer.text(2)? == "S";
+                inner.sessions.lets_go(request.from);
+                if session_bound {
+                    inner.sessions.holds(request.session, request.to, &request.key, asked);
+                }
+                AdoptOutcome::Adopted { granted: answer.granted()?, session_bound }
+            }
+            "gone" => AdoptOutcome::Gone,
+            "stale" => AdoptOutcome::Stale,
+            _ => return Err(malformed()),
+        };
+        Ok(Reply { time: answer.time, outcome })
+    }
+
+    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
+        let inner = &self.inner;
+        let names = inner.names.lock(&request.key);
+        inner.settled(&request.key, &names).await?;
+        let fence = format!("{:016}", request.fence.get());
+        let answer = inner.on_key(&names, &scripts::EVICT, &[&fence]).await?;
+        // The session that lost it is told. Asked again, because an answer was lost, that is done again.
+        if let (Some(session), Some(token)) = (answer.session(0)?, answer.token(1)?) {
+            let lost = LostToken { key: request.key.clone(), token, reason: request.reason };
+            let what = push::write_lost(&lost);
+            inner.on_session(session, &scripts::SESSION_LOST, &[&token.to_hex(), &what]).await.map_err(|fault| {
+                // The hold has ended, only its holder does not know: asking again tells it.
+                fault.in_doubt(true)
+            })?;
+            let mut publish = ::redis::cmd("PUBLISH");
+            let channel = inner.names.session(session);
+            publish.arg(&channel).arg(push::forced_message(&lost));
+            let _a_hint = inner.links.ask(Target::of(&channel), &publish).await;
+        }
+        let outcome = match answer.word() {
+            "evicted" => EvictOutcome::Evicted,
+            "no such hold" => EvictOutcome::NoSuchHold { live: answer.fences(2)? },
+            _ => return Err(malformed()),
+        };
+        Ok(Reply { time: answer.time, outcome })
+    }
+
+    async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
+        self.inner.settled(key, &self.inner.names.lock(key)).await
+    }
+
+    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
+        let inner = &self.inner;
+        let keys = inner.keys(prefix).await?;
+        let from = after.map_or(0, |after| keys.partition_point(|key| key.as_encoded() <= after.as_encoded()));
+        let mut states = Vec::new();
+        let mut time = None;
+        for some in keys.get(from..).unwrap_or_default().chunks(AT_ONCE) {
+            let mut tasks = JoinSet::new();
+            for (at, key) in some.iter().cloned().enumerate() {
+                let inner = inner.clone();
+                tasks.spawn(async move { (at, inner.settled(&key, &inner.names.lock(&key)).await) });
+            }
+            let mut page = Vec::new();
+            while let Some(done) = tasks.join_next().await {
+                let Ok((at, state)) = done else { return Err(error(ErrorKind::Internal, "a look at a key failed")) };
+                let state = state?;
+                time = time.max(Some(state.time));
+                let state = state.outcome;
+                if !(state.holders.is_empty() && state.waiters.is_empty() && state.closed_for.is_none()) {
+                    page.push((at, state));
+                }
+            }
+            page.sort_unstable_by_key(|(at, _)| *at);
+            states.extend(page.into_iter().map(|(_, state)| state));
+            if states.len() >= limit {
+                states.truncate(limit);
+                break;
+            }
+        }
+        let time = match time {
+            Some(time) => time,
+            None => inner.time().await?,
+        };
+        Ok(Reply { time, outcome: states })
+    }
+
+    fn grants(&self, session: SessionId) -> GrantStream {
+        let (sender, stream) = push_channel();
+        self.inner.sessions.announce(session, sender);
+        stream
+    }
+}
+
+fn memory(ttl: Duration) -> Duration {
+    ttl.saturating_mul(2).max(LEAST_MEMORY)
+}
+
+impl Inner {
+    fn is_dead(&self, session: SessionId) -> bool {
+        self.sessions.known(session, self.clock.now()) == Known::Dead
+    }
+
+    /// The store's time if the session is dead.
+    async fn dead_since(&self, session: SessionId) -> Result<Option<StoreTime>> {
+        if self.dead_of(&[session]).await?.is_empty() { Ok(None) } else { self.time().await.map(Some) }
+    }
+
+    async fn time(&self) -> Result<StoreTime> {
+        let command: Cmd = ::redis::cmd("TIME");
+        let answer = self.links.ask(Target::Slot(0), &command).await?;
+        let (seconds, micros): (u64, u64) = ::redis::from_redis_value(answer).map_err(|_| malformed())?;
+        Ok(StoreTime::from_micros(seconds * 1_000_000 + micros))
+    }
+}
+

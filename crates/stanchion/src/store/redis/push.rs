@@ -1,0 +1,135 @@
+//! Pushes: one subscription for each session, on a connection of its own.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+
+use super::Inner;
+use super::reply::malformed;
+use crate::clock::jitter;
+use crate::error::Result;
+use crate::fence::Fence;
+use crate::key::Key;
+use crate::store::{LostToken, Push, PushSender};
+use crate::token::{SessionId, TokenId};
+
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Listens for a session until it is aborted. `tried` fires when the first attempt is over.
+pub(super) async fn listen(
+    inner: Weak<Inner>,
+    session: SessionId,
+    pushes: PushSender,
+    tried: tokio::sync::oneshot::Sender<()>,
+) {
+    let mut tried = Some(tried);
+    let mut pause = FIRST_PAUSE;
+    let mut is_first = true;
+    let mut was_told = false;
+    loop {
+        let Some(strong) = inner.upgrade() else { return };
+        let subscribed = strong.links.listen(&strong.names.session(session)).await;
+        let (names, clock) = (strong.names.clone(), strong.clock.clone());
+        drop(strong);
+        match subscribed {
+            Ok(mut pubsub) => {
+                drop(tried.take());
+                if !is_first {
+                    // Messages were missed, and what the server knows now may be less than what it knew.
+                    pushes.send(Push::VerifyAll);
+                }
+                is_first = false;
+                pause = FIRST_PAUSE;
+                let mut messages = pubsub.on_message();
+                while let Some(message) = messages.next().await {
+                    // What cannot be read is somebody else's.
+                    if let Ok(push) = read(message.get_payload_bytes(), |name| names.key_of(name).unwrap_or_else(|| Err(malformed()))) {
+                        pushes.send(push);
+                    }
+                }
+            }
+            Err(error) => {
+                drop(tried.take());
+                if !was_told {
+                    pushes.send(Push::Warning(format!("no pushes, waiting calls ask once a second: {}", error.message())));
+                    was_told = true;
+                }
+                is_first = false;
+            }
+        }
+        sleep(jitter(pause)).await;
+        let _now = clock.now();
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+#[allow(clippy::disallowed_methods, reason = "a pause between attempts to connect, not a deadline of the protocol")]
+async fn sleep(pause: Duration) {
+    tokio::time::sleep(pause).await;
+}
+
+/// `G` token fence record, or `F` token and what was lost.
+fn read(payload: &[u8], key_of: impl Fn(&str) -> Result<Key>) -> Result<Push> {
+    let text = std::str::from_utf8(payload).map_err(|_| malformed())?;
+    let token = text.get(1..33).and_then(TokenId::from_hex).ok_or_else(malformed)?;
+    let rest = &text[33..];
+    match text.as_bytes().first() {
+        Some(b'G') => {
+            let fence = rest.get(..16).and_then(|fence| fence.parse().ok()).ok_or_else(malformed)?;
+            Ok(Push::Granted { key: key_of(&rest[16..])?, token, fence: Fence::new(fence) })
+        }
+        Some(b'F') => Ok(Push::Forced(read_lost(token, rest)?)),
+        _ => Err(malformed()),
+    }
+}
+
+/// What was lost, as the session's list and its channel tell it.
+pub(super) fn write_lost(lost: &LostToken) -> String {
+    let key = lost.key.as_encoded();
+    format!("{}:{key}{}", key.len(), lost.reason)
+}
+
+pub(super) fn read_lost(token: TokenId, text: &str) -> Result<LostToken> {
+    let (length, rest) = text.split_once(':').ok_or_else(malformed)?;
+    let length: usize = length.parse().map_err(|_| malformed())?;
+    let key = Key::from_encoded(rest.get(..length).ok_or_else(malformed)?)?;
+    Ok(LostToken { key, token, reason: rest.get(length..).unwrap_or_default().to_owned() })
+}
+
+/// The message that tells of it.
+pub(super) fn forced_message(lost: &LostToken) -> String {
+    format!("F{}{}", lost.token.to_hex(), write_lost(lost))
+}
+
+/// Starts listening, and waits until that has succeeded or failed once.
+pub(super) async fn start(inner: &Arc<Inner>, session: SessionId, pushes: PushSender) {
+    let (tried, first_attempt) = tokio::sync::oneshot::channel();
+    let task = tokio::spawn(listen(Arc::downgrade(inner), session, pushes, tried));
+    inner.sessions.listens(session, task.abort_handle());
+    let _over = first_attempt.await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_read_and_foreign_ones_are_not() {
+        let key = Key::new("n", "k:1").unwrap();
+        let token = TokenId::random().unwrap();
+        let lost = LostToken { key: key.clone(), token, reason: "by: hand".into() };
+        let no_key = |_: &str| Err(malformed());
+        assert_eq!(read(forced_message(&lost).as_bytes(), no_key).unwrap(), Push::Forced(lost));
+        let message = format!("G{}{:016}the record", token.to_hex(), 7);
+        let push = read(message.as_bytes(), |name| {
+            assert_eq!(name, "the record");
+            Ok(key.clone())
+        });
+        assert_eq!(push.unwrap(), Push::Granted { key: key.clone(), token, fence: Fence::new(7) });
+        for hostile in ["", "G", "X123", "Gé", &format!("F{}9:x", token.to_hex()), &format!("G{}abc", token.to_hex())] {
+            assert!(read(hostile.as_bytes(), no_key).is_err(), "{hostile}");
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! The answers of scripts, read.
+
+use std::time::Duration;
+
+use redis::Value;
+
+use super::error::error;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fence::Fence;
+use crate::store::{Granted, StoreTime};
+use crate::token::{SessionId, TokenId};
+
+/// The answer of a script: what happened, when, and what else is told.
+#[derive(Debug)]
+pub(super) struct Answer {
+    /// None: the short way was gone, and its only outcome happened.
+    word: Option<String>,
+    pub(super) time: StoreTime,
+    rest: Vec<Value>,
+}
+
+pub(super) fn malformed() -> Error {
+    error(ErrorKind::Internal, "the server's answer cannot be read; is another version of this library's script loaded?")
+}
+
+fn text(value: &Value) -> Result<&str> {
+    match value {
+        Value::BulkString(bytes) => std::str::from_utf8(bytes).map_err(|_| malformed()),
+        Value::SimpleString(text) => Ok(text),
+        _ => Err(malformed()),
+    }
+}
+
+fn number<T: std::str::FromStr>(value: &Value) -> Result<T> {
+    text(value)?.parse().map_err(|_| malformed())
+}
+
+fn time(value: &Value) -> Result<StoreTime> {
+    number(value).map(StoreTime::from_micros)
+}
+
+impl Answer {
+    pub(super) fn read(value: Value) -> Result<Self> {
+        match value {
+            Value::Array(mut rest) if rest.len() >= 2 => {
+                let word = text(&rest[0])?.to_owned();
+                let time = time(&rest[1])?;
+                rest.drain(..2);
+                Ok(Self { word: Some(word), time, rest })
+            }
+            short => Ok(Self { word: None, time: time(&short)?, rest: Vec::new() }),
+        }
+    }
+
+    /// What happened; `short` where the script took its short way.
+    pub(super) fn word(&self) -> &str {
+        self.word.as_deref().unwrap_or("short")
+    }
+
+    fn at(&self, index: usize) -> Result<&Value> {
+        self.rest.get(index).ok_or_else(malformed)
+    }
+
+    pub(super) fn text(&self, index: usize) -> Result<&str> {
+        text(self.at(index)?)
+    }
+
+    pub(super) fn number<T: std::str::FromStr>(&self, index: usize) -> Result<T> {
+        number(self.at(index)?)
+    }
+
+    /// A span in µs; none if the text is empty.
+    pub(super) fn span(&self, index: usize) -> Result<Option<Duration>> {
+        span(self.at(index)?)
+    }
+
+    pub(super) fn fence(&self, index: usize) -> Result<Fence> {
+        self.number(index).map(Fence::new)
+    }
+
+    pub(super) fn granted(&self) -> Result<Granted> {
+        if self.word.is_none() {
+            return Ok(Granted { fence: Fence::new(self.time.as_micros()), remaining: None });
+        }
+        Ok(Granted { fence: self.fence(0)?, remaining: self.span(1)? })
+    }
+
+    pub(super) fn session(&self, index: usize) -> Result<Option<SessionId>> {
+        match self.rest.get(index) {
+            Some(value) => Ok(SessionId::from_hex(text(value)?)),
+            None => Ok(None),
+        }
+    }
+
+    pub(super) fn token(&self, index: usize) -> Result<Option<TokenId>> {
+        Ok(TokenId::from_hex(self.text(index)?))
+    }
+
+    /// The sessions that are told from there on.
+    pub(super) fn sessions(&self, from: usize) -> Result<Vec<SessionId>> {
+        let rest = self.rest.get(from..).unwrap_or_default();
+        rest.iter().map(|value| SessionId::from_hex(text(value)?).ok_or_else(malformed)).collect()
+    }
+
+    pub(super) fn fences(&self, from: usize) -> Result<Vec<Fence>> {
+        self.rest.get(from..).unwrap_or_default().iter().map(|value| number(value).map(Fence::new)).collect()
+    }
+
+    pub(super) fn spans(&self) -> Result<Vec<Duration>> {
+        self.rest.iter().map(|value| Ok(span(value)?.unwrap_or_default())).collect()
+    }
+
+    pub(super) fn pairs(&self) -> impl Iterator<Item = Result<(&str, &str)>> {
+        self.rest.chunks_exact(2).map(|pair| Ok((text(&pair[0])?, text(&pair[1])?)))
+    }
+
+    pub(super) fn rows(&self, index: usize) -> Result<impl Iterator<Item = Row<'_>>> {
+        match self.at(index)? {
+            Value::Array(rows) => Ok(rows.iter().map(|row| match row {
+                Value::Array(fields) => Row(fields),
+                _ => Row(&[]),
+            })),
+            _ => Err(malformed()),
+        }
+    }
+}
+
+/// A hold or a waiter, as `inspect` tells it.
+pub(super) struct Row<'a>(&'a [Value]);
+
+impl<'a> Row<'a> {
+    pub(super) fn text(&self, index: usize) -> Result<&'a str> {
+        text(self.0.get(index).ok_or_else(malformed)?)
+    }
+
+    pub(super) fn number<T: std::str::FromStr>(&self, index: usize) -> Result<T> {
+        number(self.0.get(index).ok_or_else(malformed)?)
+    }
+
+    pub(super) fn time(&self, index: usize) -> Result<StoreTime> {
+        time(self.0.get(index).ok_or_else(malformed)?)
+    }
+
+    pub(super) fn span(&self, index: usize) -> Result<Option<Duration>> {
+        span(self.0.get(index).ok_or_else(malformed)?)
+    }
+
+    pub(super) fn session(&self, index: usize) -> Result<SessionId> {
+        SessionId::from_hex(self.text(index)?).ok_or_else(malformed)
+    }
+}
+
+fn span(value: &Value) -> Result<Option<Duration>> {
+    match text(value)? {
+        "" => Ok(None),
+        micros => micros.parse().map(|micros| Some(Duration::from_micros(micros))).map_err(|_| malformed()),
+    }
+}
+
+/// Texts of a hold or a waiter: owner, metadata, trace, each with its length before it (`-`: none).
+pub(super) fn write_texts(texts: [Option<&str>; 3]) -> String {
+    let mut written = String::new();
+    for text in texts {
+        match text {
+            Some(text) => {
+                written.push_str(&text.len().to_string());
+                written.push(':');
+                written.push_str(text);
+            }
+            None => written.push('-'),
+        }
+    }
+    written
+}
+
+pub(super) fn read_texts(mut written: &str) -> Result<[Option<String>; 3]> {
+    let mut texts = [None, None, None];
+    for text in &mut texts {
+        if let Some(rest) = written.strip_prefix('-') {
+            written = rest;
+            continue;
+        }
+        let (length, rest) = written.split_once(':').ok_or_else(malformed)?;
+        let length: usize = length.parse().map_err(|_| malformed())?;
+        *text = Some(rest.get(..length).ok_or_else(malformed)?.to_owned());
+        written = rest.get(length..).ok_or_else(malformed)?;
+    }
+    Ok(texts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_come_back_as_they_were() {
+        for texts in [[Some("me"), None, Some("")], [Some("a:b-"), Some("3:x"), None], [Some("é"), Some("-"), Some(":")]] {
+            let read = read_texts(&write_texts(texts)).unwrap();
+            assert_eq!(read.each_ref().map(Option::as_deref), texts);
+        }
+        for hostile in ["", "x", "9:a", "1:é--", "99999999999999999999:a"] {
+            assert!(read_texts(hostile).is_err(), "{hostile}");
+        }
+    }
+}

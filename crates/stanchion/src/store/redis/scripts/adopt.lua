@@ -1,0 +1,24 @@
+-- ARGV: from, to, session, owner as a text, not_after
+settle()
+local hold = find(ARGV[2])
+local answer
+if not hold then
+  if now > ARGV[5] then
+    answer = { 'stale', now }
+  else
+    hold = find(ARGV[1])
+    if hold then
+      -- Owner is the first of the texts; the others stay.
+      local length = string.match(hold.texts, '^(%d+):')
+      hold.texts = ARGV[4] .. string.sub(hold.texts, #length + 2 + tonumber(length))
+      hold.token, hold.session, changed = ARGV[2], ARGV[3], true
+    else
+      answer = { 'gone', now }
+    end
+  end
+end
+if hold then
+  answer = { 'adopted', now, hold.fence, remaining(hold), hold.kind }
+end
+save()
+return answer

@@ -1,0 +1,211 @@
+-- The record of a key, and the rules for it. `record` and `now` are there already.
+--
+-- A record is one of
+--   '0' fence [closed]                          nobody has it: the newest fence, and until when it is closed
+--   '1' fence at token session kind texts       one mutex without a deadline, and nobody waits
+--   '2' and what cmsgpack makes of `state`      everything else
+-- Fences and times are 16 digits, so that text order is number order and no digit is lost: a Lua number is exact up to
+-- 2^53 only. Tokens and sessions are 32 hexadecimal digits, a kind is S (ends with its session) or F (fixed term).
+-- Those who wait are in two keys that exist only then: `queue`, their tokens in order, and `waiting`, what they ask for.
+-- A script sees sessions as names only: who reads the answer asks whether they live, and has the dead buried.
+
+local DAY = 86400000
+-- A fence is remembered this long after the last release: a clock that is set back by less does no harm.
+local IDLE = 600000
+-- For so long a token that was forced out is refused, in µs.
+local FORCED = 3600000000
+local MOST_WAITERS = 10000
+local SUBJECT = KEYS[1]
+local PREFIX = string.match(SUBJECT, '^[^{]*')
+
+if #now < 16 then now = string.rep('0', 16 - #now) .. now end
+
+local function plus(at, span)
+  return string.format('%016.0f', tonumber(at) + tonumber(span))
+end
+
+local function minus(at, from)
+  return string.format('%.0f', math.max(0, tonumber(at) - tonumber(from)))
+end
+
+-- Whether the record is to be written.
+local changed = false
+
+local state
+if not record then
+  state = { holds = {}, forced = {} }
+elseif string.byte(record) == 48 then
+  state = { holds = {}, forced = {}, last = string.sub(record, 2, 17) }
+  if #record > 17 then state.closed = string.sub(record, 18, 33) end
+elseif string.byte(record) == 49 then
+  local fence = string.sub(record, 2, 17)
+  state = { forced = {}, last = fence, holds = { {
+    fence = fence, at = string.sub(record, 18, 33), token = string.sub(record, 34, 65),
+    session = string.sub(record, 66, 97), kind = string.sub(record, 98, 98), texts = string.sub(record, 99),
+    units = 1, capacity = 1,
+  } } }
+elseif string.byte(record) == 50 then
+  state = cmsgpack.unpack(string.sub(record, 2))
+else
+  return redis.error_reply('RECORD the record of this key was not written by this library')
+end
+
+local function next_fence()
+  local fence = now
+  if state.last and state.last >= now then
+    if tonumber(state.last) >= 9007199254740990 then return nil end
+    fence = plus(state.last, 1)
+  end
+  state.last, changed = fence, true
+  return fence
+end
+
+local function fits(units, capacity)
+  if state.closed then return false end
+  for _, hold in ipairs(state.holds) do units = units + hold.units end
+  return units <= capacity
+end
+
+-- Makes a hold of what was asked for. Nothing, if there is no higher fence.
+local function grant(asked)
+  local fence = next_fence()
+  if not fence then return nil end
+  local hold = {
+    fence = fence, at = now, token = asked.token, session = asked.session, kind = asked.kind, texts = asked.texts,
+    units = asked.units, capacity = asked.capacity,
+  }
+  if asked.term ~= '0' then hold.deadline = plus(now, asked.term) end
+  state.holds[#state.holds + 1] = hold
+  return hold
+end
+
+local function head()
+  if not state.queued then return nil end
+  local first = call('ZRANGE', KEYS[2], 0, 0)[1]
+  local asked = first and call('HGET', KEYS[3], first)
+  if not asked then
+    state.queued, changed = nil, true
+    return nil
+  end
+  return cmsgpack.unpack(asked)
+end
+
+local function dequeue(token)
+  changed = true
+  call('ZREM', KEYS[2], token)
+  call('HDEL', KEYS[3], token)
+end
+
+-- Ends what time has ended, and gives the key to the head of the queue for as long as that fits.
+local function settle()
+  local kept = {}
+  for _, hold in ipairs(state.holds) do
+    if not hold.deadline or hold.deadline > now then kept[#kept + 1] = hold end
+  end
+  if #kept < #state.holds then state.holds, changed = kept, true end
+  if state.closed and state.closed <= now then state.closed, changed = nil, true end
+  for token, forced in pairs(state.forced) do
+    if plus(forced.at, FORCED) <= now then state.forced[token], changed = nil, true end
+  end
+  local first = head()
+  while first and fits(first.units, first.capacity) do
+    dequeue(first.token)
+    local hold = grant(first)
+    if hold then
+      call('PUBLISH', PREFIX .. 'session:{' .. first.session .. '}', 'G' .. first.token .. hold.fence .. SUBJECT)
+    end
+    first = head()
+  end
+end
+
+local function capacity()
+  if state.holds[1] then return state.holds[1].capacity end
+  local first = head()
+  return first and first.capacity
+end
+
+local function find(token)
+  for at, hold in ipairs(state.holds) do
+    if hold.token == token then return hold, at end
+  end
+end
+
+-- Writes, also when memory is short: freeing some is allowed then, and so is what the same script does after that.
+local function set(...)
+  if redis.pcall('SET', KEYS[1], ...).err then
+    call('DEL', KEYS[1])
+    call('SET', KEYS[1], ...)
+  end
+end
+
+-- Writes the record back. `may_fail`: rather an error than a write that memory has no room for.
+local function save(may_fail)
+  if not changed then return end
+  local put = set
+  if may_fail then put = function(...) call('SET', KEYS[1], ...) end end
+  local lone = state.holds[1]
+  if not lone and not state.queued and not next(state.forced) then
+    if not state.last and not state.closed then
+      if record then call('DEL', KEYS[1]) end
+      return
+    end
+    local life = IDLE
+    if state.closed then life = life + tonumber(minus(state.closed, now)) / 1000 end
+    return put('0' .. (state.last or '0000000000000000') .. (state.closed or ''), 'PX', string.format('%.0f', life))
+  end
+  local life = math.max(DAY, tonumber(state.life or 0))
+  for _, hold in ipairs(state.holds) do
+    if hold.deadline then life = math.max(life, tonumber(minus(hold.deadline, now)) / 1000 + IDLE) end
+  end
+  if state.closed then life = math.max(life, tonumber(minus(state.closed, now)) / 1000 + IDLE) end
+  life = string.format('%.0f', life)
+  if lone and not state.holds[2] and not state.queued and not next(state.forced) and not state.closed and not state.life
+    and not lone.deadline and lone.units == 1 and lone.capacity == 1 and lone.fence == state.last then
+    return put('1' .. lone.fence .. lone.at .. lone.token .. lone.session .. lone.kind .. lone.texts, 'PX', life)
+  end
+  put('2' .. cmsgpack.pack(state), 'PX', life)
+  if state.queued then
+    call('PEXPIRE', KEYS[2], life)
+    call('PEXPIRE', KEYS[3], life)
+  end
+end
+
+local function remaining(hold)
+  return hold.deadline and minus(hold.deadline, now) or ''
+end
+
+-- When time alone may change something, in µs from now.
+local function check_in()
+  local at = state.closed
+  for _, hold in ipairs(state.holds) do
+    if hold.deadline and (not at or hold.deadline < at) then at = hold.deadline end
+  end
+  return at and minus(at, now) or ''
+end
+
+-- The sessions on which it depends whether those who wait go on: those of the holders and of the head of the queue.
+local function in_the_way(answer)
+  local seen = {}
+  local function add(session)
+    if not seen[session] then
+      seen[session] = true
+      answer[#answer + 1] = session
+    end
+  end
+  for _, hold in ipairs(state.holds) do
+    if hold.kind == 'S' then add(hold.session) end
+  end
+  local first = head()
+  if first then add(first.session) end
+  return answer
+end
+
+local function granted(hold)
+  return { 'granted', now, hold.fence, remaining(hold) }
+end
+
+local function queued(token)
+  return in_the_way({ 'queued', now, tostring(call('ZRANK', KEYS[2], token)), check_in() })
+end
+
+local OUT_OF_FENCES = redis.error_reply('FENCE this key has the highest fence there is')

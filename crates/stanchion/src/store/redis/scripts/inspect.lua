@@ -1,0 +1,16 @@
+settle()
+save()
+local holds, waiters = {}, {}
+for _, hold in ipairs(state.holds) do
+  holds[#holds + 1] = {
+    hold.fence, tostring(hold.units), hold.kind, hold.session, hold.at, remaining(hold), hold.texts,
+  }
+end
+if state.queued then
+  for _, token in ipairs(call('ZRANGE', KEYS[2], 0, -1)) do
+    local waiter = cmsgpack.unpack(call('HGET', KEYS[3], token))
+    waiters[#waiters + 1] = { tostring(waiter.units), waiter.session, waiter.at, waiter.texts }
+  end
+end
+local closed = state.closed and minus(state.closed, now) or ''
+return { 'inspected', now, tostring(capacity() or ''), state.last or '', closed, holds, waiters }

@@ -1,0 +1,262 @@
+//! What this process knows of sessions: its own, what they hold, and how long others live at least.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::task::AbortHandle;
+
+use crate::clock::BootTime;
+use crate::key::Key;
+use crate::store::PushSender;
+use crate::token::{SessionId, TokenId};
+
+/// The record of a key lives for a day after it was last written. What is held for longer is touched this often.
+const TOUCH_EVERY: Duration = Duration::from_secs(6 * 60 * 60);
+const SWEEP_EVERY: Duration = Duration::from_secs(60 * 60);
+
+/// The most records that are touched with one beat.
+const TOUCHES_PER_BEAT: usize = 200;
+
+#[derive(Debug, Default)]
+pub(super) struct Sessions {
+    own: Mutex<HashMap<SessionId, Own>>,
+    /// Sessions of others, and until when they live at least.
+    others: Mutex<HashMap<SessionId, BootTime>>,
+}
+
+/// A session of this process.
+#[derive(Debug)]
+struct Own {
+    ttl: Duration,
+    owner: String,
+    /// The store keeps it until then at least, beaten or not.
+    alive_until: BootTime,
+    has_ended: bool,
+    pushes: Option<PushSender>,
+    listener: Option<AbortHandle>,
+    held: HashMap<TokenId, Held>,
+    swept: BootTime,
+    to_touch: Vec<TokenId>,
+}
+
+#[derive(Debug)]
+struct Held {
+    key: Key,
+    touched: BootTime,
+}
+
+/// What is known of a session without asking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Known {
+    Alive(BootTime),
+    Dead,
+    Unknown,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Sessions {
+    /// The channel of a session that is to be opened.
+    pub(super) fn announce(&self, session: SessionId, pushes: PushSender) {
+        let mut own = lock(&self.own);
+        own.entry(session).or_insert_with(Own::new).pushes = Some(pushes);
+    }
+
+    /// Whether a listener is to be started, and for whom.
+    pub(super) fn wants_listener(&self, session: SessionId) -> Option<PushSender> {
+        let own = lock(&self.own);
+        let own = own.get(&session).filter(|own| own.listener.is_none())?;
+        own.pushes.clone()
+    }
+
+    pub(super) fn listens(&self, session: SessionId, listener: AbortHandle) {
+        match lock(&self.own).get_mut(&session) {
+            Some(own) => own.listener = Some(listener),
+            None => listener.abort(),
+        }
+    }
+
+    /// It was opened, asked for at `asked`.
+    pub(super) fn opened(&self, session: SessionId, asked: BootTime, ttl: Duration, owner: String) {
+        let mut own = lock(&self.own);
+        let own = own.entry(session).or_insert_with(Own::new);
+        own.ttl = ttl;
+        own.owner = owner;
+        // Asked again it is not renewed: the first time counts.
+        if own.alive_until == BootTime::from_nanos(0) {
+            own.alive_until = asked.after(ttl);
+            own.swept = asked;
+        }
+    }
+
+    /// Its beat was answered, asked for at `asked`.
+    pub(super) fn beaten(&self, session: SessionId, asked: BootTime) {
+        if let Some(own) = lock(&self.own).get_mut(&session) {
+            own.alive_until = own.alive_until.max(asked.after(own.ttl));
+        }
+    }
+
+    /// The keys that it holds or waits for.
+    pub(super) fn keys(&self, session: SessionId) -> Vec<Key> {
+        let own = lock(&self.own);
+        let Some(own) = own.get(&session) else { return Vec::new() };
+        let mut keys: Vec<_> = own.held.values().map(|held| held.key.clone()).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        keys
+    }
+
+    /// It has ended, and nothing of it is left.
+    pub(super) fn ended(&self, session: SessionId) {
+        lock(&self.own).remove(&session);
+    }
+
+    /// It is dead by the store's word.
+    pub(super) fn died(&self, session: SessionId) {
+        if let Some(own) = lock(&self.own).get_mut(&session) {
+            own.has_ended = true;
+        }
+        lock(&self.others).remove(&session);
+    }
+
+    /// It lives for so long at least, asked at `asked`.
+    pub(super) fn seen(&self, session: SessionId, asked: BootTime, left: Duration) {
+        let until = asked.after(left);
+        if let Some(own) = lock(&self.own).get_mut(&session) {
+            own.alive_until = own.alive_until.max(until);
+            return;
+        }
+        let mut others = lock(&self.others);
+        if others.len() >= 10_000 {
+            others.retain(|_, until| *until > asked);
+        }
+        others.insert(session, until);
+    }
+
+    pub(super) fn known(&self, session: SessionId, now: BootTime) -> Known {
+        if let Some(own) = lock(&self.own).get(&session) {
+            return match own.alive_until {
+                _ if own.has_ended => Known::Dead,
+                until if until > now => Known::Alive(until),
+                _ => Known::Unknown,
+            };
+        }
+        match lock(&self.others).get(&session) {
+            Some(until) if *until > now => Known::Alive(*until),
+            _ => Known::Unknown,
+        }
+    }
+
+    pub(super) fn ttl(&self, session: SessionId) -> Duration {
+        lock(&self.own).get(&session).map_or(Duration::ZERO, |own| own.ttl)
+    }
+
+    pub(super) fn owner(&self, session: SessionId) -> String {
+        lock(&self.own).get(&session).map(|own| own.owner.clone()).unwrap_or_default()
+    }
+
+    pub(super) fn holds(&self, session: SessionId, token: TokenId, key: &Key, now: BootTime) {
+        if let Some(own) = lock(&self.own).get_mut(&session) {
+            own.held.entry(token).or_insert_with(|| Held { key: key.clone(), touched: now });
+        }
+    }
+
+    /// The session of a token that this process holds.
+    pub(super) fn holder(&self, token: TokenId) -> Option<SessionId> {
+        let own = lock(&self.own);
+        own.iter().find(|(_, own)| own.held.contains_key(&token)).map(|(session, _)| *session)
+    }
+
+    pub(super) fn lets_go(&self, token: TokenId) {
+        for own in lock(&self.own).values_mut() {
+            own.held.remove(&token);
+        }
+    }
+
+    /// The records that are to be touched with this beat.
+    pub(super) fn due(&self, session: SessionId, now: BootTime) -> Vec<(TokenId, Key)> {
+        let mut own = lock(&self.own);
+        let Some(own) = own.get_mut(&session) else { return Vec::new() };
+        if own.to_touch.is_empty() && now.since(own.swept) >= SWEEP_EVERY {
+            own.swept = now;
+            let due = own.held.iter().filter(|(_, held)| now.since(held.touched) >= TOUCH_EVERY);
+            own.to_touch = due.map(|(token, _)| *token).collect();
+        }
+        let rest = own.to_touch.len().saturating_sub(TOUCHES_PER_BEAT);
+        let mut due = Vec::new();
+        for token in own.to_touch.split_off(rest) {
+            if let Some(held) = own.held.get_mut(&token) {
+                held.touched = now;
+                due.push((token, held.key.clone()));
+            }
+        }
+        due
+    }
+}
+
+impl Own {
+    fn new() -> Self {
+        Self {
+            ttl: Duration::ZERO,
+            owner: String::new(),
+            alive_until: BootTime::from_nanos(0),
+            has_ended: false,
+            pushes: None,
+            listener: None,
+            held: HashMap::new(),
+            swept: BootTime::from_nanos(0),
+            to_touch: Vec::new(),
+        }
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        if let Some(listener) = &self.listener {
+            listener.abort();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_held_for_long_is_touched_now_and_then_a_few_at_a_time() {
+        let sessions = Sessions::default();
+        let session = SessionId::random().unwrap();
+        let start = BootTime::from_nanos(1);
+        sessions.opened(session, start, Duration::from_secs(10), "me".into());
+        let key = Key::new("", "k").unwrap();
+        for _ in 0..500 {
+            sessions.holds(session, TokenId::random().unwrap(), &key, start);
+        }
+        let gone = TokenId::random().unwrap();
+        sessions.holds(session, gone, &key, start);
+        assert!(sessions.due(session, start.after(TOUCH_EVERY / 2)).is_empty());
+        let later = start.after(TOUCH_EVERY + SWEEP_EVERY);
+        sessions.lets_go(gone);
+        let counts: Vec<_> = (0..4).map(|_| sessions.due(session, later).len()).collect();
+        assert_eq!(counts, [200, 200, 100, 0]);
+        assert!(sessions.due(session, later.after(SWEEP_EVERY)).is_empty());
+    }
+
+    #[test]
+    fn a_session_that_is_asked_for_again_counts_from_the_first_time() {
+        let sessions = Sessions::default();
+        let session = SessionId::random().unwrap();
+        let at = |seconds| BootTime::from_nanos(1).after(Duration::from_secs(seconds));
+        sessions.opened(session, at(0), Duration::from_secs(10), String::new());
+        sessions.opened(session, at(5), Duration::from_secs(10), String::new());
+        assert_eq!(sessions.known(session, at(9)), Known::Alive(at(10)));
+        assert_eq!(sessions.known(session, at(10)), Known::Unknown);
+        sessions.beaten(session, at(6));
+        assert_eq!(sessions.known(session, at(10)), Known::Alive(at(16)));
+        sessions.died(session);
+        assert_eq!(sessions.known(session, at(10)), Known::Dead);
+    }
+}
