@@ -1,6 +1,6 @@
 //! What stanchion costs, measured. Figures drift with the machine: compare those of one run.
 //!
-//! `cargo run --release -p stanchion-bench [WHAT…]` with `pairs`, `handoff`, `processes`, `held`; all by default.
+//! `cargo run --release -p stanchion-bench [WHAT…]` with `pairs`, `handoff`, `processes`, `redis`, `held`; all by default.
 #![allow(
     clippy::disallowed_methods,
     clippy::print_stdout,
@@ -8,6 +8,8 @@
     clippy::expect_used,
     reason = "a measuring program prints, reads the clock and may stop at the first fault"
 )]
+
+mod redis;
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -33,6 +35,9 @@ fn main() {
         }
         if wants("processes") {
             processes(folder.path()).await;
+        }
+        if wants("redis") {
+            redis::pairs().await;
         }
         if wants("held") {
             held(folder.path()).await;

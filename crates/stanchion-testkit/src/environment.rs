@@ -215,10 +215,15 @@ impl<S: Store> Actor<S> {
         !self.sees(key).await.holders.is_empty()
     }
 
-    /// The next push; fails when none comes.
+    /// The next push that is not for people; fails when none comes.
     pub async fn pushed(&mut self) -> Push {
-        let push = tokio::time::timeout(GENEROUS, self.pushes.next()).await;
-        push.expect("a push").expect("a stream that goes on")
+        loop {
+            let push = tokio::time::timeout(GENEROUS, self.pushes.next()).await;
+            match push.expect("a push").expect("a stream that goes on") {
+                Push::Warning(_) => {}
+                push => return push,
+            }
+        }
     }
 
     /// The next push that is a grant; hints are passed over.

@@ -119,6 +119,7 @@ pub struct RedisServer {
     port: u16,
     process: Option<Process>,
     folder: tempfile::TempDir,
+    also_kept: Option<tempfile::TempDir>,
 }
 
 impl RedisServer {
@@ -132,8 +133,17 @@ impl RedisServer {
     /// # Panics
     /// When it does not start.
     pub fn with(kind: Redis, more: &[&str]) -> Self {
+        Self::on(kind, free_port(), more)
+    }
+
+    fn on(kind: Redis, port: u16, more: &[&str]) -> Self {
+        let mut server = Self::stopped(kind, port, more);
+        server.restart();
+        server
+    }
+
+    fn stopped(kind: Redis, port: u16, more: &[&str]) -> Self {
         let folder = tempfile::Builder::new().prefix("stanchion-redis-").tempdir().unwrap();
-        let port = free_port();
         let given = |name: &str| more.contains(&name);
         let mut arguments = vec!["--port".to_owned(), if given("--tls-port") { 0 } else { port }.to_string()];
         if given("--tls-port") {
@@ -145,9 +155,7 @@ impl RedisServer {
             arguments.extend(["--save".to_owned(), String::new()]);
         }
         arguments.extend(more.iter().filter(|argument| **argument != "--tls-port").map(|argument| (*argument).to_owned()));
-        let mut server = Self { program: kind.program(), arguments, port, process: None, folder };
-        server.restart();
-        server
+        Self { program: kind.program(), arguments, port, process: None, folder, also_kept: None }
     }
 
     /// Starts it again, on the same port and in the same folder, after it was killed.
@@ -228,5 +236,201 @@ fn read_answer(reader: &mut impl std::io::BufRead, into: &mut String) {
         }
         Some((_, text)) => into.push_str(text),
         None => panic!("the server closed the connection"),
+    }
+}
+
+/// A certificate of an authority of its own, for 127.0.0.1 and `localhost`, in files.
+///
+/// # Panics
+/// When `openssl` cannot make it.
+pub fn certificates(folder: &Path) -> (PathBuf, PathBuf, PathBuf) {
+    let openssl = |arguments: &[&str]| {
+        let made = Command::new("openssl").args(arguments).current_dir(folder).output();
+        let made = made.unwrap_or_else(|_| panic!("openssl is missing: apt-get install -y openssl"));
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    };
+    let key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"];
+    let authority = ["req", "-x509", "-subj", "/CN=test authority", "-keyout", "ca.key", "-out", "ca.pem"];
+    openssl(&[&authority[..], &key].concat());
+    let request = ["req", "-subj", "/CN=localhost", "-keyout", "server.key", "-out", "server.csr"];
+    openssl(&[&request[..], &key[..5]].concat());
+    std::fs::write(folder.join("names"), "subjectAltName=IP:127.0.0.1,DNS:localhost").unwrap();
+    let sign = ["x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"];
+    openssl(&[&sign[..], &["-days", "2", "-extfile", "names", "-out", "server.pem"]].concat());
+    (folder.join("ca.pem"), folder.join("server.pem"), folder.join("server.key"))
+}
+
+/// A cluster of three primaries, with a replica each where that is wanted.
+#[derive(Debug)]
+pub struct RedisCluster {
+    nodes: Vec<RedisServer>,
+    with_replicas: bool,
+}
+
+impl RedisCluster {
+    /// Starts it and waits until every slot is served.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn start(kind: Redis, with_replicas: bool) -> Self {
+        let options = [
+            "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-node-timeout", "1000",
+            "--cluster-announce-ip", "127.0.0.1", "--cluster-replica-validity-factor", "0", "--repl-diskless-sync-delay", "0",
+        ];
+        let count = if with_replicas { 6 } else { 3 };
+        let nodes: Vec<_> = (0..count).map(|_| Self::node(kind, &options)).collect();
+        for (at, slots) in [(0, "0 5460"), (1, "5461 10922"), (2, "10923 16383")] {
+            let (first, last) = slots.split_once(' ').unwrap();
+            // Redis 6.2 has no ADDSLOTSRANGE.
+            let slots: Vec<String> =
+                (first.parse::<u16>().unwrap()..=last.parse().unwrap()).map(|slot| slot.to_string()).collect();
+            let words: Vec<&str> = ["CLUSTER", "ADDSLOTS"].into_iter().chain(slots.iter().map(String::as_str)).collect();
+            assert_eq!(nodes[at].command(&words), "OK");
+            assert_eq!(nodes[at].command(&["CLUSTER", "SET-CONFIG-EPOCH", &(at + 1).to_string()]), "OK");
+        }
+        for node in &nodes[1..] {
+            nodes[0].command(&["CLUSTER", "MEET", "127.0.0.1", &node.port().to_string()]);
+        }
+        let cluster = Self { nodes, with_replicas };
+        for node in &cluster.nodes {
+            wait("a cluster that knows all its nodes", || {
+                let info = node.command(&["CLUSTER", "INFO"]);
+                info.contains(&format!("cluster_known_nodes:{count}")) && info.contains("cluster_state:ok")
+            });
+        }
+        if with_replicas {
+            for at in 0..3 {
+                let primary = cluster.nodes[at].command(&["CLUSTER", "MYID"]);
+                let replica = &cluster.nodes[at + 3];
+                wait("a primary that is known", || replica.command(&["CLUSTER", "REPLICATE", &primary]) == "OK");
+            }
+            for replica in &cluster.nodes[3..] {
+                wait("a replica that is linked", || {
+                    replica.command(&["INFO", "replication"]).contains("master_link_status:up")
+                });
+            }
+            for node in &cluster.nodes {
+                wait("a cluster in which every replica is known", || {
+                    let nodes = node.command(&["CLUSTER", "NODES"]);
+                    nodes.matches("slave").count() == 3
+                });
+            }
+        }
+        cluster
+    }
+
+    /// A cluster node listens on a second port, which is the first one and 10,000: both must be free and in range.
+    fn node(kind: Redis, options: &[&str]) -> RedisServer {
+        loop {
+            let port = free_port() % 20_000 + 20_000;
+            if TcpListener::bind(("127.0.0.1", port)).is_ok() && TcpListener::bind(("127.0.0.1", port + 10_000)).is_ok() {
+                return RedisServer::on(kind, port, options);
+            }
+        }
+    }
+
+    /// The nodes: three primaries, then their replicas, in the same order.
+    pub fn nodes(&self) -> &[RedisServer] {
+        &self.nodes
+    }
+
+    /// The nodes, to be killed and restarted.
+    pub fn nodes_mut(&mut self) -> &mut [RedisServer] {
+        &mut self.nodes
+    }
+
+    /// Whether there are replicas.
+    pub fn has_replicas(&self) -> bool {
+        self.with_replicas
+    }
+
+    /// The hosts of a URL.
+    pub fn hosts(&self) -> String {
+        let hosts: Vec<_> = self.nodes.iter().take(3).map(|node| format!("127.0.0.1:{}", node.port())).collect();
+        hosts.join(",")
+    }
+}
+
+/// A primary, two replicas and three sentinels.
+#[derive(Debug)]
+pub struct RedisSentinel {
+    /// The first one is the primary at the start.
+    pub servers: Vec<RedisServer>,
+    sentinels: Vec<RedisServer>,
+}
+
+impl RedisSentinel {
+    /// Starts them and waits until the sentinels know each other and the replicas.
+    ///
+    /// # Panics
+    /// When they do not come up.
+    pub fn start(kind: Redis) -> Self {
+        let diskless = ["--repl-diskless-sync-delay", "0"];
+        let primary = RedisServer::with(kind, &diskless);
+        let port = primary.port().to_string();
+        let replica = || RedisServer::with(kind, &[&diskless[..], &["--replicaof", &format!("127.0.0.1 {port}")]].concat());
+        let servers = vec![replica(), replica()];
+        let servers: Vec<_> = std::iter::once(primary).chain(servers).collect();
+        wait("replicas that are linked", || {
+            servers[1..].iter().all(|replica| replica.command(&["INFO", "replication"]).contains("master_link_status:up"))
+        });
+        let sentinels: Vec<_> = (0..3).map(|_| Self::sentinel(kind, &port)).collect();
+        for sentinel in &sentinels {
+            wait("sentinels that know all", || {
+                let master = sentinel.command(&["SENTINEL", "MASTER", "main"]);
+                let field = |name: &str| {
+                    let mut lines = master.lines().skip_while(|line| *line != name);
+                    lines.nth(1).map(str::to_owned).unwrap_or_default()
+                };
+                field("num-slaves") == "2" && field("num-other-sentinels") == "2"
+            });
+        }
+        Self { servers, sentinels }
+    }
+
+    fn sentinel(kind: Redis, primary: &str) -> RedisServer {
+        let folder = tempfile::Builder::new().prefix("stanchion-sentinel-").tempdir().unwrap();
+        let file = folder.path().join("sentinel.conf");
+        let text = format!(
+            "sentinel monitor main 127.0.0.1 {primary} 2\nsentinel down-after-milliseconds main 1000\n\
+             sentinel failover-timeout main 3000\nsentinel parallel-syncs main 2\n"
+        );
+        std::fs::write(&file, text).unwrap();
+        let mut server = RedisServer::stopped(kind, free_port(), &[]);
+        server.arguments.splice(0..0, [file.to_str().unwrap().to_owned(), "--sentinel".to_owned()]);
+        // It has no snapshots.
+        let save = server.arguments.iter().position(|argument| argument == "--save").unwrap();
+        server.arguments.drain(save..save + 2);
+        server.also_kept = Some(folder);
+        server.restart();
+        server
+    }
+
+    /// The hosts of a URL.
+    pub fn hosts(&self) -> String {
+        let hosts: Vec<_> = self.sentinels.iter().map(|sentinel| format!("127.0.0.1:{}", sentinel.port())).collect();
+        hosts.join(",")
+    }
+
+    /// The place in `servers` of the one that the sentinels call the primary.
+    ///
+    /// # Panics
+    /// When they name none of ours.
+    pub fn primary(&self) -> usize {
+        let told = self.sentinels[0].command(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main"]);
+        let port: u16 = told.lines().nth(1).unwrap().parse().unwrap();
+        self.servers.iter().position(|server| server.port() == port).unwrap()
+    }
+}
+
+/// Waits until something is so.
+///
+/// # Panics
+/// When it does not come to be.
+pub fn wait(what: &str, mut so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !so() {
+        assert!(start.elapsed() < GENEROUS, "never: {what}");
+        std::thread::sleep(Duration::from_millis(10));
     }
 }

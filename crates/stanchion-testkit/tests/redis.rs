@@ -1,22 +1,90 @@
-//! Redis against the whole suite.
+//! Redis against the whole suite: every version that is supported, and every way to reach it.
 
 use std::sync::OnceLock;
 
 use stanchion::TokenId;
 use stanchion::store::Redis;
-use stanchion_testkit::servers::{Redis as Kind, RedisServer};
+use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisSentinel, RedisServer, certificates};
 use stanchion_testkit::{Environment, conformance};
 
-/// Fresh data on a server that all cases share: a prefix of their own.
-fn fresh(server: &'static RedisServer) -> Environment<Redis> {
+/// Fresh data on servers that all cases share: a prefix of their own.
+fn fresh(url: &str) -> Environment<Redis> {
     let prefix = TokenId::random().unwrap().to_hex();
-    let url = format!("redis://127.0.0.1:{}?prefix={prefix}", server.port());
+    let url = format!("{url}{}prefix={prefix}", if url.contains('?') { '&' } else { '?' });
     Environment::new(move || Redis::from_url(&url).unwrap())
 }
 
-fn redis_7() -> Environment<Redis> {
-    static SERVER: OnceLock<RedisServer> = OnceLock::new();
-    fresh(SERVER.get_or_init(|| RedisServer::start(Kind::Redis7)))
+macro_rules! versions {
+    ($($name:ident $kind:ident),* $(,)?) => { $(
+        fn $name() -> Environment<Redis> {
+            static SERVER: OnceLock<RedisServer> = OnceLock::new();
+            let server = SERVER.get_or_init(|| RedisServer::start(Kind::$kind));
+            fresh(&format!("redis://127.0.0.1:{}", server.port()))
+        }
+        mod $name {
+            use super::*;
+            conformance!(suite, super::$name);
+        }
+    )* };
 }
 
-conformance!(redis7, redis_7);
+versions! { redis_6 Redis6, redis_7 Redis7, redis_8 Redis8, valkey_8 Valkey8, valkey_9 Valkey9 }
+
+fn by_unix_socket() -> Environment<Redis> {
+    static SERVER: OnceLock<RedisServer> = OnceLock::new();
+    let server = SERVER.get_or_init(|| RedisServer::start(Kind::Redis7));
+    fresh(&format!("redis+unix://{}?db=3", server.socket().display()))
+}
+conformance!(unix_socket, by_unix_socket);
+
+/// With a password, and certificates that are verified.
+fn over_tls() -> Environment<Redis> {
+    static SERVER: OnceLock<(RedisServer, tempfile::TempDir)> = OnceLock::new();
+    let (server, folder) = SERVER.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let (authority, certificate, key) = certificates(folder.path());
+        let [authority, certificate, key] = [&authority, &certificate, &key].map(|path| path.to_str().unwrap());
+        let files = ["--tls-ca-cert-file", authority, "--tls-cert-file", certificate, "--tls-key-file", key];
+        let more = ["--tls-port", "--tls-auth-clients", "no", "--requirepass", "se cret"];
+        (RedisServer::with(Kind::Redis7, &[&files[..], &more].concat()), folder)
+    });
+    let authority = folder.path().join("ca.pem");
+    fresh(&format!("rediss://:se%20cret@localhost:{}?ca_file={}", server.port(), authority.display()))
+}
+conformance!(tls, over_tls);
+
+/// A user that has no more rights than the documentation says.
+fn with_few_rights() -> Environment<Redis> {
+    static SERVER: OnceLock<RedisServer> = OnceLock::new();
+    let server = SERVER.get_or_init(|| {
+        let server = RedisServer::start(Kind::Redis7);
+        // The prefix of a case is 32 hexadecimal digits.
+        let rights = include_str!("../../stanchion/src/store/redis/access_list.txt").replace("stanchion:", "*:");
+        let words: Vec<&str> = ["ACL", "SETUSER", "locker", "on", ">pw"].into_iter().chain(rights.split_whitespace()).collect();
+        assert_eq!(server.command(&words), "OK");
+        server
+    });
+    fresh(&format!("redis://locker:pw@127.0.0.1:{}", server.port()))
+}
+conformance!(least_rights, with_few_rights);
+
+fn by_sentinels() -> Environment<Redis> {
+    static SERVERS: OnceLock<RedisSentinel> = OnceLock::new();
+    let servers = SERVERS.get_or_init(|| RedisSentinel::start(Kind::Redis7));
+    fresh(&format!("redis+sentinel://{}/main", servers.hosts()))
+}
+conformance!(sentinel, by_sentinels);
+
+fn in_a_cluster() -> Environment<Redis> {
+    static CLUSTER: OnceLock<RedisCluster> = OnceLock::new();
+    let cluster = CLUSTER.get_or_init(|| RedisCluster::start(Kind::Redis7, false));
+    fresh(&format!("redis+cluster://{}", cluster.hosts()))
+}
+conformance!(cluster, in_a_cluster);
+
+fn in_a_valkey_cluster() -> Environment<Redis> {
+    static CLUSTER: OnceLock<RedisCluster> = OnceLock::new();
+    let cluster = CLUSTER.get_or_init(|| RedisCluster::start(Kind::Valkey9, false));
+    fresh(&format!("redis+cluster://{}", cluster.hosts()))
+}
+conformance!(valkey_cluster, in_a_valkey_cluster);

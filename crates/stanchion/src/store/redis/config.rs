@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo};
+use redis::{Client, ClientTlsConfig, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo, TlsCertificates};
 
 use super::error::{error, from_client};
 use crate::error::{Error, ErrorKind, Result};
@@ -44,7 +44,8 @@ impl std::fmt::Display for Address {
 #[derive(Clone)]
 pub(super) struct Config {
     pub(super) layout: Layout,
-    pub(super) tls: bool,
+    tls: bool,
+    certificates: TlsCertificates,
     user: Option<String>,
     password: Option<String>,
     sentinel_user: Option<String>,
@@ -94,6 +95,7 @@ impl Config {
         let mut config = Self {
             layout: Layout::Cluster { seeds: Vec::new() },
             tls,
+            certificates: TlsCertificates { client_tls: None, root_cert: None },
             user: text("the user", user)?,
             password: text("the password", password)?,
             sentinel_user: None,
@@ -138,12 +140,16 @@ impl Config {
         if !database.is_empty() {
             config.database = i64::from(number::<u32>("the database", database)?);
         }
+        let (mut certificate, mut certificate_key) = (None, None);
         for option in query.split('&').filter(|option| !option.is_empty()) {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
             match name {
                 "db" if matches!(kind, "unix") => config.database = i64::from(number::<u32>("`db`", value)?),
                 "prefix" => config.prefix = prefix(value)?,
                 "min_replicas" => config.min_replicas = number("`min_replicas`", value)?,
+                "ca_file" if tls => config.certificates.root_cert = Some(file("`ca_file`", value)?),
+                "cert_file" if tls => certificate = Some(file("`cert_file`", value)?),
+                "key_file" if tls => certificate_key = Some(file("`key_file`", value)?),
                 "sentinel_user" if kind == "sentinel" => config.sentinel_user = text("`sentinel_user`", value)?,
                 "sentinel_password" if kind == "sentinel" => {
                     config.sentinel_password = text("`sentinel_password`", value)?;
@@ -152,17 +158,23 @@ impl Config {
                     let name: String = name.chars().filter(|c| !c.is_control()).take(32).collect();
                     let sentinel = if kind == "sentinel" { ", `sentinel_user`, `sentinel_password`" } else { "" };
                     let unix = if kind == "unix" { ", `db`" } else { "" };
+                    let tls = if tls { ", `ca_file`, `cert_file`, `key_file`" } else { "" };
                     return Err(invalid(format!(
-                        "there is no option `{name}`; the options are `prefix`, `min_replicas`{sentinel}{unix}"
+                        "there is no option `{name}`; the options are `prefix`, `min_replicas`{sentinel}{unix}{tls}"
                     )));
                 }
             }
         }
+        config.certificates.client_tls = match (certificate, certificate_key) {
+            (Some(client_cert), Some(client_key)) => Some(ClientTlsConfig { client_cert, client_key }),
+            (None, None) => None,
+            _ => return Err(invalid("`cert_file` and `key_file` belong together".into())),
+        };
         Ok(config)
     }
 
     /// How to connect to a server that keeps locks.
-    pub(super) fn server(&self, address: &Address) -> Result<ConnectionInfo> {
+    pub(super) fn server(&self, address: &Address) -> Result<Client> {
         let mut settings = RedisConnectionInfo::default().set_db(self.database);
         if let Some(user) = &self.user {
             settings = settings.set_username(user);
@@ -170,11 +182,11 @@ impl Config {
         if let Some(password) = &self.password {
             settings = settings.set_password(password);
         }
-        self.info(address, settings)
+        self.client(address, settings)
     }
 
     /// How to connect to a sentinel.
-    pub(super) fn sentinel(&self, address: &Address) -> Result<ConnectionInfo> {
+    pub(super) fn sentinel(&self, address: &Address) -> Result<Client> {
         let mut settings = RedisConnectionInfo::default();
         if let Some(user) = &self.sentinel_user {
             settings = settings.set_username(user);
@@ -182,10 +194,10 @@ impl Config {
         if let Some(password) = &self.sentinel_password {
             settings = settings.set_password(password);
         }
-        self.info(address, settings)
+        self.client(address, settings)
     }
 
-    fn info(&self, address: &Address, settings: RedisConnectionInfo) -> Result<ConnectionInfo> {
+    fn client(&self, address: &Address, settings: RedisConnectionInfo) -> Result<Client> {
         let address = match address {
             Address::Unix(path) => ConnectionAddr::Unix(path.clone()),
             Address::Tcp { host, port } if self.tls => {
@@ -195,7 +207,9 @@ impl Config {
             Address::Tcp { host, port } => ConnectionAddr::Tcp(host.clone(), *port),
         };
         let info = address.into_connection_info().map_err(|fault| from_client(&fault))?;
-        Ok(info.set_redis_settings(settings).set_tcp_settings(super::connect::tcp_settings()))
+        let info = info.set_redis_settings(settings).set_tcp_settings(super::connect::tcp_settings());
+        let client = if self.tls { Client::build_with_tls(info, self.certificates.clone()) } else { Client::open(info) };
+        client.map_err(|fault| from_client(&fault))
     }
 }
 
@@ -214,6 +228,11 @@ fn text(what: &str, encoded: &str) -> Result<Option<String>> {
 
 fn number<T: std::str::FromStr>(what: &str, text: &str) -> Result<T> {
     text.parse().map_err(|_| invalid(format!("{what} must be a whole number, 0 or more")))
+}
+
+fn file(what: &str, path: &str) -> Result<Vec<u8>> {
+    let path = text(what, path)?.unwrap_or_default();
+    std::fs::read(&path).map_err(|fault| invalid(format!("{what}: {path} cannot be read: {fault}")))
 }
 
 fn prefix(text: &str) -> Result<String> {

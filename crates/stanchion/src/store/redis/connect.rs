@@ -19,7 +19,7 @@ use tokio::runtime::{Handle, Id};
 
 use super::cluster::{SlotMap, slot_of};
 use super::config::{Address, Config, Layout};
-use super::error::{Verdict, error, from_answer, from_client, while_connecting};
+use super::error::{Verdict, error, from_answer, while_connecting};
 use super::scripts::Script;
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{Error, ErrorKind, Result};
@@ -379,7 +379,7 @@ impl Links {
     }
 
     async fn ask_sentinel(&self, sentinel: &Address, service: &str) -> Result<Option<Address>> {
-        let client = Client::open(self.config.sentinel(sentinel)?).map_err(|fault| from_client(&fault))?;
+        let client = self.config.sentinel(sentinel)?;
         let options = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(CONNECT_WITHIN / 2))
             .set_response_timeout(Some(CONNECT_WITHIN / 2));
@@ -397,7 +397,7 @@ impl Links {
     pub(super) async fn listen(self: &Arc<Self>, channel: &str) -> Result<redis::aio::PubSub> {
         let local = self.local().ok_or_else(|| error(ErrorKind::Internal, "the keeper's runtime cannot do I/O"))?;
         let address = self.route(&local, slot_of(channel)).await?;
-        let client = Client::open(self.config.server(&address)?).map_err(|fault| from_client(&fault))?;
+        let client = self.config.server(&address)?;
         let connected = async {
             let mut pubsub = client.get_async_pubsub().await?;
             pubsub.subscribe(channel).await?;
@@ -463,7 +463,7 @@ impl Node {
         if let Some(link) = self.current(links.clock.now())? {
             return Ok(link);
         }
-        let client = Client::open(links.config.server(&self.address)?).map_err(|fault| from_client(&fault))?;
+        let client = links.config.server(&self.address)?;
         // A task of its own: that it cannot do I/O here is a panic of the runtime.
         let connecting = tokio::spawn(async move { connect(&client).await });
         let connected = match connecting.await {

@@ -67,7 +67,8 @@ const AT_ONCE: usize = 256;
 /// | `redis+cluster://host1,host2` | a cluster, by some of its nodes |
 ///
 /// Options: `prefix` (the first part of every key, `stanchion`), `min_replicas` (so many replicas must have a grant before
-/// it is believed, 0), `sentinel_user`, `sentinel_password`. `redis+sentinel` and `redis+cluster` have a `rediss+…` too.
+/// it is believed, 0); with TLS `ca_file` (roots to trust in place of the system's), `cert_file` and `key_file` (of this
+/// client); `sentinel_user`, `sentinel_password`. `redis+sentinel` and `redis+cluster` have a `rediss+…` too.
 /// Special characters in a user or a password are written as `%XX`.
 ///
 /// # What it needs
