@@ -39,6 +39,7 @@
 pub mod cases;
 mod environment;
 pub mod history;
+pub mod proxy;
 pub mod servers;
 
 use stanchion::Store;

@@ -7,11 +7,12 @@
 //! 3. A grant is believed only while the session that asked is believed, and a deadline counts from before the very
 //!    question whose answer told what remains.
 
-use std::sync::Arc;
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::belief::{Hold, NewHold, SessionBelief};
-use crate::clock::{BootTime, jitter};
+use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::guard::Guard;
@@ -34,6 +35,9 @@ const PACE: Duration = Duration::from_secs(1);
 /// The same in a store that does not push.
 const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 
+/// A question without an answer for so long is told as the reason when the wait limit comes.
+const LONG_SILENCE: Duration = Duration::from_millis(500);
+
 /// So many grants may come with no time left until a call gives up.
 const MOST_LATE: u32 = 5;
 
@@ -54,7 +58,9 @@ pub(crate) async fn acquire(request: LockRequest) -> Result<Option<Guard>> {
             None => std::future::pending().await,
         }
     };
-    let mut call = Call { locks: &locks, key: &key, request: &request, term, started, enqueue, fault: None, late: 0 };
+    let trouble = Mutex::new(None);
+    let mut call =
+        Call { locks: &locks, key: &key, request: &request, term, started, enqueue, trouble: &trouble, late: 0 };
     let ended = tokio::select! {
         biased;
         () = cancelled => Err(Error::new(ErrorKind::Cancelled, "the caller cancelled the wait")),
@@ -66,10 +72,14 @@ pub(crate) async fn acquire(request: LockRequest) -> Result<Option<Guard>> {
         Some(guard) => Ok(Some(guard)),
         None if !enqueue => Ok(None),
         // The limit came while the store was failing: say that, not that the key was busy.
-        None => Err(name(call.fault.take().or_else(|| shared.session_fault()).unwrap_or_else(|| {
-            let message = format!("not obtained within {:?}", request.wait.unwrap_or_default());
-            Error::new(ErrorKind::Timeout, message)
-        }))),
+        None => {
+            let trouble = trouble.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let fault = trouble.map(|(kind, message)| Error::new(kind, message));
+            Err(name(fault.or_else(|| shared.session_fault()).unwrap_or_else(|| {
+                let message = format!("not obtained within {:?}", request.wait.unwrap_or_default());
+                Error::new(ErrorKind::Timeout, message)
+            })))
+        }
     }
 }
 
@@ -123,8 +133,8 @@ struct Call<'a> {
     term: Term,
     started: BootTime,
     enqueue: bool,
-    /// The last fault that was met.
-    fault: Option<Error>,
+    /// The fault of the last question, until one is answered. The caller looks at it when the wait limit comes.
+    trouble: &'a Mutex<Option<(ErrorKind, String)>>,
     /// How many grants came with no time left.
     late: u32,
 }
@@ -137,9 +147,37 @@ enum Round {
     Again,
 }
 
+/// Dropped with its question unanswered, it says so, if that took long.
+struct Silence<'a> {
+    trouble: &'a Mutex<Option<(ErrorKind, String)>>,
+    clock: &'a Clock,
+    since: BootTime,
+}
+
+impl Drop for Silence<'_> {
+    fn drop(&mut self) {
+        let silent = self.clock.now().since(self.since);
+        if silent >= LONG_SILENCE {
+            let trouble = (ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}"));
+            *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(trouble);
+        }
+    }
+}
+
 impl Call<'_> {
     fn shared(&self) -> &Arc<Shared> {
         &self.locks.handle.shared
+    }
+
+    /// Remembers how a question went, also if it is given up because no answer comes.
+    async fn heeding<T>(&self, question: impl Future<Output = Result<T>>) -> Result<T> {
+        let shared = self.shared();
+        let silence = Silence { trouble: self.trouble, clock: &shared.clock, since: shared.clock.now() };
+        let answer = question.await;
+        std::mem::forget(silence);
+        let trouble = answer.as_ref().err().map(|error| (error.kind(), error.message().to_owned()));
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+        answer
     }
 
     async fn ask(&mut self) -> Result<Option<Guard>> {
@@ -176,7 +214,7 @@ impl Call<'_> {
         let mut asked = shared.clock.now();
         let step = shared.step(|| {
             asked = shared.clock.now();
-            shared.store.acquire(request.clone())
+            self.heeding(shared.store.acquire(request.clone()))
         });
         let step = step.await;
         pending.unanswered = step.unanswered;
@@ -225,6 +263,7 @@ impl Call<'_> {
     /// In the queue: until a push, a poll or the end of the session says how it went on.
     async fn wait(&mut self, pending: Pending, mut queued: Queued) -> Result<Round> {
         let shared = self.shared().clone();
+        let mut has_failed = false;
         loop {
             let nap = nap(&shared, queued);
             tokio::select! {
@@ -242,20 +281,20 @@ impl Call<'_> {
             let mut asked = shared.clock.now();
             let step = shared.step(|| {
                 asked = shared.clock.now();
-                shared.store.poll(self.key, pending.token)
+                self.heeding(shared.store.poll(self.key, pending.token))
             });
             match step.await.result {
                 Ok(reply) => match reply.outcome {
                     PollOutcome::Granted(granted) => return Ok(self.granted(pending, granted, asked)),
                     PollOutcome::Queued(still) => {
-                        self.fault = None;
+                        has_failed = false;
                         queued = still;
                     }
                     // Something of it may still be on its way, if an answer was missing: the keeper sees to it.
                     PollOutcome::Gone => return Ok(Round::Again),
                 },
                 // Its place in the queue is worth one more round of attempts.
-                Err(error) if error.is_transient() && self.fault.is_none() => self.fault = Some(error),
+                Err(error) if error.is_transient() && !has_failed => has_failed = true,
                 Err(error) => return Err(error),
             }
         }

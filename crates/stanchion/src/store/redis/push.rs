@@ -6,9 +6,10 @@ use std::time::Duration;
 use futures_util::StreamExt;
 
 use super::Inner;
+use super::connect::Target;
 use super::reply::malformed;
 use crate::clock::jitter;
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{LostToken, Push, PushSender};
@@ -31,11 +32,14 @@ pub(super) async fn listen(
     loop {
         let Some(strong) = inner.upgrade() else { return };
         let subscribed = strong.links.listen(&strong.names.session(session)).await;
-        let (names, clock) = (strong.names.clone(), strong.clock.clone());
+        let names = strong.names.clone();
         drop(strong);
         match subscribed {
             Ok(mut pubsub) => {
                 drop(tried.take());
+                if let (true, Some(inner)) = (is_first, inner.upgrade()) {
+                    tell_unless_publishing_works(&inner, session, &pushes).await;
+                }
                 if !is_first {
                     // Messages were missed, and what the server knows now may be less than what it knew.
                     pushes.send(Push::VerifyAll);
@@ -60,8 +64,19 @@ pub(super) async fn listen(
             }
         }
         sleep(jitter(pause)).await;
-        let _now = clock.now();
         pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Messages to itself are sent by other processes' users too, most likely with the same rights.
+async fn tell_unless_publishing_works(inner: &Inner, session: SessionId, pushes: &PushSender) {
+    let channel = inner.names.session(session);
+    let answer = inner.links.ask(Target::of(&channel), redis::cmd("PUBLISH").arg(&channel).arg("")).await;
+    if let Err(error) = answer
+        && error.kind() == ErrorKind::Unauthorized
+    {
+        let message = format!("no pushes can be sent, waiting calls ask once a second: {}", error.message());
+        pushes.send(Push::Warning(message));
     }
 }
 

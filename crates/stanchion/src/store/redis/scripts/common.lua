@@ -112,7 +112,8 @@ local function settle()
     dequeue(first.token)
     local hold = grant(first)
     if hold then
-      call('PUBLISH', PREFIX .. 'session:{' .. first.session .. '}', 'G' .. first.token .. hold.fence .. SUBJECT)
+      -- A hint: without the right to publish it is found by asking.
+      redis.pcall('PUBLISH', PREFIX .. 'session:{' .. first.session .. '}', 'G' .. first.token .. hold.fence .. SUBJECT)
     end
     first = head()
   end

@@ -1,0 +1,188 @@
+//! A TCP proxy that loses, holds back and cuts, between a client and a real server.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crate::environment::Random;
+
+/// How often a thread that waits looks at what it should do.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// What a proxy does to what passes. Everything can be changed while it runs.
+#[derive(Debug)]
+pub struct Faults {
+    /// Of a thousand answers so many are lost: the request was done, the connection breaks instead of the answer.
+    lose_answers: AtomicU32,
+    /// Of a thousand requests so many are lost with their connection.
+    lose_requests: AtomicU32,
+    /// Nothing passes, connections stay: a link that is dead, and nobody says so.
+    is_silent: AtomicBool,
+    /// New connections are closed at once.
+    refuses: AtomicBool,
+    /// Each answer comes so many milliseconds later.
+    delay: AtomicU64,
+    /// Raised to break what is connected now.
+    generation: AtomicU64,
+    lost: AtomicU64,
+    connections: AtomicU64,
+    random: Mutex<Random>,
+    ended: AtomicBool,
+}
+
+impl Faults {
+    /// Of a thousand answers so many are lost with their connection.
+    pub fn lose_answers(&self, per_mille: u32) {
+        self.lose_answers.store(per_mille, Ordering::SeqCst);
+    }
+
+    /// Of a thousand requests so many are lost with their connection.
+    pub fn lose_requests(&self, per_mille: u32) {
+        self.lose_requests.store(per_mille, Ordering::SeqCst);
+    }
+
+    /// Lets nothing pass, or lets it pass again: what was sent meanwhile arrives then.
+    pub fn silence(&self, is_silent: bool) {
+        self.is_silent.store(is_silent, Ordering::SeqCst);
+    }
+
+    /// Closes new connections at once, or no longer.
+    pub fn refuse(&self, refuses: bool) {
+        self.refuses.store(refuses, Ordering::SeqCst);
+    }
+
+    /// Answers come so much later.
+    pub fn delay_answers(&self, by: Duration) {
+        self.delay.store(by.as_millis() as u64, Ordering::SeqCst);
+    }
+
+    /// Breaks all connections there are.
+    pub fn cut(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// How many answers and requests were lost.
+    pub fn lost(&self) -> u64 {
+        self.lost.load(Ordering::SeqCst)
+    }
+
+    /// How many connections were made.
+    pub fn connections(&self) -> u64 {
+        self.connections.load(Ordering::SeqCst)
+    }
+
+    fn loses(&self, per_mille: &AtomicU32) -> bool {
+        let loses = self.random.lock().unwrap().below(1_000) < u64::from(per_mille.load(Ordering::SeqCst));
+        self.lost.fetch_add(u64::from(loses), Ordering::SeqCst);
+        loses
+    }
+}
+
+/// A proxy to one server.
+#[derive(Debug)]
+pub struct Proxy {
+    port: u16,
+    faults: Arc<Faults>,
+}
+
+impl Proxy {
+    /// Starts a proxy to this port; `seed` decides what is lost.
+    ///
+    /// # Panics
+    /// When it cannot listen.
+    pub fn start(to: u16, seed: u64) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let faults = Arc::new(Faults {
+            lose_answers: AtomicU32::new(0),
+            lose_requests: AtomicU32::new(0),
+            is_silent: AtomicBool::new(false),
+            refuses: AtomicBool::new(false),
+            delay: AtomicU64::new(0),
+            generation: AtomicU64::new(0),
+            lost: AtomicU64::new(0),
+            connections: AtomicU64::new(0),
+            random: Mutex::new(Random::new(seed)),
+            ended: AtomicBool::new(false),
+        });
+        std::thread::spawn({
+            let faults = faults.clone();
+            move || {
+                for client in listener.incoming() {
+                    if faults.ended.load(Ordering::SeqCst) {
+                        return;
+                    }
+                    let Ok(client) = client else { continue };
+                    faults.connections.fetch_add(1, Ordering::SeqCst);
+                    if faults.refuses.load(Ordering::SeqCst) {
+                        continue;
+                    }
+                    let Ok(server) = TcpStream::connect(("127.0.0.1", to)) else { continue };
+                    let pairs = [(client.try_clone(), server.try_clone(), true), (Ok(server), Ok(client), false)];
+                    for (from, to, is_request) in pairs {
+                        let (Ok(from), Ok(to)) = (from, to) else { continue };
+                        let faults = faults.clone();
+                        std::thread::spawn(move || pass(from, to, is_request, &faults));
+                    }
+                }
+            }
+        });
+        Self { port, faults }
+    }
+
+    /// Where it listens on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// What it does.
+    pub fn faults(&self) -> &Faults {
+        &self.faults
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.faults.ended.store(true, Ordering::SeqCst);
+        self.faults.cut();
+        let _wakes_the_listener = TcpStream::connect(("127.0.0.1", self.port));
+    }
+}
+
+/// Passes on what comes, until one side ends or a fault does.
+fn pass(mut from: TcpStream, mut to: TcpStream, is_request: bool, faults: &Faults) {
+    let generation = faults.generation.load(Ordering::SeqCst);
+    let (per_mille, delay) = match is_request {
+        true => (&faults.lose_requests, None),
+        false => (&faults.lose_answers, Some(&faults.delay)),
+    };
+    let is_cut = || faults.generation.load(Ordering::SeqCst) != generation;
+    let _without_these_it_is_slower = (from.set_nodelay(true), to.set_nodelay(true));
+    let _looked_at_often = from.set_read_timeout(Some(LOOK * 10));
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        let length = match from.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(length) => length,
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                if is_cut() {
+                    break;
+                }
+                continue;
+            }
+            Err(_) => break,
+        };
+        if let Some(delay) = delay {
+            std::thread::sleep(Duration::from_millis(delay.load(Ordering::SeqCst)));
+        }
+        while faults.is_silent.load(Ordering::SeqCst) && !is_cut() {
+            std::thread::sleep(LOOK);
+        }
+        if is_cut() || faults.loses(per_mille) || to.write_all(&buffer[..length]).is_err() {
+            break;
+        }
+    }
+    let _closed = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+}
