@@ -19,9 +19,20 @@ use stanchion::store::{Faulty, Memory, Sqlite, Step};
 use stanchion::{Clock, Locks};
 
 fn main() {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    // One thread: beside a server on the other core, two would take turns with it.
+    let runtime = match std::env::var("STANCHION_BENCH_THREADS") {
+        Ok(threads) => tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(threads.parse().unwrap())
+            .enable_all()
+            .build()
+            .unwrap(),
+        Err(_) => tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(),
+    };
     if let Ok(folder) = std::env::var("STANCHION_BENCH_WAITER") {
         return runtime.block_on(waiter(Path::new(&folder)));
+    }
+    if let Ok(order) = std::env::var(redis::WAITER) {
+        return runtime.block_on(redis::waiter(&order));
     }
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let wants = |what: &str| wanted.is_empty() || wanted.iter().any(|one| one == what);
@@ -38,6 +49,10 @@ fn main() {
         }
         if wants("redis") {
             redis::pairs().await;
+            if std::env::var("PAIRS_ONLY").is_err() {
+                redis::handoff().await;
+                redis::held().await;
+            }
         }
         if wants("held") {
             held(folder.path()).await;

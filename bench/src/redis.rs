@@ -13,18 +13,20 @@ const ROUNDS: usize = 5;
 
 /// Uncontended acquire + release, one task and fifty.
 pub(crate) async fn pairs() {
-    if std::env::var("ONLY_OURS").is_ok() {
-        let server = RedisServer::start(Redis::Redis7);
-        let locks = Locks::open(&format!("redis://127.0.0.1:{}", server.port())).await.unwrap();
-        for _ in 0..8 { println!("{}", rate(50, |task| ours(locks.clone(), task, PAIRS / 50)).await); }
-        return;
-    }
     let server = RedisServer::start(Redis::Redis7);
     let url = format!("redis://127.0.0.1:{}", server.port());
     let locks = Locks::open(&url).await.unwrap();
-    let client = Client::open(redis::IntoConnectionInfo::into_connection_info(url.as_str()).unwrap().set_tcp_settings(
-        redis::io::tcp::TcpSettings::default().set_nodelay(true),
-    ))
+    if std::env::var("ONLY_OURS").is_ok() {
+        for _ in 0..8 {
+            println!("{}", rate(50, |task| ours(locks.clone(), task, PAIRS / 50)).await);
+        }
+        return;
+    }
+    let client = Client::open(
+        redis::IntoConnectionInfo::into_connection_info(url.as_str())
+            .unwrap()
+            .set_tcp_settings(redis::io::tcp::TcpSettings::default().set_nodelay(true)),
+    )
     .unwrap();
     let options = AsyncConnectionConfig::new().set_response_timeout(None).set_pipeline_buffer_size(1_024);
     let raw = client.get_multiplexed_async_connection_with_config(&options).await.unwrap();
@@ -100,4 +102,127 @@ async fn theirs(manager: rslock::LockManager, task: u32, pairs: u32) {
         let lock = manager.lock(key.as_bytes(), Duration::from_secs(10)).await.unwrap();
         manager.unlock(&lock).await;
     }
+}
+
+/// The URL, the number of waiters and the turns of each, for a child of [`handoff`].
+pub(crate) const WAITER: &str = "STANCHION_BENCH_REDIS_WAITER";
+
+/// From the release of one waiter to the grant of the next, in ten processes, beside one round trip.
+pub(crate) async fn handoff() {
+    for (waiters, processes, turns) in [(2, 2, 2_000), (50, 10, 80), (1_000, 10, 4)] {
+        let server = RedisServer::start(Redis::Redis7);
+        let url = format!("redis://127.0.0.1:{}", server.port());
+        let locks = Locks::open(&url).await.unwrap();
+        let first = locks.lock("handoff").await.unwrap();
+        let children: Vec<_> = (0..processes)
+            .map(|_| {
+                std::process::Command::new(std::env::current_exe().unwrap())
+                    .env(WAITER, format!("{url} {} {turns}", waiters / processes))
+                    .stdout(std::process::Stdio::piped())
+                    .spawn()
+                    .unwrap()
+            })
+            .collect();
+        while locks.inspect("handoff").await.unwrap().waiters.len() < waiters {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        server.command(&["CONFIG", "RESETSTAT"]);
+        first.release().await.unwrap();
+        let (mut spans, mut trips) = (Vec::new(), Vec::new());
+        for child in children {
+            let output = child.wait_with_output().unwrap();
+            for line in String::from_utf8(output.stdout).unwrap().lines() {
+                let (what, times) = line.split_once(' ').unwrap();
+                let times: Vec<u64> = times.split(' ').map(|time| time.parse().unwrap()).collect();
+                match what {
+                    "turn" => spans.push((times[0], times[1])),
+                    _ => trips.push(Duration::from_nanos(times[0])),
+                }
+            }
+        }
+        spans.sort_unstable();
+        let grants = spans.len() as u64;
+        let took = spans.last().unwrap().1 - spans[0].0;
+        let spans: Vec<_> =
+            spans.windows(2).map(|two| Duration::from_nanos(two[1].0.saturating_sub(two[0].1))).collect();
+        crate::print_spans(&format!("handoff    redis, {waiters} waiters in {processes} processes"), spans);
+        crate::print_spans("           one round trip in those processes, meanwhile", trips);
+        let stats = server.command(&["INFO", "commandstats"]);
+        let count = |name: &str| -> f64 {
+            let line = stats.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{name}:calls=")));
+            line.and_then(|line| line.split(',').next()).map_or(0.0, |calls| calls.parse().unwrap())
+        };
+        println!(
+            "           {:.2} commands on the wire for each grant (a new question included), {:.2} messages, {:.0} grants \
+             a second",
+            count("evalsha") / grants as f64,
+            count("publish") / grants as f64,
+            grants as f64 / (took as f64 / 1e9)
+        );
+    }
+}
+
+pub(crate) async fn waiter(order: &str) {
+    let [url, waiters, turns]: [&str; 3] = order.split(' ').collect::<Vec<_>>().try_into().unwrap();
+    let clock = stanchion::Clock::system();
+    let locks = Locks::open(url).await.unwrap();
+    let turns: u32 = turns.parse().unwrap();
+    let tasks: Vec<_> = (0..waiters.parse::<u32>().unwrap())
+        .map(|_| {
+            let (locks, clock) = (locks.clone(), clock.clone());
+            tokio::spawn(async move {
+                let mut told = Vec::new();
+                for _ in 0..turns {
+                    let guard = locks.lock("handoff").await.unwrap();
+                    let got = clock.now().as_nanos();
+                    let let_go = clock.now().as_nanos();
+                    guard.release().await.unwrap();
+                    told.push(format!("turn {got} {let_go}\ntrip {}", clock.now().as_nanos() - let_go));
+                }
+                told
+            })
+        })
+        .collect();
+    for task in tasks {
+        println!("{}", task.await.unwrap().join("\n"));
+    }
+}
+
+/// What a hundred thousand held locks cost: memory, and commands while nothing happens.
+pub(crate) async fn held() {
+    const HOLDS: usize = 100_000;
+    let server = RedisServer::start(Redis::Redis7);
+    let locks = Locks::open(&format!("redis://127.0.0.1:{}", server.port())).await.unwrap();
+    for i in 0..1_000 {
+        locks.lock(format!("warm{i}")).await.unwrap().release().await.unwrap();
+    }
+    let memory = || -> usize {
+        let info = server.command(&["INFO", "memory"]);
+        info.lines().find_map(|line| line.strip_prefix("used_memory:")).unwrap().trim().parse().unwrap()
+    };
+    let (before, there) = (crate::resident_bytes(), memory());
+    let mut guards = Vec::with_capacity(HOLDS);
+    let start = Instant::now();
+    for some in 0..HOLDS / 100 {
+        let tasks: Vec<_> =
+            (0..100).map(|i| tokio::spawn(locks.lock(format!("held{}", some * 100 + i)).into_future())).collect();
+        for task in tasks {
+            guards.push(task.await.unwrap().unwrap());
+        }
+    }
+    let each = crate::resident_bytes().saturating_sub(before) / HOLDS;
+    println!(
+        "held       redis, {HOLDS} locks in {:.1?}: {each} bytes of memory each here, {} in the server",
+        start.elapsed(),
+        (memory() - there) / HOLDS
+    );
+    server.command(&["CONFIG", "RESETSTAT"]);
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    let stats = server.command(&["INFO", "commandstats"]);
+    let scripts = stats.lines().find_map(|line| line.strip_prefix("cmdstat_evalsha:calls=")).unwrap_or("0");
+    println!("held       redis, {HOLDS} locks: {} commands in 20 s", scripts.split(',').next().unwrap());
+    let start = Instant::now();
+    locks.close().await.unwrap();
+    let left = server.command(&["EVAL", "local n = 0 for _, k in ipairs(redis.call('KEYS', '*{:held*')) do if string.byte(redis.call('GET', k)) ~= 48 then n = n + 1 end end return tostring(n)", "0"]);
+    println!("held       redis, {HOLDS} locks: closed in {:.1?}, {left} left", start.elapsed());
 }

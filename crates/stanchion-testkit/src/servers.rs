@@ -154,7 +154,8 @@ impl RedisServer {
         if !given("--save") {
             arguments.extend(["--save".to_owned(), String::new()]);
         }
-        arguments.extend(more.iter().filter(|argument| **argument != "--tls-port").map(|argument| (*argument).to_owned()));
+        arguments
+            .extend(more.iter().filter(|argument| **argument != "--tls-port").map(|argument| (*argument).to_owned()));
         Self { program: kind.program(), arguments, port, process: None, folder, also_kept: None }
     }
 
@@ -274,8 +275,18 @@ impl RedisCluster {
     /// When it does not come up.
     pub fn start(kind: Redis, with_replicas: bool) -> Self {
         let options = [
-            "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-node-timeout", "1000",
-            "--cluster-announce-ip", "127.0.0.1", "--cluster-replica-validity-factor", "0", "--repl-diskless-sync-delay", "0",
+            "--cluster-enabled",
+            "yes",
+            "--cluster-config-file",
+            "nodes.conf",
+            "--cluster-node-timeout",
+            "1000",
+            "--cluster-announce-ip",
+            "127.0.0.1",
+            "--cluster-replica-validity-factor",
+            "0",
+            "--repl-diskless-sync-delay",
+            "0",
         ];
         let count = if with_replicas { 6 } else { 3 };
         let nodes: Vec<_> = (0..count).map(|_| Self::node(kind, &options)).collect();
@@ -284,7 +295,8 @@ impl RedisCluster {
             // Redis 6.2 has no ADDSLOTSRANGE.
             let slots: Vec<String> =
                 (first.parse::<u16>().unwrap()..=last.parse().unwrap()).map(|slot| slot.to_string()).collect();
-            let words: Vec<&str> = ["CLUSTER", "ADDSLOTS"].into_iter().chain(slots.iter().map(String::as_str)).collect();
+            let words: Vec<&str> =
+                ["CLUSTER", "ADDSLOTS"].into_iter().chain(slots.iter().map(String::as_str)).collect();
             assert_eq!(nodes[at].command(&words), "OK");
             assert_eq!(nodes[at].command(&["CLUSTER", "SET-CONFIG-EPOCH", &(at + 1).to_string()]), "OK");
         }
@@ -323,7 +335,8 @@ impl RedisCluster {
     fn node(kind: Redis, options: &[&str]) -> RedisServer {
         loop {
             let port = free_port() % 20_000 + 20_000;
-            if TcpListener::bind(("127.0.0.1", port)).is_ok() && TcpListener::bind(("127.0.0.1", port + 10_000)).is_ok() {
+            if TcpListener::bind(("127.0.0.1", port)).is_ok() && TcpListener::bind(("127.0.0.1", port + 10_000)).is_ok()
+            {
                 return RedisServer::on(kind, port, options);
             }
         }
@@ -368,11 +381,14 @@ impl RedisSentinel {
         let diskless = ["--repl-diskless-sync-delay", "0"];
         let primary = RedisServer::with(kind, &diskless);
         let port = primary.port().to_string();
-        let replica = || RedisServer::with(kind, &[&diskless[..], &["--replicaof", &format!("127.0.0.1 {port}")]].concat());
+        let replica =
+            || RedisServer::with(kind, &[&diskless[..], &["--replicaof", &format!("127.0.0.1 {port}")]].concat());
         let servers = vec![replica(), replica()];
         let servers: Vec<_> = std::iter::once(primary).chain(servers).collect();
         wait("replicas that are linked", || {
-            servers[1..].iter().all(|replica| replica.command(&["INFO", "replication"]).contains("master_link_status:up"))
+            servers[1..]
+                .iter()
+                .all(|replica| replica.command(&["INFO", "replication"]).contains("master_link_status:up"))
         });
         let sentinels: Vec<_> = (0..3).map(|_| Self::sentinel(kind, &port)).collect();
         for sentinel in &sentinels {

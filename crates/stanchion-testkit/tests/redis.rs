@@ -60,7 +60,8 @@ fn with_few_rights() -> Environment<Redis> {
         let server = RedisServer::start(Kind::Redis7);
         // The prefix of a case is 32 hexadecimal digits.
         let rights = include_str!("../../stanchion/src/store/redis/access_list.txt").replace("stanchion:", "*:");
-        let words: Vec<&str> = ["ACL", "SETUSER", "locker", "on", ">pw"].into_iter().chain(rights.split_whitespace()).collect();
+        let words: Vec<&str> =
+            ["ACL", "SETUSER", "locker", "on", ">pw"].into_iter().chain(rights.split_whitespace()).collect();
         assert_eq!(server.command(&words), "OK");
         server
     });

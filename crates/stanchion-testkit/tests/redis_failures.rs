@@ -178,7 +178,8 @@ fn every_fault_of_a_server_has_its_kind() {
         server.command(&["REPLICAOF", "NO", "ONE"]);
         until("a primary again", async || actor.store.inspect(&key("k")).await.is_ok()).await;
         // A script that does not end.
-        let slow = "redis.call('SET', 'x', 1) local t = redis.call('TIME')[1] while redis.call('TIME')[1] - t < 1000 do end";
+        let slow =
+            "redis.call('SET', 'x', 1) local t = redis.call('TIME')[1] while redis.call('TIME')[1] - t < 1000 do end";
         server.command(&["CONFIG", "SET", "lua-time-limit", "1"]);
         let busy = std::thread::scope(|scope| {
             let read = "local t = redis.call('TIME') while true do end";
@@ -353,7 +354,11 @@ fn a_silent_link_loses_on_time_and_heals() {
         let lost = cut.elapsed();
         let fence = guard.fence();
         let next = next.await.unwrap().unwrap();
-        assert!(lost < ttl && lost < cut.elapsed(), "lost after {lost:?}, granted to the next after {:?}", cut.elapsed());
+        assert!(
+            lost < ttl && lost < cut.elapsed(),
+            "lost after {lost:?}, granted to the next after {:?}",
+            cut.elapsed()
+        );
         assert!(next.fence() > fence);
         assert!(cut.elapsed() < ttl + SECOND, "{:?}", cut.elapsed());
         next.release().await.unwrap();
@@ -577,7 +582,10 @@ fn a_forced_release_whose_answer_was_lost_is_told_when_it_is_asked_again() {
             tokio::time::timeout(20 * SECOND, guard.lost()).await.unwrap();
             assert_eq!(guard.loss(), Some(LossCause::Forced), "turn {turn}");
             let told = events.next().await;
-            assert!(matches!(&told, Some(Event::Lost { reason: Some(reason), .. }) if *reason == format!("turn {turn}")), "{told:?}");
+            assert!(
+                matches!(&told, Some(Event::Lost { reason: Some(reason), .. }) if *reason == format!("turn {turn}")),
+                "{told:?}"
+            );
         }
     });
 }

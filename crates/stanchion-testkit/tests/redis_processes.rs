@@ -69,7 +69,9 @@ impl Holder {
     }
 
     fn signal(&self, name: &str) {
-        assert!(Command::new("kill").args([format!("-{name}"), self.child.id().to_string()]).status().unwrap().success());
+        assert!(
+            Command::new("kill").args([format!("-{name}"), self.child.id().to_string()]).status().unwrap().success()
+        );
     }
 }
 
@@ -102,7 +104,8 @@ fn after_a_kill_the_next_is_served_within_the_session_and_half_a_second() {
                 .collect();
             for at in 0..AT_ONCE {
                 let key = format!("{round}-{at}");
-                stanchion_testkit::until("queued", async || locks.inspect(&key).await.unwrap().waiters.len() == 1).await;
+                stanchion_testkit::until("queued", async || locks.inspect(&key).await.unwrap().waiters.len() == 1)
+                    .await;
             }
             let mut killed = Vec::new();
             for holder in holders {

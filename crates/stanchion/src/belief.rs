@@ -127,7 +127,8 @@ pub(crate) struct Hold {
     /// A request that made this hold may still be on its way: its token is over only after this time of the store.
     pub(crate) unanswered_until: Option<StoreTime>,
     lost: OnceLock<LossCause>,
-    lost_token: CancellationToken,
+    /// Made when somebody listens: most holds are released before.
+    lost_token: OnceLock<CancellationToken>,
 }
 
 /// What [`Hold::new`] needs.
@@ -162,7 +163,7 @@ impl Hold {
             last_heartbeat: AtomicU64::new(new.since.as_nanos()),
             unanswered_until: new.unanswered_until,
             lost: OnceLock::new(),
-            lost_token: CancellationToken::new(),
+            lost_token: OnceLock::new(),
         }
     }
 
@@ -223,7 +224,9 @@ impl Hold {
     /// Ends the belief. Tells whether this call did it.
     pub(crate) fn lose(&self, cause: LossCause) -> bool {
         let first = self.lost.set(cause).is_ok();
-        self.lost_token.cancel();
+        if let Some(token) = self.lost_token.get() {
+            token.cancel();
+        }
         first
     }
 
@@ -258,7 +261,12 @@ impl Hold {
 
     /// Fires when the hold is lost.
     pub(crate) fn lost_token(&self) -> &CancellationToken {
-        &self.lost_token
+        let token = self.lost_token.get_or_init(CancellationToken::new);
+        // Lost before it was made, or while it was: whoever comes second sees what the other did.
+        if self.lost.get().is_some() {
+            token.cancel();
+        }
+        token
     }
 }
 

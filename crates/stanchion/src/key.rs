@@ -1,5 +1,6 @@
 //! Keys: the names of the things that are locked.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -66,8 +67,10 @@ impl Key {
         if name.contains('\0') || namespace.contains('\0') {
             return Err(invalid("a key may not hold a NUL character".into()));
         }
-        let prefix = namespace_prefix(&namespace);
-        Ok(Self { text: format!("{prefix}{name}").into(), name_at: prefix.len() as u16 })
+        let mut text = namespace_prefix(&namespace);
+        let name_at = text.len() as u16;
+        text.push_str(&name);
+        Ok(Self { text: text.into(), name_at })
     }
 
     /// Reads back a key from [`Key::as_encoded`], for stores that keep it as text.
@@ -108,8 +111,8 @@ pub(crate) fn namespace_prefix(namespace: &str) -> String {
     if namespace.is_empty() { ":".into() } else { format!("{}:{namespace}", namespace.len()) }
 }
 
-pub(crate) fn normal(text: &str) -> String {
-    if is_nfc(text) { text.to_owned() } else { text.nfc().collect() }
+pub(crate) fn normal(text: &str) -> Cow<'_, str> {
+    if text.is_ascii() || is_nfc(text) { text.into() } else { text.nfc().collect() }
 }
 
 fn invalid(message: String) -> Error {

@@ -353,7 +353,7 @@ impl Builder {
 
     /// Keeps the keys of this handle apart from those of other namespaces. Default: none. At most 128 bytes.
     pub fn namespace(mut self, namespace: &str) -> Self {
-        self.namespace = normal(namespace);
+        self.namespace = normal(namespace).into_owned();
         self
     }
 
@@ -483,7 +483,9 @@ fn not_built(scheme: &str) -> Error {
 
 fn stores() -> &'static str {
     match (cfg!(feature = "sqlite"), cfg!(feature = "redis")) {
-        (true, true) => "`memory:`, `sqlite:` and `redis:` (with `rediss:`, `redis+unix:`, `redis+sentinel:`, `redis+cluster:`)",
+        (true, true) => {
+            "`memory:`, `sqlite:` and `redis:` (with `rediss:`, `redis+unix:`, `redis+sentinel:`, `redis+cluster:`)"
+        }
         (true, false) => "`memory:` and `sqlite:`",
         (false, true) => "`memory:` and `redis:` (with `rediss:`, `redis+unix:`, `redis+sentinel:`, `redis+cluster:`)",
         (false, false) => "`memory:`",

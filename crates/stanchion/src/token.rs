@@ -33,7 +33,9 @@ macro_rules! random_id {
 
             /// 32 lowercase hexadecimal digits.
             pub fn to_hex(&self) -> String {
-                self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+                const DIGITS: &[u8; 16] = b"0123456789abcdef";
+                let digits = self.0.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+                digits.map(|digit| char::from(DIGITS[usize::from(digit)])).collect()
             }
 
             /// Reads 32 hexadecimal digits.

@@ -39,11 +39,11 @@ mod types;
 #[cfg(any(feature = "redis", feature = "sqlite"))]
 mod url;
 
+#[cfg(feature = "redis")]
+pub use self::redis::Redis;
 pub use faulty::{Fault, Faults, Faulty, Step};
 pub use memory::Memory;
 pub use push::{GrantStream, Push, PushSender, push_channel};
-#[cfg(feature = "redis")]
-pub use self::redis::Redis;
 #[cfg(feature = "sqlite")]
 pub use sqlite::Sqlite;
 pub use types::*;

@@ -73,10 +73,13 @@ fn findings(settings: &HashMap<String, String>, replicas: u32, unknown: bool) ->
     }
     match (get("appendonly"), get("appendfsync"), get("save")) {
         (Some("no"), _, Some("")) => {
-            warnings.push("the server keeps nothing on disk: a restart forgets every lock; set `appendonly yes`".into());
+            warnings
+                .push("the server keeps nothing on disk: a restart forgets every lock; set `appendonly yes`".into());
         }
         (Some("no"), _, Some(_)) => {
-            warnings.push("the server saves snapshots only: a restart forgets the newest locks; set `appendonly yes`".into());
+            warnings.push(
+                "the server saves snapshots only: a restart forgets the newest locks; set `appendonly yes`".into(),
+            );
         }
         (Some("yes"), Some(fsync), _) if fsync != "always" => {
             warnings.push(format!("appendfsync is {fsync}: a power failure forgets the newest locks"));
@@ -107,7 +110,8 @@ mod tests {
 
     #[test]
     fn what_is_certain_to_lose_locks_is_refused_and_the_rest_is_told() {
-        let safe = [("maxmemory", "0"), ("maxmemory-policy", "noeviction"), ("appendonly", "yes"), ("appendfsync", "always")];
+        let safe =
+            [("maxmemory", "0"), ("maxmemory-policy", "noeviction"), ("appendonly", "yes"), ("appendfsync", "always")];
         assert!(audit(&safe, 0).unwrap().is_empty());
         for policy in ["allkeys-lru", "volatile-lru", "volatile-ttl", "allkeys-random"] {
             let error = audit(&[("maxmemory", "100"), ("maxmemory-policy", policy)], 0).unwrap_err();

@@ -44,8 +44,14 @@ struct Known {
 
 impl SlotMap {
     pub(super) fn new(seeds: Vec<Address>) -> Self {
-        let known =
-            Known { seeds, servers: Vec::new(), others: Vec::new(), slots: vec![None; SLOTS], learned: None, doubtful: true };
+        let known = Known {
+            seeds,
+            servers: Vec::new(),
+            others: Vec::new(),
+            slots: vec![None; SLOTS],
+            learned: None,
+            doubtful: true,
+        };
         Self { known: Mutex::new(known), learning: tokio::sync::Mutex::default() }
     }
 

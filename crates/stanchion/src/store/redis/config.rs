@@ -109,7 +109,9 @@ impl Config {
             "" => {
                 database = path;
                 let [address] = <[Address; 1]>::try_from(addresses(hosts, DEFAULT_PORT)?).map_err(|_| {
-                    invalid("`redis://` takes one host; several are a `redis+cluster://` or a `redis+sentinel://`".into())
+                    invalid(
+                        "`redis://` takes one host; several are a `redis+cluster://` or a `redis+sentinel://`".into(),
+                    )
                 })?;
                 Layout::Single(address)
             }
@@ -208,7 +210,8 @@ impl Config {
         };
         let info = address.into_connection_info().map_err(|fault| from_client(&fault))?;
         let info = info.set_redis_settings(settings).set_tcp_settings(super::connect::tcp_settings());
-        let client = if self.tls { Client::build_with_tls(info, self.certificates.clone()) } else { Client::open(info) };
+        let client =
+            if self.tls { Client::build_with_tls(info, self.certificates.clone()) } else { Client::open(info) };
         client.map_err(|fault| from_client(&fault))
     }
 }

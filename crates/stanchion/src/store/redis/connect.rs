@@ -17,6 +17,7 @@ use redis::io::tcp::{TcpSettings, socket2};
 use redis::{AsyncConnectionConfig, Client, Cmd, RedisError, Value};
 use tokio::runtime::{Handle, Id};
 
+use super::batch::Batch;
 use super::cluster::{SlotMap, slot_of};
 use super::config::{Address, Config, Layout};
 use super::error::{Verdict, error, from_answer, while_connecting};
@@ -80,7 +81,9 @@ enum Topology {
 
 /// The connections of one runtime.
 #[derive(Debug)]
-struct Local {
+pub(super) struct Local {
+    pub(super) runtime: Handle,
+    pub(super) batch: Batch,
     nodes: Mutex<HashMap<Address, Arc<Node>>>,
     /// Finished when the runtime is gone.
     sign_of_life: tokio::task::JoinHandle<()>,
@@ -186,19 +189,23 @@ impl Links {
         };
         let (links, command) = (self.clone(), command.clone());
         let task = home.spawn(async move {
-            let local = links.local().ok_or_else(|| error(ErrorKind::Internal, "the keeper's runtime cannot do I/O"))?;
+            let local =
+                links.local().ok_or_else(|| error(ErrorKind::Internal, "the keeper's runtime cannot do I/O"))?;
             links.send_from(&local, target, &command).await
         });
         task.await.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the keeper has ended").in_doubt(true).into()))
     }
 
     /// The connections of the runtime that this runs in, if it can have some.
-    fn local(&self) -> Option<Arc<Local>> {
-        let id = Handle::try_current().ok()?.id();
+    pub(super) fn local(&self) -> Option<Arc<Local>> {
+        let runtime = Handle::try_current().ok()?;
+        let id = runtime.id();
         let mut locals = lock(&self.locals);
         let local = locals.get(&id).cloned().unwrap_or_else(|| {
             locals.retain(|_, local| !local.sign_of_life.is_finished());
             let local = Arc::new(Local {
+                runtime,
+                batch: Batch::default(),
                 nodes: Mutex::default(),
                 sign_of_life: tokio::spawn(std::future::pending()),
                 is_unusable: AtomicBool::new(false),
@@ -225,7 +232,8 @@ impl Links {
                     return Err(error.into());
                 }
             };
-            let suspicion = Suspicion { node: &node, generation: link.generation, since: self.clock.now(), links: self };
+            let suspicion =
+                Suspicion { node: &node, generation: link.generation, since: self.clock.now(), links: self };
             let answer: Result<Value, RedisError> = if asking {
                 let mut both = redis::pipe();
                 both.cmd("ASKING").ignore().add_command(command.clone());
@@ -285,9 +293,9 @@ impl Links {
                     return Ok(known);
                 }
                 self.learn_slots(local, slots).await?;
-                slots.server(slot).ok_or_else(|| {
-                    error(ErrorKind::Unavailable, format!("the cluster has no server for slot {slot}"))
-                })
+                slots
+                    .server(slot)
+                    .ok_or_else(|| error(ErrorKind::Unavailable, format!("the cluster has no server for slot {slot}")))
             }
         }
     }

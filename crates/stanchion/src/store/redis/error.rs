@@ -66,9 +66,7 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
             redis::ErrorKind::AuthenticationFailed => {
                 (ErrorKind::Unauthorized, "the server refused the user or the password".to_owned())
             }
-            redis::ErrorKind::Io if fault.is_timeout() => {
-                (ErrorKind::NetworkTimeout, "no answer in time".to_owned())
-            }
+            redis::ErrorKind::Io if fault.is_timeout() => (ErrorKind::NetworkTimeout, "no answer in time".to_owned()),
             redis::ErrorKind::Io if is_untrusted(fault) => (ErrorKind::Misconfigured, format!("TLS: {fault}")),
             redis::ErrorKind::Io => (ErrorKind::Unavailable, fault.to_string()),
             redis::ErrorKind::InvalidClientConfig => (ErrorKind::Unavailable, fault.to_string()),
@@ -78,7 +76,11 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
     let text = text(fault);
     // In the order in which they count where several are named.
     let table: &[(&[&str], ErrorKind, &str)] = &[
-        (&["NOPERM", "can't run this command"], ErrorKind::Unauthorized, "the user lacks a right; see the access list in the documentation of the store"),
+        (
+            &["NOPERM", "can't run this command"],
+            ErrorKind::Unauthorized,
+            "the user lacks a right; see the access list in the documentation of the store",
+        ),
         (&["NOAUTH"], ErrorKind::Unauthorized, "the server wants a user or a password"),
         (&["WRONGPASS", "invalid password"], ErrorKind::Unauthorized, "the server refused the user or the password"),
         (&["OOM "], ErrorKind::Unavailable, "the server is out of memory (maxmemory) and takes no new holds"),
@@ -93,9 +95,21 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
         (&["MISCONF"], ErrorKind::Misconfigured, "the server cannot save its data and takes no writes; see its log"),
         (&["MOVED", "ASK "], ErrorKind::Misconfigured, "the server is part of a cluster: use `redis+cluster://`"),
         (&["CROSSSLOT"], ErrorKind::Internal, "keys of one lock are in several slots"),
-        (&["WRONGTYPE", "RECORD "], ErrorKind::Misconfigured, "a key of ours was written by something else; use another `prefix`"),
-        (&["FENCE "], ErrorKind::Misconfigured, "the key has the highest fence there is: the server's clock was far ahead once"),
-        (&["unknown command", "NOPROTO"], ErrorKind::Unsupported, "the server lacks a command; Redis 6.2 or later is needed"),
+        (
+            &["WRONGTYPE", "RECORD "],
+            ErrorKind::Misconfigured,
+            "a key of ours was written by something else; use another `prefix`",
+        ),
+        (
+            &["FENCE "],
+            ErrorKind::Misconfigured,
+            "the key has the highest fence there is: the server's clock was far ahead once",
+        ),
+        (
+            &["unknown command", "NOPROTO"],
+            ErrorKind::Unsupported,
+            "the server lacks a command; Redis 6.2 or later is needed",
+        ),
     ];
     for (marks, kind, what) in table {
         if marks.iter().any(|mark| text.contains(mark)) {

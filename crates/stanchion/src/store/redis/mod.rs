@@ -17,8 +17,8 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use async_trait::async_trait;
 use ::redis::{Cmd, Value};
+use async_trait::async_trait;
 use tokio::task::JoinSet;
 
 use self::config::Config;
@@ -29,12 +29,13 @@ use self::scripts::{LockNames, Names, Script};
 use self::sessions::{Known, Sessions};
 use super::*;
 use crate::clock::Clock;
+use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::token::{SessionId, TokenId};
-use crate::error::{ErrorKind, Result};
 
 mod audit;
+mod batch;
 mod cluster;
 mod config;
 mod connect;
@@ -188,19 +189,22 @@ impl Inner {
     }
 
     /// Ends what dead sessions have of a key. Tells whether there was something.
-    async fn bury_the_dead(&self, names: &LockNames, sessions: &[SessionId]) -> Result<bool> {
+    async fn bury_the_dead(&self, key: &Key, sessions: &[SessionId]) -> Result<bool> {
+        if sessions.is_empty() {
+            return Ok(false);
+        }
         let dead = self.dead_of(sessions).await?;
         if dead.is_empty() {
             return Ok(false);
         }
-        self.bury(names, &dead).await?;
+        self.bury(&self.names.lock(key), &dead).await?;
         Ok(true)
     }
 
     /// The session that a token is held by, if that is one of this process, is asked for where it may be dead.
-    async fn settle_own(&self, names: &LockNames, token: TokenId) -> Result<()> {
+    async fn settle_own(&self, key: &Key, token: TokenId) -> Result<()> {
         if let Some(session) = self.sessions.holder(token) {
-            self.bury_the_dead(names, &[session]).await?;
+            self.bury_the_dead(key, &[session]).await?;
         }
         Ok(())
     }
@@ -220,7 +224,7 @@ impl Inner {
             }
             sessions.sort_unstable();
             sessions.dedup();
-            if !self.bury_the_dead(names, &sessions).await? {
+            if !self.bury_the_dead(key, &sessions).await? {
                 return Ok(Reply { time: answer.time, outcome: state_of(key, &answer)? });
             }
         }
@@ -238,10 +242,11 @@ impl Inner {
     }
 
     /// Waits until so many replicas have what was written, where that is wanted.
-    async fn replicated(&self, target: Target) -> Result<()> {
+    async fn replicated(&self, key: &Key) -> Result<()> {
         if self.min_replicas == 0 {
             return Ok(());
         }
+        let target = Target::of(self.names.lock(key).record());
         let mut command = ::redis::cmd("WAIT");
         command.arg(self.min_replicas).arg(1_000);
         let have = match self.links.ask(target, &command).await? {
@@ -275,14 +280,12 @@ impl Inner {
     }
 
     async fn end(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
-        let names = self.names.lock(key);
-        self.settle_own(&names, token).await?;
-        let (token_text, cooldown) = (token.to_hex(), cooldown.map(micros));
-        let answer = match &cooldown {
-            Some(cooldown) => self.on_key(&names, &scripts::END, &[&token_text, cooldown]).await?,
-            None => self.on_key(&names, &scripts::END, &[&token_text]).await?,
-        };
-        self.sessions.lets_go(token);
+        if let Some(session) = self.sessions.lets_go(token, self.clock.now()) {
+            self.bury_the_dead(key, &[session]).await?;
+        }
+        let arguments = [Some(token.to_hex()), cooldown.map(micros)].into_iter().flatten().collect();
+        let step = batch::Step::End { names: self.names.lock(key), arguments };
+        let answer = batch::step(&self.links, step).await?;
         let outcome = match answer.word() {
             "short" | "released" => EndOutcome::Released,
             "dequeued" => EndOutcome::Dequeued,
@@ -292,7 +295,7 @@ impl Inner {
         if let Some(session) = answer.session(0)? {
             // It was forced out: its session's beats need not say so any longer.
             let mut command = ::redis::cmd("HDEL");
-            command.arg(self.names.lost(session)).arg(&token_text);
+            command.arg(self.names.lost(session)).arg(token.to_hex());
             self.links.ask(Target::of(&self.names.session(session)), &command).await?;
         }
         Ok(Reply { time: answer.time, outcome })
@@ -378,7 +381,7 @@ impl Store for Redis {
         let answer = inner.on_session(session, &scripts::SESSION_OPEN, &[&micros(ttl), &millis(memory(ttl))]).await?;
         let outcome = match answer.word() {
             "opened" => {
-                inner.sessions.opened(session, asked, ttl, owner);
+                inner.sessions.opened(session, asked, ttl, owner.into());
                 OpenOutcome::Opened
             }
             "gone" => {
@@ -393,7 +396,7 @@ impl Store for Redis {
     async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
         let inner = &self.inner;
         let asked = inner.clock.now();
-        let memory = millis(memory(inner.sessions.ttl(session)));
+        let memory = millis(memory(inner.sessions.introduced(session).0));
         let answer = inner.on_session(session, &scripts::SESSION_BEAT, &[&memory]).await?;
         if answer.word() == "gone" {
             inner.sessions.died(session);
@@ -419,7 +422,7 @@ impl Store for Redis {
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
         let inner = &self.inner;
         inner.sessions.died(session);
-        let memory = millis(memory(inner.sessions.ttl(session)));
+        let memory = millis(memory(inner.sessions.introduced(session).0));
         let answer = inner.on_session(session, &scripts::SESSION_CLOSE, &[&memory]).await?;
         // What another process took up of it, and what is on its way, goes by the word of whoever comes next.
         let keys = inner.sessions.keys(session);
@@ -430,33 +433,23 @@ impl Store for Redis {
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
         let inner = &self.inner;
-        let names = inner.names.lock(&request.key);
         let session = request.session;
-        if inner.sessions.known(session, inner.clock.now()) == Known::Unknown || inner.is_dead(session) {
-            if let Some(time) = inner.dead_since(session).await? {
-                return Ok(Reply { time, outcome: AcquireOutcome::SessionGone });
-            }
+        if !matches!(inner.sessions.known(session, inner.clock.now()), Known::Alive(_))
+            && let Some(time) = inner.dead_since(session).await?
+        {
+            return Ok(Reply { time, outcome: AcquireOutcome::SessionGone });
         }
-        let kind = if matches!(request.term, Term::Session { .. }) { 'S' } else { 'F' };
-        let owner = inner.sessions.owner(session);
-        let texts = write_texts([Some(&owner), request.metadata.as_deref(), request.trace.as_deref()]);
-        let who = format!("{}{}{kind}{texts}", request.token.to_hex(), session.to_hex());
-        let until = format!("{:016}{}", request.not_after.as_micros(), u8::from(request.enqueue));
-        let life = DAY.max(inner.sessions.ttl(session).saturating_mul(2));
-        let plain = request.demand == Demand::MUTEX && request.term.length().is_none() && life == DAY;
-        let more = (!plain).then(|| {
-            let term = request.term.length().map_or_else(|| "0".to_owned(), micros);
-            [term, request.demand.units().to_string(), request.demand.capacity().to_string(), millis(life)]
-        });
-        let mut arguments = vec![who.as_str(), until.as_str()];
-        arguments.extend(more.iter().flatten().map(String::as_str));
+        let is_bound = matches!(request.term, Term::Session { .. });
+        let (ttl, owner) = inner.sessions.introduced(session);
         for _ in 0..MOST_BURIALS {
             let asked = inner.clock.now();
-            let answer = inner.on_key(&names, &scripts::ACQUIRE, &arguments).await?;
+            let arguments = acquire_arguments(&request, ttl, &owner);
+            let step = batch::Step::Acquire { names: inner.names.lock(&request.key), arguments };
+            let answer = batch::step(&inner.links, step).await?;
             let (outcome, in_the_way) = match answer.word() {
                 "short" | "granted" => {
-                    inner.replicated(Target::of(names.record())).await?;
-                    if kind == 'S' {
+                    inner.replicated(&request.key).await?;
+                    if is_bound {
                         inner.sessions.holds(session, request.token, &request.key, asked);
                     }
                     (AcquireOutcome::Granted(answer.granted()?), Vec::new())
@@ -474,14 +467,13 @@ impl Store for Redis {
                 "mismatch" => (AcquireOutcome::CapacityMismatch { in_use: answer.number(0)? }, answer.sessions(1)?),
                 _ => return Err(malformed()),
             };
-            if inner.bury_the_dead(&names, &in_the_way).await? {
+            if inner.bury_the_dead(&request.key, &in_the_way).await? {
                 continue;
             }
             let outcome = match outcome {
-                AcquireOutcome::Queued(queued) => AcquireOutcome::Queued(Queued {
-                    check_in: inner.check_in(queued.check_in, &in_the_way),
-                    ..queued
-                }),
+                AcquireOutcome::Queued(queued) => {
+                    AcquireOutcome::Queued(Queued { check_in: inner.check_in(queued.check_in, &in_the_way), ..queued })
+                }
                 AcquireOutcome::Busy { check_in } => {
                     AcquireOutcome::Busy { check_in: inner.check_in(check_in, &in_the_way) }
                 }
@@ -502,7 +494,7 @@ impl Store for Redis {
                     let session = answer.session(2)?;
                     match session {
                         Some(session) => inner.sessions.holds(session, token, key, inner.clock.now()),
-                        None => inner.sessions.lets_go(token),
+                        None => drop(inner.sessions.lets_go(token, inner.clock.now())),
                     }
                     (PollOutcome::Granted(answer.granted()?), session.into_iter().collect())
                 }
@@ -516,14 +508,13 @@ impl Store for Redis {
                 "gone" => (PollOutcome::Gone, Vec::new()),
                 _ => return Err(malformed()),
             };
-            if inner.bury_the_dead(&names, &in_the_way).await? {
+            if inner.bury_the_dead(key, &in_the_way).await? {
                 continue;
             }
             let outcome = match outcome {
-                PollOutcome::Queued(queued) => PollOutcome::Queued(Queued {
-                    check_in: inner.check_in(queued.check_in, &in_the_way),
-                    ..queued
-                }),
+                PollOutcome::Queued(queued) => {
+                    PollOutcome::Queued(Queued { check_in: inner.check_in(queued.check_in, &in_the_way), ..queued })
+                }
                 other => other,
             };
             return Ok(Reply { time: answer.time, outcome });
@@ -542,7 +533,7 @@ impl Store for Redis {
     async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
         let inner = &self.inner;
         let names = inner.names.lock(key);
-        inner.settle_own(&names, token).await?;
+        inner.settle_own(key, token).await?;
         let answer = inner.on_key(&names, &scripts::EXTEND, &[&token.to_hex(), &micros(ttl)]).await?;
         let outcome = match answer.word() {
             "extended" => ExtendOutcome::Extended,
@@ -559,7 +550,7 @@ impl Store for Redis {
             return Ok(Reply { time, outcome: AdoptOutcome::SessionGone });
         }
         inner.settled(&request.key, &names).await?;
-        let owner = inner.sessions.owner(request.session);
+        let (_, owner) = inner.sessions.introduced(request.session);
         let owner = format!("{}:{owner}", owner.len());
         let until = format!("{:016}", request.not_after.as_micros());
         let (from, to, session) = (request.from.to_hex(), request.to.to_hex(), request.session.to_hex());
@@ -567,9 +558,9 @@ impl Store for Redis {
         let answer = inner.on_key(&names, &scripts::ADOPT, &[&from, &to, &session, &owner, &until]).await?;
         let outcome = match answer.word() {
             "adopted" => {
-                inner.replicated(Target::of(names.record())).await?;
+                inner.replicated(&request.key).await?;
                 let session_bound = answer.text(2)? == "S";
-                inner.sessions.lets_go(request.from);
+                inner.sessions.lets_go(request.from, asked);
                 if session_bound {
                     inner.sessions.holds(request.session, request.to, &request.key, asked);
                 }
@@ -656,15 +647,28 @@ impl Store for Redis {
     }
 }
 
+/// What `acquire.lua` is told.
+fn acquire_arguments(request: &AcquireRequest, ttl: Duration, owner: &str) -> Vec<String> {
+    let mut who = request.token.to_hex();
+    who.reserve(64 + owner.len());
+    who.push_str(&request.session.to_hex());
+    who.push(if matches!(request.term, Term::Session { .. }) { 'S' } else { 'F' });
+    write_texts([Some(owner), request.metadata.as_deref(), request.trace.as_deref()], &mut who);
+    let until = format!("{:016}{}", request.not_after.as_micros(), u8::from(request.enqueue));
+    let life = DAY.max(ttl.saturating_mul(2));
+    if request.demand == Demand::MUTEX && request.term.length().is_none() && life == DAY {
+        return vec![who, until];
+    }
+    let term = request.term.length().map_or_else(|| "0".to_owned(), micros);
+    let (units, capacity) = (request.demand.units().to_string(), request.demand.capacity().to_string());
+    vec![who, until, term, units, capacity, millis(life)]
+}
+
 fn memory(ttl: Duration) -> Duration {
     ttl.saturating_mul(2).max(LEAST_MEMORY)
 }
 
 impl Inner {
-    fn is_dead(&self, session: SessionId) -> bool {
-        self.sessions.known(session, self.clock.now()) == Known::Dead
-    }
-
     /// The store's time if the session is dead.
     async fn dead_since(&self, session: SessionId) -> Result<Option<StoreTime>> {
         if self.dead_of(&[session]).await?.is_empty() { Ok(None) } else { self.time().await.map(Some) }
@@ -677,4 +681,3 @@ impl Inner {
         Ok(StoreTime::from_micros(seconds * 1_000_000 + micros))
     }
 }
-

@@ -49,7 +49,9 @@ pub(super) async fn listen(
                 let mut messages = pubsub.on_message();
                 while let Some(message) = messages.next().await {
                     // What cannot be read is somebody else's.
-                    if let Ok(push) = read(message.get_payload_bytes(), |name| names.key_of(name).unwrap_or_else(|| Err(malformed()))) {
+                    if let Ok(push) =
+                        read(message.get_payload_bytes(), |name| names.key_of(name).unwrap_or_else(|| Err(malformed())))
+                    {
                         pushes.send(push);
                     }
                 }
@@ -57,7 +59,10 @@ pub(super) async fn listen(
             Err(error) => {
                 drop(tried.take());
                 if !was_told {
-                    pushes.send(Push::Warning(format!("no pushes, waiting calls ask once a second: {}", error.message())));
+                    pushes.send(Push::Warning(format!(
+                        "no pushes, waiting calls ask once a second: {}",
+                        error.message()
+                    )));
                     was_told = true;
                 }
                 is_first = false;
@@ -143,7 +148,8 @@ mod tests {
             Ok(key.clone())
         });
         assert_eq!(push.unwrap(), Push::Granted { key: key.clone(), token, fence: Fence::new(7) });
-        for hostile in ["", "G", "X123", "Gé", &format!("F{}9:x", token.to_hex()), &format!("G{}abc", token.to_hex())] {
+        for hostile in ["", "G", "X123", "Gé", &format!("F{}9:x", token.to_hex()), &format!("G{}abc", token.to_hex())]
+        {
             assert!(read(hostile.as_bytes(), no_key).is_err(), "{hostile}");
         }
     }

@@ -20,7 +20,10 @@ pub(super) struct Answer {
 }
 
 pub(super) fn malformed() -> Error {
-    error(ErrorKind::Internal, "the server's answer cannot be read; is another version of this library's script loaded?")
+    error(
+        ErrorKind::Internal,
+        "the server's answer cannot be read; is another version of this library's script loaded?",
+    )
 }
 
 fn text(value: &Value) -> Result<&str> {
@@ -48,8 +51,13 @@ impl Answer {
                 rest.drain(..2);
                 Ok(Self { word: Some(word), time, rest })
             }
-            short => Ok(Self { word: None, time: time(&short)?, rest: Vec::new() }),
+            short => Ok(Self::short(time(&short)?)),
         }
+    }
+
+    /// The only outcome of the short way.
+    pub(super) fn short(time: StoreTime) -> Self {
+        Self { word: None, time, rest: Vec::new() }
     }
 
     /// What happened; `short` where the script took its short way.
@@ -158,19 +166,17 @@ fn span(value: &Value) -> Result<Option<Duration>> {
 }
 
 /// Texts of a hold or a waiter: owner, metadata, trace, each with its length before it (`-`: none).
-pub(super) fn write_texts(texts: [Option<&str>; 3]) -> String {
-    let mut written = String::new();
+pub(super) fn write_texts(texts: [Option<&str>; 3], into: &mut String) {
     for text in texts {
         match text {
             Some(text) => {
-                written.push_str(&text.len().to_string());
-                written.push(':');
-                written.push_str(text);
+                into.push_str(&text.len().to_string());
+                into.push(':');
+                into.push_str(text);
             }
-            None => written.push('-'),
+            None => into.push('-'),
         }
     }
-    written
 }
 
 pub(super) fn read_texts(mut written: &str) -> Result<[Option<String>; 3]> {
@@ -194,8 +200,12 @@ mod tests {
 
     #[test]
     fn texts_come_back_as_they_were() {
-        for texts in [[Some("me"), None, Some("")], [Some("a:b-"), Some("3:x"), None], [Some("é"), Some("-"), Some(":")]] {
-            let read = read_texts(&write_texts(texts)).unwrap();
+        for texts in
+            [[Some("me"), None, Some("")], [Some("a:b-"), Some("3:x"), None], [Some("é"), Some("-"), Some(":")]]
+        {
+            let mut written = String::new();
+            write_texts(texts, &mut written);
+            let read = read_texts(&written).unwrap();
             assert_eq!(read.each_ref().map(Option::as_deref), texts);
         }
         for hostile in ["", "x", "9:a", "1:é--", "99999999999999999999:a"] {

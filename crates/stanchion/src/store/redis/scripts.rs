@@ -33,6 +33,7 @@ macro_rules! on_session {
 
 pub(super) static ACQUIRE: Script = on_key!("scripts/acquire.fast.lua", "scripts/acquire.lua");
 pub(super) static END: Script = on_key!("scripts/end.fast.lua", "scripts/end.lua");
+pub(super) static BATCH: Script = Script::new(include_str!("scripts/batch.lua"));
 pub(super) static POLL: Script = on_key!("scripts/poll.lua");
 pub(super) static EXTEND: Script = on_key!("scripts/extend.lua");
 pub(super) static ADOPT: Script = on_key!("scripts/adopt.lua");
@@ -85,20 +86,23 @@ pub(super) struct Names {
 /// The names of the keys of one lock.
 #[derive(Clone, Debug)]
 pub(super) struct LockNames {
-    /// The name of the queue, of which the record's is the beginning.
-    queue: String,
+    /// `R:queueR:waiting`, where R is the name of the record.
+    names: String,
     record: usize,
-    waiting: String,
 }
+
+const QUEUE: &str = ":queue";
+const WAITING: &str = ":waiting";
 
 impl LockNames {
     pub(super) fn record(&self) -> &str {
-        &self.queue[..self.record]
+        &self.names[..self.record]
     }
 
     /// The keys, in the order of the scripts.
     pub(super) fn all(&self) -> [&str; 3] {
-        [self.record(), &self.queue, &self.waiting]
+        let (queue, waiting) = self.names.split_at(self.record + QUEUE.len());
+        [self.record(), queue, waiting]
     }
 }
 
@@ -109,15 +113,16 @@ impl Names {
 
     pub(super) fn lock(&self, key: &Key) -> LockNames {
         let text = key.as_encoded();
-        let mut queue = String::with_capacity(self.prefix.len() + text.len() + 16);
-        queue.push_str(&self.prefix);
-        queue.push_str(":{");
-        escape(text, &mut queue);
-        queue.push('}');
-        let record = queue.len();
-        let waiting = format!("{queue}:waiting");
-        queue.push_str(":queue");
-        LockNames { queue, record, waiting }
+        let mut names = String::with_capacity(2 * (self.prefix.len() + text.len() + 3) + QUEUE.len() + WAITING.len());
+        names.push_str(&self.prefix);
+        names.push_str(":{");
+        escape(text, &mut names);
+        names.push('}');
+        let record = names.len();
+        names.push_str(QUEUE);
+        names.extend_from_within(..record);
+        names.push_str(WAITING);
+        LockNames { names, record }
     }
 
     /// The key of a record's name; none if it is the name of something else.

@@ -1,7 +1,7 @@
 //! What this process knows of sessions: its own, what they hold, and how long others live at least.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::task::AbortHandle;
@@ -29,7 +29,7 @@ pub(super) struct Sessions {
 #[derive(Debug)]
 struct Own {
     ttl: Duration,
-    owner: String,
+    owner: Arc<str>,
     /// The store keeps it until then at least, beaten or not.
     alive_until: BootTime,
     has_ended: bool,
@@ -80,7 +80,7 @@ impl Sessions {
     }
 
     /// It was opened, asked for at `asked`.
-    pub(super) fn opened(&self, session: SessionId, asked: BootTime, ttl: Duration, owner: String) {
+    pub(super) fn opened(&self, session: SessionId, asked: BootTime, ttl: Duration, owner: Arc<str>) {
         let mut own = lock(&self.own);
         let own = own.entry(session).or_insert_with(Own::new);
         own.ttl = ttl;
@@ -150,12 +150,9 @@ impl Sessions {
         }
     }
 
-    pub(super) fn ttl(&self, session: SessionId) -> Duration {
-        lock(&self.own).get(&session).map_or(Duration::ZERO, |own| own.ttl)
-    }
-
-    pub(super) fn owner(&self, session: SessionId) -> String {
-        lock(&self.own).get(&session).map(|own| own.owner.clone()).unwrap_or_default()
+    /// Its ttl and who it is; nothing of a session that was opened elsewhere.
+    pub(super) fn introduced(&self, session: SessionId) -> (Duration, Arc<str>) {
+        lock(&self.own).get(&session).map_or_else(Default::default, |own| (own.ttl, own.owner.clone()))
     }
 
     pub(super) fn holds(&self, session: SessionId, token: TokenId, key: &Key, now: BootTime) {
@@ -170,10 +167,12 @@ impl Sessions {
         own.iter().find(|(_, own)| own.held.contains_key(&token)).map(|(session, _)| *session)
     }
 
-    pub(super) fn lets_go(&self, token: TokenId) {
-        for own in lock(&self.own).values_mut() {
-            own.held.remove(&token);
-        }
+    /// A token is being ended. Gives its session if that may be dead.
+    pub(super) fn lets_go(&self, token: TokenId, now: BootTime) -> Option<SessionId> {
+        let mut own = lock(&self.own);
+        let (session, own) = own.iter_mut().find(|(_, own)| own.held.contains_key(&token))?;
+        own.held.remove(&token);
+        (own.has_ended || own.alive_until <= now).then_some(*session)
     }
 
     /// The records that are to be touched with this beat.
@@ -201,7 +200,7 @@ impl Own {
     fn new() -> Self {
         Self {
             ttl: Duration::ZERO,
-            owner: String::new(),
+            owner: Arc::default(),
             alive_until: BootTime::from_nanos(0),
             has_ended: false,
             pushes: None,
@@ -239,7 +238,7 @@ mod tests {
         sessions.holds(session, gone, &key, start);
         assert!(sessions.due(session, start.after(TOUCH_EVERY / 2)).is_empty());
         let later = start.after(TOUCH_EVERY + SWEEP_EVERY);
-        sessions.lets_go(gone);
+        assert_eq!(sessions.lets_go(gone, start), None);
         let counts: Vec<_> = (0..4).map(|_| sessions.due(session, later).len()).collect();
         assert_eq!(counts, [200, 200, 100, 0]);
         assert!(sessions.due(session, later.after(SWEEP_EVERY)).is_empty());
@@ -250,8 +249,8 @@ mod tests {
         let sessions = Sessions::default();
         let session = SessionId::random().unwrap();
         let at = |seconds| BootTime::from_nanos(1).after(Duration::from_secs(seconds));
-        sessions.opened(session, at(0), Duration::from_secs(10), String::new());
-        sessions.opened(session, at(5), Duration::from_secs(10), String::new());
+        sessions.opened(session, at(0), Duration::from_secs(10), Arc::default());
+        sessions.opened(session, at(5), Duration::from_secs(10), Arc::default());
         assert_eq!(sessions.known(session, at(9)), Known::Alive(at(10)));
         assert_eq!(sessions.known(session, at(10)), Known::Unknown);
         sessions.beaten(session, at(6));
