@@ -50,7 +50,7 @@ impl Hold {
         let cancel = CancellationToken::new();
         let hold = Self { commands, cancel: cancel.clone() };
         let refused = |error| Failure::new(exit_code::INTERNAL, format!("the system refused a thread: {error}"));
-        let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(refused)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(refused)?;
         let live = move || {
             let farewell = events.clone();
             let whole = AssertUnwindSafe(|| runtime.block_on(live(plan, cancel, inbox, events)));

@@ -127,6 +127,7 @@ impl StoreChoice {
     /// Opens it, asks it something, and closes it.
     pub(crate) fn ask<T>(&self, question: impl AsyncFnOnce(&Locks) -> stanchion::Result<T>) -> Result<T, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
             .build()
             .map_err(|error| Failure::new(exit_code::INTERNAL, format!("the system refused a runtime: {error}")))?;
         runtime.block_on(async {

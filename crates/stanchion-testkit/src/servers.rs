@@ -101,7 +101,7 @@ impl Redis {
         };
         if wheel {
             let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/servers").join(name);
-            assert!(path.exists(), "{name} is missing: run `scripts/servers`, which `./test` does too");
+            assert!(path.exists(), "{name} is missing: run `scripts/servers`, as `./test` does");
             path.canonicalize().unwrap()
         } else {
             let path = std::env::var_os("PATH").unwrap_or_default();
