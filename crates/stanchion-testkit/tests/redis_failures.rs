@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use stanchion::store::{AcquireOutcome, EndOutcome, PollOutcome, Redis};
+use stanchion::store::{AcquireOutcome, AcquireRequest, EndOutcome, PollOutcome, Redis, StoreTime};
 use stanchion::{Error, ErrorKind, Event, Key, Locks, LossCause, RetryPolicy, Store};
 use stanchion_testkit::proxy::Proxy;
 use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisSentinel, RedisServer};
@@ -174,7 +174,7 @@ fn every_fault_of_a_server_has_its_kind() {
         // A replica: refused by the server, and then because it says that it is one.
         server.command(&["REPLICAOF", "127.0.0.1", &other.port().to_string()]);
         expect("READONLY", ErrorKind::Unavailable, false, "replica").await;
-        expect("a replica", ErrorKind::Misconfigured, false, "is a replica; name its primary").await;
+        expect("a replica", ErrorKind::Unavailable, false, "is a replica now").await;
         server.command(&["REPLICAOF", "NO", "ONE"]);
         until("a primary again", async || actor.store.inspect(&key("k")).await.is_ok()).await;
         // A script that does not end.
@@ -613,5 +613,224 @@ fn a_closed_handle_leaves_nothing() {
         drop(guards);
         let (token, store) = (stanchion::TokenId::random().unwrap(), store(server.port()).open());
         assert_eq!(store.poll(&key("k0"), token).await.unwrap().outcome, PollOutcome::Gone);
+    });
+}
+
+/// Runtimes that can do no I/O, and none at all: the keeper's connection does the work.
+#[test]
+fn a_runtime_without_io_and_no_runtime_work_too() {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    fn drive<T>(work: impl Future<Output = T>) -> T {
+        let mut work = Box::pin(work);
+        let waker = Arc::new(Unpark(std::thread::current())).into();
+        let mut context = std::task::Context::from_waker(&waker);
+        loop {
+            match work.as_mut().poll(&mut context) {
+                std::task::Poll::Ready(value) => return value,
+                std::task::Poll::Pending => std::thread::park(),
+            }
+        }
+    }
+    async fn use_it(url: String) {
+        let locks = Locks::open(&url).await.unwrap();
+        let guard = locks.lock("k").await.unwrap();
+        let waiting = locks.lock("k").wait(SECOND / 10).await;
+        assert_eq!(waiting.unwrap_err().kind(), ErrorKind::Timeout);
+        guard.release().await.unwrap();
+        drop(locks.lock("k").await.unwrap());
+        locks.close().await.unwrap();
+    }
+    let server = RedisServer::start(Kind::Redis7);
+    drive(use_it(url(server.port())));
+    let without_io = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    without_io.block_on(use_it(url(server.port())));
+    // A handle that outlives the runtime it was used in.
+    let first = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let locks = first.block_on(crate::locks(server.port()));
+    let guard = first.block_on(locks.lock("k").into_future()).unwrap();
+    drop(first);
+    assert!(guard.is_held());
+    block_on(async {
+        guard.release().await.unwrap();
+        assert!(is_free(&locks, "k").await);
+    });
+}
+
+/// Four processes' worth of waiters on one key: 10,000 grants, nobody is passed.
+#[test]
+fn ten_thousand_grants_are_in_the_order_of_the_questions() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let environment = store(server.port());
+        let mut actors = Vec::new();
+        for _ in 0..4 {
+            actors.push(environment.actor().await);
+        }
+        let mut queue = std::collections::VecDeque::new();
+        for turn in 0..64 {
+            let actor = &actors[turn % 4];
+            let request = actor.request(&key("k"));
+            actor.ask(&request).await;
+            queue.push_back((turn % 4, request.token));
+        }
+        let mut last = None;
+        for turn in 0..10_000 {
+            let (who, token) = queue.pop_front().unwrap();
+            let granted =
+                actors[who].granted(&key("k"), token).await.unwrap_or_else(|| panic!("grant {turn} passed somebody"));
+            assert!(Some(granted.fence) > last);
+            last = Some(granted.fence);
+            assert_eq!(actors[who].releases(&key("k"), token).await, EndOutcome::Released);
+            let next = (turn * 7) % 4;
+            queue.push_back((next, actors[next].queues(&key("k")).await));
+        }
+    });
+}
+
+/// A session that ended while its request was on its way gets no grant that anybody believes, and leaves none.
+#[test]
+fn a_grant_to_a_dead_session_is_taken_by_the_next() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let environment = store(server.port());
+        let (holder, next) = (environment.actor().await, environment.actor().await);
+        let dying = environment.mortal(SECOND / 5).await;
+        let (held, _) = holder.takes(&key("k")).await;
+        dying.queues(&key("k")).await;
+        let waiting = next.queues(&key("k")).await;
+        tokio::time::sleep(SECOND / 4).await;
+        // The hand-off goes to the dead one: no script sees sessions.
+        assert_eq!(holder.releases(&key("k"), held).await, EndOutcome::Released);
+        assert!(next.granted(&key("k"), waiting).await.is_some(), "whoever asks next has the dead buried");
+        let state = next.sees(&key("k")).await;
+        assert_eq!((state.holders.len(), state.waiters.len()), (1, 0));
+    });
+}
+
+/// Many tasks of one process share requests, also those for the same key: still one at a time.
+#[test]
+fn steps_that_share_a_request_exclude_each_other() {
+    const TASKS: usize = 64;
+    const TURNS: usize = 150;
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let locks = locks(server.port()).await;
+        let keys: Arc<Vec<_>> = Arc::new((0..TASKS / 2).map(|_| (AtomicBool::new(false), AtomicU64::new(0))).collect());
+        let tasks: Vec<_> = (0..TASKS)
+            .map(|task| {
+                let (locks, keys) = (locks.clone(), keys.clone());
+                tokio::spawn(async move {
+                    let mut obtained = 0;
+                    for turn in 0..TURNS {
+                        let at = (task + turn * 5) % keys.len();
+                        // Attempts and waits, mixed.
+                        let guard = match turn % 3 {
+                            0 => locks.try_lock(format!("k{at}")).await.unwrap(),
+                            _ => Some(locks.lock(format!("k{at}")).await.unwrap()),
+                        };
+                        let Some(guard) = guard else { continue };
+                        let (inside, last) = &keys[at];
+                        assert!(!inside.swap(true, Ordering::SeqCst), "two at a time");
+                        assert!(last.swap(guard.fence().get(), Ordering::SeqCst) < guard.fence().get(), "fences rise");
+                        tokio::task::yield_now().await;
+                        inside.store(false, Ordering::SeqCst);
+                        guard.release().await.unwrap();
+                        obtained += 1;
+                    }
+                    obtained
+                })
+            })
+            .collect();
+        let mut obtained = 0;
+        for task in tasks {
+            obtained += task.await.unwrap();
+        }
+        assert!(obtained >= TASKS * TURNS * 2 / 3, "{obtained}");
+        let stats = server.command(&["INFO", "commandstats"]);
+        assert!(stats.contains("cmdstat_mget:"), "requests were shared");
+        until("nothing is left", async || locks.list("").await.unwrap().is_empty()).await;
+    });
+}
+
+/// Shared requests check tokens, windows and what they find as requests of their own do.
+#[test]
+fn steps_that_share_a_request_change_nothing_that_is_not_theirs() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let environment = store(server.port());
+        let actor = Arc::new(environment.actor().await);
+        server.command(&["RPUSH", "stanchion:{:foreign}", "hello"]);
+        let (token, _) = actor.takes(&key("k")).await;
+        let (closed, _) = actor.takes(&key("closed")).await;
+        actor.store.release(&key("closed"), closed, Some(60 * SECOND)).await.unwrap();
+        let mut tasks = Vec::new();
+        for turn in 0..60 {
+            let actor = actor.clone();
+            tasks.push(tokio::spawn(async move {
+                let stranger = stanchion::TokenId::random().unwrap();
+                let late = AcquireRequest { not_after: StoreTime::from_micros(1), ..actor.request(&key("late")) };
+                let at_once = AcquireRequest { enqueue: false, ..actor.request(&key("k")) };
+                let shut = AcquireRequest { enqueue: false, ..actor.request(&key("closed")) };
+                match turn % 4 {
+                    0 => assert_eq!(actor.releases(&key("k"), stranger).await, EndOutcome::Nothing),
+                    1 => assert_eq!(actor.ask(&late).await, AcquireOutcome::Stale),
+                    2 => assert!(matches!(actor.ask(&at_once).await, AcquireOutcome::Busy { .. })),
+                    _ => assert!(matches!(actor.ask(&shut).await, AcquireOutcome::Busy { check_in: Some(_) })),
+                }
+            }));
+        }
+        for task in tasks {
+            task.await.unwrap();
+        }
+        assert!(actor.granted(&key("k"), token).await.is_some());
+        assert_eq!(server.command(&["TYPE", "stanchion:{:foreign}"]), "list");
+        assert!(server.command(&["INFO", "commandstats"]).contains("cmdstat_mget:"), "requests were shared");
+    });
+}
+
+/// A server whose clock was set back behind the newest fence: fences go on upwards, in every way to ask.
+#[test]
+fn a_clock_that_was_set_back_lowers_no_fence() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let locks = locks(server.port()).await;
+        let ahead = stanchion::Clock::system().wall_micros() + 3_600_000_000;
+        server.command(&["SET", "stanchion:{:alone}", &format!("0{ahead}")]);
+        let mut last = ahead;
+        for _ in 0..10 {
+            let guard = locks.lock("alone").await.unwrap();
+            assert_eq!(guard.fence().get(), last + 1);
+            last = guard.fence().get();
+            guard.release().await.unwrap();
+        }
+        for turn in 0..40 {
+            server.command(&["SET", &format!("stanchion:{{:shared{turn}}}"), &format!("0{ahead}")]);
+        }
+        let tasks: Vec<_> =
+            (0..40).map(|turn| tokio::spawn(locks.lock(format!("shared{turn}")).into_future())).collect();
+        for task in tasks {
+            assert_eq!(task.await.unwrap().unwrap().fence().get(), ahead + 1);
+        }
+        assert!(server.command(&["INFO", "commandstats"]).contains("cmdstat_mget:"), "requests were shared");
+    });
+}
+
+/// A new primary may have the session and lack a hold: whoever reconnects asks for every hold.
+#[test]
+fn a_hold_that_is_missing_after_a_reconnection_is_lost() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let locks = Locks::builder(&url(server.port())).session_ttl(600 * SECOND).open().await.unwrap();
+        let (missing, there) = (locks.lock("missing").await.unwrap(), locks.lock("there").await.unwrap());
+        server.command(&["DEL", "stanchion:{:missing}"]);
+        server.command(&["CLIENT", "KILL", "TYPE", "pubsub"]);
+        tokio::time::timeout(20 * SECOND, missing.lost()).await.unwrap();
+        assert_eq!(missing.loss(), Some(LossCause::Missing));
+        assert!(there.is_held());
     });
 }

@@ -156,3 +156,16 @@ pub async fn a_fixed_hold_of_a_dead_session_is_extended_and_ended_by_its_token<S
     assert!(granted.remaining.unwrap() > MINUTE);
     assert_eq!(other.releases(&key("k"), request.token).await, EndOutcome::Released);
 }
+
+pub async fn the_death_of_a_session_leaves_its_fixed_permit<S: Store>(env: &Environment<S>) {
+    let (dying, other) = (env.mortal(SHORT).await, env.actor().await);
+    let two = |request: AcquireRequest| AcquireRequest { demand: Demand::new(1, 2).unwrap(), ..request };
+    let fixed = two(AcquireRequest { term: Term::Fixed(MINUTE), ..dying.request(&key("k")) });
+    let bound = two(dying.request(&key("k")));
+    let fence = dying.gets(&fixed).await.fence;
+    dying.gets(&bound).await;
+    env.dies(dying).await;
+    other.gets(&two(other.request(&key("k")))).await;
+    let holders: Vec<_> = other.sees(&key("k")).await.holders.iter().map(|hold| hold.fence).collect();
+    assert!(holders.len() == 2 && holders.contains(&fence), "{holders:?}, the fixed one is {fence:?}");
+}

@@ -8,11 +8,12 @@
 //! Not in a cluster, where a script has one slot.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use redis::Value;
 use tokio::sync::oneshot;
 
-use super::connect::{Links, Local, Target};
+use super::connect::{Links, Local, Target, within};
 use super::error::error;
 use super::reply::{Answer, malformed};
 use super::scripts::{ACQUIRE, BATCH, END, LockNames};
@@ -21,6 +22,10 @@ use crate::store::StoreTime;
 
 /// So many requests are on their way before steps are collected.
 const ON_THEIR_WAY: usize = 2;
+
+/// A request of several steps is given up after this time, and its connection with it: who waits in line must not wait
+/// for a link that is dead.
+const GIVEN_UP_AFTER: Duration = Duration::from_secs(3);
 
 /// The most steps of a request: a script keeps the server from everybody else, here for a fraction of a millisecond.
 const MOST_STEPS: usize = 64;
@@ -166,7 +171,10 @@ async fn send(on_its_way: OnItsWay, steps: Vec<(Short, oneshot::Sender<Result<Ou
         command.arg(&short.argument);
     }
     // Any slot: it is no cluster.
-    let answer = on_its_way.links.run(Target::Slot(0), &BATCH, command).await;
+    let request = on_its_way.links.run(Target::Slot(0), &BATCH, command);
+    let answer = within(GIVEN_UP_AFTER, request)
+        .await
+        .unwrap_or_else(|| Err(error(ErrorKind::NetworkTimeout, format!("no answer within {GIVEN_UP_AFTER:?}"))));
     let outcomes = answer.and_then(|answer| read(&answer, steps.len()).ok_or_else(|| malformed().in_doubt(true)));
     for (at, (_, sender)) in steps.into_iter().enumerate() {
         let outcome = match &outcomes {

@@ -68,6 +68,7 @@ pub(super) struct Links {
     locals: Mutex<HashMap<Id, Arc<Local>>>,
     /// The keeper's runtime: the first one that a session was opened in.
     home: OnceLock<Handle>,
+    saw_primary: AtomicBool,
     clock: Clock,
 }
 
@@ -150,7 +151,14 @@ impl Links {
             },
             Layout::Cluster { seeds } => Topology::Cluster(SlotMap::new(seeds.clone())),
         };
-        Self { config, topology, locals: Mutex::default(), home: OnceLock::new(), clock: Clock::system() }
+        Self {
+            config,
+            topology,
+            locals: Mutex::default(),
+            home: OnceLock::new(),
+            saw_primary: AtomicBool::new(false),
+            clock: Clock::system(),
+        }
     }
 
     pub(super) fn is_cluster(&self) -> bool {
@@ -286,7 +294,7 @@ impl Links {
                 if let Some(known) = lock(primary).clone() {
                     return Ok(known);
                 }
-                self.ask_sentinels().await
+                self.ask_sentinels(local).await
             }
             Topology::Cluster(slots) => {
                 if let Some(known) = slots.server(slot) {
@@ -339,9 +347,11 @@ impl Links {
             let link = node.link(self, local).await;
             let answer = match link {
                 Ok(mut link) => {
-                    let answer: Result<Value, RedisError> =
-                        redis::cmd("CLUSTER").arg("SLOTS").query_async(&mut link.connection).await;
-                    answer.map_err(|fault| {
+                    let mut command = redis::cmd("CLUSTER");
+                    let question = command.arg("SLOTS").query_async(&mut link.connection);
+                    // Others wait for the map too: a silent node must not keep them.
+                    let answer: Option<Result<Value, RedisError>> = within(CONNECT_WITHIN, question).await;
+                    answer.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
                         node.lost(link.generation);
                         from_answer(&address, &fault).0
                     })
@@ -359,14 +369,14 @@ impl Links {
         Err(last.unwrap_or_else(|| error(ErrorKind::Unavailable, "no node of the cluster is known")).in_doubt(false))
     }
 
-    async fn ask_sentinels(&self) -> Result<Address> {
+    async fn ask_sentinels(&self, local: &Local) -> Result<Address> {
         let Topology::Sentinel { sentinels, service, primary } = &self.topology else {
             return Err(error(ErrorKind::Internal, "there are no sentinels"));
         };
         let mut last = None;
         let all = lock(sentinels).clone();
         for sentinel in all {
-            match self.ask_sentinel(&sentinel, service).await {
+            match self.ask_sentinel(local, &sentinel, service).await {
                 Ok(Some(address)) => {
                     let mut sentinels = lock(sentinels);
                     // Who knows is asked first the next time.
@@ -386,18 +396,18 @@ impl Links {
         Err(last.unwrap_or_else(|| error(ErrorKind::Unavailable, "there are no sentinels")))
     }
 
-    async fn ask_sentinel(&self, sentinel: &Address, service: &str) -> Result<Option<Address>> {
+    async fn ask_sentinel(&self, local: &Local, sentinel: &Address, service: &str) -> Result<Option<Address>> {
         let client = self.config.sentinel(sentinel)?;
         let options = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(CONNECT_WITHIN / 2))
             .set_response_timeout(Some(CONNECT_WITHIN / 2));
-        let told = async {
+        let mut command = redis::cmd("SENTINEL");
+        command.arg("GET-MASTER-ADDR-BY-NAME").arg(service);
+        let told = in_task(local, async move {
             let mut connection = client.get_multiplexed_async_connection_with_config(&options).await?;
-            let mut command = redis::cmd("SENTINEL");
-            command.arg("GET-MASTER-ADDR-BY-NAME").arg(service);
             command.query_async::<Option<(String, u16)>>(&mut connection).await
-        };
-        let told = told.await.map_err(|fault| while_connecting(sentinel, &fault))?;
+        });
+        let told = told.await?.map_err(|fault| while_connecting(sentinel, &fault))?;
         Ok(told.map(|(host, port)| Address::Tcp { host, port }))
     }
 
@@ -412,7 +422,7 @@ impl Links {
             Ok(pubsub)
         };
         let connected = within(CONNECT_WITHIN, connected).await;
-        connected.map_err(|fault| {
+        connected.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
             self.forget(&address);
             while_connecting(&address, &fault)
         })
@@ -431,10 +441,23 @@ impl From<Error> for Failure {
     }
 }
 
-#[allow(clippy::disallowed_methods, reason = "a limit on making a connection, not a deadline of the protocol")]
-async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, RedisError>>) -> Result<T, RedisError> {
-    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
-        Err(std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {limit:?}")).into())
+/// The outcome, if it comes in time. A runtime that a connection was made in has timers.
+#[allow(clippy::disallowed_methods, reason = "a limit on a connection, not a deadline of the protocol")]
+pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+    tokio::time::timeout(limit, work).await.ok()
+}
+
+fn too_slow(limit: Duration) -> RedisError {
+    std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {limit:?}")).into()
+}
+
+/// Runs in a task of its own: that the runtime cannot do I/O is a panic there.
+async fn in_task<T: Send + 'static>(local: &Local, work: impl Future<Output = T> + Send + 'static) -> Result<T> {
+    tokio::spawn(work).await.map_err(|ended| {
+        if ended.is_panic() {
+            local.is_unusable.store(true, Ordering::Relaxed);
+        }
+        error(ErrorKind::Unavailable, "this runtime cannot do I/O").in_doubt(false)
     })
 }
 
@@ -472,28 +495,24 @@ impl Node {
             return Ok(link);
         }
         let client = links.config.server(&self.address)?;
-        // A task of its own: that it cannot do I/O here is a panic of the runtime.
-        let connecting = tokio::spawn(async move { connect(&client).await });
-        let connected = match connecting.await {
-            Ok(connected) => connected,
-            Err(ended) => {
-                if ended.is_panic() {
-                    local.is_unusable.store(true, Ordering::Relaxed);
-                }
-                return Err(error(ErrorKind::Unavailable, "this runtime cannot do I/O").in_doubt(false));
-            }
-        };
+        let connected = in_task(local, async move { connect(&client).await }).await?;
         let connected = connected.map_err(|fault| while_connecting(&self.address, &fault));
         let connected = connected.and_then(|(connection, role)| match role.as_str() {
-            "master" => Ok(connection),
+            "master" => {
+                links.saw_primary.store(true, Ordering::Relaxed);
+                Ok(connection)
+            }
             "active-replica" => Err(error(
                 ErrorKind::Misconfigured,
                 format!("{} is an active replica: two servers would grant the same key; use one primary", self.address),
             )),
-            _ if matches!(links.topology, Topology::Single(_)) => Err(error(
-                ErrorKind::Misconfigured,
-                format!("{} is a replica; name its primary, or its sentinels (`redis+sentinel://`)", self.address),
-            )),
+            // At first that is a mistake; later it is a failover that has not reached the name yet.
+            _ if matches!(links.topology, Topology::Single(_)) && !links.saw_primary.load(Ordering::Relaxed) => {
+                Err(error(
+                    ErrorKind::Misconfigured,
+                    format!("{} is a replica; name its primary, or its sentinels (`redis+sentinel://`)", self.address),
+                ))
+            }
             _ => Err(error(ErrorKind::Unavailable, format!("{} is a replica now", self.address))),
         });
         let mut state = lock(&self.state);
@@ -550,7 +569,7 @@ async fn connect(client: &Client) -> Result<(MultiplexedConnection, String), Red
         let role: Vec<Value> = redis::cmd("ROLE").query_async(&mut connection).await?;
         redis::from_redis_value::<String>(role.into_iter().next().unwrap_or(Value::Nil)).map_err(RedisError::from)
     };
-    let role = within(CONNECT_WITHIN, role).await?;
+    let role = within(CONNECT_WITHIN, role).await.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN)))?;
     Ok((connection, role))
 }
 

@@ -76,9 +76,7 @@ const AT_ONCE: usize = 256;
 /// Redis 6.2 or later, or Valkey. `maxmemory-policy noeviction`. For a user of its own, this access list is enough
 /// (Redis 7; `stanchion` is the prefix):
 /// ```text
-/// resetkeys resetchannels -@all ~stanchion:* &stanchion:*
-/// +eval +evalsha +get +set +del +time +pexpire +pttl +zadd +zrange +zrank +zscore +zrem +zcard +hset +hget +hdel +hvals
-/// +hgetall +publish +subscribe +unsubscribe +scan +role +ping +hello +auth +select +client|setinfo +wait +cluster|slots
+#[doc = include_str!("access_list.txt")]
 /// ```
 /// With `+config|get +info` it also reports settings that lose locks.
 ///

@@ -7,7 +7,8 @@ local record = call('GET', KEYS[1])
 local time = call('TIME')
 local now = time[2]
 now = time[1] .. (#now == 6 and now or string.sub('00000' .. now, -6))
-if now <= ARGV[2] and not ARGV[3] and (not record or #record == 17 and string.sub(record, 2) < now) then
+if now <= ARGV[2] and not ARGV[3]
+  and (not record or #record == 17 and string.byte(record) == 48 and string.sub(record, 2) < now) then
   call('SET', KEYS[1], '1' .. now .. now .. ARGV[1], 'PX', '86400000')
   return now
 end
