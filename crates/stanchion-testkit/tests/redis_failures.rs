@@ -834,3 +834,50 @@ fn a_hold_that_is_missing_after_a_reconnection_is_lost() {
         assert!(there.is_held());
     });
 }
+
+/// A grant that too few replicas have is not believed, and leaves nothing.
+#[test]
+fn min_replicas_holds_back_grants_that_a_failover_would_lose() {
+    let primary = RedisServer::start(Kind::Redis7);
+    let replica = RedisServer::with(Kind::Redis7, &["--replicaof", &format!("127.0.0.1 {}", primary.port())]);
+    stanchion_testkit::servers::wait("linked", || {
+        replica.command(&["INFO", "replication"]).contains("master_link_status:up")
+    });
+    block_on(async {
+        let locks = Locks::open(&format!("{}?min_replicas=1", url(primary.port()))).await.unwrap();
+        locks.lock("k").await.unwrap().release().await.unwrap();
+        replica.process().unwrap().signal("STOP");
+        let error = locks.lock("k").wait(3 * SECOND).await.unwrap_err();
+        assert!(error.is_transient() && error.to_string().contains("0 replicas have the grant"), "{error}");
+        replica.process().unwrap().signal("CONT");
+        until("nothing is left", async || is_free(&locks, "k").await).await;
+        locks.lock("k").await.unwrap().release().await.unwrap();
+    });
+}
+
+/// A server whose certificate nobody vouches for is refused at once, and so is one with another name.
+#[test]
+fn certificates_are_verified() {
+    let folder = tempfile::tempdir().unwrap();
+    let (authority, certificate, server_key) = stanchion_testkit::servers::certificates(folder.path());
+    let [authority, certificate, server_key] =
+        [&authority, &certificate, &server_key].map(|path| path.to_str().unwrap());
+    let files = ["--tls-ca-cert-file", authority, "--tls-cert-file", certificate, "--tls-key-file", server_key];
+    let server = RedisServer::with(Kind::Redis7, &[&files[..], &["--tls-port", "--tls-auth-clients", "no"]].concat());
+    let port = server.port();
+    block_on(async {
+        let trusted = format!("rediss://localhost:{port}?ca_file={authority}");
+        Locks::open(&trusted).await.unwrap().lock("k").await.unwrap().release().await.unwrap();
+        let error = Locks::open(&format!("rediss://localhost:{port}")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
+        assert!(error.to_string().contains("certificate"), "{error}");
+        let another_name = format!("rediss://127.0.0.1:{port}?ca_file={authority}");
+        let error = Locks::open(&another_name).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
+        let hasty = RetryPolicy { total: SECOND / 2, ..RetryPolicy::default() };
+        let error = Locks::builder(&url(port)).retry(hasty).open().await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "plain text to a TLS port: {error}");
+        let error = Locks::open(&format!("rediss://127.0.0.1:{port}?ca_file=/nowhere")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+    });
+}

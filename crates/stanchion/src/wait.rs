@@ -158,8 +158,9 @@ impl Drop for Silence<'_> {
     fn drop(&mut self) {
         let silent = self.clock.now().since(self.since);
         if silent >= LONG_SILENCE {
-            let trouble = (ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}"));
-            *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(trouble);
+            let trouble = || (ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}"));
+            // A question before this one may have been told more.
+            self.trouble.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(trouble);
         }
     }
 }

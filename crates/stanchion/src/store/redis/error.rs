@@ -128,3 +128,71 @@ fn is_untrusted(fault: &RedisError) -> bool {
     let text = fault.to_string().to_lowercase();
     text.contains("certificate") || text.contains("corrupt message") || text.contains("invalidcontenttype")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(line: &str) -> (ErrorKind, bool, Verdict) {
+        let (code, detail) = line.split_once(' ').unwrap_or((line, ""));
+        let fault = redis::make_extension_error(code.to_owned(), Some(detail.to_owned()));
+        let address = Address::Tcp { host: "h".into(), port: 1 };
+        let (error, verdict) = from_answer(&address, &fault);
+        (error.kind(), error.is_in_doubt(), verdict)
+    }
+
+    /// Those that a server can be made to say are also provoked on a real one, in the test kit.
+    #[test]
+    fn what_a_server_says_has_its_kind() {
+        use ErrorKind::*;
+        for (line, kind) in [
+            ("READONLY You can't write against a read only replica.", Unavailable),
+            (
+                "ERR Error running script: @user_script:7: -READONLY You can't write against a read only replica.",
+                Unavailable,
+            ),
+            ("LOADING Redis is loading the dataset in memory", Unavailable),
+            ("MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.", Unavailable),
+            ("CLUSTERDOWN Hash slot not served", Unavailable),
+            ("TRYAGAIN Multiple keys request during rehashing of slot", Unavailable),
+            ("BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.", Unavailable),
+            ("NOREPLICAS Not enough good replicas to write.", Unavailable),
+            ("OOM command not allowed when used memory > 'maxmemory'.", Unavailable),
+            ("ERR Error running script: -OOM command not allowed when used memory > 'maxmemory'.", Unavailable),
+            ("ERR max number of clients reached", RateLimited),
+            ("NOPERM this user has no permissions to run the 'evalsha' command", Unauthorized),
+            ("NOAUTH Authentication required.", Unauthorized),
+            ("WRONGPASS invalid username-password pair or user is disabled.", Unauthorized),
+            (
+                "MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.",
+                Misconfigured,
+            ),
+            ("MOVED 3999 127.0.0.1:6381", Misconfigured),
+            ("WRONGTYPE Operation against a key holding the wrong kind of value", Misconfigured),
+            ("ERR unknown command 'EVALSHA'", Unsupported),
+            ("CROSSSLOT Keys in request don't hash to the same slot", Internal),
+            ("ERR something new", Internal),
+        ] {
+            let verdict = match line {
+                line if line.contains("READONLY") || line.starts_with("MASTERDOWN") => Verdict::NotHere,
+                _ => Verdict::Refused,
+            };
+            assert_eq!(refused(line), (kind, false, verdict), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_connection_that_breaks_leaves_the_request_in_doubt() {
+        let address = Address::Unix("/run/redis.sock".into());
+        for (fault, kind) in [
+            (std::io::ErrorKind::ConnectionReset, ErrorKind::Unavailable),
+            (std::io::ErrorKind::BrokenPipe, ErrorKind::Unavailable),
+            (std::io::ErrorKind::TimedOut, ErrorKind::NetworkTimeout),
+        ] {
+            let fault = RedisError::from(std::io::Error::from(fault));
+            let (error, verdict) = from_answer(&address, &fault);
+            assert_eq!((error.kind(), error.is_in_doubt(), verdict), (kind, true, Verdict::Broken));
+            assert!(!while_connecting(&address, &fault).is_in_doubt());
+        }
+    }
+}
