@@ -1,7 +1,8 @@
 //! Several steps in one request, where more are asked for than are worth a request each.
 //!
-//! A few requests are on their way at any time. What comes while they are is collected, and goes as one script when an
-//! answer comes: so a single caller waits for nobody, and many callers share what a request costs. The script knows only
+//! A few steps may be on their way at any time, each in a request of its own. What comes while they are is collected, and
+//! goes as one script when an answer comes, one such request at a time: so a few callers wait for nobody, and many callers
+//! share what a request costs. The script knows only
 //! the short ways, those of a mutex that nobody else wants. What is not so easy is left alone by it, and is done in a
 //! request of its own. A request of several steps is still one request: all its steps are in doubt, or none.
 //!
@@ -20,8 +21,8 @@ use super::scripts::{ACQUIRE, BATCH, END, LockNames};
 use crate::error::{ErrorKind, Result};
 use crate::store::StoreTime;
 
-/// So many requests are on their way before steps are collected.
-const ON_THEIR_WAY: usize = 2;
+/// So many steps are on their way alone before steps are collected.
+const ALONE: usize = 8;
 
 /// A request of several steps is given up after this time, and its connection with it: who waits in line must not wait
 /// for a link that is dead.
@@ -50,7 +51,9 @@ pub(super) struct Batch(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    on_their_way: usize,
+    alone: usize,
+    /// A request of several steps is on its way.
+    together: bool,
     waiting: Vec<(Short, oneshot::Sender<Result<Outcome>>)>,
 }
 
@@ -104,18 +107,21 @@ impl Batch {
     /// Waits with others; nothing if the step is to go alone, and now.
     fn wait(&self, step: &Step) -> Option<oneshot::Receiver<Result<Outcome>>> {
         let mut state = self.lock();
-        if let Some(short) = (state.on_their_way >= ON_THEIR_WAY).then(|| step.short()).flatten() {
+        // Whoever waits has something on its way before it: its end is what sends it.
+        let must_wait = state.together || state.alone >= ALONE || !state.waiting.is_empty();
+        if let Some(short) = must_wait.then(|| step.short()).flatten() {
             let (sender, outcome) = oneshot::channel();
             state.waiting.push((short, sender));
             return Some(outcome);
         }
-        state.on_their_way += 1;
+        state.alone += 1;
         None
     }
 }
 
 /// A request that is on its way; when it is over, what was collected goes.
 struct OnItsWay {
+    is_alone: bool,
     links: Arc<Links>,
     local: Arc<Local>,
 }
@@ -123,19 +129,23 @@ struct OnItsWay {
 impl Drop for OnItsWay {
     fn drop(&mut self) {
         let mut state = self.local.batch.lock();
+        match self.is_alone {
+            true => state.alone -= 1,
+            false => state.together = false,
+        }
         // Who has given up meanwhile needs nothing sent.
         state.waiting.retain(|(_, outcome)| !outcome.is_closed());
-        if state.waiting.is_empty() || state.on_their_way > ON_THEIR_WAY {
-            state.on_their_way -= 1;
+        if state.waiting.is_empty() || state.together {
             return;
         }
+        state.together = true;
         let some = state.waiting.len().min(MOST_STEPS);
         let steps: Vec<_> = state.waiting.drain(..some).collect();
         drop(state);
         let (links, local) = (self.links.clone(), self.local.clone());
         // Where the runtime has ended, the steps are dropped with their senders, which tells who waits.
         let runtime = local.runtime.clone();
-        runtime.spawn(send(OnItsWay { links, local }, steps));
+        runtime.spawn(send(OnItsWay { is_alone: false, links, local }, steps));
     }
 }
 
@@ -147,7 +157,7 @@ pub(super) async fn step(links: &Arc<Links>, step: Step) -> Result<Answer> {
     };
     match local.batch.wait(&step) {
         None => {
-            let _on_its_way = OnItsWay { links: links.clone(), local };
+            let _on_its_way = OnItsWay { is_alone: true, links: links.clone(), local };
             step.alone(links).await
         }
         Some(outcome) => match outcome.await {
