@@ -80,6 +80,11 @@ const AT_ONCE: usize = 256;
 /// ```
 /// With `+config|get +info` it also reports settings that lose locks.
 ///
+/// # What it does to a process
+/// It connects once for each Tokio runtime that it is used in, once for the keeper and once for pushes. With TLS it
+/// installs `rustls`' `ring` provider for the process, unless one is installed. In a Tokio runtime that was built without
+/// I/O the first attempt to connect panics in a task, of which the panic hook tells; the keeper's connection is used then.
+///
 /// # What it cannot promise
 /// A server that restarts without persistence, or a failover to a replica that lacks the last writes, forgets holds. The
 /// library then asks for every hold anew and tells those that are gone; fences do not repeat, because they follow the
