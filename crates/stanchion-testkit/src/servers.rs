@@ -5,17 +5,31 @@ use std::io::{BufRead as _, BufReader};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a server may take until it answers.
 const GENEROUS: Duration = Duration::from_secs(30);
 
-/// A port that was free a moment ago.
+/// A port that was free a moment ago. Not one that the system gives to connections: another test could get it meanwhile.
 ///
 /// # Panics
 /// When there is none.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    free_port_from(10_000, 10_000)
+}
+
+/// One of `count` ports from `first` on. Processes begin at different places, so that they do not meet.
+fn free_port_from(first: u16, count: u16) -> u16 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    for _ in 0..count {
+        let place = std::process::id().wrapping_mul(7_919).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = first + (place % u32::from(count)) as u16;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+    panic!("no port is free from {first} on");
 }
 
 /// A process that ends with this one, also when this one is killed: a shell waits for the end of a pipe from here, and
@@ -331,12 +345,11 @@ impl RedisCluster {
         cluster
     }
 
-    /// A cluster node listens on a second port, which is the first one and 10,000: both must be free and in range.
+    /// A cluster node listens on a second port, which is the first one and 10,000.
     fn node(kind: Redis, options: &[&str]) -> RedisServer {
         loop {
-            let port = free_port() % 20_000 + 20_000;
-            if TcpListener::bind(("127.0.0.1", port)).is_ok() && TcpListener::bind(("127.0.0.1", port + 10_000)).is_ok()
-            {
+            let port = free_port_from(20_000, 2_700);
+            if TcpListener::bind(("127.0.0.1", port + 10_000)).is_ok() {
                 return RedisServer::on(kind, port, options);
             }
         }
