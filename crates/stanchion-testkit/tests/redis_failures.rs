@@ -881,3 +881,28 @@ fn certificates_are_verified() {
         assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
     });
 }
+
+/// A server that was demoted and is cut off knows of no newer beats: it may not declare a session dead.
+#[test]
+fn a_stale_replica_declares_no_session_dead() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let environment = store(server.port());
+        let actor = environment.mortal(SECOND / 5).await;
+        actor.takes(&key("k")).await;
+        // A replica of nobody: it serves what it had.
+        server.command(&["REPLICAOF", "127.0.0.1", "1"]);
+        tokio::time::sleep(SECOND / 3).await;
+        let error = actor.store.acquire(actor.request(&key("other"))).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        server.command(&["REPLICAOF", "NO", "ONE"]);
+        until("told by a primary", async || {
+            let asked = actor.store.acquire(actor.request(&key("other"))).await;
+            asked.is_ok_and(|reply| reply.outcome == AcquireOutcome::SessionGone)
+        })
+        .await;
+        // What was declared dead is not opened or beaten into life again.
+        let beaten = actor.store.beat(actor.session).await.unwrap().outcome;
+        assert_eq!(beaten, stanchion::store::BeatOutcome::Gone);
+    });
+}

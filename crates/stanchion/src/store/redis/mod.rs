@@ -89,7 +89,8 @@ const AT_ONCE: usize = 256;
 /// A server that restarts without persistence, or a failover to a replica that lacks the last writes, forgets holds. The
 /// library then asks for every hold anew and tells those that are gone; fences do not repeat, because they follow the
 /// server's clock. Between the two a holder may not know: check fences. `min_replicas` makes it rarer: a grant to a caller
-/// who asks is believed only when so many replicas have it. It is not a quorum, and a grant by hand-off does not wait.
+/// who asks is believed only when so many replicas have it. It is not a quorum, a grant by hand-off does not wait, and
+/// where the connection breaks between the grant and the question for the replicas, the server answers for nothing.
 #[derive(Clone, Debug)]
 pub struct Redis {
     inner: Arc<Inner>,

@@ -1,4 +1,4 @@
--- ARGV: fence, reason
+-- ARGV: fence
 settle()
 local answer
 for at, hold in ipairs(state.holds) do
