@@ -1,5 +1,5 @@
-//! The only file with unsafe code: signal dispositions, and the step between fork and exec.
-#![allow(unsafe_code, reason = "the standard library and rustix have no safe form of these three calls")]
+//! The only file with unsafe code: signal dispositions, process groups, and the step between fork and exec.
+#![allow(unsafe_code, reason = "the standard library and rustix have no safe form of these calls")]
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -32,6 +32,21 @@ pub(crate) fn while_ignoring<T>(signal: i32, step: impl FnOnce() -> T) -> T {
         unsafe { libc::signal(signal, before) };
     }
     result
+}
+
+/// The process group of a process. In a container it is 0 when its leader is outside of the container's process ids, which
+/// is why this is not asked through rustix: its `getpgid` and `getpgrp` panic then.
+pub(crate) fn group_of(pid: i32) -> Option<i32> {
+    // SAFETY: takes and returns a number.
+    let group = unsafe { libc::getpgid(pid) };
+    (group >= 0).then_some(group)
+}
+
+/// The session of a process. As above: 0 when its leader is outside.
+pub(crate) fn session_of(pid: i32) -> Option<i32> {
+    // SAFETY: takes and returns a number.
+    let session = unsafe { libc::getsid(pid) };
+    (session >= 0).then_some(session)
 }
 
 /// Has the child run `step` between fork and exec. An error of it is the error of `spawn`.

@@ -117,6 +117,28 @@ fn a_stop_that_no_shell_would_end_does_not_stop_the_command() {
     running.finish().code(5);
 }
 
+/// As in a container that was entered from outside: the leaders of the group and of the session have no number there.
+#[test]
+fn a_stop_in_a_container_does_not_stop_the_command() {
+    let world = World::new();
+    let script = format!(
+        "$S run k -c 'trap \"exit 5\" CONT; : > $D/ready; {FOREVER}' &
+         while [ ! -e $D/ready ]; do sleep 0.01; done; kill -TSTP $!; wait $!"
+    );
+    let contained = |command: &[&str]| {
+        let mut unshare = std::process::Command::new("unshare");
+        unshare.args(["--map-root-user", "--pid", "--mount-proc", "--fork", "--kill-child"]).args(command);
+        world.prepare(&mut unshare);
+        unshare.env("S", env!("CARGO_BIN_EXE_stanchion"));
+        Running::of(unshare).finish()
+    };
+    if contained(&["true"]).code != Some(0) {
+        // As in most containers. There the other tests are this test.
+        return eprintln!("not tested: this system does not let a user have process ids of their own");
+    }
+    contained(&["env", "--default-signal", "sh", "-c", &script]).code(5).silent();
+}
+
 #[test]
 fn a_stopped_command_can_be_ended() {
     let world = World::new();

@@ -11,7 +11,7 @@ use std::io::{self, IsTerminal as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Pid, getpgid, getpgrp, getppid, getsid};
+use rustix::process::{Pid, getpid, getppid};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr, tcsetpgrp};
 
 use crate::sys;
@@ -41,7 +41,7 @@ impl Terminal {
 
     /// Whether our group is in the foreground.
     pub(crate) fn is_ours(&self) -> bool {
-        tcgetpgrp(&self.device).is_ok_and(|group| group == getpgrp())
+        tcgetpgrp(&self.device).is_ok_and(|group| Some(group) == own_group())
     }
 
     /// Whether the child is to be in the foreground from its start.
@@ -72,7 +72,7 @@ impl Terminal {
         if self.given {
             self.given = false;
             // Fails when the terminal was hung up; then nobody has it.
-            let _hung_up = put_in_foreground(self.device.as_fd(), getpgrp());
+            let _hung_up = own_group().map(|group| put_in_foreground(self.device.as_fd(), group));
         }
     }
 
@@ -90,22 +90,28 @@ pub(crate) fn put_in_foreground(device: BorrowedFd<'_>, group: Pid) -> rustix::i
     sys::while_ignoring(libc::SIGTTOU, || tcsetpgrp(device, group))
 }
 
+/// Our process group, unless its leader is outside of the process ids that we can see.
+fn own_group() -> Option<Pid> {
+    Pid::from_raw(sys::group_of(getpid().as_raw_pid())?)
+}
+
 /// Whether somebody would continue us if we stopped: a shell, the parent of our job, in the same session.
 pub(crate) fn has_a_job_shell() -> bool {
-    let (group, Ok(session)) = (getpgrp(), getsid(None)) else { return false };
+    let own = getpid().as_raw_pid();
+    let (group, session) = (sys::group_of(own), sys::session_of(own));
+    // A parent that we cannot see, outside of a container, is none.
     let mut ancestor = getppid();
     while let Some(pid) = ancestor {
-        match getpgid(Some(pid)) {
-            Ok(its_group) if its_group == group => ancestor = parent_of(pid),
-            Ok(_) => return getsid(Some(pid)).is_ok_and(|its_session| its_session == session),
-            Err(_) => return false,
+        if sys::group_of(pid.as_raw_pid()) != group {
+            return sys::session_of(pid.as_raw_pid()) == session;
         }
+        ancestor = parent_of(pid);
     }
     false
 }
 
 fn parent_of(pid: Pid) -> Option<Pid> {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid())).ok()?;
     // The name of the program, in brackets, may hold anything.
     let number = stat.rsplit_once(')')?.1.split_whitespace().nth(1)?;
     Pid::from_raw(number.parse().ok()?)
