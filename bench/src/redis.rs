@@ -8,7 +8,8 @@ use redis::{AsyncConnectionConfig, Client};
 use stanchion::Locks;
 use stanchion_testkit::servers::{Redis, RedisServer};
 
-const PAIRS: u32 = 60_000;
+/// For each task, in turn with the others.
+const PAIRS: [(u32, u32); 2] = [(1, 12_000), (50, 1_200)];
 const ROUNDS: usize = 5;
 
 /// Uncontended acquire + release, one task and fifty.
@@ -18,7 +19,7 @@ pub(crate) async fn pairs() {
     let locks = Locks::open(&url).await.unwrap();
     if std::env::var("ONLY_OURS").is_ok() {
         for _ in 0..8 {
-            println!("{}", rate(50, |task| ours(locks.clone(), task, PAIRS / 50)).await);
+            println!("{}", rate(50, 1_200, |task| ours(locks.clone(), task, 1_200)).await);
         }
         return;
     }
@@ -31,12 +32,20 @@ pub(crate) async fn pairs() {
     let options = AsyncConnectionConfig::new().set_response_timeout(None).set_pipeline_buffer_size(1_024);
     let raw = client.get_multiplexed_async_connection_with_config(&options).await.unwrap();
     let rslock = rslock::LockManager::new(vec![url.as_str()]);
-    for tasks in [1, 50] {
+    for (tasks, pairs) in PAIRS {
         let mut rates: [Vec<f64>; 3] = Default::default();
+        let mut spent = [Spent::default(); 3];
         for _ in 0..ROUNDS {
-            rates[0].push(rate(tasks, |task| bare(raw.clone(), task, PAIRS / tasks)).await);
-            rates[1].push(rate(tasks, |task| ours(locks.clone(), task, PAIRS / tasks)).await);
-            rates[2].push(rate(tasks, |task| theirs(rslock.clone(), task, PAIRS / tasks)).await);
+            let before = Spent::so_far(&server);
+            rates[0].push(rate(tasks, pairs, |task| bare(raw.clone(), task, pairs)).await);
+            let after_bare = Spent::so_far(&server);
+            rates[1].push(rate(tasks, pairs, |task| ours(locks.clone(), task, pairs)).await);
+            let after_ours = Spent::so_far(&server);
+            rates[2].push(rate(tasks, pairs, |task| theirs(rslock.clone(), task, pairs)).await);
+            let after_theirs = Spent::so_far(&server);
+            spent[0].add(before, after_bare);
+            spent[1].add(after_bare, after_ours);
+            spent[2].add(after_ours, after_theirs);
         }
         let [bare, ours, theirs] = rates.map(median);
         println!(
@@ -45,10 +54,47 @@ pub(crate) async fn pairs() {
             ours / bare,
             ours / theirs
         );
+        for (who, spent) in ["bare client", "ours", "rslock"].iter().zip(spent) {
+            let each = |ticks: u64| ticks as f64 * 10_000.0 / (f64::from(tasks * pairs) * ROUNDS as f64);
+            println!(
+                "           {who}: {:.1} µs here and {:.1} µs in the server for each",
+                each(spent.here),
+                each(spent.server)
+            );
+        }
     }
     let before = calls(&server);
     locks.lock("counted").await.unwrap().release().await.unwrap();
     println!("redis      one acquire + release: {:?} scripts called", calls(&server) - before);
+}
+
+/// Processor time, in ticks of the system: hundredths of a second.
+#[derive(Clone, Copy, Default)]
+struct Spent {
+    here: u64,
+    server: u64,
+}
+
+impl Spent {
+    fn so_far(server: &RedisServer) -> Self {
+        let of = |pid: &str| -> u64 {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            stat.rsplit_once(')')
+                .unwrap()
+                .1
+                .split_whitespace()
+                .skip(11)
+                .take(2)
+                .map(|ticks| ticks.parse::<u64>().unwrap())
+                .sum()
+        };
+        Self { here: of("self"), server: of(&server.process().unwrap().pid().to_string()) }
+    }
+
+    fn add(&mut self, before: Self, after: Self) {
+        self.here += after.here - before.here;
+        self.server += after.server - before.server;
+    }
 }
 
 fn median(mut rates: Vec<f64>) -> f64 {
@@ -62,7 +108,7 @@ fn calls(server: &RedisServer) -> u64 {
     line.split(',').next().unwrap().parse().unwrap()
 }
 
-async fn rate<F>(tasks: u32, work: impl Fn(u32) -> F) -> f64
+async fn rate<F>(tasks: u32, pairs: u32, work: impl Fn(u32) -> F) -> f64
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -71,7 +117,7 @@ where
     for task in work {
         task.await.unwrap();
     }
-    f64::from(PAIRS) / start.elapsed().as_secs_f64()
+    f64::from(tasks * pairs) / start.elapsed().as_secs_f64()
 }
 
 async fn ours(locks: Locks, task: u32, pairs: u32) {

@@ -215,11 +215,11 @@ impl Future for Sleep {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        if self.clock.now() >= self.deadline {
-            return Poll::Ready(());
-        }
         if self.deadline == BootTime::NEVER {
             return Poll::Pending;
+        }
+        if self.clock.now() >= self.deadline {
+            return Poll::Ready(());
         }
         let timers = self.clock.timers.clone();
         let id = *self.registered.get_or_insert_with(|| timers.next_id.fetch_add(1, Ordering::Relaxed));
@@ -234,7 +234,8 @@ impl Future for Sleep {
             timers.changed.notify_one();
         }
         // A virtual clock may have been moved on between the look and the entry.
-        if self.clock.now() >= self.deadline { Poll::Ready(()) } else { Poll::Pending }
+        let is_virtual = matches!(self.clock.source, Source::Virtual(_));
+        if is_virtual && self.clock.now() >= self.deadline { Poll::Ready(()) } else { Poll::Pending }
     }
 }
 

@@ -127,7 +127,7 @@ impl LockRequest {
     /// As the request when awaited.
     pub async fn try_acquire(mut self) -> Result<Option<Guard>> {
         self.wait = Some(Duration::ZERO);
-        wait::acquire(self).await
+        wait::acquire(&self).await
     }
 
     /// Waits for the lock, runs `body` with its guard and releases. When the lock is lost the body's future is dropped at
@@ -220,14 +220,13 @@ impl IntoFuture for LockRequest {
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
-            let (name, wait) = (self.key.clone(), self.wait);
-            let locks = self.locks.clone();
-            match wait::acquire(self).await? {
+            match wait::acquire(&self).await? {
                 Some(guard) => Ok(guard),
                 // Only a limit of zero ends without a grant.
                 None => {
-                    let message = format!("not obtained within {:?}", wait.unwrap_or_default());
-                    Err(locks.handle.shared.error(ErrorKind::Timeout, message).with_key(&locks.key(&name)?))
+                    let message = format!("not obtained within {:?}", self.wait.unwrap_or_default());
+                    let key = self.locks.key(&self.key)?;
+                    Err(self.locks.handle.shared.error(ErrorKind::Timeout, message).with_key(&key))
                 }
             }
         })

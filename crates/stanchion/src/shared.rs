@@ -263,6 +263,11 @@ impl Shared {
 
     /// A session that is believed now. Waits for the keeper to open one, within the retry policy.
     pub(crate) async fn believed_session(&self) -> Result<Arc<SessionBelief>> {
+        if let SessionView::Open(session) = &*self.session.borrow()
+            && session.is_believed(self.clock.now())
+        {
+            return Ok(session.clone());
+        }
         let mut views = self.session.subscribe();
         let give_up_at = self.clock.now().after(self.config.retry.total);
         loop {

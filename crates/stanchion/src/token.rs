@@ -33,9 +33,16 @@ macro_rules! random_id {
 
             /// 32 lowercase hexadecimal digits.
             pub fn to_hex(&self) -> String {
+                let mut text = String::with_capacity(32);
+                self.write_hex(&mut text);
+                text
+            }
+
+            /// Appends what [`to_hex`](Self::to_hex) gives.
+            pub(crate) fn write_hex(&self, text: &mut String) {
                 const DIGITS: &[u8; 16] = b"0123456789abcdef";
                 let digits = self.0.iter().flat_map(|byte| [byte >> 4, byte & 15]);
-                digits.map(|digit| char::from(DIGITS[usize::from(digit)])).collect()
+                text.extend(digits.map(|digit| char::from(DIGITS[usize::from(digit)])));
             }
 
             /// Reads 32 hexadecimal digits.

@@ -42,8 +42,8 @@ const LONG_SILENCE: Duration = Duration::from_millis(500);
 const MOST_LATE: u32 = 5;
 
 /// How long, and what ends the wait.
-pub(crate) async fn acquire(request: LockRequest) -> Result<Option<Guard>> {
-    let locks = request.locks.clone();
+pub(crate) async fn acquire(request: &LockRequest) -> Result<Option<Guard>> {
+    let locks = &request.locks;
     let shared = &locks.handle.shared;
     let key = locks.key(&request.key).map_err(|error| error.with_store(shared.capabilities.name))?;
     let name = |error: Error| error.with_key(&key).with_store(shared.capabilities.name);
@@ -51,16 +51,14 @@ pub(crate) async fn acquire(request: LockRequest) -> Result<Option<Guard>> {
     let started = shared.clock.now();
     let enqueue = request.wait != Some(Duration::ZERO);
     let limit = request.wait.filter(|_| enqueue).map_or(BootTime::NEVER, |wait| started.after(wait));
-    let cancel = request.cancel.clone();
     let cancelled = async {
-        match &cancel {
+        match &request.cancel {
             Some(token) => token.cancelled().await,
             None => std::future::pending().await,
         }
     };
     let trouble = Mutex::new(None);
-    let mut call =
-        Call { locks: &locks, key: &key, request: &request, term, started, enqueue, trouble: &trouble, late: 0 };
+    let mut call = Call { locks, key: &key, request, term, started, enqueue, trouble: &trouble, late: 0 };
     let ended = tokio::select! {
         biased;
         () = cancelled => Err(Error::new(ErrorKind::Cancelled, "the caller cancelled the wait")),
@@ -171,9 +169,8 @@ impl Call<'_> {
     }
 
     /// Remembers how a question went, also if it is given up because no answer comes.
-    async fn heeding<T>(&self, question: impl Future<Output = Result<T>>) -> Result<T> {
-        let shared = self.shared();
-        let silence = Silence { trouble: self.trouble, clock: &shared.clock, since: shared.clock.now() };
+    async fn heeding<T>(&self, asked: BootTime, question: impl Future<Output = Result<T>>) -> Result<T> {
+        let silence = Silence { trouble: self.trouble, clock: &self.shared().clock, since: asked };
         let answer = question.await;
         std::mem::forget(silence);
         let trouble = answer.as_ref().err().map(|error| (error.kind(), error.message().to_owned()));
@@ -212,10 +209,10 @@ impl Call<'_> {
             metadata: self.request.metadata.clone(),
             trace: self.request.trace.clone(),
         };
-        let mut asked = shared.clock.now();
+        let mut asked = self.started;
         let step = shared.step(|| {
             asked = shared.clock.now();
-            self.heeding(shared.store.acquire(request.clone()))
+            self.heeding(asked, shared.store.acquire(request.clone()))
         });
         let step = step.await;
         pending.unanswered = step.unanswered;
@@ -227,7 +224,7 @@ impl Call<'_> {
             AcquireOutcome::Granted(granted) => Ok(self.granted(pending, granted, asked)),
             AcquireOutcome::Queued(queued) => {
                 shared.observer.tell(|| Event::Contended { key: self.key.clone(), ahead: queued.ahead });
-                self.wait(pending, queued).await
+                Box::pin(self.wait(pending, queued)).await
             }
             AcquireOutcome::Busy { .. } => {
                 pending.nothing_was_created();
@@ -279,10 +276,10 @@ impl Call<'_> {
                 },
                 () = shared.clock.sleep(nap) => {}
             }
-            let mut asked = shared.clock.now();
+            let mut asked = self.started;
             let step = shared.step(|| {
                 asked = shared.clock.now();
-                self.heeding(shared.store.poll(self.key, pending.token))
+                self.heeding(asked, shared.store.poll(self.key, pending.token))
             });
             match step.await.result {
                 Ok(reply) => match reply.outcome {

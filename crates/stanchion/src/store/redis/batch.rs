@@ -1,10 +1,10 @@
 //! Several steps in one request, where more are asked for than are worth a request each.
 //!
 //! A few steps may be on their way at any time, each in a request of its own. What comes while they are is collected, and
-//! goes as one script when an answer comes, one such request at a time: so a few callers wait for nobody, and many callers
-//! share what a request costs. The script knows only
-//! the short ways, those of a mutex that nobody else wants. What is not so easy is left alone by it, and is done in a
-//! request of its own. A request of several steps is still one request: all its steps are in doubt, or none.
+//! goes as one script when an answer comes: so a few callers wait for nobody, and many callers share what a request costs.
+//! The script knows only the short ways, those of a mutex that nobody else wants. What is not so easy is left alone by it,
+//! and is done in a request of its own. A request of several steps is still one request: all its steps are in doubt, or
+//! none.
 //!
 //! Not in a cluster, where a script has one slot.
 
@@ -17,12 +17,16 @@ use tokio::sync::oneshot;
 use super::connect::{Links, Local, Target, within};
 use super::error::error;
 use super::reply::{Answer, malformed};
-use super::scripts::{ACQUIRE, BATCH, END, LockNames};
+use super::scripts::{BATCH, LockNames, Script};
 use crate::error::{ErrorKind, Result};
 use crate::store::StoreTime;
 
 /// So many steps are on their way alone before steps are collected.
 const ALONE: usize = 8;
+
+/// So many requests of several steps are on their way at a time: one at the server, one before it, one that is dealt with
+/// here, so that nobody has to wait for the other to have something to do.
+const TOGETHER: usize = 3;
 
 /// A request of several steps is given up after this time, and its connection with it: who waits in line must not wait
 /// for a link that is dead.
@@ -33,95 +37,77 @@ const MOST_STEPS: usize = 64;
 
 /// A step on a key that can go together with others if it is short.
 #[derive(Debug)]
-pub(super) enum Step {
-    Acquire { names: LockNames, arguments: Vec<String> },
-    End { names: LockNames, arguments: Vec<String> },
-}
-
-/// A short step: the record and the argument of the script.
-#[derive(Debug)]
-struct Short {
-    record: String,
-    argument: String,
+pub(super) struct Step {
+    pub(super) script: &'static Script,
+    pub(super) names: LockNames,
+    pub(super) arguments: Vec<String>,
 }
 
 /// What waits to be sent from one runtime.
 #[derive(Debug, Default)]
-pub(super) struct Batch(Mutex<State>);
+pub(super) struct Batch {
+    state: Mutex<State>,
+    /// Held while the answers of one request are dealt with and the next one is written. Else two requests whose answers
+    /// came together would go together for ever, with the server and us waiting for each other by turns.
+    turn: tokio::sync::Mutex<()>,
+}
 
 #[derive(Debug, Default)]
 struct State {
     alone: usize,
-    /// A request of several steps is on its way.
-    together: bool,
-    waiting: Vec<(Short, oneshot::Sender<Result<Outcome>>)>,
+    /// Requests of several steps that are on their way, and the steps in them.
+    together: usize,
+    steps_together: usize,
+    waiting: Vec<Waiting>,
 }
 
 /// What became of a step that was sent with others.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 enum Outcome {
     Done(StoreTime),
     /// Nothing: it is to be done alone.
-    Left,
+    Left(Step),
 }
 
+type Waiting = (Step, oneshot::Sender<Result<Outcome>>);
+
 impl Step {
-    fn parts(&self) -> (&LockNames, &[String]) {
-        match self {
-            Self::Acquire { names, arguments } | Self::End { names, arguments } => (names, arguments),
-        }
+    /// The short way takes one argument, which tells by itself what is to be done.
+    fn is_short(&self) -> bool {
+        self.arguments.len() == 1
     }
 
-    fn short(&self) -> Option<Short> {
-        let (names, arguments) = self.parts();
-        let argument = match (self, arguments) {
-            (Self::Acquire { .. }, [who, until]) => format!("A{until}{who}"),
-            (Self::End { .. }, [token]) => token.clone(),
-            _ => return None,
-        };
-        Some(Short { record: names.record().to_owned(), argument })
-    }
-
-    async fn alone(&self, links: &Arc<Links>) -> Result<Answer> {
-        let script = match self {
-            Self::Acquire { .. } => &ACQUIRE,
-            Self::End { .. } => &END,
-        };
-        let (names, arguments) = self.parts();
-        let mut command = script.by_hash(3);
-        for part in names.all() {
-            command.arg(part);
-        }
-        for argument in arguments {
-            command.arg(argument);
-        }
-        Answer::read(links.run(Target::of(names.record()), script, command).await?)
+    async fn alone(self, links: &Arc<Links>) -> Result<Answer> {
+        let mut command = self.script.by_hash(3);
+        command.arg(&self.names.all()).arg(&self.arguments);
+        Answer::read(links.run(Target::of(self.names.record()), self.script, command).await?)
     }
 }
 
 impl Batch {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits with others; nothing if the step is to go alone, and now.
-    fn wait(&self, step: &Step) -> Option<oneshot::Receiver<Result<Outcome>>> {
+    /// Has the step wait with others, or gives it back if it is to go alone, and now.
+    fn enter(&self, step: Step) -> Result<oneshot::Receiver<Result<Outcome>>, Step> {
         let mut state = self.lock();
         // Whoever waits has something on its way before it: its end is what sends it.
-        let must_wait = state.together || state.alone >= ALONE || !state.waiting.is_empty();
-        if let Some(short) = must_wait.then(|| step.short()).flatten() {
+        let must_wait = state.together > 0 || state.alone >= ALONE || !state.waiting.is_empty();
+        if must_wait && step.is_short() {
             let (sender, outcome) = oneshot::channel();
-            state.waiting.push((short, sender));
-            return Some(outcome);
+            state.waiting.push((step, sender));
+            return Ok(outcome);
         }
         state.alone += 1;
-        None
+        Err(step)
     }
 }
 
 /// A request that is on its way; when it is over, what was collected goes.
 struct OnItsWay {
-    is_alone: bool,
+    /// How many steps are in it, or nothing for a step alone.
+    together: Option<usize>,
     links: Arc<Links>,
     local: Arc<Local>,
 }
@@ -129,23 +115,29 @@ struct OnItsWay {
 impl Drop for OnItsWay {
     fn drop(&mut self) {
         let mut state = self.local.batch.lock();
-        match self.is_alone {
-            true => state.alone -= 1,
-            false => state.together = false,
+        match self.together {
+            None => state.alone -= 1,
+            Some(steps) => {
+                state.together -= 1;
+                state.steps_together -= steps;
+            }
         }
         // Who has given up meanwhile needs nothing sent.
         state.waiting.retain(|(_, outcome)| !outcome.is_closed());
-        if state.waiting.is_empty() || state.together {
+        if state.waiting.is_empty() || state.together >= TOGETHER {
             return;
         }
-        state.together = true;
-        let some = state.waiting.len().min(MOST_STEPS);
+        // An equal part for each request: while the server does one, the answers of the other are dealt with here.
+        let equal = (state.waiting.len() + state.steps_together).div_ceil(TOGETHER);
+        let some = state.waiting.len().min(equal).min(MOST_STEPS);
+        state.together += 1;
+        state.steps_together += some;
         let steps: Vec<_> = state.waiting.drain(..some).collect();
         drop(state);
         let (links, local) = (self.links.clone(), self.local.clone());
         // Where the runtime has ended, the steps are dropped with their senders, which tells who waits.
         let runtime = local.runtime.clone();
-        runtime.spawn(send(OnItsWay { is_alone: false, links, local }, steps));
+        runtime.spawn(send(OnItsWay { together: Some(some), links, local }, steps));
     }
 }
 
@@ -153,16 +145,16 @@ impl Drop for OnItsWay {
 pub(super) async fn step(links: &Arc<Links>, step: Step) -> Result<Answer> {
     let local = match links.local() {
         Some(local) if !links.is_cluster() => local,
-        _ => return step.alone(links).await,
+        _ => return Box::pin(step.alone(links)).await,
     };
-    match local.batch.wait(&step) {
-        None => {
-            let _on_its_way = OnItsWay { is_alone: true, links: links.clone(), local };
-            step.alone(links).await
+    match local.batch.enter(step) {
+        Err(step) => {
+            let _on_its_way = OnItsWay { together: None, links: links.clone(), local };
+            Box::pin(step.alone(links)).await
         }
-        Some(outcome) => match outcome.await {
+        Ok(outcome) => match outcome.await {
             Ok(Ok(Outcome::Done(time))) => Ok(Answer::short(time)),
-            Ok(Ok(Outcome::Left)) => step.alone(links).await,
+            Ok(Ok(Outcome::Left(step))) => Box::pin(step.alone(links)).await,
             Ok(Err(fault)) => Err(fault),
             Err(_) => {
                 let message = "the runtime that the request was sent from has ended";
@@ -172,13 +164,13 @@ pub(super) async fn step(links: &Arc<Links>, step: Step) -> Result<Answer> {
     }
 }
 
-async fn send(on_its_way: OnItsWay, steps: Vec<(Short, oneshot::Sender<Result<Outcome>>)>) {
+async fn send(on_its_way: OnItsWay, steps: Vec<Waiting>) {
     let mut command = BATCH.by_hash(steps.len());
-    for (short, _) in &steps {
-        command.arg(&short.record);
+    for (step, _) in &steps {
+        command.arg(step.names.record());
     }
-    for (short, _) in &steps {
-        command.arg(&short.argument);
+    for (step, _) in &steps {
+        command.arg(&step.arguments);
     }
     // Any slot: it is no cluster.
     let request = on_its_way.links.run(Target::Slot(0), &BATCH, command);
@@ -186,10 +178,12 @@ async fn send(on_its_way: OnItsWay, steps: Vec<(Short, oneshot::Sender<Result<Ou
         .await
         .unwrap_or_else(|| Err(error(ErrorKind::NetworkTimeout, format!("no answer within {GIVEN_UP_AFTER:?}"))));
     let outcomes = answer.and_then(|answer| read(&answer, steps.len()).ok_or_else(|| malformed().in_doubt(true)));
-    for (at, (_, sender)) in steps.into_iter().enumerate() {
+    let local = on_its_way.local.clone();
+    let _turn = local.batch.turn.lock().await;
+    for (at, (step, sender)) in steps.into_iter().enumerate() {
         let outcome = match &outcomes {
             Ok((time, done)) if done[at] == b'+' => Ok(Outcome::Done(*time)),
-            Ok(_) => Ok(Outcome::Left),
+            Ok(_) => Ok(Outcome::Left(step)),
             Err(fault) => Err(error(fault.kind(), fault.message()).in_doubt(fault.is_in_doubt())),
         };
         let _gave_up = sender.send(outcome);
@@ -197,6 +191,9 @@ async fn send(on_its_way: OnItsWay, steps: Vec<(Short, oneshot::Sender<Result<Ou
     // Those who were answered come first: what they ask for next goes together, instead of the first of them alone.
     tokio::task::yield_now().await;
     drop(on_its_way);
+    // The next request is made, and written.
+    tokio::task::yield_now().await;
+    tokio::task::yield_now().await;
 }
 
 /// The time, and a sign for each step.

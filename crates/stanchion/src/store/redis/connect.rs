@@ -174,9 +174,9 @@ impl Links {
 
     /// Runs a script: by its hash, and by its text if the server does not know it.
     pub(super) async fn run(self: &Arc<Self>, target: Target, script: &'static Script, command: Cmd) -> Result<Value> {
-        match self.send(target.clone(), &command).await {
+        match Box::pin(self.send(target.clone(), &command)).await {
             Err(Failure { is_unknown_script: true, .. }) => {
-                self.send(target, &script.by_text(&command)).await.map_err(|failure| failure.error)
+                Box::pin(self.send(target, &script.by_text(&command))).await.map_err(|failure| failure.error)
             }
             other => other.map_err(|failure| failure.error),
         }
@@ -184,9 +184,10 @@ impl Links {
 
     /// Sends a command that is no script.
     pub(super) async fn ask(self: &Arc<Self>, target: Target, command: &Cmd) -> Result<Value> {
-        self.send(target, command).await.map_err(|failure| failure.error)
+        Box::pin(self.send(target, command)).await.map_err(|failure| failure.error)
     }
 
+    /// Its future is large. It is boxed where it is used, so that the steps that share a request do without that.
     async fn send(self: &Arc<Self>, target: Target, command: &Cmd) -> Result<Value, Failure> {
         if let Some(local) = self.local() {
             return self.send_from(&local, target, command).await;

@@ -14,6 +14,7 @@
 //! 2. A request is sent once. A second one is sent only after the first was answered, and where that answer changed nothing
 //!    or the second one finds what the first one did.
 
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -197,11 +198,11 @@ impl Inner {
         if sessions.is_empty() {
             return Ok(false);
         }
-        let dead = self.dead_of(sessions).await?;
+        let dead = Box::pin(self.dead_of(sessions)).await?;
         if dead.is_empty() {
             return Ok(false);
         }
-        self.bury(&self.names.lock(key), &dead).await?;
+        Box::pin(self.bury(&self.names.lock(key), &dead)).await?;
         Ok(true)
     }
 
@@ -253,7 +254,7 @@ impl Inner {
         let target = Target::of(self.names.lock(key).record());
         let mut command = ::redis::cmd("WAIT");
         command.arg(self.min_replicas).arg(1_000);
-        let have = match self.links.ask(target, &command).await? {
+        let have = match Box::pin(self.links.ask(target, &command)).await? {
             Value::Int(have) => have,
             _ => return Err(malformed()),
         };
@@ -287,8 +288,9 @@ impl Inner {
         if let Some(session) = self.sessions.lets_go(token, self.clock.now()) {
             self.bury_the_dead(key, &[session]).await?;
         }
-        let arguments = [Some(token.to_hex()), cooldown.map(micros)].into_iter().flatten().collect();
-        let step = batch::Step::End { names: self.names.lock(key), arguments };
+        let mut arguments = vec![token.to_hex()];
+        arguments.extend(cooldown.map(micros));
+        let step = batch::Step { script: &scripts::END, names: self.names.lock(key), arguments };
         let answer = batch::step(&self.links, step).await?;
         let outcome = match answer.word() {
             "short" | "released" => EndOutcome::Released,
@@ -448,7 +450,7 @@ impl Store for Redis {
         for _ in 0..MOST_BURIALS {
             let asked = inner.clock.now();
             let arguments = acquire_arguments(&request, ttl, &owner);
-            let step = batch::Step::Acquire { names: inner.names.lock(&request.key), arguments };
+            let step = batch::Step { script: &scripts::ACQUIRE, names: inner.names.lock(&request.key), arguments };
             let answer = batch::step(&inner.links, step).await?;
             let (outcome, in_the_way) = match answer.word() {
                 "short" | "granted" => {
@@ -652,20 +654,22 @@ impl Store for Redis {
 }
 
 /// What `acquire.lua` is told.
+/// What `acquire.lua` takes.
 fn acquire_arguments(request: &AcquireRequest, ttl: Duration, owner: &str) -> Vec<String> {
-    let mut who = request.token.to_hex();
-    who.reserve(64 + owner.len());
-    who.push_str(&request.session.to_hex());
-    who.push(if matches!(request.term, Term::Session { .. }) { 'S' } else { 'F' });
-    write_texts([Some(owner), request.metadata.as_deref(), request.trace.as_deref()], &mut who);
-    let until = format!("{:016}{}", request.not_after.as_micros(), u8::from(request.enqueue));
+    let mut asked = String::with_capacity(128 + owner.len());
+    let _a_string_takes_all = write!(asked, "{:016}", request.not_after.as_micros());
+    asked.push(if request.enqueue { '1' } else { '0' });
+    request.token.write_hex(&mut asked);
+    request.session.write_hex(&mut asked);
+    asked.push(if matches!(request.term, Term::Session { .. }) { 'S' } else { 'F' });
+    write_texts([Some(owner), request.metadata.as_deref(), request.trace.as_deref()], &mut asked);
     let life = DAY.max(ttl.saturating_mul(2));
     if request.demand == Demand::MUTEX && request.term.length().is_none() && life == DAY {
-        return vec![who, until];
+        return vec![asked];
     }
     let term = request.term.length().map_or_else(|| "0".to_owned(), micros);
     let (units, capacity) = (request.demand.units().to_string(), request.demand.capacity().to_string());
-    vec![who, until, term, units, capacity, millis(life)]
+    vec![asked, term, units, capacity, millis(life)]
 }
 
 fn memory(ttl: Duration) -> Duration {
@@ -675,7 +679,7 @@ fn memory(ttl: Duration) -> Duration {
 impl Inner {
     /// The store's time if the session is dead.
     async fn dead_since(&self, session: SessionId) -> Result<Option<StoreTime>> {
-        if self.dead_of(&[session]).await?.is_empty() { Ok(None) } else { self.time().await.map(Some) }
+        if Box::pin(self.dead_of(&[session])).await?.is_empty() { Ok(None) } else { self.time().await.map(Some) }
     }
 
     async fn time(&self) -> Result<StoreTime> {

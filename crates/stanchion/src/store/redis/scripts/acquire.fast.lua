@@ -1,14 +1,14 @@
 -- acquire: the mutex that nobody holds or waits for. One GET, one SET; all else is further down.
 -- KEYS: record, queue, waiting
--- ARGV: token .. session .. kind .. texts, not_after .. enqueue (0 or 1)
+-- ARGV: not_after .. enqueue (0 or 1) .. token .. session .. kind .. texts
 --       and, unless it is a mutex without a deadline: term (µs, 0: none), units, capacity, life of the record (ms)
 local call = redis.call
 local record = call('GET', KEYS[1])
 local time = call('TIME')
 local now = time[2]
 now = time[1] .. (#now == 6 and now or string.sub('00000' .. now, -6))
-if now <= ARGV[2] and not ARGV[3]
+if not ARGV[2] and now <= string.sub(ARGV[1], 1, 17)
   and (not record or #record == 17 and string.byte(record) == 48 and string.sub(record, 2) < now) then
-  call('SET', KEYS[1], '1' .. now .. now .. ARGV[1], 'PX', '86400000')
+  call('SET', KEYS[1], '1' .. now .. now .. string.sub(ARGV[1], 18), 'PX', '86400000')
   return now
 end

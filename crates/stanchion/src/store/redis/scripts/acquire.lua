@@ -1,11 +1,11 @@
 settle()
-local token = string.sub(ARGV[1], 1, 32)
+local who = string.sub(ARGV[1], 18)
+local token = string.sub(who, 1, 32)
 local asked = {
-  token = token, session = string.sub(ARGV[1], 33, 64), kind = string.sub(ARGV[1], 65, 65),
-  texts = string.sub(ARGV[1], 66), term = ARGV[3] or '0', units = tonumber(ARGV[4] or 1),
-  capacity = tonumber(ARGV[5] or 1), at = now,
+  token = token, session = string.sub(who, 33, 64), kind = string.sub(who, 65, 65), texts = string.sub(who, 66),
+  term = ARGV[2] or '0', units = tonumber(ARGV[3] or 1), capacity = tonumber(ARGV[4] or 1), at = now,
 }
-local life = tonumber(ARGV[6] or 0)
+local life = tonumber(ARGV[5] or 0)
 local answer
 local held = find(token)
 if state.forced[token] then
@@ -14,18 +14,18 @@ elseif held then
   answer = granted(held)
 elseif state.queued and call('ZSCORE', KEYS[2], token) then
   answer = queued(token)
-elseif now > string.sub(ARGV[2], 1, 16) then
+elseif now > string.sub(ARGV[1], 1, 16) then
   answer = { 'stale', now }
 else
   local in_use = capacity()
   if in_use and in_use ~= asked.capacity then
     answer = { 'mismatch', now, tostring(in_use) }
   elseif not state.queued and fits(asked.units, asked.capacity) then
-    if life > DAY and life > tonumber(state.life or 0) then state.life = ARGV[6] end
+    if life > DAY and life > tonumber(state.life or 0) then state.life = ARGV[5] end
     local hold = grant(asked)
     if not hold then return OUT_OF_FENCES end
     answer = granted(hold)
-  elseif string.sub(ARGV[2], 17) == '0' then
+  elseif string.sub(ARGV[1], 17, 17) == '0' then
     answer = in_the_way({ 'busy', now, check_in() })
   elseif state.queued and call('ZCARD', KEYS[2]) >= MOST_WAITERS then
     answer = { 'full', now, tostring(MOST_WAITERS) }
@@ -42,7 +42,7 @@ else
     call('ZADD', KEYS[2], string.format('%.0f', (tonumber(last) or 0) + 1), token)
     call('HSET', KEYS[3], token, cmsgpack.pack(asked))
     state.queued, changed = true, true
-    if life > DAY and life > tonumber(state.life or 0) then state.life = ARGV[6] end
+    if life > DAY and life > tonumber(state.life or 0) then state.life = ARGV[5] end
     answer = queued(token)
   end
 end

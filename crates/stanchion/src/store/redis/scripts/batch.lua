@@ -1,6 +1,6 @@
 -- Several short steps at once: what acquire and end do in their short way, and nothing else.
 -- KEYS: the record of each.
--- ARGV of each: A not_after enqueue token session kind texts, or the token that is to be ended.
+-- ARGV of each: what the script of that step takes, which is longer than a token where something is asked for.
 -- Answers the time, and for each step a + if it was done, or a - if it is to be done alone: then nothing was.
 local pcall = redis.pcall
 local byte, sub = string.byte, string.sub
@@ -15,9 +15,9 @@ for at = 1, #KEYS do
   local key, asked = KEYS[at], ARGV[at]
   local record = written[key] or records[at]
   local new, life
-  if byte(asked) == 65 then
-    if now <= sub(asked, 2, 18) and (not record or #record == 17 and byte(record) == 48 and sub(record, 2) < now) then
-      new, life = '1' .. now .. now .. sub(asked, 19), '86400000'
+  if #asked > 32 then
+    if now <= sub(asked, 1, 17) and (not record or #record == 17 and byte(record) == 48 and sub(record, 2) < now) then
+      new, life = '1' .. now .. now .. sub(asked, 18), '86400000'
     end
   elseif record and byte(record) == 49 and sub(record, 34, 65) == asked then
     new, life = '0' .. sub(record, 2, 17), '600000'
