@@ -36,13 +36,34 @@ fn free_port_from(first: u16, count: u16) -> u16 {
     panic!("no port is free from {first} on");
 }
 
+/// The program of that name in the path, or where Debian keeps those of administrators.
+fn in_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).chain(std::iter::once(PathBuf::from("/usr/sbin")));
+    folders.map(|folder| folder.join(name)).find(|file| file.exists())
+}
+
+/// What `scripts/servers` put there.
+fn fetched(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/servers").join(name);
+    path.canonicalize().unwrap_or_else(|_| panic!("{name} is missing: run `scripts/servers`, as `./test` does"))
+}
+
+/// Whether a process runs. One that has ended and that nobody waited for does not.
+pub fn runs(pid: i32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    // Its name is before, in brackets, and can contain any of this.
+    let state = stat.rsplit_once(") ").map(|(_, rest)| rest);
+    !state.unwrap_or_default().starts_with(['Z', 'X'])
+}
+
 /// A process that ends with this one, also when this one is killed: a shell waits for the end of a pipe from here, and
 /// kills it then.
 #[derive(Debug)]
 pub struct Process {
     shell: Child,
     /// While it is open the process may run.
-    _leash: ChildStdin,
+    leash: Option<ChildStdin>,
     pid: i32,
 }
 
@@ -52,8 +73,9 @@ impl Process {
     /// # Panics
     /// When it cannot be started.
     pub fn start(program: &Path, arguments: &[String], folder: &Path) -> Self {
-        let script = "\"$@\" >server.log 2>&1 </dev/null & server=$!; echo $server; exec >/dev/null; \
-                      read -r _; kill -9 $server; wait";
+        // A Ctrl-C reaches the shell too: it waits for the end of the pipe nevertheless.
+        let script = "\"$@\" >server.log 2>&1 </dev/null & server=$!; trap '' HUP INT TERM; echo $server; \
+                      exec >/dev/null; read -r _; kill -9 $server 2>/dev/null; wait";
         let mut shell = Command::new("sh")
             .args(["-c", script, "sh"])
             .arg(program)
@@ -67,7 +89,7 @@ impl Process {
         let mut line = String::new();
         BufReader::new(shell.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let pid = line.trim().parse().unwrap();
-        Self { shell, _leash: leash, pid }
+        Self { shell, leash: Some(leash), pid }
     }
 
     /// Its process id.
@@ -87,8 +109,8 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let _already_gone = Command::new("kill").args(["-9", &self.pid.to_string()]).stderr(Stdio::null()).status();
-        let _already_gone = self.shell.kill();
+        // The shell kills the process and waits for it: nobody else could, and a dead one still has its process id.
+        self.leash = None;
         let _reaped = self.shell.wait();
     }
 }

@@ -5,7 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::{GENEROUS, Process, free_port, free_port_from, wait};
+use super::{GENEROUS, Process, fetched, free_port, free_port_from, in_path, wait};
 
 /// A kind of Redis server that the tests run against.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,13 +32,9 @@ impl Redis {
             Self::Valkey9 => ("valkey-9", true),
         };
         if wheel {
-            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/servers").join(name);
-            assert!(path.exists(), "{name} is missing: run `scripts/servers`, as `./test` does");
-            path.canonicalize().unwrap()
+            fetched(name)
         } else {
-            let path = std::env::var_os("PATH").unwrap_or_default();
-            let found = std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.exists());
-            found.unwrap_or_else(|| panic!("{name} is missing: apt-get install -y redis-server"))
+            in_path(name).unwrap_or_else(|| panic!("{name} is missing: apt-get install -y redis-server"))
         }
     }
 }
