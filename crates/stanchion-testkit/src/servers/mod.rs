@@ -8,8 +8,10 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+mod postgres;
 mod redis;
 
+pub use postgres::{PgBouncer, Postgres, PostgresServer};
 pub use redis::{Redis, RedisCluster, RedisSentinel, RedisServer};
 
 /// How long a server may take until it answers.
