@@ -4,7 +4,7 @@
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use stanchion_testkit::servers::{PgBouncer, Postgres, PostgresServer, runs, wait};
 
@@ -20,6 +20,19 @@ fn connect(port: u16, more: &str, sql: &str) -> Result<String, String> {
         .unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap().trim_end().to_owned();
     if psql.status.success() { Ok(text(psql.stdout)) } else { Err(text(psql.stderr)) }
+}
+
+/// A client whose query computes for hours, and so does not look whether the server is still there.
+fn busy(server: &PostgresServer) -> Child {
+    let client = Command::new(Postgres::V15.program("psql"))
+        .args(["-X", "-c", "SELECT count(*) FROM generate_series(1, 10000000000)", &server.url()])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let runs_now = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT count(*) FROM gen%'";
+    wait("a query that runs", || server.psql(runs_now) == "1");
+    client
 }
 
 #[test]
@@ -67,14 +80,7 @@ fn a_killed_server_returns_with_its_data() {
             server.psql(&format!("INSERT INTO t VALUES ({round})"));
             let before = server.processes();
             assert!(before.contains(&server.process().unwrap().pid()) && before.len() > 4, "{before:?}");
-            let mut busy = Command::new(Postgres::V15.program("psql"))
-                .args(["-X", "-c", "SELECT count(*) FROM generate_series(1, 10000000000)", &server.url()])
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap();
-            let runs_now = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT count(*) FROM gen%'";
-            wait("a query that runs", || server.psql(runs_now) == "1");
+            let mut busy = busy(&server);
             server.kill();
             assert!(server.process().is_none());
             assert_eq!(server.processes(), []);
@@ -206,6 +212,7 @@ fn nothing_of_a_server_survives_its_handle() {
         let server = PostgresServer::start(kind);
         let pooler = PgBouncer::start(&server);
         pooler.psql_in("postgres", "SELECT 1");
+        let mut busy = busy(&server);
         let mut processes = server.processes();
         processes.push(pooler.process().unwrap().pid());
         assert!(processes.len() > 5 && processes.iter().all(|pid| runs(*pid)), "{processes:?}");
@@ -214,6 +221,7 @@ fn nothing_of_a_server_survives_its_handle() {
         drop(server);
         let left: Vec<_> = processes.into_iter().filter(|pid| runs(*pid)).collect();
         assert_eq!(left, []);
+        assert!(!busy.wait().unwrap().success());
         assert!(!folder.exists());
     }
 }
