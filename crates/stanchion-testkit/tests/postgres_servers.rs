@@ -25,12 +25,12 @@ fn connect(port: u16, more: &str, sql: &str) -> Result<String, String> {
 /// A client whose query computes for hours, and so does not look whether the server is still there.
 fn busy(server: &PostgresServer) -> Child {
     let client = Command::new(Postgres::V15.program("psql"))
-        .args(["-X", "-c", "SELECT count(*) FROM generate_series(1, 10000000000)", &server.url()])
+        .args(["-X", "-c", "SELECT count(*) FROM (SELECT generate_series(1, 10000000000)) AS numbers", &server.url()])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let runs_now = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT count(*) FROM gen%'";
+    let runs_now = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT count(*) FROM (SELECT gen%'";
     wait("a query that runs", || server.psql(runs_now) == "1");
     client
 }
@@ -215,7 +215,8 @@ fn nothing_of_a_server_survives_its_handle() {
         let mut busy = busy(&server);
         let mut processes = server.processes();
         processes.push(pooler.process().unwrap().pid());
-        assert!(processes.len() > 5 && processes.iter().all(|pid| runs(*pid)), "{processes:?}");
+        // A session that ends can be among them.
+        assert!(processes.iter().filter(|pid| runs(**pid)).count() > 5, "{processes:?}");
         let folder = server.folder().to_owned();
         drop(pooler);
         drop(server);
@@ -236,6 +237,7 @@ fn process_with_a_server() {
     let kind = if kind == "15" { Postgres::V15 } else { Postgres::V18 };
     let server = PostgresServer::start(kind);
     let pooler = PgBouncer::start(&server);
+    let _busy = busy(&server);
     let processes = server.processes().into_iter().chain([pooler.process().unwrap().pid()]);
     let processes: Vec<_> = processes.map(|pid| pid.to_string()).collect();
     println!("server {} {}", server.folder().display(), processes.join(" "));
@@ -257,7 +259,8 @@ fn nothing_survives_a_test_process_that_is_killed() {
         let told = told.next().unwrap();
         let (folder, processes) = told.split_once(' ').unwrap();
         let processes: Vec<i32> = processes.split(' ').map(|pid| pid.parse().unwrap()).collect();
-        assert!(processes.len() > 5 && processes.iter().all(|pid| runs(*pid)), "{processes:?}");
+        // A session that ends can be among them.
+        assert!(processes.iter().filter(|pid| runs(**pid)).count() > 5, "{processes:?}");
         child.kill().unwrap();
         child.wait().unwrap();
         wait("processes that end", || processes.iter().all(|pid| !runs(*pid)));

@@ -51,7 +51,8 @@ impl Postgres {
 }
 
 /// A folder of the server's user. It is large: it goes with this process, however that ends, because a shell waits for the
-/// end of a pipe from here, and removes it then. Servers in it can take a moment to end.
+/// end of a pipe from here, and removes it then. Before that it kills who works on the data: a query that computes does
+/// not see that its server has gone.
 #[derive(Debug)]
 struct Folder {
     path: PathBuf,
@@ -65,6 +66,9 @@ impl Folder {
         let path = tempfile::Builder::new().prefix(prefix).tempdir().unwrap().keep();
         own(&path);
         let script = "trap '' HUP INT TERM; read -r _; \
+                      for process in /proc/[0-9]*; do \
+                          [ \"$process/cwd\" -ef \"$1/data\" ] && kill -9 \"${process#/proc/}\"; \
+                      done; \
                       for _ in 1 2 3 4 5 6 7 8 9; do rm -rf -- \"$1\" && exit; sleep 1; done";
         let mut shell = Command::new("sh")
             .args(["-c", script, "sh"])
