@@ -1,0 +1,269 @@
+//! The PostgreSQL servers that tests start: they come, return, follow each other, and go.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout, reason = "test code")]
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use stanchion_testkit::servers::{PgBouncer, Postgres, PostgresServer, runs, wait};
+
+const KINDS: [Postgres; 2] = [Postgres::V15, Postgres::V18];
+
+/// What a client over TCP is told. `more` is the rest of a connection string.
+fn connect(port: u16, more: &str, sql: &str) -> Result<String, String> {
+    let target = format!("host=127.0.0.1 port={port} user=postgres dbname=postgres {more}");
+    let psql = Command::new(Postgres::V15.program("psql"))
+        .args(["-X", "-A", "-t", "-q", "-w", "-c", sql, &target])
+        .env_remove("PGPASSWORD")
+        .output()
+        .unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap().trim_end().to_owned();
+    if psql.status.success() { Ok(text(psql.stdout)) } else { Err(text(psql.stderr)) }
+}
+
+/// A client whose query computes for hours, and so does not look whether the server is still there.
+fn busy(server: &PostgresServer) -> Child {
+    let client = Command::new(Postgres::V15.program("psql"))
+        .args(["-X", "-c", "SELECT count(*) FROM (SELECT generate_series(1, 10000000000)) AS numbers", &server.url()])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let runs_now = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT count(*) FROM (SELECT gen%'";
+    wait("a query that runs", || server.psql(runs_now) == "1");
+    client
+}
+
+#[test]
+fn each_version_starts_and_is_the_one_asked_for() {
+    for (kind, version) in KINDS.into_iter().zip(["15", "18"]) {
+        let server = PostgresServer::with(kind, &[("max_connections", "77"), ("deadlock_timeout", "5s")]);
+        assert!(server.psql("SHOW server_version").starts_with(version));
+        let shown = ["max_connections", "fsync", "synchronous_commit", "deadlock_timeout", "listen_addresses"]
+            .map(|name| server.psql(&format!("SHOW {name}")));
+        assert_eq!(shown, ["77", "off", "on", "5s", "127.0.0.1"]);
+        assert_eq!(connect(server.port(), "", "SELECT 1").unwrap(), "1");
+        assert_eq!(server.url(), format!("postgres://postgres@127.0.0.1:{}/postgres", server.port()));
+        server.psql("CREATE EXTENSION pg_stat_statements");
+        server.psql("CREATE DATABASE other");
+        assert_eq!(server.psql_in("other", "SELECT current_database(), 2"), "other|2");
+    }
+}
+
+#[test]
+#[should_panic(expected = "relation \"nothing\" does not exist")]
+fn sql_that_is_refused_panics_with_the_message() {
+    PostgresServer::start(Postgres::V15).psql("SELECT * FROM nothing");
+}
+
+#[test]
+#[should_panic(expected = "unrecognized configuration parameter")]
+fn a_setting_that_does_not_exist_is_told_at_once() {
+    PostgresServer::with(Postgres::V15, &[("no_such_setting", "1")]);
+}
+
+#[test]
+fn servers_of_a_kind_share_no_data() {
+    let servers = [PostgresServer::start(Postgres::V15), PostgresServer::start(Postgres::V15)];
+    servers[0].psql("CREATE TABLE t (x int)");
+    assert_eq!(servers[1].psql("SELECT count(*) FROM pg_class WHERE relname = 't'"), "0");
+}
+
+/// The commits stay; a query that runs ends with the server.
+#[test]
+fn a_killed_server_returns_with_its_data() {
+    for kind in KINDS {
+        let mut server = PostgresServer::start(kind);
+        server.psql("CREATE TABLE t (x int)");
+        for round in 1..=3 {
+            server.psql(&format!("INSERT INTO t VALUES ({round})"));
+            let before = server.processes();
+            assert!(before.contains(&server.process().unwrap().pid()) && before.len() > 4, "{before:?}");
+            let mut busy = busy(&server);
+            server.kill();
+            assert!(server.process().is_none());
+            assert_eq!(server.processes(), []);
+            assert!(!busy.wait().unwrap().success());
+            assert!(before.iter().all(|pid| !runs(*pid)));
+            server.restart();
+            assert_eq!(server.psql("SELECT count(*) FROM t"), round.to_string());
+        }
+    }
+}
+
+/// Not only `kill` ends it: a signal does too, and what is left of it is in nobody's way.
+#[test]
+fn a_server_killed_by_a_signal_takes_its_idle_processes_along() {
+    for kind in KINDS {
+        let mut server = PostgresServer::start(kind);
+        server.process().unwrap().signal("KILL");
+        wait("processes that see that the first one is gone", || server.processes().is_empty());
+        server.restart();
+        assert_eq!(server.psql("SELECT 1"), "1");
+    }
+}
+
+#[test]
+fn a_server_stops_in_good_order_and_returns() {
+    for kind in KINDS {
+        let mut server = PostgresServer::start(kind);
+        server.psql("CREATE TABLE t (x int)");
+        server.stop_fast();
+        assert_eq!(server.processes(), []);
+        let log = std::fs::read_to_string(server.folder().join("server.log")).unwrap();
+        assert!(log.contains("database system is shut down"), "{log}");
+        server.restart();
+        assert_eq!(server.psql("SELECT count(*) FROM t"), "0");
+    }
+}
+
+#[test]
+fn passwords_are_required_over_tcp() {
+    for kind in KINDS {
+        let server = PostgresServer::with_passwords(kind, &[("max_connections", "55")]);
+        server.psql("CREATE ROLE other LOGIN PASSWORD 'secret'");
+        let refused = connect(server.port(), "", "SELECT 1").unwrap_err();
+        assert!(refused.contains("no password supplied"), "{refused}");
+        let refused = connect(server.port(), "user=other password=wrong", "SELECT 1").unwrap_err();
+        assert!(refused.contains("password authentication failed"), "{refused}");
+        assert_eq!(connect(server.port(), "user=other password=secret", "SELECT current_user").unwrap(), "other");
+        let mut by_url = Command::new(Postgres::V15.program("psql"));
+        by_url.args(["-X", "-w", "-c", "SELECT 1", &server.url()]).stdout(Stdio::null());
+        assert!(by_url.status().unwrap().success());
+        assert_eq!(server.psql("SHOW max_connections"), "55");
+    }
+}
+
+#[test]
+fn tls_refuses_plain_connections() {
+    for kind in KINDS {
+        let server = PostgresServer::with_tls(kind);
+        let refused = connect(server.port(), "sslmode=disable", "SELECT 1").unwrap_err();
+        assert!(refused.contains("no encryption"), "{refused}");
+        let verified = format!("hostaddr=127.0.0.1 sslmode=verify-full sslrootcert={}", server.ca_file().display());
+        let ask = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+        assert_eq!(connect(server.port(), &format!("host=localhost {verified}"), ask).unwrap(), "t");
+        let refused = connect(server.port(), &format!("host=elsewhere {verified}"), ask).unwrap_err();
+        assert!(refused.contains("does not match host name"), "{refused}");
+    }
+}
+
+#[test]
+fn pgbouncer_gives_a_connection_for_a_transaction() {
+    for kind in KINDS {
+        let server = PostgresServer::start(kind);
+        let mut pooler = PgBouncer::with(&server, &[("default_pool_size", "1")]);
+        assert_eq!(connect(pooler.port(), "", "SELECT 1").unwrap(), "1");
+        let first = pooler.psql_in("postgres", "SELECT pg_backend_pid()");
+        // Another client, the same connection.
+        assert_eq!(pooler.psql_in("postgres", "SELECT pg_backend_pid()"), first);
+        assert!(pooler.psql_in("pgbouncer", "SHOW CONFIG").contains("pool_mode|transaction|"));
+        let old = pooler.process().unwrap().pid();
+        pooler.kill();
+        assert!(!runs(old));
+        assert!(TcpStream::connect(("127.0.0.1", pooler.port())).is_err());
+        pooler.restart();
+        assert_ne!(pooler.psql_in("postgres", "SELECT pg_backend_pid()"), first);
+        assert_eq!(pooler.url(), format!("postgres://postgres@127.0.0.1:{}/postgres", pooler.port()));
+    }
+}
+
+#[test]
+fn pgbouncer_stands_before_a_server_with_passwords() {
+    let server = PostgresServer::with_passwords(Postgres::V15, &[]);
+    assert_eq!(PgBouncer::start(&server).psql_in("postgres", "SELECT 1"), "1");
+}
+
+#[test]
+fn a_standby_streams_reads_and_can_be_promoted() {
+    for kind in KINDS {
+        let mut primary = PostgresServer::start(kind);
+        primary.psql("CREATE TABLE t (x int)");
+        let mut standby = PostgresServer::standby_of(&primary);
+        primary.psql("INSERT INTO t VALUES (1)");
+        wait("a row that streams", || standby.psql("SELECT count(*) FROM t") == "1");
+        let refused = connect(standby.port(), "", "INSERT INTO t VALUES (2)").unwrap_err();
+        assert!(refused.contains("read-only transaction"), "{refused}");
+        standby.kill();
+        standby.restart();
+        primary.psql("INSERT INTO t VALUES (3)");
+        wait("a row that streams after a restart", || standby.psql("SELECT count(*) FROM t") == "2");
+        primary.kill();
+        standby.promote();
+        standby.psql("INSERT INTO t VALUES (4)");
+        standby.kill();
+        standby.restart();
+        assert_eq!(standby.psql("SELECT count(*) FROM t"), "3");
+    }
+}
+
+#[test]
+fn a_standby_of_a_server_with_passwords_has_them_too() {
+    let primary = PostgresServer::with_passwords(Postgres::V18, &[]);
+    let standby = PostgresServer::standby_of(&primary);
+    assert!(connect(standby.port(), "", "SELECT 1").unwrap_err().contains("no password supplied"));
+    assert!(standby.url().contains(":of-postgres@"));
+}
+
+#[test]
+fn nothing_of_a_server_survives_its_handle() {
+    for kind in KINDS {
+        let server = PostgresServer::start(kind);
+        let pooler = PgBouncer::start(&server);
+        pooler.psql_in("postgres", "SELECT 1");
+        let mut busy = busy(&server);
+        let mut processes = server.processes();
+        processes.push(pooler.process().unwrap().pid());
+        // A session that ends can be among them.
+        assert!(processes.iter().filter(|pid| runs(**pid)).count() > 5, "{processes:?}");
+        let folder = server.folder().to_owned();
+        drop(pooler);
+        drop(server);
+        let left: Vec<_> = processes.into_iter().filter(|pid| runs(*pid)).collect();
+        assert_eq!(left, []);
+        assert!(!busy.wait().unwrap().success());
+        assert!(!folder.exists());
+    }
+}
+
+/// The folder for what a child tells.
+const CHILD: &str = "STANCHION_TEST_SERVERS";
+
+/// Not a test of its own: a process with a server, to be killed.
+#[test]
+fn process_with_a_server() {
+    let Ok(kind) = std::env::var(CHILD) else { return };
+    let kind = if kind == "15" { Postgres::V15 } else { Postgres::V18 };
+    let server = PostgresServer::start(kind);
+    let pooler = PgBouncer::start(&server);
+    let _busy = busy(&server);
+    let processes = server.processes().into_iter().chain([pooler.process().unwrap().pid()]);
+    let processes: Vec<_> = processes.map(|pid| pid.to_string()).collect();
+    println!("server {} {}", server.folder().display(), processes.join(" "));
+    std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+}
+
+#[test]
+fn nothing_survives_a_test_process_that_is_killed() {
+    for kind in ["15", "18"] {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["process_with_a_server", "--exact", "--nocapture"])
+            .env(CHILD, kind)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+        let mut told = lines.filter_map(|line| line.split_once("server ").map(|(_, told)| told.to_owned()));
+        let told = told.next().unwrap();
+        let (folder, processes) = told.split_once(' ').unwrap();
+        let processes: Vec<i32> = processes.split(' ').map(|pid| pid.parse().unwrap()).collect();
+        // A session that ends can be among them.
+        assert!(processes.iter().filter(|pid| runs(**pid)).count() > 5, "{processes:?}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        wait("processes that end", || processes.iter().all(|pid| !runs(*pid)));
+        wait("a folder that is removed", || !Path::new(folder).exists());
+    }
+}
