@@ -78,6 +78,7 @@ impl Locks {
     /// | `sqlite:FOLDER` | the embedded store: processes of this machine that open the same folder |
     /// | `sqlite:` | the same in the user's state folder |
     /// | `redis://HOST`, `rediss://…`, `redis+unix:…`, `redis+sentinel://…`, `redis+cluster://…` | Redis or Valkey: see [`Redis`](crate::store::Redis) (feature `redis`) |
+    /// | `postgres://USER@HOST/DATABASE` | PostgreSQL: see [`Postgres`](crate::store::Postgres) (feature `postgres`) |
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] for a URL that cannot be read, [`ErrorKind::Unsupported`] for a store that this
@@ -459,7 +460,11 @@ async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
         redis if is_redis(redis) => Ok(Arc::new(crate::store::Redis::from_url(url)?)),
         #[cfg(not(feature = "redis"))]
         redis if is_redis(redis) => Err(not_built(redis)),
-        known @ ("postgres" | "postgresql" | "firestore") => Err(not_built(known)),
+        #[cfg(feature = "postgres")]
+        "postgres" | "postgresql" => Ok(Arc::new(crate::store::Postgres::from_url(url)?)),
+        #[cfg(not(feature = "postgres"))]
+        known @ ("postgres" | "postgresql") => Err(not_built(known)),
+        "firestore" => Err(not_built("firestore")),
         "" => {
             let message = format!("a store's URL begins with its scheme: one of {}", stores());
             Err(Error::new(ErrorKind::InvalidArgument, message))
@@ -481,15 +486,16 @@ fn not_built(scheme: &str) -> Error {
     Error::new(ErrorKind::Unsupported, format!("this build has no store for `{scheme}:` URLs; it has {}", stores()))
 }
 
-fn stores() -> &'static str {
-    match (cfg!(feature = "sqlite"), cfg!(feature = "redis")) {
-        (true, true) => {
-            "`memory:`, `sqlite:` and `redis:` (with `rediss:`, `redis+unix:`, `redis+sentinel:`, `redis+cluster:`)"
-        }
-        (true, false) => "`memory:` and `sqlite:`",
-        (false, true) => "`memory:` and `redis:` (with `rediss:`, `redis+unix:`, `redis+sentinel:`, `redis+cluster:`)",
-        (false, false) => "`memory:`",
-    }
+fn stores() -> String {
+    let redis = "`redis:` (with `rediss:`, `redis+unix:`, `redis+sentinel:`, `redis+cluster:`)";
+    let all = [
+        (true, "`memory:`"),
+        (cfg!(feature = "sqlite"), "`sqlite:`"),
+        (cfg!(feature = "redis"), redis),
+        (cfg!(feature = "postgres"), "`postgres:`"),
+    ];
+    let built: Vec<_> = all.into_iter().filter(|(is_built, _)| *is_built).map(|(_, name)| name).collect();
+    built.join(", ")
 }
 
 /// Program, host and process.

@@ -10,7 +10,8 @@ use stanchion::{SessionId, Store};
 
 use crate::environment::{Environment, key, until};
 
-const SHORT: Duration = Duration::from_millis(200);
+/// A session of which the store is told within this time is alive, also on a busy machine.
+const SHORT: Duration = Duration::from_millis(500);
 const MINUTE: Duration = Duration::from_secs(60);
 
 pub async fn a_session_that_ended_by_time_is_not_opened_again<S: Store>(env: &Environment<S>) {
@@ -24,11 +25,12 @@ pub async fn a_session_that_ended_by_time_is_not_opened_again<S: Store>(env: &En
 }
 
 pub async fn a_beat_keeps_its_own_session_alone<S: Store>(env: &Environment<S>) {
-    let (beating, silent, other) = (env.mortal(SHORT).await, env.mortal(SHORT).await, env.actor().await);
+    let life = 2 * SHORT;
+    let (beating, silent, other) = (env.mortal(life).await, env.mortal(life).await, env.actor().await);
     let (kept, _) = beating.takes(&key("kept")).await;
     silent.takes(&key("left")).await;
-    for _ in 0..5 {
-        env.pass(SHORT / 3).await;
+    for _ in 0..6 {
+        env.pass(life / 4).await;
         assert_eq!(beating.store.beat(beating.session).await.unwrap().outcome, BeatOutcome::Alive { lost: vec![] });
     }
     assert!(other.granted(&key("kept"), kept).await.is_some());

@@ -30,15 +30,19 @@ use crate::token::{SessionId, TokenId};
 
 mod faulty;
 mod memory;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod push;
 #[cfg(feature = "redis")]
 mod redis;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod types;
-#[cfg(any(feature = "redis", feature = "sqlite"))]
+#[cfg(any(feature = "postgres", feature = "redis", feature = "sqlite"))]
 mod url;
 
+#[cfg(feature = "postgres")]
+pub use self::postgres::Postgres;
 #[cfg(feature = "redis")]
 pub use self::redis::Redis;
 pub use faulty::{Fault, Faults, Faulty, Step};

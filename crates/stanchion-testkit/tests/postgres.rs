@@ -1,0 +1,69 @@
+//! PostgreSQL against the whole suite: every version that is supported, and every way to reach it.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use stanchion::store::Postgres;
+use stanchion_testkit::servers::{PgBouncer, Postgres as Kind, PostgresServer};
+use stanchion_testkit::{Environment, conformance};
+
+/// Fresh data on servers that all cases share: a schema of its own.
+fn fresh(server: &PostgresServer, url: &str) -> Environment<Postgres> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let schema = format!("s{}", NEXT.fetch_add(1, Ordering::Relaxed));
+    let url = format!("{url}{}schema={schema}", if url.contains('?') { '&' } else { '?' });
+    server.psql(&Postgres::from_url(&url).unwrap().schema_sql());
+    Environment::new(move || Postgres::from_url(&url).unwrap())
+}
+
+/// Many handles at once, each with connections of its own.
+const ROOM: &[(&str, &str)] = &[("max_connections", "500")];
+
+macro_rules! versions {
+    ($($name:ident $kind:ident),* $(,)?) => { $(
+        fn $name() -> Environment<Postgres> {
+            static SERVER: OnceLock<PostgresServer> = OnceLock::new();
+            let server = SERVER.get_or_init(|| PostgresServer::with(Kind::$kind, ROOM));
+            fresh(server, &server.url())
+        }
+        mod $name {
+            use super::*;
+            conformance!(suite, super::$name);
+        }
+    )* };
+}
+
+versions! { postgres_15 V15, postgres_18 V18 }
+
+fn over_tls() -> Environment<Postgres> {
+    static SERVER: OnceLock<PostgresServer> = OnceLock::new();
+    let server = SERVER.get_or_init(|| PostgresServer::with_tls(Kind::V15));
+    let url = server.url().replace("127.0.0.1", "localhost");
+    fresh(server, &format!("{url}?sslmode=verify-full&ca_file={}", server.ca_file().display()))
+}
+conformance!(tls, over_tls);
+
+/// Through a transaction pooler: no pushes.
+fn through_a_pooler() -> Environment<Postgres> {
+    static SERVERS: OnceLock<(PostgresServer, PgBouncer)> = OnceLock::new();
+    let (server, pooler) = SERVERS.get_or_init(|| {
+        let server = PostgresServer::with(Kind::V15, ROOM);
+        let pooler = PgBouncer::with(&server, &[("max_client_conn", "1000"), ("default_pool_size", "50")]);
+        (server, pooler)
+    });
+    fresh(server, &pooler.url())
+}
+conformance!(pooler, through_a_pooler);
+
+/// The same with a URL of the server itself for the pushes.
+fn through_a_pooler_with_pushes() -> Environment<Postgres> {
+    static SERVERS: OnceLock<(PostgresServer, PgBouncer)> = OnceLock::new();
+    let (server, pooler) = SERVERS.get_or_init(|| {
+        let server = PostgresServer::with(Kind::V15, ROOM);
+        let pooler = PgBouncer::with(&server, &[("max_client_conn", "1000"), ("default_pool_size", "50")]);
+        (server, pooler)
+    });
+    let listen = server.url().replace(':', "%3A").replace('/', "%2F").replace('@', "%40");
+    fresh(server, &format!("{}?listen={listen}", pooler.url()))
+}
+conformance!(pooler_with_pushes, through_a_pooler_with_pushes);

@@ -1,0 +1,203 @@
+//! Where the store is: its URL and its options.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ClientConfig, RootCertStore};
+use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use super::error::error;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::url::percent_decoded;
+
+/// How long making a connection may take.
+pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(3);
+
+const DEFAULT_POOL: usize = 16;
+const LONGEST_NAME: usize = 63;
+
+/// All that a URL says.
+#[derive(Clone)]
+pub(super) struct Config {
+    /// Where steps are done.
+    pub(super) steps: tokio_postgres::Config,
+    /// Where pushes are heard: the same place, or one that no pooler stands before.
+    pub(super) listen: tokio_postgres::Config,
+    pub(super) tls: Tls,
+    /// The name of the schema, quoted.
+    pub(super) schema: String,
+    /// The most connections for steps.
+    pub(super) pool: usize,
+    /// Whether the schema is made where it is not there.
+    pub(super) create_schema: bool,
+}
+
+/// How connections are encrypted.
+#[derive(Clone)]
+pub(super) enum Tls {
+    None,
+    Verified(MakeRustlsConnect),
+}
+
+impl std::fmt::Debug for Config {
+    /// Without the passwords.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Config")
+            .field("hosts", &self.steps.get_hosts())
+            .field("schema", &self.schema)
+            .field("pool", &self.pool)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Config {
+    /// Reads a URL. What is wrong with it is told without the part that may hold a password.
+    pub(super) fn from_url(url: &str) -> Result<Self> {
+        let (base, query) = url.split_once('?').unwrap_or((url, ""));
+        let mut rest = Vec::new();
+        let (mut schema, mut pool, mut listen) = ("stanchion".to_owned(), DEFAULT_POOL, None);
+        let mut create_schema = false;
+        let (mut mode, mut authorities, mut certificate, mut key) = (None, None, None, None);
+        for option in query.split('&').filter(|option| !option.is_empty()) {
+            let (name, value) = option.split_once('=').unwrap_or((option, ""));
+            match name {
+                "create_schema" => create_schema = value == "true",
+                "schema" => schema = text("`schema`", value)?,
+                "pool" => pool = number("`pool`", value)?,
+                "listen" => listen = Some(text("`listen`", value)?),
+                "sslmode" => mode = Some(ssl_mode(value)?),
+                "ca_file" => authorities = Some(text("`ca_file`", value)?),
+                "cert_file" => certificate = Some(text("`cert_file`", value)?),
+                "key_file" => key = Some(text("`key_file`", value)?),
+                _ => rest.push(option),
+            }
+        }
+        if pool == 0 {
+            return Err(invalid("`pool` is the most connections for steps, 1 or more".into()));
+        }
+        let query = if rest.is_empty() { String::new() } else { format!("?{}", rest.join("&")) };
+        let mut steps = connection(&format!("{base}{query}"))?;
+        let mut listen = match listen {
+            Some(url) => connection(&url)?,
+            None => steps.clone(),
+        };
+        let encrypts = mode.unwrap_or_else(|| !is_near(&steps));
+        let tls = if encrypts {
+            let files = [authorities.as_deref(), certificate.as_deref(), key.as_deref()];
+            Tls::Verified(MakeRustlsConnect::new(client_config(files)?))
+        } else {
+            if authorities.is_some() || certificate.is_some() || key.is_some() {
+                return Err(invalid("certificates are of no use without `sslmode=verify-full`".into()));
+            }
+            Tls::None
+        };
+        for one in [&mut steps, &mut listen] {
+            one.ssl_mode(if encrypts { SslMode::Require } else { SslMode::Disable });
+        }
+        Ok(Self { steps, listen, tls, schema: quoted(&schema)?, pool, create_schema })
+    }
+}
+
+/// What the client reads of a URL.
+fn connection(url: &str) -> Result<tokio_postgres::Config> {
+    // The client's message names the option, and no value.
+    let mut config: tokio_postgres::Config = url.parse().map_err(|fault: tokio_postgres::Error| {
+        let cause = std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
+        let options = "`schema`, `pool`, `listen`, `sslmode`, `ca_file`, `cert_file`, `key_file`, `create_schema` and those of the client";
+        invalid(format!("this is no `postgres://user@host:5432/database`: {cause}; the options are {options}"))
+    })?;
+    if config.get_hosts().is_empty() {
+        return Err(invalid("a host is missing: `postgres://user@host:5432/database`".into()));
+    }
+    config.connect_timeout(CONNECT_WITHIN).keepalives_idle(Duration::from_secs(3));
+    config.keepalives_interval(Duration::from_secs(1)).keepalives_retries(3).tcp_user_timeout(Duration::from_secs(6));
+    if config.get_application_name().is_none() {
+        config.application_name("stanchion");
+    }
+    Ok(config)
+}
+
+/// Nothing of it leaves this machine.
+fn is_near(config: &tokio_postgres::Config) -> bool {
+    config.get_hosts().iter().all(|host| match host {
+        Host::Unix(_) => true,
+        Host::Tcp(name) => {
+            name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+        }
+    })
+}
+
+/// Whether connections are encrypted. Those that are, are verified.
+fn ssl_mode(text: &str) -> Result<bool> {
+    match text {
+        "disable" => Ok(false),
+        "require" | "verify-ca" | "verify-full" => Ok(true),
+        _ => Err(invalid(
+            "`sslmode` is `disable` or `verify-full` (`require` and `verify-ca` mean the same as `verify-full` here)".into(),
+        )),
+    }
+}
+
+fn client_config([authorities, certificate, key]: [Option<&str>; 3]) -> Result<ClientConfig> {
+    let unreadable = |what: &str, path: &str, fault: &dyn std::fmt::Display| {
+        invalid(format!("`{what}`: {path} cannot be read as PEM: {fault}"))
+    };
+    let read = |what: &str, path: &str| -> Result<Vec<CertificateDer<'static>>> {
+        let all = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
+        all.map_err(|fault| unreadable(what, path, &fault))
+    };
+    let mut roots = RootCertStore::empty();
+    match authorities {
+        Some(path) => {
+            let (added, _) = roots.add_parsable_certificates(read("ca_file", path)?);
+            if added == 0 {
+                return Err(invalid(format!("`ca_file`: there is no certificate in {path}")));
+            }
+        }
+        None => {
+            let system = rustls_native_certs::load_native_certs();
+            roots.add_parsable_certificates(system.certs);
+        }
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let builder = builder.map_err(|fault| error(ErrorKind::Internal, format!("TLS: {fault}")))?;
+    let builder = builder.with_root_certificates(roots);
+    match (certificate, key) {
+        (None, None) => Ok(builder.with_no_client_auth()),
+        (Some(certificate), Some(key)) => {
+            let key = PrivateKeyDer::from_pem_file(key).map_err(|fault| unreadable("key_file", key, &fault))?;
+            let config = builder.with_client_auth_cert(read("cert_file", certificate)?, key);
+            config.map_err(|fault| invalid(format!("`cert_file` and `key_file`: {fault}")))
+        }
+        _ => Err(invalid("`cert_file` and `key_file` belong together".into())),
+    }
+}
+
+fn invalid(message: String) -> Error {
+    error(ErrorKind::InvalidArgument, message)
+}
+
+fn text(what: &str, encoded: &str) -> Result<String> {
+    let bytes = percent_decoded(encoded)
+        .ok_or_else(|| invalid(format!("{what}: a `%` must be followed by two hexadecimal digits")))?;
+    String::from_utf8(bytes).map_err(|_| invalid(format!("{what} is not UTF-8")))
+}
+
+fn number<T: std::str::FromStr>(what: &str, text: &str) -> Result<T> {
+    text.parse().map_err(|_| invalid(format!("{what} must be a whole number")))
+}
+
+/// The name of the schema, as SQL takes it.
+fn quoted(schema: &str) -> Result<String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    if schema.is_empty() || schema.len() > LONGEST_NAME || !schema.chars().all(fits) || schema.starts_with("pg_") {
+        return Err(invalid(format!(
+            "`schema` has 1 to {LONGEST_NAME} characters: letters, digits, `_`; it does not begin with `pg_`"
+        )));
+    }
+    Ok(format!("\"{schema}\""))
+}

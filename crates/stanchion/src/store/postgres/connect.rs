@@ -1,0 +1,230 @@
+//! Connections for steps: a few, made when needed, given back after each step.
+//!
+//! Connections are driven by a thread of the store's own. So a step can be asked for from any runtime, or from none; what
+//! the user's runtime does delays no answer, and its end ends no connection. One step at a time uses a connection, because
+//! the server does one after the other, each with its own write to the disk; several connections share that write.
+//!
+//! The client never repeats a request (rule 7 of the store trait).
+
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, oneshot};
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, Connection, NoTls, Row, Socket};
+
+use super::config::{CONNECT_WITHIN, Config, Tls};
+use super::error::{error, from_answer, while_connecting};
+use crate::clock::{BootTime, Clock, jitter};
+use crate::error::{ErrorKind, Result};
+
+/// After a fault nobody connects for so long, doubled with each further one: a thousand tasks are no storm.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// A step without an answer for so long makes its connection suspect: it is not used again.
+const SUSPECT_AFTER: Duration = Duration::from_secs(1);
+
+/// A value and its type: a statement whose types are told needs no name and one round trip, so that it can go through a
+/// pooler.
+pub(super) type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
+
+#[derive(Debug)]
+pub(super) struct Pool {
+    pub(super) config: Config,
+    /// Started with the first connection.
+    driver: Mutex<Option<Driver>>,
+    idle: Mutex<Vec<Client>>,
+    permits: Semaphore,
+    pause: Mutex<Pause>,
+    saw_primary: AtomicBool,
+    clock: Clock,
+}
+
+/// The thread that drives connections. It ends when this is dropped, and its connections with it.
+#[derive(Debug)]
+struct Driver {
+    runtime: Handle,
+    _lives: oneshot::Sender<()>,
+}
+
+impl Driver {
+    fn start() -> std::io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let handle = runtime.handle().clone();
+        let (lives, ends) = oneshot::channel::<()>();
+        let drive = move || drop(runtime.block_on(ends));
+        std::thread::Builder::new().name("stanchion-postgres".into()).spawn(drive)?;
+        Ok(Self { runtime: handle, _lives: lives })
+    }
+}
+
+/// Not before `next` is another connection made.
+#[derive(Debug)]
+struct Pause {
+    next: BootTime,
+    length: Duration,
+    why: Option<(ErrorKind, String)>,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Pool {
+    pub(super) fn new(config: Config) -> Self {
+        let pause = Pause { next: BootTime::from_nanos(0), length: FIRST_PAUSE, why: None };
+        Self {
+            driver: Mutex::default(),
+            idle: Mutex::default(),
+            permits: Semaphore::new(config.pool),
+            pause: Mutex::new(pause),
+            saw_primary: AtomicBool::new(false),
+            clock: Clock::system(),
+            config,
+        }
+    }
+
+    /// The runtime that connections live in.
+    pub(super) fn runtime(&self) -> Result<Handle> {
+        let mut driver = lock(&self.driver);
+        match &*driver {
+            Some(driver) => Ok(driver.runtime.clone()),
+            None => {
+                let started = Driver::start().map_err(|fault| {
+                    error(ErrorKind::Unavailable, format!("no thread for the connections: {fault}"))
+                })?;
+                let runtime = started.runtime.clone();
+                *driver = Some(started);
+                Ok(runtime)
+            }
+        }
+    }
+
+    /// One statement, on a connection that nobody else uses meanwhile.
+    pub(super) async fn ask(&self, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
+        let _permit = self.permits.acquire().await;
+        let client = self.connection().await?;
+        let mut lease = Lease { pool: self, client: Some(client), since: self.clock.now(), is_answered: false };
+        let Some(client) = &lease.client else { return Err(error(ErrorKind::Internal, "a lease without a client")) };
+        let answer = client.query_typed(statement, parameters).await;
+        lease.is_answered = true;
+        answer.map_err(from_answer)
+    }
+
+    /// Several statements without parameters, for the schema.
+    pub(super) async fn run_script(&self, script: &str) -> Result<()> {
+        let _permit = self.permits.acquire().await;
+        let client = self.connection().await?;
+        let done = client.batch_execute(script).await.map_err(from_answer);
+        if done.is_ok() {
+            // After a failure it may be in the midst of a transaction.
+            lock(&self.idle).push(client);
+        }
+        done
+    }
+
+    async fn connection(&self) -> Result<Client> {
+        loop {
+            let Some(client) = lock(&self.idle).pop() else { break };
+            if !client.is_closed() {
+                return Ok(client);
+            }
+        }
+        {
+            let pause = lock(&self.pause);
+            if let (true, Some((kind, message))) = (self.clock.now() < pause.next, &pause.why) {
+                return Err(error(*kind, message.clone()).in_doubt(false));
+            }
+        }
+        let made = self.connect().await;
+        let mut pause = lock(&self.pause);
+        match &made {
+            Ok(_) => *pause = Pause { next: BootTime::from_nanos(0), length: FIRST_PAUSE, why: None },
+            Err(fault) => {
+                pause.next = self.clock.now().after(jitter(pause.length));
+                pause.length = (pause.length * 2).min(LONGEST_PAUSE);
+                pause.why = Some((fault.kind(), fault.message().to_owned()));
+            }
+        }
+        made
+    }
+
+    async fn connect(&self) -> Result<Client> {
+        let (config, tls) = (self.config.steps.clone(), self.config.tls.clone());
+        let connected = in_driver(self.runtime()?, async move {
+            let client = match tls {
+                Tls::None => drive(config.connect(NoTls).await.map_err(while_connecting)?),
+                Tls::Verified(tls) => drive(config.connect(tls).await.map_err(while_connecting)?),
+            };
+            let standby = client.query_typed("SELECT pg_is_in_recovery()", &[]).await.map_err(while_connecting)?;
+            Ok((client, standby.first().is_some_and(|row| row.try_get(0).unwrap_or(false))))
+        });
+        let (client, is_standby) = connected.await?;
+        match (is_standby, self.saw_primary.load(Ordering::Relaxed)) {
+            (false, _) => {
+                self.saw_primary.store(true, Ordering::Relaxed);
+                Ok(client)
+            }
+            // At first that is a mistake; later it is a failover that has not reached the name yet.
+            (true, false) => {
+                Err(error(ErrorKind::Misconfigured, "this server is a standby, which takes no locks: name the primary"))
+            }
+            (true, true) => Err(error(ErrorKind::Unavailable, "the server is a standby now")),
+        }
+    }
+}
+
+/// Runs the connection, as long as there is a client.
+fn drive<T>((client, connection): (Client, Connection<Socket, T>)) -> Client
+where
+    Connection<Socket, T>: Future<Output = Result<(), tokio_postgres::Error>> + Send + 'static,
+{
+    // What breaks it is told to who waits for an answer.
+    tokio::spawn(async move { drop(connection.await) });
+    client
+}
+
+/// Runs where connections live, and within a limit.
+async fn in_driver<T: Send + 'static>(
+    runtime: Handle,
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    let task = runtime.spawn(async move {
+        within(CONNECT_WITHIN, work).await.unwrap_or_else(|| {
+            let message = format!("cannot connect: no answer within {CONNECT_WITHIN:?}");
+            Err(error(ErrorKind::Unavailable, message))
+        })
+    });
+    task.await.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the store was dropped while it was used")))
+}
+
+/// The outcome, if it comes in time.
+#[allow(clippy::disallowed_methods, reason = "a limit on a connection, not a deadline of the protocol")]
+pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+    tokio::time::timeout(limit, work).await.ok()
+}
+
+/// A connection that a step uses.
+struct Lease<'a> {
+    pool: &'a Pool,
+    client: Option<Client>,
+    since: BootTime,
+    is_answered: bool,
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        // Given up early its step is done and its answer is thrown away before the next step of the connection. After a
+        // long silence nobody knows: the connection is closed.
+        let is_good = self.is_answered || self.pool.clock.now().since(self.since) < SUSPECT_AFTER;
+        if let (true, Some(client)) = (is_good, self.client.take())
+            && !client.is_closed()
+        {
+            lock(&self.pool.idle).push(client);
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! What the server and the client report, as errors of stanchion.
+
+use tokio_postgres::error::{DbError, Severity, SqlState};
+
+use crate::error::{Error, ErrorKind};
+
+/// The store's name in errors and events.
+pub(super) const NAME: &str = "postgres";
+
+/// A message and its kind.
+pub(super) fn error(kind: ErrorKind, message: impl Into<String>) -> Error {
+    Error::new(kind, message).with_store(NAME)
+}
+
+pub(super) fn malformed() -> Error {
+    error(ErrorKind::Internal, "the database gave an answer that is not one of ours: is the schema changed?")
+}
+
+/// A fault while a connection was being made: nothing was sent yet.
+pub(super) fn while_connecting(fault: tokio_postgres::Error) -> Error {
+    let (kind, what) = match fault.as_db_error() {
+        Some(told) => kind_of(told),
+        None => (from_client(&fault), causes(&fault)),
+    };
+    error(kind, format!("cannot connect: {what}")).in_doubt(false).with_source(fault)
+}
+
+/// A fault of a request that was sent.
+pub(super) fn from_answer(fault: tokio_postgres::Error) -> Error {
+    let (kind, what, in_doubt) = match fault.as_db_error() {
+        Some(told) => {
+            let (kind, what) = kind_of(told);
+            // An error rolls the step back. What ends the connection may come after the step was done.
+            (kind, what, told.parsed_severity().is_none_or(|severity| severity != Severity::Error))
+        }
+        None => (ErrorKind::Unavailable, causes(&fault), true),
+    };
+    error(kind, what).in_doubt(in_doubt).with_source(fault)
+}
+
+/// The client says little itself; what is behind it does.
+fn causes(fault: &tokio_postgres::Error) -> String {
+    let mut text = fault.to_string();
+    let mut cause = std::error::Error::source(fault);
+    while let Some(inner) = cause {
+        let more = inner.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+fn from_client(fault: &tokio_postgres::Error) -> ErrorKind {
+    let text = causes(fault);
+    if text.contains("certificate") || text.contains("server does not support TLS") {
+        ErrorKind::Misconfigured
+    } else if text.contains("password") || text.contains("authentication") {
+        ErrorKind::Unauthorized
+    } else {
+        ErrorKind::Unavailable
+    }
+}
+
+/// The kind of an error that the server told, and what to do about it.
+fn kind_of(told: &DbError) -> (ErrorKind, String) {
+    let code = told.code();
+    let (kind, what) = match code {
+        _ if code.code() == "SF002" => (
+            ErrorKind::Misconfigured,
+            "the key has the highest fence there is: the server's clock was far ahead once",
+        ),
+        _ if code.code() == "SF003" => (ErrorKind::Misconfigured, "the schema is newer than this program"),
+        _ if code.code().starts_with("28") => {
+            (ErrorKind::Unauthorized, "the server refused the user, the password or the address")
+        }
+        &SqlState::INSUFFICIENT_PRIVILEGE => (
+            ErrorKind::Unauthorized,
+            "the user lacks a right; see the rights in the documentation of the store",
+        ),
+        &SqlState::INVALID_CATALOG_NAME => (ErrorKind::Misconfigured, "there is no such database"),
+        &SqlState::UNDEFINED_TABLE
+        | &SqlState::UNDEFINED_FUNCTION
+        | &SqlState::UNDEFINED_COLUMN
+        | &SqlState::INVALID_SCHEMA_NAME => (
+            ErrorKind::Misconfigured,
+            "the schema is not there, or another version of it: `stanchion schema --store URL --apply` creates it",
+        ),
+        &SqlState::TOO_MANY_CONNECTIONS => (ErrorKind::RateLimited, "the server has too many connections"),
+        &SqlState::DISK_FULL => (ErrorKind::Unavailable, "the server's disk is full"),
+        &SqlState::OUT_OF_MEMORY => (ErrorKind::Unavailable, "the server is out of memory"),
+        &SqlState::READ_ONLY_SQL_TRANSACTION => (ErrorKind::Unavailable, "the server is read-only: a standby, perhaps"),
+        &SqlState::LOCK_NOT_AVAILABLE => {
+            (ErrorKind::Unavailable, "a transaction keeps the row of the key locked (`check_fence`?)")
+        }
+        &SqlState::QUERY_CANCELED => (ErrorKind::Unavailable, "the server cancelled the step (`statement_timeout`?)"),
+        &SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED => {
+            (ErrorKind::Unavailable, "the step met another transaction")
+        }
+        &SqlState::ADMIN_SHUTDOWN | &SqlState::CRASH_SHUTDOWN => (ErrorKind::Unavailable, "the connection was ended"),
+        &SqlState::CANNOT_CONNECT_NOW => (ErrorKind::Unavailable, "the server is starting or stopping"),
+        // Connections, resources, what the operator did, the system: they pass.
+        _ if ["08", "53", "57", "58", "40", "55"].contains(&&code.code()[..2]) => (ErrorKind::Unavailable, "it failed"),
+        _ => (ErrorKind::Internal, "it failed"),
+    };
+    (kind, format!("{what} ({}: {})", code.code(), told.message()))
+}

@@ -1,0 +1,521 @@
+//! PostgreSQL: locks where the data already is.
+//!
+//! Each step is a function in the database (`schema.sql`), and one round trip. What is here turns requests into calls,
+//! and answers into outcomes.
+
+mod config;
+mod connect;
+mod error;
+mod listen;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use tokio::task::AbortHandle;
+use tokio_postgres::Row;
+use tokio_postgres::types::{FromSql, Type};
+
+use self::config::Config;
+use self::connect::{Parameter, Pool, lock};
+use self::error::{NAME, error, malformed};
+use crate::clock::{BootTime, Clock, jitter};
+use crate::error::{ErrorKind, Result};
+use crate::fence::Fence;
+use crate::key::Key;
+use crate::store::{
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, EndOutcome, EvictOutcome,
+    EvictRequest, ExtendOutcome, GrantStream, Granted, HolderState, KeyState, LostToken, OpenOutcome, OpenSession,
+    PollOutcome, Push, PushSender, Queued, Reply, Store, StoreTime, Term, WaiterState, push_channel,
+};
+use crate::token::{SessionId, TokenId};
+
+/// The schema, with `@schema@` for its name.
+const SCHEMA: &str = include_str!("schema.sql");
+
+/// The version of the schema that this program speaks.
+const VERSION: i32 = 1;
+
+/// Housekeeping is done with a beat, not more often than this.
+const TIDY_EVERY: Duration = Duration::from_secs(10);
+
+/// How often a waiter asks where no push comes.
+const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
+
+/// Locks in a PostgreSQL database, version 15 or later.
+///
+/// The tables and functions are in a schema of their own, which is made before:
+/// `stanchion schema --store URL --apply`, or [`create_schema`](Self::create_schema).
+///
+/// # URL
+/// `postgres://user:password@host:5432/database`, with these options and those of the client (`host`, `port`, `user`,
+/// `password`, `dbname`, `target_session_attrs`, …):
+///
+/// | option | |
+/// |---|---|
+/// | `schema` | the schema's name; `stanchion` |
+/// | `pool` | the most connections for steps; 16. One more listens for pushes |
+/// | `listen` | the URL (percent-encoded) of the server itself, where `host` is a transaction pooler |
+/// | `sslmode` | `disable` or `verify-full`; by default encrypted and verified, but for sockets and this very machine |
+/// | `ca_file`, `cert_file`, `key_file` | PEM files: the authority, a client's certificate and its key |
+/// | `create_schema` | `true`: the schema is made if it is not there |
+///
+/// # Behind a pooler
+/// Every step works through a transaction pooler. Pushes do not: that is noticed, told as a warning, and waiting calls
+/// ask every 50 ms. With `listen` they come as without a pooler.
+///
+/// # What it does not do
+/// A commit that the server answers and then loses (`synchronous_commit=off` and a crash, an asynchronous standby that is
+/// promoted) loses a grant. The next fence is higher all the same, as long as the clocks of the two servers differ by less
+/// than the time between.
+#[derive(Clone, Debug)]
+pub struct Postgres {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    pool: Arc<Pool>,
+    creates_schema: AtomicBool,
+    is_checked: tokio::sync::Mutex<bool>,
+    listeners: Mutex<HashMap<SessionId, Listener>>,
+    /// Pushes do not come.
+    is_deaf: Arc<AtomicBool>,
+    tidied: Mutex<BootTime>,
+    clock: Clock,
+}
+
+/// A session's stream, and what fills it.
+#[derive(Debug)]
+struct Listener {
+    pushes: PushSender,
+    task: Option<AbortHandle>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
+
+impl Postgres {
+    /// A store at this URL. Nothing is connected yet.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] if the URL is malformed.
+    pub fn from_url(url: &str) -> Result<Self> {
+        let config = Config::from_url(url)?;
+        let inner = Inner {
+            creates_schema: AtomicBool::new(config.create_schema),
+            pool: Arc::new(Pool::new(config)),
+            is_checked: tokio::sync::Mutex::new(false),
+            listeners: Mutex::default(),
+            is_deaf: Arc::new(AtomicBool::new(false)),
+            tidied: Mutex::new(BootTime::from_nanos(0)),
+            clock: Clock::system(),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Makes the schema when a handle is opened, if it is not there. Off by default: the right to create is not one that a
+    /// service should have.
+    #[must_use]
+    pub fn create_schema(self, create: bool) -> Self {
+        self.inner.creates_schema.store(create, Ordering::Relaxed);
+        self
+    }
+
+    /// The SQL that makes the schema. Idempotent.
+    pub fn schema_sql(&self) -> String {
+        SCHEMA.replace("@schema@", &self.inner.pool.config.schema)
+    }
+
+    /// Runs [`schema_sql`](Self::schema_sql). Several may do so at once.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unauthorized`] without the right to create, [`ErrorKind::Misconfigured`] if a newer version is there,
+    /// [`ErrorKind::Unavailable`] if the server cannot be reached.
+    pub async fn apply_schema(&self) -> Result<()> {
+        self.inner.pool.run_script(&self.schema_sql()).await
+    }
+}
+
+/// The parameters of a call, with their types.
+macro_rules! parameters {
+    ($($value:expr => $type:ident),* $(,)?) => { &[$((&$value as &(dyn tokio_postgres::types::ToSql + Sync), Type::$type)),*] };
+}
+
+fn micros(span: Duration) -> i64 {
+    i64::try_from(span.as_micros()).unwrap_or(i64::MAX)
+}
+
+fn span(micros: i64) -> Duration {
+    Duration::from_micros(u64::try_from(micros).unwrap_or(0))
+}
+
+/// A column, which is as the schema says.
+fn column<'a, T: FromSql<'a>>(row: &'a Row, name: &str) -> Result<T> {
+    row.try_get(name).map_err(|fault| malformed().with_source(fault))
+}
+
+fn time(row: &Row) -> Result<StoreTime> {
+    let micros: i64 = column(row, "at")?;
+    Ok(StoreTime::from_micros(u64::try_from(micros).map_err(|_| malformed())?))
+}
+
+fn fence(row: &Row) -> Result<Fence> {
+    let fence: i64 = column(row, "fence")?;
+    Ok(Fence::new(u64::try_from(fence).map_err(|_| malformed())?))
+}
+
+fn granted(row: &Row) -> Result<Granted> {
+    Ok(Granted { fence: fence(row)?, remaining: column::<Option<i64>>(row, "remaining")?.map(span) })
+}
+
+fn number(row: &Row) -> Result<u32> {
+    let number: Option<i64> = column(row, "number")?;
+    u32::try_from(number.unwrap_or_default()).map_err(|_| malformed())
+}
+
+impl Inner {
+    /// The rows of a function of the schema.
+    async fn rows(&self, function: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
+        let places: Vec<_> = (1..=parameters.len()).map(|place| format!("${place}")).collect();
+        let statement = format!("SELECT * FROM {}.{function}({})", self.pool.config.schema, places.join(","));
+        self.pool.ask(&statement, parameters).await
+    }
+
+    /// The one row of a step.
+    async fn step(&self, function: &str, parameters: &[Parameter<'_>]) -> Result<Row> {
+        self.rows(function, parameters).await?.into_iter().next().ok_or_else(malformed)
+    }
+
+    /// When to ask again.
+    fn check_in(&self, row: &Row) -> Result<Option<Duration>> {
+        let told = column::<Option<i64>>(row, "check_in")?.map(span);
+        let own = self.is_deaf.load(Ordering::Relaxed).then(|| jitter(PACE_WITHOUT_PUSH));
+        Ok(told.into_iter().chain(own).min())
+    }
+
+    /// Looks once whether the database can be used, and whether it would lose locks.
+    async fn check(&self, session: SessionId) -> Result<()> {
+        let mut is_checked = self.is_checked.lock().await;
+        if *is_checked {
+            return Ok(());
+        }
+        let schema = &self.pool.config.schema;
+        let statement = format!("SELECT version FROM {schema}.version()");
+        let version = match self.pool.ask(&statement, &[]).await {
+            Err(fault) if fault.kind() == ErrorKind::Misconfigured && self.creates_schema.load(Ordering::Relaxed) => {
+                self.pool.run_script(&SCHEMA.replace("@schema@", schema)).await?;
+                self.pool.ask(&statement, &[]).await?
+            }
+            answer => answer?,
+        };
+        let version: i32 = column(version.first().ok_or_else(malformed)?, "version")?;
+        if version != VERSION {
+            let mend = if version > VERSION { "update this program" } else { "run `stanchion schema --apply`" };
+            let message = format!("the schema is of version {version}, this program speaks {VERSION}: {mend}");
+            return Err(error(ErrorKind::Misconfigured, message));
+        }
+        let settings = "SELECT current_setting('server_encoding') AS encoding, current_setting('fsync') AS fsync, \
+                        current_setting('full_page_writes') AS pages, current_setting('synchronous_commit') AS commit";
+        let settings = self.pool.ask(settings, &[]).await?;
+        let settings = settings.first().ok_or_else(malformed)?;
+        let setting = |name| column::<String>(settings, name);
+        if setting("encoding")? != "UTF8" {
+            let message = "the database is not in UTF-8: names of keys would not be kept; create it with ENCODING 'UTF8'";
+            return Err(error(ErrorKind::Misconfigured, message));
+        }
+        for (name, what) in [("fsync", "fsync"), ("pages", "full_page_writes"), ("commit", "synchronous_commit")] {
+            if setting(name)? == "off" {
+                self.tell(session, format!("{what} is off: a crash of the server may lose grants that were answered"));
+            }
+        }
+        *is_checked = true;
+        Ok(())
+    }
+
+    fn tell(&self, session: SessionId, warning: String) {
+        if let Some(listener) = lock(&self.listeners).get(&session) {
+            listener.pushes.send(Push::Warning(warning));
+        }
+    }
+
+    async fn listen(&self, session: SessionId) -> Result<()> {
+        let pushes = lock(&self.listeners)
+            .get(&session)
+            .filter(|listener| listener.task.is_none())
+            .map(|listener| listener.pushes.clone());
+        if let Some(pushes) = pushes {
+            let task = listen::start(&self.pool, session, pushes, self.is_deaf.clone()).await?;
+            match lock(&self.listeners).get_mut(&session) {
+                Some(listener) => listener.task = Some(task),
+                None => task.abort(),
+            }
+        }
+        Ok(())
+    }
+
+    /// Housekeeping now and then. Nobody waits for it, and what fails is done another time.
+    fn tidy(self: &Arc<Self>) {
+        let now = self.clock.now();
+        {
+            let mut tidied = lock(&self.tidied);
+            if now.since(*tidied) < TIDY_EVERY {
+                return;
+            }
+            *tidied = now;
+        }
+        if let Ok(runtime) = self.pool.runtime() {
+            let inner = self.clone();
+            runtime.spawn(async move { drop(inner.rows("tidy", &[]).await) });
+        }
+    }
+
+    async fn end(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
+        let (token, cooldown) = (token.as_bytes().as_slice(), cooldown.map(micros));
+        let parameters = parameters![key.as_encoded() => TEXT, token => BYTEA, cooldown => INT8];
+        let row = self.step("finish", parameters).await?;
+        let outcome = match column(&row, "outcome")? {
+            "released" => EndOutcome::Released,
+            "dequeued" => EndOutcome::Dequeued,
+            "nothing" => EndOutcome::Nothing,
+            _ => return Err(malformed()),
+        };
+        Ok(Reply { time: time(&row)?, outcome })
+    }
+}
+
+/// The keys that rows tell of, in order.
+fn states(rows: &[Row]) -> Result<Reply<Vec<KeyState>>> {
+    let mut states: Vec<KeyState> = Vec::new();
+    let mut answered = None;
+    for row in rows {
+        let now: i64 = column(row, "now_is")?;
+        let kind: &str = column(row, "kind")?;
+        if kind == "time" {
+            answered = Some(StoreTime::from_micros(u64::try_from(now).map_err(|_| malformed())?));
+            continue;
+        }
+        let remaining: Option<Duration> = column::<Option<i64>>(row, "remaining")?.map(span);
+        if kind == "key" {
+            let last_fence = column::<Option<i64>>(row, "fence")?.map(|_| fence(row)).transpose()?;
+            states.push(KeyState {
+                key: Key::from_encoded(column(row, "of_key")?)?,
+                capacity: None,
+                holders: Vec::new(),
+                waiters: Vec::new(),
+                last_fence,
+                closed_for: remaining,
+            });
+            continue;
+        }
+        let state = states.last_mut().ok_or_else(malformed)?;
+        let whole = |name| column::<i32>(row, name).and_then(|number| u32::try_from(number).map_err(|_| malformed()));
+        state.capacity.get_or_insert(whole("capacity")?);
+        let since: i64 = column(row, "since")?;
+        let (owner, units, age) = (column(row, "owner")?, whole("units")?, span(now - since));
+        let (metadata, trace) = (column(row, "metadata")?, column(row, "trace")?);
+        if kind == "hold" {
+            state.holders.push(HolderState {
+                fence: fence(row)?,
+                owner,
+                units,
+                session_bound: column(row, "bound")?,
+                age,
+                since: SystemTime::UNIX_EPOCH + span(since),
+                remaining,
+                metadata,
+                trace,
+            });
+        } else {
+            state.waiters.push(WaiterState { owner, units, age, metadata, trace });
+        }
+    }
+    Ok(Reply { time: answered.ok_or_else(malformed)?, outcome: states })
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Store for Postgres {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(NAME)
+    }
+
+    async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {
+        let inner = &self.inner;
+        let OpenSession { session, ttl, owner } = request;
+        inner.check(session).await?;
+        inner.listen(session).await?;
+        let id = session.as_bytes().as_slice();
+        let row = inner.step("open_session", parameters![id => BYTEA, micros(ttl) => INT8, owner => TEXT]).await?;
+        let outcome = match column(&row, "outcome")? {
+            "opened" => OpenOutcome::Opened,
+            "gone" => OpenOutcome::Gone,
+            _ => return Err(malformed()),
+        };
+        Ok(Reply { time: time(&row)?, outcome })
+    }
+
+    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
+        let id = session.as_bytes().as_slice();
+        let rows = self.inner.rows("beat", parameters![id => BYTEA]).await?;
+        let (first, lost) = rows.split_first().ok_or_else(malformed)?;
+        let time = time(first)?;
+        if column::<&str>(first, "outcome")? == "gone" {
+            return Ok(Reply { time, outcome: BeatOutcome::Gone });
+        }
+        let lost = lost.iter().map(|row| {
+            let token: &[u8] = column(row, "token")?;
+            let token = TokenId::from_bytes(token.try_into().map_err(|_| malformed())?);
+            Ok(LostToken { key: Key::from_encoded(column(row, "key")?)?, token, reason: column(row, "reason")? })
+        });
+        let lost = lost.collect::<Result<_>>()?;
+        self.inner.tidy();
+        Ok(Reply { time, outcome: BeatOutcome::Alive { lost } })
+    }
+
+    async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
+        let id = session.as_bytes().as_slice();
+        let row = self.inner.step("close_session", parameters![id => BYTEA]).await?;
+        lock(&self.inner.listeners).remove(&session);
+        Ok(Reply { time: time(&row)?, outcome: () })
+    }
+
+    async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
+        let (token, session) = (request.token.as_bytes().as_slice(), request.session.as_bytes().as_slice());
+        let whole = |number: u32| i32::try_from(number).unwrap_or(i32::MAX);
+        let is_bound = matches!(request.term, Term::Session { .. });
+        let not_after = i64::try_from(request.not_after.as_micros()).unwrap_or(i64::MAX);
+        let parameters = parameters![
+            request.key.as_encoded() => TEXT,
+            token => BYTEA,
+            session => BYTEA,
+            whole(request.demand.units()) => INT4,
+            whole(request.demand.capacity()) => INT4,
+            is_bound => BOOL,
+            request.term.length().map(micros) => INT8,
+            request.enqueue => BOOL,
+            not_after => INT8,
+            request.metadata => TEXT,
+            request.trace => TEXT,
+        ];
+        let row = self.inner.step("acquire", parameters).await?;
+        let outcome = match column(&row, "outcome")? {
+            "granted" => AcquireOutcome::Granted(granted(&row)?),
+            "queued" => {
+                AcquireOutcome::Queued(Queued { ahead: number(&row)?, check_in: self.inner.check_in(&row)? })
+            }
+            "busy" => AcquireOutcome::Busy { check_in: column::<Option<i64>>(&row, "check_in")?.map(span) },
+            "stale" => AcquireOutcome::Stale,
+            "forced" => AcquireOutcome::Forced,
+            "session_gone" => AcquireOutcome::SessionGone,
+            "mismatch" => AcquireOutcome::CapacityMismatch { in_use: number(&row)? },
+            "full" => AcquireOutcome::QueueFull { limit: number(&row)? },
+            _ => return Err(malformed()),
+        };
+        Ok(Reply { time: time(&row)?, outcome })
+    }
+
+    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
+        let token = token.as_bytes().as_slice();
+        let row = self.inner.step("poll", parameters![key.as_encoded() => TEXT, token => BYTEA]).await?;
+        let outcome = match column(&row, "outcome")? {
+            "granted" => PollOutcome::Granted(granted(&row)?),
+            "queued" => PollOutcome::Queued(Queued { ahead: number(&row)?, check_in: self.inner.check_in(&row)? }),
+            "gone" => PollOutcome::Gone,
+            _ => return Err(malformed()),
+        };
+        Ok(Reply { time: time(&row)?, outcome })
+    }
+
+    async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
+        self.inner.end(key, token, None).await
+    }
+
+    async fn release(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
+        self.inner.end(key, token, cooldown).await
+    }
+
+    async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
+        let token = token.as_bytes().as_slice();
+        let parameters = parameters![key.as_encoded() => TEXT, token => BYTEA, micros(ttl) => INT8];
+        let row = self.inner.step("extend", parameters).await?;
+        let outcome = match column(&row, "outcome")? {
+            "extended" => ExtendOutcome::Extended,
+            "not_held" => ExtendOutcome::NotHeld,
+            _ => return Err(malformed()),
+        };
+        Ok(Reply { time: time(&row)?, outcome })
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
+        let [from, to] = [&request.from, &request.to].map(|token| token.as_bytes().as_slice());
+        let session = request.session.as_bytes().as_slice();
+        let not_after = i64::try_from(request.not_after.as_micros()).unwrap_or(i64::MAX);
+        let parameters = parameters![
+            request.key.as_encoded() => TEXT,
+            from => BYTEA,
+            to => BYTEA,
+            session => BYTEA,
+            not_after => INT8,
+        ];
+        let row = self.inner.step("adopt", parameters).await?;
+        let outcome = match column(&row, "outcome")? {
+            "adopted" => AdoptOutcome::Adopted { granted: granted(&row)?, session_bound: column(&row, "bound")? },
+            "gone" => AdoptOutcome::Gone,
+            "stale" => AdoptOutcome::Stale,
+            "session_gone" => AdoptOutcome::SessionGone,
+            _ => return Err(malformed()),
+        };
+        Ok(Reply { time: time(&row)?, outcome })
+    }
+
+    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
+        let fence = i64::try_from(request.fence.get()).unwrap_or(i64::MAX);
+        let parameters = parameters![request.key.as_encoded() => TEXT, fence => INT8, request.reason => TEXT];
+        let row = self.inner.step("evict", parameters).await?;
+        let outcome = match column(&row, "outcome")? {
+            "evicted" => EvictOutcome::Evicted,
+            "no_such_hold" => {
+                let live = column::<Option<&str>>(&row, "live")?.unwrap_or_default().split_whitespace();
+                let live = live.map(|fence| fence.parse().map(Fence::new).map_err(|_| malformed()));
+                EvictOutcome::NoSuchHold { live: live.collect::<Result<_>>()? }
+            }
+            _ => return Err(malformed()),
+        };
+        Ok(Reply { time: time(&row)?, outcome })
+    }
+
+    async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
+        let rows = self.inner.rows("inspect", parameters![key.as_encoded() => TEXT]).await?;
+        let Reply { time, outcome } = states(&rows)?;
+        let nothing = KeyState {
+            key: key.clone(),
+            capacity: None,
+            holders: Vec::new(),
+            waiters: Vec::new(),
+            last_fence: None,
+            closed_for: None,
+        };
+        Ok(Reply { time, outcome: outcome.into_iter().next().unwrap_or(nothing) })
+    }
+
+    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
+        let after = after.map_or("", Key::as_encoded);
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let rows = self.inner.rows("list", parameters![prefix => TEXT, after => TEXT, limit => INT8]).await?;
+        states(&rows)
+    }
+
+    fn grants(&self, session: SessionId) -> GrantStream {
+        let (pushes, stream) = push_channel();
+        lock(&self.inner.listeners).insert(session, Listener { pushes, task: None });
+        stream
+    }
+}

@@ -1,0 +1,660 @@
+-- The schema of stanchion in PostgreSQL. Idempotent: it may be applied again, and by several at once.
+-- `@schema@` stands for the name of the schema, quoted.
+--
+-- Each step of the protocol is a function, and costs one round trip. A step locks one row of `keys`, and looks at the
+-- clock after that: `clock_timestamp()`, never `now()`, which stands still while a step waits for the row. Times are µs
+-- since 1970; tokens and sessions are 16 bytes. Every column is named with its table, so that a bare name is a variable.
+
+BEGIN;
+
+-- One at a time applies it.
+SELECT pg_advisory_xact_lock(hashtextextended('stanchion schema', 0));
+
+DO $$
+DECLARE
+  found integer;
+BEGIN
+  IF to_regnamespace('@schema@') IS NULL THEN
+    CREATE SCHEMA @schema@;
+  END IF;
+  IF to_regclass('@schema@.meta') IS NOT NULL THEN
+    SELECT version INTO found FROM @schema@.meta;
+    IF found > 1 THEN
+      RAISE EXCEPTION 'the schema is of version %, newer than this program: update the program', found
+        USING ERRCODE = 'SF003';
+    END IF;
+  END IF;
+END $$;
+COMMENT ON SCHEMA @schema@ IS 'stanchion: distributed locks';
+
+CREATE TABLE IF NOT EXISTS @schema@.meta (
+  one boolean PRIMARY KEY DEFAULT true CHECK (one),
+  version integer NOT NULL,
+  -- At least as high as every fence of a key whose row was deleted.
+  fence_floor bigint NOT NULL DEFAULT 0,
+  -- Housekeeping goes through the keys in order, and is here.
+  tidied_to text COLLATE "C" NOT NULL DEFAULT ''
+);
+
+-- A process. It lives until `expires`, and never again after that.
+CREATE TABLE IF NOT EXISTS @schema@.sessions (
+  id bytea PRIMARY KEY,
+  owner text NOT NULL,
+  ttl bigint NOT NULL,
+  expires bigint NOT NULL
+) WITH (fillfactor = 50);
+
+-- A key. `token` and what follows is the hold of a mutex without a deadline, while nobody waits and nothing else is known
+-- of the key: the commonest case costs one update of one row. Where `busy`, `holds`, `queue` and `forced` tell the rest.
+CREATE TABLE IF NOT EXISTS @schema@.keys (
+  key text COLLATE "C" PRIMARY KEY,
+  fence bigint,
+  closed_until bigint,
+  busy boolean NOT NULL DEFAULT false,
+  token bytea,
+  session bytea,
+  at bigint,
+  metadata text,
+  trace text
+) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000);
+
+CREATE TABLE IF NOT EXISTS @schema@.holds (
+  key text COLLATE "C" NOT NULL,
+  token bytea NOT NULL,
+  session bytea NOT NULL,
+  bound boolean NOT NULL,
+  deadline bigint,
+  fence bigint NOT NULL,
+  units integer NOT NULL,
+  capacity integer NOT NULL,
+  owner text NOT NULL,
+  at bigint NOT NULL,
+  metadata text,
+  trace text,
+  PRIMARY KEY (key, token)
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000);
+
+CREATE TABLE IF NOT EXISTS @schema@.queue (
+  key text COLLATE "C" NOT NULL,
+  place bigint GENERATED ALWAYS AS IDENTITY,
+  token bytea NOT NULL,
+  session bytea NOT NULL,
+  bound boolean NOT NULL,
+  term bigint,
+  units integer NOT NULL,
+  capacity integer NOT NULL,
+  at bigint NOT NULL,
+  metadata text,
+  trace text,
+  PRIMARY KEY (key, place)
+) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000);
+CREATE UNIQUE INDEX IF NOT EXISTS queue_token ON @schema@.queue (key, token);
+CREATE INDEX IF NOT EXISTS queue_session ON @schema@.queue (session);
+
+-- Tokens that were taken by force: they are never granted again, and their session is told.
+CREATE TABLE IF NOT EXISTS @schema@.forced (
+  token bytea PRIMARY KEY,
+  session bytea NOT NULL,
+  key text COLLATE "C" NOT NULL,
+  reason text NOT NULL,
+  at bigint NOT NULL
+);
+CREATE INDEX IF NOT EXISTS forced_session ON @schema@.forced (session);
+CREATE INDEX IF NOT EXISTS forced_key ON @schema@.forced (key);
+
+CREATE OR REPLACE FUNCTION @schema@.clock() RETURNS bigint LANGUAGE sql VOLATILE AS
+$$ SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint $$;
+
+CREATE OR REPLACE FUNCTION @schema@.lives(wanted bytea, at bigint) RETURNS boolean LANGUAGE sql STABLE AS
+$$ SELECT EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = wanted AND s.expires > at) $$;
+
+-- A fence that is higher than all before, and no lower than the clock.
+CREATE OR REPLACE FUNCTION @schema@.next_fence(last bigint) RETURNS bigint LANGUAGE plpgsql AS $$
+#variable_conflict use_variable
+BEGIN
+  IF last = 9223372036854775807 THEN
+    RAISE EXCEPTION 'the key has the highest fence there is' USING ERRCODE = 'SF002';
+  END IF;
+  RETURN greatest(@schema@.clock(), last + 1);
+END $$;
+
+-- The channel of a session, and a message to it. Without listeners it is nothing.
+CREATE OR REPLACE FUNCTION @schema@.tell(session bytea, message text) RETURNS void LANGUAGE plpgsql AS $$
+#variable_conflict use_variable
+BEGIN
+  -- The longest message that there may be has 7999 bytes. A beat tells what is too long.
+  IF octet_length(message) < 8000 THEN
+    PERFORM pg_catalog.pg_notify('stanchion_' || encode(session, 'hex'), message);
+  END IF;
+END $$;
+
+-- Ends what time and death have ended, and gives the key to the head of the queue for as long as that fits.
+CREATE OR REPLACE FUNCTION @schema@.settle(INOUT rec @schema@.keys) LANGUAGE plpgsql AS $$
+#variable_conflict use_variable
+DECLARE
+  now bigint := @schema@.clock();
+  used bigint;
+  first @schema@.queue;
+BEGIN
+  DELETE FROM @schema@.holds h WHERE h.key = rec.key
+    AND (h.deadline <= now OR h.bound AND NOT @schema@.lives(h.session, now));
+  IF rec.closed_until <= now THEN rec.closed_until := NULL; END IF;
+  LOOP
+    SELECT * INTO first FROM @schema@.queue q WHERE q.key = rec.key ORDER BY q.place LIMIT 1;
+    EXIT WHEN NOT FOUND;
+    IF NOT @schema@.lives(first.session, now) THEN
+      DELETE FROM @schema@.queue q WHERE q.key = rec.key AND q.place = first.place;
+      CONTINUE;
+    END IF;
+    EXIT WHEN rec.closed_until IS NOT NULL;
+    SELECT coalesce(sum(h.units), 0) INTO used FROM @schema@.holds h WHERE h.key = rec.key;
+    EXIT WHEN used + first.units > first.capacity;
+    DELETE FROM @schema@.queue q WHERE q.key = rec.key AND q.place = first.place;
+    rec.fence := @schema@.next_fence(rec.fence);
+    INSERT INTO @schema@.holds
+      SELECT rec.key, first.token, first.session, first.bound, now + first.term, rec.fence, first.units,
+             first.capacity, s.owner, now, first.metadata, first.trace
+      FROM @schema@.sessions s WHERE s.id = first.session;
+    PERFORM @schema@.tell(first.session, 'G' || encode(first.token, 'hex') || rec.fence || ' ' || rec.key);
+  END LOOP;
+END $$;
+
+-- Locks the record of a key, and settles it. All that is known of its holds is in `holds` then. `put` is to follow.
+CREATE OR REPLACE FUNCTION @schema@.take(wanted text) RETURNS @schema@.keys LANGUAGE plpgsql AS $$
+#variable_conflict use_variable
+DECLARE
+  rec @schema@.keys;
+BEGIN
+  LOOP
+    SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted FOR UPDATE;
+    EXIT WHEN FOUND;
+    INSERT INTO @schema@.keys (key) VALUES (wanted) ON CONFLICT DO NOTHING;
+  END LOOP;
+  IF rec.fence IS NULL THEN
+    -- The row is new. What its fences must be above is looked up after it was entered.
+    SELECT m.fence_floor INTO rec.fence FROM @schema@.meta m;
+  END IF;
+  IF rec.token IS NOT NULL THEN
+    INSERT INTO @schema@.holds
+      SELECT rec.key, rec.token, rec.session, true, NULL, rec.fence, 1, 1, s.owner, rec.at,
+             rec.metadata, rec.trace
+      FROM @schema@.sessions s WHERE s.id = rec.session;
+    rec.token := NULL;
+    rec.session := NULL;
+    rec.at := NULL;
+    rec.metadata := NULL;
+    rec.trace := NULL;
+  END IF;
+  RETURN @schema@.settle(rec);
+END $$;
+
+-- Writes the record back, settled.
+CREATE OR REPLACE FUNCTION @schema@.put(rec @schema@.keys) RETURNS void LANGUAGE plpgsql AS $$
+#variable_conflict use_variable
+BEGIN
+  rec := @schema@.settle(rec);
+  rec.busy := rec.closed_until IS NOT NULL
+    OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = rec.key)
+    OR EXISTS (SELECT FROM @schema@.queue q WHERE q.key = rec.key)
+    OR EXISTS (SELECT FROM @schema@.forced f WHERE f.key = rec.key);
+  UPDATE @schema@.keys k SET fence = rec.fence, closed_until = rec.closed_until, busy = rec.busy, token = NULL,
+    session = NULL, at = NULL, metadata = NULL, trace = NULL
+  WHERE k.key = rec.key
+    AND (k.fence, k.closed_until, k.busy, k.token) IS DISTINCT FROM
+        (rec.fence, rec.closed_until, rec.busy, NULL::bytea);
+END $$;
+
+-- When time alone may change something for a waiter, in µs from now.
+CREATE OR REPLACE FUNCTION @schema@.check_in(rec @schema@.keys, now bigint) RETURNS bigint LANGUAGE sql STABLE AS $$
+  SELECT least(
+    (SELECT min(least(h.deadline, CASE WHEN h.bound THEN s.expires END))
+     FROM @schema@.holds h LEFT JOIN @schema@.sessions s ON s.id = h.session WHERE h.key = rec.key),
+    (SELECT s.expires FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
+     WHERE q.key = rec.key ORDER BY q.place LIMIT 1),
+    rec.closed_until) - now
+$$;
+
+CREATE OR REPLACE FUNCTION @schema@.ahead(wanted text, before bigint) RETURNS bigint LANGUAGE sql STABLE AS
+$$ SELECT count(*) FROM @schema@.queue q WHERE q.key = wanted AND q.place < before $$;
+
+-- The steps. `at` is the time of the store; spans are µs.
+
+CREATE OR REPLACE FUNCTION @schema@.acquire(
+  wanted text, asked_token bytea, asked_session bytea, asked_units integer, asked_capacity integer, asked_bound boolean,
+  asked_term bigint, enqueue boolean, not_after bigint, asked_metadata text, asked_trace text,
+  OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+#variable_conflict use_variable
+DECLARE
+  rec @schema@.keys;
+  hold @schema@.holds;
+  used bigint;
+  in_use integer;
+  place bigint;
+BEGIN
+  IF asked_capacity = 1 AND asked_bound AND asked_term IS NULL THEN
+    UPDATE @schema@.keys k SET fence = greatest(@schema@.clock(), k.fence + 1), token = asked_token,
+      session = asked_session, at = @schema@.clock(), metadata = asked_metadata, trace = asked_trace
+    FROM @schema@.sessions s
+    WHERE k.key = wanted AND k.token IS NULL AND NOT k.busy AND k.fence < 9223372036854775807
+      AND s.id = asked_session AND s.expires > @schema@.clock() AND @schema@.clock() <= not_after
+    RETURNING k.fence INTO fence;
+    IF FOUND THEN
+      at := @schema@.clock();
+      outcome := 'granted';
+      -- The row may have been waited for.
+      IF at > not_after THEN
+        UPDATE @schema@.keys k SET token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL
+        WHERE k.key = wanted;
+        outcome := 'stale';
+      END IF;
+      RETURN;
+    END IF;
+  END IF;
+  rec := @schema@.take(wanted);
+  at := @schema@.clock();
+  SELECT * INTO hold FROM @schema@.holds h WHERE h.key = wanted AND h.token = asked_token;
+  SELECT h.capacity INTO in_use FROM @schema@.holds h WHERE h.key = wanted LIMIT 1;
+  IF in_use IS NULL THEN
+    SELECT q.capacity INTO in_use FROM @schema@.queue q WHERE q.key = wanted ORDER BY q.place LIMIT 1;
+  END IF;
+  SELECT q.place INTO place FROM @schema@.queue q WHERE q.key = wanted AND q.token = asked_token;
+  IF NOT @schema@.lives(asked_session, at) THEN
+    outcome := 'session_gone';
+  ELSIF EXISTS (SELECT FROM @schema@.forced f WHERE f.token = asked_token) THEN
+    outcome := 'forced';
+  ELSIF hold.token IS NOT NULL THEN
+    outcome := 'granted';
+    fence := hold.fence;
+    remaining := hold.deadline - at;
+  ELSIF place IS NOT NULL THEN
+    outcome := 'queued';
+  ELSIF at > not_after THEN
+    outcome := 'stale';
+  ELSIF in_use <> asked_capacity THEN
+    outcome := 'mismatch';
+    number := in_use;
+  ELSE
+    SELECT coalesce(sum(h.units), 0) INTO used FROM @schema@.holds h WHERE h.key = wanted;
+    IF rec.closed_until IS NULL AND used + asked_units <= asked_capacity
+      AND NOT EXISTS (SELECT FROM @schema@.queue q WHERE q.key = wanted)
+    THEN
+      rec.fence := @schema@.next_fence(rec.fence);
+      INSERT INTO @schema@.holds
+        SELECT wanted, asked_token, asked_session, asked_bound, at + asked_term, rec.fence, asked_units, asked_capacity,
+               s.owner, at, asked_metadata, asked_trace
+        FROM @schema@.sessions s WHERE s.id = asked_session;
+      outcome := 'granted';
+      fence := rec.fence;
+      remaining := asked_term;
+    ELSIF NOT enqueue THEN
+      outcome := 'busy';
+      check_in := @schema@.check_in(rec, at);
+    ELSE
+      outcome := 'queued';
+      IF (SELECT count(*) FROM @schema@.queue q WHERE q.key = wanted) >= 10000 THEN
+        DELETE FROM @schema@.queue q WHERE q.key = wanted AND NOT @schema@.lives(q.session, at);
+        IF (SELECT count(*) FROM @schema@.queue q WHERE q.key = wanted) >= 10000 THEN
+          outcome := 'full';
+          number := 10000;
+        END IF;
+      END IF;
+      IF outcome = 'queued' THEN
+        INSERT INTO @schema@.queue AS q
+          (key, token, session, bound, term, units, capacity, at, metadata, trace)
+          VALUES (wanted, asked_token, asked_session, asked_bound, asked_term, asked_units, asked_capacity, at,
+                  asked_metadata, asked_trace)
+          RETURNING q.place INTO place;
+      END IF;
+    END IF;
+  END IF;
+  IF outcome = 'queued' THEN
+    number := @schema@.ahead(wanted, place);
+    check_in := @schema@.check_in(rec, at);
+  END IF;
+  PERFORM @schema@.put(rec);
+END $$;
+
+CREATE OR REPLACE FUNCTION @schema@.poll(
+  wanted text, asked_token bytea,
+  OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+#variable_conflict use_variable
+DECLARE
+  rec @schema@.keys;
+  hold @schema@.holds;
+  place bigint;
+BEGIN
+  -- A look without a lock, for the many that wait: is it as it was?
+  at := @schema@.clock();
+  SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted;
+  SELECT q.place INTO place FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
+    WHERE q.key = wanted AND q.token = asked_token AND s.expires > at;
+  IF place IS NULL OR rec.closed_until <= at OR rec.token IS NOT NULL
+    OR NOT EXISTS (SELECT FROM @schema@.holds h WHERE h.key = wanted) AND rec.closed_until IS NULL
+    OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = wanted
+               AND (h.deadline <= at OR h.bound AND NOT @schema@.lives(h.session, at)))
+    OR NOT @schema@.lives((SELECT q.session FROM @schema@.queue q WHERE q.key = wanted ORDER BY q.place LIMIT 1), at)
+  THEN
+    rec := @schema@.take(wanted);
+    at := @schema@.clock();
+    SELECT * INTO hold FROM @schema@.holds h WHERE h.key = wanted AND h.token = asked_token;
+    SELECT q.place INTO place FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
+      WHERE q.key = wanted AND q.token = asked_token AND s.expires > at;
+    PERFORM @schema@.put(rec);
+  END IF;
+  IF hold.token IS NOT NULL THEN
+    outcome := 'granted';
+    fence := hold.fence;
+    remaining := hold.deadline - at;
+  ELSIF place IS NOT NULL THEN
+    outcome := 'queued';
+    number := @schema@.ahead(wanted, place);
+    check_in := @schema@.check_in(rec, at);
+  ELSE
+    outcome := 'gone';
+  END IF;
+END $$;
+
+CREATE OR REPLACE FUNCTION @schema@.finish(
+  wanted text, asked_token bytea, cooldown bigint, OUT outcome text, OUT at bigint
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+#variable_conflict use_variable
+DECLARE
+  rec @schema@.keys;
+BEGIN
+  IF cooldown IS NULL THEN
+    UPDATE @schema@.keys k SET token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL
+    FROM @schema@.sessions s
+    WHERE k.key = wanted AND k.token = asked_token AND NOT k.busy AND s.id = k.session AND s.expires > @schema@.clock();
+    IF FOUND THEN
+      outcome := 'released';
+      at := @schema@.clock();
+      RETURN;
+    END IF;
+  END IF;
+  rec := @schema@.take(wanted);
+  at := @schema@.clock();
+  DELETE FROM @schema@.forced f WHERE f.token = asked_token;
+  DELETE FROM @schema@.holds h WHERE h.key = wanted AND h.token = asked_token;
+  IF FOUND THEN
+    outcome := 'released';
+    -- Neither is greatest where one is not there.
+    rec.closed_until := greatest(rec.closed_until, at + cooldown);
+  ELSE
+    DELETE FROM @schema@.queue q WHERE q.key = wanted AND q.token = asked_token;
+    outcome := CASE WHEN FOUND THEN 'dequeued' ELSE 'nothing' END;
+  END IF;
+  PERFORM @schema@.put(rec);
+END $$;
+
+CREATE OR REPLACE FUNCTION @schema@.extend(
+  wanted text, asked_token bytea, ttl bigint, OUT outcome text, OUT at bigint
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+#variable_conflict use_variable
+DECLARE
+  rec @schema@.keys;
+BEGIN
+  rec := @schema@.take(wanted);
+  at := @schema@.clock();
+  UPDATE @schema@.holds h SET deadline = at + ttl
+  WHERE h.key = wanted AND h.token = asked_token AND h.deadline IS NOT NULL;
+  outcome := CASE WHEN FOUND THEN 'extended' ELSE 'not_held' END;
+  PERFORM @schema@.put(rec);
+END $$;
+
+CREATE OR REPLACE FUNCTION @schema@.adopt(
+  wanted text, from_token bytea, to_token bytea, by_session bytea, not_after bigint,
+  OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT bound boolean
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+#variable_conflict use_variable
+DECLARE
+  rec @schema@.keys;
+  hold @schema@.holds;
+BEGIN
+  rec := @schema@.take(wanted);
+  at := @schema@.clock();
+  SELECT * INTO hold FROM @schema@.holds h WHERE h.key = wanted AND h.token = to_token;
+  IF NOT @schema@.lives(by_session, at) THEN
+    outcome := 'session_gone';
+  ELSIF hold.token IS NULL AND at > not_after THEN
+    outcome := 'stale';
+  ELSE
+    IF hold.token IS NULL THEN
+      UPDATE @schema@.holds h SET token = to_token, session = by_session, owner = s.owner
+      FROM @schema@.sessions s WHERE h.key = wanted AND h.token = from_token AND s.id = by_session
+      RETURNING h.* INTO hold;
+    END IF;
+    outcome := CASE WHEN hold.token IS NULL THEN 'gone' ELSE 'adopted' END;
+    fence := hold.fence;
+    remaining := hold.deadline - at;
+    bound := hold.bound;
+  END IF;
+  PERFORM @schema@.put(rec);
+END $$;
+
+-- Ends a hold by force. Where there is none of this fence, `live` are those there are.
+CREATE OR REPLACE FUNCTION @schema@.evict(
+  wanted text, asked_fence bigint, why text, OUT outcome text, OUT at bigint, OUT live text
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+#variable_conflict use_variable
+DECLARE
+  rec @schema@.keys;
+  hold @schema@.holds;
+BEGIN
+  rec := @schema@.take(wanted);
+  at := @schema@.clock();
+  DELETE FROM @schema@.holds h WHERE h.key = wanted AND h.fence = asked_fence RETURNING h.* INTO hold;
+  IF FOUND THEN
+    outcome := 'evicted';
+    rec.fence := @schema@.next_fence(rec.fence);
+    IF @schema@.lives(hold.session, at) THEN
+      INSERT INTO @schema@.forced VALUES (hold.token, hold.session, wanted, why, at) ON CONFLICT DO NOTHING;
+    END IF;
+    PERFORM @schema@.tell(hold.session,
+      'F' || encode(hold.token, 'hex') || octet_length(wanted) || ':' || wanted || why);
+  ELSE
+    outcome := 'no_such_hold';
+    SELECT string_agg(h.fence::text, ' ' ORDER BY h.fence) INTO live FROM @schema@.holds h WHERE h.key = wanted;
+  END IF;
+  PERFORM @schema@.put(rec);
+END $$;
+
+CREATE OR REPLACE FUNCTION @schema@.version(OUT version integer)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$ SELECT m.version FROM @schema@.meta m $$;
+
+CREATE OR REPLACE FUNCTION @schema@.open_session(
+  asked bytea, lives_for bigint, who text, OUT outcome text, OUT at bigint
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+#variable_conflict use_variable
+BEGIN
+  at := @schema@.clock();
+  INSERT INTO @schema@.sessions VALUES (asked, who, lives_for, at + lives_for) ON CONFLICT DO NOTHING;
+  outcome := CASE WHEN @schema@.lives(asked, @schema@.clock()) THEN 'opened' ELSE 'gone' END;
+END $$;
+
+-- The first row tells of the session, the others of what it lost by force.
+CREATE OR REPLACE FUNCTION @schema@.beat(asked bytea)
+RETURNS TABLE (outcome text, at bigint, token bytea, key text, reason text)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+#variable_conflict use_variable
+DECLARE
+  time bigint;
+BEGIN
+  UPDATE @schema@.sessions s SET expires = @schema@.clock() + s.ttl WHERE s.id = asked AND s.expires > @schema@.clock();
+  time := @schema@.clock();
+  IF FOUND AND @schema@.lives(asked, time) THEN
+    RETURN QUERY SELECT 'alive'::text, time, NULL::bytea, NULL::text, NULL::text;
+    RETURN QUERY SELECT 'lost'::text, time, f.token, f.key::text, f.reason FROM @schema@.forced f WHERE f.session = asked;
+  ELSE
+    RETURN QUERY SELECT 'gone'::text, time, NULL::bytea, NULL::text, NULL::text;
+  END IF;
+END $$;
+
+-- Ends a session, and serves those who waited for it.
+CREATE OR REPLACE FUNCTION @schema@.close_session(asked bytea, OUT at bigint)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+#variable_conflict use_variable
+DECLARE
+  touched text;
+BEGIN
+  at := @schema@.clock();
+  -- A row also where there was none: nobody opens it after this.
+  INSERT INTO @schema@.sessions AS s VALUES (asked, '', 60000000, at)
+    ON CONFLICT (id) DO UPDATE SET expires = least(s.expires, excluded.expires);
+  DELETE FROM @schema@.forced f WHERE f.session = asked;
+  -- In order: two that close at once do not wait for each other.
+  FOR touched IN
+    SELECT DISTINCT q.key FROM @schema@.queue q
+    WHERE q.session = asked
+      OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = q.key AND h.session = asked)
+    ORDER BY q.key
+  LOOP
+    PERFORM FROM @schema@.keys k WHERE k.key = touched FOR UPDATE;
+    DELETE FROM @schema@.queue q WHERE q.key = touched AND q.session = asked;
+    PERFORM @schema@.put(@schema@.take(touched));
+  END LOOP;
+  at := @schema@.clock();
+END $$;
+
+-- What is known of a key: a row for the key, one for each live hold, one for each live waiter, in this order.
+CREATE OR REPLACE FUNCTION @schema@.state_of(wanted text, now bigint)
+RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
+  bound boolean, since bigint, remaining bigint, metadata text, trace text)
+LANGUAGE sql STABLE AS $$
+  SELECT now, kind, of_key, fence, owner, units, capacity, bound, since, remaining, metadata, trace FROM (
+    SELECT 1 AS part, 0::bigint AS place, 'key' AS kind, k.key AS of_key, nullif(k.fence, 0) AS fence, NULL AS owner,
+      NULL::integer AS units, NULL::integer AS capacity, NULL::boolean AS bound, NULL::bigint AS since,
+      CASE WHEN k.closed_until > now THEN k.closed_until - now END AS remaining, NULL AS metadata, NULL AS trace
+    FROM @schema@.keys k WHERE k.key = wanted
+    UNION ALL
+    SELECT 2, 0, 'hold', k.key, k.fence, s.owner, 1, 1, true, k.at, NULL, k.metadata, k.trace
+    FROM @schema@.keys k JOIN @schema@.sessions s ON s.id = k.session
+    WHERE k.key = wanted AND k.token IS NOT NULL AND s.expires > now
+    UNION ALL
+    SELECT 2, h.fence, 'hold', h.key, h.fence, h.owner, h.units, h.capacity, h.bound, h.at, h.deadline - now, h.metadata,
+      h.trace
+    FROM @schema@.holds h
+    WHERE h.key = wanted AND (h.deadline IS NULL OR h.deadline > now)
+      AND (NOT h.bound OR @schema@.lives(h.session, now))
+    UNION ALL
+    SELECT 3, q.place, 'waiter', q.key, NULL, s.owner, q.units, q.capacity, q.bound, q.at, NULL, q.metadata, q.trace
+    FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
+    WHERE q.key = wanted AND s.expires > now
+  ) AS parts ORDER BY part, place
+$$;
+
+CREATE OR REPLACE FUNCTION @schema@.inspect(wanted text)
+RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
+  bound boolean, since bigint, remaining bigint, metadata text, trace text)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+#variable_conflict use_variable
+BEGIN
+  -- Only where somebody waits does settling change what is to be seen.
+  IF EXISTS (SELECT FROM @schema@.queue q WHERE q.key = wanted) THEN
+    PERFORM @schema@.put(@schema@.take(wanted));
+  END IF;
+  RETURN QUERY SELECT @schema@.clock(), 'time'::text, wanted, NULL::bigint, NULL::text, NULL::integer, NULL::integer,
+    NULL::boolean, NULL::bigint, NULL::bigint, NULL::text, NULL::text;
+  RETURN QUERY SELECT * FROM @schema@.state_of(wanted, @schema@.clock());
+END $$;
+
+-- Keys that are held, waited for or closed, in order.
+CREATE OR REPLACE FUNCTION @schema@.list(beginning text, after text, most bigint)
+RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
+  bound boolean, since bigint, remaining bigint, metadata text, trace text)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+#variable_conflict use_variable
+DECLARE
+  now bigint := @schema@.clock();
+  listed bigint := 0;
+  one text;
+BEGIN
+  RETURN QUERY SELECT now, 'time'::text, ''::text, NULL::bigint, NULL::text, NULL::integer, NULL::integer,
+    NULL::boolean, NULL::bigint, NULL::bigint, NULL::text, NULL::text;
+  FOR one IN
+    SELECT k.key FROM @schema@.keys k
+    WHERE k.key >= beginning AND k.key > after AND starts_with(k.key, beginning)
+      AND k.key < beginning || chr(1114111)
+      AND (k.busy OR k.token IS NOT NULL AND @schema@.lives(k.session, now))
+    ORDER BY k.key
+  LOOP
+    EXIT WHEN listed >= most;
+    now := @schema@.clock();
+    IF EXISTS (SELECT FROM @schema@.queue q WHERE q.key = one) THEN
+      PERFORM @schema@.put(@schema@.take(one));
+      now := @schema@.clock();
+    END IF;
+    IF EXISTS (SELECT FROM @schema@.state_of(one, now) s WHERE s.kind <> 'key' OR s.remaining IS NOT NULL) THEN
+      RETURN QUERY SELECT * FROM @schema@.state_of(one, now);
+      listed := listed + 1;
+    END IF;
+  END LOOP;
+END $$;
+
+-- For your own transactions: goes on only if the hold of `key` with this fence is live, and keeps it from being given to
+-- anybody else until your transaction has ended. Otherwise SQLSTATE SF001. Keep the transaction short: who wants the key
+-- waits for it.
+CREATE OR REPLACE FUNCTION @schema@.check_fence(key text, fence bigint, namespace text DEFAULT '')
+RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+  space text := normalize(namespace, NFC);
+  wanted text := CASE WHEN space = '' THEN ':' ELSE octet_length(space) || ':' || space END || normalize(key, NFC);
+  rec @schema@.keys;
+  now bigint;
+BEGIN
+  SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted FOR SHARE;
+  now := @schema@.clock();
+  IF rec.token IS NOT NULL AND rec.fence = check_fence.fence AND @schema@.lives(rec.session, now) THEN RETURN; END IF;
+  PERFORM FROM @schema@.holds h WHERE h.key = wanted AND h.fence = check_fence.fence
+    AND (h.deadline IS NULL OR h.deadline > now) AND (NOT h.bound OR @schema@.lives(h.session, now));
+  IF NOT FOUND THEN
+    RAISE EXCEPTION 'the fence % of % is stale', check_fence.fence, quote_literal(check_fence.key) USING ERRCODE = 'SF001',
+      HINT = 'The lock was lost. Do not write.';
+  END IF;
+END $$;
+
+-- Housekeeping, a little at a time: sessions, holds and waiters of the dead, keys that nobody uses any more. Whoever beats
+-- calls it now and then; of several that do, one works.
+CREATE OR REPLACE FUNCTION @schema@.tidy() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+#variable_conflict use_variable
+DECLARE
+  now bigint := @schema@.clock();
+  tidied text;
+  last text;
+  rec @schema@.keys;
+BEGIN
+  SELECT m.tidied_to INTO tidied FROM @schema@.meta m FOR UPDATE SKIP LOCKED;
+  IF NOT FOUND THEN RETURN; END IF;
+  DELETE FROM @schema@.forced f WHERE f.at < now - 3600000000;
+  FOR rec IN
+    SELECT * FROM @schema@.keys k WHERE k.key > tidied ORDER BY k.key LIMIT 200
+  LOOP
+    last := rec.key;
+    IF rec.busy OR rec.token IS NOT NULL THEN
+      CONTINUE WHEN NOT rec.busy AND @schema@.lives(rec.session, now);
+      PERFORM FROM @schema@.keys k WHERE k.key = rec.key FOR UPDATE SKIP LOCKED;
+      IF FOUND THEN PERFORM @schema@.put(@schema@.take(rec.key)); END IF;
+    ELSIF coalesce(rec.fence, 0) < now - 600000000 THEN
+      -- What was granted meanwhile is not idle.
+      DELETE FROM @schema@.keys k WHERE k.key = rec.key AND NOT k.busy AND k.token IS NULL
+        AND k.fence IS NOT DISTINCT FROM rec.fence
+        AND EXISTS (SELECT FROM @schema@.keys l WHERE l.key = rec.key FOR UPDATE SKIP LOCKED);
+      IF FOUND THEN
+        UPDATE @schema@.meta m SET fence_floor = greatest(m.fence_floor, rec.fence);
+      END IF;
+    END IF;
+  END LOOP;
+  UPDATE @schema@.meta m SET tidied_to = coalesce(last, '') WHERE m.tidied_to <> coalesce(last, '');
+  DELETE FROM @schema@.sessions s WHERE s.expires + greatest(2 * s.ttl, 60000000) < now
+    AND NOT EXISTS (SELECT FROM @schema@.queue q WHERE q.session = s.id);
+END $$;
+
+-- The rights of the steps are given by name; the rest is for the owner alone.
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA @schema@ FROM PUBLIC;
+
+INSERT INTO @schema@.meta (version) VALUES (1) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
+
+COMMIT;
