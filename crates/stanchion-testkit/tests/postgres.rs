@@ -51,7 +51,7 @@ fn through_a_pooler() -> Environment<Postgres> {
         let pooler = PgBouncer::with(&server, &[("max_client_conn", "1000"), ("default_pool_size", "50")]);
         (server, pooler)
     });
-    fresh(server, &pooler.url())
+    fresh(server, &format!("{}?listen=none", pooler.url()))
 }
 conformance!(pooler, through_a_pooler);
 

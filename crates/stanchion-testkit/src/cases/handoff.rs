@@ -10,7 +10,7 @@ use stanchion::{Store, TokenId};
 
 use crate::environment::{Actor, Environment, key, until};
 
-const SHORT: Duration = Duration::from_millis(200);
+const SHORT: Duration = Duration::from_millis(600);
 
 fn taking<S: Store>(actor: &Actor<S>, units: u32) -> AcquireRequest {
     AcquireRequest { demand: Demand::new(units, 3).unwrap(), ..actor.request(&key("k")) }
@@ -229,7 +229,7 @@ pub async fn a_late_message_of_an_old_token_does_not_touch_the_next_one<S: Store
 }
 
 pub async fn a_queue_full_of_the_dead_has_room<S: Store>(env: &Environment<S>) {
-    let (holder, dying, last) = (env.actor().await, env.mortal(Duration::from_secs(1)).await, env.actor().await);
+    let (holder, dying, last) = (env.actor().await, env.mortal(Duration::from_secs(3)).await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let mut entered = 0;
     while let AcquireOutcome::Queued(_) = dying.ask(&dying.request(&key("k"))).await {

@@ -7,7 +7,7 @@ use stanchion::{Key, Store};
 
 use crate::environment::{Actor, Environment, key, until};
 
-const SHORT: Duration = Duration::from_millis(200);
+const SHORT: Duration = Duration::from_millis(600);
 
 async fn listed<S: Store>(actor: &Actor<S>, prefix: &str, after: Option<&Key>, limit: usize) -> Vec<String> {
     let page = actor.store.list(prefix, after, limit).await.unwrap().outcome;

@@ -25,7 +25,8 @@ pub(super) struct Config {
     /// Where steps are done.
     pub(super) steps: tokio_postgres::Config,
     /// Where pushes are heard: the same place, or one that no pooler stands before.
-    pub(super) listen: tokio_postgres::Config,
+    /// Nowhere, if waiting calls are to ask instead.
+    pub(super) listen: Option<tokio_postgres::Config>,
     pub(super) tls: Tls,
     /// The name of the schema, quoted.
     pub(super) schema: String,
@@ -80,9 +81,10 @@ impl Config {
         }
         let query = if rest.is_empty() { String::new() } else { format!("?{}", rest.join("&")) };
         let mut steps = connection(&format!("{base}{query}"))?;
-        let mut listen = match listen {
-            Some(url) => connection(&url)?,
-            None => steps.clone(),
+        let mut listen = match listen.as_deref() {
+            Some("none") => None,
+            Some(url) => Some(connection(url)?),
+            None => Some(steps.clone()),
         };
         let encrypts = mode.unwrap_or_else(|| !is_near(&steps));
         let tls = if encrypts {
@@ -94,7 +96,7 @@ impl Config {
             }
             Tls::None
         };
-        for one in [&mut steps, &mut listen] {
+        for one in [Some(&mut steps), listen.as_mut()].into_iter().flatten() {
             one.ssl_mode(if encrypts { SslMode::Require } else { SslMode::Disable });
         }
         Ok(Self { steps, listen, tls, schema: quoted(&schema)?, pool, create_schema })

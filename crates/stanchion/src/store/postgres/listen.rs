@@ -100,7 +100,7 @@ async fn listen(
 
 /// A connection that listens. It lives as long as the client does.
 async fn subscribe(config: &Config, session: SessionId) -> Result<(Client, mpsc::UnboundedReceiver<String>)> {
-    let settings = config.listen.clone();
+    let settings = config.listen.clone().ok_or_else(malformed)?;
     let subscribed = async {
         let (client, messages) = match config.tls.clone() {
             Tls::None => drive(settings.connect(NoTls).await.map_err(while_connecting)?),

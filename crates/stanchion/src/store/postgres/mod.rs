@@ -57,7 +57,7 @@ const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 /// |---|---|
 /// | `schema` | the schema's name; `stanchion` |
 /// | `pool` | the most connections for steps; 16. One more listens for pushes |
-/// | `listen` | the URL (percent-encoded) of the server itself, where `host` is a transaction pooler |
+/// | `listen` | the URL (percent-encoded) of the server itself, where `host` is a transaction pooler; `none`: no pushes |
 /// | `sslmode` | `disable` or `verify-full`; by default encrypted and verified, but for sockets and this very machine |
 /// | `ca_file`, `cert_file`, `key_file` | PEM files: the authority, a client's certificate and its key |
 /// | `create_schema` | `true`: the schema is made if it is not there |
@@ -247,6 +247,9 @@ impl Inner {
     }
 
     async fn listen(&self, session: SessionId) -> Result<()> {
+        if self.pool.config.listen.is_none() {
+            return Ok(());
+        }
         let pushes = lock(&self.listeners)
             .get(&session)
             .filter(|listener| listener.task.is_none())
@@ -344,7 +347,9 @@ fn states(rows: &[Row]) -> Result<Reply<Vec<KeyState>>> {
 #[deny(clippy::missing_trait_methods)]
 impl Store for Postgres {
     fn capabilities(&self) -> Capabilities {
-        Capabilities::new(NAME)
+        let mut can = Capabilities::new(NAME);
+        can.push = self.inner.pool.config.listen.is_some();
+        can
     }
 
     async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {

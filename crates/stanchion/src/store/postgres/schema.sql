@@ -45,12 +45,14 @@ CREATE TABLE IF NOT EXISTS @schema@.sessions (
 ) WITH (fillfactor = 50);
 
 -- A key. `token` and what follows is the hold of a mutex without a deadline, while nobody waits and nothing else is known
--- of the key: the commonest case costs one update of one row. Where `busy`, `holds`, `queue` and `forced` tell the rest.
+-- of the key: the commonest case costs one update of one row. Where `busy`, `holds`, `queue` and `forced` tell the rest;
+-- `waiting` is how many are in the queue.
 CREATE TABLE IF NOT EXISTS @schema@.keys (
   key text COLLATE "C" PRIMARY KEY,
   fence bigint,
   closed_until bigint,
   busy boolean NOT NULL DEFAULT false,
+  waiting integer NOT NULL DEFAULT 0,
   token bytea,
   session bytea,
   at bigint,
@@ -144,12 +146,14 @@ BEGIN
     EXIT WHEN NOT FOUND;
     IF NOT @schema@.lives(first.session, now) THEN
       DELETE FROM @schema@.queue q WHERE q.key = rec.key AND q.place = first.place;
+      rec.waiting := rec.waiting - 1;
       CONTINUE;
     END IF;
     EXIT WHEN rec.closed_until IS NOT NULL;
     SELECT coalesce(sum(h.units), 0) INTO used FROM @schema@.holds h WHERE h.key = rec.key;
     EXIT WHEN used + first.units > first.capacity;
     DELETE FROM @schema@.queue q WHERE q.key = rec.key AND q.place = first.place;
+    rec.waiting := rec.waiting - 1;
     rec.fence := @schema@.next_fence(rec.fence);
     INSERT INTO @schema@.holds
       SELECT rec.key, first.token, first.session, first.bound, now + first.term, rec.fence, first.units,
@@ -193,15 +197,14 @@ CREATE OR REPLACE FUNCTION @schema@.put(rec @schema@.keys) RETURNS void LANGUAGE
 #variable_conflict use_variable
 BEGIN
   rec := @schema@.settle(rec);
-  rec.busy := rec.closed_until IS NOT NULL
+  rec.busy := rec.closed_until IS NOT NULL OR rec.waiting > 0
     OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = rec.key)
-    OR EXISTS (SELECT FROM @schema@.queue q WHERE q.key = rec.key)
     OR EXISTS (SELECT FROM @schema@.forced f WHERE f.key = rec.key);
-  UPDATE @schema@.keys k SET fence = rec.fence, closed_until = rec.closed_until, busy = rec.busy, token = NULL,
-    session = NULL, at = NULL, metadata = NULL, trace = NULL
+  UPDATE @schema@.keys k SET fence = rec.fence, closed_until = rec.closed_until, busy = rec.busy,
+    waiting = rec.waiting, token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL
   WHERE k.key = rec.key
-    AND (k.fence, k.closed_until, k.busy, k.token) IS DISTINCT FROM
-        (rec.fence, rec.closed_until, rec.busy, NULL::bytea);
+    AND (k.fence, k.closed_until, k.busy, k.waiting, k.token) IS DISTINCT FROM
+        (rec.fence, rec.closed_until, rec.busy, rec.waiting, NULL::bytea);
 END $$;
 
 -- When time alone may change something for a waiter, in µs from now.
@@ -231,6 +234,7 @@ DECLARE
   used bigint;
   in_use integer;
   place bigint;
+  dropped integer;
 BEGIN
   IF asked_capacity = 1 AND asked_bound AND asked_term IS NULL THEN
     UPDATE @schema@.keys k SET fence = greatest(@schema@.clock(), k.fence + 1), token = asked_token,
@@ -269,6 +273,7 @@ BEGIN
     remaining := hold.deadline - at;
   ELSIF place IS NOT NULL THEN
     outcome := 'queued';
+    number := @schema@.ahead(wanted, place);
   ELSIF at > not_after THEN
     outcome := 'stale';
   ELSIF in_use <> asked_capacity THEN
@@ -277,7 +282,7 @@ BEGIN
   ELSE
     SELECT coalesce(sum(h.units), 0) INTO used FROM @schema@.holds h WHERE h.key = wanted;
     IF rec.closed_until IS NULL AND used + asked_units <= asked_capacity
-      AND NOT EXISTS (SELECT FROM @schema@.queue q WHERE q.key = wanted)
+      AND rec.waiting = 0
     THEN
       rec.fence := @schema@.next_fence(rec.fence);
       INSERT INTO @schema@.holds
@@ -292,26 +297,23 @@ BEGIN
       check_in := @schema@.check_in(rec, at);
     ELSE
       outcome := 'queued';
-      IF (SELECT count(*) FROM @schema@.queue q WHERE q.key = wanted) >= 10000 THEN
+      IF rec.waiting >= 10000 THEN
         DELETE FROM @schema@.queue q WHERE q.key = wanted AND NOT @schema@.lives(q.session, at);
-        IF (SELECT count(*) FROM @schema@.queue q WHERE q.key = wanted) >= 10000 THEN
-          outcome := 'full';
-          number := 10000;
-        END IF;
+        GET DIAGNOSTICS dropped = ROW_COUNT;
+        rec.waiting := rec.waiting - dropped;
       END IF;
-      IF outcome = 'queued' THEN
-        INSERT INTO @schema@.queue AS q
-          (key, token, session, bound, term, units, capacity, at, metadata, trace)
+      number := rec.waiting;
+      IF number >= 10000 THEN
+        outcome := 'full';
+      ELSE
+        INSERT INTO @schema@.queue (key, token, session, bound, term, units, capacity, at, metadata, trace)
           VALUES (wanted, asked_token, asked_session, asked_bound, asked_term, asked_units, asked_capacity, at,
-                  asked_metadata, asked_trace)
-          RETURNING q.place INTO place;
+                  asked_metadata, asked_trace);
+        rec.waiting := rec.waiting + 1;
       END IF;
     END IF;
   END IF;
-  IF outcome = 'queued' THEN
-    number := @schema@.ahead(wanted, place);
-    check_in := @schema@.check_in(rec, at);
-  END IF;
+  IF outcome = 'queued' THEN check_in := @schema@.check_in(rec, at); END IF;
   PERFORM @schema@.put(rec);
 END $$;
 
@@ -384,6 +386,7 @@ BEGIN
   ELSE
     DELETE FROM @schema@.queue q WHERE q.key = wanted AND q.token = asked_token;
     outcome := CASE WHEN FOUND THEN 'dequeued' ELSE 'nothing' END;
+    rec.waiting := rec.waiting - CASE WHEN FOUND THEN 1 ELSE 0 END;
   END IF;
   PERFORM @schema@.put(rec);
 END $$;
@@ -497,6 +500,8 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
 #variable_conflict use_variable
 DECLARE
   touched text;
+  rec @schema@.keys;
+  dropped integer;
 BEGIN
   at := @schema@.clock();
   -- A row also where there was none: nobody opens it after this.
@@ -510,9 +515,11 @@ BEGIN
       OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = q.key AND h.session = asked)
     ORDER BY q.key
   LOOP
-    PERFORM FROM @schema@.keys k WHERE k.key = touched FOR UPDATE;
+    rec := @schema@.take(touched);
     DELETE FROM @schema@.queue q WHERE q.key = touched AND q.session = asked;
-    PERFORM @schema@.put(@schema@.take(touched));
+    GET DIAGNOSTICS dropped = ROW_COUNT;
+    rec.waiting := rec.waiting - dropped;
+    PERFORM @schema@.put(rec);
   END LOOP;
   at := @schema@.clock();
 END $$;
@@ -551,7 +558,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
 #variable_conflict use_variable
 BEGIN
   -- Only where somebody waits does settling change what is to be seen.
-  IF EXISTS (SELECT FROM @schema@.queue q WHERE q.key = wanted) THEN
+  IF EXISTS (SELECT FROM @schema@.keys k WHERE k.key = wanted AND k.waiting > 0) THEN
     PERFORM @schema@.put(@schema@.take(wanted));
   END IF;
   RETURN QUERY SELECT @schema@.clock(), 'time'::text, wanted, NULL::bigint, NULL::text, NULL::integer, NULL::integer,
