@@ -2,10 +2,11 @@
 
 use std::collections::HashSet;
 
-use stanchion::store::AcquireOutcome;
+use stanchion::store::{AcquireOutcome, Redis};
 use stanchion::{ErrorKind, Locks, LossCause, Store};
+use stanchion_testkit::proxy::Proxy;
 use stanchion_testkit::servers::{Redis as Kind, RedisServer};
-use stanchion_testkit::{block_on, until};
+use stanchion_testkit::{Environment, block_on, until};
 
 use super::{SECOND, is_free, key, locks, store, url};
 
@@ -96,6 +97,47 @@ fn min_replicas_holds_back_grants_that_a_failover_would_lose() {
         replica.process().unwrap().signal("CONT");
         until("nothing is left", async || is_free(&locks, "k").await).await;
         locks.lock("k").await.unwrap().release().await.unwrap();
+    });
+}
+
+/// The name leads to another server between a grant and the question who has it: that server has replicas, and nothing
+/// of the grant.
+#[test]
+fn min_replicas_asks_nobody_but_the_server_that_granted() {
+    let (alone, other) = (RedisServer::start(Kind::Redis7), RedisServer::start(Kind::Redis7));
+    let replica = RedisServer::with(Kind::Redis7, &["--replicaof", &format!("127.0.0.1 {}", other.port())]);
+    stanchion_testkit::servers::wait("linked", || {
+        replica.command(&["INFO", "replication"]).contains("master_link_status:up")
+    });
+    let proxy = Proxy::start(alone.port(), 1);
+    let url = format!("{}?min_replicas=1", url(proxy.port()));
+    block_on(async {
+        let environment = Environment::new(move || Redis::from_url(&url).unwrap());
+        let (actor, observer) = (environment.actor().await, store(alone.port()).actor().await);
+        let error = actor.store.acquire(actor.request(&key("before"))).await.unwrap_err();
+        assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, true), "{error}");
+        assert!(error.to_string().contains("0 replicas have the grant"), "{error}");
+        proxy.faults().hold_answers(true);
+        let asking = tokio::spawn({
+            let (store, request) = (actor.store.clone(), actor.request(&key("k")));
+            async move { store.acquire(request).await }
+        });
+        until("granted", async || observer.sees_held(&key("k")).await).await;
+        // A question that stays without an answer for long makes the connection suspect: the next one takes another.
+        let (before, other_key) = (proxy.faults().connections(), key("other"));
+        let silent = tokio::time::timeout(SECOND * 6 / 5, actor.store.inspect(&other_key)).await;
+        assert!(silent.is_err());
+        proxy.faults().lead_to(other.port());
+        let next = tokio::spawn({
+            let store = actor.store.clone();
+            async move { store.inspect(&other_key).await }
+        });
+        until("another connection", async || proxy.faults().connections() > before).await;
+        proxy.faults().hold_answers(false);
+        let error = asking.await.unwrap().unwrap_err();
+        assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, true), "{error}");
+        next.await.unwrap().unwrap();
+        assert!(observer.sees_held(&key("k")).await, "what came of it is told by no error");
     });
 }
 
