@@ -300,6 +300,13 @@ impl Shared {
         }
     }
 
+    /// The store has nothing of a hold. If its holder gave it up meanwhile, that is why: it is not lost.
+    pub(crate) fn is_missing(&self, hold: &Hold) {
+        if !hold.is_let_go() {
+            self.lose(hold, LossCause::Missing, None);
+        }
+    }
+
     /// Ends the belief in a hold, tells everybody, and has its token ended in the store.
     pub(crate) fn lose(&self, hold: &Hold, cause: LossCause, reason: Option<String>) {
         if !hold.lose(cause) {

@@ -150,7 +150,7 @@ fn ask_for_survivors(shared: &Arc<Shared>, current: SessionId) {
             let poll = shared.store.poll(&hold.key, hold.token);
             let answer = limited(&shared.clock, shared.config.retry.attempt, poll).await;
             if matches!(answer, Ok(reply) if reply.outcome == PollOutcome::Gone) {
-                shared.lose(&hold, LossCause::Missing, None);
+                shared.is_missing(&hold);
             }
         });
     }
