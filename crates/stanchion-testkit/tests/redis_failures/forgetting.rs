@@ -192,3 +192,27 @@ fn a_clock_that_was_set_back_lowers_no_fence() {
         assert!(server.command(&["INFO", "commandstats"]).contains("cmdstat_mget:"), "requests were shared");
     });
 }
+
+/// A new primary may lack a release: the hold is there again, and its session lives. Whoever waits has it ended.
+#[test]
+fn a_release_that_was_forgotten_is_done_again_when_somebody_waits() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let (first, other) = (locks(server.port()).await, locks(server.port()).await);
+        let guard = first.lock("k").await.unwrap();
+        let record = server.command(&["GET", "stanchion:{:k}"]);
+        guard.release().await.unwrap();
+        server.command(&["SET", "stanchion:{:k}", &record]);
+        assert!(other.try_lock("k").await.unwrap().is_none());
+        drop(other.lock("k").wait(20 * SECOND).await.unwrap());
+        // What is really held, or detached, stays.
+        let held = first.lock("held").await.unwrap();
+        let detached = first.lock("detached").await.unwrap().detach();
+        for key in ["held", "detached"] {
+            let error = other.lock(key).wait(4 * SECOND).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+        }
+        held.check().unwrap();
+        drop(first.adopt(detached).await.unwrap());
+    });
+}

@@ -235,7 +235,8 @@ fn receive(shared: &Arc<Shared>, push: Push) {
             Some(Entry::Waiting(cell)) => cell.tell(Signal::Granted(fence)),
             // The call has its grant already, by an answer.
             Some(Entry::Held(_)) => {}
-            // The call has ended: nobody will use this grant.
+            None if shared.kept().contains(&token) => {}
+            // The call has ended, or its hold, and a failover forgot that: nobody will use this grant.
             None => cleanup::end_unknown(shared, key, token),
         },
         Push::Forced(lost) => session::forced_out(shared, lost),
@@ -246,6 +247,7 @@ fn receive(shared: &Arc<Shared>, push: Push) {
         }
         Push::RecheckAll => recheck_all(shared),
         Push::VerifyAll => {
+            shared.back.notify_waiters();
             recheck_all(shared);
             tokio::spawn(verify_all(shared.clone()));
         }
@@ -377,6 +379,23 @@ mod tests {
             let told = told(&bench, &mut events).await;
             assert!(matches!(told[..], [Event::Released { .. }]), "{way}: {told:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_lost_hold_that_is_told_again_as_granted_keeps_its_grace() {
+        let bench = Bench::new().await;
+        let guard = bench.locks.lock("k").heartbeat_within(SECOND).await.unwrap();
+        let shared = &bench.locks.handle.shared;
+        let token = shared.holds()[0].token;
+        bench.time.advance(SECOND);
+        assert_eq!(guard.loss(), Some(LossCause::HeartbeatMissed));
+        receive(shared, Push::Granted { key: guard.key().clone(), token, fence: guard.fence() });
+        // The keeper ends this one after whatever it was told before.
+        drop(bench.locks.lock("other").await.unwrap());
+        bench.until("the keeper came to it", async || bench.faults.count(Step::Release) > 0).await;
+        assert_eq!(bench.locks.inspect("k").await.unwrap().holders.len(), 1);
+        bench.time.advance(SECOND / 4);
+        bench.until_free().await;
     }
 
     #[tokio::test]

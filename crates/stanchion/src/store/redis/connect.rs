@@ -363,10 +363,12 @@ impl Links {
     fn forget(&self, address: &Address) {
         match &self.topology {
             Topology::Single(_) => {}
-            Topology::Sentinel { primary, .. } => {
+            Topology::Sentinel { primary, sentinels, .. } => {
                 let mut primary = lock(primary);
                 if primary.as_ref() == Some(address) {
                     *primary = None;
+                    // The one that named it may be the last to hear of another: the next one is asked.
+                    lock(sentinels).rotate_left(1);
                 }
             }
             Topology::Cluster(slots) => slots.doubt(),
@@ -459,10 +461,24 @@ impl Links {
             Ok(pubsub)
         };
         let connected = within(CONNECT_WITHIN, connected).await;
-        connected.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
+        let pubsub = connected.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
             self.forget(&address);
             while_connecting(&address, &fault)
-        })
+        })?;
+        self.reached(&address);
+        Ok(pubsub)
+    }
+
+    /// This server is there: whoever wants to connect to it need not wait any longer.
+    fn reached(&self, address: &Address) {
+        let locals: Vec<_> = lock(&self.locals).values().cloned().collect();
+        for local in locals {
+            if let Some(node) = lock(&local.nodes).get(address)
+                && let State::Down { next, .. } = &mut *lock(&node.state)
+            {
+                *next = BootTime::from_nanos(0);
+            }
+        }
     }
 }
 
