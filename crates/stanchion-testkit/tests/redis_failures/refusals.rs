@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use stanchion::store::{EndOutcome, Redis};
+use stanchion::store::{AcquireOutcome, EndOutcome, Redis};
 use stanchion::{Error, ErrorKind, Locks, RetryPolicy, Store};
 use stanchion_testkit::servers::{Redis as Kind, RedisServer};
 use stanchion_testkit::{block_on, until};
@@ -179,5 +179,103 @@ fn certificates_are_verified() {
         assert_eq!(error.kind(), ErrorKind::Unavailable, "plain text to a TLS port: {error}");
         let error = Locks::open(&format!("rediss://127.0.0.1:{port}?ca_file=/nowhere")).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+    });
+}
+
+/// What keeps a server from serving for a while: an error of its kind, not in doubt, and nothing to do when it is over.
+#[test]
+fn a_server_that_cannot_serve_for_a_while_is_used_again_without_help() {
+    let server = RedisServer::with(
+        Kind::Redis7,
+        &["--enable-debug-command", "yes", "--enable-protected-configs", "yes", "--maxclients", "20"],
+    );
+    let port = server.port();
+    block_on(async {
+        let environment = store(port);
+        let actor = environment.actor().await;
+        let is_refused = async |kind: ErrorKind, says: &str| {
+            let mut last = String::new();
+            until(says, async || match actor.store.acquire(actor.request(&key(says))).await {
+                Ok(_) => false,
+                Err(error) => {
+                    last = error.to_string();
+                    assert!(!error.is_in_doubt(), "{error}");
+                    last.contains(says) && error.kind() == kind
+                }
+            })
+            .await;
+        };
+        let recovers = async |what: &str| {
+            until(what, async || {
+                let asked = actor.store.acquire(actor.request(&key(what))).await;
+                asked.is_ok_and(|reply| matches!(reply.outcome, AcquireOutcome::Granted(_)))
+            })
+            .await;
+        };
+        // MISCONF: snapshots that fail, because the folder they should go to is gone.
+        let folder = server.folder().join("gone");
+        std::fs::create_dir(&folder).unwrap();
+        server.command(&["CONFIG", "SET", "dir", folder.to_str().unwrap()]);
+        server.command(&["CONFIG", "SET", "save", "3600 100000"]);
+        std::fs::remove_dir(&folder).unwrap();
+        server.command(&["BGSAVE"]);
+        is_refused(ErrorKind::Misconfigured, "cannot save its data").await;
+        server.command(&["CONFIG", "SET", "dir", server.folder().to_str().unwrap()]);
+        until("a snapshot", async || {
+            server.command(&["BGSAVE"]);
+            server.command(&["INFO", "persistence"]).contains("rdb_last_bgsave_status:ok")
+        })
+        .await;
+        recovers("after MISCONF").await;
+        // Too many clients: whoever connects anew is refused.
+        let mut crowd = Vec::new();
+        for _ in 0..40 {
+            crowd.push(std::net::TcpStream::connect(("127.0.0.1", port)).unwrap());
+        }
+        let newcomer = store(port).open();
+        let mut told = None;
+        until("refused", async || {
+            told = newcomer.inspect(&key("k")).await.err();
+            told.is_some()
+        })
+        .await;
+        let error = told.unwrap();
+        println!("too many clients: {error}");
+        assert_eq!((error.is_transient(), error.is_in_doubt()), (true, false), "{error}");
+        drop(crowd);
+        until("room", async || newcomer.inspect(&key("k")).await.is_ok()).await;
+        // LOADING: each key takes a while.
+        server.command(&["DEBUG", "POPULATE", "3000"]);
+        server.command(&["CONFIG", "SET", "key-load-delay", "1000"]);
+        server.command(&["CONFIG", "SET", "loading-process-events-interval-bytes", "1024"]);
+        std::thread::scope(|scope| {
+            let reload = scope.spawn(|| server.command(&["DEBUG", "RELOAD"]));
+            let loading = block_on_thread(|| {
+                let actor = &actor;
+                async move {
+                    let mut told = None;
+                    until("loading", async || {
+                        told = actor.store.inspect(&key("k")).await.err();
+                        told.is_some()
+                    })
+                    .await;
+                    told.unwrap()
+                }
+            });
+            assert_eq!((loading.kind(), loading.is_in_doubt()), (ErrorKind::Unavailable, false), "{loading}");
+            assert!(loading.to_string().contains("loading its data"), "{loading}");
+            assert_eq!(reload.join().unwrap(), "OK");
+        });
+        server.command(&["CONFIG", "SET", "key-load-delay", "0"]);
+        recovers("after LOADING").await;
+        // MASTERDOWN: a replica without its primary, that serves nothing then.
+        server.command(&["CONFIG", "SET", "replica-serve-stale-data", "no"]);
+        server.command(&["REPLICAOF", "127.0.0.1", "1"]);
+        let error = actor.store.acquire(actor.request(&key("k"))).await.unwrap_err();
+        println!("without a primary: {error}");
+        assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, false), "{error}");
+        assert!(error.to_string().contains("lost its primary"), "{error}");
+        server.command(&["REPLICAOF", "NO", "ONE"]);
+        recovers("after MASTERDOWN").await;
     });
 }
