@@ -2,7 +2,7 @@
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -20,8 +20,12 @@ pub struct Faults {
     lose_requests: AtomicU32,
     /// Nothing passes, connections stay: a link that is dead, and nobody says so.
     is_silent: AtomicBool,
+    /// Requests pass, their answers wait.
+    holds_answers: AtomicBool,
     /// New connections are closed at once.
     refuses: AtomicBool,
+    /// Where new connections lead.
+    to: AtomicU16,
     /// Each answer comes so many milliseconds later.
     delay: AtomicU64,
     /// Raised to break what is connected now.
@@ -46,6 +50,16 @@ impl Faults {
     /// Lets nothing pass, or lets it pass again: what was sent meanwhile arrives then.
     pub fn silence(&self, is_silent: bool) {
         self.is_silent.store(is_silent, Ordering::SeqCst);
+    }
+
+    /// Requests pass and answers wait here, or come now.
+    pub fn hold_answers(&self, holds: bool) {
+        self.holds_answers.store(holds, Ordering::SeqCst);
+    }
+
+    /// New connections lead to the server at this port; those there are stay where they are.
+    pub fn lead_to(&self, port: u16) {
+        self.to.store(port, Ordering::SeqCst);
     }
 
     /// Closes new connections at once, or no longer.
@@ -99,6 +113,8 @@ impl Proxy {
             lose_answers: AtomicU32::new(0),
             lose_requests: AtomicU32::new(0),
             is_silent: AtomicBool::new(false),
+            holds_answers: AtomicBool::new(false),
+            to: AtomicU16::new(to),
             refuses: AtomicBool::new(false),
             delay: AtomicU64::new(0),
             generation: AtomicU64::new(0),
@@ -119,7 +135,9 @@ impl Proxy {
                     if faults.refuses.load(Ordering::SeqCst) {
                         continue;
                     }
-                    let Ok(server) = TcpStream::connect(("127.0.0.1", to)) else { continue };
+                    let Ok(server) = TcpStream::connect(("127.0.0.1", faults.to.load(Ordering::SeqCst))) else {
+                        continue;
+                    };
                     let pairs = [(client.try_clone(), server.try_clone(), true), (Ok(server), Ok(client), false)];
                     for (from, to, is_request) in pairs {
                         let (Ok(from), Ok(to)) = (from, to) else { continue };
@@ -177,7 +195,9 @@ fn pass(mut from: TcpStream, mut to: TcpStream, is_request: bool, faults: &Fault
         if let Some(delay) = delay {
             std::thread::sleep(Duration::from_millis(delay.load(Ordering::SeqCst)));
         }
-        while faults.is_silent.load(Ordering::SeqCst) && !is_cut() {
+        let is_held =
+            || faults.is_silent.load(Ordering::SeqCst) || !is_request && faults.holds_answers.load(Ordering::SeqCst);
+        while is_held() && !is_cut() {
             std::thread::sleep(LOOK);
         }
         if is_cut() || faults.loses(per_mille) || to.write_all(&buffer[..length]).is_err() {

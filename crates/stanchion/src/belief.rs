@@ -8,7 +8,7 @@
 //!    announce it.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -126,6 +126,8 @@ pub(crate) struct Hold {
     last_heartbeat: AtomicU64,
     /// A request that made this hold may still be on its way: its token is over only after this time of the store.
     pub(crate) unanswered_until: Option<StoreTime>,
+    /// Its holder gives it up: from then on it may be gone from the store, and is not lost by that.
+    let_go: AtomicBool,
     lost: OnceLock<LossCause>,
     /// Made when somebody listens: most holds are released before.
     lost_token: OnceLock<CancellationToken>,
@@ -162,6 +164,7 @@ impl Hold {
             heartbeat_within: new.heartbeat_within,
             last_heartbeat: AtomicU64::new(new.since.as_nanos()),
             unanswered_until: new.unanswered_until,
+            let_go: AtomicBool::new(false),
             lost: OnceLock::new(),
             lost_token: OnceLock::new(),
         }
@@ -228,6 +231,15 @@ impl Hold {
             token.cancel();
         }
         first
+    }
+
+    /// It is about to be released or handed on: said before anything is sent.
+    pub(crate) fn let_go(&self) {
+        self.let_go.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_let_go(&self) -> bool {
+        self.let_go.load(Ordering::Acquire)
     }
 
     /// An extension is about to be asked for. Gives what [`Hold::extension_answered`] needs when its answer has come.

@@ -225,6 +225,7 @@ impl Guard {
             return Ok(Released::AlreadyLost);
         }
         let cooldown = *self.cooldown.lock().unwrap_or_else(PoisonError::into_inner);
+        self.hold.let_go();
         // If this future is dropped, the guard's own drop hands the token to the keeper.
         let step = shared.step(|| shared.store.release(&self.hold.key, self.hold.token, cooldown)).await;
         let reply = step.result.map_err(|error| self.name(error))?;
@@ -265,6 +266,8 @@ impl Guard {
     /// `max_hold` still counts in the store; `heartbeat_within` ends with the guard.
     pub fn detach(mut self) -> Token {
         self.spent = true;
+        self.hold.let_go();
+        self.shared().kept().insert(self.hold.token);
         self.shared().registry().remove(&self.hold.token);
         Token::new(self.hold.key.clone(), self.hold.token)
     }
@@ -292,6 +295,7 @@ impl Drop for Guard {
             return self.end_early(cause);
         }
         let cooldown = *self.cooldown.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.hold.let_go();
         self.shared().registry().remove(&self.hold.token);
         let mut end = End::of_hold(&self.hold, cooldown);
         end.released = Some((self.hold.fence, self.hold.since));

@@ -4,6 +4,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
+use tokio::sync::Notify;
 
 use crate::clock::{Clock, jitter_seed};
 use crate::error::{Error, ErrorKind, Result};
@@ -56,7 +57,8 @@ impl RetryPolicy {
         ExponentialBuilder::default()
             .with_factor(2.0)
             .with_min_delay(self.pause)
-            .with_max_delay(self.longest_pause)
+            // The jitter adds up to as much again.
+            .with_max_delay(self.longest_pause / 2)
             .with_jitter()
             .with_jitter_seed(jitter_seed())
     }
@@ -72,8 +74,13 @@ pub(crate) struct Repeated<T> {
 
 /// Repeats a step after faults that pass, within the policy.
 ///
-/// `attempt` must be idempotent.
-pub(crate) async fn repeat<T, F>(clock: &Clock, policy: &RetryPolicy, mut attempt: impl FnMut() -> F) -> Repeated<T>
+/// `attempt` must be idempotent. `back` ends a pause: the store is there again.
+pub(crate) async fn repeat<T, F>(
+    clock: &Clock,
+    policy: &RetryPolicy,
+    back: &Notify,
+    mut attempt: impl FnMut() -> F,
+) -> Repeated<T>
 where
     F: Future<Output = Result<T>>,
 {
@@ -89,9 +96,19 @@ where
         let pause = pauses.get_or_insert_with(|| policy.pauses()).next();
         let pause = pause.map(|pause| pause.max(error.retry_after().unwrap_or_default()));
         match pause {
-            Some(pause) if error.is_transient() && clock.now().after(pause) < give_up_at => clock.sleep(pause).await,
+            Some(pause) if error.is_transient() && clock.now().after(pause) < give_up_at => {
+                sleep_unless_back(clock, pause, back).await;
+            }
             _ => return Repeated { result: Err(error), unanswered },
         }
+    }
+}
+
+/// A pause after a fault. It ends early when the store is there again, so that nobody waits longer than it is away.
+pub(crate) async fn sleep_unless_back(clock: &Clock, pause: Duration, back: &Notify) {
+    tokio::select! {
+        () = clock.sleep(pause) => {}
+        () = back.notified() => {}
     }
 }
 
@@ -137,8 +154,8 @@ mod tests {
             [(ErrorKind::Unavailable, 8), (ErrorKind::Unauthorized, 1), (ErrorKind::NetworkTimeout, 8)]
         {
             let count = Cell::new(0);
-            let policy = policy();
-            let work = repeat(&clock, &policy, || {
+            let (policy, never) = (policy(), Notify::new());
+            let work = repeat(&clock, &policy, &never, || {
                 count.set(count.get() + 1);
                 async move { Err::<(), _>(Error::new(kind, "x")) }
             });
@@ -155,11 +172,38 @@ mod tests {
         let clock = time.clock();
         let policy = RetryPolicy { attempts: 2, attempt: Duration::from_millis(50), ..policy() };
         let start = clock.now();
-        let work = repeat(&clock, &policy, std::future::pending::<Result<()>>);
+        let never = Notify::new();
+        let work = repeat(&clock, &policy, &never, std::future::pending::<Result<()>>);
         let repeated = skipping_time(&time, work).await;
         assert_eq!(repeated.result.unwrap_err().kind(), ErrorKind::NetworkTimeout);
         assert!(repeated.unanswered);
         assert!(clock.now().since(start) >= Duration::from_millis(100));
+    }
+
+    #[test]
+    fn no_pause_is_longer_than_the_longest() {
+        let policy = RetryPolicy::default();
+        assert!((0..100).all(|_| policy.endless_pauses().take(20).all(|pause| pause <= policy.longest_pause)));
+    }
+
+    #[tokio::test]
+    async fn a_pause_ends_when_the_store_is_back() {
+        let clock = VirtualClock::new().clock();
+        let back = Notify::new();
+        let tried = Cell::new(0);
+        let policy = RetryPolicy::default();
+        let work = repeat(&clock, &policy, &back, || {
+            tried.set(tried.get() + 1);
+            let answer = if tried.get() < 3 { Err(Error::new(ErrorKind::Unavailable, "x")) } else { Ok(()) };
+            async move { answer }
+        });
+        // Nobody moves the clock on.
+        let repeated = tokio::select! {
+            biased;
+            repeated = work => repeated,
+            () = async { loop { tokio::task::yield_now().await; back.notify_waiters(); } } => unreachable!(),
+        };
+        assert!(repeated.result.is_ok());
     }
 
     #[tokio::test]
@@ -168,7 +212,8 @@ mod tests {
         let clock = time.clock();
         let policy = RetryPolicy { attempts: 1_000, total: Duration::from_millis(40), ..policy() };
         let start = clock.now();
-        let work = repeat(&clock, &policy, || async { Err::<(), _>(Error::new(ErrorKind::Unavailable, "x")) });
+        let never = Notify::new();
+        let work = repeat(&clock, &policy, &never, || async { Err::<(), _>(Error::new(ErrorKind::Unavailable, "x")) });
         assert!(skipping_time(&time, work).await.result.is_err());
         assert!(clock.now().since(start) <= Duration::from_millis(41));
     }

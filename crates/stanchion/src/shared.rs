@@ -1,6 +1,6 @@
 //! What a handle, its requests, its guards and its keeper share.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -44,6 +44,9 @@ pub(crate) struct Shared {
     /// The session that was asked for last, answered or not.
     asked_session: Mutex<Option<SessionId>>,
     registry: Mutex<HashMap<TokenId, Entry>>,
+    /// Tokens that are not in the registry and must stay as they are in the store: detached ones, and those that are
+    /// lost and wait for their grace to be over.
+    kept: Mutex<HashSet<TokenId>>,
     store_clock: Mutex<Option<(StoreTime, BootTime)>>,
     commands: mpsc::UnboundedSender<Command>,
     warnings: Mutex<Vec<String>>,
@@ -51,6 +54,8 @@ pub(crate) struct Shared {
     draining: CancellationToken,
     /// Fires when the handle is being closed: what waits to be ended is ended at once.
     pub(crate) closing: CancellationToken,
+    /// Told when the store is there again after it was away: pauses after faults end.
+    pub(crate) back: Notify,
     /// Fires when the keeper has ended: nobody drives the timers any more.
     pub(crate) closed: CancellationToken,
     /// The process that opened the handle: a forked child must not use it.
@@ -126,12 +131,14 @@ impl Shared {
             session: watch::Sender::new(SessionView::Opening(None)),
             asked_session: Mutex::default(),
             registry: Mutex::default(),
+            kept: Mutex::default(),
             store_clock: Mutex::default(),
             commands,
             warnings: Mutex::default(),
             drain_reason: OnceLock::new(),
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
+            back: Notify::new(),
             closed: CancellationToken::new(),
             process: std::process::id(),
         }
@@ -143,6 +150,10 @@ impl Shared {
 
     pub(crate) fn entry(&self, token: TokenId) -> Option<Entry> {
         self.registry().get(&token).cloned()
+    }
+
+    pub(crate) fn kept(&self) -> MutexGuard<'_, HashSet<TokenId>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn ask_for_session(&self, id: SessionId) {
@@ -221,7 +232,7 @@ impl Shared {
     {
         let mut repeated = tokio::select! {
             biased;
-            repeated = repeat(&self.clock, &self.config.retry, attempt) => repeated,
+            repeated = repeat(&self.clock, &self.config.retry, &self.back, attempt) => repeated,
             () = self.closed.cancelled() => Repeated { result: Err(self.draining_error()), unanswered: true },
         };
         repeated.result = repeated.result.map_err(|error| error.with_store(self.capabilities.name));
@@ -300,10 +311,20 @@ impl Shared {
         }
     }
 
+    /// The store has nothing of a hold. If its holder gave it up meanwhile, that is why: it is not lost.
+    pub(crate) fn is_missing(&self, hold: &Hold) {
+        if !hold.is_let_go() {
+            self.lose(hold, LossCause::Missing, None);
+        }
+    }
+
     /// Ends the belief in a hold, tells everybody, and has its token ended in the store.
     pub(crate) fn lose(&self, hold: &Hold, cause: LossCause, reason: Option<String>) {
         if !hold.lose(cause) {
             return;
+        }
+        if cause.leaves_grace() {
+            self.kept().insert(hold.token);
         }
         self.registry().remove(&hold.token);
         self.observer.tell(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });

@@ -108,6 +108,7 @@ pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
     pending.unanswered = step.unanswered;
     match step.result.map_err(|error| name(pending.in_doubt(error)))?.outcome {
         AdoptOutcome::Adopted { granted, session_bound } => {
+            shared.kept().remove(&token.id());
             let term = Grant { granted, asked, session_bound, heartbeat_within: None, length: granted.remaining };
             pending.hold(locks, term, None).ok_or_else(|| {
                 name(Error::new(ErrorKind::Lost(LossCause::TermExpired), "taken up with too little time left"))

@@ -95,7 +95,12 @@ impl RedisServer {
         self.process = None;
         let process = Process::start(&self.program, &self.arguments, self.folder.path());
         let start = Instant::now();
-        while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
+        // The socket comes after the port.
+        let is_there = || {
+            TcpStream::connect(("127.0.0.1", self.port)).is_ok()
+                && std::os::unix::net::UnixStream::connect(self.socket()).is_ok()
+        };
+        while !is_there() {
             let log = || std::fs::read_to_string(self.folder.path().join("server.log")).unwrap_or_default();
             assert!(start.elapsed() < GENEROUS, "{} does not start: {}", self.program.display(), log());
             std::thread::sleep(Duration::from_millis(5));
@@ -133,39 +138,50 @@ impl RedisServer {
     /// # Panics
     /// When the server does not answer.
     pub fn command(&self, words: &[&str]) -> String {
+        self.try_command(words).unwrap()
+    }
+
+    /// The same for a server that may close the connection, as one does that changes its role.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub fn try_command(&self, words: &[&str]) -> std::io::Result<String> {
         use std::io::Write as _;
-        let mut stream = std::os::unix::net::UnixStream::connect(self.socket()).unwrap();
-        stream.set_read_timeout(Some(GENEROUS)).unwrap();
+        let mut stream = std::os::unix::net::UnixStream::connect(self.socket())?;
+        stream.set_read_timeout(Some(GENEROUS))?;
         let mut request = format!("*{}\r\n", words.len());
         for word in words {
             request += &format!("${}\r\n{word}\r\n", word.len());
         }
-        stream.write_all(request.as_bytes()).unwrap();
+        stream.write_all(request.as_bytes())?;
         let mut reader = BufReader::new(stream);
         let mut answer = String::new();
-        read_answer(&mut reader, &mut answer);
-        answer
+        read_answer(&mut reader, &mut answer)?;
+        Ok(answer)
     }
 }
 
-fn read_answer(reader: &mut impl std::io::BufRead, into: &mut String) {
+fn read_answer(reader: &mut impl std::io::BufRead, into: &mut String) -> std::io::Result<()> {
     let mut line = String::new();
-    reader.read_line(&mut line).unwrap();
+    reader.read_line(&mut line)?;
     let line = line.trim_end();
     match line.split_at_checked(1) {
-        Some(("*", count)) => (0..count.parse::<i64>().unwrap().max(0)).for_each(|_| {
-            read_answer(reader, into);
-            into.push('\n');
-        }),
+        Some(("*", count)) => {
+            for _ in 0..count.parse::<i64>().unwrap().max(0) {
+                read_answer(reader, into)?;
+                into.push('\n');
+            }
+        }
         Some(("$", "-1")) => {}
         Some(("$", length)) => {
             let mut bytes = vec![0; length.parse::<usize>().unwrap() + 2];
-            reader.read_exact(&mut bytes).unwrap();
+            reader.read_exact(&mut bytes)?;
             into.push_str(&String::from_utf8_lossy(&bytes[..bytes.len() - 2]));
         }
         Some((_, text)) => into.push_str(text),
-        None => panic!("the server closed the connection"),
+        None => return Err(std::io::ErrorKind::ConnectionAborted.into()),
     }
+    Ok(())
 }
 
 /// A cluster of three primaries, with a replica each where that is wanted.
@@ -332,6 +348,15 @@ impl RedisSentinel {
     pub fn hosts(&self) -> String {
         let hosts: Vec<_> = self.sentinels.iter().map(|sentinel| format!("127.0.0.1:{}", sentinel.port())).collect();
         hosts.join(",")
+    }
+
+    /// Whether every sentinel sees two replicas that live.
+    pub fn is_whole(&self) -> bool {
+        self.sentinels.iter().all(|sentinel| {
+            // Each says it twice: what it is, and what it says that it is.
+            let replicas = sentinel.command(&["SENTINEL", "REPLICAS", "main"]);
+            replicas.lines().filter(|line| *line == "slave").count() >= 4 && !replicas.contains("s_down")
+        })
     }
 
     /// The place in `servers` of the one that the sentinels call the primary.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::clock::BootTime;
 use crate::event::Event;
 use crate::key::Key;
-use crate::retry::limited;
+use crate::retry::{limited, sleep_unless_back};
 use crate::shared::{End, Shared};
 use crate::store::StoreTime;
 use crate::token::TokenId;
@@ -17,7 +17,9 @@ pub(super) async fn end(shared: Arc<Shared>, end: End) -> Option<End> {
         () = shared.clock.sleep_until(end.not_before) => {}
         () = shared.closing.cancelled() => {}
     }
-    let reply = ask(&shared, &end).await?;
+    let reply = ask(&shared, &end).await;
+    shared.kept().remove(&end.token);
+    let reply = reply?;
     tell_released(&shared, &end);
     (!is_definite(&end, reply)).then_some(end)
 }
@@ -67,7 +69,8 @@ async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
                     reported = true;
                 }
                 let pause = pauses.next().unwrap_or(policy.longest_pause);
-                shared.clock.sleep(pause.max(error.retry_after().unwrap_or_default())).await;
+                let pause = pause.max(error.retry_after().unwrap_or_default());
+                sleep_unless_back(&shared.clock, pause, &shared.back).await;
             }
         }
     }

@@ -235,7 +235,8 @@ fn receive(shared: &Arc<Shared>, push: Push) {
             Some(Entry::Waiting(cell)) => cell.tell(Signal::Granted(fence)),
             // The call has its grant already, by an answer.
             Some(Entry::Held(_)) => {}
-            // The call has ended: nobody will use this grant.
+            None if shared.kept().contains(&token) => {}
+            // The call has ended, or its hold, and a failover forgot that: nobody will use this grant.
             None => cleanup::end_unknown(shared, key, token),
         },
         Push::Forced(lost) => session::forced_out(shared, lost),
@@ -246,6 +247,7 @@ fn receive(shared: &Arc<Shared>, push: Push) {
         }
         Push::RecheckAll => recheck_all(shared),
         Push::VerifyAll => {
+            shared.back.notify_waiters();
             recheck_all(shared);
             tokio::spawn(verify_all(shared.clone()));
         }
@@ -270,9 +272,139 @@ async fn verify_all(shared: Arc<Shared>) {
         asking.spawn(async move {
             let answer = shared.step(|| shared.store.poll(&hold.key, hold.token)).await.result;
             if matches!(answer, Ok(reply) if reply.outcome == PollOutcome::Gone) {
-                shared.lose(&hold, LossCause::Missing, None);
+                shared.is_missing(&hold);
             }
         });
     }
     while asking.join_next().await.is_some() {}
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "test code")]
+
+    use super::*;
+    use crate::clock::VirtualClock;
+    use crate::event::{Event, EventStream};
+    use crate::locks::Locks;
+    use crate::store::{Fault, Faults, Faulty, Memory, Step, Store};
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    struct Bench {
+        time: VirtualClock,
+        memory: Memory,
+        faults: Faults,
+        locks: Locks,
+    }
+
+    impl Bench {
+        async fn new() -> Self {
+            let time = VirtualClock::new();
+            let memory = Memory::with_clock(time.clock());
+            let store = Faulty::with_clock(memory.clone(), &time);
+            let faults = store.faults();
+            let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
+            Self { time, memory, faults, locks }
+        }
+
+        /// What a push of the store starts.
+        fn verify(&self) -> tokio::task::JoinHandle<()> {
+            tokio::spawn(verify_all(self.locks.handle.shared.clone()))
+        }
+
+        async fn until(&self, what: &str, mut so: impl AsyncFnMut() -> bool) {
+            for _ in 0..10_000 {
+                if so().await {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            panic!("never: {what}");
+        }
+
+        async fn until_free(&self) {
+            let is_free = async || self.locks.inspect("k").await.unwrap().holders.is_empty();
+            self.until("free", is_free).await;
+        }
+    }
+
+    /// What was told of key `k` until now.
+    async fn told(bench: &Bench, events: &mut EventStream) -> Vec<Event> {
+        drop(bench.locks.lock("last").await.unwrap());
+        let mut told = Vec::new();
+        loop {
+            match events.next().await.unwrap() {
+                Event::Released { key, .. } if key.name() == "last" => return told,
+                event @ (Event::Released { .. } | Event::Lost { .. }) => told.push(event),
+                _ => {}
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_hold_that_is_being_released_is_not_lost() {
+        let bench = Bench::new().await;
+        let guard = bench.locks.lock("k").await.unwrap();
+        let mut events = bench.locks.events();
+        bench.faults.next(Step::Release, Fault::DelayReply(SECOND));
+        let releasing = tokio::spawn(guard.release());
+        bench.until_free().await;
+        bench.verify().await.unwrap();
+        bench.time.advance(SECOND);
+        assert_eq!(releasing.await.unwrap().unwrap(), crate::Released::Now);
+        let told = told(&bench, &mut events).await;
+        assert!(matches!(told[..], [Event::Released { .. }]), "{told:?}");
+    }
+
+    #[tokio::test]
+    async fn a_hold_that_was_given_up_while_it_was_asked_for_is_not_lost() {
+        let bench = Bench::new().await;
+        for way in ["released", "dropped", "detached"] {
+            let guard = bench.locks.lock("k").await.unwrap();
+            let mut events = bench.locks.events();
+            let asked = bench.faults.count(Step::Poll);
+            bench.faults.next(Step::Poll, Fault::Delay(SECOND));
+            let verifying = bench.verify();
+            bench.until("asked", async || bench.faults.count(Step::Poll) > asked).await;
+            match way {
+                "released" => drop(guard.release().await.unwrap()),
+                "dropped" => drop(guard),
+                // Its token is another one from then on.
+                _ => drop(bench.locks.adopt(guard.detach()).await.unwrap()),
+            }
+            bench.until_free().await;
+            bench.time.advance(SECOND);
+            verifying.await.unwrap();
+            let told = told(&bench, &mut events).await;
+            assert!(matches!(told[..], [Event::Released { .. }]), "{way}: {told:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_lost_hold_that_is_told_again_as_granted_keeps_its_grace() {
+        let bench = Bench::new().await;
+        let guard = bench.locks.lock("k").heartbeat_within(SECOND).await.unwrap();
+        let shared = &bench.locks.handle.shared;
+        let token = shared.holds()[0].token;
+        bench.time.advance(SECOND);
+        assert_eq!(guard.loss(), Some(LossCause::HeartbeatMissed));
+        receive(shared, Push::Granted { key: guard.key().clone(), token, fence: guard.fence() });
+        // The keeper ends this one after whatever it was told before.
+        drop(bench.locks.lock("other").await.unwrap());
+        bench.until("the keeper came to it", async || bench.faults.count(Step::Release) > 0).await;
+        assert_eq!(bench.locks.inspect("k").await.unwrap().holders.len(), 1);
+        bench.time.advance(SECOND / 4);
+        bench.until_free().await;
+    }
+
+    #[tokio::test]
+    async fn a_hold_that_the_store_has_forgotten_is_lost() {
+        let bench = Bench::new().await;
+        let guard = bench.locks.lock("k").await.unwrap();
+        let token = bench.locks.handle.shared.holds()[0].token;
+        bench.memory.release(guard.key(), token, None).await.unwrap();
+        bench.verify().await.unwrap();
+        assert_eq!(guard.loss(), Some(LossCause::Missing));
+    }
 }

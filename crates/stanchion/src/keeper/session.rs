@@ -8,7 +8,7 @@ use crate::belief::SessionBelief;
 use crate::clock::BootTime;
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
-use crate::retry::limited;
+use crate::retry::{limited, sleep_unless_back};
 use crate::shared::{Entry, SessionView, Shared};
 use crate::store::{BeatOutcome, Liveness, LostToken, OpenOutcome, OpenSession, PollOutcome};
 use crate::token::SessionId;
@@ -32,6 +32,8 @@ pub(super) async fn keep_one(shared: Arc<Shared>) {
                 shared.lose(&hold, LossCause::SessionExpired, None);
             }
         }
+        // What was kept in its name has nobody who is told of it any more.
+        shared.kept().clear();
         // What is left of it in the store goes, but not before its holders have had their time to stop.
         let old = shared.clone();
         let valid_until = session.valid_until().min(shared.clock.now().after(shared.config.session_ttl));
@@ -55,7 +57,8 @@ async fn open(shared: &Arc<Shared>) -> (Arc<SessionBelief>, BootTime) {
         shared.session.send_replace(SessionView::Opening(Some((kind, error.message().to_owned()))));
         shared.observer.tell(|| Event::Error { kind, key: None, message });
         let pause = pauses.next().unwrap_or(shared.config.retry.longest_pause);
-        shared.clock.sleep(pause.max(error.retry_after().unwrap_or_default())).await;
+        let pause = pause.max(error.retry_after().unwrap_or_default());
+        sleep_unless_back(&shared.clock, pause, &shared.back).await;
     }
 }
 
@@ -150,7 +153,7 @@ fn ask_for_survivors(shared: &Arc<Shared>, current: SessionId) {
             let poll = shared.store.poll(&hold.key, hold.token);
             let answer = limited(&shared.clock, shared.config.retry.attempt, poll).await;
             if matches!(answer, Ok(reply) if reply.outcome == PollOutcome::Gone) {
-                shared.lose(&hold, LossCause::Missing, None);
+                shared.is_missing(&hold);
             }
         });
     }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use redis::Value;
 use tokio::sync::oneshot;
 
-use super::connect::{Links, Local, Target, within};
+use super::connect::{Links, Local, Target, Way, within};
 use super::error::error;
 use super::reply::{Answer, malformed};
 use super::scripts::{BATCH, LockNames, Script};
@@ -78,9 +78,15 @@ impl Step {
     }
 
     async fn alone(self, links: &Arc<Links>) -> Result<Answer> {
+        self.there(links).await.map(|(answer, _)| answer)
+    }
+
+    /// Does it alone, and tells by which way.
+    pub(super) async fn there(self, links: &Arc<Links>) -> Result<(Answer, Way)> {
         let mut command = self.script.by_hash(3);
         command.arg(&self.names.all()).arg(&self.arguments);
-        Answer::read(links.run(Target::of(self.names.record()), self.script, command).await?)
+        let (answer, way) = links.run_there(Target::of(self.names.record()), self.script, command).await?;
+        Ok((Answer::read(answer)?, way))
     }
 }
 

@@ -125,6 +125,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The connection that an answer came over: what is asked there next reaches the same server, and after it.
+#[derive(Debug)]
+pub(super) struct Way {
+    node: Arc<Node>,
+    link: Link,
+}
+
 /// Where a request is to go.
 #[derive(Clone, Debug)]
 pub(super) enum Target {
@@ -174,6 +181,16 @@ impl Links {
 
     /// Runs a script: by its hash, and by its text if the server does not know it.
     pub(super) async fn run(self: &Arc<Self>, target: Target, script: &'static Script, command: Cmd) -> Result<Value> {
+        self.run_there(target, script, command).await.map(|(answer, _)| answer)
+    }
+
+    /// The same, and the way that it went.
+    pub(super) async fn run_there(
+        self: &Arc<Self>,
+        target: Target,
+        script: &'static Script,
+        command: Cmd,
+    ) -> Result<(Value, Way)> {
         match Box::pin(self.send(target.clone(), &command)).await {
             Err(Failure { is_unknown_script: true, .. }) => {
                 Box::pin(self.send(target, &script.by_text(&command))).await.map_err(|failure| failure.error)
@@ -184,11 +201,20 @@ impl Links {
 
     /// Sends a command that is no script.
     pub(super) async fn ask(self: &Arc<Self>, target: Target, command: &Cmd) -> Result<Value> {
-        Box::pin(self.send(target, command)).await.map_err(|failure| failure.error)
+        Box::pin(self.send(target, command)).await.map(|(answer, _)| answer).map_err(|failure| failure.error)
+    }
+
+    /// Sends a command over the very connection that an answer came over, or not at all.
+    pub(super) async fn ask_there(&self, way: Way, command: &Cmd) -> Result<Value> {
+        let Way { node, mut link } = way;
+        let suspicion = Suspicion { node: &node, generation: link.generation, since: self.clock.now(), links: self };
+        let answer: Result<Value, RedisError> = command.query_async(&mut link.connection).await;
+        std::mem::forget(suspicion);
+        answer.map_err(|fault| self.fault(&node, link.generation, &fault))
     }
 
     /// Its future is large. It is boxed where it is used, so that the steps that share a request do without that.
-    async fn send(self: &Arc<Self>, target: Target, command: &Cmd) -> Result<Value, Failure> {
+    async fn send(self: &Arc<Self>, target: Target, command: &Cmd) -> Result<(Value, Way), Failure> {
         if let Some(local) = self.local() {
             return self.send_from(&local, target, command).await;
         }
@@ -225,7 +251,12 @@ impl Links {
         (!local.is_unusable.load(Ordering::Relaxed)).then_some(local)
     }
 
-    async fn send_from(self: &Arc<Self>, local: &Local, target: Target, command: &Cmd) -> Result<Value, Failure> {
+    async fn send_from(
+        self: &Arc<Self>,
+        local: &Local,
+        target: Target,
+        command: &Cmd,
+    ) -> Result<(Value, Way), Failure> {
         let mut address = match target {
             Target::Server(address) => address,
             Target::Slot(slot) => self.route(local, slot).await?,
@@ -253,7 +284,7 @@ impl Links {
             };
             std::mem::forget(suspicion);
             let fault = match answer {
-                Ok(value) => return Ok(value),
+                Ok(value) => return Ok((value, Way { node, link })),
                 Err(fault) => fault,
             };
             if let (Topology::Cluster(slots), Some((to, slot))) = (&self.topology, fault.redirect_node()) {
@@ -270,21 +301,26 @@ impl Links {
                 let (error, _) = from_answer(&address, &fault);
                 return Err(Failure { error, is_unknown_script: true });
             }
-            let (error, verdict) = from_answer(&address, &fault);
-            match verdict {
-                Verdict::Refused => {
-                    if let (Topology::Cluster(slots), Some("CLUSTERDOWN")) = (&self.topology, fault.code()) {
-                        slots.doubt();
-                    }
-                }
-                Verdict::NotHere | Verdict::Broken => {
-                    node.lost(link.generation);
-                    self.forget(&address);
-                }
-            }
-            return Err(error.into());
+            return Err(self.fault(&node, link.generation, &fault).into());
         }
         Err(error(ErrorKind::Unavailable, "the cluster sends the request from node to node").into())
+    }
+
+    /// The error of a request that failed, and what follows from it for those that come next.
+    fn fault(&self, node: &Node, generation: u64, fault: &RedisError) -> Error {
+        let (error, verdict) = from_answer(&node.address, fault);
+        match verdict {
+            Verdict::Refused => {
+                if let (Topology::Cluster(slots), Some("CLUSTERDOWN")) = (&self.topology, fault.code()) {
+                    slots.doubt();
+                }
+            }
+            Verdict::NotHere | Verdict::Broken => {
+                node.lost(generation);
+                self.forget(&node.address);
+            }
+        }
+        error
     }
 
     /// The server for a slot.
@@ -327,10 +363,12 @@ impl Links {
     fn forget(&self, address: &Address) {
         match &self.topology {
             Topology::Single(_) => {}
-            Topology::Sentinel { primary, .. } => {
+            Topology::Sentinel { primary, sentinels, .. } => {
                 let mut primary = lock(primary);
                 if primary.as_ref() == Some(address) {
                     *primary = None;
+                    // The one that named it may be the last to hear of another: the next one is asked.
+                    lock(sentinels).rotate_left(1);
                 }
             }
             Topology::Cluster(slots) => slots.doubt(),
@@ -423,10 +461,24 @@ impl Links {
             Ok(pubsub)
         };
         let connected = within(CONNECT_WITHIN, connected).await;
-        connected.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
+        let pubsub = connected.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
             self.forget(&address);
             while_connecting(&address, &fault)
-        })
+        })?;
+        self.reached(&address);
+        Ok(pubsub)
+    }
+
+    /// This server is there: whoever wants to connect to it need not wait any longer.
+    fn reached(&self, address: &Address) {
+        let locals: Vec<_> = lock(&self.locals).values().cloned().collect();
+        for local in locals {
+            if let Some(node) = lock(&local.nodes).get(address)
+                && let State::Down { next, .. } = &mut *lock(&node.state)
+            {
+                *next = BootTime::from_nanos(0);
+            }
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use async_trait::async_trait;
 use tokio::task::JoinSet;
 
 use self::config::Config;
-use self::connect::{Links, Target};
+use self::connect::{Links, Target, Way};
 use self::error::{NAME, error};
 use self::reply::{Answer, malformed, read_texts, write_texts};
 use self::scripts::{LockNames, Names, Script};
@@ -90,8 +90,8 @@ const AT_ONCE: usize = 256;
 /// A server that restarts without persistence, or a failover to a replica that lacks the last writes, forgets holds. The
 /// library then asks for every hold anew and tells those that are gone; fences do not repeat, because they follow the
 /// server's clock. Between the two a holder may not know: check fences. `min_replicas` makes it rarer: a grant to a caller
-/// who asks is believed only when so many replicas have it. It is not a quorum, a grant by hand-off does not wait, and
-/// where the connection breaks between the grant and the question for the replicas, the server answers for nothing.
+/// who asks is believed only when so many replicas have it. It is not a quorum, and a grant by hand-off does not wait.
+/// Where the connection breaks between the grant and the question for the replicas, the outcome is in doubt.
 #[derive(Clone, Debug)]
 pub struct Redis {
     inner: Arc<Inner>,
@@ -246,15 +246,25 @@ impl Inner {
         ends.chain(by_time).min()
     }
 
-    /// Waits until so many replicas have what was written, where that is wanted.
-    async fn replicated(&self, key: &Key) -> Result<()> {
+    /// Does a step that may grant. Where replicas must have the grant, the step goes alone and the question for them goes
+    /// over the same connection: any other may lead to a server that never had the grant, and says yes.
+    async fn granting(&self, step: batch::Step) -> Result<Answer> {
         if self.min_replicas == 0 {
-            return Ok(());
+            return batch::step(&self.links, step).await;
         }
-        let target = Target::of(self.names.lock(key).record());
+        let (answer, way) = Box::pin(step.there(&self.links)).await?;
+        if matches!(answer.word(), "short" | "granted" | "adopted") {
+            // It has granted, whatever becomes of the question.
+            Box::pin(self.replicated(way)).await.map_err(|fault| fault.in_doubt(true))?;
+        }
+        Ok(answer)
+    }
+
+    /// Waits until so many replicas have what was written this way.
+    async fn replicated(&self, way: Way) -> Result<()> {
         let mut command = ::redis::cmd("WAIT");
         command.arg(self.min_replicas).arg(1_000);
-        let have = match Box::pin(self.links.ask(target, &command)).await? {
+        let have = match self.links.ask_there(way, &command).await? {
             Value::Int(have) => have,
             _ => return Err(malformed()),
         };
@@ -262,7 +272,7 @@ impl Inner {
             return Ok(());
         }
         let message = format!("{have} replicas have the grant, {} are wanted (min_replicas)", self.min_replicas);
-        Err(error(ErrorKind::Unavailable, message).in_doubt(true))
+        Err(error(ErrorKind::Unavailable, message))
     }
 
     /// Ends what a session has that is known here: its waiters and the holds that depend on it.
@@ -451,10 +461,9 @@ impl Store for Redis {
             let asked = inner.clock.now();
             let arguments = acquire_arguments(&request, ttl, &owner);
             let step = batch::Step { script: &scripts::ACQUIRE, names: inner.names.lock(&request.key), arguments };
-            let answer = batch::step(&inner.links, step).await?;
+            let answer = inner.granting(step).await?;
             let (outcome, in_the_way) = match answer.word() {
                 "short" | "granted" => {
-                    inner.replicated(&request.key).await?;
                     if is_bound {
                         inner.sessions.holds(session, request.token, &request.key, asked);
                     }
@@ -561,10 +570,10 @@ impl Store for Redis {
         let until = format!("{:016}", request.not_after.as_micros());
         let (from, to, session) = (request.from.to_hex(), request.to.to_hex(), request.session.to_hex());
         let asked = inner.clock.now();
-        let answer = inner.on_key(&names, &scripts::ADOPT, &[&from, &to, &session, &owner, &until]).await?;
+        let arguments = vec![from, to, session, owner, until];
+        let answer = inner.granting(batch::Step { script: &scripts::ADOPT, names, arguments }).await?;
         let outcome = match answer.word() {
             "adopted" => {
-                inner.replicated(&request.key).await?;
                 let session_bound = answer.text(2)? == "S";
                 inner.sessions.lets_go(request.from, asked);
                 if session_bound {
@@ -653,7 +662,6 @@ impl Store for Redis {
     }
 }
 
-/// What `acquire.lua` is told.
 /// What `acquire.lua` takes.
 fn acquire_arguments(request: &AcquireRequest, ttl: Duration, owner: &str) -> Vec<String> {
     let mut asked = String::with_capacity(128 + owner.len());

@@ -16,7 +16,8 @@ use crate::store::{LostToken, Push, PushSender};
 use crate::token::{SessionId, TokenId};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Short: it is one attempt for a whole process, and its success ends the pauses of all who wait for the server.
+const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
 /// Listens for a session until it is aborted. `tried` fires when the first attempt is over.
 pub(super) async fn listen(

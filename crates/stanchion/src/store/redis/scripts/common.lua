@@ -205,8 +205,16 @@ local function granted(hold)
   return { 'granted', now, hold.fence, remaining(hold) }
 end
 
+-- The head of the queue has those who hold the key told again that they do. A failover may forget a release: nobody would
+-- end that hold, because the session that has it lives.
 local function queued(token)
-  return in_the_way({ 'queued', now, tostring(call('ZRANK', KEYS[2], token)), check_in() })
+  local ahead = call('ZRANK', KEYS[2], token)
+  for _, hold in ipairs(state.holds) do
+    if ahead == 0 and hold.kind == 'S' and plus(hold.at, '1000000') <= now then
+      redis.pcall('PUBLISH', PREFIX .. 'session:{' .. hold.session .. '}', 'G' .. hold.token .. hold.fence .. SUBJECT)
+    end
+  end
+  return in_the_way({ 'queued', now, tostring(ahead), check_in() })
 end
 
 local OUT_OF_FENCES = redis.error_reply('FENCE this key has the highest fence there is')

@@ -1,0 +1,210 @@
+//! Primaries that are replaced, and slots that move, under load.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use stanchion::{Fence, Locks};
+use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisSentinel, RedisServer};
+use stanchion_testkit::{block_on, until};
+
+use super::SECOND;
+
+/// Those who take and release all the time, and what they got.
+struct Load {
+    granted: Arc<Mutex<Vec<(Instant, Fence)>>>,
+}
+
+impl Load {
+    fn count(&self) -> usize {
+        self.granted.lock().unwrap().len()
+    }
+
+    /// How long after this moment somebody got the key.
+    async fn served_after(&self, moment: Instant) -> Duration {
+        let first = || self.granted.lock().unwrap().iter().map(|(at, _)| *at).find(|at| *at >= moment);
+        until("served again", async || first().is_some()).await;
+        first().unwrap().duration_since(moment)
+    }
+}
+
+/// Takes and releases all the time, by several handles: no fence comes twice, none is lowered.
+async fn under_load(url: &str, during: impl AsyncFnOnce(&Load, &Locks)) {
+    let stop = Arc::new(AtomicBool::new(false));
+    let load = Load { granted: Arc::default() };
+    let open = async || Locks::builder(url).session_ttl(3 * SECOND).open().await.unwrap();
+    let watcher = open().await;
+    let mut tasks = Vec::new();
+    for _ in 0..4 {
+        let (locks, stop, granted) = (open().await, stop.clone(), load.granted.clone());
+        tasks.push(tokio::spawn(async move {
+            while !stop.load(Ordering::SeqCst) {
+                let Ok(guard) = locks.lock("loaded").wait(20 * SECOND).await else { continue };
+                granted.lock().unwrap().push((Instant::now(), guard.fence()));
+                tokio::time::sleep(Duration::from_millis(2)).await;
+                drop(guard);
+            }
+        }));
+    }
+    until("some grants", async || load.count() > 50).await;
+    during(&load, &watcher).await;
+    let count = load.count();
+    until("many grants after it", async || load.count() > count + 50).await;
+    stop.store(true, Ordering::SeqCst);
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let granted = load.granted.lock().unwrap();
+    let fences: HashSet<_> = granted.iter().map(|(_, fence)| *fence).collect();
+    assert_eq!(fences.len(), granted.len(), "no fence twice");
+    assert!(granted.is_sorted_by_key(|(_, fence)| *fence), "no fence lowered");
+}
+
+/// The first of these servers that takes a write to this key, and when it did.
+async fn takes_writes(servers: &[&RedisServer], key: &str) -> (u16, Instant) {
+    let mut found = None;
+    until("a new primary", async || {
+        let takes = |server: &&&RedisServer| server.try_command(&["SET", key, "1"]).is_ok_and(|answer| answer == "OK");
+        found = servers.iter().find(takes).map(|server| server.port());
+        found.is_some()
+    })
+    .await;
+    (found.unwrap(), Instant::now())
+}
+
+async fn is_linked(server: &RedisServer) {
+    let info = || server.try_command(&["INFO", "replication"]).unwrap_or_default();
+    until("a replica that is linked", async || info().contains("master_link_status:up")).await;
+}
+
+/// A server that was replaced goes on as a replica of this one, and has all of it.
+async fn follows(server: &RedisServer, primary: u16) {
+    until("it follows", async || {
+        server.try_command(&["REPLICAOF", "127.0.0.1", &primary.to_string()]).is_ok_and(|answer| answer.contains("OK"))
+    })
+    .await;
+    is_linked(server).await;
+}
+
+#[test]
+fn ten_primaries_are_replaced_by_the_sentinels_under_load() {
+    let mut servers = RedisSentinel::start(Kind::Redis7);
+    let url = format!("redis+sentinel://{}/main", servers.hosts());
+    block_on(async {
+        under_load(&url, async |load, watcher| {
+            let mut slowest = Duration::ZERO;
+            for turn in 0..10 {
+                let held = watcher.lock("held").await.unwrap();
+                until("whole", async || servers.is_whole()).await;
+                let old = servers.primary();
+                let start = Instant::now();
+                servers.servers[old].kill();
+                let others: Vec<_> = (0..3).filter(|at| *at != old).map(|at| &servers.servers[at]).collect();
+                let (port, since) = takes_writes(&others, "probe").await;
+                let named = async {
+                    until("named", async || servers.servers[servers.primary()].port() == port).await;
+                    since.elapsed()
+                };
+                let (waited, named) = tokio::join!(load.served_after(since), named);
+                println!("turn {turn}: replaced within {:?}, named {named:?} later, served {waited:?}", since - start);
+                slowest = slowest.max(waited);
+                servers.servers[old].restart();
+                // The sentinels would say that too, eight seconds later.
+                follows(&servers.servers[old], port).await;
+                // Whether it survived or not, the holder and the store agree.
+                until("agreed", async || {
+                    let state = watcher.inspect("held").await.ok();
+                    let there = state.map(|state| state.holders.iter().any(|hold| hold.fence == held.fence()));
+                    there == Some(held.is_held()) || held.loss().is_some()
+                })
+                .await;
+            }
+            println!("slowest {slowest:?}");
+            // The sentinels name it only when they have asked it, up to a second later.
+            assert!(slowest < 10 * SECOND, "served again {slowest:?} after the new primary");
+        })
+        .await;
+    });
+}
+
+#[test]
+fn ten_primaries_of_a_cluster_are_replaced_under_load() {
+    let mut cluster = RedisCluster::start(Kind::Redis7, true);
+    let url = format!("redis+cluster://{}", cluster.hosts());
+    // Whoever has the slot of the key that all want.
+    let slot: u16 = cluster.nodes()[0].command(&["CLUSTER", "KEYSLOT", "stanchion:{:loaded}"]).parse().unwrap();
+    let at = usize::from(slot > 5_460) + usize::from(slot > 10_922);
+    block_on(async {
+        under_load(&url, async |load, _| {
+            let mut slowest = Duration::ZERO;
+            for turn in 0..10 {
+                let (old, new) = if turn % 2 == 0 { (at, at + 3) } else { (at + 3, at) };
+                let start = Instant::now();
+                // Every other pair: one dies, and the other gives it back without a loss.
+                let dies = turn % 4 < 2;
+                if dies {
+                    cluster.nodes_mut()[old].kill();
+                }
+                let replica = &cluster.nodes()[new];
+                if !dies {
+                    // One that gave up is tried again.
+                    let mut tried = None;
+                    until("it takes over", async || {
+                        if tried.is_none_or(|tried: Instant| tried.elapsed() > 6 * SECOND) {
+                            replica.command(&["CLUSTER", "FAILOVER"]);
+                            tried = Some(Instant::now());
+                        }
+                        replica.command(&["ROLE"]).starts_with("master")
+                    })
+                    .await;
+                }
+                let (_, since) = takes_writes(&[replica], "probe{:loaded}").await;
+                let waited = load.served_after(since).await;
+                println!("turn {turn}: dies {dies}, replaced within {:?}, served {waited:?} later", since - start);
+                slowest = slowest.max(waited);
+                if dies {
+                    cluster.nodes_mut()[old].restart();
+                }
+                is_linked(&cluster.nodes()[old]).await;
+            }
+            println!("slowest {slowest:?}");
+            assert!(slowest < 10 * SECOND, "served again {slowest:?} after the new primary");
+        })
+        .await;
+    });
+}
+
+/// A slot that is being moved while it is used: `ASK`, `TRYAGAIN`, `MOVED` are followed, and nothing is lost.
+#[test]
+fn a_slot_moves_between_nodes_under_load() {
+    let cluster = RedisCluster::start(Kind::Redis7, false);
+    let url = format!("redis+cluster://{}", cluster.hosts());
+    let nodes = cluster.nodes();
+    let slot = nodes[0].command(&["CLUSTER", "KEYSLOT", "stanchion:{:loaded}"]);
+    let number: u16 = slot.parse().unwrap();
+    let from = usize::from(number > 5_460) + usize::from(number > 10_922);
+    let to = (from + 1) % 3;
+    let ids: Vec<_> = nodes.iter().map(|node| node.command(&["CLUSTER", "MYID"])).collect();
+    block_on(async {
+        under_load(&url, async |_, _| {
+            for (from, to) in [(from, to), (to, from)] {
+                nodes[to].command(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &ids[from]]);
+                nodes[from].command(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &ids[to]]);
+                let port = nodes[to].port().to_string();
+                // New keys come up meanwhile: until none is left.
+                loop {
+                    let keys = nodes[from].command(&["CLUSTER", "GETKEYSINSLOT", &slot, "100"]);
+                    let Some(key) = keys.lines().next() else { break };
+                    nodes[from].command(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000"]);
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                for node in [to, from, 3 - to - from] {
+                    nodes[node].command(&["CLUSTER", "SETSLOT", &slot, "NODE", &ids[to]]);
+                }
+            }
+        })
+        .await;
+    });
+}

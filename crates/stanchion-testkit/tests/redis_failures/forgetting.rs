@@ -1,0 +1,218 @@
+//! Servers that forget, or lag behind: restarts, replicas, clocks.
+
+use std::collections::HashSet;
+
+use stanchion::store::{AcquireOutcome, Redis};
+use stanchion::{ErrorKind, Locks, LossCause, Store};
+use stanchion_testkit::proxy::Proxy;
+use stanchion_testkit::servers::{Redis as Kind, RedisServer};
+use stanchion_testkit::{Environment, block_on, until};
+
+use super::{SECOND, is_free, key, locks, store, url};
+
+/// Everything is forgotten: holders are told, and fences go on upwards.
+#[test]
+fn a_server_that_restarts_empty_tells_holders_and_repeats_no_fence() {
+    let mut server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let locks = Locks::builder(&url(server.port())).session_ttl(5 * SECOND).open().await.unwrap();
+        for _ in 0..3 {
+            let guard = locks.lock("k").await.unwrap();
+            let fixed = locks.lock("fixed").ttl(60 * SECOND).await.unwrap();
+            server.kill();
+            server.restart();
+            tokio::time::timeout(10 * SECOND, guard.lost()).await.unwrap();
+            tokio::time::timeout(10 * SECOND, fixed.lost()).await.unwrap();
+            assert_eq!(fixed.loss(), Some(LossCause::Missing), "it was asked for when the subscription came back");
+            until("a session", async || locks.try_lock("any").await.is_ok()).await;
+            let next = locks.lock("k").await.unwrap();
+            assert!(next.fence() > guard.fence());
+            next.release().await.unwrap();
+        }
+    });
+}
+
+/// A failover that loses writes, a thousand times: the old primary goes on granting while the new one does. A plain
+/// counter repeats; fences do not.
+#[test]
+fn a_thousand_lossy_failovers_repeat_no_fence() {
+    const FAILOVERS: usize = 1_000;
+    let servers = [0; 2].map(|_| RedisServer::with(Kind::Redis7, &["--repl-diskless-sync-delay", "0"]));
+    block_on(async {
+        let stores = servers.each_ref().map(|server| store(server.port()));
+        let (mut fences, mut last) = (HashSet::new(), 0);
+        let (mut counts, mut repeated) = (HashSet::new(), 0);
+        for turn in 0..FAILOVERS {
+            let (old, new) = (turn % 2, (turn + 1) % 2);
+            servers[new].command(&["REPLICAOF", "127.0.0.1", &servers[old].port().to_string()]);
+            let linked = || servers[new].command(&["INFO", "replication"]).contains("master_link_status:up");
+            stanchion_testkit::servers::wait("linked", linked);
+            // From here on nothing reaches the new one.
+            servers[new].command(&["REPLICAOF", "NO", "ONE"]);
+            // The first may be one that the new one knows, the second never is.
+            for primary in [old, old, new] {
+                let actor = stores[primary].actor().await;
+                let (token, granted) = actor.takes(&key("k")).await;
+                assert!(fences.insert(granted.fence), "failover {turn}: {:?} twice", granted.fence);
+                assert!(granted.fence.get() > last, "failover {turn}: {:?} after {last}", granted.fence);
+                last = granted.fence.get();
+                actor.releases(&key("k"), token).await;
+                repeated += usize::from(!counts.insert(servers[primary].command(&["INCR", "control"])));
+            }
+        }
+        assert_eq!(fences.len(), 3 * FAILOVERS);
+        assert!(repeated >= FAILOVERS * 9 / 10, "the control repeats: {repeated} of {FAILOVERS}");
+    });
+}
+
+/// A new primary may have the session and lack a hold: whoever reconnects asks for every hold.
+#[test]
+fn a_hold_that_is_missing_after_a_reconnection_is_lost() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let locks = Locks::builder(&url(server.port())).session_ttl(600 * SECOND).open().await.unwrap();
+        let (missing, there) = (locks.lock("missing").await.unwrap(), locks.lock("there").await.unwrap());
+        server.command(&["DEL", "stanchion:{:missing}"]);
+        server.command(&["CLIENT", "KILL", "TYPE", "pubsub"]);
+        tokio::time::timeout(20 * SECOND, missing.lost()).await.unwrap();
+        assert_eq!(missing.loss(), Some(LossCause::Missing));
+        assert!(there.is_held());
+    });
+}
+
+/// A grant that too few replicas have is not believed, and leaves nothing.
+#[test]
+fn min_replicas_holds_back_grants_that_a_failover_would_lose() {
+    let primary = RedisServer::start(Kind::Redis7);
+    let replica = RedisServer::with(Kind::Redis7, &["--replicaof", &format!("127.0.0.1 {}", primary.port())]);
+    stanchion_testkit::servers::wait("linked", || {
+        replica.command(&["INFO", "replication"]).contains("master_link_status:up")
+    });
+    block_on(async {
+        let locks = Locks::open(&format!("{}?min_replicas=1", url(primary.port()))).await.unwrap();
+        locks.lock("k").await.unwrap().release().await.unwrap();
+        replica.process().unwrap().signal("STOP");
+        let error = locks.lock("k").wait(3 * SECOND).await.unwrap_err();
+        assert!(error.is_transient() && error.to_string().contains("0 replicas have the grant"), "{error}");
+        replica.process().unwrap().signal("CONT");
+        until("nothing is left", async || is_free(&locks, "k").await).await;
+        locks.lock("k").await.unwrap().release().await.unwrap();
+    });
+}
+
+/// The name leads to another server between a grant and the question who has it: that server has replicas, and nothing
+/// of the grant.
+#[test]
+fn min_replicas_asks_nobody_but_the_server_that_granted() {
+    let (alone, other) = (RedisServer::start(Kind::Redis7), RedisServer::start(Kind::Redis7));
+    let replica = RedisServer::with(Kind::Redis7, &["--replicaof", &format!("127.0.0.1 {}", other.port())]);
+    stanchion_testkit::servers::wait("linked", || {
+        replica.command(&["INFO", "replication"]).contains("master_link_status:up")
+    });
+    let proxy = Proxy::start(alone.port(), 1);
+    let url = format!("{}?min_replicas=1", url(proxy.port()));
+    block_on(async {
+        let environment = Environment::new(move || Redis::from_url(&url).unwrap());
+        let (actor, observer) = (environment.actor().await, store(alone.port()).actor().await);
+        let error = actor.store.acquire(actor.request(&key("before"))).await.unwrap_err();
+        assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, true), "{error}");
+        assert!(error.to_string().contains("0 replicas have the grant"), "{error}");
+        proxy.faults().hold_answers(true);
+        let asking = tokio::spawn({
+            let (store, request) = (actor.store.clone(), actor.request(&key("k")));
+            async move { store.acquire(request).await }
+        });
+        until("granted", async || observer.sees_held(&key("k")).await).await;
+        // A question that stays without an answer for long makes the connection suspect: the next one takes another.
+        let (before, other_key) = (proxy.faults().connections(), key("other"));
+        let silent = tokio::time::timeout(SECOND * 6 / 5, actor.store.inspect(&other_key)).await;
+        assert!(silent.is_err());
+        proxy.faults().lead_to(other.port());
+        let next = tokio::spawn({
+            let store = actor.store.clone();
+            async move { store.inspect(&other_key).await }
+        });
+        until("another connection", async || proxy.faults().connections() > before).await;
+        proxy.faults().hold_answers(false);
+        let error = asking.await.unwrap().unwrap_err();
+        assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, true), "{error}");
+        next.await.unwrap().unwrap();
+        assert!(observer.sees_held(&key("k")).await, "what came of it is told by no error");
+    });
+}
+
+/// A server that was demoted and is cut off knows of no newer beats: it may not declare a session dead.
+#[test]
+fn a_stale_replica_declares_no_session_dead() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let environment = store(server.port());
+        let actor = environment.mortal(SECOND / 5).await;
+        actor.takes(&key("k")).await;
+        // A replica of nobody: it serves what it had.
+        server.command(&["REPLICAOF", "127.0.0.1", "1"]);
+        tokio::time::sleep(SECOND / 3).await;
+        let error = actor.store.acquire(actor.request(&key("other"))).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        server.command(&["REPLICAOF", "NO", "ONE"]);
+        until("told by a primary", async || {
+            let asked = actor.store.acquire(actor.request(&key("other"))).await;
+            asked.is_ok_and(|reply| reply.outcome == AcquireOutcome::SessionGone)
+        })
+        .await;
+        // What was declared dead is not opened or beaten into life again.
+        let beaten = actor.store.beat(actor.session).await.unwrap().outcome;
+        assert_eq!(beaten, stanchion::store::BeatOutcome::Gone);
+    });
+}
+
+/// A server whose clock was set back behind the newest fence: fences go on upwards, in every way to ask.
+#[test]
+fn a_clock_that_was_set_back_lowers_no_fence() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let locks = locks(server.port()).await;
+        let ahead = stanchion::Clock::system().wall_micros() + 3_600_000_000;
+        server.command(&["SET", "stanchion:{:alone}", &format!("0{ahead}")]);
+        let mut last = ahead;
+        for _ in 0..10 {
+            let guard = locks.lock("alone").await.unwrap();
+            assert_eq!(guard.fence().get(), last + 1);
+            last = guard.fence().get();
+            guard.release().await.unwrap();
+        }
+        for turn in 0..40 {
+            server.command(&["SET", &format!("stanchion:{{:shared{turn}}}"), &format!("0{ahead}")]);
+        }
+        let tasks: Vec<_> =
+            (0..40).map(|turn| tokio::spawn(locks.lock(format!("shared{turn}")).into_future())).collect();
+        for task in tasks {
+            assert_eq!(task.await.unwrap().unwrap().fence().get(), ahead + 1);
+        }
+        assert!(server.command(&["INFO", "commandstats"]).contains("cmdstat_mget:"), "requests were shared");
+    });
+}
+
+/// A new primary may lack a release: the hold is there again, and its session lives. Whoever waits has it ended.
+#[test]
+fn a_release_that_was_forgotten_is_done_again_when_somebody_waits() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let (first, other) = (locks(server.port()).await, locks(server.port()).await);
+        let guard = first.lock("k").await.unwrap();
+        let record = server.command(&["GET", "stanchion:{:k}"]);
+        guard.release().await.unwrap();
+        server.command(&["SET", "stanchion:{:k}", &record]);
+        assert!(other.try_lock("k").await.unwrap().is_none());
+        drop(other.lock("k").wait(20 * SECOND).await.unwrap());
+        // What is really held, or detached, stays.
+        let held = first.lock("held").await.unwrap();
+        let detached = first.lock("detached").await.unwrap().detach();
+        for key in ["held", "detached"] {
+            let error = other.lock(key).wait(4 * SECOND).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+        }
+        held.check().unwrap();
+        drop(first.adopt(detached).await.unwrap());
+    });
+}

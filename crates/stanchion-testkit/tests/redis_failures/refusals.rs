@@ -1,0 +1,281 @@
+//! What a server or its settings refuse: each has its kind of error.
+
+use std::time::{Duration, Instant};
+
+use stanchion::store::{AcquireOutcome, EndOutcome, Redis};
+use stanchion::{Error, ErrorKind, Locks, RetryPolicy, Store};
+use stanchion_testkit::servers::{Redis as Kind, RedisServer};
+use stanchion_testkit::{block_on, until};
+
+use super::{SECOND, key, locks, store, url};
+
+/// What a server answers when it cannot serve, as errors: each kind provoked on a real one.
+#[test]
+fn every_fault_of_a_server_has_its_kind() {
+    let mut server = RedisServer::start(Kind::Redis7);
+    let other = RedisServer::start(Kind::Redis7);
+    let port = server.port();
+    block_on(async {
+        let environment = store(port);
+        let actor = environment.actor().await;
+        let fault = async |what: &str| -> Error {
+            let request = actor.request(&key(what));
+            actor.store.acquire(request).await.expect_err(what)
+        };
+        let expect = async |what: &str, kind: ErrorKind, in_doubt: bool, says: &str| {
+            let error = fault(what).await;
+            assert_eq!((error.kind(), error.is_in_doubt()), (kind, in_doubt), "{what}: {error}");
+            let text = error.to_string();
+            assert!(text.starts_with("redis: 127.0.0.1:") || text.starts_with("redis: cannot connect"), "{text}");
+            assert!(text.contains(says), "{what}: {text}");
+            assert_eq!(error.is_transient(), matches!(kind, ErrorKind::Unavailable | ErrorKind::RateLimited));
+        };
+        // Out of memory: no new hold, and what there is can be released.
+        let (token, _) = actor.takes(&key("held")).await;
+        let waiting = actor.queues(&key("held")).await;
+        server.command(&["CONFIG", "SET", "maxmemory", "1"]);
+        expect("OOM", ErrorKind::Unavailable, false, "out of memory").await;
+        assert_eq!(actor.releases(&key("held"), token).await, EndOutcome::Released);
+        assert!(actor.granted(&key("held"), waiting).await.is_some(), "handed on");
+        assert_eq!(actor.releases(&key("held"), waiting).await, EndOutcome::Released);
+        actor.store.beat(actor.session).await.unwrap();
+        server.command(&["CONFIG", "SET", "maxmemory", "0"]);
+        // Too few replicas.
+        server.command(&["CONFIG", "SET", "min-replicas-to-write", "1"]);
+        expect("NOREPLICAS", ErrorKind::Unavailable, false, "too few replicas").await;
+        server.command(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
+        // A replica: refused by the server, and then because it says that it is one.
+        server.command(&["REPLICAOF", "127.0.0.1", &other.port().to_string()]);
+        expect("READONLY", ErrorKind::Unavailable, false, "replica").await;
+        expect("a replica", ErrorKind::Unavailable, false, "is a replica now").await;
+        server.command(&["REPLICAOF", "NO", "ONE"]);
+        until("a primary again", async || actor.store.inspect(&key("k")).await.is_ok()).await;
+        // A script that does not end.
+        server.command(&["CONFIG", "SET", "lua-time-limit", "1"]);
+        let busy = std::thread::scope(|scope| {
+            let read = "local t = redis.call('TIME') while true do end";
+            let server = &server;
+            scope.spawn(move || server.command(&["EVAL", read, "0"]));
+            std::thread::sleep(Duration::from_millis(100));
+            let error = block_on_thread(|| {
+                let actor = store(port);
+                async move { actor.open().inspect(&key("k")).await.unwrap_err() }
+            });
+            server.command(&["SCRIPT", "KILL"]);
+            error
+        });
+        assert_eq!(busy.kind(), ErrorKind::Unavailable, "{busy}");
+        assert!(busy.to_string().contains("busy"), "{busy}");
+        // A key of ours that somebody else wrote.
+        server.command(&["SET", "stanchion:{:foreign}", "hello"]);
+        expect("foreign", ErrorKind::Misconfigured, false, "written by something else").await;
+        server.command(&["DEL", "stanchion:{:foreign}"]);
+        server.command(&["RPUSH", "stanchion:{:foreign}", "hello"]);
+        expect("foreign", ErrorKind::Misconfigured, false, "written by something else").await;
+        // The highest fence.
+        server.command(&["SET", "stanchion:{:last}", "09007199254740991"]);
+        expect("last", ErrorKind::Misconfigured, false, "highest fence").await;
+        // Rights.
+        server.command(&["ACL", "SETUSER", "default", "-set"]);
+        expect("NOPERM in a script", ErrorKind::Unauthorized, false, "lacks a right").await;
+        server.command(&["ACL", "SETUSER", "default", "+set", "-evalsha", "-eval"]);
+        expect("NOPERM", ErrorKind::Unauthorized, false, "lacks a right").await;
+        server.command(&["ACL", "SETUSER", "default", "+@all"]);
+        // A password, asked for from the next connection on.
+        server.command(&["CONFIG", "SET", "requirepass", "secret"]);
+        let error = store(port).open().inspect(&key("k")).await.unwrap_err();
+        assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unauthorized, false), "{error}");
+        let wrong = Redis::from_url(&format!("redis://:hunter2@127.0.0.1:{port}")).unwrap();
+        let error = wrong.inspect(&key("k")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
+        assert!(!format!("{error} {error:?} {wrong:?}").contains("hunter2"));
+    });
+    // A connection that breaks while the answer is awaited: in doubt. And one that is refused: not in doubt.
+    let environment = store(port);
+    server.kill();
+    server.restart();
+    block_on(async {
+        let actor = environment.actor().await;
+        actor.takes(&key("a")).await;
+        server.process().unwrap().signal("STOP");
+        let request = actor.request(&key("b"));
+        let asking = tokio::spawn({
+            let (store, request) = (actor.store.clone(), request.clone());
+            async move { store.acquire(request).await }
+        });
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        server.kill();
+        let error = asking.await.unwrap().unwrap_err();
+        assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, true), "{error}");
+        let error = actor.store.acquire(request).await.unwrap_err();
+        assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, false), "{error}");
+        assert!(error.to_string().contains("cannot connect to 127.0.0.1"), "{error}");
+    });
+}
+
+/// Runs something in a thread with a runtime of its own.
+fn block_on_thread<T: Send, F: Future<Output = T>>(make: impl FnOnce() -> F + Send) -> T {
+    std::thread::scope(|scope| scope.spawn(|| block_on(make())).join().unwrap())
+}
+
+#[test]
+fn a_server_that_would_lose_locks_is_refused_and_doubts_are_told() {
+    let primary = RedisServer::start(Kind::Redis7);
+    let evicting = RedisServer::with(Kind::Redis7, &["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"]);
+    let replica = RedisServer::with(Kind::Redis7, &["--replicaof", &format!("127.0.0.1 {}", primary.port())]);
+    let safe = RedisServer::with(Kind::Redis7, &["--appendonly", "yes", "--appendfsync", "always"]);
+    block_on(async {
+        let error = Locks::open(&url(evicting.port())).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Misconfigured);
+        assert!(error.to_string().contains("set `maxmemory-policy noeviction`"), "{error}");
+        let error = Locks::open(&url(replica.port())).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Misconfigured);
+        assert!(error.to_string().contains("is a replica; name its primary"), "{error}");
+        let warnings = locks(primary.port()).await.warnings();
+        assert!(warnings.iter().any(|warning| warning.contains("set `appendonly yes`")), "{warnings:?}");
+        assert_eq!(locks(safe.port()).await.warnings(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn without_the_right_to_subscribe_waiting_is_slower_and_that_is_told() {
+    let server = RedisServer::start(Kind::Redis7);
+    let rights = ["ACL", "SETUSER", "quiet", "on", ">pw", "~*", "+@all", "-subscribe"];
+    assert_eq!(server.command(&rights), "OK");
+    block_on(async {
+        let locks = Locks::open(&format!("redis://quiet:pw@127.0.0.1:{}", server.port())).await.unwrap();
+        until("told", async || locks.warnings().iter().any(|warning| warning.contains("no pushes"))).await;
+        let guard = locks.lock("k").await.unwrap();
+        let waiting = tokio::spawn(locks.lock("k").into_future());
+        until("queued", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+        let released = Instant::now();
+        guard.release().await.unwrap();
+        waiting.await.unwrap().unwrap().release().await.unwrap();
+        assert!(released.elapsed() < 5 * SECOND, "{:?}", released.elapsed());
+    });
+}
+
+/// A server whose certificate nobody vouches for is refused at once, and so is one with another name.
+#[test]
+fn certificates_are_verified() {
+    let folder = tempfile::tempdir().unwrap();
+    let (authority, certificate, server_key) = stanchion_testkit::servers::certificates(folder.path());
+    let [authority, certificate, server_key] =
+        [&authority, &certificate, &server_key].map(|path| path.to_str().unwrap());
+    let files = ["--tls-ca-cert-file", authority, "--tls-cert-file", certificate, "--tls-key-file", server_key];
+    let server = RedisServer::with(Kind::Redis7, &[&files[..], &["--tls-port", "--tls-auth-clients", "no"]].concat());
+    let port = server.port();
+    block_on(async {
+        let trusted = format!("rediss://localhost:{port}?ca_file={authority}");
+        Locks::open(&trusted).await.unwrap().lock("k").await.unwrap().release().await.unwrap();
+        let error = Locks::open(&format!("rediss://localhost:{port}")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
+        assert!(error.to_string().contains("certificate"), "{error}");
+        let another_name = format!("rediss://127.0.0.1:{port}?ca_file={authority}");
+        let error = Locks::open(&another_name).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
+        let hasty = RetryPolicy { total: SECOND / 2, ..RetryPolicy::default() };
+        let error = Locks::builder(&url(port)).retry(hasty).open().await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "plain text to a TLS port: {error}");
+        let error = Locks::open(&format!("rediss://127.0.0.1:{port}?ca_file=/nowhere")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+    });
+}
+
+/// What keeps a server from serving for a while: an error of its kind, not in doubt, and nothing to do when it is over.
+#[test]
+fn a_server_that_cannot_serve_for_a_while_is_used_again_without_help() {
+    let server = RedisServer::with(
+        Kind::Redis7,
+        &["--enable-debug-command", "yes", "--enable-protected-configs", "yes", "--maxclients", "20"],
+    );
+    let port = server.port();
+    block_on(async {
+        let environment = store(port);
+        let actor = environment.actor().await;
+        let is_refused = async |kind: ErrorKind, says: &str| {
+            let mut last = String::new();
+            until(says, async || match actor.store.acquire(actor.request(&key(says))).await {
+                Ok(_) => false,
+                Err(error) => {
+                    last = error.to_string();
+                    assert!(!error.is_in_doubt(), "{error}");
+                    last.contains(says) && error.kind() == kind
+                }
+            })
+            .await;
+        };
+        let recovers = async |what: &str| {
+            until(what, async || {
+                let asked = actor.store.acquire(actor.request(&key(what))).await;
+                asked.is_ok_and(|reply| matches!(reply.outcome, AcquireOutcome::Granted(_)))
+            })
+            .await;
+        };
+        // MISCONF: snapshots that fail, because the folder they should go to is gone.
+        let folder = server.folder().join("gone");
+        std::fs::create_dir(&folder).unwrap();
+        server.command(&["CONFIG", "SET", "dir", folder.to_str().unwrap()]);
+        server.command(&["CONFIG", "SET", "save", "3600 100000"]);
+        std::fs::remove_dir(&folder).unwrap();
+        server.command(&["BGSAVE"]);
+        is_refused(ErrorKind::Misconfigured, "cannot save its data").await;
+        server.command(&["CONFIG", "SET", "dir", server.folder().to_str().unwrap()]);
+        until("a snapshot", async || {
+            server.command(&["BGSAVE"]);
+            server.command(&["INFO", "persistence"]).contains("rdb_last_bgsave_status:ok")
+        })
+        .await;
+        recovers("after MISCONF").await;
+        // Too many clients: whoever connects anew is refused.
+        let mut crowd = Vec::new();
+        for _ in 0..40 {
+            crowd.push(std::net::TcpStream::connect(("127.0.0.1", port)).unwrap());
+        }
+        let newcomer = store(port).open();
+        let mut told = None;
+        until("refused", async || {
+            told = newcomer.inspect(&key("k")).await.err();
+            told.is_some()
+        })
+        .await;
+        let error = told.unwrap();
+        println!("too many clients: {error}");
+        assert_eq!((error.is_transient(), error.is_in_doubt()), (true, false), "{error}");
+        drop(crowd);
+        until("room", async || newcomer.inspect(&key("k")).await.is_ok()).await;
+        // LOADING: each key takes a while.
+        server.command(&["DEBUG", "POPULATE", "3000"]);
+        server.command(&["CONFIG", "SET", "key-load-delay", "1000"]);
+        server.command(&["CONFIG", "SET", "loading-process-events-interval-bytes", "1024"]);
+        std::thread::scope(|scope| {
+            let reload = scope.spawn(|| server.command(&["DEBUG", "RELOAD"]));
+            let loading = block_on_thread(|| {
+                let actor = &actor;
+                async move {
+                    let mut told = None;
+                    until("loading", async || {
+                        told = actor.store.inspect(&key("k")).await.err();
+                        told.is_some()
+                    })
+                    .await;
+                    told.unwrap()
+                }
+            });
+            assert_eq!((loading.kind(), loading.is_in_doubt()), (ErrorKind::Unavailable, false), "{loading}");
+            assert!(loading.to_string().contains("loading its data"), "{loading}");
+            assert_eq!(reload.join().unwrap(), "OK");
+        });
+        server.command(&["CONFIG", "SET", "key-load-delay", "0"]);
+        recovers("after LOADING").await;
+        // MASTERDOWN: a replica without its primary, that serves nothing then.
+        server.command(&["CONFIG", "SET", "replica-serve-stale-data", "no"]);
+        server.command(&["REPLICAOF", "127.0.0.1", "1"]);
+        let error = actor.store.acquire(actor.request(&key("k"))).await.unwrap_err();
+        println!("without a primary: {error}");
+        assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, false), "{error}");
+        assert!(error.to_string().contains("lost its primary"), "{error}");
+        server.command(&["REPLICAOF", "NO", "ONE"]);
+        recovers("after MASTERDOWN").await;
+    });
+}

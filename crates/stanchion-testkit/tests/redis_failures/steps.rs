@@ -1,0 +1,215 @@
+//! Many who ask at once, in order or sharing requests, and what the dead and the closed leave.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+use stanchion::store::{AcquireOutcome, AcquireRequest, EndOutcome, PollOutcome, StoreTime};
+use stanchion::{ErrorKind, Locks, Store};
+use stanchion_testkit::servers::{Redis as Kind, RedisServer};
+use stanchion_testkit::{block_on, until};
+
+use super::{SECOND, is_free, key, locks, store, url};
+
+/// Four processes' worth of waiters on one key: 10,000 grants, nobody is passed.
+#[test]
+fn ten_thousand_grants_are_in_the_order_of_the_questions() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let environment = store(server.port());
+        let mut actors = Vec::new();
+        for _ in 0..4 {
+            actors.push(environment.actor().await);
+        }
+        let mut queue = std::collections::VecDeque::new();
+        for turn in 0..64 {
+            let actor = &actors[turn % 4];
+            let request = actor.request(&key("k"));
+            actor.ask(&request).await;
+            queue.push_back((turn % 4, request.token));
+        }
+        let mut last = None;
+        for turn in 0..10_000 {
+            let (who, token) = queue.pop_front().unwrap();
+            let granted =
+                actors[who].granted(&key("k"), token).await.unwrap_or_else(|| panic!("grant {turn} passed somebody"));
+            assert!(Some(granted.fence) > last);
+            last = Some(granted.fence);
+            assert_eq!(actors[who].releases(&key("k"), token).await, EndOutcome::Released);
+            let next = (turn * 7) % 4;
+            queue.push_back((next, actors[next].queues(&key("k")).await));
+        }
+    });
+}
+
+/// A session that ended while its request was on its way gets no grant that anybody believes, and leaves none.
+#[test]
+fn a_grant_to_a_dead_session_is_taken_by_the_next() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let environment = store(server.port());
+        let (holder, next) = (environment.actor().await, environment.actor().await);
+        let dying = environment.mortal(SECOND / 5).await;
+        let (held, _) = holder.takes(&key("k")).await;
+        dying.queues(&key("k")).await;
+        let waiting = next.queues(&key("k")).await;
+        tokio::time::sleep(SECOND / 4).await;
+        // The hand-off goes to the dead one: no script sees sessions.
+        assert_eq!(holder.releases(&key("k"), held).await, EndOutcome::Released);
+        assert!(next.granted(&key("k"), waiting).await.is_some(), "whoever asks next has the dead buried");
+        let state = next.sees(&key("k")).await;
+        assert_eq!((state.holders.len(), state.waiters.len()), (1, 0));
+    });
+}
+
+/// Many tasks of one process share requests, also those for the same key: still one at a time.
+#[test]
+fn steps_that_share_a_request_exclude_each_other() {
+    const TASKS: usize = 64;
+    const TURNS: usize = 150;
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let locks = locks(server.port()).await;
+        let keys: Arc<Vec<_>> = Arc::new((0..TASKS / 2).map(|_| (AtomicBool::new(false), AtomicU64::new(0))).collect());
+        let tasks: Vec<_> = (0..TASKS)
+            .map(|task| {
+                let (locks, keys) = (locks.clone(), keys.clone());
+                tokio::spawn(async move {
+                    let mut obtained = 0;
+                    for turn in 0..TURNS {
+                        let at = (task + turn * 5) % keys.len();
+                        // Attempts and waits, mixed.
+                        let guard = match turn % 3 {
+                            0 => locks.try_lock(format!("k{at}")).await.unwrap(),
+                            _ => Some(locks.lock(format!("k{at}")).await.unwrap()),
+                        };
+                        let Some(guard) = guard else { continue };
+                        let (inside, last) = &keys[at];
+                        assert!(!inside.swap(true, Ordering::SeqCst), "two at a time");
+                        assert!(last.swap(guard.fence().get(), Ordering::SeqCst) < guard.fence().get(), "fences rise");
+                        tokio::task::yield_now().await;
+                        inside.store(false, Ordering::SeqCst);
+                        guard.release().await.unwrap();
+                        obtained += 1;
+                    }
+                    obtained
+                })
+            })
+            .collect();
+        let mut obtained = 0;
+        for task in tasks {
+            obtained += task.await.unwrap();
+        }
+        assert!(obtained >= TASKS * TURNS * 2 / 3, "{obtained}");
+        let stats = server.command(&["INFO", "commandstats"]);
+        assert!(stats.contains("cmdstat_mget:"), "requests were shared");
+        until("nothing is left", async || locks.list("").await.unwrap().is_empty()).await;
+    });
+}
+
+/// Shared requests check tokens, windows and what they find as requests of their own do.
+#[test]
+fn steps_that_share_a_request_change_nothing_that_is_not_theirs() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let environment = store(server.port());
+        let actor = Arc::new(environment.actor().await);
+        server.command(&["RPUSH", "stanchion:{:foreign}", "hello"]);
+        let (token, _) = actor.takes(&key("k")).await;
+        let (closed, _) = actor.takes(&key("closed")).await;
+        actor.store.release(&key("closed"), closed, Some(60 * SECOND)).await.unwrap();
+        let mut tasks = Vec::new();
+        for turn in 0..60 {
+            let actor = actor.clone();
+            tasks.push(tokio::spawn(async move {
+                let stranger = stanchion::TokenId::random().unwrap();
+                let late = AcquireRequest { not_after: StoreTime::from_micros(1), ..actor.request(&key("late")) };
+                let at_once = AcquireRequest { enqueue: false, ..actor.request(&key("k")) };
+                let shut = AcquireRequest { enqueue: false, ..actor.request(&key("closed")) };
+                match turn % 4 {
+                    0 => assert_eq!(actor.releases(&key("k"), stranger).await, EndOutcome::Nothing),
+                    1 => assert_eq!(actor.ask(&late).await, AcquireOutcome::Stale),
+                    2 => assert!(matches!(actor.ask(&at_once).await, AcquireOutcome::Busy { .. })),
+                    _ => assert!(matches!(actor.ask(&shut).await, AcquireOutcome::Busy { check_in: Some(_) })),
+                }
+            }));
+        }
+        for task in tasks {
+            task.await.unwrap();
+        }
+        assert!(actor.granted(&key("k"), token).await.is_some());
+        assert_eq!(server.command(&["TYPE", "stanchion:{:foreign}"]), "list");
+        assert!(server.command(&["INFO", "commandstats"]).contains("cmdstat_mget:"), "requests were shared");
+    });
+}
+
+/// A dead session's hold is taken over by whoever looks, in every kind of step.
+#[test]
+fn a_closed_handle_leaves_nothing() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let locks = locks(server.port()).await;
+        let guards: Vec<_> = {
+            let mut guards = Vec::new();
+            for turn in 0..500 {
+                guards.push(locks.lock(format!("k{turn}")).await.unwrap());
+            }
+            guards
+        };
+        let waiting = tokio::spawn(locks.lock("k0").into_future());
+        until("queued", async || locks.inspect("k0").await.unwrap().waiters.len() == 1).await;
+        let start = Instant::now();
+        locks.close().await.unwrap();
+        assert!(waiting.await.unwrap().is_err());
+        let other = crate::locks(server.port()).await;
+        assert_eq!(other.list("").await.unwrap().len(), 0, "after {:?}", start.elapsed());
+        drop(guards);
+        let (token, store) = (stanchion::TokenId::random().unwrap(), store(server.port()).open());
+        assert_eq!(store.poll(&key("k0"), token).await.unwrap().outcome, PollOutcome::Gone);
+    });
+}
+
+/// Runtimes that can do no I/O, and none at all: the keeper's connection does the work.
+#[test]
+fn a_runtime_without_io_and_no_runtime_work_too() {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    fn drive<T>(work: impl Future<Output = T>) -> T {
+        let mut work = Box::pin(work);
+        let waker = Arc::new(Unpark(std::thread::current())).into();
+        let mut context = std::task::Context::from_waker(&waker);
+        loop {
+            match work.as_mut().poll(&mut context) {
+                std::task::Poll::Ready(value) => return value,
+                std::task::Poll::Pending => std::thread::park(),
+            }
+        }
+    }
+    async fn use_it(url: String) {
+        let locks = Locks::open(&url).await.unwrap();
+        let guard = locks.lock("k").await.unwrap();
+        let waiting = locks.lock("k").wait(SECOND / 10).await;
+        assert_eq!(waiting.unwrap_err().kind(), ErrorKind::Timeout);
+        guard.release().await.unwrap();
+        drop(locks.lock("k").await.unwrap());
+        locks.close().await.unwrap();
+    }
+    let server = RedisServer::start(Kind::Redis7);
+    drive(use_it(url(server.port())));
+    let without_io = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    without_io.block_on(use_it(url(server.port())));
+    // A handle that outlives the runtime it was used in.
+    let first = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let locks = first.block_on(crate::locks(server.port()));
+    let guard = first.block_on(locks.lock("k").into_future()).unwrap();
+    drop(first);
+    assert!(guard.is_held());
+    block_on(async {
+        guard.release().await.unwrap();
+        assert!(is_free(&locks, "k").await);
+    });
+}
