@@ -122,6 +122,14 @@ pub(crate) enum Command {
     /// once, because the next one may start.
     #[command(verbatim_doc_comment)]
     Break(Break),
+    /// Print the SQL that a database needs before locks can be kept in it, or run it
+    ///
+    /// For PostgreSQL. Idempotent. Whoever runs it needs the right to create; who uses it later does not.
+    Schema {
+        /// Run it instead of printing it
+        #[arg(long)]
+        apply: bool,
+    },
     /// Print the completions for a shell
     Completions {
         /// The shell

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stanchion::Locks;
-use stanchion::store::Sqlite;
+use stanchion::store::{Postgres, Sqlite};
 
 use crate::arguments::Common;
 use crate::message::Failure;
@@ -100,8 +100,14 @@ fn holds_password(url: &str) -> bool {
         address.rsplit_once('@').is_some_and(|(user, _)| user.split_once(':').is_some_and(|(_, p)| !p.is_empty()));
     in_address
         || query.split('&').any(|option| {
-            let name = option.split('=').next().unwrap_or_default().to_ascii_lowercase();
-            ["password", "passwd", "pass", "pwd", "secret", "token", "auth"].iter().any(|word| name.contains(word))
+            let (name, value) = option.split_once('=').unwrap_or((option, ""));
+            let name = name.to_ascii_lowercase();
+            // A URL in the URL.
+            let inner = value.replace("%3A", ":").replace("%3a", ":").replace("%2F", "/").replace("%2f", "/");
+            holds_password(&inner.replace("%40", "@"))
+                || ["password", "passwd", "pass", "pwd", "secret", "token", "auth"]
+                    .iter()
+                    .any(|word| name.contains(word))
         })
 }
 
@@ -124,13 +130,23 @@ impl StoreChoice {
         Ok(Opened { locks: builder.open().await?, embedded })
     }
 
+    /// The database that a schema is for.
+    pub(crate) fn database(&self) -> Result<Postgres, Failure> {
+        if !self.url.starts_with("postgres") {
+            let message = "only PostgreSQL needs a schema: give a `postgres://` URL";
+            return Err(Failure::new(exit_code::USAGE, message));
+        }
+        Ok(Postgres::from_url(&self.url)?)
+    }
+
+    /// Waits for something in a runtime of its own.
+    pub(crate) fn run<T>(&self, work: impl AsyncFnOnce() -> stanchion::Result<T>) -> Result<T, Failure> {
+        Ok(runtime()?.block_on(work())?)
+    }
+
     /// Opens it, asks it something, and closes it.
     pub(crate) fn ask<T>(&self, question: impl AsyncFnOnce(&Locks) -> stanchion::Result<T>) -> Result<T, Failure> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|error| Failure::new(exit_code::INTERNAL, format!("the system refused a runtime: {error}")))?;
-        runtime.block_on(async {
+        runtime()?.block_on(async {
             let opened = self.open(None, None).await?;
             let answer = question(&opened.locks).await;
             // What could not be ended dies with the session.
@@ -138,6 +154,13 @@ impl StoreChoice {
             Ok(answer?)
         })
     }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(exit_code::INTERNAL, format!("the system refused a runtime: {error}")))
 }
 
 #[cfg(test)]
@@ -152,6 +175,7 @@ mod tests {
             "postgres://u:a@b@h/db",
             "postgres://h/db?user=u&password=p",
             "redis://h?auth=x",
+            "postgres://h/db?listen=postgres%3A%2F%2Fu:p%40h%2Fdb",
         ] {
             assert!(holds_password(url), "{url}");
         }

@@ -9,11 +9,17 @@ use stanchion_testkit::{Environment, conformance};
 
 /// Fresh data on servers that all cases share: a schema of its own.
 fn fresh(server: &PostgresServer, url: &str) -> Environment<Postgres> {
+    let url = format!("{url}{}schema={}", if url.contains('?') { '&' } else { '?' }, schema_of(server));
+    Environment::new(move || Postgres::from_url(&url).unwrap())
+}
+
+/// The name of a new one.
+fn schema_of(server: &PostgresServer) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let schema = format!("s{}", NEXT.fetch_add(1, Ordering::Relaxed));
-    let url = format!("{url}{}schema={schema}", if url.contains('?') { '&' } else { '?' });
-    server.psql(&Postgres::from_url(&url).unwrap().schema_sql());
-    Environment::new(move || Postgres::from_url(&url).unwrap())
+    let store = Postgres::from_url(&format!("postgres://localhost?schema={schema}")).unwrap();
+    server.psql(&store.schema_sql());
+    schema
 }
 
 /// Many handles at once, each with connections of its own.
@@ -35,13 +41,26 @@ macro_rules! versions {
 
 versions! { postgres_15 V15, postgres_18 V18 }
 
-fn over_tls() -> Environment<Postgres> {
+/// With certificates that are verified, and as a user that has no more rights than the documentation says.
+fn with_few_rights_over_tls() -> Environment<Postgres> {
     static SERVER: OnceLock<PostgresServer> = OnceLock::new();
-    let server = SERVER.get_or_init(|| PostgresServer::with_tls(Kind::V15));
-    let url = server.url().replace("127.0.0.1", "localhost");
-    fresh(server, &format!("{url}?sslmode=verify-full&ca_file={}", server.ca_file().display()))
+    let server = SERVER.get_or_init(|| {
+        let server = PostgresServer::with_tls(Kind::V15);
+        server.psql("CREATE ROLE locker LOGIN");
+        server
+    });
+    let url = format!(
+        "postgres://locker@localhost:{}/postgres?sslmode=verify-full&ca_file={}&schema={}",
+        server.port(),
+        server.ca_file().display(),
+        schema_of(server),
+    );
+    let schema = url.rsplit_once('=').unwrap().1;
+    let rights = include_str!("../../stanchion/src/store/postgres/rights.sql");
+    server.psql(&rights.replace("@schema@", schema).replace("@role@", "locker"));
+    Environment::new(move || Postgres::from_url(&url).unwrap())
 }
-conformance!(tls, over_tls);
+conformance!(tls_and_least_rights, with_few_rights_over_tls);
 
 /// Through a transaction pooler: no pushes.
 fn through_a_pooler() -> Environment<Postgres> {

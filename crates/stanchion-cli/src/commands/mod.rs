@@ -7,6 +7,7 @@ mod ls;
 mod man;
 mod once;
 mod run;
+mod schema;
 mod watch;
 
 use std::ffi::OsStr;
@@ -29,6 +30,7 @@ pub(crate) fn execute(arguments: Arguments, verbosity: Verbosity) -> Result<u8, 
         Command::Inspect(inspect) => inspect::execute(&inspect, &store::resolve(common)?),
         Command::Watch(watch) => watch::execute(&watch, &store::resolve(common)?),
         Command::Break(hold) => break_hold::execute(&hold, &store::resolve(common)?, verbosity),
+        Command::Schema { apply } => schema::execute(apply, &store::resolve(common)?, verbosity),
         Command::Completions { shell } => completions::execute(shell),
         Command::Man { folder } => man::execute(folder.as_deref()),
     }

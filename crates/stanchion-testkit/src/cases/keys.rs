@@ -199,10 +199,10 @@ pub async fn listing_goes_by_prefix_and_page<S: Store>(env: &Environment<S>) {
 pub async fn what_has_ended_is_not_listed<S: Store>(env: &Environment<S>) {
     let (dead, actor) = (env.actor().await, env.actor().await);
     dead.takes(&key("dead")).await;
-    let short = Term::Fixed(Duration::from_millis(100));
+    let short = Term::Fixed(Duration::from_secs(1));
     actor.gets(&AcquireRequest { term: short, ..actor.request(&key("expired")) }).await;
     let (token, _) = actor.takes(&key("cooling")).await;
-    actor.store.release(&key("cooling"), token, Some(Duration::from_millis(100))).await.unwrap();
+    actor.store.release(&key("cooling"), token, Some(Duration::from_secs(1))).await.unwrap();
     actor.takes(&key("held")).await;
     let names = async || -> Vec<String> {
         let listed = actor.store.list("", None, 100).await.unwrap().outcome;
@@ -210,6 +210,6 @@ pub async fn what_has_ended_is_not_listed<S: Store>(env: &Environment<S>) {
     };
     assert_eq!(names().await, ["cooling", "dead", "expired", "held"]);
     dead.store.close_session(dead.session).await.unwrap();
-    env.pass(Duration::from_millis(110)).await;
+    env.pass(Duration::from_millis(1_050)).await;
     assert_eq!(names().await, ["held"]);
 }

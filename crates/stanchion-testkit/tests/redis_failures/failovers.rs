@@ -88,13 +88,13 @@ async fn follows(server: &RedisServer, primary: u16) {
 }
 
 #[test]
-fn ten_primaries_are_replaced_by_the_sentinels_under_load() {
+fn primaries_are_replaced_by_the_sentinels_under_load() {
     let mut servers = RedisSentinel::start(Kind::Redis7);
     let url = format!("redis+sentinel://{}/main", servers.hosts());
     block_on(async {
         under_load(&url, async |load, watcher| {
             let mut slowest = Duration::ZERO;
-            for turn in 0..10 {
+            for turn in 0..4 {
                 let held = watcher.lock("held").await.unwrap();
                 until("whole", async || servers.is_whole()).await;
                 let old = servers.primary();
@@ -129,7 +129,7 @@ fn ten_primaries_are_replaced_by_the_sentinels_under_load() {
 }
 
 #[test]
-fn ten_primaries_of_a_cluster_are_replaced_under_load() {
+fn primaries_of_a_cluster_are_replaced_under_load() {
     let mut cluster = RedisCluster::start(Kind::Redis7, true);
     let url = format!("redis+cluster://{}", cluster.hosts());
     // Whoever has the slot of the key that all want.
@@ -138,7 +138,7 @@ fn ten_primaries_of_a_cluster_are_replaced_under_load() {
     block_on(async {
         under_load(&url, async |load, _| {
             let mut slowest = Duration::ZERO;
-            for turn in 0..10 {
+            for turn in 0..4 {
                 let (old, new) = if turn % 2 == 0 { (at, at + 3) } else { (at + 3, at) };
                 let start = Instant::now();
                 // Every other pair: one dies, and the other gives it back without a loss.

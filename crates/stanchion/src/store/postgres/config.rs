@@ -109,10 +109,10 @@ fn connection(url: &str) -> Result<tokio_postgres::Config> {
     let mut config: tokio_postgres::Config = url.parse().map_err(|fault: tokio_postgres::Error| {
         let cause = std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
         let options = "`schema`, `pool`, `listen`, `sslmode`, `ca_file`, `cert_file`, `key_file`, `create_schema` and those of the client";
-        invalid(format!("this is no `postgres://user@host:5432/database`: {cause}; the options are {options}"))
+        invalid(format!("this is no `postgres://host:5432/database`: {cause}; the options are {options}"))
     })?;
     if config.get_hosts().is_empty() {
-        return Err(invalid("a host is missing: `postgres://user@host:5432/database`".into()));
+        return Err(invalid("a host is missing: `postgres://host:5432/database`".into()));
     }
     config.connect_timeout(CONNECT_WITHIN).keepalives_idle(Duration::from_secs(3));
     config.keepalives_interval(Duration::from_secs(1)).keepalives_retries(3).tcp_user_timeout(Duration::from_secs(6));
@@ -138,7 +138,8 @@ fn ssl_mode(text: &str) -> Result<bool> {
         "disable" => Ok(false),
         "require" | "verify-ca" | "verify-full" => Ok(true),
         _ => Err(invalid(
-            "`sslmode` is `disable` or `verify-full` (`require` and `verify-ca` mean the same as `verify-full` here)".into(),
+            "`sslmode` is `disable` or `verify-full` (`require` and `verify-ca` mean the same as `verify-full` here)"
+                .into(),
         )),
     }
 }

@@ -67,18 +67,16 @@ fn from_client(fault: &tokio_postgres::Error) -> ErrorKind {
 fn kind_of(told: &DbError) -> (ErrorKind, String) {
     let code = told.code();
     let (kind, what) = match code {
-        _ if code.code() == "SF002" => (
-            ErrorKind::Misconfigured,
-            "the key has the highest fence there is: the server's clock was far ahead once",
-        ),
+        _ if code.code() == "SF002" => {
+            (ErrorKind::Misconfigured, "the key has the highest fence there is: the server's clock was far ahead once")
+        }
         _ if code.code() == "SF003" => (ErrorKind::Misconfigured, "the schema is newer than this program"),
         _ if code.code().starts_with("28") => {
             (ErrorKind::Unauthorized, "the server refused the user, the password or the address")
         }
-        &SqlState::INSUFFICIENT_PRIVILEGE => (
-            ErrorKind::Unauthorized,
-            "the user lacks a right; see the rights in the documentation of the store",
-        ),
+        &SqlState::INSUFFICIENT_PRIVILEGE => {
+            (ErrorKind::Unauthorized, "the user lacks a right; see the rights in the documentation of the store")
+        }
         &SqlState::INVALID_CATALOG_NAME => (ErrorKind::Misconfigured, "there is no such database"),
         &SqlState::UNDEFINED_TABLE
         | &SqlState::UNDEFINED_FUNCTION

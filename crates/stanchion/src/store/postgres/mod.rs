@@ -66,6 +66,24 @@ const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 /// Every step works through a transaction pooler. Pushes do not: that is noticed, told as a warning, and waiting calls
 /// ask every 50 ms. With `listen` they come as without a pooler.
 ///
+/// # Rights
+/// Who uses locks needs no right to a table. After the schema was applied, its owner gives the role of the service these:
+/// ```sql
+#[doc = include_str!("rights.sql")]
+/// ```
+///
+/// # In your own transactions
+/// `stanchion.check_fence(key, fence)` goes on only while the hold with this fence is live, and keeps the key from being
+/// given to anybody else until your transaction has ended: the write that comes after it is the write of the holder.
+/// Otherwise the SQLSTATE is `SF001`, and the transaction is over. A namespace is its third argument.
+/// ```sql
+/// BEGIN;
+/// SELECT stanchion.check_fence('report', 1764000000000000);
+/// UPDATE reports SET status = 'sent' WHERE day = current_date;
+/// COMMIT;
+/// ```
+/// Who wants the key meanwhile is told after two seconds that the store is unavailable, and tries again.
+///
 /// # What it does not do
 /// A commit that the server answers and then loses (`synchronous_commit=off` and a crash, an asynchronous standby that is
 /// promoted) loses a grant. The next fence is higher all the same, as long as the clocks of the two servers differ by less
@@ -228,7 +246,8 @@ impl Inner {
         let settings = settings.first().ok_or_else(malformed)?;
         let setting = |name| column::<String>(settings, name);
         if setting("encoding")? != "UTF8" {
-            let message = "the database is not in UTF-8: names of keys would not be kept; create it with ENCODING 'UTF8'";
+            let message =
+                "the database is not in UTF-8: names of keys would not be kept; create it with ENCODING 'UTF8'";
             return Err(error(ErrorKind::Misconfigured, message));
         }
         for (name, what) in [("fsync", "fsync"), ("pages", "full_page_writes"), ("commit", "synchronous_commit")] {
@@ -413,9 +432,7 @@ impl Store for Postgres {
         let row = self.inner.step("acquire", parameters).await?;
         let outcome = match column(&row, "outcome")? {
             "granted" => AcquireOutcome::Granted(granted(&row)?),
-            "queued" => {
-                AcquireOutcome::Queued(Queued { ahead: number(&row)?, check_in: self.inner.check_in(&row)? })
-            }
+            "queued" => AcquireOutcome::Queued(Queued { ahead: number(&row)?, check_in: self.inner.check_in(&row)? }),
             "busy" => AcquireOutcome::Busy { check_in: column::<Option<i64>>(&row, "check_in")?.map(span) },
             "stale" => AcquireOutcome::Stale,
             "forced" => AcquireOutcome::Forced,

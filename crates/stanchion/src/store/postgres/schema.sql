@@ -1,5 +1,4 @@
 -- The schema of stanchion in PostgreSQL. Idempotent: it may be applied again, and by several at once.
--- `@schema@` stands for the name of the schema, quoted.
 --
 -- Each step of the protocol is a function, and costs one round trip. A step locks one row of `keys`, and looks at the
 -- clock after that: `clock_timestamp()`, never `now()`, which stands still while a step waits for the row. Times are µs

@@ -1,0 +1,17 @@
+//! `schema`: what a database needs before locks can be kept in it.
+
+use crate::exit_code;
+use crate::message::{Failure, Verbosity};
+use crate::output::print;
+use crate::store::StoreChoice;
+
+pub(super) fn execute(apply: bool, store: &StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
+    let database = store.database()?;
+    if apply {
+        store.run(async || database.apply_schema().await)?;
+        verbosity.note("the schema is there");
+    } else {
+        print(&database.schema_sql())?;
+    }
+    Ok(exit_code::OK)
+}

@@ -1,0 +1,286 @@
+//! PostgreSQL where something goes wrong, and what it costs. Real servers.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs, reason = "test code")]
+
+use std::time::Duration;
+
+use stanchion::store::Postgres;
+use stanchion::{ErrorKind, Locks};
+use stanchion_testkit::servers::{Postgres as Kind, PostgresServer};
+use stanchion_testkit::{block_on, until};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn server() -> PostgresServer {
+    let server = PostgresServer::start(Kind::V15);
+    server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
+    server
+}
+
+async fn locks(server: &PostgresServer) -> Locks {
+    Locks::builder(&server.url()).session_ttl(3 * SECOND).open().await.unwrap()
+}
+
+#[test]
+fn an_acquire_and_a_release_are_one_statement_each() {
+    let server = server();
+    server.psql("CREATE EXTENSION pg_stat_statements");
+    block_on(async {
+        let locks = locks(&server).await;
+        locks.lock("k").await.unwrap().release().await.unwrap();
+        server.psql("SELECT pg_stat_statements_reset()");
+        for _ in 0..100 {
+            locks.lock("k").await.unwrap().release().await.unwrap();
+        }
+        let calls = |of: &str| {
+            server.psql(&format!(
+                "SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE toplevel AND query LIKE '%{of}%' \
+             AND query NOT LIKE '%pg_stat_statements%'"
+            ))
+        };
+        assert_eq!((calls("acquire(").trim(), calls("finish(").trim()), ("100", "100"));
+        // Nothing else but the beats, and housekeeping.
+        let others = server.psql(
+            "SELECT query FROM pg_stat_statements WHERE toplevel AND query NOT LIKE '%acquire(%' \
+             AND query NOT LIKE '%finish(%' AND query NOT LIKE '%beat(%' AND query NOT LIKE '%tidy(%' \
+             AND query NOT LIKE '%pg_stat_statements%'",
+        );
+        assert_eq!(others.trim(), "");
+    });
+}
+
+#[test]
+fn only_a_hand_off_notifies() {
+    let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);
+    server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
+    server.psql("CREATE EXTENSION pg_stat_statements");
+    let sent = || -> u32 {
+        let sent = server.psql("SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE query LIKE '%pg_notify%' AND NOT toplevel AND query NOT LIKE '%pg_stat%'");
+        sent.trim().parse().unwrap()
+    };
+    block_on(async {
+        let locks = locks(&server).await;
+        for _ in 0..20 {
+            locks.lock("k").await.unwrap().release().await.unwrap();
+        }
+        assert_eq!(sent(), 0, "nobody waits");
+        let mut held = locks.lock("k").await.unwrap();
+        let connections = || server.psql("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'stanchion'");
+        let waiting: Vec<_> = (0..100)
+            .map(|_| {
+                let locks = locks.clone();
+                tokio::spawn(async move { locks.lock("k").await.unwrap().release().await.unwrap() })
+            })
+            .collect();
+        until("all wait", async || locks.inspect("k").await.unwrap().waiters.len() == 100).await;
+        let most: u32 = connections().trim().parse().unwrap();
+        assert!(most <= 17, "{most} connections");
+        held.check().unwrap();
+        held.release().await.unwrap();
+        for one in waiting {
+            one.await.unwrap();
+        }
+        assert_eq!(sent(), 100);
+        held = locks.lock("k").await.unwrap();
+        drop(held);
+    });
+}
+
+#[test]
+fn a_transaction_that_checks_a_fence_writes_as_the_holder_or_not_at_all() {
+    let server = server();
+    block_on(async {
+        let (locks, other) = (locks(&server).await, locks(&server).await);
+        for contended in [false, true] {
+            let guard = locks.lock("it's").await.unwrap();
+            let waiter = contended.then(|| {
+                let other = other.clone();
+                tokio::spawn(async move { other.lock("it's").await })
+            });
+            if contended {
+                until("waits", async || locks.inspect("it's").await.unwrap().waiters.len() == 1).await;
+            }
+            let check = |fence: u64| {
+                format!(
+                    "DO $$ BEGIN PERFORM stanchion.check_fence('it''s', {fence}); EXCEPTION WHEN SQLSTATE 'SF001' THEN RAISE NOTICE 'stale'; INSERT INTO refused VALUES ({fence}); END $$"
+                )
+            };
+            server.psql("CREATE TABLE IF NOT EXISTS refused (fence bigint)");
+            let refused = || server.psql("SELECT fence FROM refused").split_whitespace().count();
+            let before = refused();
+            let fence = guard.fence().get();
+            server.psql(&check(fence));
+            assert_eq!(refused(), before);
+            for wrong in [fence - 1, fence + 1, 0] {
+                server.psql(&check(wrong));
+            }
+            assert_eq!(refused(), before + 3);
+            guard.release().await.unwrap();
+            server.psql(&check(fence));
+            assert_eq!(refused(), before + 4);
+            if let Some(waiter) = waiter {
+                let next = waiter.await.unwrap().unwrap();
+                server.psql(&check(next.fence().get()));
+                assert_eq!(refused(), before + 4);
+            }
+        }
+    });
+}
+
+#[test]
+fn while_a_transaction_has_checked_the_fence_nobody_gets_the_key() {
+    let server = server();
+    block_on(async {
+        let (locks, other) = (locks(&server).await, locks(&server).await);
+        let guard = locks.lock("k").await.unwrap();
+        let fence = guard.fence().get();
+        server.psql("CREATE TABLE written (at timestamptz)");
+        let url = server.url();
+        let (psql, script) = (
+            "psql",
+            format!(
+                "BEGIN; SELECT stanchion.check_fence('k', {fence}); SELECT pg_sleep(4); INSERT INTO written VALUES (clock_timestamp()); COMMIT"
+            ),
+        );
+        let mut transaction = std::process::Command::new(psql)
+            .args([url.as_str(), "-qc", &script])
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        until("it sleeps", async || {
+            server.psql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'").trim() == "1"
+        })
+        .await;
+        // The release is sent while the row is locked, and comes through after it.
+        let released = tokio::spawn(guard.release());
+        let got = other.lock("k").wait(20 * SECOND).await.unwrap();
+        assert_eq!(server.psql("SELECT count(*) FROM written").trim(), "1", "the transaction ended first");
+        assert!(got.fence().get() > fence);
+        released.await.unwrap().unwrap();
+        assert!(transaction.wait().unwrap().success());
+    });
+}
+
+#[test]
+fn ended_connections_are_made_again_and_nothing_is_lost() {
+    let server = server();
+    block_on(async {
+        let locks = locks(&server).await;
+        let held = locks.lock("held").await.unwrap();
+        let mut last = 0;
+        for _ in 0..10 {
+            server.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'stanchion'");
+            let guard = locks.lock("k").wait(10 * SECOND).await.unwrap();
+            assert!(guard.fence().get() > last);
+            last = guard.fence().get();
+            server.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'stanchion'");
+            guard.release().await.unwrap();
+        }
+        // A waiter hears again.
+        let waiting = {
+            let locks = locks.clone();
+            tokio::spawn(async move { locks.lock("held").await.unwrap() })
+        };
+        until("waits", async || locks.inspect("held").await.unwrap().waiters.len() == 1).await;
+        held.check().unwrap();
+        held.release().await.unwrap();
+        drop(waiting.await.unwrap());
+    });
+}
+
+#[test]
+fn a_restarted_server_has_every_hold_and_every_waiter() {
+    let mut server = server();
+    block_on(async {
+        let locks = Locks::builder(&server.url()).session_ttl(30 * SECOND).open().await.unwrap();
+        let held = locks.lock("k").await.unwrap();
+        let waiting = {
+            let locks = locks.clone();
+            tokio::spawn(async move { locks.lock("k").await.unwrap() })
+        };
+        until("waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+        server.kill();
+        server.restart();
+        until("it answers", async || locks.inspect("k").await.is_ok_and(|state| state.waiters.len() == 1)).await;
+        held.check().unwrap();
+        let fence = held.fence();
+        held.release().await.unwrap();
+        assert!(waiting.await.unwrap().fence() > fence);
+    });
+}
+
+#[test]
+fn a_schema_can_be_applied_by_ten_at_once_and_again() {
+    let server = PostgresServer::start(Kind::V15);
+    block_on(async {
+        for _ in 0..2 {
+            let all: Vec<_> = (0..10)
+                .map(|_| Postgres::from_url(&server.url()).unwrap())
+                .map(|store| tokio::spawn(async move { store.apply_schema().await }))
+                .collect();
+            for one in all {
+                one.await.unwrap().unwrap();
+            }
+        }
+        drop(locks(&server).await.lock("k").await.unwrap());
+        // A newer one is not touched, and not used.
+        server.psql("UPDATE stanchion.meta SET version = 2");
+        let store = Postgres::from_url(&server.url()).unwrap();
+        assert_eq!(store.apply_schema().await.unwrap_err().kind(), ErrorKind::Misconfigured);
+        let error = Locks::open(&server.url()).await.unwrap_err();
+        assert!(
+            error.kind() == ErrorKind::Misconfigured && error.to_string().contains("update this program"),
+            "{error}"
+        );
+    });
+}
+
+#[test]
+fn what_cannot_be_used_says_why() {
+    let server = PostgresServer::start(Kind::V15);
+    block_on(async {
+        let error = Locks::open(&server.url()).await.unwrap_err();
+        assert!(
+            error.kind() == ErrorKind::Misconfigured && error.to_string().contains("schema --store URL --apply"),
+            "{error}"
+        );
+        let own = format!("{}?create_schema=true", server.url());
+        drop(Locks::open(&own).await.unwrap().lock("k").await.unwrap());
+        server.psql("CREATE ROLE nobody LOGIN");
+        let stranger = server.url().replace("postgres@", "nobody@");
+        let error = Locks::open(&stranger).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
+        let standby = PostgresServer::standby_of(&server);
+        let error = Locks::open(&standby.url()).await.unwrap_err();
+        assert!(error.kind() == ErrorKind::Misconfigured && error.to_string().contains("standby"), "{error}");
+        server.psql("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0");
+        let latin = own.replace("/postgres?", "/latin?");
+        let error = Locks::open(&latin).await.unwrap_err();
+        assert!(error.kind() == ErrorKind::Misconfigured && error.to_string().contains("UTF-8"), "{error}");
+    });
+}
+
+#[test]
+fn what_is_left_behind_vanishes() {
+    let server = server();
+    block_on(async {
+        let locks = locks(&server).await;
+        for i in 0..30 {
+            locks.lock(format!("k{i}")).await.unwrap().release().await.unwrap();
+        }
+        // Others died long ago, with a hold, a place in a queue, and idle keys.
+        server.psql(
+            "INSERT INTO stanchion.sessions VALUES ('\\x01', 'dead', 1000000, 1);
+             INSERT INTO stanchion.keys (key, fence, token, session, at) VALUES (':dead', 5, '\\x02', '\\x01', 1);
+             INSERT INTO stanchion.forced VALUES ('\\x09', '\\x01', ':x', 'why', 1);
+             UPDATE stanchion.keys SET fence = 7 WHERE key LIKE ':k%'",
+        );
+        // As every beat does, now and then.
+        let left = || {
+            server.psql("SELECT stanchion.tidy(); SELECT (SELECT count(*) FROM stanchion.keys) + (SELECT count(*) FROM stanchion.forced) + (SELECT count(*) FROM stanchion.sessions WHERE owner = 'dead')")
+        };
+        until("all is gone", async || left().split_whitespace().last() == Some("0")).await;
+        // What was forgotten still counts.
+        assert_eq!(server.psql("SELECT fence_floor FROM stanchion.meta").trim(), "7");
+        assert!(locks.lock("k1").await.unwrap().fence().get() > 7);
+    });
+}
