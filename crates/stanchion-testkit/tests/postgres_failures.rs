@@ -284,3 +284,156 @@ fn what_is_left_behind_vanishes() {
         assert!(locks.lock("k1").await.unwrap().fence().get() > 7);
     });
 }
+
+/// A server whose users have set limits, or another isolation, takes the steps all the same.
+#[test]
+fn time_outs_and_isolation_of_the_database_change_nothing() {
+    let server = PostgresServer::with(
+        Kind::V15,
+        &[("default_transaction_isolation", "serializable"), ("statement_timeout", "5s"), ("lock_timeout", "1s")],
+    );
+    server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
+    block_on(async {
+        let count = std::sync::Arc::new(std::sync::Mutex::new((0u32, 0u64)));
+        let handles = [locks(&server).await, locks(&server).await];
+        let tasks: Vec<_> = (0..8)
+            .map(|task| {
+                let (locks, count) = (handles[task % 2].clone(), count.clone());
+                tokio::spawn(async move {
+                    for _ in 0..25 {
+                        let guard = locks.lock("k").wait(60 * SECOND).await.unwrap();
+                        let before = {
+                            let mut count = count.lock().unwrap();
+                            assert!(guard.fence().get() > count.1, "fences rise");
+                            count.1 = guard.fence().get();
+                            count.0
+                        };
+                        tokio::task::yield_now().await;
+                        count.lock().unwrap().0 = before + 1;
+                        guard.release().await.unwrap();
+                    }
+                })
+            })
+            .collect();
+        for task in tasks {
+            task.await.unwrap();
+        }
+        assert_eq!(count.lock().unwrap().0, 200, "one at a time");
+    });
+}
+
+/// Whoever waits for a lock holds no transaction open.
+#[test]
+fn waiters_hold_up_no_index_and_no_vacuum() {
+    let server = server();
+    block_on(async {
+        let (locks, other) = (locks(&server).await, locks(&server).await);
+        let held = locks.lock("k").await.unwrap();
+        let waiting = tokio::spawn(async move { other.lock("k").await.map(drop) });
+        until("waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+        server.psql("CREATE TABLE theirs AS SELECT g AS n FROM generate_series(1, 1000) g");
+        server.psql("DELETE FROM theirs WHERE n % 2 = 0");
+        server.psql("CREATE INDEX CONCURRENTLY theirs_n ON theirs (n)");
+        server.psql("VACUUM theirs");
+        let old =
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'stanchion' AND state LIKE '%transaction%'";
+        assert_eq!(server.psql(old).trim(), "0");
+        held.release().await.unwrap();
+        waiting.await.unwrap().unwrap();
+    });
+}
+
+/// Many cycles on few keys leave the tables as small as they were.
+#[test]
+fn rows_of_the_past_do_not_pile_up() {
+    let server = server();
+    block_on(async {
+        let locks = locks(&server).await;
+        let tasks: Vec<_> = (0..10)
+            .map(|task| {
+                let locks = locks.clone();
+                tokio::spawn(async move {
+                    for i in 0..1_000 {
+                        let guard = locks.lock(format!("k{}", (task + i) % 20)).await.unwrap();
+                        guard.release().await.unwrap();
+                    }
+                })
+            })
+            .collect();
+        for task in tasks {
+            task.await.unwrap();
+        }
+        for table in ["keys", "holds", "queue"] {
+            server.psql(&format!("VACUUM stanchion.{table}"));
+        }
+        let rows = "SELECT (SELECT count(*) FROM stanchion.keys), (SELECT count(*) FROM stanchion.holds), (SELECT count(*) FROM stanchion.queue)";
+        assert_eq!(server.psql(rows).trim(), "20|0|0");
+        let size: u64 = server.psql("SELECT pg_total_relation_size('stanchion.keys')").trim().parse().unwrap();
+        println!("20 keys after 10,000 cycles: {size} bytes");
+        assert!(size < 4_000_000, "{size} bytes");
+    });
+}
+
+/// Extending at the moment of the end races another's question: one of them has the key, never both.
+#[test]
+fn an_extension_at_the_end_never_makes_two_holders() {
+    use stanchion::store::{
+        AcquireOutcome, AcquireRequest, Demand, ExtendOutcome, OpenSession, Store, StoreTime, Term,
+    };
+    use stanchion::{Key, SessionId, TokenId};
+    let server = server();
+    block_on(async {
+        let store = Postgres::from_url(&server.url()).unwrap();
+        let session = SessionId::random().unwrap();
+        let _stream = store.grants(session);
+        store.open_session(OpenSession { session, ttl: 600 * SECOND, owner: "racer".into() }).await.unwrap();
+        let request = move |key: &Key, term| AcquireRequest {
+            key: key.clone(),
+            token: TokenId::random().unwrap(),
+            session,
+            demand: Demand::MUTEX,
+            term,
+            enqueue: false,
+            not_after: StoreTime::from_micros(i64::MAX as u64),
+            metadata: None,
+            trace: None,
+        };
+        let racing: Vec<_> = (0..20)
+            .map(|racer| {
+                let store = store.clone();
+                let key = Key::new("", &format!("race{racer}")).unwrap();
+
+                tokio::spawn(async move {
+                    let (mut kept, mut taken) = (0, 0);
+                    for round in 0..100u64 {
+                        let first = request(&key, Term::Fixed(Duration::from_millis(10)));
+                        assert!(matches!(
+                            store.acquire(first.clone()).await.unwrap().outcome,
+                            AcquireOutcome::Granted(_)
+                        ));
+                        tokio::time::sleep(Duration::from_micros(8_000 + 97 * round % 4_000)).await;
+                        let second = request(&key, Term::Fixed(SECOND * 60));
+                        let (extended, asked) =
+                            tokio::join!(store.extend(&key, first.token, SECOND * 60), store.acquire(second.clone()));
+                        let extended = extended.unwrap().outcome == ExtendOutcome::Extended;
+                        let granted = matches!(asked.unwrap().outcome, AcquireOutcome::Granted(_));
+                        assert!(!(extended && granted), "two holders");
+                        kept += u32::from(extended);
+                        taken += u32::from(granted);
+                        for token in [first.token, second.token] {
+                            store.release(&key, token, None).await.unwrap();
+                        }
+                    }
+                    (kept, taken)
+                })
+            })
+            .collect();
+        let (mut kept, mut taken) = (0, 0);
+        for racer in racing {
+            let (k, t) = racer.await.unwrap();
+            (kept, taken) = (kept + k, taken + t);
+        }
+        println!("2,000 races: {kept} extended, {taken} taken");
+        assert!(kept > 0 && taken > 0, "it was a race: {kept} extended, {taken} taken");
+    });
+}

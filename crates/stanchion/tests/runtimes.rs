@@ -123,7 +123,7 @@ fn bad_urls_and_settings_are_refused_with_what_would_be_right() {
         ("nonsense", ErrorKind::InvalidArgument, "scheme"),
         ("etcd://localhost", ErrorKind::InvalidArgument, "`memory:`"),
         ("memory:x", ErrorKind::InvalidArgument, "nothing more"),
-        ("postgres://:secret@localhost", ErrorKind::Unsupported, "this build"),
+        ("firestore://:secret@localhost", ErrorKind::Unsupported, "this build"),
     ];
     for (url, kind, says) in cases {
         let error = block_on(Locks::open(url)).unwrap_err();

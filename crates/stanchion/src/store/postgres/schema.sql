@@ -326,9 +326,14 @@ DECLARE
   hold @schema@.holds;
   place bigint;
 BEGIN
-  -- A look without a lock, for the many that wait: is it as it was?
+  -- A look without a lock, for the many that hold or wait: is it as it was?
   at := @schema@.clock();
   SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted;
+  IF rec.token = asked_token AND @schema@.lives(rec.session, at) THEN
+    outcome := 'granted';
+    fence := rec.fence;
+    RETURN;
+  END IF;
   SELECT q.place INTO place FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
     WHERE q.key = wanted AND q.token = asked_token AND s.expires > at;
   IF place IS NULL OR rec.closed_until <= at OR rec.token IS NOT NULL
