@@ -162,12 +162,19 @@ BEGIN
   END LOOP;
 END $$;
 
+-- Which advisory lock the steps on a key take in turn, before they touch its row. Those who wait for a row alone overtake
+-- each other, and one may wait for ever. It is a lock of the transaction, not of the connection; two keys that share one
+-- only wait for each other.
+CREATE OR REPLACE FUNCTION @schema@.turn(wanted text) RETURNS bigint LANGUAGE sql IMMUTABLE AS
+$$ SELECT pg_catalog.hashtextextended('@schema@ ' || wanted, 0) $$;
+
 -- Locks the record of a key, and settles it. All that is known of its holds is in `holds` then. `put` is to follow.
 CREATE OR REPLACE FUNCTION @schema@.take(wanted text) RETURNS @schema@.keys LANGUAGE plpgsql AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
 BEGIN
+  PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted));
   LOOP
     SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted FOR UPDATE;
     EXIT WHEN FOUND;
@@ -235,6 +242,8 @@ DECLARE
   place bigint;
   dropped integer;
 BEGIN
+  -- Also before the short way: an update that finds the row changed leaves it locked.
+  PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted));
   IF asked_capacity = 1 AND asked_bound AND asked_term IS NULL THEN
     UPDATE @schema@.keys k SET fence = greatest(@schema@.clock(), k.fence + 1), token = asked_token,
       session = asked_session, at = @schema@.clock(), metadata = asked_metadata, trace = asked_trace
@@ -369,6 +378,7 @@ CREATE OR REPLACE FUNCTION @schema@.finish(
 DECLARE
   rec @schema@.keys;
 BEGIN
+  PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted));
   IF cooldown IS NULL THEN
     UPDATE @schema@.keys k SET token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL
     FROM @schema@.sessions s
@@ -517,7 +527,8 @@ BEGIN
     SELECT DISTINCT q.key FROM @schema@.queue q
     WHERE q.session = asked
       OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = q.key AND h.session = asked)
-    ORDER BY q.key
+    -- What is more is handed on by whoever asks next: the server has room for so many locks of one transaction.
+    ORDER BY q.key LIMIT 1000
   LOOP
     rec := @schema@.take(touched);
     DELETE FROM @schema@.queue q WHERE q.key = touched AND q.session = asked;
@@ -646,8 +657,10 @@ BEGIN
     last := rec.key;
     IF rec.busy OR rec.token IS NOT NULL THEN
       CONTINUE WHEN NOT rec.busy AND @schema@.lives(rec.session, now);
-      PERFORM FROM @schema@.keys k WHERE k.key = rec.key FOR UPDATE SKIP LOCKED;
-      IF FOUND THEN PERFORM @schema@.put(@schema@.take(rec.key)); END IF;
+      IF pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(rec.key)) THEN
+        PERFORM FROM @schema@.keys k WHERE k.key = rec.key FOR UPDATE SKIP LOCKED;
+        IF FOUND THEN PERFORM @schema@.put(@schema@.take(rec.key)); END IF;
+      END IF;
     ELSIF coalesce(rec.fence, 0) < now - 600000000 THEN
       -- What was granted meanwhile is not idle.
       DELETE FROM @schema@.keys k WHERE k.key = rec.key AND NOT k.busy AND k.token IS NULL
