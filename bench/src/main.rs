@@ -1,6 +1,7 @@
 //! What stanchion costs, measured. Figures drift with the machine: compare those of one run.
 //!
-//! `cargo run --release -p stanchion-bench [WHAT…]` with `pairs`, `handoff`, `processes`, `redis`, `held`; all by default.
+//! `cargo run --release -p stanchion-bench [WHAT…]` with `pairs`, `handoff`, `processes`, `redis`, `postgres`, `held`; all
+//! by default.
 #![allow(
     clippy::disallowed_methods,
     clippy::print_stdout,
@@ -9,6 +10,7 @@
     reason = "a measuring program prints, reads the clock and may stop at the first fault"
 )]
 
+mod postgres;
 mod redis;
 
 use std::path::Path;
@@ -53,6 +55,9 @@ fn main() {
                 redis::handoff().await;
                 redis::held().await;
             }
+        }
+        if wants("postgres") {
+            postgres::all().await;
         }
         if wants("held") {
             held(folder.path()).await;
