@@ -39,6 +39,8 @@ pub(super) struct Pool {
     driver: Mutex<Option<Driver>>,
     idle: Mutex<Vec<Client>>,
     permits: Semaphore,
+    /// One connection more, for what keeps the session: no crowd of steps may delay a beat.
+    session_permit: Semaphore,
     pause: Mutex<Pause>,
     saw_primary: AtomicBool,
     clock: Clock,
@@ -81,6 +83,7 @@ impl Pool {
             driver: Mutex::default(),
             idle: Mutex::default(),
             permits: Semaphore::new(config.pool),
+            session_permit: Semaphore::new(1),
             pause: Mutex::new(pause),
             saw_primary: AtomicBool::new(false),
             clock: Clock::system(),
@@ -107,6 +110,16 @@ impl Pool {
     /// One statement, on a connection that nobody else uses meanwhile.
     pub(super) async fn ask(&self, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
         let _permit = self.permits.acquire().await;
+        self.ask_now(statement, parameters).await
+    }
+
+    /// The same for a step of a session, which waits for no step on a key.
+    pub(super) async fn ask_for_session(&self, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
+        let _permit = self.session_permit.acquire().await;
+        self.ask_now(statement, parameters).await
+    }
+
+    async fn ask_now(&self, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
         let client = self.connection().await?;
         let mut lease = Lease { pool: self, client: Some(client), since: self.clock.now(), is_answered: false };
         let Some(client) = &lease.client else { return Err(error(ErrorKind::Internal, "a lease without a client")) };

@@ -99,7 +99,9 @@ fn kind_of(told: &DbError) -> (ErrorKind, String) {
         &SqlState::ADMIN_SHUTDOWN | &SqlState::CRASH_SHUTDOWN => (ErrorKind::Unavailable, "the connection was ended"),
         &SqlState::CANNOT_CONNECT_NOW => (ErrorKind::Unavailable, "the server is starting or stopping"),
         // Connections, resources, what the operator did, the system: they pass.
-        _ if ["08", "53", "57", "58", "40", "55"].contains(&&code.code()[..2]) => (ErrorKind::Unavailable, "it failed"),
+        _ if code.code().get(..2).is_some_and(|class| ["08", "53", "57", "58", "40", "55"].contains(&class)) => {
+            (ErrorKind::Unavailable, "it failed")
+        }
         _ => (ErrorKind::Internal, "it failed"),
     };
     (kind, format!("{what} ({}: {})", code.code(), told.message()))

@@ -56,7 +56,7 @@ const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 /// | option | |
 /// |---|---|
 /// | `schema` | the schema's name; `stanchion` |
-/// | `pool` | the most connections for steps; 16. One more listens for pushes |
+/// | `pool` | the most connections for steps on keys; 16. One more keeps the session, one listens for pushes |
 /// | `listen` | the URL (percent-encoded) of the server itself, where `host` is a transaction pooler; `none`: no pushes |
 /// | `sslmode` | `disable` or `verify-full`; by default encrypted and verified, but for sockets and this very machine |
 /// | `ca_file`, `cert_file`, `key_file` | PEM files: the authority, a client's certificate and its key |
@@ -202,9 +202,17 @@ fn number(row: &Row) -> Result<u32> {
 impl Inner {
     /// The rows of a function of the schema.
     async fn rows(&self, function: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
-        let places: Vec<_> = (1..=parameters.len()).map(|place| format!("${place}")).collect();
-        let statement = format!("SELECT * FROM {}.{function}({})", self.pool.config.schema, places.join(","));
-        self.pool.ask(&statement, parameters).await
+        self.pool.ask(&self.call(function, parameters.len()), parameters).await
+    }
+
+    /// The same for a step of a session.
+    async fn session_rows(&self, function: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
+        self.pool.ask_for_session(&self.call(function, parameters.len()), parameters).await
+    }
+
+    fn call(&self, function: &str, parameters: usize) -> String {
+        let places: Vec<_> = (1..=parameters).map(|place| format!("${place}")).collect();
+        format!("SELECT * FROM {}.{function}({})", self.pool.config.schema, places.join(","))
     }
 
     /// The one row of a step.
@@ -377,18 +385,20 @@ impl Store for Postgres {
         inner.check(session).await?;
         inner.listen(session).await?;
         let id = session.as_bytes().as_slice();
-        let row = inner.step("open_session", parameters![id => BYTEA, micros(ttl) => INT8, owner => TEXT]).await?;
-        let outcome = match column(&row, "outcome")? {
+        let parameters = parameters![id => BYTEA, micros(ttl) => INT8, owner => TEXT];
+        let rows = inner.session_rows("open_session", parameters).await?;
+        let row = rows.first().ok_or_else(malformed)?;
+        let outcome = match column(row, "outcome")? {
             "opened" => OpenOutcome::Opened,
             "gone" => OpenOutcome::Gone,
             _ => return Err(malformed()),
         };
-        Ok(Reply { time: time(&row)?, outcome })
+        Ok(Reply { time: time(row)?, outcome })
     }
 
     async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
         let id = session.as_bytes().as_slice();
-        let rows = self.inner.rows("beat", parameters![id => BYTEA]).await?;
+        let rows = self.inner.session_rows("beat", parameters![id => BYTEA]).await?;
         let (first, lost) = rows.split_first().ok_or_else(malformed)?;
         let time = time(first)?;
         if column::<&str>(first, "outcome")? == "gone" {
@@ -406,9 +416,9 @@ impl Store for Postgres {
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
         let id = session.as_bytes().as_slice();
-        let row = self.inner.step("close_session", parameters![id => BYTEA]).await?;
+        let rows = self.inner.session_rows("close_session", parameters![id => BYTEA]).await?;
         lock(&self.inner.listeners).remove(&session);
-        Ok(Reply { time: time(&row)?, outcome: () })
+        Ok(Reply { time: time(rows.first().ok_or_else(malformed)?)?, outcome: () })
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
