@@ -82,7 +82,7 @@ const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 /// UPDATE reports SET status = 'sent' WHERE day = current_date;
 /// COMMIT;
 /// ```
-/// Who wants the key meanwhile is told after two seconds that the store is unavailable, and tries again.
+/// Who wants the key meanwhile is told after five seconds at most that the store is unavailable, and tries again.
 ///
 /// # What it does not do
 /// A commit that the server answers and then loses (`synchronous_commit=off` and a crash, an asynchronous standby that is

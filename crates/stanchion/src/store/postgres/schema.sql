@@ -232,7 +232,7 @@ CREATE OR REPLACE FUNCTION @schema@.acquire(
   wanted text, asked_token bytea, asked_session bytea, asked_units integer, asked_capacity integer, asked_bound boolean,
   asked_term bigint, enqueue boolean, not_after bigint, asked_metadata text, asked_trace text,
   OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -328,7 +328,7 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.poll(
   wanted text, asked_token bytea,
   OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -373,7 +373,7 @@ END $$;
 
 CREATE OR REPLACE FUNCTION @schema@.finish(
   wanted text, asked_token bytea, cooldown bigint, OUT outcome text, OUT at bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -407,7 +407,7 @@ END $$;
 
 CREATE OR REPLACE FUNCTION @schema@.extend(
   wanted text, asked_token bytea, ttl bigint, OUT outcome text, OUT at bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -423,7 +423,7 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.adopt(
   wanted text, from_token bytea, to_token bytea, by_session bytea, not_after bigint,
   OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT bound boolean
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -453,7 +453,7 @@ END $$;
 -- Ends a hold by force. Where there is none of this fence, `live` are those there are.
 CREATE OR REPLACE FUNCTION @schema@.evict(
   wanted text, asked_fence bigint, why text, OUT outcome text, OUT at bigint, OUT live text
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -482,7 +482,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 
 CREATE OR REPLACE FUNCTION @schema@.open_session(
   asked bytea, lives_for bigint, who text, OUT outcome text, OUT at bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 #variable_conflict use_variable
 BEGIN
   at := @schema@.clock();
@@ -493,7 +493,7 @@ END $$;
 -- The first row tells of the session, the others of what it lost by force.
 CREATE OR REPLACE FUNCTION @schema@.beat(asked bytea)
 RETURNS TABLE (outcome text, at bigint, token bytea, key text, reason text)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 #variable_conflict use_variable
 DECLARE
   time bigint;
@@ -510,7 +510,7 @@ END $$;
 
 -- Ends a session, and serves those who waited for it.
 CREATE OR REPLACE FUNCTION @schema@.close_session(asked bytea, OUT at bigint)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 #variable_conflict use_variable
 DECLARE
   touched text;
@@ -569,7 +569,7 @@ $$;
 CREATE OR REPLACE FUNCTION @schema@.inspect(wanted text)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
   bound boolean, since bigint, remaining bigint, metadata text, trace text)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 #variable_conflict use_variable
 BEGIN
   -- Only where somebody waits does settling change what is to be seen.
@@ -585,7 +585,7 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.list(beginning text, after text, most bigint)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
   bound boolean, since bigint, remaining bigint, metadata text, trace text)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
@@ -640,7 +640,7 @@ END $$;
 -- Housekeeping, a little at a time: sessions, holds and waiters of the dead, keys that nobody uses any more. Whoever beats
 -- calls it now and then; of several that do, one works.
 CREATE OR REPLACE FUNCTION @schema@.tidy() RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
