@@ -1,10 +1,10 @@
 //! PostgreSQL where something goes wrong, and what it costs. Real servers.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs, reason = "test code")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use stanchion::store::Postgres;
-use stanchion::{ErrorKind, Locks};
+use stanchion::store::{Postgres, Store};
+use stanchion::{ErrorKind, Key, Locks, SessionId, TokenId};
 use stanchion_testkit::servers::{Postgres as Kind, PostgresServer};
 use stanchion_testkit::{block_on, until};
 
@@ -14,6 +14,27 @@ fn server() -> PostgresServer {
     let server = PostgresServer::start(Kind::V15);
     server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
     server
+}
+
+/// A transaction that has checked the fence of `k`, sleeps for so many seconds, and does something more. It sleeps by now.
+async fn sleeping_transaction(server: &PostgresServer, fence: u64, seconds: u32, then: &str) -> std::process::Child {
+    let script =
+        format!("BEGIN; SELECT stanchion.check_fence('k', {fence}); SELECT pg_sleep({seconds}); {then}; COMMIT");
+    let transaction = std::process::Command::new("psql")
+        .args([server.url().as_str(), "-qc", &script])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    until("it sleeps", async || {
+        server.psql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'").trim() == "1"
+    })
+    .await;
+    transaction
+}
+
+fn connections(server: &PostgresServer, which: &str) -> u32 {
+    let ours = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'stanchion' AND {which}");
+    server.psql(&ours).trim().parse().unwrap()
 }
 
 async fn locks(server: &PostgresServer) -> Locks {
@@ -64,7 +85,6 @@ fn only_a_hand_off_notifies() {
         }
         assert_eq!(sent(), 0, "nobody waits");
         let mut held = locks.lock("k").await.unwrap();
-        let connections = || server.psql("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'stanchion'");
         let waiting: Vec<_> = (0..100)
             .map(|_| {
                 let locks = locks.clone();
@@ -72,7 +92,7 @@ fn only_a_hand_off_notifies() {
             })
             .collect();
         until("all wait", async || locks.inspect("k").await.unwrap().waiters.len() == 100).await;
-        let most: u32 = connections().trim().parse().unwrap();
+        let most = connections(&server, "true");
         assert!(most <= 18, "{most} connections");
         held.check().unwrap();
         held.release().await.unwrap();
@@ -134,22 +154,8 @@ fn while_a_transaction_has_checked_the_fence_nobody_gets_the_key() {
         let guard = locks.lock("k").await.unwrap();
         let fence = guard.fence().get();
         server.psql("CREATE TABLE written (at timestamptz)");
-        let url = server.url();
-        let (psql, script) = (
-            "psql",
-            format!(
-                "BEGIN; SELECT stanchion.check_fence('k', {fence}); SELECT pg_sleep(4); INSERT INTO written VALUES (clock_timestamp()); COMMIT"
-            ),
-        );
-        let mut transaction = std::process::Command::new(psql)
-            .args([url.as_str(), "-qc", &script])
-            .stdout(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        until("it sleeps", async || {
-            server.psql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'").trim() == "1"
-        })
-        .await;
+        let mut transaction =
+            sleeping_transaction(&server, fence, 4, "INSERT INTO written VALUES (clock_timestamp())").await;
         // The release is sent while the row is locked, and comes through after it.
         let released = tokio::spawn(guard.release());
         let got = other.lock("k").wait(20 * SECOND).await.unwrap();
@@ -446,16 +452,7 @@ fn a_crowd_of_steps_that_wait_delays_no_beat() {
         let locks = Locks::builder(&format!("{}?pool=2", server.url())).session_ttl(3 * SECOND).open().await.unwrap();
         let held = locks.lock("kept").await.unwrap();
         let locked = locks.lock("k").await.unwrap();
-        let script = format!("BEGIN; SELECT stanchion.check_fence('k', {}); SELECT pg_sleep(8)", locked.fence().get());
-        let mut transaction = std::process::Command::new("psql")
-            .args([server.url().as_str(), "-qc", &script])
-            .stdout(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        until("it sleeps", async || {
-            server.psql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'").trim() == "1"
-        })
-        .await;
+        let mut transaction = sleeping_transaction(&server, locked.fence().get(), 8, "SELECT").await;
         let crowd: Vec<_> = (0..40)
             .map(|_| {
                 let locks = locks.clone();
@@ -470,5 +467,28 @@ fn a_crowd_of_steps_that_wait_delays_no_beat() {
         let _in_doubt = released.await.unwrap();
         transaction.wait().unwrap();
         held.check().unwrap();
+    });
+}
+
+/// A step that its caller gives up goes on at the server. Nothing else may wait behind it, least of all a beat.
+#[test]
+fn a_step_that_was_given_up_holds_up_nothing() {
+    let server = server();
+    block_on(async {
+        let held = locks(&server).await.lock("k").await.unwrap();
+        let mut transaction = sleeping_transaction(&server, held.fence().get(), 5, "SELECT").await;
+        let store = Postgres::from_url(&server.url()).unwrap();
+        let key = Key::new("", "k").unwrap();
+        let waits = async || store.extend(&key, TokenId::random().unwrap(), SECOND).await;
+        assert!(tokio::time::timeout(SECOND / 2, async { tokio::join!(waits(), waits()) }).await.is_err(), "both wait");
+        let asked = Instant::now();
+        store.beat(SessionId::random().unwrap()).await.unwrap();
+        assert!(asked.elapsed() < 2 * SECOND, "it waited {:?}", asked.elapsed());
+        transaction.wait().unwrap();
+        // Both connections are used again.
+        until("settled", async || connections(&server, "state = 'idle'") == connections(&server, "true")).await;
+        let before = connections(&server, "true");
+        let _both = tokio::join!(store.inspect(&key), store.inspect(&key));
+        assert_eq!(connections(&server, "true"), before);
     });
 }

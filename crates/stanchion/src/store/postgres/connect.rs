@@ -8,11 +8,11 @@
 
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Connection, NoTls, Row, Socket};
 
@@ -25,8 +25,9 @@ use crate::error::{ErrorKind, Result};
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// A step without an answer for so long makes its connection suspect: it is not used again.
-const SUSPECT_AFTER: Duration = Duration::from_secs(1);
+/// The answer of a step that was given up is waited for, so long: a little longer than the longest step. Its connection is
+/// used by nobody else meanwhile, and never again without that answer.
+const SETTLED_WITHIN: Duration = Duration::from_secs(6);
 
 /// A value and its type: a statement whose types are told needs no name and one round trip, so that it can go through a
 /// pooler.
@@ -38,9 +39,9 @@ pub(super) struct Pool {
     /// Started with the first connection.
     driver: Mutex<Option<Driver>>,
     idle: Mutex<Vec<Client>>,
-    permits: Semaphore,
+    permits: Arc<Semaphore>,
     /// One connection more, for what keeps the session: no crowd of steps may delay a beat.
-    session_permit: Semaphore,
+    session_permit: Arc<Semaphore>,
     pause: Mutex<Pause>,
     saw_primary: AtomicBool,
     clock: Clock,
@@ -82,8 +83,8 @@ impl Pool {
         Self {
             driver: Mutex::default(),
             idle: Mutex::default(),
-            permits: Semaphore::new(config.pool),
-            session_permit: Semaphore::new(1),
+            permits: Arc::new(Semaphore::new(config.pool)),
+            session_permit: Arc::new(Semaphore::new(1)),
             pause: Mutex::new(pause),
             saw_primary: AtomicBool::new(false),
             clock: Clock::system(),
@@ -108,20 +109,29 @@ impl Pool {
     }
 
     /// One statement, on a connection that nobody else uses meanwhile.
-    pub(super) async fn ask(&self, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
-        let _permit = self.permits.acquire().await;
-        self.ask_now(statement, parameters).await
+    pub(super) async fn ask(self: &Arc<Self>, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
+        let permit = self.permits.clone().acquire_owned().await.ok();
+        self.ask_now(permit, statement, parameters).await
     }
 
     /// The same for a step of a session, which waits for no step on a key.
-    pub(super) async fn ask_for_session(&self, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
-        let _permit = self.session_permit.acquire().await;
-        self.ask_now(statement, parameters).await
+    pub(super) async fn ask_for_session(
+        self: &Arc<Self>,
+        statement: &str,
+        parameters: &[Parameter<'_>],
+    ) -> Result<Vec<Row>> {
+        let permit = self.session_permit.clone().acquire_owned().await.ok();
+        self.ask_now(permit, statement, parameters).await
     }
 
-    async fn ask_now(&self, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
+    async fn ask_now(
+        self: &Arc<Self>,
+        permit: Option<OwnedSemaphorePermit>,
+        statement: &str,
+        parameters: &[Parameter<'_>],
+    ) -> Result<Vec<Row>> {
         let client = self.connection().await?;
-        let mut lease = Lease { pool: self, client: Some(client), since: self.clock.now(), is_answered: false };
+        let mut lease = Lease { pool: self, client: Some(client), permit, is_answered: false };
         let Some(client) = &lease.client else { return Err(error(ErrorKind::Internal, "a lease without a client")) };
         let answer = client.query_typed(statement, parameters).await;
         lease.is_answered = true;
@@ -223,21 +233,29 @@ pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = T>) ->
 
 /// A connection that a step uses.
 struct Lease<'a> {
-    pool: &'a Pool,
+    pool: &'a Arc<Pool>,
     client: Option<Client>,
-    since: BootTime,
+    permit: Option<OwnedSemaphorePermit>,
     is_answered: bool,
 }
 
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
-        // Given up early its step is done and its answer is thrown away before the next step of the connection. After a
-        // long silence nobody knows: the connection is closed.
-        let is_good = self.is_answered || self.pool.clock.now().since(self.since) < SUSPECT_AFTER;
-        if let (true, Some(client)) = (is_good, self.client.take())
-            && !client.is_closed()
-        {
+        let Some(client) = self.client.take().filter(|client| !client.is_closed()) else { return };
+        if self.is_answered {
             lock(&self.pool.idle).push(client);
+            return;
+        }
+        // Given up early its step goes on, and may wait for a row: whoever had the connection next would wait with it.
+        let (pool, permit) = (Arc::downgrade(self.pool), self.permit.take());
+        if let Ok(runtime) = self.pool.runtime() {
+            runtime.spawn(async move {
+                let settled = within(SETTLED_WITHIN, client.batch_execute("")).await;
+                if let (Some(Ok(())), Some(pool)) = (settled, pool.upgrade()) {
+                    lock(&pool.idle).push(client);
+                }
+                drop(permit);
+            });
         }
     }
 }

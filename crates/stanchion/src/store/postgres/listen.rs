@@ -136,7 +136,7 @@ where
 
 /// Whether a message that is sent as steps send them arrives.
 async fn hears_itself(
-    pool: &Pool,
+    pool: &Arc<Pool>,
     session: SessionId,
     messages: &mut mpsc::UnboundedReceiver<String>,
     pushes: &PushSender,
