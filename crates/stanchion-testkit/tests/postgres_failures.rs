@@ -1,6 +1,9 @@
 //! PostgreSQL where something goes wrong, and what it costs. Real servers.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs, reason = "test code")]
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use stanchion::store::{Postgres, Store};
@@ -490,5 +493,103 @@ fn a_step_that_was_given_up_holds_up_nothing() {
         let before = connections(&server, "true");
         let _both = tokio::join!(store.inspect(&key), store.inspect(&key));
         assert_eq!(connections(&server, "true"), before);
+    });
+}
+
+/// Fifty tasks of one handle on ten keys and one key each, while connections are ended.
+#[test]
+fn many_callers_share_requests_and_never_a_key() {
+    let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "top")]);
+    server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
+    server.psql("CREATE EXTENSION pg_stat_statements");
+    let calls = |of: &str| -> u64 {
+        let calls = format!(
+            "SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE query LIKE '%.{of}(%' AND query NOT LIKE '%pg_stat%'"
+        );
+        server.psql(&calls).trim().parse().unwrap()
+    };
+    const TASKS: usize = 50;
+    const ROUNDS: usize = 20;
+    const SHARED: usize = 10;
+    block_on(async {
+        let locks = Locks::builder(&server.url()).session_ttl(10 * SECOND).open().await.unwrap();
+        let keys: Arc<Vec<_>> = Arc::new((0..SHARED).map(|_| (AtomicU64::new(0), AtomicU64::new(0))).collect());
+        let tasks: Vec<_> = (0..TASKS)
+            .map(|task| {
+                let (locks, keys) = (locks.clone(), keys.clone());
+                tokio::spawn(async move {
+                    for round in 0..ROUNDS {
+                        let at = (task + round) % SHARED;
+                        let own = locks.lock(format!("own {task}")).await.unwrap();
+                        let shared = locks.lock(format!("shared {at}")).await.unwrap();
+                        let (count, last) = &keys[at];
+                        // Read, give way, write: two holders at once would lose a count.
+                        let before = count.load(Relaxed);
+                        tokio::task::yield_now().await;
+                        count.store(before + 1, Relaxed);
+                        let fence = shared.fence().get();
+                        assert!(last.swap(fence, Relaxed) < fence, "fences rise");
+                        // What a broken connection leaves in doubt is ended in the background.
+                        let _in_doubt = (shared.release().await, own.release().await);
+                    }
+                })
+            })
+            .collect();
+        let ended = until_done(tasks, async || {
+            server.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'stanchion'");
+        })
+        .await;
+        assert!(ended > 0, "connections were ended meanwhile");
+        let total: u64 = keys.iter().map(|(count, _)| count.load(Relaxed)).sum();
+        assert_eq!(total, (TASKS * ROUNDS) as u64);
+        until("nothing is left", async || locks.list("").await.unwrap().is_empty()).await;
+        let (together, alone) = (calls("together"), calls("acquire") + calls("finish"));
+        let steps = (TASKS * ROUNDS * 4) as u64;
+        println!("{steps} steps: {together} calls of many, {alone} alone");
+        assert!(together > 0 && together + alone < steps, "{together} calls of many, {alone} alone, {steps} steps");
+    });
+}
+
+/// Does something now and then until all tasks have ended, and tells how often.
+async fn until_done(tasks: Vec<tokio::task::JoinHandle<()>>, now_and_then: impl AsyncFn()) -> u32 {
+    let mut done = 0;
+    for task in tasks {
+        while !task.is_finished() {
+            now_and_then().await;
+            done += 1;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        task.await.unwrap();
+    }
+    done
+}
+
+/// Steps that wait for a key that a transaction has checked hold up no step on another.
+#[test]
+fn steps_on_a_key_that_a_transaction_keeps_hold_up_no_others() {
+    let server = server();
+    block_on(async {
+        let locks = locks(&server).await;
+        let held = locks.lock("k").await.unwrap();
+        locks.lock("other").await.unwrap().release().await.unwrap();
+        let mut transaction = sleeping_transaction(&server, held.fence().get(), 4, "SELECT").await;
+        let crowd: Vec<_> = (0..12)
+            .map(|_| {
+                let locks = locks.clone();
+                tokio::spawn(async move { locks.lock("k").await.unwrap().release().await.unwrap() })
+            })
+            .collect();
+        until("they wait", async || connections(&server, "wait_event_type = 'Lock'") == 12).await;
+        let asked = Instant::now();
+        for _ in 0..20 {
+            locks.lock("other").await.unwrap().release().await.unwrap();
+        }
+        assert!(transaction.try_wait().unwrap().is_none(), "the transaction lasts");
+        assert!(asked.elapsed() < 2 * SECOND, "{:?}", asked.elapsed());
+        transaction.wait().unwrap();
+        held.release().await.unwrap();
+        for one in crowd {
+            one.await.unwrap();
+        }
     });
 }

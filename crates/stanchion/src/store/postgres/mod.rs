@@ -7,6 +7,7 @@ mod config;
 mod connect;
 mod error;
 mod listen;
+mod together;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,6 +22,7 @@ use tokio_postgres::types::{FromSql, Type};
 use self::config::Config;
 use self::connect::{Parameter, Pool, lock};
 use self::error::{NAME, error, malformed};
+use self::together::{Outcome, Step, Together};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
@@ -96,6 +98,7 @@ pub struct Postgres {
 #[derive(Debug)]
 struct Inner {
     pool: Arc<Pool>,
+    together: Mutex<Together>,
     creates_schema: AtomicBool,
     is_checked: tokio::sync::Mutex<bool>,
     listeners: Mutex<HashMap<SessionId, Listener>>,
@@ -130,6 +133,7 @@ impl Postgres {
         let inner = Inner {
             creates_schema: AtomicBool::new(config.create_schema),
             pool: Arc::new(Pool::new(config)),
+            together: Mutex::default(),
             is_checked: tokio::sync::Mutex::new(false),
             listeners: Mutex::default(),
             is_deaf: Arc::new(AtomicBool::new(false)),
@@ -167,8 +171,14 @@ macro_rules! parameters {
     ($($value:expr => $type:ident),* $(,)?) => { &[$((&$value as &(dyn tokio_postgres::types::ToSql + Sync), Type::$type)),*] };
 }
 
+use parameters;
+
 fn micros(span: Duration) -> i64 {
     i64::try_from(span.as_micros()).unwrap_or(i64::MAX)
+}
+
+fn not_after(time: StoreTime) -> i64 {
+    i64::try_from(time.as_micros()).unwrap_or(i64::MAX)
 }
 
 fn span(micros: i64) -> Duration {
@@ -307,7 +317,14 @@ impl Inner {
         }
     }
 
-    async fn end(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
+    async fn end(self: &Arc<Self>, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
+        let _on_its_way = match cooldown {
+            Some(_) => None,
+            None => match together::attempt(self, Step::end(key, token)).await? {
+                Outcome::Done(time, _) => return Ok(Reply { time, outcome: EndOutcome::Released }),
+                Outcome::Left(on_its_way) => on_its_way,
+            },
+        };
         let (token, cooldown) = (token.as_bytes().as_slice(), cooldown.map(micros));
         let parameters = parameters![key.as_encoded() => TEXT, token => BYTEA, cooldown => INT8];
         let row = self.step("finish", parameters).await?;
@@ -422,10 +439,20 @@ impl Store for Postgres {
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
+        let is_short = request.demand.capacity() == 1 && matches!(request.term, Term::Session { max_hold: None });
+        let _on_its_way = match is_short.then(|| Step::acquire(&request)) {
+            None => None,
+            Some(step) => match together::attempt(&self.inner, step).await? {
+                Outcome::Done(time, fence) => {
+                    let granted = Granted { fence, remaining: None };
+                    return Ok(Reply { time, outcome: AcquireOutcome::Granted(granted) });
+                }
+                Outcome::Left(on_its_way) => on_its_way,
+            },
+        };
         let (token, session) = (request.token.as_bytes().as_slice(), request.session.as_bytes().as_slice());
         let whole = |number: u32| i32::try_from(number).unwrap_or(i32::MAX);
         let is_bound = matches!(request.term, Term::Session { .. });
-        let not_after = i64::try_from(request.not_after.as_micros()).unwrap_or(i64::MAX);
         let parameters = parameters![
             request.key.as_encoded() => TEXT,
             token => BYTEA,
@@ -435,7 +462,7 @@ impl Store for Postgres {
             is_bound => BOOL,
             request.term.length().map(micros) => INT8,
             request.enqueue => BOOL,
-            not_after => INT8,
+            not_after(request.not_after) => INT8,
             request.metadata => TEXT,
             request.trace => TEXT,
         ];
@@ -489,13 +516,12 @@ impl Store for Postgres {
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
         let [from, to] = [&request.from, &request.to].map(|token| token.as_bytes().as_slice());
         let session = request.session.as_bytes().as_slice();
-        let not_after = i64::try_from(request.not_after.as_micros()).unwrap_or(i64::MAX);
         let parameters = parameters![
             request.key.as_encoded() => TEXT,
             from => BYTEA,
             to => BYTEA,
             session => BYTEA,
-            not_after => INT8,
+            not_after(request.not_after) => INT8,
         ];
         let row = self.inner.step("adopt", parameters).await?;
         let outcome = match column(&row, "outcome")? {

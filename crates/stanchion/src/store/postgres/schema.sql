@@ -405,6 +405,40 @@ BEGIN
   PERFORM @schema@.put(rec);
 END $$;
 
+-- Many steps at once, for many callers of one process: the short ways of `acquire`, and of `finish` where `not_after` is
+-- not there. What is not so easy, or has to wait its turn, is left alone. The answer has a row for each step that was done.
+CREATE OR REPLACE FUNCTION @schema@.together(
+  keys text[], tokens bytea[], sessions bytea[], latest bigint[], metadata text[], traces text[]
+) RETURNS TABLE (place bigint, at bigint, fence bigint)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+#variable_conflict use_column
+BEGIN
+  RETURN QUERY
+    WITH asked AS MATERIALIZED (
+      SELECT a.key, a.token, a.place
+      FROM unnest(keys, tokens, latest) WITH ORDINALITY a (key, token, not_after, place)
+      WHERE a.not_after IS NULL AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key))
+    )
+    UPDATE @schema@.keys k SET token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL
+    FROM asked, @schema@.sessions s
+    WHERE k.key = asked.key AND k.token = asked.token AND NOT k.busy
+      AND s.id = k.session AND s.expires > @schema@.clock()
+    RETURNING asked.place, @schema@.clock(), k.fence;
+  RETURN QUERY
+    WITH asked AS MATERIALIZED (
+      SELECT a.key, a.token, a.session, a.not_after, a.metadata, a.trace, a.place
+      FROM unnest(keys, tokens, sessions, latest, metadata, traces)
+        WITH ORDINALITY a (key, token, session, not_after, metadata, trace, place)
+      WHERE a.not_after IS NOT NULL AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key))
+    )
+    UPDATE @schema@.keys k SET fence = greatest(@schema@.clock(), k.fence + 1), token = asked.token,
+      session = asked.session, at = @schema@.clock(), metadata = asked.metadata, trace = asked.trace
+    FROM asked, @schema@.sessions s
+    WHERE k.key = asked.key AND k.token IS NULL AND NOT k.busy AND k.fence < 9223372036854775807
+      AND s.id = asked.session AND s.expires > @schema@.clock() AND @schema@.clock() <= asked.not_after
+    RETURNING asked.place, @schema@.clock(), k.fence;
+END $$;
+
 CREATE OR REPLACE FUNCTION @schema@.extend(
   wanted text, asked_token bytea, ttl bigint, OUT outcome text, OUT at bigint
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
@@ -626,6 +660,8 @@ DECLARE
   rec @schema@.keys;
   now bigint;
 BEGIN
+  -- In turn with the steps, which wait for no row. The row as well: an older snapshot than the step before is refused.
+  PERFORM pg_catalog.pg_advisory_xact_lock_shared(@schema@.turn(wanted));
   SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted FOR SHARE;
   now := @schema@.clock();
   IF rec.token IS NOT NULL AND rec.fence = check_fence.fence AND @schema@.lives(rec.session, now) THEN RETURN; END IF;
