@@ -62,26 +62,48 @@ fn with_few_rights_over_tls() -> Environment<Postgres> {
 }
 conformance!(tls_and_least_rights, with_few_rights_over_tls);
 
-/// Through a transaction pooler: no pushes.
-fn through_a_pooler() -> Environment<Postgres> {
+/// Steps use a pool of the user's, in a runtime of the user's.
+fn with_a_pool_of_the_users() -> Environment<Postgres> {
+    static SERVER: OnceLock<PostgresServer> = OnceLock::new();
+    let server = SERVER.get_or_init(|| PostgresServer::with(Kind::V15, ROOM));
+    let url = format!("{}?schema={}", server.url(), schema_of(server));
+    let settings: tokio_postgres::Config = server.url().parse().unwrap();
+    static RUNTIME: OnceLock<tokio::runtime::Runtime> = OnceLock::new();
+    let runtime = RUNTIME
+        .get_or_init(|| tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap());
+    Environment::new(move || {
+        let _entered = runtime.enter();
+        let manager = deadpool_postgres::Manager::new(settings.clone(), tokio_postgres::NoTls);
+        let pool = deadpool_postgres::Pool::builder(manager).max_size(4).build().unwrap();
+        let get = move || {
+            let pool = pool.clone();
+            async move { pool.get().await }
+        };
+        Postgres::from_pool(&url, get, |connection| connection).unwrap()
+    })
+}
+conformance!(users_pool, with_a_pool_of_the_users);
+
+/// Behind a transaction pooler.
+fn pooled() -> &'static (PostgresServer, PgBouncer) {
     static SERVERS: OnceLock<(PostgresServer, PgBouncer)> = OnceLock::new();
-    let (server, pooler) = SERVERS.get_or_init(|| {
+    SERVERS.get_or_init(|| {
         let server = PostgresServer::with(Kind::V15, ROOM);
         let pooler = PgBouncer::with(&server, &[("max_client_conn", "1000"), ("default_pool_size", "50")]);
         (server, pooler)
-    });
+    })
+}
+
+/// No pushes come.
+fn through_a_pooler() -> Environment<Postgres> {
+    let (server, pooler) = pooled();
     fresh(server, &format!("{}?listen=none", pooler.url()))
 }
 conformance!(pooler, through_a_pooler);
 
-/// The same with a URL of the server itself for the pushes.
+/// With a URL of the server itself for the pushes.
 fn through_a_pooler_with_pushes() -> Environment<Postgres> {
-    static SERVERS: OnceLock<(PostgresServer, PgBouncer)> = OnceLock::new();
-    let (server, pooler) = SERVERS.get_or_init(|| {
-        let server = PostgresServer::with(Kind::V15, ROOM);
-        let pooler = PgBouncer::with(&server, &[("max_client_conn", "1000"), ("default_pool_size", "50")]);
-        (server, pooler)
-    });
+    let (server, pooler) = pooled();
     let listen = server.url().replace(':', "%3A").replace('/', "%2F").replace('@', "%40");
     fresh(server, &format!("{}?listen={listen}", pooler.url()))
 }

@@ -28,9 +28,9 @@ pub async fn a_lock_waits_for_the_one_before_it<S: Store>(env: &Environment<S>) 
 pub async fn a_wait_has_a_limit<S: Store>(env: &Environment<S>) {
     let locks = env.locks().open().await.unwrap();
     let _guard = locks.lock("k").await.unwrap();
-    let waiting = tokio::spawn(locks.lock("k").wait(Duration::from_millis(100)).into_future());
+    let waiting = tokio::spawn(locks.lock("k").wait(Duration::from_millis(1500)).into_future());
     until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
-    env.pass(Duration::from_millis(110)).await;
+    env.pass(Duration::from_millis(1510)).await;
     assert_eq!(waiting.await.unwrap().unwrap_err().kind(), ErrorKind::Timeout);
     until("its place is given up", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
 }

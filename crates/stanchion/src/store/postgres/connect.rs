@@ -4,6 +4,9 @@
 //! the user's runtime does delays no answer, and its end ends no connection. One step at a time uses a connection, because
 //! the server does one after the other, each with its own write to the disk; several connections share that write.
 //!
+//! Steps on keys may use the connections of a pool of the user's instead. What keeps the session never does: work of the
+//! user's that has all of them would end it.
+//!
 //! The client never repeats a request (rule 7 of the store trait).
 
 use std::future::Future;
@@ -16,6 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Connection, NoTls, Row, Socket};
 
+use super::borrowed::{Borrowed, UsersPool};
 use super::config::{CONNECT_WITHIN, Config, Tls};
 use super::error::{error, from_answer, while_connecting};
 use crate::clock::{BootTime, Clock, jitter};
@@ -39,6 +43,8 @@ pub(super) struct Pool {
     /// Started with the first connection.
     driver: Mutex<Option<Driver>>,
     idle: Mutex<Vec<Client>>,
+    /// Where connections for steps on keys come from, if they are not our own.
+    users: Option<UsersPool>,
     permits: Arc<Semaphore>,
     /// One connection more, for what keeps the session: no crowd of steps may delay a beat.
     session_permit: Arc<Semaphore>,
@@ -78,11 +84,12 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Pool {
-    pub(super) fn new(config: Config) -> Self {
+    pub(super) fn new(config: Config, users: Option<UsersPool>) -> Self {
         let pause = Pause { next: BootTime::from_nanos(0), length: FIRST_PAUSE, why: None };
         Self {
             driver: Mutex::default(),
             idle: Mutex::default(),
+            users,
             permits: Arc::new(Semaphore::new(config.pool)),
             session_permit: Arc::new(Semaphore::new(1)),
             pause: Mutex::new(pause),
@@ -90,6 +97,11 @@ impl Pool {
             clock: Clock::system(),
             config,
         }
+    }
+
+    /// Whether steps on keys use a pool of the user's.
+    pub(super) fn is_of_user(&self) -> bool {
+        self.users.is_some()
     }
 
     /// The runtime that connections live in.
@@ -111,7 +123,11 @@ impl Pool {
     /// One statement, on a connection that nobody else uses meanwhile.
     pub(super) async fn ask(self: &Arc<Self>, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
         let permit = self.permits.clone().acquire_owned().await.ok();
-        self.ask_now(permit, statement, parameters).await
+        let connection = match &self.users {
+            Some(users) => Connected::Users(users.connection().await?),
+            None => Connected::Own(self.connection().await?),
+        };
+        self.ask_by(connection, permit, statement, parameters).await
     }
 
     /// The same for a step of a session, which waits for no step on a key.
@@ -121,19 +137,22 @@ impl Pool {
         parameters: &[Parameter<'_>],
     ) -> Result<Vec<Row>> {
         let permit = self.session_permit.clone().acquire_owned().await.ok();
-        self.ask_now(permit, statement, parameters).await
+        let connection = Connected::Own(self.connection().await?);
+        self.ask_by(connection, permit, statement, parameters).await
     }
 
-    async fn ask_now(
+    async fn ask_by(
         self: &Arc<Self>,
+        connection: Connected,
         permit: Option<OwnedSemaphorePermit>,
         statement: &str,
         parameters: &[Parameter<'_>],
     ) -> Result<Vec<Row>> {
-        let client = self.connection().await?;
-        let mut lease = Lease { pool: self, client: Some(client), permit, is_answered: false };
-        let Some(client) = &lease.client else { return Err(error(ErrorKind::Internal, "a lease without a client")) };
-        let answer = client.query_typed(statement, parameters).await;
+        let mut lease = Lease { pool: self, connection: Some(connection), permit, is_answered: false };
+        let Some(connection) = &lease.connection else {
+            return Err(error(ErrorKind::Internal, "a lease without a connection"));
+        };
+        let answer = connection.client().query_typed(statement, parameters).await;
         lease.is_answered = true;
         answer.map_err(from_answer)
     }
@@ -231,28 +250,50 @@ pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = T>) ->
     tokio::time::timeout(limit, work).await.ok()
 }
 
+enum Connected {
+    Own(Client),
+    Users(Box<dyn Borrowed>),
+}
+
+impl Connected {
+    fn client(&self) -> &Client {
+        match self {
+            Self::Own(client) => client,
+            Self::Users(connection) => connection.client(),
+        }
+    }
+
+    /// Once all that was asked on it is answered. The user's pool looks after its own.
+    fn give_back(self, pool: &Pool) {
+        if let Self::Own(client) = self
+            && !client.is_closed()
+        {
+            lock(&pool.idle).push(client);
+        }
+    }
+}
+
 /// A connection that a step uses.
 struct Lease<'a> {
     pool: &'a Arc<Pool>,
-    client: Option<Client>,
+    connection: Option<Connected>,
     permit: Option<OwnedSemaphorePermit>,
     is_answered: bool,
 }
 
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
-        let Some(client) = self.client.take().filter(|client| !client.is_closed()) else { return };
+        let Some(connection) = self.connection.take() else { return };
         if self.is_answered {
-            lock(&self.pool.idle).push(client);
-            return;
+            return connection.give_back(self.pool);
         }
         // Given up early its step goes on, and may wait for a row: whoever had the connection next would wait with it.
         let (pool, permit) = (Arc::downgrade(self.pool), self.permit.take());
         if let Ok(runtime) = self.pool.runtime() {
             runtime.spawn(async move {
-                let settled = within(SETTLED_WITHIN, client.batch_execute("")).await;
+                let settled = within(SETTLED_WITHIN, connection.client().batch_execute("")).await;
                 if let (Some(Ok(())), Some(pool)) = (settled, pool.upgrade()) {
-                    lock(&pool.idle).push(client);
+                    connection.give_back(&pool);
                 }
                 drop(permit);
             });

@@ -2,7 +2,7 @@
 
 use tokio_postgres::error::{DbError, Severity, SqlState};
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, LossCause};
 
 /// The store's name in errors and events.
 pub(super) const NAME: &str = "postgres";
@@ -67,6 +67,9 @@ fn from_client(fault: &tokio_postgres::Error) -> ErrorKind {
 fn kind_of(told: &DbError) -> (ErrorKind, String) {
     let code = told.code();
     let (kind, what) = match code {
+        _ if code.code() == "SF001" => {
+            (ErrorKind::Lost(LossCause::Missing), "the hold with this fence is over: do not write")
+        }
         _ if code.code() == "SF002" => {
             (ErrorKind::Misconfigured, "the key has the highest fence there is: the server's clock was far ahead once")
         }

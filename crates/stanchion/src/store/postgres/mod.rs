@@ -3,6 +3,7 @@
 //! Each step is a function in the database (`schema.sql`), and one round trip. What is here turns requests into calls,
 //! and answers into outcomes.
 
+mod borrowed;
 mod config;
 mod connect;
 mod error;
@@ -16,12 +17,13 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use tokio::task::AbortHandle;
-use tokio_postgres::Row;
 use tokio_postgres::types::{FromSql, Type};
+use tokio_postgres::{Row, Transaction};
 
+use self::borrowed::UsersPool;
 use self::config::Config;
 use self::connect::{Parameter, Pool, lock};
-use self::error::{NAME, error, malformed};
+use self::error::{NAME, error, from_answer, malformed};
 use self::together::{Outcome, Step, Together};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{ErrorKind, Result};
@@ -129,10 +131,54 @@ impl Postgres {
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] if the URL is malformed.
     pub fn from_url(url: &str) -> Result<Self> {
-        let config = Config::from_url(url)?;
+        Ok(Self::new(Config::from_url(url)?, None))
+    }
+
+    /// A store whose steps on keys use connections of your pool, `pool` of them at most (an option of the URL; 16).
+    ///
+    /// What keeps the session uses a connection of its own to the URL, and so do pushes: a waiting call has none of your
+    /// connections, and work of yours that has all of them ends no session. A step is one statement; a connection is given
+    /// back when it was answered.
+    ///
+    /// `get` takes a connection from the pool, and `client` tells where its client is (`tokio-postgres` 0.7). Both serve
+    /// `deadpool-postgres`, `bb8-postgres` and the like:
+    /// ```
+    /// # struct Object(tokio_postgres::Client);
+    /// # impl std::ops::Deref for Object { type Target = tokio_postgres::Client; fn deref(&self) -> &Self::Target { &self.0 } }
+    /// # #[derive(Clone)] struct Pool;
+    /// # impl Pool { async fn get(&self) -> Result<Object, std::io::Error> { Err(std::io::Error::other("none")) } }
+    /// use stanchion::Locks;
+    /// use stanchion::store::Postgres;
+    ///
+    /// async fn locks(pool: Pool) -> stanchion::Result<Locks> {
+    ///     let get = move || {
+    ///         let pool = pool.clone();
+    ///         async move { pool.get().await }
+    ///     };
+    ///     let store = Postgres::from_pool("postgres://db.example/app", get, |connection| connection)?;
+    ///     Locks::with_store(store).await
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] if the URL is malformed, or outside of a runtime.
+    pub fn from_pool<C, E, F>(
+        url: &str,
+        get: impl Fn() -> F + Send + Sync + 'static,
+        client: impl for<'a> Fn(&'a C) -> &'a tokio_postgres::Client + Send + Sync + 'static,
+    ) -> Result<Self>
+    where
+        C: Send + Sync + 'static,
+        E: std::fmt::Display,
+        F: Future<Output = std::result::Result<C, E>> + Send + 'static,
+    {
+        Ok(Self::new(Config::from_url(url)?, Some(UsersPool::new(get, client)?)))
+    }
+
+    fn new(config: Config, users: Option<UsersPool>) -> Self {
         let inner = Inner {
             creates_schema: AtomicBool::new(config.create_schema),
-            pool: Arc::new(Pool::new(config)),
+            pool: Arc::new(Pool::new(config, users)),
             together: Mutex::default(),
             is_checked: tokio::sync::Mutex::new(false),
             listeners: Mutex::default(),
@@ -140,7 +186,7 @@ impl Postgres {
             tidied: Mutex::new(BootTime::from_nanos(0)),
             clock: Clock::system(),
         };
-        Ok(Self { inner: Arc::new(inner) })
+        Self { inner: Arc::new(inner) }
     }
 
     /// Makes the schema when a handle is opened, if it is not there. Off by default: the right to create is not one that a
@@ -163,6 +209,34 @@ impl Postgres {
     /// [`ErrorKind::Unavailable`] if the server cannot be reached.
     pub async fn apply_schema(&self) -> Result<()> {
         self.inner.pool.run_script(&self.schema_sql()).await
+    }
+
+    /// Goes on only while the hold of `key` with this fence is live, and keeps the key from being given to anybody else
+    /// until your transaction has ended: what it writes, the holder writes. Keep the transaction short.
+    ///
+    /// The transaction is of `tokio-postgres` 0.7, in the database that the schema is in. Others call the function in SQL.
+    /// ```no_run
+    /// # async fn write(store: stanchion::store::Postgres, guard: stanchion::Guard, mut client: tokio_postgres::Client)
+    /// #     -> Result<(), Box<dyn std::error::Error>> {
+    /// let transaction = client.transaction().await?;
+    /// store.check_fence(&transaction, guard.key(), guard.fence()).await?;
+    /// transaction.execute("UPDATE reports SET status = 'sent' WHERE day = current_date", &[]).await?;
+    /// transaction.commit().await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::Lost`] if the hold is over, or those of a step. The transaction can only be rolled back then.
+    pub async fn check_fence(&self, transaction: &Transaction<'_>, key: &Key, fence: Fence) -> Result<()> {
+        let statement = format!("SELECT {}.check_fence($1,$2,$3)", self.inner.pool.config.schema);
+        let fence = i64::try_from(fence.get()).unwrap_or(i64::MAX);
+        let parameters = parameters![key.name() => TEXT, fence => INT8, key.namespace() => TEXT];
+        transaction
+            .query_typed(&statement, parameters)
+            .await
+            .map(drop)
+            .map_err(from_answer)
+            .map_err(|fault| fault.with_key(key))
     }
 }
 
@@ -244,23 +318,31 @@ impl Inner {
             return Ok(());
         }
         let schema = &self.pool.config.schema;
-        let statement = format!("SELECT version FROM {schema}.version()");
-        let version = match self.pool.ask(&statement, &[]).await {
+        let statement = format!("SELECT version, id FROM {schema}.version()");
+        let meta = match self.pool.ask_for_session(&statement, &[]).await {
             Err(fault) if fault.kind() == ErrorKind::Misconfigured && self.creates_schema.load(Ordering::Relaxed) => {
                 self.pool.run_script(&SCHEMA.replace("@schema@", schema)).await?;
-                self.pool.ask(&statement, &[]).await?
+                self.pool.ask_for_session(&statement, &[]).await?
             }
             answer => answer?,
         };
-        let version: i32 = column(version.first().ok_or_else(malformed)?, "version")?;
+        let meta = meta.first().ok_or_else(malformed)?;
+        let version: i32 = column(meta, "version")?;
         if version != VERSION {
             let mend = if version > VERSION { "update this program" } else { "run `stanchion schema --apply`" };
             let message = format!("the schema is of version {version}, this program speaks {VERSION}: {mend}");
             return Err(error(ErrorKind::Misconfigured, message));
         }
+        if self.pool.is_of_user() {
+            let theirs = self.pool.ask(&statement, &[]).await?;
+            if column::<&str>(theirs.first().ok_or_else(malformed)?, "id")? != column::<&str>(meta, "id")? {
+                let message = "the connections of the pool reach another database than the URL does";
+                return Err(error(ErrorKind::Misconfigured, message));
+            }
+        }
         let settings = "SELECT current_setting('server_encoding') AS encoding, current_setting('fsync') AS fsync, \
                         current_setting('full_page_writes') AS pages, current_setting('synchronous_commit') AS commit";
-        let settings = self.pool.ask(settings, &[]).await?;
+        let settings = self.pool.ask_for_session(settings, &[]).await?;
         let settings = settings.first().ok_or_else(malformed)?;
         let setting = |name| column::<String>(settings, name);
         if setting("encoding")? != "UTF8" {

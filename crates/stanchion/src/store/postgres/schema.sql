@@ -29,6 +29,8 @@ COMMENT ON SCHEMA @schema@ IS 'stanchion: distributed locks';
 CREATE TABLE IF NOT EXISTS @schema@.meta (
   one boolean PRIMARY KEY DEFAULT true CHECK (one),
   version integer NOT NULL,
+  -- Which database this is: two that a program uses must be the same.
+  id uuid NOT NULL DEFAULT gen_random_uuid(),
   -- At least as high as every fence of a key whose row was deleted.
   fence_floor bigint NOT NULL DEFAULT 0,
   -- Housekeeping goes through the keys in order, and is here.
@@ -511,8 +513,9 @@ BEGIN
   PERFORM @schema@.put(rec);
 END $$;
 
-CREATE OR REPLACE FUNCTION @schema@.version(OUT version integer)
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$ SELECT m.version FROM @schema@.meta m $$;
+CREATE OR REPLACE FUNCTION @schema@.version(OUT version integer, OUT id text)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
+$$ SELECT m.version, m.id::text FROM @schema@.meta m $$;
 
 CREATE OR REPLACE FUNCTION @schema@.open_session(
   asked bytea, lives_for bigint, who text, OUT outcome text, OUT at bigint
