@@ -11,6 +11,10 @@ use stanchion::{ErrorKind, Key, Locks, SessionId, TokenId};
 use stanchion_testkit::servers::{Postgres as Kind, PostgresServer};
 use stanchion_testkit::{block_on, until};
 
+#[allow(dead_code, reason = "its main is for a shell")]
+#[path = "../../stanchion/examples/postgres_fence.rs"]
+mod example;
+
 const SECOND: Duration = Duration::from_secs(1);
 
 fn server() -> PostgresServer {
@@ -592,4 +596,77 @@ fn steps_on_a_key_that_a_transaction_keeps_hold_up_no_others() {
             one.await.unwrap();
         }
     });
+}
+
+#[test]
+fn the_example_writes_as_the_holder_and_is_refused_afterwards() {
+    let server = server();
+    block_on(example::run(&server.url())).unwrap();
+    assert_eq!(server.psql("SELECT cents FROM payouts").trim(), "4200");
+}
+
+fn of_users(
+    server: &PostgresServer,
+    database: &str,
+    url: &str,
+) -> stanchion::Result<(Postgres, deadpool_postgres::Pool)> {
+    let mut settings: tokio_postgres::Config = server.url().parse().unwrap();
+    settings.dbname(database);
+    let manager = deadpool_postgres::Manager::new(settings, tokio_postgres::NoTls);
+    let pool = deadpool_postgres::Pool::builder(manager).max_size(2).build().unwrap();
+    let get = {
+        let pool = pool.clone();
+        move || {
+            let pool = pool.clone();
+            async move { pool.get().await }
+        }
+    };
+    Ok((Postgres::from_pool(url, get, |connection| connection)?, pool))
+}
+
+/// The user's work has all connections of the pool: nothing is lost, and steps go on when it is done.
+#[test]
+fn a_pool_that_is_used_up_ends_no_session() {
+    let server = server();
+    block_on(async {
+        let (store, pool) = of_users(&server, "postgres", &server.url()).unwrap();
+        let locks = Locks::builder_with_store(store).session_ttl(2 * SECOND).open().await.unwrap();
+        let (held, waited_for) = (locks.lock("held").await.unwrap(), locks.lock("waited").await.unwrap());
+        let waiting = {
+            let locks = locks.clone();
+            tokio::spawn(async move { locks.lock("waited").await.unwrap() })
+        };
+        until("it waits", async || locks.inspect("waited").await.unwrap().waiters.len() == 1).await;
+        until("waiting takes none of the connections", async || pool.status().available == pool.status().size).await;
+        let used = (pool.get().await.unwrap(), pool.get().await.unwrap());
+        let expires = || -> u64 { server.psql("SELECT max(expires) FROM stanchion.sessions").trim().parse().unwrap() };
+        let before = expires();
+        let fault = locks.lock("other").wait(SECOND).await.unwrap_err();
+        assert!(fault.kind() == ErrorKind::Timeout || fault.is_transient(), "{fault:?}");
+        until("the session lives on", async || expires() > before + 4_000_000).await;
+        held.check().unwrap();
+        drop(used);
+        waited_for.release().await.unwrap();
+        waiting.await.unwrap().check().unwrap();
+    });
+}
+
+#[test]
+fn a_pool_of_another_database_is_refused() {
+    let server = server();
+    server.psql("CREATE DATABASE other");
+    block_on(async {
+        let (store, _pool) = of_users(&server, "other", &server.url()).unwrap();
+        let fault = Locks::with_store(store).await.unwrap_err();
+        assert_eq!(fault.kind(), ErrorKind::Misconfigured, "without a schema: {fault}");
+        let url = format!("{}other", server.url().strip_suffix("postgres").unwrap());
+        server.psql_in("other", &Postgres::from_url(&url).unwrap().schema_sql());
+        let (store, _pool) = of_users(&server, "other", &server.url()).unwrap();
+        let fault = Locks::with_store(store).await.unwrap_err();
+        assert!(fault.to_string().contains("another database"), "{fault}");
+        let (store, _pool) = of_users(&server, "other", &url).unwrap();
+        Locks::with_store(store).await.unwrap().lock("k").await.unwrap().release().await.unwrap();
+    });
+    let outside = of_users(&server, "postgres", &server.url()).unwrap_err();
+    assert_eq!(outside.kind(), ErrorKind::InvalidArgument);
 }
