@@ -1,0 +1,107 @@
+//! The tool on a server: the same as on one machine, with another URL. Each store with a server runs all of it.
+
+use rustix::process::Signal;
+
+use crate::common::*;
+
+/// A server that wants the password `hunter2`.
+pub(crate) trait Server {
+    /// Where it is, with this password.
+    fn url(&self, password: &str) -> String;
+    fn kill(&mut self);
+}
+
+/// A world whose store is this server.
+fn world(server: &impl Server) -> World {
+    let world = World::new();
+    std::fs::write(world.path("url"), format!("{}\n", server.url("hunter2"))).unwrap();
+    world
+}
+
+fn run(world: &World, more: &[&str]) -> Invocation {
+    let url = world.path("url");
+    let store = ["--store-file", url.to_str().unwrap()];
+    let (command, rest) = more.split_first().unwrap();
+    world.stanchion([&[*command], &store[..], rest].concat())
+}
+
+pub(crate) fn one_command_at_a_time_with_rising_fences(server: impl Server) {
+    let count = 20;
+    let world = world(&server);
+    let script = "test ! -e $D/inside && touch $D/inside && echo $STANCHION_FENCE >> $D/fences && rm $D/inside";
+    let all: Vec<_> = (0..count).map(|_| run(&world, &["run", "k", "-c", script]).start()).collect();
+    for one in all {
+        one.finish().code(0).silent();
+    }
+    let fences: Vec<u64> = world.read("fences").lines().map(|line| line.parse().unwrap()).collect();
+    assert_eq!(fences.len(), count);
+    assert!(fences.is_sorted(), "{fences:?}");
+    let listed = run(&world, &["ls", "--json"]).finish().ok();
+    assert!(!listed.contains(r#""key""#), "nothing is left: {listed}");
+}
+
+pub(crate) fn busy_limits_and_looking(server: impl Server) {
+    let world = world(&server);
+    let holder = run(&world, &["run", "k", "--", "sh", "-c", "touch $D/held; exec sleep 600"]).start();
+    world.until_file("held");
+    run(&world, &["run", "-n", "k", "--", "true"]).finish().code(75);
+    run(&world, &["run", "-w", "100ms", "k", "--", "true"]).finish().code(75);
+    let json = run(&world, &["inspect", "k", "--json"]).finish().ok();
+    assert!(json.contains(r#""fence":"#), "{json}");
+    assert!(run(&world, &["ls"]).finish().ok().contains('k'));
+    holder.send(Signal::TERM);
+    holder.finish().code(143);
+    run(&world, &["run", "-n", "k", "--", "true"]).finish().code(0);
+}
+
+pub(crate) fn the_password_reaches_neither_the_child_nor_a_message(server: impl Server) {
+    let world = world(&server);
+    let child = run(&world, &["run", "k", "--", "sh", "-c", "env; tr '\\0' ' ' < /proc/$PPID/cmdline"]).finish().ok();
+    assert!(child.contains("STANCHION_FENCE=") && !child.contains("hunter2"), "{child}");
+    let refused = world.stanchion(["run", "--store", &server.url("hunter2"), "k", "--", "true"]).finish();
+    assert!(!refused.stderr.contains("hunter2"), "{refused:?}");
+    refused.code(64).says(&["a password in an argument can be read"]);
+    std::fs::write(world.path("url"), server.url("wrong-one")).unwrap();
+    let wrong = run(&world, &["run", "k", "--", "true"]).finish();
+    assert!(!wrong.stderr.contains("wrong-one") && !wrong.stderr.contains("panicked"), "{wrong:?}");
+    wrong.code(77);
+}
+
+pub(crate) fn a_command_ends_when_its_server_stays_away_and_before_another_may_have_the_key(mut server: impl Server) {
+    let world = world(&server);
+    let running = run(&world, &["run", "--ttl", "2s", "k", "-c", "touch $D/held; exec sleep 600"]).start();
+    world.until_file("held");
+    server.kill();
+    running.finish().code(76).says(&["key `k` was lost while the command ran"]);
+    world.until_nothing_runs();
+}
+
+pub(crate) fn after_the_wrapper_is_killed_its_child_dies_and_the_key_is_free_again(server: impl Server) {
+    let world = world(&server);
+    let script = "echo $$ > pid; exec sleep 600";
+    let running = run(&world, &["run", "--ttl", "1s", "k", "-c", script]).start();
+    let child = pid_in(&world, "pid");
+    running.send(Signal::KILL);
+    until("the child is dead", || !is_alive(child));
+    run(&world, &["run", "-w", "10s", "k", "--", "true"]).finish().code(0);
+}
+
+/// All of it, on what `$start` starts.
+#[macro_export]
+macro_rules! on_a_server {
+    ($start:expr) => {
+        on_a_server! { $start =>
+            one_command_at_a_time_with_rising_fences,
+            busy_limits_and_looking,
+            the_password_reaches_neither_the_child_nor_a_message,
+            a_command_ends_when_its_server_stays_away_and_before_another_may_have_the_key,
+            after_the_wrapper_is_killed_its_child_dies_and_the_key_is_free_again,
+        }
+    };
+    ($start:expr => $($case:ident),* $(,)?) => { $(
+        #[test]
+        fn $case() {
+            on_a_server::$case($start());
+        }
+    )* };
+}
