@@ -5,6 +5,8 @@
 //! cargo run --example postgres_fence --features postgres -- postgres://localhost/app
 //! ```
 
+#![allow(clippy::print_stdout, reason = "it shows what happens")]
+
 use std::error::Error;
 
 use stanchion::store::Postgres;

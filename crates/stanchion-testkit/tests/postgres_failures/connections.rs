@@ -1,0 +1,258 @@
+//! Connections that end, wait, or are not ours.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::process::Command;
+
+use stanchion_testkit::servers::PgBouncer;
+
+use super::*;
+
+#[test]
+fn ended_connections_are_made_again_and_nothing_is_lost() {
+    let server = server();
+    block_on(async {
+        let locks = locks(&server).await;
+        let held = locks.lock("held").await.unwrap();
+        let mut last = 0;
+        for _ in 0..10 {
+            server.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'stanchion'");
+            let guard = locks.lock("k").wait(10 * SECOND).await.unwrap();
+            assert!(guard.fence().get() > last);
+            last = guard.fence().get();
+            server.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'stanchion'");
+            guard.release().await.unwrap();
+        }
+        // A waiter hears again.
+        let waiting = {
+            let locks = locks.clone();
+            tokio::spawn(async move { locks.lock("held").await.unwrap() })
+        };
+        until("waits", async || locks.inspect("held").await.unwrap().waiters.len() == 1).await;
+        held.check().unwrap();
+        held.release().await.unwrap();
+        drop(waiting.await.unwrap());
+    });
+}
+
+#[test]
+fn a_restarted_server_has_every_hold_and_every_waiter() {
+    let mut server = server();
+    block_on(async {
+        let locks = Locks::builder(&server.url()).session_ttl(30 * SECOND).open().await.unwrap();
+        let held = locks.lock("k").await.unwrap();
+        let waiting = {
+            let locks = locks.clone();
+            tokio::spawn(async move { locks.lock("k").await.unwrap() })
+        };
+        until("waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+        server.kill();
+        server.restart();
+        until("it answers", async || locks.inspect("k").await.is_ok_and(|state| state.waiters.len() == 1)).await;
+        held.check().unwrap();
+        let fence = held.fence();
+        held.release().await.unwrap();
+        assert!(waiting.await.unwrap().fence() > fence);
+    });
+}
+
+/// All connections for steps wait for a row; the session is kept all the same.
+#[test]
+fn a_crowd_of_steps_that_wait_delays_no_beat() {
+    let server = server();
+    block_on(async {
+        let locks = Locks::builder(&format!("{}?pool=2", server.url())).session_ttl(3 * SECOND).open().await.unwrap();
+        let held = locks.lock("kept").await.unwrap();
+        let locked = locks.lock("k").await.unwrap();
+        let mut transaction = sleeping_transaction(&server, locked.fence().get(), 8, "SELECT").await;
+        let crowd: Vec<_> = (0..40)
+            .map(|_| {
+                let locks = locks.clone();
+                tokio::spawn(async move { locks.lock("k").wait(6 * SECOND).await.map(drop) })
+            })
+            .collect();
+        let released = tokio::spawn(locked.release());
+        for one in crowd {
+            drop(one.await.unwrap());
+        }
+        held.check().unwrap();
+        let _in_doubt = released.await.unwrap();
+        transaction.wait().unwrap();
+        held.check().unwrap();
+    });
+}
+
+/// A step that its caller gives up goes on at the server. Nothing else may wait behind it, least of all a beat.
+#[test]
+fn a_step_that_was_given_up_holds_up_nothing() {
+    let server = server();
+    block_on(async {
+        let held = locks(&server).await.lock("k").await.unwrap();
+        let mut transaction = sleeping_transaction(&server, held.fence().get(), 5, "SELECT").await;
+        let store = Postgres::from_url(&server.url()).unwrap();
+        let key = Key::new("", "k").unwrap();
+        let waits = async || store.extend(&key, TokenId::random().unwrap(), SECOND).await;
+        assert!(tokio::time::timeout(SECOND / 2, async { tokio::join!(waits(), waits()) }).await.is_err(), "both wait");
+        let asked = Instant::now();
+        store.beat(SessionId::random().unwrap()).await.unwrap();
+        assert!(asked.elapsed() < 2 * SECOND, "it waited {:?}", asked.elapsed());
+        transaction.wait().unwrap();
+        // Both connections are used again.
+        until("settled", async || connections(&server, "state = 'idle'") == connections(&server, "true")).await;
+        let before = connections(&server, "true");
+        let _both = tokio::join!(store.inspect(&key), store.inspect(&key));
+        assert_eq!(connections(&server, "true"), before);
+    });
+}
+
+fn of_users(
+    server: &PostgresServer,
+    database: &str,
+    url: &str,
+) -> stanchion::Result<(Postgres, deadpool_postgres::Pool)> {
+    let mut settings: tokio_postgres::Config = server.url().parse().unwrap();
+    settings.dbname(database);
+    let manager = deadpool_postgres::Manager::new(settings, tokio_postgres::NoTls);
+    let pool = deadpool_postgres::Pool::builder(manager).max_size(2).build().unwrap();
+    let get = {
+        let pool = pool.clone();
+        move || {
+            let pool = pool.clone();
+            async move { pool.get().await }
+        }
+    };
+    Ok((Postgres::from_pool(url, get, |connection| connection)?, pool))
+}
+
+/// The user's work has all connections of the pool: nothing is lost, and steps go on when it is done.
+#[test]
+fn a_pool_that_is_used_up_ends_no_session() {
+    let server = server();
+    block_on(async {
+        let (store, pool) = of_users(&server, "postgres", &server.url()).unwrap();
+        let locks = Locks::builder_with_store(store).session_ttl(2 * SECOND).open().await.unwrap();
+        let (held, waited_for) = (locks.lock("held").await.unwrap(), locks.lock("waited").await.unwrap());
+        let waiting = {
+            let locks = locks.clone();
+            tokio::spawn(async move { locks.lock("waited").await.unwrap() })
+        };
+        until("it waits", async || locks.inspect("waited").await.unwrap().waiters.len() == 1).await;
+        until("waiting takes none of the connections", async || pool.status().available == pool.status().size).await;
+        let used = (pool.get().await.unwrap(), pool.get().await.unwrap());
+        let expires = || -> u64 { server.psql("SELECT max(expires) FROM stanchion.sessions").trim().parse().unwrap() };
+        let before = expires();
+        let fault = locks.lock("other").wait(SECOND).await.unwrap_err();
+        assert!(fault.kind() == ErrorKind::Timeout || fault.is_transient(), "{fault:?}");
+        until("the session lives on", async || expires() > before + 4_000_000).await;
+        held.check().unwrap();
+        drop(used);
+        waited_for.release().await.unwrap();
+        waiting.await.unwrap().check().unwrap();
+    });
+}
+
+#[test]
+fn a_pool_of_another_database_is_refused() {
+    let server = server();
+    server.psql("CREATE DATABASE other");
+    block_on(async {
+        let (store, _pool) = of_users(&server, "other", &server.url()).unwrap();
+        let fault = Locks::with_store(store).await.unwrap_err();
+        assert_eq!(fault.kind(), ErrorKind::Misconfigured, "without a schema: {fault}");
+        let url = format!("{}other", server.url().strip_suffix("postgres").unwrap());
+        server.psql_in("other", &Postgres::from_url(&url).unwrap().schema_sql());
+        let (store, _pool) = of_users(&server, "other", &server.url()).unwrap();
+        let fault = Locks::with_store(store).await.unwrap_err();
+        assert!(fault.to_string().contains("another database"), "{fault}");
+        let (store, _pool) = of_users(&server, "other", &url).unwrap();
+        Locks::with_store(store).await.unwrap().lock("k").await.unwrap().release().await.unwrap();
+    });
+    let outside = of_users(&server, "postgres", &server.url()).unwrap_err();
+    assert_eq!(outside.kind(), ErrorKind::InvalidArgument);
+}
+
+/// A pooler that nobody named one: pushes are found not to come, that is told, and waiting goes on by asking.
+#[test]
+fn a_pooler_is_noticed_and_told_and_waiting_goes_on() {
+    let server = server();
+    let pooler = PgBouncer::with(&server, &[("max_client_conn", "1000"), ("default_pool_size", "20")]);
+    block_on(async {
+        let (locks, other) = (Locks::open(&pooler.url()).await.unwrap(), Locks::open(&pooler.url()).await.unwrap());
+        let told =
+            |locks: &Locks| locks.warnings().iter().any(|warning| warning.contains("notifications do not arrive"));
+        until("it is told", async || told(&locks) && told(&other)).await;
+        let held = locks.lock("k").await.unwrap();
+        let waiting = {
+            let other = other.clone();
+            tokio::spawn(async move { other.lock("k").await.unwrap() })
+        };
+        until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+        held.release().await.unwrap();
+        waiting.await.unwrap().check().unwrap();
+        // Directly nothing is told.
+        let direct = Locks::open(&server.url()).await.unwrap();
+        assert!(!told(&direct));
+    });
+}
+
+/// The tables are on a disk of their own, and somebody fills it.
+#[test]
+fn a_full_disk_is_unavailable_and_everything_goes_on_when_there_is_room() {
+    let server = PostgresServer::start(Kind::V15);
+    let disk = SmallDisk::new(&server);
+    server.psql(&format!("CREATE TABLESPACE small LOCATION '{}'", disk.folder.display()));
+    server.psql("ALTER DATABASE postgres SET default_tablespace = small");
+    server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
+    block_on(async {
+        let locks = locks(&server).await;
+        let held = locks.lock("held").await.unwrap();
+        server.psql("CREATE TABLE filler (text text)");
+        server.psql(
+            "DO $$ BEGIN LOOP INSERT INTO filler VALUES (repeat('x', 1900)); END LOOP; \
+             EXCEPTION WHEN disk_full THEN NULL; END $$",
+        );
+        // Each key needs a row: sooner or later there is no room for one.
+        let mut fault = None;
+        for n in 0..10_000 {
+            match locks.lock(format!("{n} {}", "x".repeat(400))).wait(SECOND).await {
+                Ok(guard) => drop(guard.release().await),
+                Err(told) => {
+                    fault = Some(told);
+                    break;
+                }
+            }
+        }
+        let fault = fault.unwrap();
+        assert!(fault.kind() == ErrorKind::Unavailable && fault.to_string().contains("disk is full"), "{fault}");
+        server.psql("DROP TABLE filler");
+        until("there is room", async || locks.lock("new").wait(SECOND).await.is_ok()).await;
+        locks.lock("after").await.unwrap().release().await.unwrap();
+        drop(held);
+        until("nothing is left", async || locks.list("").await.unwrap().is_empty()).await;
+    });
+}
+
+/// A file system of a few megabytes for a tablespace.
+struct SmallDisk {
+    folder: std::path::PathBuf,
+}
+
+impl SmallDisk {
+    fn new(server: &PostgresServer) -> Self {
+        let folder = server.folder().join("small");
+        std::fs::create_dir(&folder).unwrap();
+        let owner = std::fs::metadata(server.data_folder()).unwrap();
+        let options = format!("size=8m,mode=0700,uid={},gid={}", owner.uid(), owner.gid());
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &options, "none"]).arg(&folder).status().unwrap();
+        assert!(mounted.success(), "mounting a small disk needs root");
+        Self { folder }
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: the server still has files in it.
+        let unmounted = Command::new("umount").arg("-l").arg(&self.folder).status();
+        assert!(unmounted.is_ok_and(|status| status.success()));
+    }
+}

@@ -1,0 +1,214 @@
+//! What steps cost, and what they leave behind.
+
+use super::*;
+
+#[test]
+fn an_acquire_and_a_release_are_one_statement_each() {
+    let server = server();
+    server.psql("CREATE EXTENSION pg_stat_statements");
+    block_on(async {
+        let locks = locks(&server).await;
+        locks.lock("k").await.unwrap().release().await.unwrap();
+        server.psql("SELECT pg_stat_statements_reset()");
+        for _ in 0..100 {
+            locks.lock("k").await.unwrap().release().await.unwrap();
+        }
+        let calls = |of: &str| {
+            server.psql(&format!(
+                "SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE toplevel AND query LIKE '%{of}%' \
+             AND query NOT LIKE '%pg_stat_statements%'"
+            ))
+        };
+        assert_eq!((calls("acquire(").trim(), calls("finish(").trim()), ("100", "100"));
+        // Nothing else but the beats, and housekeeping.
+        let others = server.psql(
+            "SELECT query FROM pg_stat_statements WHERE toplevel AND query NOT LIKE '%acquire(%' \
+             AND query NOT LIKE '%finish(%' AND query NOT LIKE '%beat(%' AND query NOT LIKE '%tidy(%' \
+             AND query NOT LIKE '%pg_stat_statements%'",
+        );
+        assert_eq!(others.trim(), "");
+    });
+}
+
+#[test]
+fn only_a_hand_off_notifies() {
+    let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);
+    server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
+    server.psql("CREATE EXTENSION pg_stat_statements");
+    const WAITERS: usize = 1_000;
+    let sent = || -> usize {
+        let sent = server.psql("SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE query LIKE '%pg_notify%' AND NOT toplevel AND query NOT LIKE '%pg_stat%'");
+        sent.trim().parse().unwrap()
+    };
+    block_on(async {
+        let locks = locks(&server).await;
+        for _ in 0..20 {
+            locks.lock("k").await.unwrap().release().await.unwrap();
+        }
+        assert_eq!(sent(), 0, "nobody waits");
+        let mut held = locks.lock("k").await.unwrap();
+        let waiting: Vec<_> = (0..WAITERS)
+            .map(|_| {
+                let locks = locks.clone();
+                tokio::spawn(async move { locks.lock("k").await.unwrap().release().await.unwrap() })
+            })
+            .collect();
+        until("all wait", async || locks.inspect("k").await.unwrap().waiters.len() == WAITERS).await;
+        let most = connections(&server, "true");
+        assert!(most <= 18, "{most} connections");
+        held.check().unwrap();
+        held.release().await.unwrap();
+        for one in waiting {
+            one.await.unwrap();
+        }
+        assert_eq!(sent(), WAITERS);
+        held = locks.lock("k").await.unwrap();
+        drop(held);
+    });
+}
+
+/// Fifty tasks of one handle on ten keys and one key each, while connections are ended.
+#[test]
+fn many_callers_share_requests_and_never_a_key() {
+    let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "top")]);
+    server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
+    server.psql("CREATE EXTENSION pg_stat_statements");
+    let calls = |of: &str| -> u64 {
+        let calls = format!(
+            "SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE query LIKE '%.{of}(%' AND query NOT LIKE '%pg_stat%'"
+        );
+        server.psql(&calls).trim().parse().unwrap()
+    };
+    const TASKS: usize = 50;
+    const ROUNDS: usize = 20;
+    const SHARED: usize = 10;
+    block_on(async {
+        let locks = Locks::builder(&server.url()).session_ttl(10 * SECOND).open().await.unwrap();
+        let keys: Arc<Vec<_>> = Arc::new((0..SHARED).map(|_| (AtomicU64::new(0), AtomicU64::new(0))).collect());
+        let tasks: Vec<_> = (0..TASKS)
+            .map(|task| {
+                let (locks, keys) = (locks.clone(), keys.clone());
+                tokio::spawn(async move {
+                    for round in 0..ROUNDS {
+                        let at = (task + round) % SHARED;
+                        let own = locks.lock(format!("own {task}")).await.unwrap();
+                        let shared = locks.lock(format!("shared {at}")).await.unwrap();
+                        let (count, last) = &keys[at];
+                        // Read, give way, write: two holders at once would lose a count.
+                        let before = count.load(Relaxed);
+                        tokio::task::yield_now().await;
+                        count.store(before + 1, Relaxed);
+                        let fence = shared.fence().get();
+                        assert!(last.swap(fence, Relaxed) < fence, "fences rise");
+                        // What a broken connection leaves in doubt is ended in the background.
+                        let _in_doubt = (shared.release().await, own.release().await);
+                    }
+                })
+            })
+            .collect();
+        let ended = until_done(tasks, async || {
+            server.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'stanchion'");
+        })
+        .await;
+        assert!(ended > 0, "connections were ended meanwhile");
+        let total: u64 = keys.iter().map(|(count, _)| count.load(Relaxed)).sum();
+        assert_eq!(total, (TASKS * ROUNDS) as u64);
+        until("nothing is left", async || locks.list("").await.unwrap().is_empty()).await;
+        let (together, alone) = (calls("together"), calls("acquire") + calls("finish"));
+        let steps = (TASKS * ROUNDS * 4) as u64;
+        println!("{steps} steps: {together} calls of many, {alone} alone");
+        assert!(together > 0 && together + alone < steps, "{together} calls of many, {alone} alone, {steps} steps");
+    });
+}
+
+/// Does something now and then until all tasks have ended, and tells how often.
+async fn until_done(tasks: Vec<tokio::task::JoinHandle<()>>, now_and_then: impl AsyncFn()) -> u32 {
+    let mut done = 0;
+    for task in tasks {
+        while !task.is_finished() {
+            now_and_then().await;
+            done += 1;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        task.await.unwrap();
+    }
+    done
+}
+
+/// Whoever waits for a lock holds no transaction open.
+#[test]
+fn waiters_hold_up_no_index_and_no_vacuum() {
+    let server = server();
+    block_on(async {
+        let (locks, other) = (locks(&server).await, locks(&server).await);
+        let held = locks.lock("k").await.unwrap();
+        let waiting = tokio::spawn(async move { other.lock("k").await.map(drop) });
+        until("waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+        server.psql("CREATE TABLE theirs AS SELECT g AS n FROM generate_series(1, 1000) g");
+        server.psql("DELETE FROM theirs WHERE n % 2 = 0");
+        server.psql("CREATE INDEX CONCURRENTLY theirs_n ON theirs (n)");
+        server.psql("VACUUM theirs");
+        let old =
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'stanchion' AND state LIKE '%transaction%'";
+        assert_eq!(server.psql(old).trim(), "0");
+        held.release().await.unwrap();
+        waiting.await.unwrap().unwrap();
+    });
+}
+
+/// Many cycles on few keys leave the tables as small as they were.
+#[test]
+fn rows_of_the_past_do_not_pile_up() {
+    let server = server();
+    block_on(async {
+        let locks = locks(&server).await;
+        let tasks: Vec<_> = (0..10)
+            .map(|task| {
+                let locks = locks.clone();
+                tokio::spawn(async move {
+                    for i in 0..1_000 {
+                        let guard = locks.lock(format!("k{}", (task + i) % 20)).await.unwrap();
+                        guard.release().await.unwrap();
+                    }
+                })
+            })
+            .collect();
+        for task in tasks {
+            task.await.unwrap();
+        }
+        for table in ["keys", "holds", "queue"] {
+            server.psql(&format!("VACUUM stanchion.{table}"));
+        }
+        let rows = "SELECT (SELECT count(*) FROM stanchion.keys), (SELECT count(*) FROM stanchion.holds), (SELECT count(*) FROM stanchion.queue)";
+        assert_eq!(server.psql(rows).trim(), "20|0|0");
+        let size: u64 = server.psql("SELECT pg_total_relation_size('stanchion.keys')").trim().parse().unwrap();
+        println!("20 keys after 10,000 cycles: {size} bytes");
+        assert!(size < 4_000_000, "{size} bytes");
+    });
+}
+
+#[test]
+fn what_is_left_behind_vanishes() {
+    let server = server();
+    block_on(async {
+        let locks = locks(&server).await;
+        for i in 0..30 {
+            locks.lock(format!("k{i}")).await.unwrap().release().await.unwrap();
+        }
+        // Others died long ago, with a hold, a place in a queue, and idle keys.
+        server.psql(
+            "INSERT INTO stanchion.sessions VALUES ('\\x01', 'dead', 1000000, 1);
+             INSERT INTO stanchion.keys (key, fence, token, session, at) VALUES (':dead', 5, '\\x02', '\\x01', 1);
+             INSERT INTO stanchion.forced VALUES ('\\x09', '\\x01', ':x', 'why', 1);
+             UPDATE stanchion.keys SET fence = 7 WHERE key LIKE ':k%'",
+        );
+        // As every beat does, now and then.
+        let left = || {
+            server.psql("SELECT stanchion.tidy(); SELECT (SELECT count(*) FROM stanchion.keys) + (SELECT count(*) FROM stanchion.forced) + (SELECT count(*) FROM stanchion.sessions WHERE owner = 'dead')")
+        };
+        until("all is gone", async || left().split_whitespace().last() == Some("0")).await;
+        // What was forgotten still counts.
+        assert_eq!(server.psql("SELECT fence_floor FROM stanchion.meta").trim(), "7");
+        assert!(locks.lock("k1").await.unwrap().fence().get() > 7);
+    });
+}

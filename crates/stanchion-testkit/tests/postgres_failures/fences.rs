@@ -1,0 +1,169 @@
+//! Fences that are checked in the user's transactions, and races for a hold.
+
+use super::*;
+
+#[allow(dead_code, reason = "its main is for a shell")]
+#[path = "../../../stanchion/examples/postgres_fence.rs"]
+mod example;
+
+#[test]
+fn a_transaction_that_checks_a_fence_writes_as_the_holder_or_not_at_all() {
+    let server = server();
+    block_on(async {
+        let (locks, other) = (locks(&server).await, locks(&server).await);
+        for contended in [false, true] {
+            let guard = locks.lock("it's").await.unwrap();
+            let waiter = contended.then(|| {
+                let other = other.clone();
+                tokio::spawn(async move { other.lock("it's").await })
+            });
+            if contended {
+                until("waits", async || locks.inspect("it's").await.unwrap().waiters.len() == 1).await;
+            }
+            let check = |fence: u64| {
+                format!(
+                    "DO $$ BEGIN PERFORM stanchion.check_fence('it''s', {fence}); EXCEPTION WHEN SQLSTATE 'SF001' THEN RAISE NOTICE 'stale'; INSERT INTO refused VALUES ({fence}); END $$"
+                )
+            };
+            server.psql("CREATE TABLE IF NOT EXISTS refused (fence bigint)");
+            let refused = || server.psql("SELECT fence FROM refused").split_whitespace().count();
+            let before = refused();
+            let fence = guard.fence().get();
+            server.psql(&check(fence));
+            assert_eq!(refused(), before);
+            for wrong in [fence - 1, fence + 1, 0] {
+                server.psql(&check(wrong));
+            }
+            assert_eq!(refused(), before + 3);
+            guard.release().await.unwrap();
+            server.psql(&check(fence));
+            assert_eq!(refused(), before + 4);
+            if let Some(waiter) = waiter {
+                let next = waiter.await.unwrap().unwrap();
+                server.psql(&check(next.fence().get()));
+                assert_eq!(refused(), before + 4);
+            }
+        }
+    });
+}
+
+#[test]
+fn while_a_transaction_has_checked_the_fence_nobody_gets_the_key() {
+    let server = server();
+    block_on(async {
+        let (locks, other) = (locks(&server).await, locks(&server).await);
+        let guard = locks.lock("k").await.unwrap();
+        let fence = guard.fence().get();
+        server.psql("CREATE TABLE written (at timestamptz)");
+        let mut transaction =
+            sleeping_transaction(&server, fence, 4, "INSERT INTO written VALUES (clock_timestamp())").await;
+        // The release is sent while the row is locked, and comes through after it.
+        let released = tokio::spawn(guard.release());
+        let got = other.lock("k").wait(20 * SECOND).await.unwrap();
+        assert_eq!(server.psql("SELECT count(*) FROM written").trim(), "1", "the transaction ended first");
+        assert!(got.fence().get() > fence);
+        released.await.unwrap().unwrap();
+        assert!(transaction.wait().unwrap().success());
+    });
+}
+
+#[test]
+fn the_example_writes_as_the_holder_and_is_refused_afterwards() {
+    let server = server();
+    block_on(example::run(&server.url())).unwrap();
+    assert_eq!(server.psql("SELECT cents FROM payouts").trim(), "4200");
+}
+
+/// Steps that wait for a key that a transaction has checked hold up no step on another.
+#[test]
+fn steps_on_a_key_that_a_transaction_keeps_hold_up_no_others() {
+    let server = server();
+    block_on(async {
+        let locks = locks(&server).await;
+        let held = locks.lock("k").await.unwrap();
+        locks.lock("other").await.unwrap().release().await.unwrap();
+        let mut transaction = sleeping_transaction(&server, held.fence().get(), 4, "SELECT").await;
+        let crowd: Vec<_> = (0..12)
+            .map(|_| {
+                let locks = locks.clone();
+                tokio::spawn(async move { locks.lock("k").await.unwrap().release().await.unwrap() })
+            })
+            .collect();
+        until("they wait", async || connections(&server, "wait_event_type = 'Lock'") == 12).await;
+        let asked = Instant::now();
+        for _ in 0..20 {
+            locks.lock("other").await.unwrap().release().await.unwrap();
+        }
+        assert!(transaction.try_wait().unwrap().is_none(), "the transaction lasts");
+        assert!(asked.elapsed() < 2 * SECOND, "{:?}", asked.elapsed());
+        transaction.wait().unwrap();
+        held.release().await.unwrap();
+        for one in crowd {
+            one.await.unwrap();
+        }
+    });
+}
+
+/// Extending at the moment of the end races another's question: one of them has the key, never both.
+#[test]
+fn an_extension_at_the_end_never_makes_two_holders() {
+    use stanchion::store::{
+        AcquireOutcome, AcquireRequest, Demand, ExtendOutcome, OpenSession, Store, StoreTime, Term,
+    };
+    use stanchion::{Key, SessionId, TokenId};
+    let server = server();
+    block_on(async {
+        let store = Postgres::from_url(&server.url()).unwrap();
+        let session = SessionId::random().unwrap();
+        let _stream = store.grants(session);
+        store.open_session(OpenSession { session, ttl: 600 * SECOND, owner: "racer".into() }).await.unwrap();
+        let request = move |key: &Key, term| AcquireRequest {
+            key: key.clone(),
+            token: TokenId::random().unwrap(),
+            session,
+            demand: Demand::MUTEX,
+            term,
+            enqueue: false,
+            not_after: StoreTime::from_micros(i64::MAX as u64),
+            metadata: None,
+            trace: None,
+        };
+        let racing: Vec<_> = (0..20)
+            .map(|racer| {
+                let store = store.clone();
+                let key = Key::new("", &format!("race{racer}")).unwrap();
+
+                tokio::spawn(async move {
+                    let (mut kept, mut taken) = (0, 0);
+                    for round in 0..100u64 {
+                        let first = request(&key, Term::Fixed(Duration::from_millis(10)));
+                        assert!(matches!(
+                            store.acquire(first.clone()).await.unwrap().outcome,
+                            AcquireOutcome::Granted(_)
+                        ));
+                        tokio::time::sleep(Duration::from_micros(8_000 + 97 * round % 4_000)).await;
+                        let second = request(&key, Term::Fixed(SECOND * 60));
+                        let (extended, asked) =
+                            tokio::join!(store.extend(&key, first.token, SECOND * 60), store.acquire(second.clone()));
+                        let extended = extended.unwrap().outcome == ExtendOutcome::Extended;
+                        let granted = matches!(asked.unwrap().outcome, AcquireOutcome::Granted(_));
+                        assert!(!(extended && granted), "two holders");
+                        kept += u32::from(extended);
+                        taken += u32::from(granted);
+                        for token in [first.token, second.token] {
+                            store.release(&key, token, None).await.unwrap();
+                        }
+                    }
+                    (kept, taken)
+                })
+            })
+            .collect();
+        let (mut kept, mut taken) = (0, 0);
+        for racer in racing {
+            let (k, t) = racer.await.unwrap();
+            (kept, taken) = (kept + k, taken + t);
+        }
+        println!("2,000 races: {kept} extended, {taken} taken");
+        assert!(kept > 0 && taken > 0, "it was a race: {kept} extended, {taken} taken");
+    });
+}

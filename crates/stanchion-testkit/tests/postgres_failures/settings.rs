@@ -1,0 +1,91 @@
+//! What the database is set to, and what is in it.
+
+use super::*;
+
+#[test]
+fn a_schema_can_be_applied_by_ten_at_once_and_again() {
+    let server = PostgresServer::start(Kind::V15);
+    block_on(async {
+        for _ in 0..2 {
+            let all: Vec<_> = (0..10)
+                .map(|_| Postgres::from_url(&server.url()).unwrap())
+                .map(|store| tokio::spawn(async move { store.apply_schema().await }))
+                .collect();
+            for one in all {
+                one.await.unwrap().unwrap();
+            }
+        }
+        drop(locks(&server).await.lock("k").await.unwrap());
+        // A newer one is not touched, and not used.
+        server.psql("UPDATE stanchion.meta SET version = 2");
+        let store = Postgres::from_url(&server.url()).unwrap();
+        assert_eq!(store.apply_schema().await.unwrap_err().kind(), ErrorKind::Misconfigured);
+        let error = Locks::open(&server.url()).await.unwrap_err();
+        assert!(
+            error.kind() == ErrorKind::Misconfigured && error.to_string().contains("update this program"),
+            "{error}"
+        );
+    });
+}
+
+#[test]
+fn what_cannot_be_used_says_why() {
+    let server = PostgresServer::start(Kind::V15);
+    block_on(async {
+        let error = Locks::open(&server.url()).await.unwrap_err();
+        assert!(
+            error.kind() == ErrorKind::Misconfigured && error.to_string().contains("schema --store URL --apply"),
+            "{error}"
+        );
+        let own = format!("{}?create_schema=true", server.url());
+        drop(Locks::open(&own).await.unwrap().lock("k").await.unwrap());
+        server.psql("CREATE ROLE nobody LOGIN");
+        let stranger = server.url().replace("postgres@", "nobody@");
+        let error = Locks::open(&stranger).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
+        let standby = PostgresServer::standby_of(&server);
+        let error = Locks::open(&standby.url()).await.unwrap_err();
+        assert!(error.kind() == ErrorKind::Misconfigured && error.to_string().contains("standby"), "{error}");
+        server.psql("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0");
+        let latin = own.replace("/postgres?", "/latin?");
+        let error = Locks::open(&latin).await.unwrap_err();
+        assert!(error.kind() == ErrorKind::Misconfigured && error.to_string().contains("UTF-8"), "{error}");
+    });
+}
+
+/// A server whose users have set limits, or another isolation, takes the steps all the same.
+#[test]
+fn time_outs_and_isolation_of_the_database_change_nothing() {
+    let server = PostgresServer::with(
+        Kind::V15,
+        &[("default_transaction_isolation", "serializable"), ("statement_timeout", "5s"), ("lock_timeout", "1s")],
+    );
+    server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
+    block_on(async {
+        let count = std::sync::Arc::new(std::sync::Mutex::new((0u32, 0u64)));
+        let handles = [locks(&server).await, locks(&server).await];
+        let tasks: Vec<_> = (0..8)
+            .map(|task| {
+                let (locks, count) = (handles[task % 2].clone(), count.clone());
+                tokio::spawn(async move {
+                    for _ in 0..25 {
+                        let guard = locks.lock("k").wait(60 * SECOND).await.unwrap();
+                        let before = {
+                            let mut count = count.lock().unwrap();
+                            assert!(guard.fence().get() > count.1, "fences rise");
+                            count.1 = guard.fence().get();
+                            count.0
+                        };
+                        tokio::task::yield_now().await;
+                        count.lock().unwrap().0 = before + 1;
+                        guard.release().await.unwrap();
+                    }
+                })
+            })
+            .collect();
+        for task in tasks {
+            task.await.unwrap();
+        }
+        assert_eq!(count.lock().unwrap().0, 200, "one at a time");
+    });
+}
