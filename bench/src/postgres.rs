@@ -11,16 +11,23 @@ const TASKS: usize = 50;
 const ROUNDS: usize = 3;
 
 pub(crate) async fn all() {
-    for (fsync, pairs) in [("off", 100), ("on", 40)] {
-        let server = PostgresServer::with(Kind::V15, &[("fsync", fsync)]);
+    // The last stands for a disk on which a commit takes its time.
+    let slow: &[_] = &[("fsync", "on"), ("commit_delay", "2000"), ("commit_siblings", "0")];
+    let disks = [
+        ("fsync off", &[("fsync", "off")][..], 200),
+        ("fsync on", &[("fsync", "on")], 100),
+        ("commits of 2 ms", slow, 20),
+    ];
+    for (disk, settings, pairs) in disks {
+        let server = PostgresServer::with(Kind::V15, settings);
         server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
         server.psql("CREATE TABLE raw (key text PRIMARY KEY, token text NOT NULL, expires timestamptz NOT NULL)");
-        compare(&server, fsync, pairs).await;
-        handoff(&server, fsync).await;
+        compare(&server, disk, pairs).await;
+        handoff(&server, disk).await;
     }
 }
 
-async fn compare(server: &PostgresServer, fsync: &str, pairs: usize) {
+async fn compare(server: &PostgresServer, disk: &str, pairs: usize) {
     let mut clients = Vec::new();
     for _ in 0..TASKS {
         let (client, connection) = tokio_postgres::connect(&server.url(), NoTls).await.unwrap();
@@ -44,7 +51,7 @@ async fn compare(server: &PostgresServer, fsync: &str, pairs: usize) {
             rates[rates.len() / 2]
         });
         println!(
-            "postgres   fsync {fsync}, {TASKS} tasks, {pool} connections: {ours:.0} acquire + release a second; raw UPSERT + \
+            "postgres   {disk}, {TASKS} tasks, {pool} connections: {ours:.0} acquire + release a second; raw UPSERT + \
              DELETE on {TASKS} connections {raw:.0} (ratio {:.2})",
             ours / raw
         );
@@ -80,7 +87,20 @@ async fn raw(client: std::sync::Arc<Client>, task: usize, pairs: usize) {
 }
 
 /// From the release of one handle to the grant of the other.
-async fn handoff(server: &PostgresServer, fsync: &str) {
+async fn handoff(server: &PostgresServer, disk: &str) {
+    let (client, connection) = tokio_postgres::connect(&server.url(), NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let commit = client
+        .prepare("INSERT INTO raw VALUES ('commit', $1, now()) ON CONFLICT (key) DO UPDATE SET token = $1")
+        .await
+        .unwrap();
+    let mut commits = Vec::new();
+    for turn in 0..300 {
+        let start = Instant::now();
+        client.execute(&commit, &[&turn.to_string()]).await.unwrap();
+        commits.push(start.elapsed());
+    }
+    crate::print_spans(&format!("commit     postgres, {disk}, one raw upsert"), commits);
     let (one, other) = (Locks::open(&server.url()).await.unwrap(), Locks::open(&server.url()).await.unwrap());
     let mut spans = Vec::new();
     for turn in 0..300 {
@@ -102,5 +122,5 @@ async fn handoff(server: &PostgresServer, fsync: &str) {
         spans.push(got - start);
         guard.release().await.unwrap();
     }
-    crate::print_spans(&format!("handoff    postgres, fsync {fsync}, two handles"), spans);
+    crate::print_spans(&format!("handoff    postgres, {disk}, two handles"), spans);
 }
