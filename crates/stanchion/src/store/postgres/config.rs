@@ -23,17 +23,23 @@ const LONGEST_NAME: usize = 63;
 #[derive(Clone)]
 pub(super) struct Config {
     /// Where steps are done.
-    pub(super) steps: tokio_postgres::Config,
+    pub(super) steps: Place,
     /// Where pushes are heard: the same place, or one that no pooler stands before.
     /// Nowhere, if waiting calls are to ask instead.
-    pub(super) listen: Option<tokio_postgres::Config>,
-    pub(super) tls: Tls,
+    pub(super) listen: Option<Place>,
     /// The name of the schema, quoted.
     pub(super) schema: String,
     /// The most connections for steps.
     pub(super) pool: usize,
     /// Whether the schema is made where it is not there.
     pub(super) create_schema: bool,
+}
+
+/// A server, and how to talk to it.
+#[derive(Clone)]
+pub(super) struct Place {
+    pub(super) settings: tokio_postgres::Config,
+    pub(super) tls: Tls,
 }
 
 /// How connections are encrypted.
@@ -47,7 +53,7 @@ impl std::fmt::Debug for Config {
     /// Without the passwords.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Config")
-            .field("hosts", &self.steps.get_hosts())
+            .field("hosts", &self.steps.settings.get_hosts())
             .field("schema", &self.schema)
             .field("pool", &self.pool)
             .finish_non_exhaustive()
@@ -65,7 +71,9 @@ impl Config {
         for option in query.split('&').filter(|option| !option.is_empty()) {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
             match name {
-                "create_schema" => create_schema = value == "true",
+                "create_schema" => {
+                    create_schema = value.parse().map_err(|_| invalid("`create_schema` is `true` or `false`".into()))?
+                }
                 "schema" => schema = text("`schema`", value)?,
                 "pool" => pool = number("`pool`", value)?,
                 "listen" => listen = Some(text("`listen`", value)?),
@@ -80,26 +88,31 @@ impl Config {
             return Err(invalid("`pool` is the most connections for steps, 1 or more".into()));
         }
         let query = if rest.is_empty() { String::new() } else { format!("?{}", rest.join("&")) };
-        let mut steps = connection(&format!("{base}{query}"))?;
-        let mut listen = match listen.as_deref() {
+        let steps = connection(&format!("{base}{query}"))?;
+        let of_listen = |fault: Error| {
+            invalid(format!("`listen` (`none`, or a URL with its special characters as %XX): {}", fault.message()))
+        };
+        let listen = match listen.as_deref() {
             Some("none") => None,
-            Some(url) => Some(connection(url)?),
+            Some(url) => Some(connection(url).map_err(of_listen)?),
             None => Some(steps.clone()),
         };
-        let encrypts = mode.unwrap_or_else(|| !is_near(&steps));
-        let tls = if encrypts {
-            let files = [authorities.as_deref(), certificate.as_deref(), key.as_deref()];
+        // A pooler may be on this machine, and the server elsewhere.
+        let encrypts = |settings: &tokio_postgres::Config| mode.unwrap_or_else(|| !is_near(settings));
+        let files = [authorities.as_deref(), certificate.as_deref(), key.as_deref()];
+        let tls = if encrypts(&steps) || listen.as_ref().is_some_and(encrypts) {
             Tls::Verified(MakeRustlsConnect::new(client_config(files)?))
+        } else if files.iter().any(Option::is_some) {
+            return Err(invalid("certificates are of no use without `sslmode=verify-full`".into()));
         } else {
-            if authorities.is_some() || certificate.is_some() || key.is_some() {
-                return Err(invalid("certificates are of no use without `sslmode=verify-full`".into()));
-            }
             Tls::None
         };
-        for one in [Some(&mut steps), listen.as_mut()].into_iter().flatten() {
-            one.ssl_mode(if encrypts { SslMode::Require } else { SslMode::Disable });
-        }
-        Ok(Self { steps, listen, tls, schema: quoted(&schema)?, pool, create_schema })
+        let place = |mut settings: tokio_postgres::Config| {
+            let encrypts = encrypts(&settings);
+            settings.ssl_mode(if encrypts { SslMode::Require } else { SslMode::Disable });
+            Place { settings, tls: if encrypts { tls.clone() } else { Tls::None } }
+        };
+        Ok(Self { steps: place(steps), listen: listen.map(place), schema: quoted(&schema)?, pool, create_schema })
     }
 }
 
@@ -203,4 +216,61 @@ fn quoted(schema: &str) -> Result<String> {
         )));
     }
     Ok(format!("\"{schema}\""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_that_is_wrong_is_told_what_would_be_right() {
+        for (url, told) in [
+            ("postgres://", "a host is missing"),
+            ("postgres:///app", "a host is missing"),
+            ("postgres://h:port/app", "`port`"),
+            ("postgres://h/app?colour=red", "unknown option `colour`; the options are `schema`"),
+            ("postgres://h/app?schema=", "`schema` has 1 to 63 characters"),
+            ("postgres://h/app?schema=pg_x", "does not begin with `pg_`"),
+            ("postgres://h/app?schema=a%22b", "letters, digits, `_`"),
+            ("postgres://h/app?schema=%zz", "two hexadecimal digits"),
+            ("postgres://h/app?pool=0", "1 or more"),
+            ("postgres://h/app?pool=many", "`pool` must be a whole number"),
+            ("postgres://h/app?listen=", "`listen` (`none`, or a URL"),
+            ("postgres://h/app?listen=redis://x", "`listen` (`none`, or a URL"),
+            ("postgres://h/app?sslmode=prefer", "`disable` or `verify-full`"),
+            ("postgres://h/app?ca_file=/no/such", "`ca_file`: /no/such cannot be read as PEM"),
+            ("postgres://localhost/app?ca_file=/no/such", "of no use without `sslmode=verify-full`"),
+            ("postgres://h/app?cert_file=/x", "belong together"),
+            ("postgres://h/app?create_schema=yes", "`true` or `false`"),
+        ] {
+            let fault = Config::from_url(url).unwrap_err();
+            assert_eq!(fault.kind(), ErrorKind::InvalidArgument, "{url}");
+            assert!(fault.message().contains(told), "{url}: {fault}");
+        }
+    }
+
+    #[test]
+    fn no_message_and_no_debug_text_tells_a_password() {
+        let url = "postgres://me:hunter2@h/app?listen=postgres%3A%2F%2Fme%3Ahunter2%40d%2Fapp";
+        assert!(!format!("{:?}", Config::from_url(url).unwrap()).contains("hunter2"));
+        for wrong in
+            ["postgres://me:hunter2@h:x/app", "postgres://me:hunter2@h/app?listen=postgres://me:hunter2@d:x/app"]
+        {
+            let fault = Config::from_url(wrong).unwrap_err();
+            assert!(!format!("{fault} {fault:?}").contains("hunter2"), "{fault:?}");
+        }
+    }
+
+    #[test]
+    fn connections_are_encrypted_but_to_this_machine() {
+        let is_encrypted = |url| matches!(Config::from_url(url).unwrap().steps.tls, Tls::Verified(_));
+        assert!(is_encrypted("postgres://db.example/app") && is_encrypted("postgres://localhost/app?sslmode=require"));
+        assert!(!is_encrypted("postgres://localhost/app") && !is_encrypted("postgres://127.0.0.1/app"));
+        assert!(
+            !is_encrypted("postgres://db.example/app?sslmode=disable") && !is_encrypted("postgres:///app?host=/run")
+        );
+        assert!(is_encrypted("postgres://localhost,db.example/app"), "one of them is elsewhere");
+        let both = Config::from_url("postgres://localhost/app?listen=postgres%3A%2F%2Fdb.example%2Fapp").unwrap();
+        assert!(matches!((both.steps.tls, both.listen.unwrap().tls), (Tls::None, Tls::Verified(_))));
+    }
 }

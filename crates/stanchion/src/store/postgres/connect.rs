@@ -20,7 +20,7 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Connection, NoTls, Row, Socket};
 
 use super::borrowed::{Borrowed, UsersPool};
-use super::config::{CONNECT_WITHIN, Config, Tls};
+use super::config::{CONNECT_WITHIN, Config, Place, Tls};
 use super::error::{error, from_answer, while_connecting};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{ErrorKind, Result};
@@ -196,11 +196,11 @@ impl Pool {
     }
 
     async fn connect(&self) -> Result<Client> {
-        let (config, tls) = (self.config.steps.clone(), self.config.tls.clone());
+        let Place { settings, tls } = self.config.steps.clone();
         let connected = in_driver(self.runtime()?, async move {
             let client = match tls {
-                Tls::None => drive(config.connect(NoTls).await.map_err(while_connecting)?),
-                Tls::Verified(tls) => drive(config.connect(tls).await.map_err(while_connecting)?),
+                Tls::None => drive(settings.connect(NoTls).await.map_err(while_connecting)?),
+                Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(while_connecting)?),
             };
             let standby = client.query_typed("SELECT pg_is_in_recovery()", &[]).await.map_err(while_connecting)?;
             Ok((client, standby.first().is_some_and(|row| row.try_get(0).unwrap_or(false))))

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio_postgres::types::Type;
 use tokio_postgres::{AsyncMessage, Client, Connection, NoTls, Socket};
 
-use super::config::{CONNECT_WITHIN, Config, Tls};
+use super::config::{CONNECT_WITHIN, Config, Place, Tls};
 use super::connect::{Pool, within};
 use super::error::{error, from_answer, malformed, while_connecting};
 use crate::clock::jitter;
@@ -100,9 +100,9 @@ async fn listen(
 
 /// A connection that listens. It lives as long as the client does.
 async fn subscribe(config: &Config, session: SessionId) -> Result<(Client, mpsc::UnboundedReceiver<String>)> {
-    let settings = config.listen.clone().ok_or_else(malformed)?;
+    let Place { settings, tls } = config.listen.clone().ok_or_else(malformed)?;
     let subscribed = async {
-        let (client, messages) = match config.tls.clone() {
+        let (client, messages) = match tls {
             Tls::None => drive(settings.connect(NoTls).await.map_err(while_connecting)?),
             Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(while_connecting)?),
         };
