@@ -8,22 +8,23 @@ mod config;
 mod connect;
 mod error;
 mod listen;
+mod rows;
 mod together;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::task::AbortHandle;
-use tokio_postgres::types::{FromSql, Type};
 use tokio_postgres::{Row, Transaction};
 
 use self::borrowed::UsersPool;
 use self::config::Config;
 use self::connect::{Parameter, Pool, lock};
 use self::error::{NAME, error, from_answer, malformed};
+use self::rows::{column, granted, micros, not_after, number, parameters, span, states, time};
 use self::together::{Outcome, Step, Together};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{ErrorKind, Result};
@@ -31,8 +32,8 @@ use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, EndOutcome, EvictOutcome,
-    EvictRequest, ExtendOutcome, GrantStream, Granted, HolderState, KeyState, LostToken, OpenOutcome, OpenSession,
-    PollOutcome, Push, PushSender, Queued, Reply, Store, StoreTime, Term, WaiterState, push_channel,
+    EvictRequest, ExtendOutcome, GrantStream, Granted, KeyState, LostToken, OpenOutcome, OpenSession, PollOutcome,
+    Push, PushSender, Queued, Reply, Store, Term, push_channel,
 };
 use crate::token::{SessionId, TokenId};
 
@@ -240,49 +241,6 @@ impl Postgres {
     }
 }
 
-/// The parameters of a call, with their types.
-macro_rules! parameters {
-    ($($value:expr => $type:ident),* $(,)?) => { &[$((&$value as &(dyn tokio_postgres::types::ToSql + Sync), Type::$type)),*] };
-}
-
-use parameters;
-
-fn micros(span: Duration) -> i64 {
-    i64::try_from(span.as_micros()).unwrap_or(i64::MAX)
-}
-
-fn not_after(time: StoreTime) -> i64 {
-    i64::try_from(time.as_micros()).unwrap_or(i64::MAX)
-}
-
-fn span(micros: i64) -> Duration {
-    Duration::from_micros(u64::try_from(micros).unwrap_or(0))
-}
-
-/// A column, which is as the schema says.
-fn column<'a, T: FromSql<'a>>(row: &'a Row, name: &str) -> Result<T> {
-    row.try_get(name).map_err(|fault| malformed().with_source(fault))
-}
-
-fn time(row: &Row) -> Result<StoreTime> {
-    let micros: i64 = column(row, "at")?;
-    Ok(StoreTime::from_micros(u64::try_from(micros).map_err(|_| malformed())?))
-}
-
-fn fence(row: &Row) -> Result<Fence> {
-    let fence: i64 = column(row, "fence")?;
-    Ok(Fence::new(u64::try_from(fence).map_err(|_| malformed())?))
-}
-
-fn granted(row: &Row) -> Result<Granted> {
-    Ok(Granted { fence: fence(row)?, remaining: column::<Option<i64>>(row, "remaining")?.map(span) })
-}
-
-fn number(row: &Row) -> Result<u32> {
-    let number: Option<i64> = column(row, "number")?;
-    u32::try_from(number.unwrap_or_default()).map_err(|_| malformed())
-}
-
 impl Inner {
     /// The rows of a function of the schema.
     async fn rows(&self, function: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
@@ -418,55 +376,6 @@ impl Inner {
         };
         Ok(Reply { time: time(&row)?, outcome })
     }
-}
-
-/// The keys that rows tell of, in order.
-fn states(rows: &[Row]) -> Result<Reply<Vec<KeyState>>> {
-    let mut states: Vec<KeyState> = Vec::new();
-    let mut answered = None;
-    for row in rows {
-        let now: i64 = column(row, "now_is")?;
-        let kind: &str = column(row, "kind")?;
-        if kind == "time" {
-            answered = Some(StoreTime::from_micros(u64::try_from(now).map_err(|_| malformed())?));
-            continue;
-        }
-        let remaining: Option<Duration> = column::<Option<i64>>(row, "remaining")?.map(span);
-        if kind == "key" {
-            let last_fence = column::<Option<i64>>(row, "fence")?.map(|_| fence(row)).transpose()?;
-            states.push(KeyState {
-                key: Key::from_encoded(column(row, "of_key")?)?,
-                capacity: None,
-                holders: Vec::new(),
-                waiters: Vec::new(),
-                last_fence,
-                closed_for: remaining,
-            });
-            continue;
-        }
-        let state = states.last_mut().ok_or_else(malformed)?;
-        let whole = |name| column::<i32>(row, name).and_then(|number| u32::try_from(number).map_err(|_| malformed()));
-        state.capacity.get_or_insert(whole("capacity")?);
-        let since: i64 = column(row, "since")?;
-        let (owner, units, age) = (column(row, "owner")?, whole("units")?, span(now - since));
-        let (metadata, trace) = (column(row, "metadata")?, column(row, "trace")?);
-        if kind == "hold" {
-            state.holders.push(HolderState {
-                fence: fence(row)?,
-                owner,
-                units,
-                session_bound: column(row, "bound")?,
-                age,
-                since: SystemTime::UNIX_EPOCH + span(since),
-                remaining,
-                metadata,
-                trace,
-            });
-        } else {
-            state.waiters.push(WaiterState { owner, units, age, metadata, trace });
-        }
-    }
-    Ok(Reply { time: answered.ok_or_else(malformed)?, outcome: states })
 }
 
 #[async_trait]

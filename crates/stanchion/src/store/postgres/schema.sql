@@ -427,11 +427,13 @@ BEGIN
       AND s.id = k.session AND s.expires > @schema@.clock()
     RETURNING asked.place, @schema@.clock(), k.fence;
   RETURN QUERY
+    -- Of several that ask for a key the first.
     WITH asked AS MATERIALIZED (
-      SELECT a.key, a.token, a.session, a.not_after, a.metadata, a.trace, a.place
+      SELECT DISTINCT ON (a.key) a.key, a.token, a.session, a.not_after, a.metadata, a.trace, a.place
       FROM unnest(keys, tokens, sessions, latest, metadata, traces)
         WITH ORDINALITY a (key, token, session, not_after, metadata, trace, place)
       WHERE a.not_after IS NOT NULL AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key))
+      ORDER BY a.key, a.place
     )
     UPDATE @schema@.keys k SET fence = greatest(@schema@.clock(), k.fence + 1), token = asked.token,
       session = asked.session, at = @schema@.clock(), metadata = asked.metadata, trace = asked.trace

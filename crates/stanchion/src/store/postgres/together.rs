@@ -7,13 +7,14 @@
 //! or none.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::oneshot;
-use tokio_postgres::types::Type;
 
-use super::connect::lock;
+use super::Inner;
+use super::connect::{lock, within};
 use super::error::{error, malformed};
-use super::{Inner, column, fence, time};
+use super::rows::{column, fence, not_after, parameters, time};
 use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
@@ -29,6 +30,9 @@ const TOGETHER: usize = 3;
 
 /// The most steps of a request: those who want one of its keys wait until it is done.
 const MOST_STEPS: usize = 64;
+
+/// A request of several steps is given up after this time: who waits in line must not wait for a link that is dead.
+const GIVEN_UP_AFTER: Duration = Duration::from_secs(3);
 
 /// A step in its short way.
 #[derive(Debug)]
@@ -52,7 +56,7 @@ impl Step {
     pub(super) fn acquire(request: &AcquireRequest) -> Self {
         let asked = Asked {
             session: request.session.as_bytes().to_vec(),
-            not_after: super::not_after(request.not_after),
+            not_after: not_after(request.not_after),
             metadata: request.metadata.clone(),
             trace: request.trace.clone(),
         };
@@ -154,7 +158,8 @@ fn send_some(inner: &Arc<Inner>, most: usize) {
 }
 
 async fn send(on_its_way: OnItsWay, steps: Vec<Waiting>) {
-    let outcomes = ask(&on_its_way.inner, &steps).await;
+    let late = || Err(error(ErrorKind::NetworkTimeout, format!("no answer within {GIVEN_UP_AFTER:?}")).in_doubt(true));
+    let outcomes = within(GIVEN_UP_AFTER, ask(&on_its_way.inner, &steps)).await.unwrap_or_else(late);
     for (at, (_, sender)) in steps.into_iter().enumerate() {
         let outcome = match &outcomes {
             Ok(done) => Ok(done[at]),
@@ -175,7 +180,7 @@ async fn ask(inner: &Inner, steps: &[Waiting]) -> Result<Vec<Option<(StoreTime, 
     let latest: Vec<_> = asked().map(|asked| asked.map(|asked| asked.not_after)).collect();
     let metadata: Vec<_> = asked().map(|asked| asked.and_then(|asked| asked.metadata.as_deref())).collect();
     let traces: Vec<_> = asked().map(|asked| asked.and_then(|asked| asked.trace.as_deref())).collect();
-    let parameters = super::parameters![
+    let parameters = parameters![
         keys => TEXT_ARRAY,
         tokens => BYTEA_ARRAY,
         sessions => BYTEA_ARRAY,
