@@ -212,3 +212,32 @@ fn what_is_left_behind_vanishes() {
         assert!(locks.lock("k1").await.unwrap().fence().get() > 7);
     });
 }
+
+/// Steps that share a call share no fault.
+#[test]
+fn a_key_at_its_highest_fence_fails_alone() {
+    let server = server();
+    server.psql(&format!("INSERT INTO stanchion.keys (key, fence) VALUES (':spent', {})", i64::MAX));
+    block_on(async {
+        let locks = locks(&server).await;
+        // More than once: the first calls take so long that they do little.
+        for _ in 0..10 {
+            let tasks: Vec<_> = (0..40)
+                .map(|task| {
+                    let locks = locks.clone();
+                    let key = if task % 8 == 7 { "spent".to_owned() } else { format!("k{task}") };
+                    tokio::spawn(async move { (key.clone(), locks.lock(key).await.map(drop)) })
+                })
+                .collect();
+            for task in tasks {
+                let (key, outcome) = task.await.unwrap();
+                match outcome {
+                    Ok(()) => assert_ne!(key, "spent"),
+                    Err(fault) => {
+                        assert!(key == "spent" && fault.kind() == ErrorKind::Misconfigured, "{key}: {fault}");
+                    }
+                }
+            }
+        }
+    });
+}

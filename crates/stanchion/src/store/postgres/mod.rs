@@ -25,15 +25,15 @@ use self::config::Config;
 use self::connect::{Parameter, Pool, lock};
 use self::error::{NAME, error, from_answer, malformed};
 use self::rows::{column, granted, micros, not_after, number, parameters, span, states, time};
-use self::together::{Outcome, Step, Together};
+use self::together::{Step, Together};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, EndOutcome, EvictOutcome,
-    EvictRequest, ExtendOutcome, GrantStream, Granted, KeyState, LostToken, OpenOutcome, OpenSession, PollOutcome,
-    Push, PushSender, Queued, Reply, Store, Term, push_channel,
+    EvictRequest, ExtendOutcome, GrantStream, KeyState, LostToken, OpenOutcome, OpenSession, PollOutcome, Push,
+    PushSender, Queued, Reply, Store, push_channel,
 };
 use crate::token::{SessionId, TokenId};
 
@@ -358,16 +358,7 @@ impl Inner {
     }
 
     async fn end(self: &Arc<Self>, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
-        let _on_its_way = match cooldown {
-            Some(_) => None,
-            None => match together::attempt(self, Step::end(key, token)).await? {
-                Outcome::Done(time, _) => return Ok(Reply { time, outcome: EndOutcome::Released }),
-                Outcome::Left(on_its_way) => on_its_way,
-            },
-        };
-        let (token, cooldown) = (token.as_bytes().as_slice(), cooldown.map(micros));
-        let parameters = parameters![key.as_encoded() => TEXT, token => BYTEA, cooldown => INT8];
-        let row = self.step("finish", parameters).await?;
+        let row = together::step(self, Step::Finish { key: key.clone(), token, cooldown }).await?;
         let outcome = match column(&row, "outcome")? {
             "released" => EndOutcome::Released,
             "dequeued" => EndOutcome::Dequeued,
@@ -430,34 +421,7 @@ impl Store for Postgres {
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
-        let is_short = request.demand.capacity() == 1 && matches!(request.term, Term::Session { max_hold: None });
-        let _on_its_way = match is_short.then(|| Step::acquire(&request)) {
-            None => None,
-            Some(step) => match together::attempt(&self.inner, step).await? {
-                Outcome::Done(time, fence) => {
-                    let granted = Granted { fence, remaining: None };
-                    return Ok(Reply { time, outcome: AcquireOutcome::Granted(granted) });
-                }
-                Outcome::Left(on_its_way) => on_its_way,
-            },
-        };
-        let (token, session) = (request.token.as_bytes().as_slice(), request.session.as_bytes().as_slice());
-        let whole = |number: u32| i32::try_from(number).unwrap_or(i32::MAX);
-        let is_bound = matches!(request.term, Term::Session { .. });
-        let parameters = parameters![
-            request.key.as_encoded() => TEXT,
-            token => BYTEA,
-            session => BYTEA,
-            whole(request.demand.units()) => INT4,
-            whole(request.demand.capacity()) => INT4,
-            is_bound => BOOL,
-            request.term.length().map(micros) => INT8,
-            request.enqueue => BOOL,
-            not_after(request.not_after) => INT8,
-            request.metadata => TEXT,
-            request.trace => TEXT,
-        ];
-        let row = self.inner.step("acquire", parameters).await?;
+        let row = together::step(&self.inner, Step::Acquire(request)).await?;
         let outcome = match column(&row, "outcome")? {
             "granted" => AcquireOutcome::Granted(granted(&row)?),
             "queued" => AcquireOutcome::Queued(Queued { ahead: number(&row)?, check_in: self.inner.check_in(&row)? }),

@@ -108,8 +108,12 @@ CREATE INDEX IF NOT EXISTS forced_key ON @schema@.forced (key);
 CREATE OR REPLACE FUNCTION @schema@.clock() RETURNS bigint LANGUAGE sql VOLATILE AS
 $$ SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint $$;
 
-CREATE OR REPLACE FUNCTION @schema@.lives(wanted bytea, at bigint) RETURNS boolean LANGUAGE sql STABLE AS
-$$ SELECT EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = wanted AND s.expires > at) $$;
+-- Where a function looks into a table, it is not in SQL: such a one is planned anew with each call.
+CREATE OR REPLACE FUNCTION @schema@.lives(wanted bytea, at bigint) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+#variable_conflict use_variable
+BEGIN
+  RETURN EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = wanted AND s.expires > at);
+END $$;
 
 -- A fence that is higher than all before, and no lower than the clock.
 CREATE OR REPLACE FUNCTION @schema@.next_fence(last bigint) RETURNS bigint LANGUAGE plpgsql AS $$
@@ -216,17 +220,22 @@ BEGIN
 END $$;
 
 -- When time alone may change something for a waiter, in µs from now.
-CREATE OR REPLACE FUNCTION @schema@.check_in(rec @schema@.keys, now bigint) RETURNS bigint LANGUAGE sql STABLE AS $$
-  SELECT least(
+CREATE OR REPLACE FUNCTION @schema@.check_in(rec @schema@.keys, now bigint) RETURNS bigint LANGUAGE plpgsql STABLE AS $$
+#variable_conflict use_variable
+BEGIN
+  RETURN least(
     (SELECT min(least(h.deadline, CASE WHEN h.bound THEN s.expires END))
      FROM @schema@.holds h LEFT JOIN @schema@.sessions s ON s.id = h.session WHERE h.key = rec.key),
     (SELECT s.expires FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
      WHERE q.key = rec.key ORDER BY q.place LIMIT 1),
-    rec.closed_until) - now
-$$;
+    rec.closed_until) - now;
+END $$;
 
-CREATE OR REPLACE FUNCTION @schema@.ahead(wanted text, before bigint) RETURNS bigint LANGUAGE sql STABLE AS
-$$ SELECT count(*) FROM @schema@.queue q WHERE q.key = wanted AND q.place < before $$;
+CREATE OR REPLACE FUNCTION @schema@.ahead(wanted text, before bigint) RETURNS bigint LANGUAGE plpgsql STABLE AS $$
+#variable_conflict use_variable
+BEGIN
+  RETURN (SELECT count(*) FROM @schema@.queue q WHERE q.key = wanted AND q.place < before);
+END $$;
 
 -- The steps. `at` is the time of the store; spans are µs.
 
@@ -407,32 +416,43 @@ BEGIN
   PERFORM @schema@.put(rec);
 END $$;
 
--- Many steps at once, for many callers of one process: the short ways of `acquire`, and of `finish` where `not_after` is
--- not there. What is not so easy, or has to wait its turn, is left alone. The answer has a row for each step that was done.
+-- Many steps at once, for many callers of one process: `finish` where there is no session, `acquire` elsewhere. It waits for
+-- nobody's turn. The answer has a row for each step that was done; what had to wait, or would take too long, is left alone.
 CREATE OR REPLACE FUNCTION @schema@.together(
-  keys text[], tokens bytea[], sessions bytea[], latest bigint[], metadata text[], traces text[]
-) RETURNS TABLE (place bigint, at bigint, fence bigint)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+  keys text[], tokens bytea[], sessions bytea[], units integer[], capacities integer[], bounds boolean[], terms bigint[],
+  enqueues boolean[], latest bigint[], metadata text[], traces text[], cooldowns bigint[]
+) RETURNS TABLE (
+  place bigint, outcome text, at bigint, fence bigint, remaining bigint, number bigint, check_in bigint
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 #variable_conflict use_column
+DECLARE
+  until bigint := @schema@.clock() + 10000;
+  easy bigint[] := '{}';
 BEGIN
-  RETURN QUERY
+  -- The short way of `finish`.
+  FOR place, at IN
     WITH asked AS MATERIALIZED (
       SELECT a.key, a.token, a.place
-      FROM unnest(keys, tokens, latest) WITH ORDINALITY a (key, token, not_after, place)
-      WHERE a.not_after IS NULL AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key))
+      FROM unnest(keys, tokens, sessions, cooldowns) WITH ORDINALITY a (key, token, session, cooldown, place)
+      WHERE a.session IS NULL AND a.cooldown IS NULL AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key))
     )
     UPDATE @schema@.keys k SET token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL
     FROM asked, @schema@.sessions s
     WHERE k.key = asked.key AND k.token = asked.token AND NOT k.busy
       AND s.id = k.session AND s.expires > @schema@.clock()
-    RETURNING asked.place, @schema@.clock(), k.fence;
-  RETURN QUERY
-    -- Of several that ask for a key the first.
+    RETURNING asked.place, @schema@.clock()
+  LOOP
+    outcome := 'released';
+    easy := easy || place;
+    RETURN NEXT;
+  END LOOP;
+  -- The short way of `acquire`; of several that ask for a key the first.
+  FOR place, at, fence IN
     WITH asked AS MATERIALIZED (
-      SELECT DISTINCT ON (a.key) a.key, a.token, a.session, a.not_after, a.metadata, a.trace, a.place
-      FROM unnest(keys, tokens, sessions, latest, metadata, traces)
-        WITH ORDINALITY a (key, token, session, not_after, metadata, trace, place)
-      WHERE a.not_after IS NOT NULL AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key))
+      SELECT DISTINCT ON (a.key) a.*
+      FROM unnest(keys, tokens, sessions, capacities, bounds, terms, latest, metadata, traces)
+        WITH ORDINALITY a (key, token, session, capacity, bound, term, not_after, metadata, trace, place)
+      WHERE a.capacity = 1 AND a.bound AND a.term IS NULL AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key))
       ORDER BY a.key, a.place
     )
     UPDATE @schema@.keys k SET fence = greatest(@schema@.clock(), k.fence + 1), token = asked.token,
@@ -440,7 +460,32 @@ BEGIN
     FROM asked, @schema@.sessions s
     WHERE k.key = asked.key AND k.token IS NULL AND NOT k.busy AND k.fence < 9223372036854775807
       AND s.id = asked.session AND s.expires > @schema@.clock() AND @schema@.clock() <= asked.not_after
-    RETURNING asked.place, @schema@.clock(), k.fence;
+    RETURNING asked.place, @schema@.clock(), k.fence
+  LOOP
+    outcome := 'granted';
+    easy := easy || place;
+    RETURN NEXT;
+  END LOOP;
+  -- The rest in order. What would fail is left too: a fault is the fault of all.
+  FOR place IN
+    SELECT a.place FROM unnest(keys) WITH ORDINALITY a (key, place)
+    WHERE a.place <> ALL (easy)
+      AND NOT EXISTS (SELECT FROM @schema@.keys k WHERE k.key = a.key AND k.fence = 9223372036854775807)
+    ORDER BY a.place
+  LOOP
+    EXIT WHEN @schema@.clock() > until;
+    CONTINUE WHEN NOT pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(keys[place]));
+    IF sessions[place] IS NULL THEN
+      SELECT f.outcome, f.at, NULL, NULL, NULL, NULL INTO outcome, at, fence, remaining, number, check_in
+      FROM @schema@.finish(keys[place], tokens[place], cooldowns[place]) f;
+    ELSE
+      SELECT a.outcome, a.at, a.fence, a.remaining, a.number, a.check_in
+      INTO outcome, at, fence, remaining, number, check_in
+      FROM @schema@.acquire(keys[place], tokens[place], sessions[place], units[place], capacities[place], bounds[place],
+        terms[place], enqueues[place], latest[place], metadata[place], traces[place]) a;
+    END IF;
+    RETURN NEXT;
+  END LOOP;
 END $$;
 
 CREATE OR REPLACE FUNCTION @schema@.extend(

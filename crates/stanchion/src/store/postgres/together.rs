@@ -2,23 +2,22 @@
 //!
 //! A few steps may be on their way at any time, each in a request and a transaction of its own. What comes while they are
 //! is collected, and goes as one call when an answer comes: so a few callers wait for nobody, and many callers share a
-//! round trip and a write to the disk. The call knows only the short ways, those of a mutex that nobody else wants. What is
-//! not so easy is left alone by it, and is done in a request of its own. It is one transaction: all its steps are in doubt,
-//! or none.
+//! round trip and a write to the disk. That call waits for nobody's turn. What would have to is left alone by it, and is done
+//! in a request of its own. It is one transaction: all its steps are in doubt, or none.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
+use tokio_postgres::Row;
 
 use super::Inner;
 use super::connect::{lock, within};
 use super::error::{error, malformed};
-use super::rows::{column, fence, not_after, parameters, time};
+use super::rows::{column, micros, not_after, parameters};
 use crate::error::{ErrorKind, Result};
-use crate::fence::Fence;
 use crate::key::Key;
-use crate::store::{AcquireRequest, StoreTime};
+use crate::store::{AcquireRequest, Term};
 use crate::token::TokenId;
 
 /// So many steps are on their way alone before steps are collected.
@@ -34,49 +33,76 @@ const MOST_STEPS: usize = 64;
 /// A request of several steps is given up after this time: who waits in line must not wait for a link that is dead.
 const GIVEN_UP_AFTER: Duration = Duration::from_secs(3);
 
-/// A step in its short way.
+/// A step that can go with others.
 #[derive(Debug)]
-pub(super) struct Step {
-    key: String,
-    token: TokenId,
-    /// Of an acquire.
-    asked: Option<Asked>,
-}
-
-#[derive(Debug)]
-struct Asked {
-    session: Vec<u8>,
-    not_after: i64,
-    metadata: Option<String>,
-    trace: Option<String>,
+pub(super) enum Step {
+    Acquire(AcquireRequest),
+    Finish { key: Key, token: TokenId, cooldown: Option<Duration> },
 }
 
 impl Step {
-    /// Of a mutex without a term.
-    pub(super) fn acquire(request: &AcquireRequest) -> Self {
-        let asked = Asked {
-            session: request.session.as_bytes().to_vec(),
-            not_after: not_after(request.not_after),
-            metadata: request.metadata.clone(),
-            trace: request.trace.clone(),
+    fn key(&self) -> &str {
+        match self {
+            Self::Acquire(request) => request.key.as_encoded(),
+            Self::Finish { key, .. } => key.as_encoded(),
+        }
+    }
+
+    fn token(&self) -> &[u8] {
+        match self {
+            Self::Acquire(request) => request.token.as_bytes(),
+            Self::Finish { token, .. } => token.as_bytes(),
+        }
+    }
+
+    fn cooldown(&self) -> Option<i64> {
+        match self {
+            Self::Acquire(_) => None,
+            Self::Finish { cooldown, .. } => cooldown.map(micros),
+        }
+    }
+
+    fn asked(&self) -> Option<&AcquireRequest> {
+        match self {
+            Self::Acquire(request) => Some(request),
+            Self::Finish { .. } => None,
+        }
+    }
+
+    async fn alone(&self, inner: &Inner) -> Result<Row> {
+        let (key, token) = (self.key(), self.token());
+        let Some(asked) = self.asked() else {
+            return inner.step("finish", parameters![key => TEXT, token => BYTEA, self.cooldown() => INT8]).await;
         };
-        Self { key: request.key.as_encoded().to_owned(), token: request.token, asked: Some(asked) }
-    }
-
-    /// Without a cooldown.
-    pub(super) fn end(key: &Key, token: TokenId) -> Self {
-        Self { key: key.as_encoded().to_owned(), token, asked: None }
+        let parameters = parameters![
+            key => TEXT,
+            token => BYTEA,
+            asked.session.as_bytes().as_slice() => BYTEA,
+            whole(asked.demand.units()) => INT4,
+            whole(asked.demand.capacity()) => INT4,
+            is_bound(asked) => BOOL,
+            asked.term.length().map(micros) => INT8,
+            asked.enqueue => BOOL,
+            not_after(asked.not_after) => INT8,
+            asked.metadata => TEXT,
+            asked.trace => TEXT,
+        ];
+        inner.step("acquire", parameters).await
     }
 }
 
-/// What became of a step.
-pub(super) enum Outcome {
-    Done(StoreTime, Fence),
-    /// Nothing: it is to be done alone, while this is kept.
-    Left(Option<OnItsWay>),
+fn whole(number: u32) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
 }
 
-type Waiting = (Step, oneshot::Sender<Result<Option<(StoreTime, Fence)>>>);
+fn is_bound(request: &AcquireRequest) -> bool {
+    matches!(request.term, Term::Session { .. })
+}
+
+/// What became of a step: its row, or nothing, and it is to be done alone.
+type Outcome = Result<Option<Row>>;
+
+type Waiting = (Arc<Step>, oneshot::Sender<Outcome>);
 
 /// What is on its way, and what waits to be sent.
 #[derive(Debug, Default)]
@@ -111,23 +137,26 @@ impl Drop for OnItsWay {
     }
 }
 
-/// Does a step with others, or says that it is to be done alone.
-pub(super) async fn attempt(inner: &Arc<Inner>, step: Step) -> Result<Outcome> {
-    let outcome = {
+/// Does a step, with others or alone.
+pub(super) async fn step(inner: &Arc<Inner>, step: Step) -> Result<Row> {
+    let is_alone = {
         let mut state = lock(&inner.together);
-        if state.requests == 0 && state.alone < ALONE && state.waiting.is_empty() {
-            state.alone += 1;
-            return Ok(Outcome::Left(Some(OnItsWay { together: None, inner: inner.clone() })));
-        }
-        let (sender, outcome) = oneshot::channel();
-        state.waiting.push((step, sender));
-        outcome
+        let is_alone = state.requests == 0 && state.alone < ALONE && state.waiting.is_empty();
+        state.alone += usize::from(is_alone);
+        is_alone
     };
-    // Those alone may have to wait for a row, so that they are not what the others wait for.
+    if is_alone {
+        let _on_its_way = OnItsWay { together: None, inner: inner.clone() };
+        return step.alone(inner).await;
+    }
+    let step = Arc::new(step);
+    let (sender, outcome) = oneshot::channel();
+    lock(&inner.together).waiting.push((step.clone(), sender));
+    // Those alone may have to wait for a turn, so that they are not what the others wait for.
     send_some(inner, 1);
     match outcome.await {
-        Ok(Ok(Some((time, fence)))) => Ok(Outcome::Done(time, fence)),
-        Ok(Ok(None)) => Ok(Outcome::Left(None)),
+        Ok(Ok(Some(row))) => Ok(row),
+        Ok(Ok(None)) => step.alone(inner).await,
         Ok(Err(fault)) => Err(fault),
         Err(_) => Err(error(ErrorKind::Unavailable, "the store was dropped while it was used").in_doubt(true)),
     }
@@ -160,9 +189,10 @@ fn send_some(inner: &Arc<Inner>, most: usize) {
 async fn send(on_its_way: OnItsWay, steps: Vec<Waiting>) {
     let late = || Err(error(ErrorKind::NetworkTimeout, format!("no answer within {GIVEN_UP_AFTER:?}")).in_doubt(true));
     let outcomes = within(GIVEN_UP_AFTER, ask(&on_its_way.inner, &steps)).await.unwrap_or_else(late);
-    for (at, (_, sender)) in steps.into_iter().enumerate() {
-        let outcome = match &outcomes {
-            Ok(done) => Ok(done[at]),
+    let mut outcomes = outcomes.map(Vec::into_iter);
+    for (_, sender) in steps {
+        let outcome = match &mut outcomes {
+            Ok(rows) => Ok(rows.next().flatten()),
             Err(fault) => Err(error(fault.kind(), fault.message()).in_doubt(fault.is_in_doubt())),
         };
         let _gave_up = sender.send(outcome);
@@ -170,29 +200,35 @@ async fn send(on_its_way: OnItsWay, steps: Vec<Waiting>) {
     drop(on_its_way);
 }
 
-/// When each step was done, and its fence; nothing where it was left alone.
-async fn ask(inner: &Inner, steps: &[Waiting]) -> Result<Vec<Option<(StoreTime, Fence)>>> {
-    let steps = || steps.iter().map(|(step, _)| step);
-    let asked = || steps().map(|step| step.asked.as_ref());
-    let keys: Vec<_> = steps().map(|step| step.key.as_str()).collect();
-    let tokens: Vec<_> = steps().map(|step| step.token.as_bytes().as_slice()).collect();
-    let sessions: Vec<_> = asked().map(|asked| asked.map(|asked| asked.session.as_slice())).collect();
-    let latest: Vec<_> = asked().map(|asked| asked.map(|asked| asked.not_after)).collect();
-    let metadata: Vec<_> = asked().map(|asked| asked.and_then(|asked| asked.metadata.as_deref())).collect();
-    let traces: Vec<_> = asked().map(|asked| asked.and_then(|asked| asked.trace.as_deref())).collect();
+/// The row of each step; nothing where it was left alone.
+async fn ask(inner: &Inner, steps: &[Waiting]) -> Result<Vec<Option<Row>>> {
+    /// One value of each step, as an array.
+    fn each<'a, T>(steps: &'a [Waiting], value: impl Fn(&'a Step) -> T) -> Vec<T> {
+        steps.iter().map(|(step, _)| value(step)).collect()
+    }
+    /// The same of what only an acquire has.
+    fn asked<'a, T>(steps: &'a [Waiting], value: impl Fn(&'a AcquireRequest) -> T) -> Vec<Option<T>> {
+        each(steps, |step| step.asked().map(&value))
+    }
     let parameters = parameters![
-        keys => TEXT_ARRAY,
-        tokens => BYTEA_ARRAY,
-        sessions => BYTEA_ARRAY,
-        latest => INT8_ARRAY,
-        metadata => TEXT_ARRAY,
-        traces => TEXT_ARRAY,
+        each(steps, Step::key) => TEXT_ARRAY,
+        each(steps, Step::token) => BYTEA_ARRAY,
+        asked(steps, |asked| asked.session.as_bytes().as_slice()) => BYTEA_ARRAY,
+        asked(steps, |asked| whole(asked.demand.units())) => INT4_ARRAY,
+        asked(steps, |asked| whole(asked.demand.capacity())) => INT4_ARRAY,
+        asked(steps, is_bound) => BOOL_ARRAY,
+        each(steps, |step| step.asked().and_then(|asked| asked.term.length()).map(micros)) => INT8_ARRAY,
+        asked(steps, |asked| asked.enqueue) => BOOL_ARRAY,
+        asked(steps, |asked| not_after(asked.not_after)) => INT8_ARRAY,
+        each(steps, |step| step.asked()?.metadata.as_deref()) => TEXT_ARRAY,
+        each(steps, |step| step.asked()?.trace.as_deref()) => TEXT_ARRAY,
+        each(steps, Step::cooldown) => INT8_ARRAY,
     ];
-    let mut outcomes = vec![None; keys.len()];
+    let mut outcomes: Vec<_> = steps.iter().map(|_| None).collect();
     for row in inner.rows("together", parameters).await? {
         let place: i64 = column(&row, "place")?;
         let at = usize::try_from(place - 1).ok().and_then(|at| outcomes.get_mut(at)).ok_or_else(malformed)?;
-        *at = Some((time(&row)?, fence(&row)?));
+        *at = Some(row);
     }
     Ok(outcomes)
 }
