@@ -3,9 +3,11 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use stanchion::store::Postgres;
+use stanchion::store::{Postgres, Store as _};
+use stanchion::{Key, TokenId};
 use stanchion_testkit::servers::{PgBouncer, Postgres as Kind, PostgresServer};
 use stanchion_testkit::{Environment, conformance};
+use tokio_util::sync::CancellationToken;
 
 /// Fresh data on servers that all cases share: a schema of its own.
 fn fresh(server: &PostgresServer, url: &str) -> Environment<Postgres> {
@@ -83,6 +85,35 @@ fn with_a_pool_of_the_users() -> Environment<Postgres> {
     })
 }
 conformance!(users_pool, with_a_pool_of_the_users);
+
+/// Other tasks of the process keep the store busy, so that nearly every step goes with others.
+fn in_a_crowd() -> Environment<Postgres> {
+    static SERVER: OnceLock<PostgresServer> = OnceLock::new();
+    static RUNTIME: OnceLock<tokio::runtime::Runtime> = OnceLock::new();
+    let server = SERVER.get_or_init(|| PostgresServer::with(Kind::V15, ROOM));
+    let runtime = RUNTIME.get_or_init(|| tokio::runtime::Builder::new_current_thread().build().unwrap());
+    static THREAD: OnceLock<std::thread::JoinHandle<()>> = OnceLock::new();
+    THREAD.get_or_init(|| std::thread::spawn(|| runtime.block_on(std::future::pending())));
+    let url = format!("{}?schema={}", server.url(), schema_of(server));
+    let case = CancellationToken::new();
+    let ends = case.clone().drop_guard();
+    Environment::new(move || {
+        let store = Postgres::from_url(&url).unwrap();
+        for one in 0..6 {
+            let (store, case) = (store.clone(), case.clone());
+            // Nobody has this key, nobody sees it, and the crowd does not press.
+            let key = Key::new("crowd", &one.to_string()).unwrap();
+            runtime.spawn(case.run_until_cancelled_owned(async move {
+                loop {
+                    let _nothing = store.abandon(&key, TokenId::random().unwrap()).await;
+                }
+            }));
+        }
+        store
+    })
+    .keeping(ends)
+}
+conformance!(crowd, in_a_crowd);
 
 /// Behind a transaction pooler.
 fn pooled() -> &'static (PostgresServer, PgBouncer) {

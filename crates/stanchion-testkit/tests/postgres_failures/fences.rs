@@ -83,13 +83,13 @@ fn steps_on_a_key_that_a_transaction_keeps_hold_up_no_others() {
         let held = locks.lock("k").await.unwrap();
         locks.lock("other").await.unwrap().release().await.unwrap();
         let mut transaction = sleeping_transaction(&server, held.fence().get(), 4, "SELECT").await;
-        let crowd: Vec<_> = (0..12)
+        let crowd: Vec<_> = (0..40)
             .map(|_| {
                 let locks = locks.clone();
                 tokio::spawn(async move { locks.lock("k").await.unwrap().release().await.unwrap() })
             })
             .collect();
-        until("they wait", async || connections(&server, "wait_event_type = 'Lock'") == 12).await;
+        until("they wait", async || connections(&server, "wait_event_type = 'Lock'") == 13).await;
         let asked = Instant::now();
         for _ in 0..20 {
             locks.lock("other").await.unwrap().release().await.unwrap();

@@ -22,6 +22,7 @@ use tokio_postgres::{Client, Connection, NoTls, Row, Socket};
 use super::borrowed::{Borrowed, UsersPool};
 use super::config::{CONNECT_WITHIN, Config, Place, Tls};
 use super::error::{error, from_answer, while_connecting};
+use super::together;
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{ErrorKind, Result};
 
@@ -46,6 +47,8 @@ pub(super) struct Pool {
     /// Where connections for steps on keys come from, if they are not our own.
     users: Option<UsersPool>,
     permits: Arc<Semaphore>,
+    /// Calls of many steps have a few of the connections: they wait for nobody's turn, and never for those that do.
+    together_permits: Arc<Semaphore>,
     /// One connection more, for what keeps the session: no crowd of steps may delay a beat.
     session_permit: Arc<Semaphore>,
     pause: Mutex<Pause>,
@@ -86,11 +89,17 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Pool {
     pub(super) fn new(config: Config, users: Option<UsersPool>) -> Self {
         let pause = Pause { next: BootTime::from_nanos(0), length: FIRST_PAUSE, why: None };
+        let for_together = together::REQUESTS.min(config.pool / 2);
+        let permits = Arc::new(Semaphore::new(config.pool - for_together));
         Self {
+            together_permits: match for_together {
+                0 => permits.clone(),
+                some => Arc::new(Semaphore::new(some)),
+            },
+            permits,
             driver: Mutex::default(),
             idle: Mutex::default(),
             users,
-            permits: Arc::new(Semaphore::new(config.pool)),
             session_permit: Arc::new(Semaphore::new(1)),
             pause: Mutex::new(pause),
             saw_primary: AtomicBool::new(false),
@@ -122,12 +131,16 @@ impl Pool {
 
     /// One statement, on a connection that nobody else uses meanwhile.
     pub(super) async fn ask(self: &Arc<Self>, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
-        let permit = self.permits.clone().acquire_owned().await.ok();
-        let connection = match &self.users {
-            Some(users) => Connected::Users(users.connection().await?),
-            None => Connected::Own(self.connection().await?),
-        };
-        self.ask_by(connection, permit, statement, parameters).await
+        self.ask_with(&self.permits, statement, parameters).await
+    }
+
+    /// The same for a call of many steps.
+    pub(super) async fn ask_together(
+        self: &Arc<Self>,
+        statement: &str,
+        parameters: &[Parameter<'_>],
+    ) -> Result<Vec<Row>> {
+        self.ask_with(&self.together_permits, statement, parameters).await
     }
 
     /// The same for a step of a session, which waits for no step on a key.
@@ -138,6 +151,20 @@ impl Pool {
     ) -> Result<Vec<Row>> {
         let permit = self.session_permit.clone().acquire_owned().await.ok();
         let connection = Connected::Own(self.connection().await?);
+        self.ask_by(connection, permit, statement, parameters).await
+    }
+
+    async fn ask_with(
+        self: &Arc<Self>,
+        permits: &Arc<Semaphore>,
+        statement: &str,
+        parameters: &[Parameter<'_>],
+    ) -> Result<Vec<Row>> {
+        let permit = permits.clone().acquire_owned().await.ok();
+        let connection = match &self.users {
+            Some(users) => Connected::Users(users.connection().await?),
+            None => Connected::Own(self.connection().await?),
+        };
         self.ask_by(connection, permit, statement, parameters).await
     }
 

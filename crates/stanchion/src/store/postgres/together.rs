@@ -25,7 +25,7 @@ const ALONE: usize = 4;
 
 /// So many requests of several steps are on their way at a time: the server does one while the answers of another are
 /// dealt with here.
-const TOGETHER: usize = 3;
+pub(super) const REQUESTS: usize = 3;
 
 /// The most steps of a request: those who want one of its keys wait until it is done.
 const MOST_STEPS: usize = 64;
@@ -133,7 +133,7 @@ impl Drop for OnItsWay {
                 }
             }
         }
-        send_some(&self.inner, TOGETHER);
+        send_some(&self.inner, REQUESTS);
     }
 }
 
@@ -173,7 +173,7 @@ fn send_some(inner: &Arc<Inner>, most: usize) {
     if state.waiting.is_empty() {
         return;
     }
-    let equal = (state.waiting.len() + state.steps).div_ceil(TOGETHER);
+    let equal = (state.waiting.len() + state.steps).div_ceil(REQUESTS);
     let some = state.waiting.len().min(equal).min(MOST_STEPS);
     state.requests += 1;
     state.steps += some;
@@ -225,7 +225,7 @@ async fn ask(inner: &Inner, steps: &[Waiting]) -> Result<Vec<Option<Row>>> {
         each(steps, Step::cooldown) => INT8_ARRAY,
     ];
     let mut outcomes: Vec<_> = steps.iter().map(|_| None).collect();
-    for row in inner.rows("together", parameters).await? {
+    for row in inner.pool.ask_together(&inner.call("together", parameters.len()), parameters).await? {
         let place: i64 = column(&row, "place")?;
         let at = usize::try_from(place - 1).ok().and_then(|at| outcomes.get_mut(at)).ok_or_else(malformed)?;
         *at = Some(row);
