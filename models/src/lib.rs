@@ -31,7 +31,7 @@
 //! - `I3` no more records than the key has room.
 //! - `I4` fences strictly increase over all grants. `I5` the resource accepts nothing below what it accepted.
 //! - `I7` a lost hold is never believed again. `I8` a token is granted once while its call and its session live.
-//! - `I9` a dead session stays dead.
+//! - `I9` a dead session stays dead. `I10` what is detached or in its grace stays in the store while its session lives.
 //! - `L1` the key becomes free. `L2` every waiter whose session lives is served. `L3` no hold and no queue entry stays.
 //!   `L4` who was forced out learns it by its next beat, if its session lives.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
