@@ -329,8 +329,9 @@ impl RedisSentinel {
     fn sentinel(kind: Redis, primary: &str) -> RedisServer {
         let folder = tempfile::Builder::new().prefix("stanchion-sentinel-").tempdir().unwrap();
         let file = folder.path().join("sentinel.conf");
+        // They ask once a second: who is down after no more than that is called down now and then while it lives.
         let text = format!(
-            "sentinel monitor main 127.0.0.1 {primary} 2\nsentinel down-after-milliseconds main 1000\n\
+            "sentinel monitor main 127.0.0.1 {primary} 2\nsentinel down-after-milliseconds main 1500\n\
              sentinel failover-timeout main 3000\nsentinel parallel-syncs main 2\n"
         );
         std::fs::write(&file, text).unwrap();
@@ -350,12 +351,18 @@ impl RedisSentinel {
         hosts.join(",")
     }
 
-    /// Whether every sentinel sees two replicas that live.
+    /// Whether the sentinels name the only primary that there is, and every one sees it and two replicas that live.
     pub fn is_whole(&self) -> bool {
+        let is_primary =
+            |server: &RedisServer| server.try_command(&["ROLE"]).is_ok_and(|role| role.starts_with("master"));
+        let primaries: Vec<_> = (0..self.servers.len()).filter(|at| is_primary(&self.servers[*at])).collect();
         self.sentinels.iter().all(|sentinel| {
+            let primary = sentinel.command(&["SENTINEL", "MASTER", "main"]);
             // Each says it twice: what it is, and what it says that it is.
             let replicas = sentinel.command(&["SENTINEL", "REPLICAS", "main"]);
-            replicas.lines().filter(|line| *line == "slave").count() >= 4 && !replicas.contains("s_down")
+            primaries == [self.named_by(sentinel)]
+                && primary.lines().filter(|line| *line == "master").count() == 2
+                && replicas.lines().filter(|line| *line == "slave").count() == 4
         })
     }
 
@@ -364,7 +371,11 @@ impl RedisSentinel {
     /// # Panics
     /// When they name none of ours.
     pub fn primary(&self) -> usize {
-        let told = self.sentinels[0].command(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main"]);
+        self.named_by(&self.sentinels[0])
+    }
+
+    fn named_by(&self, sentinel: &RedisServer) -> usize {
+        let told = sentinel.command(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main"]);
         let port: u16 = told.lines().nth(1).unwrap().parse().unwrap();
         self.servers.iter().position(|server| server.port() == port).unwrap()
     }

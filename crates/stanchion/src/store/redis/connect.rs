@@ -22,11 +22,12 @@ use super::cluster::{SlotMap, slot_of};
 use super::config::{Address, Config, Layout};
 use super::error::{Verdict, error, from_answer, while_connecting};
 use super::scripts::Script;
+use super::sentinel::Group;
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long making a connection may take.
-const CONNECT_WITHIN: Duration = Duration::from_secs(2);
+pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(2);
 
 /// After a fault nobody connects for so long, doubled with each further one: a thousand tasks are no storm.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
@@ -76,7 +77,7 @@ pub(super) struct Links {
 #[derive(Debug)]
 enum Topology {
     Single(Address),
-    Sentinel { sentinels: Mutex<Vec<Address>>, service: String, primary: Mutex<Option<Address>> },
+    Sentinel(Group),
     Cluster(SlotMap),
 }
 
@@ -94,7 +95,7 @@ pub(super) struct Local {
 
 /// One server, as one runtime sees it.
 #[derive(Debug)]
-struct Node {
+pub(super) struct Node {
     address: Address,
     state: Mutex<State>,
     /// One at a time connects; the others wait for the outcome.
@@ -151,11 +152,9 @@ impl Links {
     pub(super) fn new(config: Config) -> Self {
         let topology = match &config.layout {
             Layout::Single(address) => Topology::Single(address.clone()),
-            Layout::Sentinel { sentinels, service } => Topology::Sentinel {
-                sentinels: Mutex::new(sentinels.clone()),
-                service: service.clone(),
-                primary: Mutex::default(),
-            },
+            Layout::Sentinel { sentinels, service } => {
+                Topology::Sentinel(Group::new(sentinels.clone(), service.clone()))
+            }
             Layout::Cluster { seeds } => Topology::Cluster(SlotMap::new(seeds.clone())),
         };
         Self {
@@ -169,7 +168,15 @@ impl Links {
     }
 
     pub(super) fn is_cluster(&self) -> bool {
-        matches!(self.topology, Topology::Cluster(_))
+        self.slots().is_some()
+    }
+
+    /// The map of slots, in a cluster.
+    pub(super) fn slots(&self) -> Option<&SlotMap> {
+        match &self.topology {
+            Topology::Cluster(slots) => Some(slots),
+            Topology::Single(_) | Topology::Sentinel(_) => None,
+        }
     }
 
     /// The current runtime is the one that is always there.
@@ -311,8 +318,8 @@ impl Links {
         let (error, verdict) = from_answer(&node.address, fault);
         match verdict {
             Verdict::Refused => {
-                if let (Topology::Cluster(slots), Some("CLUSTERDOWN")) = (&self.topology, fault.code()) {
-                    slots.doubt();
+                if let (Some(slots), Some("CLUSTERDOWN")) = (self.slots(), fault.code()) {
+                    slots.down();
                 }
             }
             Verdict::NotHere | Verdict::Broken => {
@@ -327,12 +334,10 @@ impl Links {
     async fn route(self: &Arc<Self>, local: &Local, slot: u16) -> Result<Address> {
         match &self.topology {
             Topology::Single(address) => Ok(address.clone()),
-            Topology::Sentinel { primary, .. } => {
-                if let Some(known) = lock(primary).clone() {
-                    return Ok(known);
-                }
-                self.ask_sentinels(local).await
-            }
+            Topology::Sentinel(group) => match group.primary() {
+                Some(known) => Ok(known),
+                None => Box::pin(group.find(&self.config, local, &self.clock)).await,
+            },
             Topology::Cluster(slots) => {
                 if let Some(known) = slots.server(slot) {
                     return Ok(known);
@@ -355,27 +360,20 @@ impl Links {
             (Topology::Cluster(slots), None) => Ok(slots.servers()),
             (_, Some(local)) => Ok(vec![self.route(&local, 0).await?]),
             (Topology::Single(address), None) => Ok(vec![address.clone()]),
-            (Topology::Sentinel { primary, .. }, None) => Ok(lock(primary).clone().into_iter().collect()),
+            (Topology::Sentinel(group), None) => Ok(group.primary().into_iter().collect()),
         }
     }
 
     /// Another server may do now what this one did.
-    fn forget(&self, address: &Address) {
+    pub(super) fn forget(&self, address: &Address) {
         match &self.topology {
             Topology::Single(_) => {}
-            Topology::Sentinel { primary, sentinels, .. } => {
-                let mut primary = lock(primary);
-                if primary.as_ref() == Some(address) {
-                    *primary = None;
-                    // The one that named it may be the last to hear of another: the next one is asked.
-                    lock(sentinels).rotate_left(1);
-                }
-            }
-            Topology::Cluster(slots) => slots.doubt(),
+            Topology::Sentinel(group) => group.lost(address),
+            Topology::Cluster(slots) => slots.lost(address),
         }
     }
 
-    async fn learn_slots(&self, local: &Local, slots: &SlotMap) -> Result<()> {
+    pub(super) async fn learn_slots(&self, local: &Local, slots: &SlotMap) -> Result<()> {
         let _one_at_a_time = slots.learning.lock().await;
         if slots.is_fresh(self.clock.now()) {
             return Ok(());
@@ -408,48 +406,6 @@ impl Links {
         Err(last.unwrap_or_else(|| error(ErrorKind::Unavailable, "no node of the cluster is known")).in_doubt(false))
     }
 
-    async fn ask_sentinels(&self, local: &Local) -> Result<Address> {
-        let Topology::Sentinel { sentinels, service, primary } = &self.topology else {
-            return Err(error(ErrorKind::Internal, "there are no sentinels"));
-        };
-        let mut last = None;
-        let all = lock(sentinels).clone();
-        for sentinel in all {
-            match self.ask_sentinel(local, &sentinel, service).await {
-                Ok(Some(address)) => {
-                    let mut sentinels = lock(sentinels);
-                    // Who knows is asked first the next time.
-                    if let Some(at) = sentinels.iter().position(|known| *known == sentinel) {
-                        sentinels[..=at].rotate_right(1);
-                    }
-                    *lock(primary) = Some(address.clone());
-                    return Ok(address);
-                }
-                Ok(None) => {
-                    let message = format!("the sentinel {sentinel} knows no service `{service}`");
-                    last = Some(error(ErrorKind::Misconfigured, message));
-                }
-                Err(fault) => last = last.or(Some(fault)),
-            }
-        }
-        Err(last.unwrap_or_else(|| error(ErrorKind::Unavailable, "there are no sentinels")))
-    }
-
-    async fn ask_sentinel(&self, local: &Local, sentinel: &Address, service: &str) -> Result<Option<Address>> {
-        let client = self.config.sentinel(sentinel)?;
-        let options = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(CONNECT_WITHIN / 2))
-            .set_response_timeout(Some(CONNECT_WITHIN / 2));
-        let mut command = redis::cmd("SENTINEL");
-        command.arg("GET-MASTER-ADDR-BY-NAME").arg(service);
-        let told = in_task(local, async move {
-            let mut connection = client.get_multiplexed_async_connection_with_config(&options).await?;
-            command.query_async::<Option<(String, u16)>>(&mut connection).await
-        });
-        let told = told.await?.map_err(|fault| while_connecting(sentinel, &fault))?;
-        Ok(told.map(|(host, port)| Address::Tcp { host, port }))
-    }
-
     /// A connection that does nothing but listen.
     pub(super) async fn listen(self: &Arc<Self>, channel: &str) -> Result<redis::aio::PubSub> {
         let local = self.local().ok_or_else(|| error(ErrorKind::Internal, "the keeper's runtime cannot do I/O"))?;
@@ -470,15 +426,21 @@ impl Links {
     }
 
     /// This server is there: whoever wants to connect to it need not wait any longer.
-    fn reached(&self, address: &Address) {
-        let locals: Vec<_> = lock(&self.locals).values().cloned().collect();
-        for local in locals {
-            if let Some(node) = lock(&local.nodes).get(address)
-                && let State::Down { next, .. } = &mut *lock(&node.state)
-            {
-                *next = BootTime::from_nanos(0);
+    pub(super) fn reached(&self, address: &Address) {
+        for local in self.locals() {
+            if let Some(node) = lock(&local.nodes).get(address) {
+                node.hurry();
             }
         }
+    }
+
+    /// Whether something of this process went to this server.
+    pub(super) fn uses(&self, address: &Address) -> bool {
+        self.locals().iter().any(|local| lock(&local.nodes).contains_key(address))
+    }
+
+    fn locals(&self) -> Vec<Arc<Local>> {
+        lock(&self.locals).values().cloned().collect()
     }
 }
 
@@ -500,12 +462,15 @@ pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = T>) ->
     tokio::time::timeout(limit, work).await.ok()
 }
 
-fn too_slow(limit: Duration) -> RedisError {
+pub(super) fn too_slow(limit: Duration) -> RedisError {
     std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {limit:?}")).into()
 }
 
 /// Runs in a task of its own: that the runtime cannot do I/O is a panic there.
-async fn in_task<T: Send + 'static>(local: &Local, work: impl Future<Output = T> + Send + 'static) -> Result<T> {
+pub(super) async fn in_task<T: Send + 'static>(
+    local: &Local,
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<T> {
     tokio::spawn(work).await.map_err(|ended| {
         if ended.is_panic() {
             local.is_unusable.store(true, Ordering::Relaxed);
@@ -521,7 +486,7 @@ impl Drop for Local {
 }
 
 impl Local {
-    fn node(&self, address: &Address) -> Arc<Node> {
+    pub(super) fn node(&self, address: &Address) -> Arc<Node> {
         let mut nodes = lock(&self.nodes);
         if let Some(node) = nodes.get(address) {
             return node.clone();
@@ -601,6 +566,13 @@ impl Node {
         }
     }
 
+    /// After a fault, the next one who wants to connect need not wait.
+    pub(super) fn hurry(&self) {
+        if let State::Down { next, .. } = &mut *lock(&self.state) {
+            *next = BootTime::from_nanos(0);
+        }
+    }
+
     /// This connection is not to be used again.
     fn lost(&self, generation: u64) {
         let mut state = lock(&self.state);
@@ -611,7 +583,7 @@ impl Node {
 }
 
 /// A connection and what the server is: primary or replica.
-async fn connect(client: &Client) -> Result<(MultiplexedConnection, String), RedisError> {
+pub(super) async fn connect(client: &Client) -> Result<(MultiplexedConnection, String), RedisError> {
     let options = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(CONNECT_WITHIN))
         // How long an answer may take is said by who asks.

@@ -42,8 +42,10 @@ mod config;
 mod connect;
 mod error;
 mod push;
+mod recovery;
 mod reply;
 mod scripts;
+mod sentinel;
 mod sessions;
 
 /// A session's key stays for so long after it is over, or for twice its ttl: so long it is refused to open it again.
@@ -79,7 +81,8 @@ const AT_ONCE: usize = 256;
 /// ```text
 #[doc = include_str!("access_list.txt")]
 /// ```
-/// With `+config|get +info` it also reports settings that lose locks.
+/// With `+config|get +info` it also reports settings that lose locks. A user of the sentinels needs
+/// `+sentinel|get-master-addr-by-name`, and to be served again soon after a failover `+sentinel|master +sentinel|replicas`.
 ///
 /// # What it does to a process
 /// It connects once for each Tokio runtime that it is used in, once for the keeper and once for pushes. With TLS it
@@ -424,6 +427,10 @@ impl Store for Redis {
             let (token, what) = pair?;
             let token = TokenId::from_hex(token).ok_or_else(malformed)?;
             lost.push(push::read_lost(token, what)?);
+        }
+        if inner.links.is_cluster() {
+            let links = inner.links.clone();
+            tokio::spawn(async move { links.look_at_servers().await });
         }
         for (token, key) in inner.sessions.due(session, asked) {
             // Best effort, and nobody waits for it: the next sweep comes long before a record is forgotten.
