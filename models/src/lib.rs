@@ -8,11 +8,12 @@
 //!
 //! Sessions with beats and a local deadline; session and fixed terms; `acquire` with `not_after`, repeated with the same
 //! token; a queue; `poll`; hand-off with a push; `release` and `abandon`, repeated until definite; `extend`; forced
-//! release; takeover, in the lock's own step or by a step of its own; the loss of all records of the key; `adopt`; a
-//! resource that checks fences.
+//! release; takeover, in the lock's own step or by a step of its own; the loss of all records of the key; a failover to a
+//! store that lacks the newest steps on the key, and grants that are told again after it; the opening of a session, repeated;
+//! `adopt`; a resource that checks fences.
 //!
 //! # What is not modelled
-//! Drift and steps of clocks, failover to a store that lacks the newest writes, several keys, cooldown, limits of the
+//! Drift and steps of clocks, failover to a store that lacks the newest beats, several keys, cooldown, limits of the
 //! queue, units above one, read and write modes, a second session of the same client. The model has no code in common
 //! with the library: that the library keeps the rules is shown elsewhere.
 //!
