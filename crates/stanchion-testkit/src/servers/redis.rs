@@ -3,7 +3,6 @@
 use std::io::BufReader;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use super::{GENEROUS, Process, fetched, free_port, free_port_from, in_path, wait};
 
@@ -94,17 +93,11 @@ impl RedisServer {
     pub fn restart(&mut self) {
         self.process = None;
         let process = Process::start(&self.program, &self.arguments, self.folder.path());
-        let start = Instant::now();
         // The socket comes after the port.
-        let is_there = || {
+        process.serves(&self.program, self.folder.path(), || {
             TcpStream::connect(("127.0.0.1", self.port)).is_ok()
                 && std::os::unix::net::UnixStream::connect(self.socket()).is_ok()
-        };
-        while !is_there() {
-            let log = || std::fs::read_to_string(self.folder.path().join("server.log")).unwrap_or_default();
-            assert!(start.elapsed() < GENEROUS, "{} does not start: {}", self.program.display(), log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        });
         self.process = Some(process);
     }
 

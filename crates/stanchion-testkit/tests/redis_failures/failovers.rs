@@ -217,7 +217,7 @@ fn a_slot_moves_between_nodes_under_load() {
     let to = (from + 1) % 3;
     let ids: Vec<_> = nodes.iter().map(|node| node.command(&["CLUSTER", "MYID"])).collect();
     block_on(async {
-        under_load(&url, async |_, _| {
+        under_load(&url, async |load, _| {
             for (from, to) in [(from, to), (to, from)] {
                 nodes[to].command(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &ids[from]]);
                 nodes[from].command(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &ids[to]]);
@@ -229,7 +229,8 @@ fn a_slot_moves_between_nodes_under_load() {
                     nodes[from].command(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000"]);
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
-                tokio::time::sleep(Duration::from_millis(100)).await;
+                let count = load.count();
+                until("grants of a slot that is being moved", async || load.count() > count + 10).await;
                 for node in [to, from, 3 - to - from] {
                     nodes[node].command(&["CLUSTER", "SETSLOT", &slot, "NODE", &ids[to]]);
                 }

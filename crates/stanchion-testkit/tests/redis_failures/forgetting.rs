@@ -147,11 +147,12 @@ fn a_stale_replica_declares_no_session_dead() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
-        let actor = environment.mortal(SECOND / 5).await;
+        let actor = environment.mortal(SECOND).await;
         actor.takes(&key("k")).await;
         // A replica of nobody: it serves what it had.
         server.command(&["REPLICAOF", "127.0.0.1", "1"]);
-        tokio::time::sleep(SECOND / 3).await;
+        // By the server's clock it is over then.
+        tokio::time::sleep(SECOND + SECOND / 4).await;
         let error = actor.store.acquire(actor.request(&key("other"))).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
         server.command(&["REPLICAOF", "NO", "ONE"]);

@@ -15,7 +15,8 @@ use tokio::task::JoinSet;
 
 use super::cluster::SlotMap;
 use super::config::Address;
-use super::connect::{CONNECT_WITHIN, Links, Local, Target, within};
+use super::connect::{Links, Local, Target};
+use super::node::{CONNECT_WITHIN, within};
 use super::push::{FIRST_PAUSE, LONGEST_PAUSE, sleep};
 use crate::clock::jitter;
 use crate::error::Result;

@@ -18,8 +18,9 @@ use futures_util::stream::FuturesUnordered;
 use redis::{AsyncConnectionConfig, Client, RedisError};
 
 use super::config::{Address, Config};
-use super::connect::{CONNECT_WITHIN, Local, connect, in_task, too_slow, within};
+use super::connect::Local;
 use super::error::{error, while_connecting};
+use super::node::{CONNECT_WITHIN, connect, in_task, too_slow, within};
 use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, Result};
 
