@@ -397,6 +397,16 @@ impl Links {
         self.locals().iter().any(|local| lock(&local.nodes).contains_key(address))
     }
 
+    /// The connections to this server that there are, from every runtime.
+    pub(super) fn ways_to(&self, address: &Address) -> Vec<Way> {
+        let way = |local: Arc<Local>| {
+            let node = lock(&local.nodes).get(address)?.clone();
+            let link = node.up()?;
+            Some(Way { node, link })
+        };
+        self.locals().into_iter().filter_map(way).collect()
+    }
+
     fn locals(&self) -> Vec<Arc<Local>> {
         lock(&self.locals).values().cloned().collect()
     }

@@ -144,6 +144,14 @@ impl Node {
         }
     }
 
+    /// The connection there is.
+    pub(super) fn up(&self) -> Option<Link> {
+        match &*lock(&self.state) {
+            State::Up(link) => Some(link.clone()),
+            State::Down { .. } => None,
+        }
+    }
+
     /// The connection there is; none if one may be made now; the last fault if not.
     fn current(&self, now: BootTime) -> Result<Option<Link>> {
         match &*lock(&self.state) {

@@ -73,14 +73,21 @@ impl Links {
         self.ask(Target::Server(server.clone()), &redis::cmd("PING")).await
     }
 
-    /// Looks whether the servers of the cluster that this process uses are there.
+    /// Looks whether the servers of the cluster that this process uses are there. A connection that broke tells more than a
+    /// new one: the server may be back, without what it had. What fails is noted where it fails.
     pub(super) async fn look_at_servers(self: &Arc<Self>) {
         let Some(slots) = self.slots() else { return };
         let mut looks = JoinSet::new();
         for server in slots.servers().into_iter().filter(|server| self.uses(server)) {
+            for way in self.ways_to(&server) {
+                let links = self.clone();
+                // Without an answer it may be the runtime that is busy.
+                looks.spawn(async move {
+                    let _noted = within(CONNECT_WITHIN, links.ask_there(way, &redis::cmd("PING"))).await;
+                });
+            }
             let links = self.clone();
             looks.spawn(async move {
-                // What fails is noted where it fails.
                 if within(2 * CONNECT_WITHIN, links.ping(&server)).await.is_none() {
                     links.forget(&server);
                 }

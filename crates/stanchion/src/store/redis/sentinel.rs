@@ -26,7 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// How long one sentinel may take, and how long the others still have when one has answered.
 const ANSWER_WITHIN: Duration = Duration::from_secs(1);
-const STRAGGLERS_WITHIN: Duration = Duration::from_millis(100);
+const STRAGGLERS_WITHIN: Duration = Duration::from_millis(200);
 
 /// Who asks within this time after a search that found nothing gets the same answer: a thousand tasks are no storm.
 const NOTHING_NEW_WITHIN: Duration = Duration::from_millis(50);
