@@ -15,6 +15,8 @@ pub enum Phase {
     Waiting,
     /// It has a guard.
     Held,
+    /// Nobody believes it any more, and it must stay in the store: detached, or lost and in its grace.
+    Kept,
     /// Its token is ended until that is definite.
     Ending,
     /// Over.
@@ -57,6 +59,8 @@ pub struct Client {
     pub over: bool,
     /// Beats sent.
     pub beats: u8,
+    /// Repeated questions to open it.
+    pub opens: u8,
     /// Its calls.
     pub calls: Vec<Call>,
 }
@@ -118,7 +122,7 @@ impl Rules<'_> {
             }
             // The store ends what hangs on a session with the session.
             let with_session = call.term == Term::Session && !self.broken(Break::IgnoresSession);
-            if view.over && call.phase == Phase::Ending && with_session {
+            if view.over && matches!(call.phase, Phase::Ending | Phase::Kept) && with_session {
                 call.phase = Phase::Done;
             }
         }
@@ -154,10 +158,23 @@ impl Rules<'_> {
         }
     }
 
+    /// Whether a grant of this token is to be ended: the store tells of it, and nobody here has it any more.
+    pub fn is_nobodys(&self, client: &Client, token: Token) -> bool {
+        let phase = client.calls.iter().find(|call| call.token == token).map(|call| call.phase);
+        match phase {
+            Some(Phase::Done) => self.config.failover && !self.broken(Break::UnknownGrantIgnored),
+            Some(Phase::Kept) => self.broken(Break::KeptNotHeeded),
+            _ => false,
+        }
+    }
+
     /// Takes an answer or a push.
     pub fn hear(&self, client: &mut Client, msg: &Msg) {
         if let Msg::Beaten { asked, lives, forced, .. } = msg {
             return self.beaten(client, *asked, *lives, forced);
+        }
+        if let Msg::Opened { asked, lives, .. } = msg {
+            return self.opened(client, *asked, *lives);
         }
         let view = client.clone();
         let token = msg.token();
@@ -207,6 +224,20 @@ impl Rules<'_> {
                 call.phase = Phase::Ending;
             }
             _ => {}
+        }
+    }
+
+    /// A repeated question to open the session was answered. Its time counts from the first one.
+    fn opened(&self, client: &mut Client, asked: u8, lives: bool) {
+        if !self.session(client) {
+            return;
+        }
+        if !lives {
+            client.until = client.until.min(self.now);
+            return self.ticked(client);
+        }
+        if self.broken(Break::OpenCountsAgain) {
+            client.until = client.until.max(asked + self.config.session_ttl);
         }
     }
 

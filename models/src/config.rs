@@ -59,6 +59,12 @@ pub struct Config {
     pub adopt: bool,
     /// A session may be closed.
     pub close: bool,
+    /// Once, another store takes over that lacks the newest steps on the key; it has all sessions.
+    pub failover: bool,
+    /// A hold may be kept in the store without anybody who believes it: detached, or lost and in its grace.
+    pub keeps: bool,
+    /// How often the opening of a session is repeated.
+    pub opens: u8,
     /// Fences per tick of the store's clock.
     pub fences_per_tick: u16,
     /// Fewer unique states than this mean that the run did not look at what it should.
@@ -90,6 +96,9 @@ pub const BASE: Config = Config {
     forget: false,
     adopt: false,
     close: false,
+    failover: false,
+    keeps: false,
+    opens: 0,
     fences_per_tick: 8,
     floor: 1_000,
 };

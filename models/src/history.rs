@@ -13,6 +13,8 @@ pub struct History {
     pub forgotten: u16,
     /// Whether the records were lost.
     pub lost_records: bool,
+    /// Whether another store took over.
+    pub failed_over: bool,
     /// Fences that were forced out.
     pub forced: Vec<u16>,
     /// Tokens that were granted.

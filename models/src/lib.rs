@@ -8,11 +8,12 @@
 //!
 //! Sessions with beats and a local deadline; session and fixed terms; `acquire` with `not_after`, repeated with the same
 //! token; a queue; `poll`; hand-off with a push; `release` and `abandon`, repeated until definite; `extend`; forced
-//! release; takeover, in the lock's own step or by a step of its own; the loss of all records of the key; `adopt`; a
-//! resource that checks fences.
+//! release; takeover, in the lock's own step or by a step of its own; the loss of all records of the key; a failover to a
+//! store that lacks the newest steps on the key, and grants that are told again after it; the opening of a session, repeated;
+//! `adopt`; a resource that checks fences.
 //!
 //! # What is not modelled
-//! Drift and steps of clocks, failover to a store that lacks the newest writes, several keys, cooldown, limits of the
+//! Drift and steps of clocks, failover to a store that lacks the newest beats, several keys, cooldown, limits of the
 //! queue, units above one, read and write modes, a second session of the same client. The model has no code in common
 //! with the library: that the library keeps the rules is shown elsewhere.
 //!
@@ -31,7 +32,7 @@
 //! - `I3` no more records than the key has room.
 //! - `I4` fences strictly increase over all grants. `I5` the resource accepts nothing below what it accepted.
 //! - `I7` a lost hold is never believed again. `I8` a token is granted once while its call and its session live.
-//! - `I9` a dead session stays dead.
+//! - `I9` a dead session stays dead. `I10` what is detached or in its grace stays in the store while its session lives.
 //! - `L1` the key becomes free. `L2` every waiter whose session lives is served. `L3` no hold and no queue entry stays.
 //!   `L4` who was forced out learns it by its next beat, if its session lives.
 #![allow(clippy::unwrap_used, clippy::expect_used)]

@@ -32,12 +32,15 @@ pub enum Msg {
     Evict { fence: u16 },
     Write { fence: u16 },
     Look,
+    Ask,
+    Open { by: u8, asked: u8 },
     Record { session: u8, token: Token },
     Acquired { token: Token, outcome: Outcome, asked: u8 },
     Polled { token: Token, outcome: Outcome, asked: u8 },
     Ended { token: Token, time: u8, sure: bool },
     Extended { token: Token, done: bool, asked: u8 },
     Beaten { by: u8, asked: u8, lives: bool, forced: Vec<Token> },
+    Opened { by: u8, asked: u8, lives: bool },
     PushGranted { token: Token, fence: u16 },
     PushForced { token: Token },
 }
@@ -70,7 +73,7 @@ impl Msg {
             | Self::Extended { token, .. }
             | Self::PushGranted { token, .. }
             | Self::PushForced { token } => Some(usize::from(token / 16)),
-            Self::Beaten { by, .. } => Some(usize::from(*by)),
+            Self::Beaten { by, .. } | Self::Opened { by, .. } => Some(usize::from(*by)),
             _ => None,
         }
     }

@@ -8,7 +8,7 @@ use crate::history::History;
 use crate::message::Msg;
 use crate::mutant::Break;
 use crate::properties;
-use crate::store::{DETACHED, Hold, Session, Step, Store};
+use crate::store::{DETACHED, Hold, Place, Session, Step, Store};
 
 /// Everything.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -23,6 +23,8 @@ pub struct State {
     pub net: Vec<Msg>,
     /// What the properties remember.
     pub history: History,
+    /// The key's records as another store has them that may take over.
+    pub copy: Option<(Vec<Hold>, Vec<Place>, u16)>,
 }
 
 /// What may happen.
@@ -45,6 +47,10 @@ pub enum Action {
     Evict(u16),
     Forget,
     Look,
+    Keep(usize, usize),
+    OpenAgain(usize),
+    Copy,
+    Failover,
 }
 
 /// Counters of [`Call::sent`].
@@ -99,6 +105,7 @@ impl Protocol {
             until,
             over: false,
             beats: 0,
+            opens: 0,
             calls: (0..config.calls[client]).map(|at| call(client, at)).collect(),
         };
         let mut history = History::default();
@@ -116,7 +123,7 @@ impl Protocol {
             store.last = 1;
             store.holds.push(Hold { token: DETACHED, fence: 1, session, expires });
         }
-        State { now, store, clients: (0..config.clients).map(client).collect(), net: Vec::new(), history }
+        State { now, store, clients: (0..config.clients).map(client).collect(), net: Vec::new(), history, copy: None }
     }
 
     /// The store does one request; its answers are returned.
@@ -137,7 +144,17 @@ impl Protocol {
     /// A message arrives. What it causes is sent.
     pub fn deliver(&self, state: &mut State, msg: &Msg) {
         match msg.for_client() {
-            Some(client) => self.rules(state.now).hear(&mut state.clients[client], msg),
+            Some(client) => {
+                self.rules(state.now).hear(&mut state.clients[client], msg);
+                let end = Msg::End { token: msg.token(), release: false, sure: true };
+                let is_grant = matches!(msg, Msg::PushGranted { .. });
+                if is_grant
+                    && self.rules(state.now).is_nobodys(&state.clients[client], msg.token())
+                    && !state.net.contains(&end)
+                {
+                    state.net.push(end);
+                }
+            }
             None => {
                 let out = self.serve(state, msg);
                 state.net.extend(out);
@@ -157,6 +174,9 @@ impl Protocol {
         net.retain(|msg| {
             let Some(at) = msg.for_client() else { return true };
             let client = &clients[at];
+            if matches!(msg, Msg::Opened { .. }) {
+                return self.rules(*now).session(client);
+            }
             if matches!(msg, Msg::Beaten { .. }) {
                 let late = self.broken(Break::LateBeat) || self.broken(Break::ReviveAndBelieve);
                 return late || self.rules(*now).session(client);
@@ -166,6 +186,7 @@ impl Protocol {
                 Msg::Ended { .. } => call.phase == Phase::Ending,
                 Msg::Acquired { .. } if self.broken(Break::AnswersAfterEnd) => call.phase != Phase::Done,
                 Msg::PushGranted { .. } if self.broken(Break::PushAfterEnd) => true,
+                Msg::PushGranted { .. } if self.config.failover => call.phase != Phase::Ending,
                 _ => call.lives(),
             }
         });
@@ -262,7 +283,11 @@ impl Protocol {
                 if call.sent[WRITTEN] < config.writes {
                     actions.push(Action::Write(c, k));
                 }
+                if config.keeps {
+                    actions.push(Action::Keep(c, k));
+                }
             }
+            Phase::Kept => actions.push(Action::Release(c, k)),
             Phase::Ending if call.sent[ENDED] < config.ends => actions.push(Action::EndAgain(c, k)),
             _ => {}
         }
@@ -313,6 +338,9 @@ impl Model for Protocol {
             if rules.session(client) && client.beats < config.beats && c >= config.quiet {
                 actions.push(Action::Beat(c));
             }
+            if rules.session(client) && client.opens < config.opens {
+                actions.push(Action::OpenAgain(c));
+            }
             if rules.session(client) && config.close {
                 actions.push(Action::Close(c));
             }
@@ -331,6 +359,12 @@ impl Model for Protocol {
         self.look(&mut looked);
         if looked != *state {
             actions.push(Action::Look);
+        }
+        if config.failover && state.copy.is_none() && !state.history.failed_over {
+            actions.push(Action::Copy);
+        }
+        if state.copy.is_some() && state.now < config.last_tick {
+            actions.push(Action::Failover);
         }
         if config.forget && !state.history.lost_records && state.now < config.last_tick {
             actions.push(Action::Forget);
@@ -394,6 +428,30 @@ impl Model for Protocol {
             }
             Action::Evict(fence) => state.net.push(Msg::Evict { fence }),
             Action::Look => self.look(&mut state),
+            Action::Keep(c, k) => {
+                let call = &mut state.clients[c].calls[k];
+                call.phase = Phase::Kept;
+                call.lost = true;
+            }
+            Action::OpenAgain(c) => {
+                state.clients[c].opens += 1;
+                state.net.push(Msg::Open { by: c as u8, asked: now });
+            }
+            Action::Copy => {
+                let Store { holds, queue, last, .. } = &state.store;
+                state.copy = Some((holds.clone(), queue.clone(), *last));
+            }
+            Action::Failover => {
+                let Store { holds, queue, last, .. } = &mut state.store;
+                (*holds, *queue, *last) = state.copy.take()?;
+                let history = &mut state.history;
+                history.failed_over = true;
+                history.forgotten = history.issued;
+                // What was granted and is forgotten may be granted again to the same call.
+                history.granted.retain(|token| holds.iter().any(|hold| hold.token == *token));
+                // As with a loss of all records.
+                self.tick(&mut state);
+            }
             Action::Forget => {
                 state.store.holds.clear();
                 state.store.queue.clear();

@@ -76,6 +76,16 @@ pub enum Break {
     TellTheDead,
     /// An extension counts from its answer.
     ExtendFromReply,
+    /// Holders are not told again of what they hold when somebody waits for it.
+    GrantNotToldAgain,
+    /// A grant that nobody has any more is not ended when it is told again.
+    UnknownGrantIgnored,
+    /// A grant that is told again is ended although it is detached or in its grace.
+    KeptNotHeeded,
+    /// A session counts from a repeated question to open it.
+    OpenCountsAgain,
+    /// A repeated question opens a session that has ended.
+    OpenRevives,
 }
 
 /// A mutant and what kills it.
@@ -110,6 +120,11 @@ pub fn all() -> Vec<Mutant> {
         mutant("release-without-token", ReleaseWithoutToken, run("ends"), Some("I2")),
         mutant("extend-creates", ExtendCreates, run("extend"), Some("I3")),
         mutant("extend-from-reply", ExtendFromReply, run("extend"), Some("I2")),
+        mutant("grant-not-told-again", GrantNotToldAgain, run("failover"), Some("L1")),
+        mutant("unknown-grant-ignored", UnknownGrantIgnored, run("failover"), Some("L1")),
+        mutant("kept-not-heeded", KeptNotHeeded, run("failover-kept"), Some("I10")),
+        mutant("open-counts-again", OpenCountsAgain, run("open"), Some("I2")),
+        mutant("open-revives", OpenRevives, run("open"), Some("I9")),
         mutant("takeover-without-compare", TakeoverWithoutCompare, run("blind"), Some("I2")),
         mutant("no-takeover", NoTakeover, run("base"), Some("L1")),
         mutant("plain-counter", PlainCounter, run("forget"), Some("I4")),

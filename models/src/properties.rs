@@ -20,6 +20,7 @@ pub fn all() -> Vec<Property<Protocol>> {
         Property::always("I7", lost_is_final),
         Property::always("I8", |_, state: &State| !state.history.bad_token),
         Property::always("I9", dead_stays_dead),
+        Property::always("I10", kept_stays),
         Property::always("L1", |model: &Protocol, state: &State| continued(model, state) & L1 == 0),
         Property::always("L2", |model: &Protocol, state: &State| continued(model, state) & L2 == 0),
         Property::always("L3", |model: &Protocol, state: &State| continued(model, state) & L3 == 0),
@@ -43,6 +44,17 @@ pub fn all() -> Vec<Property<Protocol>> {
         }),
         Property::sometimes("a late question", |_, state: &State| {
             let late = |msg: &Msg| matches!(msg, Msg::Acquire { not_after, .. } if *not_after < state.now);
+            state.net.iter().any(late)
+        }),
+        Property::sometimes("a release was forgotten", |model: &Protocol, state: &State| {
+            let held = |call: &Call| state.store.holds.iter().any(|hold| hold.token == call.token);
+            model.config.failover && calls(state).any(|call| call.held && call.phase == Phase::Done && held(call))
+        }),
+        Property::sometimes("a hold was kept while another waited", |_, state: &State| {
+            calls(state).any(|call| call.phase == Phase::Kept) && calls(state).any(|call| call.phase == Phase::Waiting)
+        }),
+        Property::sometimes("a late question for a session that has ended", |_, state: &State| {
+            let late = |msg: &Msg| matches!(msg, Msg::Open { by, .. } if state.history.dead & (1 << by) != 0);
             state.net.iter().any(late)
         }),
         Property::sometimes("a stale write on its way", |_, state: &State| {
@@ -96,6 +108,13 @@ fn lost_is_final(model: &Protocol, state: &State) -> bool {
 fn dead_stays_dead(_: &Protocol, state: &State) -> bool {
     let dead = |at: usize| state.history.dead & (1 << at) != 0;
     state.store.sessions.iter().enumerate().all(|(at, session)| !dead(at) || state.now >= session.expires)
+}
+
+fn kept_stays(model: &Protocol, state: &State) -> bool {
+    state.clients.iter().filter(|client| model.rules(state.now).session(client)).all(|client| {
+        let kept = client.calls.iter().filter(|call| call.phase == Phase::Kept && call.fence > state.history.forgotten);
+        kept.into_iter().all(|call| state.store.holds.iter().any(|hold| hold.token == call.token))
+    })
 }
 
 thread_local! {

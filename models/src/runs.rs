@@ -262,6 +262,53 @@ pub fn all() -> Vec<Config> {
             floor: 147_000,
             ..BASE
         },
+        Config {
+            name: "failover",
+            about: "a store takes over that lacks the newest steps",
+            failover: true,
+            calls: [2, 1, 0],
+            polls: 1,
+            beats: 0,
+            give_up: false,
+            session_ttl: 4,
+            last_tick: 2,
+            floor: 493_000,
+            ..BASE
+        },
+        Config {
+            name: "failover-kept",
+            about: "the same with holds that are detached or in their grace",
+            failover: true,
+            keeps: true,
+            polls: 1,
+            beats: 0,
+            session_ttl: 3,
+            last_tick: 3,
+            give_up: false,
+            floor: 83_000,
+            ..BASE
+        },
+        Config {
+            name: "failover-retry",
+            about: "the same with repeated questions, some given up",
+            failover: true,
+            asks: 2,
+            polls: 1,
+            beats: 0,
+            last_tick: 2,
+            floor: 614_000,
+            ..BASE
+        },
+        Config {
+            name: "open",
+            about: "the opening of a session is repeated, and the session closed",
+            opens: 1,
+            close: true,
+            beats: 0,
+            give_up: false,
+            floor: 186_000,
+            ..BASE
+        },
     ]
 }
 

@@ -60,9 +60,20 @@ impl Protocol {
         }
         let client = &state.clients[c];
         let held = client.calls[k].phase == Phase::Held && rules.believes(client, &client.calls[k]);
-        if held || client.calls[k].phase == Phase::Ending {
+        // A grace is over at some time, and who took up what was detached releases it.
+        if held || matches!(client.calls[k].phase, Phase::Ending | Phase::Kept) {
             let msg = self.end(state, c, k);
             self.exchange(state, &msg);
+        }
+    }
+
+    /// Somebody waits at the head of the queue, and asks. Nothing of what follows is lost.
+    fn stranger(&self, state: &mut State) {
+        for push in self.serve(state, &Msg::Ask) {
+            self.deliver(state, &push);
+        }
+        for end in std::mem::take(&mut state.net) {
+            self.exchange(state, &end);
         }
     }
 
@@ -102,6 +113,9 @@ impl Protocol {
                 for k in 0..state.clients[c].calls.len() {
                     self.act(&mut state, c, k);
                 }
+            }
+            if self.config.failover {
+                self.stranger(&mut state);
             }
             self.tick(&mut state);
         }

@@ -83,6 +83,14 @@ impl Step<'_> {
         self.store.sessions.get(usize::from(session)).is_some_and(|session| self.now < session.expires)
     }
 
+    /// The session-bound holds are told to their sessions again.
+    fn tell_again(&mut self) {
+        if !self.broken(Break::GrantNotToldAgain) {
+            let held = self.store.holds.iter().filter(|hold| hold.expires.is_none());
+            self.out.extend(held.map(|hold| Msg::PushGranted { token: hold.token, fence: hold.fence }));
+        }
+    }
+
     fn grant(&mut self, place: &Place) -> (u16, Option<u8>) {
         let clock = u16::from(self.now) * self.config.fences_per_tick;
         let clock = if self.broken(Break::PlainCounter) { 0 } else { clock };
@@ -124,6 +132,7 @@ impl Step<'_> {
         match *msg {
             Msg::Beat { by, asked } => return self.beat(by, asked),
             Msg::Write { fence } => return self.write(fence),
+            Msg::Open { by, asked } => return self.open(by, asked),
             _ => self.settle(),
         }
         match *msg {
@@ -138,6 +147,10 @@ impl Step<'_> {
                     self.look(token).unwrap_or(Outcome::Gone)
                 };
                 self.out.push(Msg::Polled { token, outcome, asked });
+                // A failover may have forgotten a release.
+                if self.config.failover && self.store.queue.first().is_some_and(|head| head.token == token) {
+                    self.tell_again();
+                }
             }
             Msg::End { token, release, sure } => {
                 self.end(token, release);
@@ -147,6 +160,7 @@ impl Step<'_> {
                 let outcome = self.extend(token, by, fence);
                 self.out.push(Msg::Extended { token, done: outcome, asked });
             }
+            Msg::Ask => self.tell_again(),
             Msg::Force { fence } => self.force(fence),
             Msg::Evict { fence } => self.evict(fence),
             Msg::Adopt { from, to, by, not_after, asked } => {
@@ -174,6 +188,15 @@ impl Step<'_> {
         }
         let forced = if self.broken == Some(Break::ForceNotTold) { Vec::new() } else { session.forced.clone() };
         self.out.push(Msg::Beaten { by, asked, lives, forced });
+    }
+
+    /// Asked for again it is the same session, and is not renewed.
+    fn open(&mut self, by: u8, asked: u8) {
+        let lives = self.lives(by) || self.broken(Break::OpenRevives);
+        if !self.lives(by) && lives {
+            self.store.sessions[usize::from(by)].expires = self.now + self.config.session_ttl;
+        }
+        self.out.push(Msg::Opened { by, asked, lives });
     }
 
     fn write(&mut self, fence: u16) {

@@ -198,6 +198,11 @@ impl Hold {
         BootTime::from_nanos(self.until.load(Ordering::Acquire))
     }
 
+    /// When the store has nothing of it any more, because its own term has run out: with a slack for a clock that is wrong.
+    pub(crate) fn over_at(&self) -> BootTime {
+        self.own_until().after(Duration::from_secs(60))
+    }
+
     fn own_stop_by(&self) -> BootTime {
         stop_by(self.own_until(), Duration::from_nanos(self.grace.load(Ordering::Acquire)))
     }

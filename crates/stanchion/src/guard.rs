@@ -267,7 +267,7 @@ impl Guard {
     pub fn detach(mut self) -> Token {
         self.spent = true;
         self.hold.let_go();
-        self.shared().kept().insert(self.hold.token);
+        self.shared().keep(&self.hold);
         self.shared().registry().remove(&self.hold.token);
         Token::new(self.hold.key.clone(), self.hold.token)
     }

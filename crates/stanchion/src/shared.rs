@@ -1,6 +1,6 @@
 //! What a handle, its requests, its guards and its keeper share.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -45,8 +45,9 @@ pub(crate) struct Shared {
     asked_session: Mutex<Option<SessionId>>,
     registry: Mutex<HashMap<TokenId, Entry>>,
     /// Tokens that are not in the registry and must stay as they are in the store: detached ones, and those that are
-    /// lost and wait for their grace to be over.
-    kept: Mutex<HashSet<TokenId>>,
+    /// lost and wait for their grace to be over. Until when the store may have them: one without a deadline as long as the
+    /// session, with which all go.
+    kept: Mutex<HashMap<TokenId, BootTime>>,
     store_clock: Mutex<Option<(StoreTime, BootTime)>>,
     commands: mpsc::UnboundedSender<Command>,
     warnings: Mutex<Vec<String>>,
@@ -152,8 +153,19 @@ impl Shared {
         self.registry().get(&token).cloned()
     }
 
-    pub(crate) fn kept(&self) -> MutexGuard<'_, HashSet<TokenId>> {
+    pub(crate) fn kept(&self) -> MutexGuard<'_, HashMap<TokenId, BootTime>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The token of this hold leaves the registry, and must stay as it is in the store.
+    pub(crate) fn keep(&self, hold: &Hold) {
+        let mut kept = self.kept();
+        // Before it grows: those whose time is over.
+        if kept.len() == kept.capacity() {
+            let now = self.clock.now();
+            kept.retain(|_, until| *until > now);
+        }
+        kept.insert(hold.token, hold.over_at());
     }
 
     pub(crate) fn ask_for_session(&self, id: SessionId) {
@@ -324,7 +336,7 @@ impl Shared {
             return;
         }
         if cause.leaves_grace() {
-            self.kept().insert(hold.token);
+            self.keep(hold);
         }
         self.registry().remove(&hold.token);
         self.observer.tell(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
@@ -369,8 +381,7 @@ impl End {
             unanswered_until: hold.unanswered_until,
             session: hold.session_bound.then(|| hold.session.clone()),
             not_before: BootTime::from_nanos(0),
-            // With a slack for a clock that is wrong.
-            over_at: hold.own_until().after(Duration::from_secs(60)),
+            over_at: hold.over_at(),
             released: None,
         }
     }

@@ -94,6 +94,17 @@ impl Process {
         Self { shell, leash: Some(leash), pid }
     }
 
+    /// Waits until it serves. Its log is in this folder.
+    fn serves(&self, program: &Path, folder: &Path, is_there: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !is_there() {
+            let log = || std::fs::read_to_string(folder.join("server.log")).unwrap_or_default();
+            let may_still = runs(self.pid) && start.elapsed() < GENEROUS;
+            assert!(may_still, "{} does not start: {}", program.display(), log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Its process id.
     pub fn pid(&self) -> i32 {
         self.pid

@@ -261,15 +261,11 @@ impl PostgresServer {
         let settings = settings.flat_map(|setting| ["-c".to_owned(), setting.clone()]);
         let program = self.kind.program("postgres");
         let process = start(&program, &fixed.into_iter().chain(settings).collect::<Vec<_>>(), self.folder());
-        let start = Instant::now();
         // The server says there what `pg_ctl` waits for.
         let file = self.data_folder().join("postmaster.pid");
-        while !std::fs::read_to_string(&file).is_ok_and(|text| text.trim_end().ends_with("ready")) {
-            let log = || std::fs::read_to_string(self.folder().join("server.log")).unwrap_or_default();
-            let may_still = runs(process.pid()) && start.elapsed() < GENEROUS;
-            assert!(may_still, "{} does not start: {}", program.display(), log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        process.serves(&program, self.folder(), || {
+            std::fs::read_to_string(&file).is_ok_and(|text| text.trim_end().ends_with("ready"))
+        });
         self.process = Some(process);
     }
 
@@ -430,13 +426,7 @@ impl PgBouncer {
         let program = in_path("pgbouncer");
         let program = program.unwrap_or_else(|| panic!("pgbouncer is missing: apt-get install -y pgbouncer"));
         let process = start(&program, &["pgbouncer.ini".to_owned()], &self.folder.path);
-        let start = Instant::now();
-        while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
-            let log = || std::fs::read_to_string(self.folder.path.join("server.log")).unwrap_or_default();
-            let may_still = runs(process.pid()) && start.elapsed() < GENEROUS;
-            assert!(may_still, "{} does not start: {}", program.display(), log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        process.serves(&program, &self.folder.path, || TcpStream::connect(("127.0.0.1", self.port)).is_ok());
         self.process = Some(process);
     }
 

@@ -3,7 +3,6 @@
 use std::io::BufReader;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use super::{GENEROUS, Process, fetched, free_port, free_port_from, in_path, wait};
 
@@ -94,17 +93,11 @@ impl RedisServer {
     pub fn restart(&mut self) {
         self.process = None;
         let process = Process::start(&self.program, &self.arguments, self.folder.path());
-        let start = Instant::now();
         // The socket comes after the port.
-        let is_there = || {
+        process.serves(&self.program, self.folder.path(), || {
             TcpStream::connect(("127.0.0.1", self.port)).is_ok()
                 && std::os::unix::net::UnixStream::connect(self.socket()).is_ok()
-        };
-        while !is_there() {
-            let log = || std::fs::read_to_string(self.folder.path().join("server.log")).unwrap_or_default();
-            assert!(start.elapsed() < GENEROUS, "{} does not start: {}", self.program.display(), log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        });
         self.process = Some(process);
     }
 
@@ -329,8 +322,9 @@ impl RedisSentinel {
     fn sentinel(kind: Redis, primary: &str) -> RedisServer {
         let folder = tempfile::Builder::new().prefix("stanchion-sentinel-").tempdir().unwrap();
         let file = folder.path().join("sentinel.conf");
+        // They ask once a second: who is down after no more than that is called down now and then while it lives.
         let text = format!(
-            "sentinel monitor main 127.0.0.1 {primary} 2\nsentinel down-after-milliseconds main 1000\n\
+            "sentinel monitor main 127.0.0.1 {primary} 2\nsentinel down-after-milliseconds main 1500\n\
              sentinel failover-timeout main 3000\nsentinel parallel-syncs main 2\n"
         );
         std::fs::write(&file, text).unwrap();
@@ -350,12 +344,18 @@ impl RedisSentinel {
         hosts.join(",")
     }
 
-    /// Whether every sentinel sees two replicas that live.
+    /// Whether the sentinels name the only primary that there is, and every one sees it and two replicas that live.
     pub fn is_whole(&self) -> bool {
+        let is_primary =
+            |server: &RedisServer| server.try_command(&["ROLE"]).is_ok_and(|role| role.starts_with("master"));
+        let primaries: Vec<_> = (0..self.servers.len()).filter(|at| is_primary(&self.servers[*at])).collect();
         self.sentinels.iter().all(|sentinel| {
+            let primary = sentinel.command(&["SENTINEL", "MASTER", "main"]);
             // Each says it twice: what it is, and what it says that it is.
             let replicas = sentinel.command(&["SENTINEL", "REPLICAS", "main"]);
-            replicas.lines().filter(|line| *line == "slave").count() >= 4 && !replicas.contains("s_down")
+            primaries == [self.named_by(sentinel)]
+                && primary.lines().filter(|line| *line == "master").count() == 2
+                && replicas.lines().filter(|line| *line == "slave").count() == 4
         })
     }
 
@@ -364,7 +364,11 @@ impl RedisSentinel {
     /// # Panics
     /// When they name none of ours.
     pub fn primary(&self) -> usize {
-        let told = self.sentinels[0].command(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main"]);
+        self.named_by(&self.sentinels[0])
+    }
+
+    fn named_by(&self, sentinel: &RedisServer) -> usize {
+        let told = sentinel.command(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main"]);
         let port: u16 = told.lines().nth(1).unwrap().parse().unwrap();
         self.servers.iter().position(|server| server.port() == port).unwrap()
     }

@@ -1,6 +1,9 @@
 //! Primaries that are replaced, and slots that move, under load.
 
 use std::collections::HashSet;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -33,7 +36,8 @@ impl Load {
 async fn under_load(url: &str, during: impl AsyncFnOnce(&Load, &Locks)) {
     let stop = Arc::new(AtomicBool::new(false));
     let load = Load { granted: Arc::default() };
-    let open = async || Locks::builder(url).session_ttl(3 * SECOND).open().await.unwrap();
+    // Long enough to outlive a failover: the hold of a session that did not is free only when its grace is over.
+    let open = async || Locks::builder(url).session_ttl(6 * SECOND).open().await.unwrap();
     let watcher = open().await;
     let mut tasks = Vec::new();
     for _ in 0..4 {
@@ -61,16 +65,45 @@ async fn under_load(url: &str, during: impl AsyncFnOnce(&Load, &Locks)) {
     assert!(granted.is_sorted_by_key(|(_, fence)| *fence), "no fence lowered");
 }
 
-/// The first of these servers that takes a write to this key, and when it did.
-async fn takes_writes(servers: &[&RedisServer], key: &str) -> (u16, Instant) {
-    let mut found = None;
-    until("a new primary", async || {
-        let takes = |server: &&&RedisServer| server.try_command(&["SET", key, "1"]).is_ok_and(|answer| answer == "OK");
-        found = servers.iter().find(takes).map(|server| server.port());
-        found.is_some()
-    })
-    .await;
-    (found.unwrap(), Instant::now())
+/// How often primaries are replaced; `STANCHION_FAILOVERS` says more.
+fn turns() -> usize {
+    std::env::var("STANCHION_FAILOVERS").map_or(4, |turns| turns.parse().expect("STANCHION_FAILOVERS is a number"))
+}
+
+/// Nobody may wait longer than this for a new primary that takes writes. It takes a tenth of it where nothing else runs.
+const SERVED_WITHIN: Duration = Duration::from_secs(5);
+
+/// Which of these servers is the first to take a write to this key, and when: tried every five milliseconds, on a thread
+/// that nothing else delays.
+async fn takes_writes(servers: &[&RedisServer], key: &'static str) -> (u16, Instant) {
+    let servers: Vec<_> = servers.iter().map(|server| (server.port(), server.socket())).collect();
+    let takes = move |socket: &Path| -> std::io::Result<bool> {
+        let mut stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(SECOND))?;
+        writeln!(stream, "SET {key} 1\r")?;
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer)?;
+        Ok(answer.starts_with("+OK"))
+    };
+    let prober = move || {
+        let start = Instant::now();
+        loop {
+            if let Some((port, _)) = servers.iter().find(|(_, socket)| takes(socket).unwrap_or(false)) {
+                return (*port, Instant::now());
+            }
+            assert!(start.elapsed() < 60 * SECOND, "there is no new primary");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    tokio::task::spawn_blocking(prober).await.unwrap()
+}
+
+/// How long the failovers took until somebody was served again.
+fn judge(mut spans: Vec<Duration>) {
+    spans.sort_unstable();
+    let longest = *spans.last().unwrap();
+    println!("{} failovers: median {:?}, longest {longest:?}", spans.len(), spans[spans.len() / 2]);
+    assert!(longest < SERVED_WITHIN, "served again {longest:?} after the new primary");
 }
 
 async fn is_linked(server: &RedisServer) {
@@ -93,8 +126,8 @@ fn primaries_are_replaced_by_the_sentinels_under_load() {
     let url = format!("redis+sentinel://{}/main", servers.hosts());
     block_on(async {
         under_load(&url, async |load, watcher| {
-            let mut slowest = Duration::ZERO;
-            for turn in 0..4 {
+            let mut spans = Vec::new();
+            for turn in 0..turns() {
                 let held = watcher.lock("held").await.unwrap();
                 until("whole", async || servers.is_whole()).await;
                 let old = servers.primary();
@@ -108,7 +141,7 @@ fn primaries_are_replaced_by_the_sentinels_under_load() {
                 };
                 let (waited, named) = tokio::join!(load.served_after(since), named);
                 println!("turn {turn}: replaced within {:?}, named {named:?} later, served {waited:?}", since - start);
-                slowest = slowest.max(waited);
+                spans.push(waited);
                 servers.servers[old].restart();
                 // The sentinels would say that too, eight seconds later.
                 follows(&servers.servers[old], port).await;
@@ -120,9 +153,7 @@ fn primaries_are_replaced_by_the_sentinels_under_load() {
                 })
                 .await;
             }
-            println!("slowest {slowest:?}");
-            // The sentinels name it only when they have asked it, up to a second later.
-            assert!(slowest < 10 * SECOND, "served again {slowest:?} after the new primary");
+            judge(spans);
         })
         .await;
     });
@@ -137,8 +168,8 @@ fn primaries_of_a_cluster_are_replaced_under_load() {
     let at = usize::from(slot > 5_460) + usize::from(slot > 10_922);
     block_on(async {
         under_load(&url, async |load, _| {
-            let mut slowest = Duration::ZERO;
-            for turn in 0..4 {
+            let mut spans = Vec::new();
+            for turn in 0..turns() {
                 let (old, new) = if turn % 2 == 0 { (at, at + 3) } else { (at + 3, at) };
                 let start = Instant::now();
                 // Every other pair: one dies, and the other gives it back without a loss.
@@ -162,14 +193,13 @@ fn primaries_of_a_cluster_are_replaced_under_load() {
                 let (_, since) = takes_writes(&[replica], "probe{:loaded}").await;
                 let waited = load.served_after(since).await;
                 println!("turn {turn}: dies {dies}, replaced within {:?}, served {waited:?} later", since - start);
-                slowest = slowest.max(waited);
+                spans.push(waited);
                 if dies {
                     cluster.nodes_mut()[old].restart();
                 }
                 is_linked(&cluster.nodes()[old]).await;
             }
-            println!("slowest {slowest:?}");
-            assert!(slowest < 10 * SECOND, "served again {slowest:?} after the new primary");
+            judge(spans);
         })
         .await;
     });
@@ -187,7 +217,7 @@ fn a_slot_moves_between_nodes_under_load() {
     let to = (from + 1) % 3;
     let ids: Vec<_> = nodes.iter().map(|node| node.command(&["CLUSTER", "MYID"])).collect();
     block_on(async {
-        under_load(&url, async |_, _| {
+        under_load(&url, async |load, _| {
             for (from, to) in [(from, to), (to, from)] {
                 nodes[to].command(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &ids[from]]);
                 nodes[from].command(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &ids[to]]);
@@ -199,7 +229,8 @@ fn a_slot_moves_between_nodes_under_load() {
                     nodes[from].command(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000"]);
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
-                tokio::time::sleep(Duration::from_millis(100)).await;
+                let count = load.count();
+                until("grants of a slot that is being moved", async || load.count() > count + 10).await;
                 for node in [to, from, 3 - to - from] {
                     nodes[node].command(&["CLUSTER", "SETSLOT", &slot, "NODE", &ids[to]]);
                 }

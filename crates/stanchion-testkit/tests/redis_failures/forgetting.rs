@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use stanchion::store::{AcquireOutcome, Redis};
 use stanchion::{ErrorKind, Locks, LossCause, Store};
 use stanchion_testkit::proxy::Proxy;
-use stanchion_testkit::servers::{Redis as Kind, RedisServer};
+use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisServer};
 use stanchion_testkit::{Environment, block_on, until};
 
 use super::{SECOND, is_free, key, locks, store, url};
@@ -80,6 +80,30 @@ fn a_hold_that_is_missing_after_a_reconnection_is_lost() {
     });
 }
 
+/// A server of a cluster at which nobody listens comes back empty: that is noticed, and what it forgot is told.
+#[test]
+fn a_hold_that_another_server_of_the_cluster_forgot_is_lost() {
+    let mut cluster = RedisCluster::start(Kind::Redis7, false);
+    block_on(async {
+        let url = format!("redis+cluster://{}", cluster.hosts());
+        let locks = Locks::builder(&url).session_ttl(20 * SECOND).open().await.unwrap();
+        let listens = |at: &usize| cluster.nodes()[*at].command(&["PUBSUB", "CHANNELS"]).contains("session");
+        let at = (0..3).find(|at| !listens(at)).unwrap();
+        let names: Vec<_> = (0..100).map(|turn| format!("k{turn}")).collect();
+        let is_there = |name: &&String| {
+            let record = format!("stanchion:{{:{name}}}");
+            !cluster.nodes()[at].command(&["GET", &record]).starts_with("MOVED")
+        };
+        let guard = locks.lock(names.iter().find(is_there).unwrap().as_str()).await.unwrap();
+        let elsewhere = locks.lock(names.iter().find(|name| !is_there(name)).unwrap().as_str()).await.unwrap();
+        cluster.nodes_mut()[at].kill();
+        cluster.nodes_mut()[at].restart();
+        tokio::time::timeout(30 * SECOND, guard.lost()).await.unwrap();
+        assert_eq!(guard.loss(), Some(LossCause::Missing));
+        assert!(elsewhere.is_held());
+    });
+}
+
 /// A grant that too few replicas have is not believed, and leaves nothing.
 #[test]
 fn min_replicas_holds_back_grants_that_a_failover_would_lose() {
@@ -147,11 +171,12 @@ fn a_stale_replica_declares_no_session_dead() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
-        let actor = environment.mortal(SECOND / 5).await;
+        let actor = environment.mortal(SECOND).await;
         actor.takes(&key("k")).await;
         // A replica of nobody: it serves what it had.
         server.command(&["REPLICAOF", "127.0.0.1", "1"]);
-        tokio::time::sleep(SECOND / 3).await;
+        // By the server's clock it is over then.
+        tokio::time::sleep(SECOND + SECOND / 4).await;
         let error = actor.store.acquire(actor.request(&key("other"))).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
         server.command(&["REPLICAOF", "NO", "ONE"]);

@@ -235,7 +235,7 @@ fn receive(shared: &Arc<Shared>, push: Push) {
             Some(Entry::Waiting(cell)) => cell.tell(Signal::Granted(fence)),
             // The call has its grant already, by an answer.
             Some(Entry::Held(_)) => {}
-            None if shared.kept().contains(&token) => {}
+            None if shared.kept().contains_key(&token) => {}
             // The call has ended, or its hold, and a failover forgot that: nobody will use this grant.
             None => cleanup::end_unknown(shared, key, token),
         },
@@ -396,6 +396,22 @@ mod tests {
         assert_eq!(bench.locks.inspect("k").await.unwrap().holders.len(), 1);
         bench.time.advance(SECOND / 4);
         bench.until_free().await;
+    }
+
+    #[tokio::test]
+    async fn what_was_detached_is_remembered_as_long_as_the_store_may_have_it() {
+        let time = VirtualClock::new();
+        let store = Memory::with_clock(time.clock());
+        let builder = Locks::builder_with_store(store).clock(time.clock()).session_ttl(3_600 * SECOND);
+        let locks = builder.open().await.unwrap();
+        drop(locks.lock("as long as the session").await.unwrap().detach());
+        for turn in 0..500 {
+            drop(locks.lock(format!("k{turn}")).ttl(SECOND).await.unwrap().detach());
+            time.advance(SECOND);
+        }
+        let kept = locks.handle.shared.kept();
+        assert!(kept.len() < 250, "{}", kept.len());
+        assert!(kept.values().any(|until| *until == crate::clock::BootTime::NEVER));
     }
 
     #[tokio::test]

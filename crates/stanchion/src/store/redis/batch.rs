@@ -14,8 +14,9 @@ use std::time::Duration;
 use redis::Value;
 use tokio::sync::oneshot;
 
-use super::connect::{Links, Local, Target, Way, within};
+use super::connect::{Links, Local, Target, Way};
 use super::error::error;
+use super::node::within;
 use super::reply::{Answer, malformed};
 use super::scripts::{BATCH, LockNames, Script};
 use crate::error::{ErrorKind, Result};

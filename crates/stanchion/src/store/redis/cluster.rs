@@ -1,10 +1,11 @@
 //! The slots of a cluster: which server has which.
 
-use std::collections::BTreeSet;
+use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use redis::Value;
+use tokio::sync::{Notify, watch};
 
 use super::config::{Address, address};
 use crate::clock::BootTime;
@@ -27,6 +28,11 @@ pub(super) struct SlotMap {
     known: Mutex<Known>,
     /// One at a time asks for the map.
     pub(super) learning: tokio::sync::Mutex<()>,
+    /// One at a time looks for what is lost.
+    pub(super) searching: tokio::sync::Mutex<()>,
+    losses: Notify,
+    /// Counts how often something was found again.
+    recoveries: watch::Sender<u64>,
 }
 
 #[derive(Debug)]
@@ -40,6 +46,10 @@ struct Known {
     learned: Option<BootTime>,
     /// Something spoke against it since.
     doubtful: bool,
+    /// Servers that did not serve when they were last asked.
+    lost: HashSet<Address>,
+    /// A server said that the cluster is down.
+    is_down: bool,
 }
 
 impl SlotMap {
@@ -51,8 +61,16 @@ impl SlotMap {
             slots: vec![None; SLOTS],
             learned: None,
             doubtful: true,
+            lost: HashSet::new(),
+            is_down: false,
         };
-        Self { known: Mutex::new(known), learning: tokio::sync::Mutex::default() }
+        Self {
+            known: Mutex::new(known),
+            learning: tokio::sync::Mutex::default(),
+            searching: tokio::sync::Mutex::default(),
+            losses: Notify::new(),
+            recoveries: watch::Sender::default(),
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
@@ -73,17 +91,75 @@ impl SlotMap {
         self.lock().servers.clone()
     }
 
-    /// Whom to ask for the map.
+    /// Whom to ask for the map: those that are lost come last.
     pub(super) fn known(&self) -> Vec<Address> {
         let known = self.lock();
-        let mut seen = BTreeSet::new();
+        let mut seen = HashSet::new();
         let all = known.servers.iter().chain(&known.others).chain(&known.seeds);
-        all.filter(|address| seen.insert(address.to_string())).cloned().collect()
+        let mut all: Vec<_> = all.filter(|address| seen.insert(*address)).cloned().collect();
+        all.sort_by_key(|address| known.lost.contains(address));
+        all
     }
 
-    /// The map may be out of date.
-    pub(super) fn doubt(&self) {
-        self.lock().doubtful = true;
+    /// This server does not serve. The map may be out of date.
+    pub(super) fn lost(&self, address: &Address) {
+        let mut known = self.lock();
+        known.lost.insert(address.clone());
+        known.doubtful = true;
+        drop(known);
+        self.losses.notify_one();
+    }
+
+    /// No server serves. The map may be out of date.
+    pub(super) fn down(&self) {
+        let mut known = self.lock();
+        known.is_down = true;
+        known.doubtful = true;
+        drop(known);
+        self.losses.notify_one();
+    }
+
+    /// Waits until something is lost.
+    pub(super) async fn something_is_lost(&self) {
+        loop {
+            let told = self.losses.notified();
+            let is_lost = {
+                let known = self.lock();
+                known.is_down || !known.lost.is_empty()
+            };
+            if is_lost {
+                return;
+            }
+            told.await;
+        }
+    }
+
+    pub(super) fn lost_servers(&self) -> Vec<Address> {
+        self.lock().lost.iter().cloned().collect()
+    }
+
+    pub(super) fn is_down(&self) -> bool {
+        self.lock().is_down
+    }
+
+    /// This server is there again, or is not needed any more.
+    pub(super) fn found(&self, address: &Address) {
+        self.lock().lost.remove(address);
+        self.recoveries.send_modify(|count| *count += 1);
+    }
+
+    pub(super) fn is_up_again(&self) {
+        self.lock().is_down = false;
+        self.recoveries.send_modify(|count| *count += 1);
+    }
+
+    pub(super) fn recoveries(&self) -> watch::Receiver<u64> {
+        self.recoveries.subscribe()
+    }
+
+    /// Whether every slot has a server.
+    pub(super) fn is_complete(&self) -> bool {
+        self.lock().slots.iter().all(Option::is_some)
     }
 
     /// Whether it was learned a moment ago: then it has to do.

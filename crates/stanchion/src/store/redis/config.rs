@@ -203,13 +203,13 @@ impl Config {
         let address = match address {
             Address::Unix(path) => ConnectionAddr::Unix(path.clone()),
             Address::Tcp { host, port } if self.tls => {
-                super::connect::install_crypto();
+                super::node::install_crypto();
                 ConnectionAddr::TcpTls { host: host.clone(), port: *port, insecure: false, tls_params: None }
             }
             Address::Tcp { host, port } => ConnectionAddr::Tcp(host.clone(), *port),
         };
         let info = address.into_connection_info().map_err(|fault| from_client(&fault))?;
-        let info = info.set_redis_settings(settings).set_tcp_settings(super::connect::tcp_settings());
+        let info = info.set_redis_settings(settings).set_tcp_settings(super::node::tcp_settings());
         let client =
             if self.tls { Client::build_with_tls(info, self.certificates.clone()) } else { Client::open(info) };
         client.map_err(|fault| from_client(&fault))

@@ -8,57 +8,24 @@
 //! and is sent to where it belongs.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
 
-use redis::aio::MultiplexedConnection;
-use redis::io::tcp::{TcpSettings, socket2};
-use redis::{AsyncConnectionConfig, Client, Cmd, RedisError, Value};
+use redis::{Cmd, RedisError, Value};
 use tokio::runtime::{Handle, Id};
 
 use super::batch::Batch;
 use super::cluster::{SlotMap, slot_of};
 use super::config::{Address, Config, Layout};
 use super::error::{Verdict, error, from_answer, while_connecting};
+use super::node::{CONNECT_WITHIN, Link, Node, Suspicion, too_slow, within};
 use super::scripts::Script;
-use crate::clock::{BootTime, Clock, jitter};
+use super::sentinel::Group;
+use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
-
-/// How long making a connection may take.
-const CONNECT_WITHIN: Duration = Duration::from_secs(2);
-
-/// After a fault nobody connects for so long, doubled with each further one: a thousand tasks are no storm.
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-
-/// A request without an answer for so long makes its connection suspect: the next request uses another one.
-const SUSPECT_AFTER: Duration = Duration::from_secs(1);
 
 /// The most redirections that one request follows.
 const MOST_REDIRECTIONS: u32 = 5;
-
-/// So many requests may wait to be written.
-const BUFFER: usize = 1_024;
-
-/// What every connection is told about TCP: no delay, and a link that is dead is noticed within seconds.
-pub(super) fn tcp_settings() -> TcpSettings {
-    let probes = socket2::TcpKeepalive::new()
-        .with_time(Duration::from_secs(3))
-        .with_interval(Duration::from_secs(1))
-        .with_retries(3);
-    let settings = TcpSettings::default().set_nodelay(true).set_keepalive(probes);
-    #[cfg(target_os = "linux")]
-    let settings = settings.set_user_timeout(Duration::from_secs(6));
-    settings
-}
-
-/// TLS needs a provider of cryptography; the process may have chosen one already.
-pub(super) fn install_crypto() {
-    if rustls::crypto::CryptoProvider::get_default().is_none() {
-        let _another_was_faster = rustls::crypto::ring::default_provider().install_default();
-    }
-}
 
 /// All connections of a store.
 #[derive(Debug)]
@@ -69,14 +36,14 @@ pub(super) struct Links {
     /// The keeper's runtime: the first one that a session was opened in.
     home: OnceLock<Handle>,
     saw_primary: AtomicBool,
-    clock: Clock,
+    pub(super) clock: Clock,
 }
 
 /// Which server to ask.
 #[derive(Debug)]
 enum Topology {
     Single(Address),
-    Sentinel { sentinels: Mutex<Vec<Address>>, service: String, primary: Mutex<Option<Address>> },
+    Sentinel(Group),
     Cluster(SlotMap),
 }
 
@@ -89,39 +56,10 @@ pub(super) struct Local {
     /// Finished when the runtime is gone.
     sign_of_life: tokio::task::JoinHandle<()>,
     /// The runtime cannot do I/O.
-    is_unusable: AtomicBool,
+    pub(super) is_unusable: AtomicBool,
 }
 
-/// One server, as one runtime sees it.
-#[derive(Debug)]
-struct Node {
-    address: Address,
-    state: Mutex<State>,
-    /// One at a time connects; the others wait for the outcome.
-    connecting: tokio::sync::Mutex<()>,
-    generations: AtomicU64,
-}
-
-#[derive(Debug)]
-enum State {
-    Up(Link),
-    Down { failures: u32, next: BootTime, why: Option<Arc<Fault>> },
-}
-
-#[derive(Debug)]
-struct Fault {
-    kind: ErrorKind,
-    message: String,
-}
-
-/// A connection.
-#[derive(Clone, Debug)]
-struct Link {
-    connection: MultiplexedConnection,
-    generation: u64,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -151,11 +89,9 @@ impl Links {
     pub(super) fn new(config: Config) -> Self {
         let topology = match &config.layout {
             Layout::Single(address) => Topology::Single(address.clone()),
-            Layout::Sentinel { sentinels, service } => Topology::Sentinel {
-                sentinels: Mutex::new(sentinels.clone()),
-                service: service.clone(),
-                primary: Mutex::default(),
-            },
+            Layout::Sentinel { sentinels, service } => {
+                Topology::Sentinel(Group::new(sentinels.clone(), service.clone()))
+            }
             Layout::Cluster { seeds } => Topology::Cluster(SlotMap::new(seeds.clone())),
         };
         Self {
@@ -169,7 +105,15 @@ impl Links {
     }
 
     pub(super) fn is_cluster(&self) -> bool {
-        matches!(self.topology, Topology::Cluster(_))
+        self.slots().is_some()
+    }
+
+    /// The map of slots, in a cluster.
+    pub(super) fn slots(&self) -> Option<&SlotMap> {
+        match &self.topology {
+            Topology::Cluster(slots) => Some(slots),
+            Topology::Single(_) | Topology::Sentinel(_) => None,
+        }
     }
 
     /// The current runtime is the one that is always there.
@@ -207,7 +151,7 @@ impl Links {
     /// Sends a command over the very connection that an answer came over, or not at all.
     pub(super) async fn ask_there(&self, way: Way, command: &Cmd) -> Result<Value> {
         let Way { node, mut link } = way;
-        let suspicion = Suspicion { node: &node, generation: link.generation, since: self.clock.now(), links: self };
+        let suspicion = Suspicion::new(&node, &link, &self.clock);
         let answer: Result<Value, RedisError> = command.query_async(&mut link.connection).await;
         std::mem::forget(suspicion);
         answer.map_err(|fault| self.fault(&node, link.generation, &fault))
@@ -272,8 +216,7 @@ impl Links {
                     return Err(error.into());
                 }
             };
-            let suspicion =
-                Suspicion { node: &node, generation: link.generation, since: self.clock.now(), links: self };
+            let suspicion = Suspicion::new(&node, &link, &self.clock);
             let answer: Result<Value, RedisError> = if asking {
                 let mut both = redis::pipe();
                 both.cmd("ASKING").ignore().add_command(command.clone());
@@ -311,8 +254,8 @@ impl Links {
         let (error, verdict) = from_answer(&node.address, fault);
         match verdict {
             Verdict::Refused => {
-                if let (Topology::Cluster(slots), Some("CLUSTERDOWN")) = (&self.topology, fault.code()) {
-                    slots.doubt();
+                if let (Some(slots), Some("CLUSTERDOWN")) = (self.slots(), fault.code()) {
+                    slots.down();
                 }
             }
             Verdict::NotHere | Verdict::Broken => {
@@ -327,12 +270,10 @@ impl Links {
     async fn route(self: &Arc<Self>, local: &Local, slot: u16) -> Result<Address> {
         match &self.topology {
             Topology::Single(address) => Ok(address.clone()),
-            Topology::Sentinel { primary, .. } => {
-                if let Some(known) = lock(primary).clone() {
-                    return Ok(known);
-                }
-                self.ask_sentinels(local).await
-            }
+            Topology::Sentinel(group) => match group.primary() {
+                Some(known) => Ok(known),
+                None => Box::pin(group.find(&self.config, local, &self.clock)).await,
+            },
             Topology::Cluster(slots) => {
                 if let Some(known) = slots.server(slot) {
                     return Ok(known);
@@ -355,27 +296,20 @@ impl Links {
             (Topology::Cluster(slots), None) => Ok(slots.servers()),
             (_, Some(local)) => Ok(vec![self.route(&local, 0).await?]),
             (Topology::Single(address), None) => Ok(vec![address.clone()]),
-            (Topology::Sentinel { primary, .. }, None) => Ok(lock(primary).clone().into_iter().collect()),
+            (Topology::Sentinel(group), None) => Ok(group.primary().into_iter().collect()),
         }
     }
 
     /// Another server may do now what this one did.
-    fn forget(&self, address: &Address) {
+    pub(super) fn forget(&self, address: &Address) {
         match &self.topology {
             Topology::Single(_) => {}
-            Topology::Sentinel { primary, sentinels, .. } => {
-                let mut primary = lock(primary);
-                if primary.as_ref() == Some(address) {
-                    *primary = None;
-                    // The one that named it may be the last to hear of another: the next one is asked.
-                    lock(sentinels).rotate_left(1);
-                }
-            }
-            Topology::Cluster(slots) => slots.doubt(),
+            Topology::Sentinel(group) => group.lost(address),
+            Topology::Cluster(slots) => slots.lost(address),
         }
     }
 
-    async fn learn_slots(&self, local: &Local, slots: &SlotMap) -> Result<()> {
+    pub(super) async fn learn_slots(&self, local: &Local, slots: &SlotMap) -> Result<()> {
         let _one_at_a_time = slots.learning.lock().await;
         if slots.is_fresh(self.clock.now()) {
             return Ok(());
@@ -408,46 +342,26 @@ impl Links {
         Err(last.unwrap_or_else(|| error(ErrorKind::Unavailable, "no node of the cluster is known")).in_doubt(false))
     }
 
-    async fn ask_sentinels(&self, local: &Local) -> Result<Address> {
-        let Topology::Sentinel { sentinels, service, primary } = &self.topology else {
-            return Err(error(ErrorKind::Internal, "there are no sentinels"));
-        };
-        let mut last = None;
-        let all = lock(sentinels).clone();
-        for sentinel in all {
-            match self.ask_sentinel(local, &sentinel, service).await {
-                Ok(Some(address)) => {
-                    let mut sentinels = lock(sentinels);
-                    // Who knows is asked first the next time.
-                    if let Some(at) = sentinels.iter().position(|known| *known == sentinel) {
-                        sentinels[..=at].rotate_right(1);
-                    }
-                    *lock(primary) = Some(address.clone());
-                    return Ok(address);
-                }
-                Ok(None) => {
-                    let message = format!("the sentinel {sentinel} knows no service `{service}`");
-                    last = Some(error(ErrorKind::Misconfigured, message));
-                }
-                Err(fault) => last = last.or(Some(fault)),
+    /// Whether locks can be kept in a server that says this of its role.
+    pub(super) fn accepts(&self, address: &Address, role: &str) -> Result<()> {
+        match role {
+            "master" => {
+                self.saw_primary.store(true, Ordering::Relaxed);
+                Ok(())
             }
+            "active-replica" => Err(error(
+                ErrorKind::Misconfigured,
+                format!("{address} is an active replica: two servers would grant the same key; use one primary"),
+            )),
+            // At first that is a mistake; later it is a failover that has not reached the name yet.
+            _ if matches!(self.topology, Topology::Single(_)) && !self.saw_primary.load(Ordering::Relaxed) => {
+                Err(error(
+                    ErrorKind::Misconfigured,
+                    format!("{address} is a replica; name its primary, or its sentinels (`redis+sentinel://`)"),
+                ))
+            }
+            _ => Err(error(ErrorKind::Unavailable, format!("{address} is a replica now"))),
         }
-        Err(last.unwrap_or_else(|| error(ErrorKind::Unavailable, "there are no sentinels")))
-    }
-
-    async fn ask_sentinel(&self, local: &Local, sentinel: &Address, service: &str) -> Result<Option<Address>> {
-        let client = self.config.sentinel(sentinel)?;
-        let options = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(CONNECT_WITHIN / 2))
-            .set_response_timeout(Some(CONNECT_WITHIN / 2));
-        let mut command = redis::cmd("SENTINEL");
-        command.arg("GET-MASTER-ADDR-BY-NAME").arg(service);
-        let told = in_task(local, async move {
-            let mut connection = client.get_multiplexed_async_connection_with_config(&options).await?;
-            command.query_async::<Option<(String, u16)>>(&mut connection).await
-        });
-        let told = told.await?.map_err(|fault| while_connecting(sentinel, &fault))?;
-        Ok(told.map(|(host, port)| Address::Tcp { host, port }))
     }
 
     /// A connection that does nothing but listen.
@@ -470,15 +384,31 @@ impl Links {
     }
 
     /// This server is there: whoever wants to connect to it need not wait any longer.
-    fn reached(&self, address: &Address) {
-        let locals: Vec<_> = lock(&self.locals).values().cloned().collect();
-        for local in locals {
-            if let Some(node) = lock(&local.nodes).get(address)
-                && let State::Down { next, .. } = &mut *lock(&node.state)
-            {
-                *next = BootTime::from_nanos(0);
+    pub(super) fn reached(&self, address: &Address) {
+        for local in self.locals() {
+            if let Some(node) = lock(&local.nodes).get(address) {
+                node.hurry();
             }
         }
+    }
+
+    /// Whether something of this process went to this server.
+    pub(super) fn uses(&self, address: &Address) -> bool {
+        self.locals().iter().any(|local| lock(&local.nodes).contains_key(address))
+    }
+
+    /// The connections to this server that there are, from every runtime.
+    pub(super) fn ways_to(&self, address: &Address) -> Vec<Way> {
+        let way = |local: Arc<Local>| {
+            let node = lock(&local.nodes).get(address)?.clone();
+            let link = node.up()?;
+            Some(Way { node, link })
+        };
+        self.locals().into_iter().filter_map(way).collect()
+    }
+
+    fn locals(&self) -> Vec<Arc<Local>> {
+        lock(&self.locals).values().cloned().collect()
     }
 }
 
@@ -494,26 +424,6 @@ impl From<Error> for Failure {
     }
 }
 
-/// The outcome, if it comes in time. A runtime that a connection was made in has timers.
-#[allow(clippy::disallowed_methods, reason = "a limit on a connection, not a deadline of the protocol")]
-pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
-    tokio::time::timeout(limit, work).await.ok()
-}
-
-fn too_slow(limit: Duration) -> RedisError {
-    std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {limit:?}")).into()
-}
-
-/// Runs in a task of its own: that the runtime cannot do I/O is a panic there.
-async fn in_task<T: Send + 'static>(local: &Local, work: impl Future<Output = T> + Send + 'static) -> Result<T> {
-    tokio::spawn(work).await.map_err(|ended| {
-        if ended.is_panic() {
-            local.is_unusable.store(true, Ordering::Relaxed);
-        }
-        error(ErrorKind::Unavailable, "this runtime cannot do I/O").in_doubt(false)
-    })
-}
-
 impl Drop for Local {
     fn drop(&mut self) {
         self.sign_of_life.abort();
@@ -521,123 +431,13 @@ impl Drop for Local {
 }
 
 impl Local {
-    fn node(&self, address: &Address) -> Arc<Node> {
+    pub(super) fn node(&self, address: &Address) -> Arc<Node> {
         let mut nodes = lock(&self.nodes);
         if let Some(node) = nodes.get(address) {
             return node.clone();
         }
-        let node = Arc::new(Node {
-            address: address.clone(),
-            state: Mutex::new(State::Down { failures: 0, next: BootTime::from_nanos(0), why: None }),
-            connecting: tokio::sync::Mutex::default(),
-            generations: AtomicU64::new(0),
-        });
+        let node = Arc::new(Node::new(address));
         nodes.insert(address.clone(), node.clone());
         node
-    }
-}
-
-impl Node {
-    /// A connection: the one there is, or a new one.
-    async fn link(&self, links: &Links, local: &Local) -> Result<Link> {
-        if let Some(link) = self.current(links.clock.now())? {
-            return Ok(link);
-        }
-        let _one_at_a_time = self.connecting.lock().await;
-        if let Some(link) = self.current(links.clock.now())? {
-            return Ok(link);
-        }
-        let client = links.config.server(&self.address)?;
-        let connected = in_task(local, async move { connect(&client).await }).await?;
-        let connected = connected.map_err(|fault| while_connecting(&self.address, &fault));
-        let connected = connected.and_then(|(connection, role)| match role.as_str() {
-            "master" => {
-                links.saw_primary.store(true, Ordering::Relaxed);
-                Ok(connection)
-            }
-            "active-replica" => Err(error(
-                ErrorKind::Misconfigured,
-                format!("{} is an active replica: two servers would grant the same key; use one primary", self.address),
-            )),
-            // At first that is a mistake; later it is a failover that has not reached the name yet.
-            _ if matches!(links.topology, Topology::Single(_)) && !links.saw_primary.load(Ordering::Relaxed) => {
-                Err(error(
-                    ErrorKind::Misconfigured,
-                    format!("{} is a replica; name its primary, or its sentinels (`redis+sentinel://`)", self.address),
-                ))
-            }
-            _ => Err(error(ErrorKind::Unavailable, format!("{} is a replica now", self.address))),
-        });
-        let mut state = lock(&self.state);
-        match connected {
-            Ok(connection) => {
-                let generation = self.generations.fetch_add(1, Ordering::Relaxed);
-                let link = Link { connection, generation };
-                *state = State::Up(link.clone());
-                Ok(link)
-            }
-            Err(error) => {
-                let failures = match &*state {
-                    State::Up(_) => 0,
-                    State::Down { failures, .. } => *failures,
-                };
-                let pause = jitter((FIRST_PAUSE * 2u32.saturating_pow(failures.min(10))).min(LONGEST_PAUSE));
-                let why = Fault { kind: error.kind(), message: error.message().to_owned() };
-                let next = links.clock.now().after(pause);
-                *state = State::Down { failures: failures + 1, next, why: Some(Arc::new(why)) };
-                Err(error)
-            }
-        }
-    }
-
-    /// The connection there is; none if one may be made now; the last fault if not.
-    fn current(&self, now: BootTime) -> Result<Option<Link>> {
-        match &*lock(&self.state) {
-            State::Up(link) => Ok(Some(link.clone())),
-            State::Down { next, why: Some(why), .. } if now < *next => {
-                Err(error(why.kind, why.message.clone()).in_doubt(false))
-            }
-            State::Down { .. } => Ok(None),
-        }
-    }
-
-    /// This connection is not to be used again.
-    fn lost(&self, generation: u64) {
-        let mut state = lock(&self.state);
-        if matches!(&*state, State::Up(link) if link.generation == generation) {
-            *state = State::Down { failures: 0, next: BootTime::from_nanos(0), why: None };
-        }
-    }
-}
-
-/// A connection and what the server is: primary or replica.
-async fn connect(client: &Client) -> Result<(MultiplexedConnection, String), RedisError> {
-    let options = AsyncConnectionConfig::new()
-        .set_connection_timeout(Some(CONNECT_WITHIN))
-        // How long an answer may take is said by who asks.
-        .set_response_timeout(None)
-        .set_pipeline_buffer_size(BUFFER);
-    let mut connection = client.get_multiplexed_async_connection_with_config(&options).await?;
-    let role = async {
-        let role: Vec<Value> = redis::cmd("ROLE").query_async(&mut connection).await?;
-        redis::from_redis_value::<String>(role.into_iter().next().unwrap_or(Value::Nil)).map_err(RedisError::from)
-    };
-    let role = within(CONNECT_WITHIN, role).await.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN)))?;
-    Ok((connection, role))
-}
-
-/// Dropped with its request unanswered, it gives up a connection that has been silent for long.
-struct Suspicion<'a> {
-    node: &'a Node,
-    generation: u64,
-    since: BootTime,
-    links: &'a Links,
-}
-
-impl Drop for Suspicion<'_> {
-    fn drop(&mut self) {
-        if self.links.clock.now().since(self.since) >= SUSPECT_AFTER {
-            self.node.lost(self.generation);
-        }
     }
 }

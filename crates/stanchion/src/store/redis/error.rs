@@ -28,6 +28,10 @@ pub(super) enum Verdict {
 pub(super) fn while_connecting(address: &Address, fault: &RedisError) -> Error {
     let (kind, what) = match kind_of(fault) {
         (ErrorKind::NetworkTimeout, what) => (ErrorKind::Unavailable, what),
+        // Why a server closes what was just opened, it says before we ask: mostly nobody reads that.
+        (kind, what) if fault.is_connection_dropped() && !fault.is_connection_refusal() => {
+            (kind, format!("{what}; it closes new connections, perhaps it has too many clients (maxclients)"))
+        }
         other => other,
     };
     error(kind, format!("cannot connect to {address}: {what}")).in_doubt(false).with_source(fault.clone())

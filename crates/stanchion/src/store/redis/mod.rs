@@ -5,7 +5,7 @@
 //!   slot. One step is one script on them.
 //! - A session is a key of its own, in another slot of a cluster: no script sees whether a session lives. Who meets a hold
 //!   or a waiter whose session it does not know to live asks, and has what belongs to a dead session ended
-//!   ([`bury`](Inner::bury)). A dead session never lives again, so that is right however late it happens.
+//!   (`dead.rs`). A dead session never lives again, so that is right however late it happens.
 //! - A grant by hand-off may thus go to a session that is dead; the next who asks takes the key from it. It does no harm:
 //!   nobody believes a grant whose session they do not believe.
 //!
@@ -16,7 +16,7 @@
 
 use std::fmt::Write as _;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use ::redis::{Cmd, Value};
 use async_trait::async_trait;
@@ -25,13 +25,12 @@ use tokio::task::JoinSet;
 use self::config::Config;
 use self::connect::{Links, Target, Way};
 use self::error::{NAME, error};
-use self::reply::{Answer, malformed, read_texts, write_texts};
+use self::reply::{Answer, malformed, write_texts};
 use self::scripts::{LockNames, Names, Script};
 use self::sessions::{Known, Sessions};
 use super::*;
 use crate::clock::Clock;
 use crate::error::{ErrorKind, Result};
-use crate::fence::Fence;
 use crate::key::Key;
 use crate::token::{SessionId, TokenId};
 
@@ -40,10 +39,15 @@ mod batch;
 mod cluster;
 mod config;
 mod connect;
+mod dead;
 mod error;
+mod look;
+mod node;
 mod push;
+mod recovery;
 mod reply;
 mod scripts;
+mod sentinel;
 mod sessions;
 
 /// A session's key stays for so long after it is over, or for twice its ttl: so long it is refused to open it again.
@@ -79,7 +83,8 @@ const AT_ONCE: usize = 256;
 /// ```text
 #[doc = include_str!("access_list.txt")]
 /// ```
-/// With `+config|get +info` it also reports settings that lose locks.
+/// With `+config|get +info` it also reports settings that lose locks. A user of the sentinels needs
+/// `+sentinel|get-master-addr-by-name`, and to be served again soon after a failover `+sentinel|master +sentinel|replicas`.
 ///
 /// # What it does to a process
 /// It connects once for each Tokio runtime that it is used in, once for the keeper and once for pushes. With TLS it
@@ -154,98 +159,6 @@ impl Inner {
         Answer::read(self.links.run(Target::of(&name), script, command).await?)
     }
 
-    /// Those of the sessions that are dead. Asks for those that are not known to live.
-    async fn dead_of(&self, sessions: &[SessionId]) -> Result<Vec<SessionId>> {
-        let now = self.clock.now();
-        let (mut dead, mut unknown) = (Vec::new(), Vec::new());
-        for session in sessions {
-            match self.sessions.known(*session, now) {
-                Known::Alive(_) => {}
-                Known::Dead => dead.push(*session),
-                Known::Unknown => unknown.push(*session),
-            }
-        }
-        // In a cluster each is elsewhere.
-        let at_once = if self.links.is_cluster() { 1 } else { 100 };
-        for some in unknown.chunks(at_once) {
-            let names: Vec<_> = some.iter().map(|session| self.names.session(*session)).collect();
-            let mut command = scripts::SESSION_LOOK.by_hash(names.len());
-            command.arg(&names);
-            let asked = self.clock.now();
-            let answer = self.links.run(Target::of(&names[0]), &scripts::SESSION_LOOK, command).await?;
-            let left = Answer::read(answer)?.spans()?;
-            for (session, left) in some.iter().zip(left) {
-                if left.is_zero() {
-                    self.sessions.died(*session);
-                    dead.push(*session);
-                } else {
-                    self.sessions.seen(*session, asked, left);
-                }
-            }
-        }
-        Ok(dead)
-    }
-
-    /// Ends what these dead sessions have of a key, and hands it on.
-    async fn bury(&self, names: &LockNames, dead: &[SessionId]) -> Result<()> {
-        let dead: Vec<_> = dead.iter().map(|session| session.to_hex()).collect();
-        let dead: Vec<_> = dead.iter().map(String::as_str).collect();
-        self.on_key(names, &scripts::BURY, &dead).await.map(drop)
-    }
-
-    /// Ends what dead sessions have of a key. Tells whether there was something.
-    async fn bury_the_dead(&self, key: &Key, sessions: &[SessionId]) -> Result<bool> {
-        if sessions.is_empty() {
-            return Ok(false);
-        }
-        let dead = Box::pin(self.dead_of(sessions)).await?;
-        if dead.is_empty() {
-            return Ok(false);
-        }
-        Box::pin(self.bury(&self.names.lock(key), &dead)).await?;
-        Ok(true)
-    }
-
-    /// The session that a token is held by, if that is one of this process, is asked for where it may be dead.
-    async fn settle_own(&self, key: &Key, token: TokenId) -> Result<()> {
-        if let Some(session) = self.sessions.holder(token) {
-            self.bury_the_dead(key, &[session]).await?;
-        }
-        Ok(())
-    }
-
-    /// The state of a key without anything of the dead.
-    async fn settled(&self, key: &Key, names: &LockNames) -> Result<Reply<KeyState>> {
-        for _ in 0..MOST_BURIALS {
-            let answer = self.on_key(names, &scripts::INSPECT, &[]).await?;
-            let mut sessions = Vec::new();
-            for hold in answer.rows(3)? {
-                if hold.text(2)? == "S" {
-                    sessions.push(hold.session(3)?);
-                }
-            }
-            for waiter in answer.rows(4)? {
-                sessions.push(waiter.session(1)?);
-            }
-            sessions.sort_unstable();
-            sessions.dedup();
-            if !self.bury_the_dead(key, &sessions).await? {
-                return Ok(Reply { time: answer.time, outcome: state_of(key, &answer)? });
-            }
-        }
-        Err(error(ErrorKind::Unavailable, "sessions die faster than they can be buried"))
-    }
-
-    /// How long until something may change that nobody would push.
-    fn check_in(&self, by_time: Option<Duration>, sessions: &[SessionId]) -> Option<Duration> {
-        let now = self.clock.now();
-        let ends = sessions.iter().filter_map(|session| match self.sessions.known(*session, now) {
-            Known::Alive(until) => Some(until.since(now)),
-            Known::Dead | Known::Unknown => None,
-        });
-        ends.chain(by_time).min()
-    }
-
     /// Does a step that may grant. Where replicas must have the grant, the step goes alone and the question for them goes
     /// over the same connection: any other may lead to a server that never had the grant, and says yes.
     async fn granting(&self, step: batch::Step) -> Result<Answer> {
@@ -275,25 +188,6 @@ impl Inner {
         Err(error(ErrorKind::Unavailable, message))
     }
 
-    /// Ends what a session has that is known here: its waiters and the holds that depend on it.
-    async fn bury_all(self: &Arc<Self>, session: SessionId, keys: Vec<Key>) -> Result<()> {
-        let mut tasks = JoinSet::new();
-        let mut outcome = Ok(());
-        for key in keys {
-            if tasks.len() >= AT_ONCE
-                && let Some(done) = tasks.join_next().await
-            {
-                outcome = outcome.and(done.unwrap_or(Ok(())));
-            }
-            let inner = self.clone();
-            tasks.spawn(async move { inner.bury(&inner.names.lock(&key), &[session]).await });
-        }
-        while let Some(done) = tasks.join_next().await {
-            outcome = outcome.and(done.unwrap_or(Ok(())));
-        }
-        outcome
-    }
-
     async fn end(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
         if let Some(session) = self.sessions.lets_go(token, self.clock.now()) {
             self.bury_the_dead(key, &[session]).await?;
@@ -316,66 +210,6 @@ impl Inner {
         }
         Ok(Reply { time: answer.time, outcome })
     }
-
-    /// All keys with a record whose encoded form begins so, in order.
-    async fn keys(&self, prefix: &str) -> Result<Vec<Key>> {
-        let pattern = self.names.pattern(prefix);
-        let mut found = std::collections::BTreeMap::new();
-        for server in self.links.servers().await? {
-            let mut cursor = "0".to_owned();
-            loop {
-                let mut command = ::redis::cmd("SCAN");
-                command.arg(&cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(1_000);
-                let page = self.links.ask(Target::Server(server.clone()), &command).await?;
-                let (next, names): (String, Vec<String>) = ::redis::from_redis_value(page).map_err(|_| malformed())?;
-                for key in names.iter().filter_map(|name| self.names.key_of(name)) {
-                    let key = key?;
-                    if key.as_encoded().starts_with(prefix) {
-                        found.insert(key.as_encoded().to_owned(), key);
-                    }
-                }
-                if next == "0" {
-                    break;
-                }
-                cursor = next;
-            }
-        }
-        Ok(found.into_values().collect())
-    }
-}
-
-fn state_of(key: &Key, answer: &Answer) -> Result<KeyState> {
-    let age = |since: StoreTime| answer.time.since(since);
-    let wall = |time: StoreTime| SystemTime::UNIX_EPOCH + Duration::from_micros(time.as_micros());
-    let mut holders = Vec::new();
-    for hold in answer.rows(3)? {
-        let [owner, metadata, trace] = read_texts(hold.text(6)?)?;
-        holders.push(HolderState {
-            fence: Fence::new(hold.number(0)?),
-            owner: owner.unwrap_or_default(),
-            units: hold.number(1)?,
-            session_bound: hold.text(2)? == "S",
-            age: age(hold.time(4)?),
-            since: wall(hold.time(4)?),
-            remaining: hold.span(5)?,
-            metadata,
-            trace,
-        });
-    }
-    let mut waiters = Vec::new();
-    for waiter in answer.rows(4)? {
-        let [owner, metadata, trace] = read_texts(waiter.text(3)?)?;
-        let owner = owner.unwrap_or_default();
-        waiters.push(WaiterState { owner, units: waiter.number(0)?, age: age(waiter.time(2)?), metadata, trace });
-    }
-    Ok(KeyState {
-        key: key.clone(),
-        capacity: if answer.text(0)?.is_empty() { None } else { Some(answer.number(0)?) },
-        holders,
-        waiters,
-        last_fence: if answer.text(1)?.is_empty() { None } else { Some(answer.fence(1)?) },
-        closed_for: answer.span(2)?,
-    })
 }
 
 #[async_trait]
@@ -424,6 +258,10 @@ impl Store for Redis {
             let (token, what) = pair?;
             let token = TokenId::from_hex(token).ok_or_else(malformed)?;
             lost.push(push::read_lost(token, what)?);
+        }
+        if inner.links.is_cluster() {
+            let links = inner.links.clone();
+            tokio::spawn(async move { links.look_at_servers().await });
         }
         for (token, key) in inner.sessions.due(session, asked) {
             // Best effort, and nobody waits for it: the next sweep comes long before a record is forgotten.
@@ -685,11 +523,6 @@ fn memory(ttl: Duration) -> Duration {
 }
 
 impl Inner {
-    /// The store's time if the session is dead.
-    async fn dead_since(&self, session: SessionId) -> Result<Option<StoreTime>> {
-        if Box::pin(self.dead_of(&[session])).await?.is_empty() { Ok(None) } else { self.time().await.map(Some) }
-    }
-
     async fn time(&self) -> Result<StoreTime> {
         let command: Cmd = ::redis::cmd("TIME");
         let answer = self.links.ask(Target::Slot(0), &command).await?;

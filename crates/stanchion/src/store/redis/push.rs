@@ -15,9 +15,14 @@ use crate::key::Key;
 use crate::store::{LostToken, Push, PushSender};
 use crate::token::{SessionId, TokenId};
 
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
+pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(20);
 /// Short: it is one attempt for a whole process, and its success ends the pauses of all who wait for the server.
-const LONGEST_PAUSE: Duration = Duration::from_millis(200);
+pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// After a recovery what is waited for is asked for again, after these pauses: whoever has to answer to a waiter's question
+/// may hear again a little later.
+const ASKED_AGAIN_AFTER: [Duration; 3] =
+    [Duration::from_millis(50), Duration::from_millis(150), Duration::from_millis(300)];
 
 /// Listens for a session until it is aborted. `tried` fires when the first attempt is over.
 pub(super) async fn listen(
@@ -33,7 +38,7 @@ pub(super) async fn listen(
     loop {
         let Some(strong) = inner.upgrade() else { return };
         let subscribed = strong.links.listen(&strong.names.session(session)).await;
-        let names = strong.names.clone();
+        let (names, links) = (strong.names.clone(), strong.links.clone());
         drop(strong);
         match subscribed {
             Ok(mut pubsub) => {
@@ -42,19 +47,21 @@ pub(super) async fn listen(
                     tell_unless_publishing_works(&inner, session, &pushes).await;
                 }
                 if !is_first {
-                    // Messages were missed, and what the server knows now may be less than what it knew.
-                    pushes.send(Push::VerifyAll);
+                    tell_recovery(&pushes);
                 }
                 is_first = false;
                 pause = FIRST_PAUSE;
-                let mut messages = pubsub.on_message();
-                while let Some(message) = messages.next().await {
+                let channel = names.session(session);
+                let key_of = |name: &str| names.key_of(name).unwrap_or_else(|| Err(malformed()));
+                let messages = pubsub.on_message().for_each(async |message| {
                     // What cannot be read is somebody else's.
-                    if let Ok(push) =
-                        read(message.get_payload_bytes(), |name| names.key_of(name).unwrap_or_else(|| Err(malformed())))
-                    {
+                    if let Ok(push) = read(message.get_payload_bytes(), key_of) {
                         pushes.send(push);
                     }
+                });
+                tokio::select! {
+                    () = messages => {}
+                    () = links.tell_recoveries(&channel, || tell_recovery(&pushes)) => {}
                 }
             }
             Err(error) => {
@@ -74,6 +81,18 @@ pub(super) async fn listen(
     }
 }
 
+/// Messages were missed, and what the server knows now may be less than what it knew.
+fn tell_recovery(pushes: &PushSender) {
+    pushes.send(Push::VerifyAll);
+    let pushes = pushes.clone();
+    tokio::spawn(async move {
+        for pause in ASKED_AGAIN_AFTER {
+            sleep(pause).await;
+            pushes.send(Push::RecheckAll);
+        }
+    });
+}
+
 /// Messages to itself are sent by other processes' users too, most likely with the same rights.
 async fn tell_unless_publishing_works(inner: &Inner, session: SessionId, pushes: &PushSender) {
     let channel = inner.names.session(session);
@@ -87,7 +106,7 @@ async fn tell_unless_publishing_works(inner: &Inner, session: SessionId, pushes:
 }
 
 #[allow(clippy::disallowed_methods, reason = "a pause between attempts to connect, not a deadline of the protocol")]
-async fn sleep(pause: Duration) {
+pub(super) async fn sleep(pause: Duration) {
     tokio::time::sleep(pause).await;
 }
 

@@ -1,0 +1,112 @@
+//! What dead sessions leave: found by whoever it is in the way of, and ended.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+
+use super::connect::Target;
+use super::reply::Answer;
+use super::scripts::{self, LockNames};
+use super::sessions::Known;
+use super::{AT_ONCE, Inner};
+use crate::error::Result;
+use crate::key::Key;
+use crate::store::StoreTime;
+use crate::token::{SessionId, TokenId};
+
+impl Inner {
+    /// Those of the sessions that are dead. Asks for those that are not known to live.
+    async fn dead_of(&self, sessions: &[SessionId]) -> Result<Vec<SessionId>> {
+        let now = self.clock.now();
+        let (mut dead, mut unknown) = (Vec::new(), Vec::new());
+        for session in sessions {
+            match self.sessions.known(*session, now) {
+                Known::Alive(_) => {}
+                Known::Dead => dead.push(*session),
+                Known::Unknown => unknown.push(*session),
+            }
+        }
+        // In a cluster each is elsewhere.
+        let at_once = if self.links.is_cluster() { 1 } else { 100 };
+        for some in unknown.chunks(at_once) {
+            let names: Vec<_> = some.iter().map(|session| self.names.session(*session)).collect();
+            let mut command = scripts::SESSION_LOOK.by_hash(names.len());
+            command.arg(&names);
+            let asked = self.clock.now();
+            let answer = self.links.run(Target::of(&names[0]), &scripts::SESSION_LOOK, command).await?;
+            let left = Answer::read(answer)?.spans()?;
+            for (session, left) in some.iter().zip(left) {
+                if left.is_zero() {
+                    self.sessions.died(*session);
+                    dead.push(*session);
+                } else {
+                    self.sessions.seen(*session, asked, left);
+                }
+            }
+        }
+        Ok(dead)
+    }
+
+    /// Ends what these dead sessions have of a key, and hands it on.
+    async fn bury(&self, names: &LockNames, dead: &[SessionId]) -> Result<()> {
+        let dead: Vec<_> = dead.iter().map(|session| session.to_hex()).collect();
+        let dead: Vec<_> = dead.iter().map(String::as_str).collect();
+        self.on_key(names, &scripts::BURY, &dead).await.map(drop)
+    }
+
+    /// Ends what dead sessions have of a key. Tells whether there was something.
+    pub(super) async fn bury_the_dead(&self, key: &Key, sessions: &[SessionId]) -> Result<bool> {
+        if sessions.is_empty() {
+            return Ok(false);
+        }
+        let dead = Box::pin(self.dead_of(sessions)).await?;
+        if dead.is_empty() {
+            return Ok(false);
+        }
+        Box::pin(self.bury(&self.names.lock(key), &dead)).await?;
+        Ok(true)
+    }
+
+    /// The session that a token is held by, if that is one of this process, is asked for where it may be dead.
+    pub(super) async fn settle_own(&self, key: &Key, token: TokenId) -> Result<()> {
+        if let Some(session) = self.sessions.holder(token) {
+            self.bury_the_dead(key, &[session]).await?;
+        }
+        Ok(())
+    }
+
+    /// How long until something may change that nobody would push.
+    pub(super) fn check_in(&self, by_time: Option<Duration>, sessions: &[SessionId]) -> Option<Duration> {
+        let now = self.clock.now();
+        let ends = sessions.iter().filter_map(|session| match self.sessions.known(*session, now) {
+            Known::Alive(until) => Some(until.since(now)),
+            Known::Dead | Known::Unknown => None,
+        });
+        ends.chain(by_time).min()
+    }
+
+    /// Ends what a session has that is known here: its waiters and the holds that depend on it.
+    pub(super) async fn bury_all(self: &Arc<Self>, session: SessionId, keys: Vec<Key>) -> Result<()> {
+        let mut tasks = JoinSet::new();
+        let mut outcome = Ok(());
+        for key in keys {
+            if tasks.len() >= AT_ONCE
+                && let Some(done) = tasks.join_next().await
+            {
+                outcome = outcome.and(done.unwrap_or(Ok(())));
+            }
+            let inner = self.clone();
+            tasks.spawn(async move { inner.bury(&inner.names.lock(&key), &[session]).await });
+        }
+        while let Some(done) = tasks.join_next().await {
+            outcome = outcome.and(done.unwrap_or(Ok(())));
+        }
+        outcome
+    }
+
+    /// The store's time if the session is dead.
+    pub(super) async fn dead_since(&self, session: SessionId) -> Result<Option<StoreTime>> {
+        if Box::pin(self.dead_of(&[session])).await?.is_empty() { Ok(None) } else { self.time().await.map(Some) }
+    }
+}

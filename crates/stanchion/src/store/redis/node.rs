@@ -1,0 +1,218 @@
+//! One server, as one runtime sees it: connected to when needed, and after a fault not too often.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use redis::io::tcp::{TcpSettings, socket2};
+use redis::{AsyncConnectionConfig, Client, RedisError, Value};
+
+use super::config::Address;
+use super::connect::{Links, Local, lock};
+use super::error::{error, while_connecting};
+use crate::clock::{BootTime, Clock, jitter};
+use crate::error::{ErrorKind, Result};
+
+/// How long making a connection may take.
+pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(2);
+
+/// After a fault nobody connects for so long, doubled with each further one: a thousand tasks are no storm.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// A request without an answer for so long makes its connection suspect: the next request uses another one.
+const SUSPECT_AFTER: Duration = Duration::from_secs(1);
+
+/// So many requests may wait to be written.
+const BUFFER: usize = 1_024;
+
+/// What every connection is told about TCP: no delay, and a link that is dead is noticed within seconds.
+pub(super) fn tcp_settings() -> TcpSettings {
+    let probes = socket2::TcpKeepalive::new()
+        .with_time(Duration::from_secs(3))
+        .with_interval(Duration::from_secs(1))
+        .with_retries(3);
+    let settings = TcpSettings::default().set_nodelay(true).set_keepalive(probes);
+    #[cfg(target_os = "linux")]
+    let settings = settings.set_user_timeout(Duration::from_secs(6));
+    settings
+}
+
+/// TLS needs a provider of cryptography; the process may have chosen one already.
+pub(super) fn install_crypto() {
+    if rustls::crypto::CryptoProvider::get_default().is_none() {
+        let _another_was_faster = rustls::crypto::ring::default_provider().install_default();
+    }
+}
+
+/// One server, as one runtime sees it.
+#[derive(Debug)]
+pub(super) struct Node {
+    pub(super) address: Address,
+    state: Mutex<State>,
+    /// One at a time connects; the others wait for the outcome.
+    connecting: tokio::sync::Mutex<()>,
+    generations: AtomicU64,
+}
+
+#[derive(Debug)]
+enum State {
+    Up(Link),
+    Down { failures: u32, next: BootTime, why: Option<Arc<Fault>> },
+}
+
+#[derive(Debug)]
+struct Fault {
+    kind: ErrorKind,
+    message: String,
+}
+
+/// A connection.
+#[derive(Clone, Debug)]
+pub(super) struct Link {
+    pub(super) connection: MultiplexedConnection,
+    pub(super) generation: u64,
+}
+
+/// The outcome, if it comes in time. A runtime that a connection was made in has timers.
+#[allow(clippy::disallowed_methods, reason = "a limit on a connection, not a deadline of the protocol")]
+pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+    tokio::time::timeout(limit, work).await.ok()
+}
+
+pub(super) fn too_slow(limit: Duration) -> RedisError {
+    std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {limit:?}")).into()
+}
+
+/// Runs in a task of its own: that the runtime cannot do I/O is a panic there.
+pub(super) async fn in_task<T: Send + 'static>(
+    local: &Local,
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<T> {
+    tokio::spawn(work).await.map_err(|ended| {
+        if ended.is_panic() {
+            local.is_unusable.store(true, Ordering::Relaxed);
+        }
+        error(ErrorKind::Unavailable, "this runtime cannot do I/O").in_doubt(false)
+    })
+}
+
+impl Node {
+    pub(super) fn new(address: &Address) -> Self {
+        Self {
+            address: address.clone(),
+            state: Mutex::new(State::Down { failures: 0, next: BootTime::from_nanos(0), why: None }),
+            connecting: tokio::sync::Mutex::default(),
+            generations: AtomicU64::new(0),
+        }
+    }
+
+    /// A connection: the one there is, or a new one.
+    pub(super) async fn link(&self, links: &Links, local: &Local) -> Result<Link> {
+        if let Some(link) = self.current(links.clock.now())? {
+            return Ok(link);
+        }
+        let _one_at_a_time = self.connecting.lock().await;
+        if let Some(link) = self.current(links.clock.now())? {
+            return Ok(link);
+        }
+        let client = links.config.server(&self.address)?;
+        let connected = in_task(local, async move { connect(&client).await }).await?;
+        let connected = connected.map_err(|fault| while_connecting(&self.address, &fault));
+        let connected =
+            connected.and_then(|(connection, role)| links.accepts(&self.address, &role).map(|()| connection));
+        let mut state = lock(&self.state);
+        match connected {
+            Ok(connection) => {
+                let generation = self.generations.fetch_add(1, Ordering::Relaxed);
+                let link = Link { connection, generation };
+                *state = State::Up(link.clone());
+                Ok(link)
+            }
+            Err(error) => {
+                let failures = match &*state {
+                    State::Up(_) => 0,
+                    State::Down { failures, .. } => *failures,
+                };
+                let pause = jitter((FIRST_PAUSE * 2u32.saturating_pow(failures.min(10))).min(LONGEST_PAUSE));
+                let why = Fault { kind: error.kind(), message: error.message().to_owned() };
+                let next = links.clock.now().after(pause);
+                *state = State::Down { failures: failures + 1, next, why: Some(Arc::new(why)) };
+                Err(error)
+            }
+        }
+    }
+
+    /// The connection there is.
+    pub(super) fn up(&self) -> Option<Link> {
+        match &*lock(&self.state) {
+            State::Up(link) => Some(link.clone()),
+            State::Down { .. } => None,
+        }
+    }
+
+    /// The connection there is; none if one may be made now; the last fault if not.
+    fn current(&self, now: BootTime) -> Result<Option<Link>> {
+        match &*lock(&self.state) {
+            State::Up(link) => Ok(Some(link.clone())),
+            State::Down { next, why: Some(why), .. } if now < *next => {
+                Err(error(why.kind, why.message.clone()).in_doubt(false))
+            }
+            State::Down { .. } => Ok(None),
+        }
+    }
+
+    /// After a fault, the next one who wants to connect need not wait.
+    pub(super) fn hurry(&self) {
+        if let State::Down { next, .. } = &mut *lock(&self.state) {
+            *next = BootTime::from_nanos(0);
+        }
+    }
+
+    /// This connection is not to be used again.
+    pub(super) fn lost(&self, generation: u64) {
+        let mut state = lock(&self.state);
+        if matches!(&*state, State::Up(link) if link.generation == generation) {
+            *state = State::Down { failures: 0, next: BootTime::from_nanos(0), why: None };
+        }
+    }
+}
+
+/// A connection and what the server is: primary or replica.
+pub(super) async fn connect(client: &Client) -> Result<(MultiplexedConnection, String), RedisError> {
+    let options = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(CONNECT_WITHIN))
+        // How long an answer may take is said by who asks.
+        .set_response_timeout(None)
+        .set_pipeline_buffer_size(BUFFER);
+    let mut connection = client.get_multiplexed_async_connection_with_config(&options).await?;
+    let role = async {
+        let role: Vec<Value> = redis::cmd("ROLE").query_async(&mut connection).await?;
+        redis::from_redis_value::<String>(role.into_iter().next().unwrap_or(Value::Nil)).map_err(RedisError::from)
+    };
+    let role = within(CONNECT_WITHIN, role).await.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN)))?;
+    Ok((connection, role))
+}
+
+/// Dropped with its request unanswered, it gives up a connection that has been silent for long.
+pub(super) struct Suspicion<'a> {
+    node: &'a Node,
+    generation: u64,
+    since: BootTime,
+    clock: &'a Clock,
+}
+
+impl<'a> Suspicion<'a> {
+    pub(super) fn new(node: &'a Node, link: &Link, clock: &'a Clock) -> Self {
+        Self { node, generation: link.generation, since: clock.now(), clock }
+    }
+}
+
+impl Drop for Suspicion<'_> {
+    fn drop(&mut self) {
+        if self.clock.now().since(self.since) >= SUSPECT_AFTER {
+            self.node.lost(self.generation);
+        }
+    }
+}
