@@ -93,8 +93,11 @@ fn bad_stores_say_what_would_be_right() {
 fn a_folder_without_the_right_to_write_is_not_permitted() {
     let world = World::new();
     let state = world.path("state");
-    // Where nobody can read it, too.
-    std::fs::copy(env!("CARGO_BIN_EXE_stanchion"), world.path("stanchion")).unwrap();
+    // Where nobody can read it, too. Another process copies it: what this one has open for writing, a child that another
+    // test starts has open as well for a moment, and nobody can run it meanwhile.
+    let copied =
+        std::process::Command::new("cp").arg(env!("CARGO_BIN_EXE_stanchion")).arg(world.path("stanchion")).status();
+    assert!(copied.unwrap().success());
     for path in [world.path("."), state.clone()] {
         std::fs::set_permissions(path, PermissionsExt::from_mode(0o555)).unwrap();
     }
