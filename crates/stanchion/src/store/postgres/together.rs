@@ -133,7 +133,7 @@ impl Drop for OnItsWay {
                 }
             }
         }
-        send_some(&self.inner, REQUESTS);
+        send_some(&self.inner);
     }
 }
 
@@ -153,7 +153,7 @@ pub(super) async fn step(inner: &Arc<Inner>, step: Step) -> Result<Row> {
     let (sender, outcome) = oneshot::channel();
     lock(&inner.together).waiting.push((step.clone(), sender));
     // Those alone may have to wait for a turn, so that they are not what the others wait for.
-    send_some(inner, 1);
+    send_some(inner);
     match outcome.await {
         Ok(Ok(Some(row))) => Ok(row),
         Ok(Ok(None)) => step.alone(inner).await,
@@ -162,19 +162,25 @@ pub(super) async fn step(inner: &Arc<Inner>, step: Step) -> Result<Row> {
     }
 }
 
-/// Sends what waits, or an equal part of it, if fewer requests than `most` are on their way.
-fn send_some(inner: &Arc<Inner>, most: usize) {
+/// Sends an equal part of what waits and what is on its way, once as much waits. Those who were answered together ask
+/// together for what they want next: to send the first of them at once would leave the others for later.
+fn send_some(inner: &Arc<Inner>) {
     let mut state = lock(&inner.together);
-    if state.requests >= most {
+    if state.requests >= REQUESTS {
         return;
     }
     // Who has given up meanwhile needs nothing sent.
     state.waiting.retain(|(_, outcome)| !outcome.is_closed());
-    if state.waiting.is_empty() {
+    let equal = (state.waiting.len() + state.steps).div_ceil(REQUESTS);
+    let some = match state.requests {
+        0 => state.waiting.len().min(equal.max(1)),
+        _ if state.waiting.len() < equal => 0,
+        _ => equal,
+    };
+    let some = some.min(MOST_STEPS);
+    if some == 0 {
         return;
     }
-    let equal = (state.waiting.len() + state.steps).div_ceil(REQUESTS);
-    let some = state.waiting.len().min(equal).min(MOST_STEPS);
     state.requests += 1;
     state.steps += some;
     let steps: Vec<_> = state.waiting.drain(..some).collect();
