@@ -1,0 +1,763 @@
+//! Firestore: locks in Google's document database, by its own clock.
+//!
+//! # What is where
+//! | document | what |
+//! |---|---|
+//! | `COLLECTION_keys/ID` | a key that is held, waited for or closed: its record, with its holds and the head of its queue |
+//! | `COLLECTION_keys/ID/COLLECTION_pages/N` | the rest of a long queue, 200 waiters a page |
+//! | `COLLECTION_sessions/ID` | a session; a beat writes it |
+//! | `COLLECTION_sessions/ID/COLLECTION_calls/TOKEN` | a grant to one who waited, or a release by force: the session's listener hears of it |
+//!
+//! # What one request means
+//! A step reads documents, decides, and commits: "if the key's document is still what I read". So of two steps one
+//! succeeds, and the other reads again; no lock is left in the service by who dies or gives up between the two. What an
+//! acquire writes to a key that nobody has, and what a release deletes, are known beforehand: those are one commit each,
+//! with nothing to read.
+//!
+//! Nobody knows when a commit will be done. What depends on that time is therefore decided by the time that the service
+//! gave it, by whoever reads the document (`record.rs`): the fence, the beginning of the term, whether an acquire came too
+//! late and never was, whether a beat came too late and its session is dead.
+
+mod config;
+mod connect;
+mod document;
+mod error;
+mod listen;
+mod record;
+mod session;
+mod step;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::StreamExt as _;
+use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
+use googleapis_tonic_google_firestore_v1::google::firestore::v1::structured_query::field_filter::Operator;
+use prost_types::Timestamp;
+use tokio::task::AbortHandle;
+
+use self::config::Config;
+use self::connect::{Committed, Lane, Refused, Service, Wanted, in_driver, lock, pause};
+use self::document::{Names, Only, delete, key_id, query, text, text_of, timestamp};
+use self::error::{NAME, error, malformed};
+use self::record::{KeyRecord, Page, PageName, SessionRecord, session_of};
+use self::session::Sessions;
+use self::step::{Leaf, Loaded, Step, fresh};
+use crate::clock::{BootTime, Clock, jitter};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fence::Fence;
+use crate::key::Key;
+use crate::store::{
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, EndOutcome, EvictOutcome,
+    EvictRequest, ExtendOutcome, GrantStream, Granted, KeyState, OpenOutcome, OpenSession, PollOutcome, Push, PushSender,
+    Reply, Store, StoreTime, push_channel,
+};
+use crate::token::{SessionId, TokenId};
+
+/// A step that finds the key changed by others tries so often, with longer and longer pauses.
+const ROUNDS: u32 = 14;
+
+/// Housekeeping is done with a beat, not more often than this.
+const SWEEP_EVERY: Duration = Duration::from_secs(60);
+
+/// So much of it at once.
+const SWEPT_AT_ONCE: usize = 20;
+
+/// So many keys are settled with one query, so many of them at once, and so often.
+const SETTLED_AT_ONCE: usize = 300;
+const AT_ONCE: usize = 16;
+const MOST_PASSES: usize = 1_000;
+
+/// The most pages of queues that are remembered.
+const MOST_PAGES: usize = 200;
+
+/// Locks in Firestore, in native mode.
+#[derive(Clone, Debug)]
+pub struct Firestore {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    service: Service,
+    names: Names,
+    sessions: Sessions,
+    listeners: Mutex<HashMap<SessionId, Listener>>,
+    /// Holds that are ended by deleting their document as it is.
+    alone: Mutex<HashMap<TokenId, Alone>>,
+    /// Steps of this handle on one key take turns: they would only get in each other's way.
+    turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// Keys that had a document when they were last looked at, by a hash: it is not tried to create one. Only a guess.
+    taken: Vec<AtomicU64>,
+    pages: Mutex<HashMap<String, Leaf>>,
+    /// The newest time that the service told, and when that was.
+    told: Mutex<(u64, BootTime)>,
+    swept: Mutex<BootTime>,
+    clock: Clock,
+}
+
+/// A session's stream, and what fills it.
+#[derive(Debug)]
+struct Listener {
+    pushes: PushSender,
+    task: Option<AbortHandle>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
+
+/// A hold that has its document for itself.
+#[derive(Clone, Debug)]
+struct Alone {
+    written: Timestamp,
+    session: SessionId,
+    session_bound: bool,
+    deadline: Option<u64>,
+    called: bool,
+}
+
+/// One of several attempts.
+#[derive(Clone, Copy, Debug)]
+struct Round(u32);
+
+fn rounds() -> impl Iterator<Item = Round> {
+    (0..ROUNDS).map(Round)
+}
+
+impl Round {
+    async fn pause(self) {
+        if self.0 > 0 {
+            pause(jitter(Duration::from_millis(2 << self.0.min(7)))).await;
+        }
+    }
+}
+
+/// Nothing was done, and it may be tried again.
+fn busy() -> Error {
+    error(ErrorKind::Unavailable, "too many change this document at once").in_doubt(false)
+}
+
+fn reply<T>(time: u64, outcome: T) -> Reply<T> {
+    Reply { time: StoreTime::from_micros(time), outcome }
+}
+
+impl Firestore {
+    /// A store at this URL. Nothing is connected yet.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] if the URL is malformed.
+    pub fn from_url(url: &str) -> Result<Self> {
+        Self::with_clock(url, Clock::system())
+    }
+
+    /// The same with another clock. It measures how long ago something was, and decides nothing.
+    ///
+    /// # Errors
+    /// As [`from_url`](Self::from_url).
+    pub fn with_clock(url: &str, clock: Clock) -> Result<Self> {
+        let config = Config::from_url(url)?;
+        let inner = Inner {
+            names: Names::new(&config.database, &config.collection),
+            service: Service::new(config),
+            sessions: Sessions::new(clock.clone()),
+            listeners: Mutex::default(),
+            alone: Mutex::default(),
+            turns: Mutex::default(),
+            taken: (0..1_024).map(|_| AtomicU64::new(0)).collect(),
+            pages: Mutex::default(),
+            told: Mutex::new((0, clock.now())),
+            swept: Mutex::new(clock.now()),
+            clock,
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Runs a step where connections live.
+    async fn run<T, F>(&self, work: impl FnOnce(Arc<Inner>, Wanted) -> F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let inner = self.inner.clone();
+        in_driver(&self.inner.service, move |wanted| work(inner, wanted)).await
+    }
+}
+
+impl Inner {
+    /// Waits for the turn of a step on this key.
+    async fn turn(&self, key: &Key) -> Turn<'_> {
+        let id = key_id(key);
+        let mutex = lock(&self.turns).entry(id.clone()).or_default().clone();
+        let guard = mutex.lock_owned().await;
+        Turn { inner: self, id, guard: Some(guard) }
+    }
+
+    fn guess(&self, key: &Key) -> (&AtomicU64, u64) {
+        use std::hash::{Hash as _, Hasher as _};
+        let mut hasher = std::hash::DefaultHasher::new();
+        key.hash(&mut hasher);
+        let hash = hasher.finish() | 1;
+        (&self.taken[(hash >> 32) as usize % self.taken.len()], hash)
+    }
+
+    fn seems_taken(&self, key: &Key) -> bool {
+        let (place, hash) = self.guess(key);
+        place.load(Ordering::Relaxed) == hash
+    }
+
+    fn seems(&self, key: &Key, is_taken: bool) {
+        let (place, hash) = self.guess(key);
+        if is_taken {
+            place.store(hash, Ordering::Relaxed);
+        } else if place.load(Ordering::Relaxed) == hash {
+            place.store(0, Ordering::Relaxed);
+        }
+    }
+
+    fn tell(&self, time: u64) {
+        let mut told = lock(&self.told);
+        if time > told.0 {
+            *told = (time, self.clock.now());
+        }
+    }
+
+    /// About what the service's clock shows. For what is kept longer than needed, never for a decision.
+    fn estimate(&self) -> u64 {
+        let (time, at) = *lock(&self.told);
+        time.saturating_add(u64::try_from(self.clock.now().since(at).as_micros()).unwrap_or_default())
+    }
+
+    /// Reads all of a key.
+    async fn load(&self, key: &Key) -> Result<(Loaded, u64)> {
+        // A queue that changes between the two requests is read again.
+        for round in rounds() {
+            round.pause().await;
+            let (documents, now) = self.service.read(Lane::Steps, &[self.names.key(key)]).await?;
+            let loaded = match documents.first().and_then(Option::as_ref) {
+                Some(document) => self.load_rest(document).await?,
+                None => Some((Loaded::default(), 0)),
+            };
+            if let Some((loaded, later)) = loaded {
+                self.seems(key, loaded.written.is_some());
+                self.tell(now.max(later));
+                return Ok((loaded, now.max(later)));
+            }
+        }
+        Err(busy())
+    }
+
+    /// What belongs to a key's document: its pages. None if they are not what the document says any more.
+    async fn load_rest(&self, document: &api::Document) -> Result<Option<(Loaded, u64)>> {
+        let (mut record, written) = KeyRecord::read(document)?;
+        let named = std::mem::take(&mut record.pages);
+        let names: Vec<_> = named.iter().map(|name| self.names.page(&document.name, name.number)).collect();
+        let mut leaves: Vec<Option<Leaf>> = {
+            let remembered = lock(&self.pages);
+            let at_hand = |(name, place): (&PageName, &String)| remembered.get(place).filter(|leaf| leaf.name == *name).cloned();
+            named.iter().zip(&names).map(at_hand).collect()
+        };
+        let missing: Vec<_> = (0..leaves.len()).filter(|at| leaves[*at].is_none()).collect();
+        let mut time = 0;
+        if !missing.is_empty() {
+            let wanted: Vec<_> = missing.iter().map(|at| names[*at].clone()).collect();
+            let (documents, now) = self.service.read(Lane::Steps, &wanted).await?;
+            time = now;
+            for (at, page) in missing.into_iter().zip(documents) {
+                let Some(page) = page else { return Ok(None) };
+                let page = Page::read(&page)?;
+                if page.revision != named[at].revision {
+                    return Ok(None);
+                }
+                leaves[at] = Some(Leaf { name: named[at], page: Arc::new(page) });
+            }
+        }
+        let pages: Vec<Leaf> = leaves.into_iter().flatten().collect();
+        self.remember_pages(&document.name, &pages);
+        record.pages = named;
+        Ok(Some((Loaded { written: Some(written), record, pages }, time)))
+    }
+
+    fn remember_pages(&self, key: &str, pages: &[Leaf]) {
+        if pages.is_empty() {
+            return;
+        }
+        let mut remembered = lock(&self.pages);
+        if remembered.len() + pages.len() > MOST_PAGES {
+            remembered.clear();
+        }
+        for leaf in pages {
+            remembered.insert(self.names.page(key, leaf.name.number), leaf.clone());
+        }
+    }
+
+    /// One step on a key: read, settled, decided, settled, committed. Until nobody else came between.
+    async fn step<T>(
+        &self,
+        key: &Key,
+        wanted: &Wanted,
+        mut decide: impl FnMut(&mut Step<'_>) -> T + Send,
+    ) -> Result<Reply<T>> {
+        for round in rounds() {
+            round.pause().await;
+            wanted.check()?;
+            let (loaded, mut now) = self.load(key).await?;
+            let mut lives = self.sessions.known();
+            let (writes, mut after, outcome) = loop {
+                let mut step = Step::new(key, &self.names, &loaded, &lives, now);
+                step.settle();
+                let outcome = decide(&mut step);
+                step.settle();
+                let unknown = step.unknown();
+                if unknown.is_empty() {
+                    let (writes, after) = step.writes()?;
+                    break (writes, after, outcome);
+                }
+                let (read, later) = self.sessions.read(&self.service, &self.names, &unknown).await?;
+                lives.extend(read);
+                now = now.max(later);
+            };
+            if writes.is_empty() {
+                self.remember(&loaded, now);
+                self.tell(now);
+                return Ok(reply(now, outcome));
+            }
+            wanted.check()?;
+            match self.service.commit(Lane::Steps, writes).await {
+                Ok(Committed { time, written }) => {
+                    after.written = written.first().copied().flatten();
+                    self.seems(key, after.written.is_some());
+                    after.record.settle_commit(time);
+                    for leaf in &mut after.pages {
+                        Arc::make_mut(&mut leaf.page).settle_commit(time);
+                    }
+                    self.remember_pages(&self.names.key(key), &after.pages);
+                    self.remember(&after, now);
+                    self.tell(time);
+                    return Ok(reply(time, outcome));
+                }
+                Err(Refused::Changed | Refused::Contended) => {}
+                Err(Refused::Fault(fault)) => return Err(fault),
+            }
+        }
+        Err(busy())
+    }
+
+    /// A hold of this handle that has its document for itself is ended by one request.
+    fn remember(&self, loaded: &Loaded, now: u64) {
+        let Some(written) = loaded.written else { return };
+        let Some(hold) = loaded.only_hold(now) else { return };
+        let (Ok(token), Ok(session)) = (record::token_of(&hold.token), session_of(&hold.session)) else { return };
+        if self.sessions.ends(session) != 0 {
+            let (session_bound, deadline, called) = (hold.session_bound, hold.deadline, hold.called);
+            lock(&self.alone).insert(token, Alone { written, session, session_bound, deadline, called });
+        }
+    }
+
+    /// Creates the document of a key that nobody has: the hold, in one request. None: somebody has it.
+    async fn create(&self, request: &AcquireRequest, owner: String) -> Result<Option<Reply<AcquireOutcome>>> {
+        let write = fresh(&self.names, request, owner, self.estimate());
+        let (time, written) = match self.service.commit(Lane::Steps, vec![write]).await {
+            Ok(Committed { time, written }) => (time, written.first().copied().flatten().ok_or_else(malformed)?),
+            Err(Refused::Changed | Refused::Contended) => {
+                self.seems(&request.key, true);
+                return Ok(None);
+            }
+            Err(Refused::Fault(fault)) => return Err(fault),
+        };
+        self.tell(time);
+        if time > request.not_after.as_micros() {
+            // It never was: everybody who reads it sees that. It need not stay, either.
+            let name = self.names.key(&request.key);
+            drop(self.service.commit(Lane::Steps, vec![delete(name, Only::IfStill(written))]).await);
+            return Ok(Some(reply(time, AcquireOutcome::Stale)));
+        }
+        let length = request.term.length();
+        let session_bound = matches!(request.term, crate::store::Term::Session { .. });
+        let deadline = length.map(|length| StoreTime::from_micros(time).after(length).as_micros());
+        let alone = Alone { written, session: request.session, session_bound, deadline, called: false };
+        lock(&self.alone).insert(request.token, alone);
+        let granted = Granted { fence: Fence::new(time), remaining: length };
+        Ok(Some(reply(time, AcquireOutcome::Granted(granted))))
+    }
+
+    async fn acquire(&self, request: &AcquireRequest, wanted: &Wanted) -> Result<Reply<AcquireOutcome>> {
+        let _turn = self.turn(&request.key).await;
+        wanted.check()?;
+        let mut owner = self.sessions.owner_if_alive(request.session).filter(|_| !self.seems_taken(&request.key));
+        for round in rounds() {
+            round.pause().await;
+            wanted.check()?;
+            if let Some(owner) = owner.take()
+                && let Some(done) = self.create(request, owner).await?
+            {
+                return Ok(done);
+            }
+            let mut found = None;
+            let decided = self.step(&request.key, wanted, |step| {
+                found = Some(step.owner_of(request.session));
+                step.acquire(request)
+            });
+            let Reply { time, outcome } = decided.await?;
+            match outcome {
+                Some(AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_))
+                    if time.as_micros() > request.not_after.as_micros() && !self.was_entered(request, wanted).await? =>
+                {
+                    return Ok(Reply { time, outcome: AcquireOutcome::Stale });
+                }
+                Some(AcquireOutcome::Granted(mut granted)) => {
+                    granted.remaining = granted.remaining.map(|left| left.min(request.term.length().unwrap_or(left)));
+                    return Ok(Reply { time, outcome: AcquireOutcome::Granted(granted) });
+                }
+                Some(outcome) => return Ok(Reply { time, outcome }),
+                None => owner = found,
+            }
+        }
+        Err(busy())
+    }
+
+    /// Whether what was written late was there before.
+    async fn was_entered(&self, request: &AcquireRequest, wanted: &Wanted) -> Result<bool> {
+        let poll = self.step(&request.key, wanted, |step| step.poll(request.token)).await?;
+        Ok(poll.outcome != PollOutcome::Gone)
+    }
+
+    async fn end(
+        &self,
+        key: &Key,
+        token: TokenId,
+        cooldown: Option<Duration>,
+        wanted: &Wanted,
+    ) -> Result<Reply<EndOutcome>> {
+        let _turn = self.turn(key).await;
+        wanted.check()?;
+        let alone = lock(&self.alone).remove(&token);
+        let cooldown = cooldown.filter(|cooldown| !cooldown.is_zero());
+        if let (Some(alone), None) = (alone, cooldown) {
+            let mut writes = vec![delete(self.names.key(key), Only::IfStill(alone.written))];
+            if alone.called {
+                writes.push(delete(self.names.call(alone.session, token), Only::Always));
+            }
+            match self.service.commit(Lane::Steps, writes).await {
+                Ok(Committed { time, .. }) => {
+                    self.tell(time);
+                    self.seems(key, false);
+                    let is_over = alone.deadline.is_some_and(|deadline| deadline <= time)
+                        || (alone.session_bound && self.sessions.ends(alone.session) <= time);
+                    return Ok(reply(time, if is_over { EndOutcome::Nothing } else { EndOutcome::Released }));
+                }
+                Err(Refused::Changed | Refused::Contended) => {}
+                Err(Refused::Fault(fault)) => return Err(fault),
+            }
+        }
+        self.step(key, wanted, |step| step.end(token, cooldown)).await
+    }
+
+    /// Settles every key that has something of a session.
+    async fn settle_keys_of(&self, session: SessionId, wanted: &Wanted) -> Result<()> {
+        for _ in 0..MOST_PASSES {
+            let of_session = vec![(Operator::ArrayContains, text(session.to_hex()))];
+            let found = query(self.names.keys(), "sessions", of_session, false, SETTLED_AT_ONCE);
+            let (found, _) = self.service.ask(Lane::Steps, self.names.root(), found).await?;
+            let is_last = found.len() < SETTLED_AT_ONCE;
+            let settled = found.into_iter().map(|document| async move {
+                let key = Key::from_encoded(text_of(&document, "key")?)?;
+                self.step(&key, wanted, |step| step.settle_all()).await
+            });
+            let mut settled = futures_util::stream::iter(settled).buffer_unordered(AT_ONCE);
+            while let Some(done) = settled.next().await {
+                done?;
+            }
+            if is_last {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Housekeeping now and then. Nobody waits for it, and what fails is done another time.
+    fn tidy(self: &Arc<Self>) {
+        let now = self.clock.now();
+        {
+            let mut swept = lock(&self.swept);
+            if now.since(*swept) < SWEEP_EVERY {
+                return;
+            }
+            // Processes that began together do not sweep together.
+            *swept = now.before(jitter(SWEEP_EVERY / 4));
+        }
+        if let Ok(runtime) = self.service.runtime() {
+            let inner = self.clone();
+            runtime.spawn(async move {
+                let waits = Arc::new(());
+                drop(inner.sweep(&Wanted::by(&waits)).await);
+            });
+        }
+    }
+
+    /// Deletes what is over: sessions with all that they left, and keys that time has freed.
+    async fn sweep(&self, wanted: &Wanted) -> Result<()> {
+        let (_, now) = self.service.read(Lane::Steps, &[self.names.session(SessionId::random()?)]).await?;
+        let over = vec![(Operator::LessThan, timestamp(now))];
+        let sessions = query(self.names.sessions(), "swept_after", over.clone(), true, SWEPT_AT_ONCE);
+        let (sessions, now) = self.service.ask(Lane::Steps, self.names.root(), sessions).await?;
+        for document in sessions {
+            let (record, written) = SessionRecord::read(&document)?;
+            let id = document.name.rsplit('/').next().and_then(SessionId::from_hex);
+            let (Some(session), true) = (id, session::may_go(&record, written, now)?) else { continue };
+            self.settle_keys_of(session, wanted).await?;
+            let calls = query(self.names.calls(), "key", Vec::new(), false, 400);
+            let (calls, _) = self.service.ask(Lane::Steps, &document.name, calls).await?;
+            let mut writes: Vec<_> = calls.into_iter().map(|call| delete(call.name, Only::Always)).collect();
+            if writes.len() < 400 {
+                writes.push(delete(document.name, Only::IfStill(written)));
+            }
+            drop(self.service.commit(Lane::Steps, writes).await);
+        }
+        let keys = query(self.names.keys(), "expire_at", over, true, SWEPT_AT_ONCE);
+        let (keys, _) = self.service.ask(Lane::Steps, self.names.root(), keys).await?;
+        for document in keys {
+            let key = Key::from_encoded(text_of(&document, "key")?)?;
+            self.step(&key, wanted, |_| ()).await?;
+        }
+        Ok(())
+    }
+
+    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize, wanted: &Wanted) -> Result<Reply<Vec<KeyState>>> {
+        let mut listed = Vec::new();
+        let mut after = after.map(|after| after.as_encoded().to_owned());
+        loop {
+            let mut conditions = vec![(Operator::GreaterThanOrEqual, text(prefix))];
+            if let Some(after) = after.as_deref().filter(|after| *after >= prefix) {
+                conditions = vec![(Operator::GreaterThan, text(after))];
+            }
+            let wanted_now = (limit - listed.len()).clamp(1, 300);
+            let page = query(self.names.keys(), "key", conditions, true, wanted_now);
+            let (documents, now) = self.service.ask(Lane::Steps, self.names.root(), page).await?;
+            self.tell(now);
+            let is_last = documents.len() < wanted_now;
+            let keys = documents.iter().map(|document| Key::from_encoded(text_of(document, "key")?));
+            let keys = keys.collect::<Result<Vec<_>>>()?;
+            let within = keys.iter().take_while(|key| key.as_encoded().starts_with(prefix)).count();
+            let states = self.states(&documents[..within], &keys[..within], now, wanted).await?;
+            let room = limit - listed.len();
+            listed.extend(states.into_iter().take(room));
+            after = keys.last().map(|key| key.as_encoded().to_owned());
+            if is_last || within < keys.len() || listed.len() >= limit {
+                return Ok(reply(now, listed));
+            }
+        }
+    }
+
+    /// What is known of keys whose documents are at hand. Those that are not idle.
+    async fn states(&self, documents: &[api::Document], keys: &[Key], now: u64, wanted: &Wanted) -> Result<Vec<KeyState>> {
+        let mut loaded = Vec::new();
+        for document in documents {
+            loaded.push(self.load_rest(document).await?);
+        }
+        let mut lives = self.sessions.known();
+        let mut states = Vec::new();
+        let mut now = now;
+        loop {
+            let mut unknown = BTreeSet::new();
+            states.clear();
+            for (key, loaded) in keys.iter().zip(&loaded) {
+                let Some((loaded, _)) = loaded else {
+                    states.push((key, None));
+                    continue;
+                };
+                let mut step = Step::new(key, &self.names, loaded, &lives, now);
+                step.settle();
+                step.settle_all();
+                step.settle();
+                unknown.extend(step.unknown());
+                let (state, is_idle) = (step.state(), step.is_idle());
+                let is_settled = unknown.is_empty() && step.writes()?.0.is_empty();
+                states.push((key, is_settled.then_some((state, is_idle))));
+            }
+            if unknown.is_empty() {
+                break;
+            }
+            let unknown: Vec<_> = unknown.into_iter().collect();
+            let (read, later) = self.sessions.read(&self.service, &self.names, &unknown).await?;
+            lives.extend(read);
+            now = now.max(later);
+        }
+        let mut seen = Vec::new();
+        for (key, state) in states {
+            let (state, is_idle) = match state {
+                Some(state) => state,
+                // Something is over, or changes just now.
+                None => self.step(key, wanted, |step| { step.settle_all(); step.settle(); (step.state(), step.is_idle()) }).await?.outcome,
+            };
+            if !is_idle {
+                seen.push(state);
+            }
+        }
+        Ok(seen)
+    }
+
+    async fn listen(self: &Arc<Self>, session: SessionId) -> Result<()> {
+        let pushes = lock(&self.listeners)
+            .get(&session)
+            .filter(|listener| listener.task.is_none())
+            .map(|listener| listener.pushes.clone());
+        if let Some(pushes) = pushes {
+            let task = listen::start(self, session, pushes).await?;
+            match lock(&self.listeners).get_mut(&session) {
+                Some(listener) => listener.task = Some(task),
+                None => task.abort(),
+            }
+        }
+        Ok(())
+    }
+
+    fn warn(&self, session: SessionId, warning: String) {
+        if let Some(listener) = lock(&self.listeners).get(&session) {
+            listener.pushes.send(Push::Warning(warning));
+        }
+    }
+}
+
+/// The turn of a step. The last one takes its mutex with it.
+struct Turn<'a> {
+    inner: &'a Inner,
+    id: String,
+    guard: Option<tokio::sync::OwnedMutexGuard<()>>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        drop(self.guard.take());
+        let mut turns = lock(&self.inner.turns);
+        if turns.get(&self.id).is_some_and(|mutex| Arc::strong_count(mutex) == 1) {
+            turns.remove(&self.id);
+        }
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Store for Firestore {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(NAME)
+    }
+
+    async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {
+        self.run(async move |inner: Arc<Inner>, _| {
+            inner.listen(request.session).await?;
+            if let Some(warning) = session::too_fast(request.ttl) {
+                inner.warn(request.session, warning);
+            }
+            let done = inner.sessions.open(&inner.service, &inner.names, request).await?;
+            inner.tell(done.time.as_micros());
+            Ok(done)
+        })
+        .await
+    }
+
+    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
+        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+            let done = inner.sessions.beat(&inner.service, &inner.names, session, &wanted).await?;
+            inner.tell(done.time.as_micros());
+            inner.tidy();
+            Ok(done)
+        })
+        .await
+    }
+
+    async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
+        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+            let time = inner.sessions.close(&inner.service, &inner.names, session).await?;
+            lock(&inner.alone).retain(|_, alone| alone.session != session);
+            inner.settle_keys_of(session, &wanted).await?;
+            lock(&inner.listeners).remove(&session);
+            Ok(reply(time.max(lock(&inner.told).0), ()))
+        })
+        .await
+    }
+
+    async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
+        self.run(async move |inner: Arc<Inner>, wanted: Wanted| inner.acquire(&request, &wanted).await).await
+    }
+
+    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
+        let key = key.clone();
+        self.run(async move |inner: Arc<Inner>, wanted: Wanted| inner.step(&key, &wanted, |step| step.poll(token)).await)
+            .await
+    }
+
+    async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
+        self.release(key, token, None).await
+    }
+
+    async fn release(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
+        let key = key.clone();
+        self.run(async move |inner: Arc<Inner>, wanted: Wanted| inner.end(&key, token, cooldown, &wanted).await).await
+    }
+
+    async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
+        let key = key.clone();
+        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+            let _turn = inner.turn(&key).await;
+            inner.step(&key, &wanted, |step| step.extend(token, ttl)).await
+        })
+        .await
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
+        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+            let _turn = inner.turn(&request.key).await;
+            let done = inner.step(&request.key, &wanted, |step| step.adopt(&request)).await?;
+            if matches!(done.outcome, AdoptOutcome::Adopted { .. }) && done.time > request.not_after {
+                // It was committed too late, or was adopted before and is asked for again.
+                let poll = inner.step(&request.key, &wanted, |step| step.poll(request.to)).await?;
+                if poll.outcome == PollOutcome::Gone {
+                    return Ok(Reply { time: poll.time, outcome: AdoptOutcome::Stale });
+                }
+            }
+            Ok(done)
+        })
+        .await
+    }
+
+    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
+        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+            let _turn = inner.turn(&request.key).await;
+            inner.step(&request.key, &wanted, |step| step.evict(&request)).await
+        })
+        .await
+    }
+
+    async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
+        let key = key.clone();
+        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+            let look = |step: &mut Step<'_>| {
+                step.settle_all();
+                step.settle();
+                step.state()
+            };
+            inner.step(&key, &wanted, look).await
+        })
+        .await
+    }
+
+    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
+        let (prefix, after) = (prefix.to_owned(), after.cloned());
+        self.run(async move |inner: Arc<Inner>, wanted: Wanted| inner.list(&prefix, after.as_ref(), limit, &wanted).await)
+            .await
+    }
+
+    fn grants(&self, session: SessionId) -> GrantStream {
+        let (pushes, stream) = push_channel();
+        lock(&self.inner.listeners).insert(session, Listener { pushes, task: None });
+        stream
+    }
+}
