@@ -184,6 +184,8 @@ impl Service {
         let answer = answer.map_err(|status| match status.code() {
             // All that we ask of a document is that it is there, or not, or unchanged.
             Code::AlreadyExists | Code::FailedPrecondition => Refused::Changed,
+            // Of a database that was set back.
+            Code::InvalidArgument if status.message().contains("base version") => Refused::Changed,
             Code::NotFound if !status.message().contains("database") => Refused::Changed,
             Code::Aborted => Refused::Contended,
             _ => Refused::Fault(from_status(status, Does::Write)),

@@ -87,7 +87,7 @@ struct Inner {
     sessions: Sessions,
     listeners: Mutex<HashMap<SessionId, Listener>>,
     /// Holds that are ended by deleting their document as it is.
-    alone: Mutex<HashMap<TokenId, Alone>>,
+    alone: Mutex<HashMap<(Key, TokenId), Alone>>,
     /// Steps of this handle on one key take turns: they would only get in each other's way.
     turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// Keys that had a document when they were last looked at, by a hash: it is not tried to create one. Only a guess.
@@ -325,7 +325,7 @@ impl Inner {
                 now = now.max(later);
             };
             if writes.is_empty() {
-                self.remember(&loaded, now);
+                self.remember(key, &loaded, now);
                 self.tell(now);
                 return Ok(reply(now, outcome));
             }
@@ -339,7 +339,7 @@ impl Inner {
                         Arc::make_mut(&mut leaf.page).settle_commit(time);
                     }
                     self.remember_pages(&self.names.key(key), &after.pages);
-                    self.remember(&after, now);
+                    self.remember(key, &after, now);
                     self.tell(time);
                     return Ok(reply(time, outcome));
                 }
@@ -351,13 +351,13 @@ impl Inner {
     }
 
     /// A hold of this handle that has its document for itself is ended by one request.
-    fn remember(&self, loaded: &Loaded, now: u64) {
+    fn remember(&self, key: &Key, loaded: &Loaded, now: u64) {
         let Some(written) = loaded.written else { return };
         let Some(hold) = loaded.only_hold(now) else { return };
         let (Ok(token), Ok(session)) = (record::token_of(&hold.token), session_of(&hold.session)) else { return };
         if self.sessions.ends(session) != 0 {
             let (session_bound, deadline, called) = (hold.session_bound, hold.deadline, hold.called);
-            lock(&self.alone).insert(token, Alone { written, session, session_bound, deadline, called });
+            lock(&self.alone).insert((key.clone(), token), Alone { written, session, session_bound, deadline, called });
         }
     }
 
@@ -383,7 +383,7 @@ impl Inner {
         let session_bound = matches!(request.term, crate::store::Term::Session { .. });
         let deadline = length.map(|length| StoreTime::from_micros(time).after(length).as_micros());
         let alone = Alone { written, session: request.session, session_bound, deadline, called: false };
-        lock(&self.alone).insert(request.token, alone);
+        lock(&self.alone).insert((request.key.clone(), request.token), alone);
         let granted = Granted { fence: Fence::new(time), remaining: length };
         Ok(Some(reply(time, AcquireOutcome::Granted(granted))))
     }
@@ -438,7 +438,7 @@ impl Inner {
     ) -> Result<Reply<EndOutcome>> {
         let _turn = self.turn(key).await;
         wanted.check()?;
-        let alone = lock(&self.alone).remove(&token);
+        let alone = lock(&self.alone).remove(&(key.clone(), token));
         let cooldown = cooldown.filter(|cooldown| !cooldown.is_zero());
         if let (Some(alone), None) = (alone, cooldown) {
             let mut writes = vec![delete(self.names.key(key), Only::IfStill(alone.written))];
