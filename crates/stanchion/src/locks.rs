@@ -486,6 +486,7 @@ fn is_redis(scheme: &str) -> bool {
     matches!(scheme.split('+').next(), Some("redis" | "rediss"))
 }
 
+#[cfg(not(all(feature = "sqlite", feature = "redis", feature = "postgres", feature = "firestore")))]
 fn not_built(scheme: &str) -> Error {
     Error::new(ErrorKind::Unsupported, format!("this build has no store for `{scheme}:` URLs; it has {}", stores()))
 }

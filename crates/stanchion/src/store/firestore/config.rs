@@ -49,7 +49,11 @@ impl Config {
             }
         }
         let fits = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
-        if collection.is_empty() || collection.len() > 100 || !collection.chars().all(fits) || collection.starts_with('_') {
+        if collection.is_empty()
+            || collection.len() > 100
+            || !collection.chars().all(fits)
+            || collection.starts_with('_')
+        {
             let message = "`collection` has 1 to 100 letters, digits, `-`, `_`, and does not begin with `_`";
             return Err(invalid(message));
         }
@@ -78,7 +82,10 @@ mod tests {
     fn a_url_names_project_database_and_collection() {
         let read = |url| Config::read(url, None).unwrap();
         let plain = read("firestore://p");
-        assert_eq!((plain.database.as_str(), plain.collection.as_str()), ("projects/p/databases/(default)", "stanchion"));
+        assert_eq!(
+            (plain.database.as_str(), plain.collection.as_str()),
+            ("projects/p/databases/(default)", "stanchion")
+        );
         assert_eq!(plain.emulator, None);
         let full = read("firestore://example.com:p/locks-1?collection=jobs&emulator=127.0.0.1:8080");
         assert_eq!(full.database, "projects/example.com:p/databases/locks-1");

@@ -195,7 +195,11 @@ impl Service {
     }
 
     /// What changes in the documents of a query, from now on.
-    pub(super) async fn listen(&self, parent: &str, query: api::StructuredQuery) -> Result<Streaming<api::ListenResponse>> {
+    pub(super) async fn listen(
+        &self,
+        parent: &str,
+        query: api::StructuredQuery,
+    ) -> Result<Streaming<api::ListenResponse>> {
         let target = api::target::QueryTarget {
             parent: parent.to_owned(),
             query_type: Some(api::target::query_target::QueryType::StructuredQuery(query)),
@@ -261,7 +265,8 @@ impl Service {
         if let Some(channel) = &*channel {
             return Ok(channel.clone());
         }
-        let invalid = |fault: tonic::transport::Error| error(ErrorKind::Misconfigured, format!("no connection: {fault}"));
+        let invalid =
+            |fault: tonic::transport::Error| error(ErrorKind::Misconfigured, format!("no connection: {fault}"));
         let endpoint = match &self.config.emulator {
             Some(host) => Endpoint::from_shared(format!("http://{host}")).map_err(invalid)?,
             None => {
@@ -334,4 +339,3 @@ impl Wanted {
         Ok(())
     }
 }
-

@@ -76,9 +76,9 @@ pub(super) fn key_id(key: &Key) -> String {
 
 /// FNV-1a and a finisher: alike keys get numbers that are far apart. Nothing depends on it being hard to invert.
 fn spread(bytes: &[u8]) -> u64 {
-    let sum = bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum: u64, byte| {
-        (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let sum = bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |sum: u64, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
     let mixed = (sum ^ (sum >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
     mixed ^ (mixed >> 33)
 }
@@ -216,7 +216,9 @@ mod tests {
     #[test]
     fn ids_are_legal_injective_and_spread() {
         let mut names: Vec<String> =
-            ["/", ".", "..", "a/b", "__x__", "__id7__", "é", "鍵", "🔒", "a", "A", " ", "a ", "\u{7f}"].map(str::to_owned).into();
+            ["/", ".", "..", "a/b", "__x__", "__id7__", "é", "鍵", "🔒", "a", "A", " ", "a ", "\u{7f}"]
+                .map(str::to_owned)
+                .into();
         names.push("x".repeat(crate::key::MAX_KEY_BYTES));
         names.extend((0..1_000).map(|i| format!("invoice:{i}")));
         let namespace = "n".repeat(128);
@@ -224,14 +226,16 @@ mod tests {
         for namespace in ["", "a", &namespace] {
             for name in &names {
                 let id = key_id(&Key::new(namespace, name).unwrap());
-                assert!(id.len() <= 1_500 && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)), "{id}");
+                assert!(
+                    id.len() <= 1_500 && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)),
+                    "{id}"
+                );
                 assert!(!id.starts_with("__") && id != "." && id != "..");
                 assert!(ids.insert(id), "{name}");
             }
         }
-        let mut begins: Vec<u8> = (0..1_000)
-            .map(|i| key_id(&Key::new("", &format!("invoice:{i}")).unwrap()).as_bytes()[0])
-            .collect();
+        let mut begins: Vec<u8> =
+            (0..1_000).map(|i| key_id(&Key::new("", &format!("invoice:{i}")).unwrap()).as_bytes()[0]).collect();
         begins.sort_unstable();
         begins.dedup();
         assert_eq!(begins.len(), 16, "keys in sequence begin with every digit");

@@ -36,7 +36,9 @@ pub(super) fn from_status(status: Status, does: Does) -> Error {
         Code::NotFound => (ErrorKind::Misconfigured, "there is no such database", false),
         Code::FailedPrecondition => (ErrorKind::Misconfigured, "the database cannot be used like this", false),
         Code::Unimplemented => (ErrorKind::Misconfigured, "this is no Firestore in native mode", false),
-        Code::InvalidArgument | Code::OutOfRange => (ErrorKind::Internal, "the service does not take this request", false),
+        Code::InvalidArgument | Code::OutOfRange => {
+            (ErrorKind::Internal, "the service does not take this request", false)
+        }
         Code::AlreadyExists => (ErrorKind::Internal, "the document is there already", false),
         Code::DeadlineExceeded => (ErrorKind::NetworkTimeout, "no answer in time", true),
         Code::Unavailable if never_left(&status) => (ErrorKind::Unavailable, "cannot connect", false),

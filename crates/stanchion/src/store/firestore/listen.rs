@@ -28,7 +28,11 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 const READY_WITHIN: Duration = Duration::from_secs(1);
 
 /// Starts listening, and waits until that has succeeded or failed once.
-pub(super) async fn start(inner: &std::sync::Arc<Inner>, session: SessionId, pushes: PushSender) -> Result<tokio::task::AbortHandle> {
+pub(super) async fn start(
+    inner: &std::sync::Arc<Inner>,
+    session: SessionId,
+    pushes: PushSender,
+) -> Result<tokio::task::AbortHandle> {
     let (tried, first_attempt) = oneshot::channel();
     let task = inner.service.runtime()?.spawn(listen(std::sync::Arc::downgrade(inner), session, pushes, tried));
     let _late = within(READY_WITHIN, first_attempt).await;

@@ -52,8 +52,8 @@ use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, EndOutcome, EvictOutcome,
-    EvictRequest, ExtendOutcome, GrantStream, Granted, KeyState, OpenOutcome, OpenSession, PollOutcome, Push, PushSender,
-    Reply, Store, StoreTime, push_channel,
+    EvictRequest, ExtendOutcome, GrantStream, Granted, KeyState, OpenOutcome, OpenSession, PollOutcome, Push,
+    PushSender, Reply, Store, StoreTime, push_channel,
 };
 use crate::token::{SessionId, TokenId};
 
@@ -261,7 +261,8 @@ impl Inner {
         let names: Vec<_> = named.iter().map(|name| self.names.page(&document.name, name.number)).collect();
         let mut leaves: Vec<Option<Leaf>> = {
             let remembered = lock(&self.pages);
-            let at_hand = |(name, place): (&PageName, &String)| remembered.get(place).filter(|leaf| leaf.name == *name).cloned();
+            let at_hand =
+                |(name, place): (&PageName, &String)| remembered.get(place).filter(|leaf| leaf.name == *name).cloned();
             named.iter().zip(&names).map(at_hand).collect()
         };
         let missing: Vec<_> = (0..leaves.len()).filter(|at| leaves[*at].is_none()).collect();
@@ -408,7 +409,8 @@ impl Inner {
             let Reply { time, outcome } = decided.await?;
             match outcome {
                 Some(AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_))
-                    if time.as_micros() > request.not_after.as_micros() && !self.was_entered(request, wanted).await? =>
+                    if time.as_micros() > request.not_after.as_micros()
+                        && !self.was_entered(request, wanted).await? =>
                 {
                     return Ok(Reply { time, outcome: AcquireOutcome::Stale });
                 }
@@ -530,7 +532,13 @@ impl Inner {
         Ok(())
     }
 
-    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize, wanted: &Wanted) -> Result<Reply<Vec<KeyState>>> {
+    async fn list(
+        &self,
+        prefix: &str,
+        after: Option<&Key>,
+        limit: usize,
+        wanted: &Wanted,
+    ) -> Result<Reply<Vec<KeyState>>> {
         let mut listed = Vec::new();
         let mut after = after.map(|after| after.as_encoded().to_owned());
         loop {
@@ -557,7 +565,13 @@ impl Inner {
     }
 
     /// What is known of keys whose documents are at hand. Those that are not idle.
-    async fn states(&self, documents: &[api::Document], keys: &[Key], now: u64, wanted: &Wanted) -> Result<Vec<KeyState>> {
+    async fn states(
+        &self,
+        documents: &[api::Document],
+        keys: &[Key],
+        now: u64,
+        wanted: &Wanted,
+    ) -> Result<Vec<KeyState>> {
         let mut loaded = Vec::new();
         for document in documents {
             loaded.push(self.load_rest(document).await?);
@@ -595,7 +609,15 @@ impl Inner {
             let (state, is_idle) = match state {
                 Some(state) => state,
                 // Something is over, or changes just now.
-                None => self.step(key, wanted, |step| { step.settle_all(); step.settle(); (step.state(), step.is_idle()) }).await?.outcome,
+                None => {
+                    self.step(key, wanted, |step| {
+                        step.settle_all();
+                        step.settle();
+                        (step.state(), step.is_idle())
+                    })
+                    .await?
+                    .outcome
+                }
             };
             if !is_idle {
                 seen.push(state);
@@ -690,8 +712,10 @@ impl Store for Firestore {
 
     async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
         let key = key.clone();
-        self.run(async move |inner: Arc<Inner>, wanted: Wanted| inner.step(&key, &wanted, |step| step.poll(token)).await)
-            .await
+        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+            inner.step(&key, &wanted, |step| step.poll(token)).await
+        })
+        .await
     }
 
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
@@ -751,8 +775,10 @@ impl Store for Firestore {
 
     async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
         let (prefix, after) = (prefix.to_owned(), after.cloned());
-        self.run(async move |inner: Arc<Inner>, wanted: Wanted| inner.list(&prefix, after.as_ref(), limit, &wanted).await)
-            .await
+        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+            inner.list(&prefix, after.as_ref(), limit, &wanted).await
+        })
+        .await
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {

@@ -96,7 +96,8 @@ impl Sessions {
             let mut life = Life { ends: 0, owner: "".into(), document: None };
             if let Some(document) = document {
                 let (record, written) = SessionRecord::read(&document)?;
-                life = Life { ends: record.ends(micros(written)?), owner: record.owner.as_str().into(), document: None };
+                life =
+                    Life { ends: record.ends(micros(written)?), owner: record.owner.as_str().into(), document: None };
                 if life.ends > now {
                     life.document = Some((record, written));
                 }

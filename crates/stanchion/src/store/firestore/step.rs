@@ -15,14 +15,14 @@ use prost_types::Timestamp;
 use super::document::{Names, Only, bytes, delete, fields, put, text, texts, timestamp};
 use super::error::malformed;
 use super::record::{
-    Former, Forced, Hold, KeyRecord, Lost, Page, PageName, SessionRecord, Waiter, session_of, token_of,
+    Forced, Former, Hold, KeyRecord, Lost, Page, PageName, SessionRecord, Waiter, session_of, token_of,
 };
 use crate::error::Result;
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, EndOutcome, EvictOutcome, EvictRequest,
-    ExtendOutcome, HolderState, KeyState, MAX_WAITERS, PollOutcome, Queued, WaiterState,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, EndOutcome, EvictOutcome, EvictRequest, ExtendOutcome,
+    HolderState, KeyState, MAX_WAITERS, PollOutcome, Queued, WaiterState,
 };
 use crate::token::{SessionId, TokenId};
 
@@ -228,9 +228,7 @@ impl<'a> Step<'a> {
         while let Some(head) = self.record.front.first() {
             if !self.lives_still(&head.session) {
                 // The next ones are asked for with it: a crowd of the dead takes two reads, not one for each.
-                let dead = self.waiters().map(|waiter| waiter.session.clone()).collect::<BTreeSet<_>>();
-                let dead: BTreeSet<_> = dead.into_iter().filter(|session| !self.lives_still(session)).collect();
-                self.remove_waiters(|waiter| dead.contains(&waiter.session));
+                self.settle_all();
             } else if self.unknown.borrow().is_empty() && self.fits(head.units, head.capacity) {
                 let waiter = self.record.front.remove(0);
                 self.draw_up();
@@ -243,8 +241,8 @@ impl<'a> Step<'a> {
 
     /// All the dead are gone from the queue, not those at its head alone.
     pub(super) fn settle_all(&mut self) {
-        let sessions: BTreeSet<_> = self.waiters().map(|waiter| waiter.session.clone()).collect();
-        let dead: BTreeSet<_> = sessions.into_iter().filter(|session| !self.lives_still(session)).collect();
+        let sessions: BTreeSet<_> = self.waiters().map(|waiter| &waiter.session).collect();
+        let dead: BTreeSet<_> = sessions.into_iter().filter(|session| !self.lives_still(session)).cloned().collect();
         if !dead.is_empty() {
             self.remove_waiters(|waiter| dead.contains(&waiter.session));
         }
@@ -419,7 +417,8 @@ impl<'a> Step<'a> {
         record.expires = record.ends(at);
         record.beaten_before = 0;
         if record.expires != 0 {
-            let document = super::session::document(self.names, session, &record, record.expires, Only::IfStill(written));
+            let document =
+                super::session::document(self.names, session, &record, record.expires, Only::IfStill(written));
             self.others.push(document);
         }
     }
@@ -468,7 +467,9 @@ impl<'a> Step<'a> {
 
     pub(super) fn evict(&mut self, request: &EvictRequest) -> EvictOutcome {
         let Some(at) = self.record.holds.iter().position(|hold| hold.fence == request.fence.get()) else {
-            return EvictOutcome::NoSuchHold { live: self.record.holds.iter().map(|hold| Fence::new(hold.fence)).collect() };
+            return EvictOutcome::NoSuchHold {
+                live: self.record.holds.iter().map(|hold| Fence::new(hold.fence)).collect(),
+            };
         };
         let hold = self.record.holds.remove(at);
         self.next_fence();
@@ -621,11 +622,8 @@ fn key_document(
     ends: Option<u64>,
     only: Only,
 ) -> api::Write {
-    let mut all = fields([
-        ("key", text(key.as_encoded())),
-        ("sessions", texts(sessions.into_iter())),
-        ("record", bytes(record)),
-    ]);
+    let mut all =
+        fields([("key", text(key.as_encoded())), ("sessions", texts(sessions.into_iter())), ("record", bytes(record))]);
     if let Some(ends) = ends {
         all.insert("expire_at".to_owned(), timestamp(ends.saturating_add(KEPT_AFTER)));
     }
@@ -636,8 +634,9 @@ fn key_document(
 fn sessions<'a>(record: &KeyRecord, waiters: impl Iterator<Item = &'a Waiter>) -> BTreeSet<String> {
     let held = record.holds.iter().filter(|hold| hold.session_bound).map(|hold| &hold.session);
     let waiting = waiters.map(|waiter| &waiter.session);
-    let all = held.chain(waiting).chain(record.forced.iter().map(|forced| &forced.session));
-    all.filter_map(|session| session_of(session).ok()).map(|session| session.to_hex()).collect()
+    // Each of them once, before anything is done with them: a queue is long, and few processes are in it.
+    let all: BTreeSet<_> = held.chain(waiting).chain(record.forced.iter().map(|forced| &forced.session)).collect();
+    all.into_iter().filter_map(|session| session_of(session).ok()).map(|session| session.to_hex()).collect()
 }
 
 /// When nothing of a record can matter any more, if time alone decides that. What depends on a session has no such time.
