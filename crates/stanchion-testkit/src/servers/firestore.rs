@@ -56,8 +56,18 @@ impl FirestoreEmulator {
         ];
         let java = in_path("java").expect("java is missing: the emulator needs it");
         let process = Process::start(&java, &arguments.map(str::to_owned), folder.path());
-        wait("the emulator answers", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
-        Self { _process: process, port, _folder: folder }
+        let emulator = Self { _process: process, port, _folder: folder };
+        // Its first answers take seconds on a busy machine: it is asked for everything once.
+        wait("the emulator answers", || {
+            crate::block_on(async {
+                let locks = stanchion::Locks::open(&emulator.url()).await?;
+                let _guard = locks.lock("k").await?;
+                locks.list("").await?;
+                locks.close().await
+            })
+            .is_ok()
+        });
+        emulator
     }
 
     /// Its port on 127.0.0.1.
