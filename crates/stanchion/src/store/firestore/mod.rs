@@ -75,6 +75,66 @@ const MOST_PASSES: usize = 1_000;
 const MOST_PAGES: usize = 200;
 
 /// Locks in Firestore, in native mode.
+///
+/// # URL
+/// `firestore://PROJECT/DATABASE`; without a database the default one. Options:
+///
+/// | option | |
+/// |---|---|
+/// | `collection` | what the names of the collections begin with; `stanchion` |
+/// | `emulator` | `host:port` of Google's emulator: plain text, no credentials. `FIRESTORE_EMULATOR_HOST` does the same |
+///
+/// # Credentials
+/// Where the platform keeps them ("application default credentials"): the file that `GOOGLE_APPLICATION_CREDENTIALS` names,
+/// that of `gcloud auth application-default login`, workload identity, the metadata server.
+///
+/// # Rights and rules
+/// The account needs the role `roles/datastore.user`, on a database that has nothing but locks if that can be: who may
+/// write these documents can take any lock. Accounts pass by security rules; for everybody else:
+/// ```text
+/// match /databases/{database}/documents {
+///   match /stanchion_keys/{document=**} { allow read, write: if false; }
+///   match /stanchion_sessions/{document=**} { allow read, write: if false; }
+/// }
+/// ```
+///
+/// # Set up
+/// Nothing has to be created. Two things save money where keys are many:
+/// ```text
+/// gcloud firestore fields ttls update expire_at --collection-group=stanchion_keys --enable-ttl
+/// gcloud firestore fields ttls update expire_at --collection-group=stanchion_calls --enable-ttl
+/// gcloud firestore indexes fields update record --collection-group=stanchion_keys --disable-indexes
+/// gcloud firestore indexes fields update record --collection-group=stanchion_sessions --disable-indexes
+/// ```
+/// Never put a TTL policy on sessions. Without any policy other processes sweep up what is over, with their beats.
+///
+/// # What it costs
+/// | | reads | writes | deletes |
+/// |---|---|---|---|
+/// | acquire a free key | | 1 | |
+/// | release it, nobody waits | | | 1 |
+/// | the same with a cooldown | 1 | 1 | |
+/// | an hour of a session, with its holds however many (ttl 10 s, a beat every 2 s) | | 1,800 | |
+/// | an hour of a held key | | | |
+/// | try a key that is held | 1 | | |
+/// | begin to wait | 1 | 1 | |
+/// | an hour of waiting (asking once a second, in case a call was lost) | 3,600 | | |
+/// | a hand-off, with the call | 2 | 2 | |
+/// | release after a hand-off | up to 1 | | 2 |
+/// | open and close a session | 2 | 2 | |
+///
+/// A session that has ended, and a holder that is followed by force or by time, cost a few reads more. An attempt that is
+/// refused because somebody else was faster may be charged as a read. A longer `session_ttl` makes beats rarer: a minute
+/// costs 300 writes an hour. The service sustains one write a second for a document, so a ttl below 5 s is warned of; what
+/// is more than that on one key, hand-offs included, gets slower and is tried again.
+///
+/// # Limits
+/// 10,000 waiters a key. About 600 kB of holds a key: who would be one too many waits. Keys in alphabetical order that are
+/// written more than 500 times a second meet the limit of the index by which they are listed.
+///
+/// # What it does not do
+/// A database that is restored from a backup, or set back, has the holds of that time, with fences from the restore. Fences
+/// keep rising as long as the service's clock does.
 #[derive(Clone, Debug)]
 pub struct Firestore {
     inner: Arc<Inner>,
@@ -364,7 +424,8 @@ impl Inner {
 
     /// Creates the document of a key that nobody has: the hold, in one request. None: somebody has it.
     async fn create(&self, request: &AcquireRequest, owner: String) -> Result<Option<Reply<AcquireOutcome>>> {
-        let write = fresh(&self.names, request, owner, self.estimate());
+        let lives = self.sessions.ends(request.session);
+        let write = fresh(&self.names, request, owner, lives, self.estimate());
         let (time, written) = match self.service.commit(Lane::Steps, vec![write]).await {
             Ok(Committed { time, written }) => (time, written.first().copied().flatten().ok_or_else(malformed)?),
             Err(Refused::Changed | Refused::Contended) => {
@@ -707,7 +768,18 @@ impl Store for Firestore {
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
-        self.run(async move |inner: Arc<Inner>, wanted: Wanted| inner.acquire(&request, &wanted).await).await
+        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+            let done = inner.acquire(&request, &wanted).await?;
+            let is_entered = matches!(done.outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_));
+            if is_entered && inner.sessions.is_closed(request.session) {
+                // Closed while this was on its way: what was settled then did not have this yet.
+                let waits = Arc::new(());
+                let ended = inner.end(&request.key, request.token, None, &Wanted::by(&waits)).await?;
+                return Ok(Reply { time: ended.time, outcome: AcquireOutcome::SessionGone });
+            }
+            Ok(done)
+        })
+        .await
     }
 
     async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {

@@ -100,6 +100,9 @@ pub(super) struct Hold {
     /// It was granted to one who waited: there is a document that calls it.
     #[prost(bool, tag = "14")]
     pub(super) called: bool,
+    /// Its session lives until then at least, unless it is closed, and then it ends this.
+    #[prost(uint64, tag = "16")]
+    pub(super) session_lives: u64,
     /// Whose it was until the commit that wrote this, if that was an adoption.
     #[prost(message, optional, tag = "15")]
     pub(super) former: Option<Former>,
@@ -142,6 +145,9 @@ pub(super) struct Waiter {
     pub(super) trace: Option<String>,
     #[prost(uint64, tag = "13")]
     pub(super) not_after: u64,
+    /// Its session lives until then at least, unless it is closed, and then it ends this.
+    #[prost(uint64, tag = "16")]
+    pub(super) session_lives: u64,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -227,6 +233,7 @@ impl KeyRecord {
                 && committed > former.not_after
             {
                 (hold.token, hold.session, hold.owner) = (former.token, former.session, former.owner);
+                hold.session_lives = 0;
             }
         }
         self.front.retain_mut(|waiter| is_in_time(&mut waiter.not_after, committed));

@@ -63,6 +63,12 @@ impl Sessions {
         Some(own.record.owner.clone())
     }
 
+    /// This handle closed it, or found it dead.
+    pub(super) fn is_closed(&self, session: SessionId) -> bool {
+        let own = lock(&self.own).get(&session).map(|own| own.ends);
+        own.unwrap_or_else(|| lock(&self.known).get(&session).map_or(u64::MAX, |(_, life)| life.ends)) == 0
+    }
+
     /// When a session of this handle ends by the service's clock, unless it is beaten.
     pub(super) fn ends(&self, session: SessionId) -> u64 {
         lock(&self.own).get(&session).map_or(0, |own| own.ends)

@@ -4,7 +4,7 @@
 //! ([`Step::unknown`]), the sessions are read, and it is done again from the start.
 
 use std::cell::RefCell;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -136,8 +136,12 @@ impl<'a> Step<'a> {
         }
     }
 
-    fn lives_still(&self, session: &[u8]) -> bool {
-        session_of(session).is_ok_and(|session| self.lives(session))
+    /// The same of one that is known to live until then at least.
+    fn lives_still(&self, session: &[u8], at_least: u64) -> bool {
+        session_of(session).is_ok_and(|session| match self.lives.get(&session) {
+            None if at_least > self.now => true,
+            _ => self.lives(session),
+        })
     }
 
     /// The document of a session, as this step read it.
@@ -215,18 +219,18 @@ impl<'a> Step<'a> {
         let mut holds = std::mem::take(&mut self.record.holds);
         holds.retain(|hold| {
             hold.deadline.is_none_or(|deadline| deadline > self.now)
-                && (!hold.session_bound || self.lives_still(&hold.session))
+                && (!hold.session_bound || self.lives_still(&hold.session, hold.session_lives))
         });
         self.record.holds = holds;
         let mut forced = std::mem::take(&mut self.record.forced);
-        forced.retain(|forced| self.lives_still(&forced.session));
+        forced.retain(|forced| self.lives_still(&forced.session, 0));
         self.record.forced = forced;
         if self.record.closed_until <= self.now {
             self.record.closed_until = 0;
         }
         self.draw_up();
         while let Some(head) = self.record.front.first() {
-            if !self.lives_still(&head.session) {
+            if !self.lives_still(&head.session, head.session_lives) {
                 // The next ones are asked for with it: a crowd of the dead takes two reads, not one for each.
                 self.settle_all();
             } else if self.unknown.borrow().is_empty() && self.fits(head.units, head.capacity) {
@@ -241,8 +245,13 @@ impl<'a> Step<'a> {
 
     /// All the dead are gone from the queue, not those at its head alone.
     pub(super) fn settle_all(&mut self) {
-        let sessions: BTreeSet<_> = self.waiters().map(|waiter| &waiter.session).collect();
-        let dead: BTreeSet<_> = sessions.into_iter().filter(|session| !self.lives_still(session)).cloned().collect();
+        let mut sessions = BTreeMap::new();
+        for waiter in self.waiters() {
+            let lives = sessions.entry(&waiter.session).or_insert(waiter.session_lives);
+            *lives = waiter.session_lives.max(*lives);
+        }
+        let is_dead = |(session, lives): &(&Vec<u8>, u64)| !self.lives_still(session, *lives);
+        let dead: BTreeSet<_> = sessions.into_iter().filter(is_dead).map(|(session, _)| session.clone()).collect();
         if !dead.is_empty() {
             self.remove_waiters(|waiter| dead.contains(&waiter.session));
         }
@@ -271,6 +280,7 @@ impl<'a> Step<'a> {
             metadata: waiter.metadata,
             trace: waiter.trace,
             not_after: waiter.not_after,
+            session_lives: waiter.session_lives,
             called,
             former: None,
         });
@@ -312,7 +322,7 @@ impl<'a> Step<'a> {
         let deadlines = self.record.holds.iter().filter_map(|hold| hold.deadline);
         let sessions = self.record.holds.iter().filter(|hold| hold.session_bound).filter_map(|hold| {
             let session = session_of(&hold.session).ok()?;
-            self.lives.get(&session).map(|life| life.ends)
+            Some(self.lives.get(&session).map_or(hold.session_lives, |life| life.ends))
         });
         let closed = (self.record.closed_until != 0).then_some(self.record.closed_until);
         deadlines.chain(sessions).chain(closed).min().map(|at| span(at.saturating_sub(self.now)))
@@ -351,7 +361,8 @@ impl<'a> Step<'a> {
         if !goes_now && !request.enqueue {
             return Some(AcquireOutcome::Busy { check_in: self.check_in() });
         }
-        let waiter = waiter(request, self.owner_of(request.session), self.now);
+        let lives = self.lives.get(&request.session).map_or(0, |life| life.ends);
+        let waiter = waiter(request, self.owner_of(request.session), lives, self.now);
         if goes_now {
             self.grant(waiter, false);
             return self.held(request.token).map(|hold| AcquireOutcome::Granted(hold.granted(self.now)));
@@ -372,7 +383,7 @@ impl<'a> Step<'a> {
         }
         // A waiter whose session is dead is not there, wherever it stands.
         let waiter = self.waiters().find(|waiter| waiter.token == token.as_bytes());
-        if waiter.is_some_and(|waiter| !self.lives_still(&waiter.session)) {
+        if waiter.is_some_and(|waiter| !self.lives_still(&waiter.session, waiter.session_lives)) {
             return PollOutcome::Gone;
         }
         self.queued(token).map_or(PollOutcome::Gone, PollOutcome::Queued)
@@ -446,7 +457,8 @@ impl<'a> Step<'a> {
         if now > request.not_after.as_micros() {
             return AdoptOutcome::Stale;
         }
-        let owner = self.owner_of(request.session);
+        let (owner, lives) =
+            (self.owner_of(request.session), self.lives.get(&request.session).map_or(0, |life| life.ends));
         let Some(hold) = self.record.holds.iter_mut().find(|hold| hold.token == request.from.as_bytes()) else {
             return AdoptOutcome::Gone;
         };
@@ -457,7 +469,7 @@ impl<'a> Step<'a> {
             owner: std::mem::replace(&mut hold.owner, owner),
             not_after: request.not_after.as_micros(),
         });
-        hold.called = false;
+        (hold.called, hold.session_lives) = (false, lives);
         let adopted = AdoptOutcome::Adopted { granted: hold.granted(now), session_bound: hold.session_bound };
         if let Some((session, token)) = was {
             self.end_call(&session, &token);
@@ -588,8 +600,14 @@ impl<'a> Step<'a> {
 }
 
 /// The document of a key that nobody has: the fence comes from the commit.
-pub(super) fn fresh(names: &Names, request: &AcquireRequest, owner: String, estimate: u64) -> api::Write {
-    let waiter = waiter(request, owner, 0);
+pub(super) fn fresh(
+    names: &Names,
+    request: &AcquireRequest,
+    owner: String,
+    session_lives: u64,
+    estimate: u64,
+) -> api::Write {
+    let waiter = waiter(request, owner, session_lives, 0);
     let hold = Hold {
         token: waiter.token,
         session: waiter.session,
@@ -604,6 +622,7 @@ pub(super) fn fresh(names: &Names, request: &AcquireRequest, owner: String, esti
         metadata: waiter.metadata,
         trace: waiter.trace,
         not_after: waiter.not_after,
+        session_lives: waiter.session_lives,
         called: false,
         former: None,
     };
@@ -646,7 +665,7 @@ fn expiry(record: &KeyRecord, nobody_waits: bool) -> Option<u64> {
     (!depends).then(|| ends.chain([record.closed_until, record.last_fence]).max().unwrap_or_default())
 }
 
-fn waiter(request: &AcquireRequest, owner: String, now: u64) -> Waiter {
+fn waiter(request: &AcquireRequest, owner: String, session_lives: u64, now: u64) -> Waiter {
     let (session_bound, length) = Waiter::term(request.term);
     Waiter {
         token: request.token.as_bytes().to_vec(),
@@ -660,6 +679,7 @@ fn waiter(request: &AcquireRequest, owner: String, now: u64) -> Waiter {
         metadata: request.metadata.clone(),
         trace: request.trace.clone(),
         not_after: request.not_after.as_micros(),
+        session_lives,
     }
 }
 
