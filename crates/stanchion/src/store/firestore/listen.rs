@@ -51,7 +51,7 @@ async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, trie
         let stream = strong.service.listen(&strong.names.session(session), calls).await;
         drop(strong);
         let heard = match stream {
-            Ok(stream) => hear(stream, &pushes, &mut tried, is_first).await,
+            Ok(stream) => hear(stream, &inner, &pushes, &mut tried, is_first).await,
             Err(fault) => Err(fault),
         };
         drop(tried.take());
@@ -75,6 +75,7 @@ async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, trie
 /// Passes on what a stream says. It is an error if it said nothing.
 async fn hear(
     mut stream: Streaming<api::ListenResponse>,
+    inner: &Weak<Inner>,
     pushes: &PushSender,
     tried: &mut Option<oneshot::Sender<()>>,
     is_first: bool,
@@ -93,8 +94,14 @@ async fn hear(
         match answer.response_type {
             Some(ResponseType::DocumentChange(change)) => {
                 // What cannot be read is not ours.
-                if let Some(Ok(push)) = change.document.as_ref().map(read) {
-                    pushes.send(push);
+                match change.document.as_ref().map(read) {
+                    Some(Ok(Call::Push(push))) => pushes.send(push),
+                    Some(Ok(Call::WaitedFor(key, token))) => {
+                        if let Some(inner) = inner.upgrade() {
+                            inner.is_not_alone(key, token);
+                        }
+                    }
+                    _ => {}
                 }
             }
             Some(ResponseType::TargetChange(change)) => match change.target_change_type() {
@@ -117,14 +124,23 @@ async fn hear(
     }
 }
 
-/// The push that a document is.
-fn read(document: &api::Document) -> Result<Push> {
+/// What a document says.
+enum Call {
+    Push(Push),
+    /// Somebody waits for this hold.
+    WaitedFor(Key, TokenId),
+}
+
+fn read(document: &api::Document) -> Result<Call> {
     let id = document.name.rsplit('/').next().unwrap_or_default();
     let token = TokenId::from_hex(id).ok_or_else(malformed)?;
     let key = Key::from_encoded(text_of(document, "key")?)?;
     if let Ok(reason) = text_of(document, "forced") {
-        return Ok(Push::Forced(LostToken { key, token, reason: reason.to_owned() }));
+        return Ok(Call::Push(Push::Forced(LostToken { key, token, reason: reason.to_owned() })));
+    }
+    if text_of(document, "waited_for").is_ok() {
+        return Ok(Call::WaitedFor(key, token));
     }
     let fence = text_of(document, "fence")?.parse().map_err(|_| malformed())?;
-    Ok(Push::Granted { key, token, fence: Fence::new(fence) })
+    Ok(Call::Push(Push::Granted { key, token, fence: Fence::new(fence) }))
 }

@@ -118,6 +118,7 @@ const MOST_PAGES: usize = 200;
 /// | an hour of a held key | | | |
 /// | try a key that is held | 1 | | |
 /// | begin to wait | 1 | 1 | |
+/// | the first who waits for a holder, beside that | 1 | 1 | 1 |
 /// | an hour of waiting (asking once a second, in case a call was lost) | 3,600 | | |
 /// | a hand-off, with the call | 2 | 2 | |
 /// | release after a hand-off | up to 1 | | 2 |
@@ -420,6 +421,11 @@ impl Inner {
             let (session_bound, deadline, called) = (hold.session_bound, hold.deadline, hold.called);
             lock(&self.alone).insert((key.clone(), token), Alone { written, session, session_bound, deadline, called });
         }
+    }
+
+    /// The document of this hold says more than that by now.
+    fn is_not_alone(&self, key: Key, token: TokenId) {
+        lock(&self.alone).remove(&(key, token));
     }
 
     /// Creates the document of a key that nobody has: the hold, in one request. None: somebody has it.

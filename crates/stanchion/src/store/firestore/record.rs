@@ -97,7 +97,7 @@ pub(super) struct Hold {
     pub(super) trace: Option<String>,
     #[prost(uint64, tag = "13")]
     pub(super) not_after: u64,
-    /// It was granted to one who waited: there is a document that calls it.
+    /// There is a document that calls it: it was granted to one who waited, or others wait for it.
     #[prost(bool, tag = "14")]
     pub(super) called: bool,
     /// Its session lives until then at least, unless it is closed, and then it ends this.

@@ -305,6 +305,22 @@ impl<'a> Step<'a> {
         true
     }
 
+    /// A holder that believes to be alone with its document is told that it is not: its release need not try to delete
+    /// it. Only the first who waits tells it, and only one that nobody had to call.
+    fn tell_holder(&mut self) {
+        let [hold] = &mut self.record.holds[..] else { return };
+        let (Ok(session), Ok(token)) = (session_of(&hold.session), token_of(&hold.token)) else { return };
+        if hold.session_bound && !hold.called {
+            hold.called = true;
+            let said = fields([
+                ("key", text(self.key.as_encoded())),
+                ("waited_for", text("")),
+                ("expire_at", timestamp(self.now.saturating_add(KEPT_AFTER))),
+            ]);
+            self.others.push(put(self.names.call(session, token), said, Only::Always));
+        }
+    }
+
     fn end_call(&mut self, session: &[u8], token: &[u8]) {
         if let (Ok(session), Ok(token)) = (session_of(session), token_of(token)) {
             self.others.push(delete(self.names.call(session, token), Only::Always));
@@ -372,6 +388,9 @@ impl<'a> Step<'a> {
         }
         if self.waiters().count() >= MAX_WAITERS as usize {
             return Some(AcquireOutcome::QueueFull { limit: MAX_WAITERS });
+        }
+        if self.record.front.is_empty() {
+            self.tell_holder();
         }
         self.push_waiter(waiter);
         self.queued(request.token).map(AcquireOutcome::Queued)
