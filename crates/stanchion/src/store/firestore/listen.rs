@@ -98,7 +98,7 @@ async fn hear(
                     Some(Ok(Call::Push(push))) => pushes.send(push),
                     Some(Ok(Call::WaitedFor(key, token))) => {
                         if let Some(inner) = inner.upgrade() {
-                            inner.is_not_alone(key, token);
+                            inner.is_not_alone(&key, token);
                         }
                     }
                     _ => {}

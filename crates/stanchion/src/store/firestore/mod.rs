@@ -415,7 +415,12 @@ impl Inner {
     /// A hold of this handle that has its document for itself is ended by one request.
     fn remember(&self, key: &Key, loaded: &Loaded, now: u64) {
         let Some(written) = loaded.written else { return };
-        let Some(hold) = loaded.only_hold(now) else { return };
+        let Some(hold) = loaded.only_hold(now) else {
+            for token in loaded.record.holds.iter().filter_map(|hold| record::token_of(&hold.token).ok()) {
+                self.is_not_alone(key, token);
+            }
+            return;
+        };
         let (Ok(token), Ok(session)) = (record::token_of(&hold.token), session_of(&hold.session)) else { return };
         if self.sessions.ends(session) != 0 {
             let (session_bound, deadline, called) = (hold.session_bound, hold.deadline, hold.called);
@@ -424,8 +429,8 @@ impl Inner {
     }
 
     /// The document of this hold says more than that by now.
-    fn is_not_alone(&self, key: Key, token: TokenId) {
-        lock(&self.alone).remove(&(key, token));
+    fn is_not_alone(&self, key: &Key, token: TokenId) {
+        lock(&self.alone).remove(&(key.clone(), token));
     }
 
     /// Creates the document of a key that nobody has: the hold, in one request. None: somebody has it.
