@@ -22,28 +22,28 @@ mod config;
 mod connect;
 mod document;
 mod error;
+mod list;
 mod listen;
 mod record;
 mod session;
 mod step;
+mod sweep;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures_util::StreamExt as _;
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
-use googleapis_tonic_google_firestore_v1::google::firestore::v1::structured_query::field_filter::Operator;
 use prost_types::Timestamp;
 use tokio::task::AbortHandle;
 
 use self::config::Config;
 use self::connect::{Committed, Lane, Refused, Service, Wanted, in_driver, lock, pause};
-use self::document::{Names, Only, delete, key_id, query, text, text_of, timestamp};
+use self::document::{Names, Only, delete, key_id};
 use self::error::{NAME, error, malformed};
-use self::record::{KeyRecord, Page, PageName, SessionRecord, session_of};
+use self::record::{KeyRecord, Page, PageName, session_of};
 use self::session::Sessions;
 use self::step::{Leaf, Loaded, Step, fresh};
 use crate::clock::{BootTime, Clock, jitter};
@@ -59,17 +59,6 @@ use crate::token::{SessionId, TokenId};
 
 /// A step that finds the key changed by others tries so often, with longer and longer pauses.
 const ROUNDS: u32 = 14;
-
-/// Housekeeping is done with a beat, not more often than this.
-const SWEEP_EVERY: Duration = Duration::from_secs(60);
-
-/// So much of it at once.
-const SWEPT_AT_ONCE: usize = 20;
-
-/// So many keys are settled with one query, so many of them at once, and so often.
-const SETTLED_AT_ONCE: usize = 300;
-const AT_ONCE: usize = 16;
-const MOST_PASSES: usize = 1_000;
 
 /// The most pages of queues that are remembered.
 const MOST_PAGES: usize = 200;
@@ -532,170 +521,6 @@ impl Inner {
             }
         }
         self.step(key, wanted, |step| step.end(token, cooldown)).await
-    }
-
-    /// Settles every key that has something of a session.
-    async fn settle_keys_of(&self, session: SessionId, wanted: &Wanted) -> Result<()> {
-        for _ in 0..MOST_PASSES {
-            let of_session = vec![(Operator::ArrayContains, text(session.to_hex()))];
-            let found = query(self.names.keys(), "sessions", of_session, false, SETTLED_AT_ONCE);
-            let (found, _) = self.service.ask(Lane::Steps, self.names.root(), found).await?;
-            let is_last = found.len() < SETTLED_AT_ONCE;
-            let settled = found.into_iter().map(|document| async move {
-                let key = Key::from_encoded(text_of(&document, "key")?)?;
-                self.step(&key, wanted, |step| step.settle_all()).await
-            });
-            let mut settled = futures_util::stream::iter(settled).buffer_unordered(AT_ONCE);
-            while let Some(done) = settled.next().await {
-                done?;
-            }
-            if is_last {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    /// Housekeeping now and then. Nobody waits for it, and what fails is done another time.
-    fn tidy(self: &Arc<Self>) {
-        let now = self.clock.now();
-        {
-            let mut swept = lock(&self.swept);
-            if now.since(*swept) < SWEEP_EVERY {
-                return;
-            }
-            // Processes that began together do not sweep together.
-            *swept = now.before(jitter(SWEEP_EVERY / 4));
-        }
-        if let Ok(runtime) = self.service.runtime() {
-            let inner = self.clone();
-            runtime.spawn(async move {
-                let waits = Arc::new(());
-                drop(inner.sweep(&Wanted::by(&waits)).await);
-            });
-        }
-    }
-
-    /// Deletes what is over: sessions with all that they left, and keys that time has freed.
-    async fn sweep(&self, wanted: &Wanted) -> Result<()> {
-        let (_, now) = self.service.read(Lane::Steps, &[self.names.session(SessionId::random()?)]).await?;
-        let over = vec![(Operator::LessThan, timestamp(now))];
-        let sessions = query(self.names.sessions(), "swept_after", over.clone(), true, SWEPT_AT_ONCE);
-        let (sessions, now) = self.service.ask(Lane::Steps, self.names.root(), sessions).await?;
-        for document in sessions {
-            let (record, written) = SessionRecord::read(&document)?;
-            let id = document.name.rsplit('/').next().and_then(SessionId::from_hex);
-            let (Some(session), true) = (id, session::may_go(&record, written, now)?) else { continue };
-            self.settle_keys_of(session, wanted).await?;
-            let calls = query(self.names.calls(), "key", Vec::new(), false, 400);
-            let (calls, _) = self.service.ask(Lane::Steps, &document.name, calls).await?;
-            let mut writes: Vec<_> = calls.into_iter().map(|call| delete(call.name, Only::Always)).collect();
-            if writes.len() < 400 {
-                writes.push(delete(document.name, Only::IfStill(written)));
-            }
-            drop(self.service.commit(Lane::Steps, writes).await);
-        }
-        let keys = query(self.names.keys(), "expire_at", over, true, SWEPT_AT_ONCE);
-        let (keys, _) = self.service.ask(Lane::Steps, self.names.root(), keys).await?;
-        for document in keys {
-            let key = Key::from_encoded(text_of(&document, "key")?)?;
-            self.step(&key, wanted, |_| ()).await?;
-        }
-        Ok(())
-    }
-
-    async fn list(
-        &self,
-        prefix: &str,
-        after: Option<&Key>,
-        limit: usize,
-        wanted: &Wanted,
-    ) -> Result<Reply<Vec<KeyState>>> {
-        let mut listed = Vec::new();
-        let mut after = after.map(|after| after.as_encoded().to_owned());
-        loop {
-            let mut conditions = vec![(Operator::GreaterThanOrEqual, text(prefix))];
-            if let Some(after) = after.as_deref().filter(|after| *after >= prefix) {
-                conditions = vec![(Operator::GreaterThan, text(after))];
-            }
-            let wanted_now = (limit - listed.len()).clamp(1, 300);
-            let page = query(self.names.keys(), "key", conditions, true, wanted_now);
-            let (documents, now) = self.service.ask(Lane::Steps, self.names.root(), page).await?;
-            self.tell(now);
-            let is_last = documents.len() < wanted_now;
-            let keys = documents.iter().map(|document| Key::from_encoded(text_of(document, "key")?));
-            let keys = keys.collect::<Result<Vec<_>>>()?;
-            let within = keys.iter().take_while(|key| key.as_encoded().starts_with(prefix)).count();
-            let states = self.states(&documents[..within], &keys[..within], now, wanted).await?;
-            let room = limit - listed.len();
-            listed.extend(states.into_iter().take(room));
-            after = keys.last().map(|key| key.as_encoded().to_owned());
-            if is_last || within < keys.len() || listed.len() >= limit {
-                return Ok(reply(now, listed));
-            }
-        }
-    }
-
-    /// What is known of keys whose documents are at hand. Those that are not idle.
-    async fn states(
-        &self,
-        documents: &[api::Document],
-        keys: &[Key],
-        now: u64,
-        wanted: &Wanted,
-    ) -> Result<Vec<KeyState>> {
-        let mut loaded = Vec::new();
-        for document in documents {
-            loaded.push(self.load_rest(document).await?);
-        }
-        let mut lives = self.sessions.known();
-        let mut states = Vec::new();
-        let mut now = now;
-        loop {
-            let mut unknown = BTreeSet::new();
-            states.clear();
-            for (key, loaded) in keys.iter().zip(&loaded) {
-                let Some((loaded, _)) = loaded else {
-                    states.push((key, None));
-                    continue;
-                };
-                let mut step = Step::new(key, &self.names, loaded, &lives, now);
-                step.settle();
-                step.settle_all();
-                step.settle();
-                unknown.extend(step.unknown());
-                let (state, is_idle) = (step.state(), step.is_idle());
-                let is_settled = unknown.is_empty() && step.writes()?.0.is_empty();
-                states.push((key, is_settled.then_some((state, is_idle))));
-            }
-            if unknown.is_empty() {
-                break;
-            }
-            let unknown: Vec<_> = unknown.into_iter().collect();
-            let (read, later) = self.sessions.read(&self.service, &self.names, &unknown).await?;
-            lives.extend(read);
-            now = now.max(later);
-        }
-        let mut seen = Vec::new();
-        for (key, state) in states {
-            let (state, is_idle) = match state {
-                Some(state) => state,
-                // Something is over, or changes just now.
-                None => {
-                    self.step(key, wanted, |step| {
-                        step.settle_all();
-                        step.settle();
-                        (step.state(), step.is_idle())
-                    })
-                    .await?
-                    .outcome
-                }
-            };
-            if !is_idle {
-                seen.push(state);
-            }
-        }
-        Ok(seen)
     }
 
     async fn listen(self: &Arc<Self>, session: SessionId) -> Result<()> {
