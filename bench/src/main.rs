@@ -1,7 +1,7 @@
 //! What stanchion costs, measured. Figures drift with the machine: compare those of one run.
 //!
-//! `cargo run --release -p stanchion-bench [WHAT…]` with `pairs`, `handoff`, `processes`, `redis`, `postgres`, `held`; all
-//! by default.
+//! `cargo run --release -p stanchion-bench [WHAT…]` with `pairs`, `handoff`, `processes`, `redis`, `postgres`, `firestore`, `held`;
+//! all by default.
 #![allow(
     clippy::disallowed_methods,
     clippy::print_stdout,
@@ -10,6 +10,7 @@
     reason = "a measuring program prints, reads the clock and may stop at the first fault"
 )]
 
+mod firestore;
 mod postgres;
 mod redis;
 
@@ -59,10 +60,18 @@ fn main() {
         if wants("postgres") {
             postgres::all().await;
         }
+        if wants("firestore") {
+            firestore::all().await;
+        }
         if wants("held") {
             held(folder.path()).await;
         }
     });
+}
+
+fn median(spans: &mut [Duration]) -> Duration {
+    spans.sort_unstable();
+    spans[spans.len() / 2]
 }
 
 async fn open(folder: &Path) -> Locks {

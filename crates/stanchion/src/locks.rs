@@ -79,6 +79,7 @@ impl Locks {
     /// | `sqlite:` | the same in the user's state folder |
     /// | `redis://HOST`, `rediss://…`, `redis+unix:…`, `redis+sentinel://…`, `redis+cluster://…` | Redis or Valkey: see [`Redis`](crate::store::Redis) (feature `redis`) |
     /// | `postgres://USER@HOST/DATABASE` | PostgreSQL: see [`Postgres`](crate::store::Postgres) (feature `postgres`) |
+    /// | `firestore://PROJECT/DATABASE` | Firestore: see [`Firestore`](crate::store::Firestore) (feature `firestore`) |
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] for a URL that cannot be read, [`ErrorKind::Unsupported`] for a store that this
@@ -464,6 +465,9 @@ async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
         "postgres" | "postgresql" => Ok(Arc::new(crate::store::Postgres::from_url(url)?)),
         #[cfg(not(feature = "postgres"))]
         known @ ("postgres" | "postgresql") => Err(not_built(known)),
+        #[cfg(feature = "firestore")]
+        "firestore" => Ok(Arc::new(crate::store::Firestore::from_url(url)?)),
+        #[cfg(not(feature = "firestore"))]
         "firestore" => Err(not_built("firestore")),
         "" => {
             let message = format!("a store's URL begins with its scheme: one of {}", stores());
@@ -482,6 +486,7 @@ fn is_redis(scheme: &str) -> bool {
     matches!(scheme.split('+').next(), Some("redis" | "rediss"))
 }
 
+#[cfg(not(all(feature = "sqlite", feature = "redis", feature = "postgres", feature = "firestore")))]
 fn not_built(scheme: &str) -> Error {
     Error::new(ErrorKind::Unsupported, format!("this build has no store for `{scheme}:` URLs; it has {}", stores()))
 }
@@ -493,6 +498,7 @@ fn stores() -> String {
         (cfg!(feature = "sqlite"), "`sqlite:`"),
         (cfg!(feature = "redis"), redis),
         (cfg!(feature = "postgres"), "`postgres:`"),
+        (cfg!(feature = "firestore"), "`firestore:`"),
     ];
     let built: Vec<_> = all.into_iter().filter(|(is_built, _)| *is_built).map(|(_, name)| name).collect();
     built.join(", ")

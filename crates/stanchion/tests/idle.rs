@@ -15,6 +15,7 @@ fn ticks() -> u64 {
 
 #[tokio::test]
 async fn holders_and_waiters_sleep() {
+    #[cfg_attr(not(feature = "sqlite"), allow(unused_mut, reason = "another store is added to it"))]
     let mut handles = vec![Locks::open("memory:").await.unwrap()];
     #[cfg(feature = "sqlite")]
     let folder = tempfile::tempdir().unwrap();

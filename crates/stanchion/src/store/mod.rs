@@ -29,6 +29,8 @@ use crate::key::Key;
 use crate::token::{SessionId, TokenId};
 
 mod faulty;
+#[cfg(feature = "firestore")]
+mod firestore;
 mod memory;
 #[cfg(feature = "postgres")]
 mod postgres;
@@ -38,9 +40,11 @@ mod redis;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod types;
-#[cfg(any(feature = "postgres", feature = "redis", feature = "sqlite"))]
+#[cfg(any(feature = "firestore", feature = "postgres", feature = "redis", feature = "sqlite"))]
 mod url;
 
+#[cfg(feature = "firestore")]
+pub use self::firestore::Firestore;
 #[cfg(feature = "postgres")]
 pub use self::postgres::Postgres;
 #[cfg(feature = "redis")]

@@ -1,0 +1,456 @@
+//! A small Firestore in this process: documents, preconditions, three kinds of query, listening. It does what the emulator
+//! cannot be made to do: lose answers, refuse, hold back, end streams, and have another time.
+
+use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Context, Poll};
+use std::time::SystemTime;
+
+use futures_util::StreamExt as _;
+use futures_util::stream::BoxStream;
+use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
+use prost_types::Timestamp;
+use tokio::sync::{oneshot, watch};
+use tonic::body::Body;
+use tonic::server::{Grpc, ServerStreamingService, StreamingService, UnaryService};
+use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_prost::ProstCodec;
+
+/// What becomes of one commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommitFault {
+    /// It is refused with this code, and not done.
+    Refused(Code),
+    /// It is done, and this code is the answer.
+    DoneBut(Code),
+    /// It is done, and never answered.
+    Silent,
+    /// It is done when [`FirestoreFake::let_go`] is called, and answered to nobody.
+    HeldBack,
+}
+
+/// A Firestore. It ends when it is dropped.
+#[derive(Debug)]
+pub struct FirestoreFake {
+    inner: Arc<Inner>,
+    port: u16,
+    _lives: oneshot::Sender<()>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    documents: Mutex<Documents>,
+    changed: watch::Sender<u64>,
+    streams: watch::Sender<u64>,
+    offset: AtomicI64,
+    is_unauthenticated: AtomicBool,
+    deaf: AtomicBool,
+    faults: Mutex<std::collections::VecDeque<CommitFault>>,
+    held_back: Mutex<Vec<api::CommitRequest>>,
+    calls: Mutex<HashMap<String, u64>>,
+}
+
+#[derive(Debug, Default)]
+struct Documents {
+    /// Those that are gone keep the time at which they went.
+    all: BTreeMap<String, (Option<api::Document>, u64)>,
+    last: u64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap()
+}
+
+fn stamp(micros: u64) -> Timestamp {
+    Timestamp { seconds: (micros / 1_000_000) as i64, nanos: (micros % 1_000_000 * 1_000) as i32 }
+}
+
+fn micros(time: &Timestamp) -> u64 {
+    time.seconds as u64 * 1_000_000 + time.nanos as u64 / 1_000
+}
+
+impl FirestoreFake {
+    /// Starts one.
+    ///
+    /// # Panics
+    /// When it cannot.
+    pub fn start() -> Self {
+        let inner = Arc::new(Inner::default());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (lives, ends) = oneshot::channel::<()>();
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let service = Service(inner.clone());
+        std::thread::spawn(move || {
+            runtime.block_on(async move {
+                let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
+                let serve = tonic::transport::Server::builder().serve_with_incoming(service, incoming);
+                tokio::select! { _ = ends => {}, served = serve => served.unwrap() }
+            });
+        });
+        Self { inner, port, _lives: lives }
+    }
+
+    /// The URL of a project of its own.
+    pub fn url(&self) -> String {
+        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        format!("firestore://fake-{}?emulator=127.0.0.1:{}", NEXT.fetch_add(1, Ordering::Relaxed), self.port)
+    }
+
+    /// The next commits go like this, one each.
+    pub fn next_commits(&self, faults: impl IntoIterator<Item = CommitFault>) {
+        lock(&self.inner.faults).extend(faults);
+    }
+
+    /// Faults that no commit has met yet.
+    pub fn faults_left(&self) -> usize {
+        lock(&self.inner.faults).len()
+    }
+
+    /// Commits that are held back.
+    pub fn held_back(&self) -> usize {
+        lock(&self.inner.held_back).len()
+    }
+
+    /// Does what was held back, late. How many of them were done?
+    pub fn let_go(&self) -> usize {
+        let held_back = std::mem::take(&mut *lock(&self.inner.held_back));
+        held_back.into_iter().filter(|request| self.inner.commit(request).is_ok()).count()
+    }
+
+    /// The service's clock is so many seconds off.
+    pub fn set_clock_off_by(&self, seconds: i64) {
+        self.inner.offset.store(seconds * 1_000_000, Ordering::SeqCst);
+    }
+
+    /// Credentials are no good any more, or are again.
+    pub fn refuse_credentials(&self, refuses: bool) {
+        self.inner.is_unauthenticated.store(refuses, Ordering::SeqCst);
+    }
+
+    /// Ends every stream, as a service does that is being replaced.
+    pub fn end_streams(&self) {
+        self.inner.streams.send_modify(|ended| *ended += 1);
+    }
+
+    /// Streams say nothing any more, or say it again.
+    pub fn be_deaf(&self, deaf: bool) {
+        self.inner.deaf.store(deaf, Ordering::SeqCst);
+    }
+
+    /// How many requests came of each kind.
+    pub fn calls(&self) -> HashMap<String, u64> {
+        lock(&self.inner.calls).clone()
+    }
+
+    /// Requests of this kind: `Commit`, `BatchGetDocuments`, `RunQuery`, `Listen`.
+    pub fn called(&self, method: &str) -> u64 {
+        self.calls().get(method).copied().unwrap_or_default()
+    }
+
+    /// The ids of the documents that there are, with their collections.
+    pub fn documents(&self) -> Vec<String> {
+        let documents = lock(&self.inner.documents);
+        let there = documents.all.iter().filter(|(_, (document, _))| document.is_some());
+        there.map(|(name, _)| name.split_once("/documents/").unwrap().1.to_owned()).collect()
+    }
+}
+
+impl Inner {
+    /// The service's clock, later than all that has happened.
+    fn now(&self, documents: &mut Documents) -> u64 {
+        let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_micros() as i64;
+        let now = (wall + self.offset.load(Ordering::SeqCst)) as u64;
+        documents.last = now.max(documents.last + 1);
+        documents.last
+    }
+
+    fn commit(&self, request: &api::CommitRequest) -> Result<api::CommitResponse, Status> {
+        use api::precondition::ConditionType;
+        use api::write::Operation;
+
+        let mut documents = lock(&self.documents);
+        for write in &request.writes {
+            let name = match write.operation.as_ref().unwrap() {
+                Operation::Update(document) => &document.name,
+                Operation::Delete(name) => name,
+                Operation::Transform(_) => return Err(Status::unimplemented("transforms")),
+            };
+            let there = documents.all.get(name).filter(|(document, _)| document.is_some()).map(|(_, at)| *at);
+            match write.current_document.as_ref().and_then(|condition| condition.condition_type.as_ref()) {
+                Some(ConditionType::Exists(false)) if there.is_some() => {
+                    return Err(Status::already_exists("it is there"));
+                }
+                Some(ConditionType::Exists(true)) if there.is_none() => {
+                    return Err(Status::not_found("it is not there"));
+                }
+                Some(ConditionType::UpdateTime(time)) if there != Some(micros(time)) => {
+                    return Err(Status::failed_precondition("it was changed"));
+                }
+                _ => {}
+            }
+        }
+        let now = self.now(&mut documents);
+        let mut results = Vec::new();
+        for write in &request.writes {
+            let mut written = None;
+            match write.operation.clone().unwrap() {
+                Operation::Update(mut document) => {
+                    let before = documents.all.get(&document.name).and_then(|(before, _)| before.clone());
+                    let is_same = before.as_ref().is_some_and(|before| before.fields == document.fields);
+                    let at = if is_same { micros(&before.as_ref().unwrap().update_time.unwrap()) } else { now };
+                    document.create_time = before.map_or(Some(stamp(now)), |before| before.create_time);
+                    document.update_time = Some(stamp(at));
+                    written = document.update_time;
+                    documents.all.insert(document.name.clone(), (Some(document), at));
+                }
+                Operation::Delete(name) => drop(documents.all.insert(name, (None, now))),
+                Operation::Transform(_) => {}
+            }
+            results.push(api::WriteResult { update_time: written, transform_results: Vec::new() });
+        }
+        drop(documents);
+        self.changed.send_modify(|version| *version += 1);
+        Ok(api::CommitResponse { write_results: results, commit_time: Some(stamp(now)) })
+    }
+
+    async fn answer_commit(&self, request: api::CommitRequest) -> Result<api::CommitResponse, Status> {
+        let fault = lock(&self.faults).pop_front();
+        match fault {
+            None => self.commit(&request),
+            Some(CommitFault::Refused(code)) => Err(Status::new(code, "refused by the test")),
+            Some(CommitFault::DoneBut(code)) => {
+                self.commit(&request)?;
+                Err(Status::new(code, "done, says the test"))
+            }
+            Some(CommitFault::Silent) => {
+                drop(self.commit(&request));
+                std::future::pending().await
+            }
+            Some(CommitFault::HeldBack) => {
+                lock(&self.held_back).push(request);
+                std::future::pending().await
+            }
+        }
+    }
+
+    fn read(&self, request: &api::BatchGetDocumentsRequest) -> Vec<api::BatchGetDocumentsResponse> {
+        use api::batch_get_documents_response::Result as Read;
+        let mut documents = lock(&self.documents);
+        let now = self.now(&mut documents);
+        let read = request.documents.iter().map(|name| {
+            let there = documents.all.get(name).and_then(|(document, _)| document.clone());
+            let result = Some(there.map_or_else(|| Read::Missing(name.clone()), Read::Found));
+            api::BatchGetDocumentsResponse { transaction: Vec::new(), read_time: Some(stamp(now)), result }
+        });
+        read.collect()
+    }
+
+    fn found(&self, parent: &str, query: &api::StructuredQuery) -> (Vec<api::Document>, u64) {
+        let mut documents = lock(&self.documents);
+        let now = self.now(&mut documents);
+        let folder = format!("{parent}/{}/", query.from[0].collection_id);
+        let within = documents.all.range(folder.clone()..).take_while(|(name, _)| name.starts_with(&folder));
+        let within = within.filter(|(name, _)| !name[folder.len()..].contains('/'));
+        let mut found: Vec<_> = within.filter_map(|(_, (document, _))| document.clone()).collect();
+        found.retain(|document| query.r#where.as_ref().is_none_or(|filter| fits(document, filter)));
+        if let Some(order) = query.order_by.first() {
+            let field = &order.field.as_ref().unwrap().field_path;
+            found.retain(|document| document.fields.contains_key(field));
+            found.sort_by_key(|document| rank(&document.fields[field]));
+        }
+        found.truncate(query.limit.map_or(usize::MAX, |limit| limit as usize));
+        (found, now)
+    }
+
+    fn run_query(&self, request: &api::RunQueryRequest) -> Vec<api::RunQueryResponse> {
+        let Some(api::run_query_request::QueryType::StructuredQuery(query)) = &request.query_type else {
+            return Vec::new();
+        };
+        let (found, now) = self.found(&request.parent, query);
+        let answer = |document| api::RunQueryResponse {
+            document,
+            read_time: Some(stamp(now)),
+            ..api::RunQueryResponse::default()
+        };
+        let end = found.is_empty().then(|| answer(None));
+        found.into_iter().map(Some).map(answer).chain(end).collect()
+    }
+
+    fn listen(self: Arc<Self>, first: api::ListenRequest) -> BoxStream<'static, Result<api::ListenResponse, Status>> {
+        use api::listen_response::ResponseType;
+        let (changed, ended) = (self.changed.subscribe(), self.streams.subscribe());
+        let start = (changed, ended, HashMap::<String, u64>::new(), true);
+        let listened = futures_util::stream::unfold(start, move |(mut changed, mut ended, mut told, is_first)| {
+            let (inner, first) = (self.clone(), first.clone());
+            async move {
+                if !is_first {
+                    tokio::select! {
+                        _ = changed.changed() => {}
+                        _ = ended.changed() => return None,
+                    }
+                }
+                if inner.deaf.load(Ordering::SeqCst) && !is_first {
+                    return Some((Vec::new(), (changed, ended, told, false)));
+                }
+                let Some(api::listen_request::TargetChange::AddTarget(target)) = &first.target_change else {
+                    return None;
+                };
+                let Some(api::target::TargetType::Query(query)) = &target.target_type else { return None };
+                let Some(api::target::query_target::QueryType::StructuredQuery(structured)) = &query.query_type else {
+                    return None;
+                };
+                let mut answers = Vec::new();
+                for document in inner.found(&query.parent, structured).0 {
+                    let at = micros(&document.update_time.unwrap());
+                    if told.insert(document.name.clone(), at) != Some(at) {
+                        let change = api::DocumentChange {
+                            document: Some(document),
+                            target_ids: vec![1],
+                            removed_target_ids: Vec::new(),
+                        };
+                        answers.push(ResponseType::DocumentChange(change));
+                    }
+                }
+                if is_first {
+                    let mut current = api::TargetChange { target_ids: vec![1], ..api::TargetChange::default() };
+                    current.set_target_change_type(api::target_change::TargetChangeType::Current);
+                    answers.push(ResponseType::TargetChange(current));
+                }
+                let answers = answers.into_iter().map(|answer| Ok(api::ListenResponse { response_type: Some(answer) }));
+                Some((answers.collect(), (changed, ended, told, false)))
+            }
+        });
+        listened.flat_map(|answers: Vec<_>| futures_util::stream::iter(answers)).boxed()
+    }
+}
+
+/// What values are sorted by. One field has values of one kind.
+fn rank(value: &api::Value) -> (u64, String) {
+    match value.value_type.as_ref().unwrap() {
+        api::value::ValueType::StringValue(text) => (0, text.clone()),
+        api::value::ValueType::TimestampValue(time) => (micros(time), String::new()),
+        other => panic!("the fake does not compare {other:?}"),
+    }
+}
+
+fn fits(document: &api::Document, filter: &api::structured_query::Filter) -> bool {
+    use api::structured_query::field_filter::Operator;
+    use api::structured_query::filter::FilterType;
+    match filter.filter_type.as_ref().unwrap() {
+        FilterType::CompositeFilter(all) => all.filters.iter().all(|filter| fits(document, filter)),
+        FilterType::FieldFilter(filter) => {
+            let Some(value) = document.fields.get(&filter.field.as_ref().unwrap().field_path) else { return false };
+            let with = filter.value.as_ref().unwrap();
+            match filter.op() {
+                Operator::GreaterThan => rank(value) > rank(with),
+                Operator::GreaterThanOrEqual => rank(value) >= rank(with),
+                Operator::LessThan => rank(value) < rank(with),
+                Operator::ArrayContains => match value.value_type.as_ref().unwrap() {
+                    api::value::ValueType::ArrayValue(array) => array.values.contains(with),
+                    _ => false,
+                },
+                other => panic!("the fake has no {other:?}"),
+            }
+        }
+        FilterType::UnaryFilter(_) => panic!("the fake has no unary filters"),
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Service(Arc<Inner>);
+
+type Future_<T> = Pin<Box<dyn Future<Output = Result<Response<T>, Status>> + Send>>;
+
+struct Commit(Arc<Inner>);
+
+impl UnaryService<api::CommitRequest> for Commit {
+    type Response = api::CommitResponse;
+    type Future = Future_<api::CommitResponse>;
+
+    fn call(&mut self, request: Request<api::CommitRequest>) -> Self::Future {
+        let inner = self.0.clone();
+        Box::pin(async move { inner.answer_commit(request.into_inner()).await.map(Response::new) })
+    }
+}
+
+/// A question with several answers.
+struct Read(Arc<Inner>);
+
+impl ServerStreamingService<api::BatchGetDocumentsRequest> for Read {
+    type Response = api::BatchGetDocumentsResponse;
+    type ResponseStream = BoxStream<'static, Result<Self::Response, Status>>;
+    type Future = Future_<Self::ResponseStream>;
+
+    fn call(&mut self, request: Request<api::BatchGetDocumentsRequest>) -> Self::Future {
+        let answers = self.0.read(request.get_ref()).into_iter().map(Ok);
+        Box::pin(async { Ok(Response::new(futures_util::stream::iter(answers).boxed())) })
+    }
+}
+
+impl ServerStreamingService<api::RunQueryRequest> for Read {
+    type Response = api::RunQueryResponse;
+    type ResponseStream = BoxStream<'static, Result<Self::Response, Status>>;
+    type Future = Future_<Self::ResponseStream>;
+
+    fn call(&mut self, request: Request<api::RunQueryRequest>) -> Self::Future {
+        let answers = self.0.run_query(request.get_ref()).into_iter().map(Ok);
+        Box::pin(async { Ok(Response::new(futures_util::stream::iter(answers).boxed())) })
+    }
+}
+
+impl StreamingService<api::ListenRequest> for Read {
+    type Response = api::ListenResponse;
+    type ResponseStream = BoxStream<'static, Result<Self::Response, Status>>;
+    type Future = Future_<Self::ResponseStream>;
+
+    fn call(&mut self, request: Request<Streaming<api::ListenRequest>>) -> Self::Future {
+        let inner = self.0.clone();
+        Box::pin(async move {
+            let mut requests = request.into_inner();
+            let first = requests.message().await?.ok_or_else(|| Status::cancelled("nothing was asked"))?;
+            Ok(Response::new(inner.listen(first)))
+        })
+    }
+}
+
+impl tonic::codegen::Service<http::Request<Body>> for Service {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let inner = self.0.clone();
+        Box::pin(async move {
+            let method = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+            *lock(&inner.calls).entry(method.clone()).or_default() += 1;
+            if inner.is_unauthenticated.load(Ordering::SeqCst) {
+                return Ok(Status::unauthenticated("the token has expired").into_http());
+            }
+            Ok(match method.as_str() {
+                "Commit" => Grpc::new(ProstCodec::default()).unary(Commit(inner), request).await,
+                "BatchGetDocuments" => {
+                    let codec = ProstCodec::<_, api::BatchGetDocumentsRequest>::default();
+                    Grpc::new(codec).server_streaming(Read(inner), request).await
+                }
+                "RunQuery" => {
+                    let codec = ProstCodec::<_, api::RunQueryRequest>::default();
+                    Grpc::new(codec).server_streaming(Read(inner), request).await
+                }
+                "Listen" => {
+                    let codec = ProstCodec::<_, api::ListenRequest>::default();
+                    Grpc::new(codec).streaming(Read(inner), request).await
+                }
+                other => Status::unimplemented(format!("the fake has no {other}")).into_http(),
+            })
+        })
+    }
+}

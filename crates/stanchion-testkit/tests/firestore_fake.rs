@@ -1,0 +1,13 @@
+//! Firestore against the whole suite, in the fake: where a machine has no emulator, the store is tested like this, and the
+//! fake is tested by the emulator's results.
+
+use stanchion::store::Firestore;
+use stanchion_testkit::servers::FirestoreFake;
+use stanchion_testkit::{Environment, conformance};
+
+fn fake() -> Environment<Firestore> {
+    let fake = FirestoreFake::start();
+    let url = fake.url();
+    Environment::new(move || Firestore::from_url(&url).unwrap()).keeping(fake)
+}
+conformance!(suite, fake);

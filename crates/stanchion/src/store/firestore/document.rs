@@ -1,0 +1,252 @@
+//! Documents: what they are called, and what is in them.
+
+use std::collections::HashMap;
+
+use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
+use prost_types::Timestamp;
+
+use super::error::malformed;
+use crate::error::Result;
+use crate::key::Key;
+use crate::token::{SessionId, TokenId};
+
+/// The names of documents and collections.
+#[derive(Clone, Debug)]
+pub(super) struct Names {
+    /// `projects/…/databases/…/documents`.
+    root: String,
+    collection: String,
+}
+
+impl Names {
+    pub(super) fn new(database: &str, collection: &str) -> Self {
+        Self { root: format!("{database}/documents"), collection: collection.to_owned() }
+    }
+
+    /// What collections at the top belong to.
+    pub(super) fn root(&self) -> &str {
+        &self.root
+    }
+
+    pub(super) fn keys(&self) -> String {
+        format!("{}_keys", self.collection)
+    }
+
+    pub(super) fn sessions(&self) -> String {
+        format!("{}_sessions", self.collection)
+    }
+
+    /// The collection of the calls of a session, below its document.
+    pub(super) fn calls(&self) -> String {
+        format!("{}_calls", self.collection)
+    }
+
+    pub(super) fn key(&self, key: &Key) -> String {
+        format!("{}/{}/{}", self.root, self.keys(), key_id(key))
+    }
+
+    /// A page of the queue of the key that has this document.
+    pub(super) fn page(&self, key: &str, number: u64) -> String {
+        format!("{key}/{}_pages/{number}", self.collection)
+    }
+
+    pub(super) fn session(&self, session: SessionId) -> String {
+        format!("{}/{}/{}", self.root, self.sessions(), session.to_hex())
+    }
+
+    pub(super) fn call(&self, session: SessionId, token: TokenId) -> String {
+        format!("{}/{}/{}", self.session(session), self.calls(), token.to_hex())
+    }
+}
+
+/// The id of a key's document: 8 digits that spread keys that are alike over the service's machines, and the key itself in
+/// letters that every id may have. Injective, and at most 864 of the 1500 bytes that an id may have.
+pub(super) fn key_id(key: &Key) -> String {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let bytes = key.as_encoded().as_bytes();
+    let mut id = format!("{:08x}.", spread(bytes) >> 32);
+    for three in bytes.chunks(3) {
+        let bits = three.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - three.len()));
+        for place in 0..=three.len() {
+            id.push(char::from(LETTERS[(bits >> (18 - 6 * place)) as usize & 63]));
+        }
+    }
+    id
+}
+
+/// FNV-1a and a finisher: alike keys get numbers that are far apart. Nothing depends on it being hard to invert.
+fn spread(bytes: &[u8]) -> u64 {
+    let sum = bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |sum: u64, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+    let mixed = (sum ^ (sum >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    mixed ^ (mixed >> 33)
+}
+
+/// Microseconds, which is what the service gives.
+pub(super) fn micros(time: Timestamp) -> Result<u64> {
+    let seconds = u64::try_from(time.seconds).map_err(|_| malformed())?;
+    let below = u64::try_from(time.nanos).map_err(|_| malformed())? / 1_000;
+    Ok(seconds.saturating_mul(1_000_000).saturating_add(below))
+}
+
+/// The same of a field that every answer has.
+pub(super) fn micros_of(time: Option<Timestamp>) -> Result<u64> {
+    micros(time.ok_or_else(malformed)?)
+}
+
+pub(super) fn timestamp(micros: u64) -> api::Value {
+    let seconds = i64::try_from(micros / 1_000_000).unwrap_or(i64::MAX);
+    // Below a thousand million.
+    let nanos = i32::try_from(micros % 1_000_000 * 1_000).unwrap_or_default();
+    value(api::value::ValueType::TimestampValue(Timestamp { seconds, nanos }))
+}
+
+fn value(of: api::value::ValueType) -> api::Value {
+    api::Value { value_type: Some(of) }
+}
+
+pub(super) fn text(text: impl Into<String>) -> api::Value {
+    value(api::value::ValueType::StringValue(text.into()))
+}
+
+pub(super) fn bytes(bytes: Vec<u8>) -> api::Value {
+    value(api::value::ValueType::BytesValue(bytes))
+}
+
+pub(super) fn texts(texts: impl Iterator<Item = String>) -> api::Value {
+    value(api::value::ValueType::ArrayValue(api::ArrayValue { values: texts.map(text).collect() }))
+}
+
+pub(super) type Fields = HashMap<String, api::Value>;
+
+/// The fields of these names.
+pub(super) fn fields<const N: usize>(named: [(&str, api::Value); N]) -> Fields {
+    named.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+pub(super) fn bytes_of<'a>(document: &'a api::Document, field: &str) -> Result<&'a [u8]> {
+    match document.fields.get(field).and_then(|value| value.value_type.as_ref()) {
+        Some(api::value::ValueType::BytesValue(bytes)) => Ok(bytes),
+        _ => Err(malformed()),
+    }
+}
+
+pub(super) fn text_of<'a>(document: &'a api::Document, field: &str) -> Result<&'a str> {
+    match document.fields.get(field).and_then(|value| value.value_type.as_ref()) {
+        Some(api::value::ValueType::StringValue(text)) => Ok(text),
+        _ => Err(malformed()),
+    }
+}
+
+/// What must be so for a write to be done, and all others of its commit.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Only {
+    Always,
+    IfMissing,
+    /// The document was last written then.
+    IfStill(Timestamp),
+}
+
+fn precondition(only: Only) -> Option<api::Precondition> {
+    let condition = match only {
+        Only::Always => return None,
+        Only::IfMissing => api::precondition::ConditionType::Exists(false),
+        Only::IfStill(time) => api::precondition::ConditionType::UpdateTime(time),
+    };
+    Some(api::Precondition { condition_type: Some(condition) })
+}
+
+/// Writes a whole document.
+pub(super) fn put(name: String, fields: Fields, only: Only) -> api::Write {
+    let document = api::Document { name, fields, create_time: None, update_time: None };
+    api::Write {
+        update_mask: None,
+        update_transforms: Vec::new(),
+        current_document: precondition(only),
+        operation: Some(api::write::Operation::Update(document)),
+    }
+}
+
+pub(super) fn delete(name: String, only: Only) -> api::Write {
+    api::Write {
+        update_mask: None,
+        update_transforms: Vec::new(),
+        current_document: precondition(only),
+        operation: Some(api::write::Operation::Delete(name)),
+    }
+}
+
+/// The documents of a collection of which a field compares like this, by that field.
+pub(super) fn query(
+    collection: String,
+    field: &str,
+    conditions: Vec<(api::structured_query::field_filter::Operator, api::Value)>,
+    is_ordered: bool,
+    limit: usize,
+) -> api::StructuredQuery {
+    use api::structured_query::{
+        CollectionSelector, CompositeFilter, Direction, FieldFilter, FieldReference, Filter, Order, composite_filter,
+        filter::FilterType,
+    };
+    let reference = || Some(FieldReference { field_path: field.to_owned() });
+    let filters: Vec<Filter> = conditions
+        .into_iter()
+        .map(|(op, value)| {
+            let filter = FieldFilter { field: reference(), op: op.into(), value: Some(value) };
+            Filter { filter_type: Some(FilterType::FieldFilter(filter)) }
+        })
+        .collect();
+    let all = CompositeFilter { op: composite_filter::Operator::And.into(), filters };
+    let has_filters = !all.filters.is_empty();
+    let order = Order { field: reference(), direction: Direction::Ascending.into() };
+    api::StructuredQuery {
+        from: vec![CollectionSelector { collection_id: collection, all_descendants: false }],
+        r#where: has_filters.then_some(Filter { filter_type: Some(FilterType::CompositeFilter(all)) }),
+        order_by: if is_ordered { vec![order] } else { Vec::new() },
+        limit: Some(i32::try_from(limit).unwrap_or(i32::MAX)),
+        ..api::StructuredQuery::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_legal_injective_and_spread() {
+        let mut names: Vec<String> =
+            ["/", ".", "..", "a/b", "__x__", "__id7__", "é", "鍵", "🔒", "a", "A", " ", "a ", "\u{7f}"]
+                .map(str::to_owned)
+                .into();
+        names.push("x".repeat(crate::key::MAX_KEY_BYTES));
+        names.extend((0..1_000).map(|i| format!("invoice:{i}")));
+        let namespace = "n".repeat(128);
+        let mut ids = std::collections::BTreeSet::new();
+        for namespace in ["", "a", &namespace] {
+            for name in &names {
+                let id = key_id(&Key::new(namespace, name).unwrap());
+                assert!(
+                    id.len() <= 1_500 && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)),
+                    "{id}"
+                );
+                assert!(!id.starts_with("__") && id != "." && id != "..");
+                assert!(ids.insert(id), "{name}");
+            }
+        }
+        let mut begins: Vec<u8> =
+            (0..1_000).map(|i| key_id(&Key::new("", &format!("invoice:{i}")).unwrap()).as_bytes()[0]).collect();
+        begins.sort_unstable();
+        begins.dedup();
+        assert_eq!(begins.len(), 16, "keys in sequence begin with every digit");
+    }
+
+    #[test]
+    fn times_are_kept_to_the_microsecond() {
+        let Some(api::value::ValueType::TimestampValue(time)) = timestamp(1_795_269_318_534_297).value_type else {
+            panic!("a time")
+        };
+        assert_eq!(micros(time).unwrap(), 1_795_269_318_534_297);
+        assert!(micros(Timestamp { seconds: -1, nanos: 0 }).is_err());
+    }
+}

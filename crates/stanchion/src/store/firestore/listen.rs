@@ -1,0 +1,146 @@
+//! Pushes: the documents that call a session's tokens, listened to for as long as the session lives.
+//!
+//! Who grants a key to one who waits, or takes it by force, writes such a document in the same commit. One stream for each
+//! session hears of all of them; who ends the token deletes it.
+
+use std::sync::Weak;
+use std::time::Duration;
+
+use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
+use tokio::sync::oneshot;
+use tonic::Streaming;
+
+use super::Inner;
+use super::connect::{pause, within};
+use super::document::{query, text_of};
+use super::error::malformed;
+use crate::clock::jitter;
+use crate::error::Result;
+use crate::fence::Fence;
+use crate::key::Key;
+use crate::store::{LostToken, Push, PushSender};
+use crate::token::{SessionId, TokenId};
+
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Opening a session waits so long for its listener.
+const READY_WITHIN: Duration = Duration::from_secs(1);
+
+/// Starts listening, and waits until that has succeeded or failed once.
+pub(super) async fn start(
+    inner: &std::sync::Arc<Inner>,
+    session: SessionId,
+    pushes: PushSender,
+) -> Result<tokio::task::AbortHandle> {
+    let (tried, first_attempt) = oneshot::channel();
+    let task = inner.service.runtime()?.spawn(listen(std::sync::Arc::downgrade(inner), session, pushes, tried));
+    let _late = within(READY_WITHIN, first_attempt).await;
+    Ok(task.abort_handle())
+}
+
+async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, tried: oneshot::Sender<()>) {
+    let mut tried = Some(tried);
+    let mut wait = FIRST_PAUSE;
+    let (mut is_first, mut failures) = (true, 0);
+    loop {
+        let Some(strong) = inner.upgrade() else { return };
+        let calls = query(strong.names.calls(), "key", Vec::new(), false, i32::MAX as usize);
+        // Of all there is: what was called while nobody listened is there too.
+        let calls = api::StructuredQuery { limit: None, ..calls };
+        let stream = strong.service.listen(&strong.names.session(session), calls).await;
+        drop(strong);
+        let heard = match stream {
+            Ok(stream) => hear(stream, &inner, &pushes, &mut tried, is_first).await,
+            Err(fault) => Err(fault),
+        };
+        drop(tried.take());
+        is_first = false;
+        match heard {
+            // The service ends every stream after a while.
+            Ok(()) => (wait, failures) = (FIRST_PAUSE, 0),
+            Err(fault) => {
+                failures += 1;
+                if failures == 3 {
+                    let why = fault.message();
+                    pushes.send(Push::Warning(format!("no pushes, waiting calls ask once a second: {why}")));
+                }
+            }
+        }
+        pause(jitter(wait)).await;
+        wait = (wait * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Passes on what a stream says. It is an error if it said nothing.
+async fn hear(
+    mut stream: Streaming<api::ListenResponse>,
+    inner: &Weak<Inner>,
+    pushes: &PushSender,
+    tried: &mut Option<oneshot::Sender<()>>,
+    is_first: bool,
+) -> Result<()> {
+    use api::listen_response::ResponseType;
+    use api::target_change::TargetChangeType;
+
+    let mut is_current = false;
+    loop {
+        let answer = match stream.message().await {
+            Ok(Some(answer)) => answer,
+            Ok(None) | Err(_) if is_current => return Ok(()),
+            Ok(None) => return Err(malformed()),
+            Err(status) => return Err(super::error::from_status(status, super::error::Does::Read)),
+        };
+        match answer.response_type {
+            Some(ResponseType::DocumentChange(change)) => {
+                // What cannot be read is not ours.
+                match change.document.as_ref().map(read) {
+                    Some(Ok(Call::Push(push))) => pushes.send(push),
+                    Some(Ok(Call::WaitedFor(key, token))) => {
+                        if let Some(inner) = inner.upgrade() {
+                            inner.is_not_alone(&key, token);
+                        }
+                    }
+                    _ => {}
+                }
+            }
+            Some(ResponseType::TargetChange(change)) => match change.target_change_type() {
+                TargetChangeType::Current if !is_current => {
+                    is_current = true;
+                    drop(tried.take());
+                    if !is_first {
+                        pushes.send(Push::RecheckAll);
+                    }
+                }
+                TargetChangeType::Remove => {
+                    let status = change.cause.unwrap_or_default();
+                    let status = tonic::Status::new(tonic::Code::from(status.code), status.message);
+                    return Err(super::error::from_status(status, super::error::Does::Read));
+                }
+                _ => {}
+            },
+            _ => {}
+        }
+    }
+}
+
+/// What a document says.
+enum Call {
+    Push(Push),
+    /// Somebody waits for this hold.
+    WaitedFor(Key, TokenId),
+}
+
+fn read(document: &api::Document) -> Result<Call> {
+    let id = document.name.rsplit('/').next().unwrap_or_default();
+    let token = TokenId::from_hex(id).ok_or_else(malformed)?;
+    let key = Key::from_encoded(text_of(document, "key")?)?;
+    if let Ok(reason) = text_of(document, "forced") {
+        return Ok(Call::Push(Push::Forced(LostToken { key, token, reason: reason.to_owned() })));
+    }
+    if text_of(document, "waited_for").is_ok() {
+        return Ok(Call::WaitedFor(key, token));
+    }
+    let fence = text_of(document, "fence")?.parse().map_err(|_| malformed())?;
+    Ok(Call::Push(Push::Granted { key, token, fence: Fence::new(fence) }))
+}
