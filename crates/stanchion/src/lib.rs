@@ -28,7 +28,7 @@
 //! transactions are better than any lock.
 //!
 //! # Features
-//! `sqlite` (default): the embedded store; `redis`, `postgres`: those. The memory store is always there. A feature only adds.
+//! `sqlite` (default): the embedded store; `redis`, `postgres`, `firestore`: those. The memory store is always there. A feature only adds.
 
 mod belief;
 mod clock;

@@ -1,0 +1,45 @@
+//! The tool on Firestore, in Google's emulator. `./test` runs this where the machine has it.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+#[macro_use]
+#[allow(dead_code, reason = "an emulator has no password")]
+mod on_a_server;
+use common::*;
+use stanchion_testkit::servers::{FirestoreEmulator, firestore_emulator};
+
+struct Emulator {
+    url: String,
+    running: Option<FirestoreEmulator>,
+}
+
+impl on_a_server::Server for Emulator {
+    fn url(&self, _password: &str) -> String {
+        self.url.clone()
+    }
+    fn kill(&mut self) {
+        self.running = None;
+    }
+}
+
+fn emulator() -> Emulator {
+    let jar = firestore_emulator().expect("this machine has no emulator of Firestore");
+    let running = FirestoreEmulator::start(&jar);
+    Emulator { url: running.url(), running: Some(running) }
+}
+
+on_a_server! { emulator =>
+    one_command_at_a_time_with_rising_fences,
+    busy_limits_and_looking,
+    a_command_ends_when_its_server_stays_away_and_before_another_may_have_the_key,
+    after_the_wrapper_is_killed_its_child_dies_and_the_key_is_free_again,
+}
+
+#[test]
+fn what_cannot_be_used_has_its_code() {
+    let world = World::new();
+    let run = |url: &str| world.stanchion(["run", "-w", "1s", "--store", url, "k", "--", "true"]).finish();
+    run("firestore://p?emulator=127.0.0.1:1").code(69).says(&["cannot connect"]);
+    run("firestore://p?colour=red").code(64).says(&["the options are `collection` and `emulator`"]);
+    run("firestore://").code(64).says(&["firestore://PROJECT"]);
+}
