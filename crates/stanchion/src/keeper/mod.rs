@@ -415,6 +415,17 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_store_that_is_back_hears_a_beat_at_once() {
+        let bench = Bench::new().await;
+        let before = bench.faults.count(Step::Beat);
+        let beats = async || {
+            receive(&bench.locks.handle.shared, Push::VerifyAll);
+            bench.faults.count(Step::Beat) > before
+        };
+        bench.until("a beat, and no time has gone by", beats).await;
+    }
+
+    #[tokio::test]
     async fn a_hold_that_the_store_has_forgotten_is_lost() {
         let bench = Bench::new().await;
         let guard = bench.locks.lock("k").await.unwrap();

@@ -108,7 +108,11 @@ async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime, i
     let mut next = opened.after(interval);
     loop {
         let stop_by = session.stop_by();
-        shared.clock.sleep_until(next.min(stop_by)).await;
+        tokio::select! {
+            () = shared.clock.sleep_until(next.min(stop_by)) => {}
+            // The store that is back may lack the newest beats.
+            () = shared.back.notified() => {}
+        }
         let asked = shared.clock.now();
         if !session.is_believed(asked) {
             return;
