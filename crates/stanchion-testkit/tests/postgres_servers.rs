@@ -83,7 +83,7 @@ fn a_killed_server_returns_with_its_data() {
             let mut busy = busy(&server);
             server.kill();
             assert!(server.process().is_none());
-            assert_eq!(server.processes(), []);
+            assert_eq!(server.processes(), Vec::<i32>::new());
             assert!(!busy.wait().unwrap().success());
             assert!(before.iter().all(|pid| !runs(*pid)));
             server.restart();
@@ -110,7 +110,7 @@ fn a_server_stops_in_good_order_and_returns() {
         let mut server = PostgresServer::start(kind);
         server.psql("CREATE TABLE t (x int)");
         server.stop_fast();
-        assert_eq!(server.processes(), []);
+        assert_eq!(server.processes(), Vec::<i32>::new());
         let log = std::fs::read_to_string(server.folder().join("server.log")).unwrap();
         assert!(log.contains("database system is shut down"), "{log}");
         server.restart();
@@ -221,7 +221,7 @@ fn nothing_of_a_server_survives_its_handle() {
         drop(pooler);
         drop(server);
         let left: Vec<_> = processes.into_iter().filter(|pid| runs(*pid)).collect();
-        assert_eq!(left, []);
+        assert_eq!(left, Vec::<i32>::new());
         assert!(!busy.wait().unwrap().success());
         assert!(!folder.exists());
     }
