@@ -50,7 +50,7 @@ pub(super) struct Pool {
     /// Calls of many steps have a few of the connections: they wait for nobody's turn, and never for those that do.
     together_permits: Arc<Semaphore>,
     /// One connection more, for what keeps the session: no crowd of steps may delay a beat.
-    session_permit: Arc<Semaphore>,
+    session_permit: Semaphore,
     pause: Mutex<Pause>,
     saw_primary: AtomicBool,
     clock: Clock,
@@ -100,7 +100,7 @@ impl Pool {
             driver: Mutex::default(),
             idle: Mutex::default(),
             users,
-            session_permit: Arc::new(Semaphore::new(1)),
+            session_permit: Semaphore::new(1),
             pause: Mutex::new(pause),
             saw_primary: AtomicBool::new(false),
             clock: Clock::system(),
@@ -149,9 +149,9 @@ impl Pool {
         statement: &str,
         parameters: &[Parameter<'_>],
     ) -> Result<Vec<Row>> {
-        let permit = self.session_permit.clone().acquire_owned().await.ok();
+        let _permit = self.session_permit.acquire().await;
         let connection = Connected::Own(self.connection().await?);
-        self.ask_by(connection, permit, statement, parameters).await
+        self.ask_by(connection, None, statement, parameters).await
     }
 
     async fn ask_with(
@@ -304,6 +304,7 @@ impl Connected {
 struct Lease<'a> {
     pool: &'a Arc<Pool>,
     connection: Option<Connected>,
+    /// Kept until the answer came, also where nobody waits for that any more. A step of a session has none.
     permit: Option<OwnedSemaphorePermit>,
     is_answered: bool,
 }
@@ -314,8 +315,10 @@ impl Drop for Lease<'_> {
         if self.is_answered {
             return connection.give_back(self.pool);
         }
+        // A session's: the next beat waits for no answer to this one, and the connection is closed.
+        let Some(permit) = self.permit.take() else { return };
         // Given up early its step goes on, and may wait for a row: whoever had the connection next would wait with it.
-        let (pool, permit) = (Arc::downgrade(self.pool), self.permit.take());
+        let pool = Arc::downgrade(self.pool);
         if let Ok(runtime) = self.pool.runtime() {
             runtime.spawn(async move {
                 let settled = within(SETTLED_WITHIN, connection.client().batch_execute("")).await;
