@@ -229,6 +229,8 @@ impl<'a> Supervisor<'a> {
                 self.stop_too(signal == libc::SIGTSTP);
             }
             _ if self.stops_with_child => self.stop_too(false),
+            // It was stopped before it was asked to end, and we hear of it after that.
+            _ if self.asked_to_end => self.continue_child(),
             // Somebody stopped the command alone, and will continue it.
             _ => {}
         }
