@@ -267,8 +267,12 @@ fn a_silent_connection_ends_no_session() {
         let locks = locks(&server).await;
         let held = locks.lock("k").await.unwrap();
         let beats = "SELECT pid FROM pg_stat_activity WHERE application_name = 'stanchion' AND query LIKE '%.beat(%'";
-        until("a beat", async || server.psql(beats).lines().count() == 1).await;
-        let pid = server.psql(beats).trim().to_owned();
+        let mut pid = String::new();
+        let is_one = async || {
+            server.psql(beats).trim().clone_into(&mut pid);
+            pid.parse::<u32>().is_ok()
+        };
+        until("a beat", is_one).await;
         let send = |signal: &str| assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
         let expires = || -> u64 { server.psql("SELECT max(expires) FROM stanchion.sessions").trim().parse().unwrap() };
         let before = expires();
