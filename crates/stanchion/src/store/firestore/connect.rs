@@ -244,14 +244,15 @@ impl Service {
         if self.config.emulator.is_some() {
             metadata.insert("authorization", MetadataValue::from_static("Bearer owner"));
         } else {
-            let unauthorized = |fault: &dyn std::fmt::Display| {
-                error(ErrorKind::Unauthorized, format!("no credentials: {fault}")).in_doubt(false)
+            let none = |kind, fault: &dyn std::fmt::Display| {
+                let mend = "on a machine that has none by itself set GOOGLE_APPLICATION_CREDENTIALS to a key's file";
+                error(kind, format!("no credentials ({mend}): {fault}")).in_doubt(false)
             };
             let given = within(ANSWER_WITHIN, self.credentials()?.headers(http::Extensions::new())).await;
             let late = || error(ErrorKind::Unavailable, "no credentials in time").in_doubt(false);
             match given.ok_or_else(late)?.map_err(|fault| match fault.is_transient() {
-                true => error(ErrorKind::Unavailable, format!("no credentials now: {fault}")).in_doubt(false),
-                false => unauthorized(&fault),
+                true => none(ErrorKind::Unavailable, &fault),
+                false => none(ErrorKind::Unauthorized, &fault),
             })? {
                 CacheableResource::New { data, .. } => metadata.as_mut().extend(data),
                 CacheableResource::NotModified => return Err(malformed()),
