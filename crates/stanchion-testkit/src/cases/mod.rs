@@ -34,6 +34,8 @@ macro_rules! for_every_case {
             sessions::dead_waiters_are_skipped_all_at_once,
             sessions::a_fixed_hold_outlives_its_session,
             sessions::a_waiter_for_a_fixed_term_dies_with_its_session,
+            sessions::others_see_whether_a_session_lives,
+            sessions::looking_at_a_session_renews_nothing [Beat],
             sessions::ten_sessions_of_one_process_are_ten_sessions,
             holds::a_free_key_is_granted_and_released,
             holds::three_keys_at_once_are_independent,
