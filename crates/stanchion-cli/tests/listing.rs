@@ -53,7 +53,8 @@ fn json_has_the_documented_fields() {
 
     let one: Value = serde_json::from_str(&world.stanchion(["inspect", "job 1", "--json"]).finish().ok()).unwrap();
     let names = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
-    assert_eq!(names(&one), names(job));
+    let without_the_run: Vec<_> = names(&one).into_iter().filter(|name| name != "last_run").collect();
+    assert_eq!(without_the_run, names(job));
     let help = world.stanchion(["ls", "--help"]).finish().ok();
     for name in names(job).iter().chain(&names(hold)).chain(&names(waits)) {
         assert!(help.contains(name.as_str()), "`{name}` is not in the help");
