@@ -99,6 +99,21 @@ fn nobody_who_reads_is_a_quiet_end() {
 }
 
 #[test]
+fn watch_ends_when_nobody_reads_also_without_a_change() {
+    let world = World::new();
+    let _scene = scene(&world);
+    // The reader goes after the first line, and nothing changes from then on.
+    let script = format!("({} watch --interval 10ms; echo $? > code) | head -n 1", env!("CARGO_BIN_EXE_stanchion"));
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", &script]);
+    world.prepare(&mut command);
+    let mut shell = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    until("the exit code", || !world.read("code").is_empty());
+    assert_eq!(world.read("code"), "0\n");
+    shell.wait().unwrap();
+}
+
+#[test]
 fn watch_tells_each_change_once() {
     let world = World::new();
     let _before = world.stanchion(["run", "job 0", "-c", "touch $D/before; exec sleep 600"]).start();
