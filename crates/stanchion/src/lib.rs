@@ -28,7 +28,8 @@
 //! transactions are better than any lock.
 //!
 //! # Features
-//! `sqlite` (default): the embedded store; `redis`, `postgres`, `firestore`: those. The memory store is always there. A feature only adds.
+//! `sqlite` (default): the embedded store; `redis`, `postgres`, `firestore`: those. The memory store is always there.
+//! `tracing`, `metrics`: telemetry, by the names in `docs/telemetry.md`. A feature only adds.
 
 mod belief;
 mod builder;
@@ -46,6 +47,7 @@ mod request;
 mod retry;
 mod shared;
 pub mod store;
+mod telemetry;
 mod token;
 mod wait;
 
@@ -66,6 +68,7 @@ pub use primitives::{
 pub use request::LockRequest;
 pub use retry::RetryPolicy;
 pub use store::{Demand, Store};
+pub use telemetry::ShownKeys;
 pub use token::{SessionId, Token, TokenId};
 
 #[cfg(doctest)]
