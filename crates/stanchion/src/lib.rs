@@ -31,6 +31,7 @@
 //! `sqlite` (default): the embedded store; `redis`, `postgres`, `firestore`: those. The memory store is always there. A feature only adds.
 
 mod belief;
+pub mod blocking;
 mod clock;
 mod error;
 mod event;

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::guard::Guard;
+use crate::error::{Error, ErrorKind, LossCause, Result};
+use crate::guard::{Guard, Released};
 use crate::locks::{Locks, MAX_METADATA_BYTES, check_duration};
 use crate::store::{Demand, Term};
 use crate::wait;
@@ -156,18 +156,7 @@ impl LockRequest {
             value = body(&guard) => Ok(value),
             cause = guard.lost() => Err(cause),
         };
-        let (key, store) = (guard.key().clone(), guard.store_name());
-        let lost = |cause| Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}"));
-        let lost = |cause| lost(cause).with_key(&key).with_store(store);
-        let value = finished.map_err(lost)?;
-        if let Some(cause) = guard.loss() {
-            return Err(lost(cause));
-        }
-        match guard.release().await {
-            Ok(crate::guard::Released::AlreadyLost) => Err(lost(crate::error::LossCause::Missing)),
-            // A release that failed is told by an event, and the keeper goes on with it.
-            Ok(crate::guard::Released::Now) | Err(_) => Ok(value),
-        }
+        conclude(guard, finished).await
     }
 
     /// Checks the options, not the key.
@@ -201,6 +190,23 @@ impl LockRequest {
             (Some(ttl), None) => Ok(Term::Fixed(ttl)),
             (None, max_hold) => Ok(Term::Session { max_hold }),
         }
+    }
+}
+
+/// Releases after the work under the lock has ended, with its value or because the lock was lost: what
+/// [`LockRequest::run`] says of both.
+pub(crate) async fn conclude<T>(guard: Guard, finished: Result<T, LossCause>) -> Result<T> {
+    let (key, store) = (guard.key().clone(), guard.store_name());
+    let lost = |cause| Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}"));
+    let lost = |cause| lost(cause).with_key(&key).with_store(store);
+    let value = finished.map_err(lost)?;
+    if let Some(cause) = guard.loss() {
+        return Err(lost(cause));
+    }
+    match guard.release().await {
+        Ok(Released::AlreadyLost) => Err(lost(LossCause::Missing)),
+        // A release that failed is told by an event, and the keeper goes on with it.
+        Ok(Released::Now) | Err(_) => Ok(value),
     }
 }
 
