@@ -28,7 +28,9 @@
 //! transactions are better than any lock.
 //!
 //! # Features
-//! `sqlite` (default): the embedded store; `redis`, `postgres`, `firestore`: those. The memory store is always there. A feature only adds.
+//! `sqlite` (default): the embedded store; `redis`, `postgres`, `firestore`: those. The memory store is always there.
+//! `tower`: a lock around each request of an HTTP service, [`tower::LockLayer`]. `macros`: a lock around a function,
+//! [`locked`](macro@locked). The surface without async, [`blocking`], is always there. A feature only adds.
 
 mod belief;
 pub mod blocking;
@@ -45,6 +47,8 @@ mod retry;
 mod shared;
 pub mod store;
 mod token;
+#[cfg(feature = "tower")]
+pub mod tower;
 mod wait;
 
 pub use belief::Drift;
@@ -59,6 +63,29 @@ pub use request::LockRequest;
 pub use retry::RetryPolicy;
 pub use store::{Demand, Store};
 pub use token::{SessionId, Token, TokenId};
+
+/// ```
+/// use stanchion::{Locks, Result};
+///
+/// struct Files {
+///     locks: Locks,
+/// }
+///
+/// impl Files {
+///     /// Waits for five seconds at most; the file stays closed for five minutes afterwards.
+///     #[stanchion::locked(key = "file:{id}", wait = "5s", cooldown = "5m", guard = guard)]
+///     async fn index(&self, id: u64) -> Result<String> {
+///         Ok(format!("file {id} under fence {}", guard.fence()))
+///     }
+/// }
+///
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// let files = Files { locks: Locks::open("memory:").await? };
+/// files.index(7).await?;
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
+#[cfg(feature = "macros")]
+pub use stanchion_macros::locked;
 
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]

@@ -15,7 +15,7 @@ use crate::wait;
 /// A request for a lock: await it to wait for the lock, or give it limits first.
 ///
 /// # Errors
-/// When awaited: [`ErrorKind::Timeout`] at the wait limit, [`ErrorKind::Cancelled`], [`ErrorKind::Draining`],
+/// When awaited: [`ErrorKind::Timeout`] at the wait limit, [`ErrorKind::Busy`] if that is zero, [`ErrorKind::Cancelled`], [`ErrorKind::Draining`],
 /// [`ErrorKind::InvalidArgument`] for a key or an option out of range or a capacity that others do not share,
 /// [`ErrorKind::Indeterminate`] if the store's answer was lost and could not be had again, and the store's faults. After
 /// every error nothing is held: what the request may have got is cleaned up.
@@ -63,7 +63,8 @@ impl LockRequest {
         }
     }
 
-    /// Waits no longer than this, then [`ErrorKind::Timeout`]. Zero: one attempt. Default: no limit.
+    /// Waits no longer than this, then [`ErrorKind::Timeout`]. Zero: one attempt, then [`ErrorKind::Busy`]. Default: no
+    /// limit.
     pub fn wait(mut self, limit: Duration) -> Self {
         self.wait = Some(limit);
         self
@@ -230,9 +231,9 @@ impl IntoFuture for LockRequest {
                 Some(guard) => Ok(guard),
                 // Only a limit of zero ends without a grant.
                 None => {
-                    let message = format!("not obtained within {:?}", self.wait.unwrap_or_default());
                     let key = self.locks.key(&self.key)?;
-                    Err(self.locks.handle.shared.error(ErrorKind::Timeout, message).with_key(&key))
+                    let message = "another holds it or waits for it";
+                    Err(self.locks.handle.shared.error(ErrorKind::Busy, message).with_key(&key))
                 }
             }
         })

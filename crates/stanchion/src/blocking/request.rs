@@ -27,8 +27,8 @@ impl LockRequest {
         Self { request, driver }
     }
 
-    /// Waits no longer than this, then [`ErrorKind::Timeout`](crate::ErrorKind::Timeout). Zero: one attempt. Default: no
-    /// limit.
+    /// Waits no longer than this, then [`ErrorKind::Timeout`](crate::ErrorKind::Timeout). Zero: one attempt, then
+    /// [`ErrorKind::Busy`](crate::ErrorKind::Busy). Default: no limit.
     pub fn wait(self, limit: Duration) -> Self {
         self.with(|request| request.wait(limit))
     }
