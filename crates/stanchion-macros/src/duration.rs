@@ -61,7 +61,8 @@ mod tests {
         ] {
             assert_eq!(parse(text), Some(means), "{text}");
         }
-        for wrong in ["", " ", "five", "5 minutes", "-1s", "1e3", "s", "5mm", "1.2.3s", "inf", "9999999999999d", "5s 3"] {
+        for wrong in ["", " ", "five", "5 minutes", "-1s", "1e3", "s", "5mm", "1.2.3s", "inf", "9999999999999d", "5s 3"]
+        {
             assert_eq!(parse(wrong), None, "{wrong}");
         }
     }

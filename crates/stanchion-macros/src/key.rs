@@ -41,8 +41,7 @@ fn placeholder(name: &str, literal: &LitStr, arguments: &[String]) -> Result<Exp
     let wrong = |message: String| Error::new(literal.span(), message);
     let shape = format!("`{{{name}}}` names no argument: write `{{id}}`, `{{self.name}}`, `{{request.id}}`");
     // Parsed at the literal, so that an error in it points there.
-    let expression: Expr =
-        LitStr::new(name, literal.span()).parse().map_err(|_| wrong(shape.clone()))?;
+    let expression: Expr = LitStr::new(name, literal.span()).parse().map_err(|_| wrong(shape.clone()))?;
     let Some(root) = root(&expression) else { return Err(wrong(shape)) };
     if arguments.contains(&root) {
         return Ok(expression);

@@ -27,6 +27,8 @@ use proc_macro::TokenStream;
 /// | `read`, `write` | shared with other readers; alone, on a key that has readers. Default: a mutex |
 /// | `guard = NAME` | the body has the `&Guard` under this name: its fence, `check`, `heartbeat`, `set_cooldown` |
 ///
+/// Different arguments must make different keys: with `"{a}:{b}"`, a `:` inside of one of them would not.
+///
 /// Durations are read when the program is compiled: a number with a unit (`500ms`, `30s`, `5m`, `2h`, `1d`), several
 /// (`1h 30m`), or seconds (`30`, `1.5`). Instead of a text, an expression of type `Duration` is evaluated at each call.
 ///

@@ -109,7 +109,10 @@ fn duration(value: Text) -> Result<TokenStream> {
     let literal = match value {
         Text::Literal(literal) => literal,
         Text::Expression(Expr::Lit(number)) => {
-            return Err(Error::new_spanned(number, "a duration is a text, \"5s\", or an expression of type `Duration`"));
+            return Err(Error::new_spanned(
+                number,
+                "a duration is a text, \"5s\", or an expression of type `Duration`",
+            ));
         }
         Text::Expression(expression) => return Ok(expression.into_token_stream()),
     };

@@ -6,6 +6,7 @@ mod blocking_cases;
 use stanchion::blocking::Locks;
 use stanchion::store::{Memory, Sqlite};
 use stanchion::{Event, Locks as AsyncLocks};
+use stanchion_testkit::servers::FirestoreFake;
 
 blocking_cases!(memory, {
     let store = Memory::new();
@@ -15,6 +16,11 @@ blocking_cases!(memory, {
 blocking_cases!(sqlite, {
     let folder = tempfile::tempdir().unwrap();
     move || Locks::with_store(Sqlite::open(folder.path().join("store")).unwrap()).unwrap()
+});
+
+blocking_cases!(firestore_fake, {
+    let fake = FirestoreFake::start();
+    move || Locks::open(&fake.url()).unwrap()
 });
 
 #[test]

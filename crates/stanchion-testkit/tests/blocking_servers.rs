@@ -3,14 +3,14 @@
 
 mod blocking_cases;
 
+use std::sync::OnceLock;
+
 use stanchion::TokenId;
 use stanchion::blocking::Locks;
 use stanchion::store::Postgres;
 use stanchion_testkit::servers::{Postgres as PostgresKind, PostgresServer, Redis, RedisServer};
 
-use std::sync::OnceLock;
-
-/// Fresh data: a prefix, a schema, or a project of their own.
+/// Fresh data: a prefix or a schema of their own.
 fn fresh() -> String {
     format!("s{}", TokenId::random().unwrap().to_hex())
 }

@@ -205,7 +205,11 @@ where
     }
 }
 
-async fn serve<S, B, R>(layer: LockLayer, mut inner: S, request: Request<B>) -> Result<Response<LockedBody<R>>, S::Error>
+async fn serve<S, B, R>(
+    layer: LockLayer,
+    mut inner: S,
+    request: Request<B>,
+) -> Result<Response<LockedBody<R>>, S::Error>
 where
     S: Service<Request<B>, Response = Response<R>>,
     R: Default,
@@ -227,6 +231,7 @@ where
         cause = guard.lost() => Err(cause),
     };
     if layer.holds_while_body
+        && guard.is_held()
         && let Ok(Ok(response)) = finished
     {
         return Ok(response.map(|body| LockedBody::holding(body, guard)));
@@ -234,7 +239,9 @@ where
     let outcome = match Arc::into_inner(guard) {
         Some(guard) => conclude(guard, finished).await,
         // Somebody looks at it through a `HeldLock` at this very moment, and drops it after that, which releases.
-        None => finished.map_err(|cause| Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}"))),
+        None => {
+            finished.map_err(|cause| Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}")))
+        }
     };
     match outcome.map_err(Refusal::from) {
         Ok(response) => Ok(response?.map(LockedBody::free)),

@@ -220,7 +220,8 @@ async fn a_dropped_call_releases() {
 // What functions may look like.
 
 static LOCKS: OnceLock<Locks> = OnceLock::new();
-static LAZY: LazyLock<Locks> = LazyLock::new(|| stanchion::blocking::Locks::open("memory:").unwrap().as_async().clone());
+static LAZY: LazyLock<Locks> =
+    LazyLock::new(|| stanchion::blocking::Locks::open("memory:").unwrap().as_async().clone());
 
 /// A handle in a static; a generic argument, a pattern, a `mut` argument, an unused one.
 #[stanchion::locked(key = "all:{name}:{left}", locks = LOCKS.get().unwrap())]

@@ -95,9 +95,8 @@ async fn of_two_requests_with_one_key_the_second_is_told_when_to_come_again() {
     let gate = Gate::default();
     let app = axum_lock::app(locks.clone()).merge(gate.app(by_path(&locks)));
     let server = tokio::spawn(async move { axum::serve(listener, app).await });
-    let ask = async |request: &'static str| {
-        tokio::task::spawn_blocking(move || over_http(address, request)).await.unwrap()
-    };
+    let ask =
+        async |request: &'static str| tokio::task::spawn_blocking(move || over_http(address, request)).await.unwrap();
 
     let first = tokio::task::spawn_blocking(move || over_http(address, "GET /k"));
     gate.entered.notified().await;
@@ -124,9 +123,8 @@ async fn of_two_requests_with_one_key_the_second_is_told_when_to_come_again() {
 #[tokio::test]
 async fn busy_is_answered_as_chosen_and_with_what_is_known_of_the_holder() {
     let locks = Locks::open("memory:").await.unwrap();
-    let app = Gate::default().app(
-        by_path(&locks).busy_status(StatusCode::LOCKED).retry_after(Duration::from_millis(6_500)),
-    );
+    let app =
+        Gate::default().app(by_path(&locks).busy_status(StatusCode::LOCKED).retry_after(Duration::from_millis(6_500)));
     let held = locks.lock("k").await.unwrap();
     let busy = ask(&app, "/k").await;
     assert_eq!((busy.status(), retry_after(&busy)), (StatusCode::LOCKED, Some(7)), "no deadline");
