@@ -31,8 +31,9 @@ pub(crate) fn locked(arguments: TokenStream, item: TokenStream) -> Result<TokenS
     let ours = |name: &str| Ident::new(name, Span::mixed_site());
     let (request, body, error) = (ours("request"), ours("body"), ours("error"));
     let guard = options.guard.unwrap_or_else(|| ours("_guard"));
-    // An error type that has no way from ours is reported at the return type.
-    let failed = quote_spanned!(sig.output.span()=> ::core::convert::From::from(#error));
+    // An error type that has no way from ours is reported at the return type; it is no code of the user's for lints.
+    let at_output = sig.output.span().resolved_at(Span::mixed_site());
+    let failed = quote_spanned!(at_output=> ::core::convert::From::from(#error));
     Ok(quote! {
         #(#attrs)* #vis #sig {
             let #request = ::stanchion::Locks::lock(&#locks, #key) #(#calls)*;

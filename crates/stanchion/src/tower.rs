@@ -57,10 +57,13 @@ use crate::request::{LockRequest, conclude};
 pub use body::LockedBody;
 pub use held::HeldLock;
 
+/// What makes a lock's request of the head of an HTTP request.
+type Wanted = dyn Fn(&Parts) -> Option<LockRequest> + Send + Sync;
+
 /// Takes a lock for each request, with a key from the request, and releases it when the response is ready.
 #[derive(Clone)]
 pub struct LockLayer {
-    wanted: Arc<dyn Fn(&Parts) -> Option<LockRequest> + Send + Sync>,
+    wanted: Arc<Wanted>,
     wait: Duration,
     busy: StatusCode,
     retry_after: Duration,

@@ -226,14 +226,14 @@ static LAZY: LazyLock<Locks> =
 /// A handle in a static; a generic argument, a pattern, a `mut` argument, an unused one.
 #[stanchion::locked(key = "all:{name}:{left}", locks = LOCKS.get().unwrap())]
 #[must_use]
-pub(crate) async fn shapes<T: Display, const N: usize>(
+pub(crate) async fn shapes<T, const N: usize>(
     name: T,
     (left, _): (u8, u8),
     mut numbers: [u32; N],
     _unused: &str,
 ) -> Result<(String, u32), stanchion::Error>
 where
-    T: Send,
+    T: Display + Send,
 {
     numbers[0] += 1;
     Ok((name.to_string(), numbers.iter().sum()))
