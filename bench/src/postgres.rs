@@ -133,8 +133,14 @@ async fn handoff(server: &PostgresServer, disk: &str) {
             guard.release().await.unwrap();
         }
         crate::print_spans(&format!("commit     postgres, {disk}, {when}: a raw upsert"), commits);
-        crate::print_spans(&format!("notify     postgres, {disk}, {when}: a raw upsert with NOTIFY, until it is heard"), heard);
-        crate::print_spans(&format!("release    postgres, {disk}, {when}: while another waits, until the answer"), answers);
+        crate::print_spans(
+            &format!("notify     postgres, {disk}, {when}: a raw upsert with NOTIFY, until it is heard"),
+            heard,
+        );
+        crate::print_spans(
+            &format!("release    postgres, {disk}, {when}: while another waits, until the answer"),
+            answers,
+        );
         crate::print_spans(&format!("handoff    postgres, {disk}, {when}: two handles"), grants);
     }
 }
@@ -163,7 +169,8 @@ impl Raw {
             Poll::Ready(())
         }));
         listens.batch_execute("LISTEN raw").await.unwrap();
-        let upsert = "INSERT INTO raw VALUES ('commit', 'token', now()) ON CONFLICT (key) DO UPDATE SET expires = now()";
+        let upsert =
+            "INSERT INTO raw VALUES ('commit', 'token', now()) ON CONFLICT (key) DO UPDATE SET expires = now()";
         let commit = client.prepare(upsert).await.unwrap();
         let notify = format!("WITH upsert AS ({upsert} RETURNING token) SELECT pg_notify('raw', token) FROM upsert");
         let notify = client.prepare(&notify).await.unwrap();
