@@ -15,6 +15,7 @@ use crate::event::{Event, Observer};
 use crate::fence::Fence;
 use crate::keeper::Command;
 use crate::key::Key;
+use crate::on_lost::OnLost;
 use crate::retry::{Repeated, RetryPolicy, repeat};
 use crate::store::{Capabilities, Reply, Store, StoreTime};
 use crate::token::{SessionId, TokenId};
@@ -27,6 +28,7 @@ pub(crate) struct Config {
     pub(crate) session_ttl: Duration,
     pub(crate) drift: Drift,
     pub(crate) retry: RetryPolicy,
+    pub(crate) on_lost: OnLost,
 }
 
 /// So many different warnings are kept.
@@ -324,17 +326,18 @@ impl Shared {
     }
 
     /// The store has nothing of a hold. If its holder gave it up meanwhile, that is why: it is not lost.
-    pub(crate) fn is_missing(&self, hold: &Hold) {
+    pub(crate) fn is_missing(&self, hold: &Arc<Hold>) {
         if !hold.is_let_go() {
             self.lose(hold, LossCause::Missing, None);
         }
     }
 
     /// Ends the belief in a hold, tells everybody, and has its token ended in the store.
-    pub(crate) fn lose(&self, hold: &Hold, cause: LossCause, reason: Option<String>) {
+    pub(crate) fn lose(&self, hold: &Arc<Hold>, cause: LossCause, reason: Option<String>) {
         if !hold.lose(cause) {
             return;
         }
+        hold.on_lost.as_ref().unwrap_or(&self.config.on_lost).carry_out(hold, cause);
         if cause.leaves_grace() {
             self.keep(hold);
         }

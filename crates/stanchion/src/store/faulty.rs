@@ -21,6 +21,7 @@ pub enum Step {
     OpenSession,
     Beat,
     CloseSession,
+    SessionLives,
     Acquire,
     Poll,
     Abandon,
@@ -310,6 +311,14 @@ impl<S: Store> Store for Faulty<S> {
             async move { inner.close_session(session).await }
         };
         self.faults.meet(Step::CloseSession, again).await
+    }
+
+    async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
+        let again = || {
+            let inner = self.inner.clone();
+            async move { inner.session_lives(session).await }
+        };
+        self.faults.meet(Step::SessionLives, again).await
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {

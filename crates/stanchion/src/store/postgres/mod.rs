@@ -22,11 +22,11 @@ use tokio_postgres::{Row, Transaction};
 use self::borrowed::UsersPool;
 use self::config::Config;
 use self::connect::{Parameter, Pool, lock};
-use self::error::{NAME, error, from_answer, malformed};
+use self::error::{NAME, from_answer, malformed};
 use self::rows::{column, granted, micros, not_after, number, parameters, span, states, time};
 use self::together::{Step, Together};
 use crate::clock::{BootTime, Clock, jitter};
-use crate::error::{ErrorKind, Result};
+use crate::error::Result;
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::streams::Streams;
@@ -112,7 +112,7 @@ impl Postgres {
     /// A store at this URL. Nothing is connected yet.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] if the URL is malformed.
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if the URL is malformed.
     pub fn from_url(url: &str) -> Result<Self> {
         Ok(Self::new(Config::from_url(url)?, None))
     }
@@ -144,7 +144,7 @@ impl Postgres {
     /// ```
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] if the URL is malformed, or outside of a runtime.
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if the URL is malformed, or outside of a runtime.
     pub fn from_pool<C, E, F>(
         url: &str,
         get: impl Fn() -> F + Send + Sync + 'static,
@@ -188,8 +188,9 @@ impl Postgres {
     /// Runs [`schema_sql`](Self::schema_sql). Several may do so at once.
     ///
     /// # Errors
-    /// [`ErrorKind::Unauthorized`] without the right to create, [`ErrorKind::Misconfigured`] if a newer version is there,
-    /// [`ErrorKind::Unavailable`] if the server cannot be reached.
+    /// [`ErrorKind::Unauthorized`](crate::ErrorKind::Unauthorized) without the right to create,
+    /// [`ErrorKind::Misconfigured`](crate::ErrorKind::Misconfigured) if a newer version is there,
+    /// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) if the server cannot be reached.
     pub async fn apply_schema(&self) -> Result<()> {
         self.inner.pool.run_script(&self.schema_sql()).await
     }
@@ -209,7 +210,8 @@ impl Postgres {
     /// ```
     ///
     /// # Errors
-    /// [`ErrorKind::Lost`] if the hold is over, or those of a step. The transaction can only be rolled back then.
+    /// [`ErrorKind::Lost`](crate::ErrorKind::Lost) if the hold is over, or those of a step. The transaction can only be
+    /// rolled back then.
     pub async fn check_fence(&self, transaction: &Transaction<'_>, key: &Key, fence: Fence) -> Result<()> {
         let statement = format!("SELECT {}.check_fence($1,$2,$3)", self.inner.pool.config.schema);
         let fence = i64::try_from(fence.get()).unwrap_or(i64::MAX);
@@ -339,6 +341,13 @@ impl Store for Postgres {
         let rows = self.inner.session_rows("close_session", parameters![id => BYTEA]).await?;
         self.inner.streams.end(session);
         Ok(Reply { time: time(rows.first().ok_or_else(malformed)?)?, outcome: () })
+    }
+
+    async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
+        let id = session.as_bytes().as_slice();
+        // Of any session, by as many as like: not where the own one is kept.
+        let row = self.inner.step("session_lives", parameters![id => BYTEA]).await?;
+        Ok(Reply { time: time(&row)?, outcome: column(&row, "alive")? })
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
