@@ -29,7 +29,7 @@ struct Running {
 
 impl Driver {
     /// Runs a call of the library to its end.
-    pub(super) fn call<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(super) fn call<T, E: From<Error>>(&self, call: impl Future<Output = Result<T, E>>) -> Result<T, E> {
         let runtime = self.runtime()?;
         let _entered = runtime.enter();
         park(call)

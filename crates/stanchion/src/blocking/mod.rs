@@ -33,10 +33,10 @@ mod driver;
 mod guard;
 mod request;
 
-use crate::error::Result;
+use crate::builder::Builder;
+use crate::error::{Error, Result};
 use crate::event::{Event, EventStream};
 use crate::fence::Fence;
-use crate::locks::Builder;
 use crate::store::{Capabilities, EvictOutcome, KeyState, Store};
 use crate::token::{SessionId, Token};
 use driver::Driver;
@@ -105,6 +105,43 @@ impl Locks {
     /// Asks for a key: exclusive, first come first served.
     pub fn lock(&self, key: impl Into<String>) -> LockRequest {
         self.request(self.locks.lock(key))
+    }
+
+    /// Asks for a key that others may read at the same time.
+    pub fn read(&self, key: impl Into<String>) -> LockRequest {
+        self.request(self.locks.read(key))
+    }
+
+    /// Asks for a key alone that others [`read`](Locks::read).
+    pub fn write(&self, key: impl Into<String>) -> LockRequest {
+        self.request(self.locks.write(key))
+    }
+
+    /// Asks for one of `limit` permits of a key.
+    pub fn semaphore(&self, key: impl Into<String>, limit: u32) -> LockRequest {
+        self.request(self.locks.semaphore(key, limit))
+    }
+
+    /// Waits for what the async surface has: several keys, runs, elections, and what came of a hold.
+    ///
+    /// ```
+    /// use stanchion::{Error, blocking::Locks};
+    ///
+    /// let locks = Locks::open("memory:")?;
+    /// let accounts = locks.block_on(async |locks| locks.lock_all(["account:1", "account:2"]).await)?;
+    /// assert!(accounts.is_held());
+    /// locks.block_on(async |locks| locks.once("report").run(async |_| Ok::<_, Error>(())).await)?;
+    /// let leadership = locks.block_on(async |locks| locks.elect("scheduler").campaign().await)?;
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// The call's.
+    pub fn block_on<T, E>(&self, call: impl AsyncFnOnce(&crate::Locks) -> Result<T, E>) -> Result<T, E>
+    where
+        E: From<Error>,
+    {
+        self.driver.call(call(&self.locks))
     }
 
     /// One attempt: `None` if another holds the key or waits for it.

@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 use super::driver::Driver;
 use super::guard::Guard;
 use crate::error::Result;
+use crate::on_lost::OnLost;
 use crate::request::conclude;
 use crate::store::Demand;
 
@@ -72,6 +73,16 @@ impl LockRequest {
     /// Takes so much of the key: default [`Demand::MUTEX`]. All who use a key must agree on its capacity.
     pub fn demand(self, demand: Demand) -> Self {
         self.with(|request| request.demand(demand))
+    }
+
+    /// Takes so many permits of a [`semaphore`](super::Locks::semaphore) at once. Default: one.
+    pub fn permits(self, permits: u32) -> Self {
+        self.with(|request| request.permits(permits))
+    }
+
+    /// What happens when this hold is lost, in place of what the handle says.
+    pub fn on_lost(self, policy: OnLost) -> Self {
+        self.with(|request| request.on_lost(policy))
     }
 
     /// Waits for the lock.
