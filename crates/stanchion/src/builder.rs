@@ -13,6 +13,7 @@ use crate::on_lost::OnLost;
 use crate::retry::RetryPolicy;
 use crate::shared::{Config, Shared};
 use crate::store::Store;
+use crate::telemetry::ShownKeys;
 
 /// How to open a handle.
 #[derive(Debug)]
@@ -26,6 +27,7 @@ pub struct Builder {
     retry: RetryPolicy,
     clock: Clock,
     on_lost: OnLost,
+    shown_keys: ShownKeys,
 }
 
 enum Source {
@@ -62,6 +64,7 @@ impl Builder {
             retry: RetryPolicy::default(),
             clock: Clock::system(),
             on_lost: OnLost::default(),
+            shown_keys: ShownKeys::default(),
         }
     }
 
@@ -102,6 +105,12 @@ impl Builder {
         self
     }
 
+    /// How keys are shown in spans and log events (feature `tracing`). Default: as they are.
+    pub fn show_keys(mut self, shown: ShownKeys) -> Self {
+        self.shown_keys = shown;
+        self
+    }
+
     /// The clock by which this handle believes and waits. Default: the machine's. For tests.
     pub fn clock(mut self, clock: Clock) -> Self {
         self.clock = clock;
@@ -135,6 +144,7 @@ impl Builder {
             drift: self.drift,
             retry: self.retry,
             on_lost: self.on_lost,
+            shown_keys: self.shown_keys,
         };
         let (source, clock) = (self.source, self.clock);
         let (thread, shared) = KeeperThread::start(move |commands| async move {

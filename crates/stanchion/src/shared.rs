@@ -18,6 +18,7 @@ use crate::key::Key;
 use crate::on_lost::OnLost;
 use crate::retry::{Repeated, RetryPolicy, repeat};
 use crate::store::{Capabilities, Reply, Store, StoreTime};
+use crate::telemetry::{ShownKeys, Telemetry};
 use crate::token::{SessionId, TokenId};
 
 /// What a handle was configured with.
@@ -29,6 +30,7 @@ pub(crate) struct Config {
     pub(crate) drift: Drift,
     pub(crate) retry: RetryPolicy,
     pub(crate) on_lost: OnLost,
+    pub(crate) shown_keys: ShownKeys,
 }
 
 /// So many different warnings are kept.
@@ -124,13 +126,15 @@ impl Shared {
         config: Config,
         commands: mpsc::UnboundedSender<Command>,
     ) -> Self {
+        #[cfg(feature = "metrics")]
+        let store = crate::telemetry::measured(store);
         let capabilities = store.capabilities();
         Self {
             store,
             capabilities,
             clock,
+            observer: Observer::new(Telemetry { store: capabilities.name, keys: config.shown_keys }),
             config,
-            observer: Observer::default(),
             session: watch::Sender::new(SessionView::Opening(None)),
             asked_session: Mutex::default(),
             registry: Mutex::default(),

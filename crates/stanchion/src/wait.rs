@@ -47,6 +47,12 @@ pub(crate) async fn acquire(request: &LockRequest) -> Result<Option<Guard>> {
     let locks = &request.locks;
     let shared = &locks.handle.shared;
     let key = locks.key(&request.key).map_err(|error| error.with_store(shared.capabilities.name))?;
+    shared.observer.telemetry().acquiring(&key, acquire_key(request, key.clone())).await
+}
+
+async fn acquire_key(request: &LockRequest, key: Key) -> Result<Option<Guard>> {
+    let locks = &request.locks;
+    let shared = &locks.handle.shared;
     let name = |error: Error| error.with_key(&key).with_store(shared.capabilities.name);
     let (term, demand) = request.check().map_err(name)?;
     let started = shared.clock.now();

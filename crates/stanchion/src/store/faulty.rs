@@ -33,6 +33,27 @@ pub enum Step {
     List,
 }
 
+impl Step {
+    /// Its name, in lower case with underscores: as logs and metrics have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::OpenSession => "open_session",
+            Self::Beat => "beat",
+            Self::CloseSession => "close_session",
+            Self::SessionLives => "session_lives",
+            Self::Acquire => "acquire",
+            Self::Poll => "poll",
+            Self::Abandon => "abandon",
+            Self::Release => "release",
+            Self::Extend => "extend",
+            Self::Adopt => "adopt",
+            Self::Evict => "evict",
+            Self::Inspect => "inspect",
+            Self::List => "list",
+        }
+    }
+}
+
 /// What goes wrong with a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]

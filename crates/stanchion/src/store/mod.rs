@@ -32,6 +32,7 @@ mod faulty;
 #[cfg(feature = "firestore")]
 mod firestore;
 mod memory;
+mod observed;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod push;
@@ -53,6 +54,7 @@ pub use self::postgres::Postgres;
 pub use self::redis::Redis;
 pub use faulty::{Fault, Faults, Faulty, Step};
 pub use memory::Memory;
+pub use observed::{Observed, StepDone};
 pub use push::{GrantStream, Push, PushSender, push_channel};
 #[cfg(feature = "sqlite")]
 pub use sqlite::Sqlite;
