@@ -100,9 +100,10 @@ async fn handoff(server: &PostgresServer, disk: &str) {
     let raw = Raw::new(server).await;
     let (one, other) = (Locks::open(&server.url()).await.unwrap(), Locks::open(&server.url()).await.unwrap());
     for (when, pause) in [("one after the other", None), ("after a pause", Some(PAUSE))] {
-        let pause = async || match pause {
-            Some(pause) => tokio::time::sleep(pause).await,
-            None => {}
+        let pause = async || {
+            if let Some(pause) = pause {
+                tokio::time::sleep(pause).await;
+            }
         };
         let [mut commits, mut heard, mut answers, mut grants] = [const { Vec::new() }; 4];
         for _ in 0..TURNS {
