@@ -3,15 +3,16 @@
 //! Who grants a key to one who waits, or takes it by force, writes such a document in the same commit. One stream for each
 //! session hears of all of them; who ends the token deletes it.
 
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use tokio::sync::oneshot;
+use tokio::task::AbortHandle;
 use tonic::Streaming;
 
 use super::Inner;
-use super::connect::{pause, within};
+use super::connect::{lock, pause, within};
 use super::document::{query, text_of};
 use super::error::malformed;
 use crate::clock::jitter;
@@ -27,14 +28,48 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Opening a session waits so long for its listener.
 const READY_WITHIN: Duration = Duration::from_secs(1);
 
+/// A session's stream, and what fills it.
+#[derive(Debug)]
+pub(super) struct Listener {
+    pub(super) pushes: PushSender,
+    pub(super) task: Option<AbortHandle>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
+
+impl Inner {
+    pub(super) async fn listen(self: &Arc<Self>, session: SessionId) -> Result<()> {
+        let pushes = lock(&self.listeners)
+            .get(&session)
+            .filter(|listener| listener.task.is_none())
+            .map(|listener| listener.pushes.clone());
+        if let Some(pushes) = pushes {
+            let task = start(self, session, pushes).await?;
+            match lock(&self.listeners).get_mut(&session) {
+                Some(listener) => listener.task = Some(task),
+                None => task.abort(),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn warn(&self, session: SessionId, warning: String) {
+        if let Some(listener) = lock(&self.listeners).get(&session) {
+            listener.pushes.send(Push::Warning(warning));
+        }
+    }
+}
+
 /// Starts listening, and waits until that has succeeded or failed once.
-pub(super) async fn start(
-    inner: &std::sync::Arc<Inner>,
-    session: SessionId,
-    pushes: PushSender,
-) -> Result<tokio::task::AbortHandle> {
+pub(super) async fn start(inner: &Arc<Inner>, session: SessionId, pushes: PushSender) -> Result<AbortHandle> {
     let (tried, first_attempt) = oneshot::channel();
-    let task = inner.service.runtime()?.spawn(listen(std::sync::Arc::downgrade(inner), session, pushes, tried));
+    let task = inner.service.runtime()?.spawn(listen(Arc::downgrade(inner), session, pushes, tried));
     let _late = within(READY_WITHIN, first_attempt).await;
     Ok(task.abort_handle())
 }
