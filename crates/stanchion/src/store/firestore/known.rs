@@ -77,14 +77,14 @@ impl Inner {
     pub(super) fn remember(&self, key: &Key, loaded: &Loaded, now: u64) {
         let Some(written) = loaded.written else { return };
         let Some(hold) = loaded.only_hold(now) else {
-            for token in loaded.record.holds.iter().filter_map(|hold| token_of(&hold.token).ok()) {
+            for token in loaded.record.holds.iter().filter_map(|hold| token_of(&hold.entry.token).ok()) {
                 self.is_not_alone(key, token);
             }
             return;
         };
-        let (Ok(token), Ok(session)) = (token_of(&hold.token), session_of(&hold.session)) else { return };
+        let (Ok(token), Ok(session)) = (token_of(&hold.entry.token), session_of(&hold.entry.session)) else { return };
         if self.sessions.ends(session) != 0 {
-            let (session_bound, deadline, called) = (hold.session_bound, hold.deadline, hold.called);
+            let (session_bound, deadline, called) = (hold.entry.session_bound, hold.deadline, hold.called);
             lock(&self.alone).insert((key.clone(), token), Alone { written, session, session_bound, deadline, called });
         }
     }

@@ -15,10 +15,10 @@ use crate::token::{SessionId, TokenId};
 impl Step<'_> {
     pub(crate) fn end(&mut self, token: TokenId, cooldown: Option<Duration>) -> EndOutcome {
         self.end_forced(token);
-        if let Some(at) = self.record.holds.iter().position(|hold| hold.token == token.as_bytes()) {
+        if let Some(at) = self.record.holds.iter().position(|hold| hold.entry.token == token.as_bytes()) {
             let hold = self.record.holds.remove(at);
             if hold.called {
-                self.end_call(&hold.session, &hold.token);
+                self.end_call(&hold.entry.session, &hold.entry.token);
             }
             if let Some(cooldown) = cooldown {
                 let until = self.now.saturating_add(in_micros(cooldown));
@@ -59,7 +59,8 @@ impl Step<'_> {
 
     pub(crate) fn extend(&mut self, token: TokenId, ttl: Duration) -> ExtendOutcome {
         let deadline = self.now.saturating_add(in_micros(ttl));
-        let hold = self.record.holds.iter_mut().find(|hold| hold.token == token.as_bytes() && hold.deadline.is_some());
+        let hold =
+            self.record.holds.iter_mut().find(|hold| hold.entry.token == token.as_bytes() && hold.deadline.is_some());
         match hold {
             Some(hold) => {
                 hold.deadline = Some(deadline);
@@ -77,22 +78,22 @@ impl Step<'_> {
         };
         let hold = self.record.holds.remove(at);
         self.next_fence();
-        let Ok(session) = session_of(&hold.session) else { return EvictOutcome::Evicted };
+        let Ok(session) = session_of(&hold.entry.session) else { return EvictOutcome::Evicted };
         if self.lives(session)
             && let Some((record, written)) = self.document_of(session)
         {
             let mut record = record.clone();
             let lost = Lost {
                 key: self.key.as_encoded().to_owned(),
-                token: hold.token.clone(),
+                token: hold.entry.token.clone(),
                 reason: request.reason.clone(),
             };
             record.lost.push(lost);
             self.rewrite_session(session, record, *written);
-            self.record.forced.push(Forced { token: hold.token.clone(), session: hold.session.clone() });
-            self.call(&hold.session, &hold.token, hold.fence, Some(&request.reason));
+            self.record.forced.push(Forced { token: hold.entry.token.clone(), session: hold.entry.session.clone() });
+            self.call(&hold.entry.session, &hold.entry.token, hold.fence, Some(&request.reason));
         } else if hold.called {
-            self.end_call(&hold.session, &hold.token);
+            self.end_call(&hold.entry.session, &hold.entry.token);
         }
         EvictOutcome::Evicted
     }

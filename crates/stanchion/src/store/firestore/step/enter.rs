@@ -6,7 +6,7 @@ use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use prost::Message as _;
 
 use super::super::document::{Names, Only};
-use super::super::record::{Former, Hold, KeyRecord, Page, PageName, Waiter};
+use super::super::record::{Entry, Former, Hold, KeyRecord, Page, PageName};
 use super::write::{key_document, sessions};
 use super::{Leaf, Step};
 use crate::store::{AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, MAX_WAITERS, PollOutcome};
@@ -46,9 +46,9 @@ impl Step<'_> {
             return Some(AcquireOutcome::Busy { check_in: self.check_in() });
         }
         let lives = self.lives.get(&request.session).map_or(0, |life| life.ends);
-        let waiter = waiter(request, self.owner_of(request.session), lives, self.now);
+        let entry = entry(request, self.owner_of(request.session), lives, self.now);
         if goes_now {
-            self.grant(waiter, false);
+            self.grant(entry, false);
             return self.held(request.token).map(|hold| AcquireOutcome::Granted(hold.granted(self.now)));
         }
         if self.waiters().count() >= MAX_WAITERS as usize {
@@ -60,11 +60,11 @@ impl Step<'_> {
         if self.record.front.is_empty() {
             self.tell_holder();
         }
-        self.push_waiter(waiter);
+        self.push_waiter(entry);
         self.queued(request.token).map(AcquireOutcome::Queued)
     }
 
-    fn push_waiter(&mut self, waiter: Waiter) {
+    fn push_waiter(&mut self, waiter: Entry) {
         let last = match self.pages.last_mut() {
             Some(leaf) => &mut Arc::make_mut(&mut leaf.page).waiters,
             None => &mut self.record.front,
@@ -98,25 +98,25 @@ impl Step<'_> {
         }
         let now = self.now;
         if let Some(hold) = self.held(request.to) {
-            return AdoptOutcome::Adopted { granted: hold.granted(now), session_bound: hold.session_bound };
+            return AdoptOutcome::Adopted { granted: hold.granted(now), session_bound: hold.entry.session_bound };
         }
         if now > request.not_after.as_micros() {
             return AdoptOutcome::Stale;
         }
         let (owner, lives) =
             (self.owner_of(request.session), self.lives.get(&request.session).map_or(0, |life| life.ends));
-        let Some(hold) = self.record.holds.iter_mut().find(|hold| hold.token == request.from.as_bytes()) else {
+        let Some(hold) = self.record.holds.iter_mut().find(|hold| hold.entry.token == request.from.as_bytes()) else {
             return AdoptOutcome::Gone;
         };
-        let was = hold.called.then(|| (hold.session.clone(), hold.token.clone()));
+        let was = hold.called.then(|| (hold.entry.session.clone(), hold.entry.token.clone()));
         hold.former = Some(Former {
-            token: std::mem::replace(&mut hold.token, request.to.as_bytes().to_vec()),
-            session: std::mem::replace(&mut hold.session, request.session.as_bytes().to_vec()),
-            owner: std::mem::replace(&mut hold.owner, owner),
+            token: std::mem::replace(&mut hold.entry.token, request.to.as_bytes().to_vec()),
+            session: std::mem::replace(&mut hold.entry.session, request.session.as_bytes().to_vec()),
+            owner: std::mem::replace(&mut hold.entry.owner, owner),
             not_after: request.not_after.as_micros(),
         });
-        (hold.called, hold.session_lives) = (false, lives);
-        let adopted = AdoptOutcome::Adopted { granted: hold.granted(now), session_bound: hold.session_bound };
+        (hold.called, hold.entry.session_lives) = (false, lives);
+        let adopted = AdoptOutcome::Adopted { granted: hold.granted(now), session_bound: hold.entry.session_bound };
         if let Some((session, token)) = was {
             self.end_call(&session, &token);
         }
@@ -132,35 +132,17 @@ pub(crate) fn fresh(
     session_lives: u64,
     estimate: u64,
 ) -> api::Write {
-    let waiter = waiter(request, owner, session_lives, 0);
-    let hold = Hold {
-        token: waiter.token,
-        session: waiter.session,
-        session_bound: waiter.session_bound,
-        fence: 0,
-        at: 0,
-        deadline: None,
-        length: waiter.length,
-        units: waiter.units,
-        capacity: waiter.capacity,
-        owner: waiter.owner,
-        metadata: waiter.metadata,
-        trace: waiter.trace,
-        not_after: waiter.not_after,
-        session_lives: waiter.session_lives,
-        called: false,
-        former: None,
-    };
-    let ends = (!hold.session_bound).then(|| estimate.saturating_add(hold.length.unwrap_or_default()));
+    let hold = Hold { entry: entry(request, owner, session_lives, 0), ..Hold::default() };
+    let ends = (!hold.entry.session_bound).then(|| estimate.saturating_add(hold.entry.length.unwrap_or_default()));
     let record = KeyRecord { revision: 1, holds: vec![hold], ..KeyRecord::default() };
     let sessions = sessions(&record, std::iter::empty());
     let name = names.key(&request.key);
     key_document(name, &request.key, record.to_bytes(), sessions, ends, Only::IfMissing)
 }
 
-fn waiter(request: &AcquireRequest, owner: String, session_lives: u64, now: u64) -> Waiter {
-    let (session_bound, length) = Waiter::term(request.term);
-    Waiter {
+fn entry(request: &AcquireRequest, owner: String, session_lives: u64, now: u64) -> Entry {
+    let (session_bound, length) = Entry::term(request.term);
+    Entry {
         token: request.token.as_bytes().to_vec(),
         session: request.session.as_bytes().to_vec(),
         session_bound,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::document::{Only, delete, fields, put, text, timestamp};
-use super::super::record::{Hold, Waiter, session_of, token_of};
+use super::super::record::{Entry, Hold, session_of, token_of};
 use super::{KEPT_AFTER, Step};
 use crate::fence::Fence;
 
@@ -15,7 +15,7 @@ const MOST_CALLS: usize = 300;
 
 impl Step<'_> {
     pub(super) fn fits(&self, units: u32, capacity: u32) -> bool {
-        let used: u64 = self.record.holds.iter().map(|hold| u64::from(hold.units)).sum();
+        let used: u64 = self.record.holds.iter().map(|hold| u64::from(hold.entry.units)).sum();
         let has_room = || self.record.holds.iter().map(prost::Message::encoded_len).sum::<usize>() <= HOLDS_BYTES;
         self.record.closed_until <= self.now && used + u64::from(units) <= u64::from(capacity) && has_room()
     }
@@ -25,7 +25,7 @@ impl Step<'_> {
         let mut holds = std::mem::take(&mut self.record.holds);
         holds.retain(|hold| {
             hold.deadline.is_none_or(|deadline| deadline > self.now)
-                && (!hold.session_bound || self.lives_still(&hold.session, hold.session_lives))
+                && (!hold.entry.session_bound || self.lives_still(&hold.entry.session, hold.entry.session_lives))
         });
         self.record.holds = holds;
         let mut forced = std::mem::take(&mut self.record.forced);
@@ -69,27 +69,12 @@ impl Step<'_> {
         self.record.last_fence
     }
 
-    pub(super) fn grant(&mut self, waiter: Waiter, is_called: bool) {
+    pub(super) fn grant(&mut self, mut entry: Entry, is_called: bool) {
         let fence = self.next_fence();
-        let called = is_called && self.call(&waiter.session, &waiter.token, fence, None);
-        self.record.holds.push(Hold {
-            token: waiter.token,
-            session: waiter.session,
-            session_bound: waiter.session_bound,
-            fence,
-            at: self.now,
-            deadline: waiter.length.map(|length| self.now.saturating_add(length)),
-            length: None,
-            units: waiter.units,
-            capacity: waiter.capacity,
-            owner: waiter.owner,
-            metadata: waiter.metadata,
-            trace: waiter.trace,
-            not_after: waiter.not_after,
-            session_lives: waiter.session_lives,
-            called,
-            former: None,
-        });
+        let called = is_called && self.call(&entry.session, &entry.token, fence, None);
+        let deadline = entry.length.map(|length| self.now.saturating_add(length));
+        entry.at = self.now;
+        self.record.holds.push(Hold { entry, fence, deadline, called, former: None });
     }
 
     /// A document that a session's listener sees.
@@ -115,8 +100,8 @@ impl Step<'_> {
     /// it. Only the first who waits tells it, and only one that nobody had to call.
     pub(super) fn tell_holder(&mut self) {
         let [hold] = &mut self.record.holds[..] else { return };
-        let (Ok(session), Ok(token)) = (session_of(&hold.session), token_of(&hold.token)) else { return };
-        if hold.session_bound && !hold.called {
+        let (Ok(session), Ok(token)) = (session_of(&hold.entry.session), token_of(&hold.entry.token)) else { return };
+        if hold.entry.session_bound && !hold.called {
             hold.called = true;
             let said = fields([
                 ("key", text(self.key.as_encoded())),

@@ -18,7 +18,7 @@ use prost_types::Timestamp;
 
 pub(super) use self::enter::fresh;
 use super::document::Names;
-use super::record::{Hold, KeyRecord, Page, PageName, SessionRecord, Waiter, session_of};
+use super::record::{Entry, Hold, KeyRecord, Page, PageName, SessionRecord, session_of};
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{HolderState, KeyState, Queued, WaiterState};
@@ -147,7 +147,7 @@ impl<'a> Step<'a> {
 
     // The queue.
 
-    fn waiters(&self) -> impl Iterator<Item = &Waiter> {
+    fn waiters(&self) -> impl Iterator<Item = &Entry> {
         self.record.front.iter().chain(self.pages.iter().flat_map(|leaf| &leaf.page.waiters))
     }
 
@@ -155,7 +155,7 @@ impl<'a> Step<'a> {
         self.waiters().position(|waiter| waiter.token == token.as_bytes())
     }
 
-    fn remove_waiters(&mut self, mut remove: impl FnMut(&Waiter) -> bool) {
+    fn remove_waiters(&mut self, mut remove: impl FnMut(&Entry) -> bool) {
         self.record.front.retain(|waiter| !remove(waiter));
         for leaf in &mut self.pages {
             if leaf.page.waiters.iter().any(&mut remove) {
@@ -176,20 +176,20 @@ impl<'a> Step<'a> {
     // What is there.
 
     fn held(&self, token: TokenId) -> Option<&Hold> {
-        self.record.holds.iter().find(|hold| hold.token == token.as_bytes())
+        self.record.holds.iter().find(|hold| hold.entry.token == token.as_bytes())
     }
 
     fn demand_in_use(&self) -> Option<u32> {
-        let held = self.record.holds.first().map(|hold| hold.capacity);
+        let held = self.record.holds.first().map(|hold| hold.entry.capacity);
         held.or_else(|| self.record.front.first().map(|waiter| waiter.capacity))
     }
 
     /// When time alone may change something for a waiter.
     fn check_in(&self) -> Option<Duration> {
         let deadlines = self.record.holds.iter().filter_map(|hold| hold.deadline);
-        let sessions = self.record.holds.iter().filter(|hold| hold.session_bound).filter_map(|hold| {
-            let session = session_of(&hold.session).ok()?;
-            Some(self.lives.get(&session).map_or(hold.session_lives, |life| life.ends))
+        let sessions = self.record.holds.iter().filter(|hold| hold.entry.session_bound).filter_map(|hold| {
+            let session = session_of(&hold.entry.session).ok()?;
+            Some(self.lives.get(&session).map_or(hold.entry.session_lives, |life| life.ends))
         });
         let closed = (self.record.closed_until != 0).then_some(self.record.closed_until);
         deadlines.chain(sessions).chain(closed).min().map(|at| span(at.saturating_sub(self.now)))
@@ -229,14 +229,14 @@ impl<'a> Step<'a> {
     fn holder(&self, hold: &Hold) -> HolderState {
         HolderState {
             fence: Fence::new(hold.fence),
-            owner: hold.owner.clone(),
-            units: hold.units,
-            session_bound: hold.session_bound,
-            age: span(self.now.saturating_sub(hold.at)),
-            since: SystemTime::UNIX_EPOCH + span(hold.at),
+            owner: hold.entry.owner.clone(),
+            units: hold.entry.units,
+            session_bound: hold.entry.session_bound,
+            age: span(self.now.saturating_sub(hold.entry.at)),
+            since: SystemTime::UNIX_EPOCH + span(hold.entry.at),
             remaining: hold.granted(self.now).remaining,
-            metadata: hold.metadata.clone(),
-            trace: hold.trace.clone(),
+            metadata: hold.entry.metadata.clone(),
+            trace: hold.entry.trace.clone(),
         }
     }
 }

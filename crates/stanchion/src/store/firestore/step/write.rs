@@ -8,7 +8,7 @@ use prost::Message as _;
 
 use super::super::document::{Only, bytes, delete, fields, put, text, texts, timestamp};
 use super::super::error::malformed;
-use super::super::record::{KeyRecord, Waiter, session_of};
+use super::super::record::{Entry, KeyRecord, session_of};
 use super::{KEPT_AFTER, Leaf, Loaded, Step};
 use crate::error::Result;
 use crate::key::Key;
@@ -85,8 +85,8 @@ pub(super) fn key_document(
 }
 
 /// The sessions that this record depends on: what ends with them is found by this field.
-pub(super) fn sessions<'a>(record: &KeyRecord, waiters: impl Iterator<Item = &'a Waiter>) -> BTreeSet<String> {
-    let held = record.holds.iter().filter(|hold| hold.session_bound).map(|hold| &hold.session);
+pub(super) fn sessions<'a>(record: &KeyRecord, waiters: impl Iterator<Item = &'a Entry>) -> BTreeSet<String> {
+    let held = record.holds.iter().filter(|hold| hold.entry.session_bound).map(|hold| &hold.entry.session);
     let waiting = waiters.map(|waiter| &waiter.session);
     // Each of them once, before anything is done with them: a queue is long, and few processes are in it.
     let all: BTreeSet<_> = held.chain(waiting).chain(record.forced.iter().map(|forced| &forced.session)).collect();
@@ -95,7 +95,8 @@ pub(super) fn sessions<'a>(record: &KeyRecord, waiters: impl Iterator<Item = &'a
 
 /// When nothing of a record can matter any more, if time alone decides that. What depends on a session has no such time.
 fn expiry(record: &KeyRecord, nobody_waits: bool) -> Option<u64> {
-    let depends = !nobody_waits || !record.forced.is_empty() || record.holds.iter().any(|hold| hold.session_bound);
+    let depends =
+        !nobody_waits || !record.forced.is_empty() || record.holds.iter().any(|hold| hold.entry.session_bound);
     let ends = record.holds.iter().filter_map(|hold| hold.deadline);
     (!depends).then(|| ends.chain([record.closed_until, record.last_fence]).max().unwrap_or_default())
 }
