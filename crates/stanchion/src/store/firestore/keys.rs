@@ -8,9 +8,9 @@ use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use super::connect::{Committed, Lane, Refused, Wanted, lock, pause};
 use super::document::{Only, delete, key_id};
 use super::error::{error, malformed};
-use super::known::Alone;
+use super::known::{Alone, Known, KnownDocument};
 use super::record::{KeyRecord, Page, PageName};
-use super::step::{Leaf, Loaded, Step, fresh};
+use super::step::{Leaf, Loaded, Step, Writes, fresh};
 use super::{Inner, reply};
 use crate::clock::jitter;
 use crate::error::{Error, ErrorKind, Result};
@@ -80,7 +80,7 @@ impl Inner {
                 None => Some((Loaded::default(), 0)),
             };
             if let Some((loaded, later)) = loaded {
-                self.seems(key, loaded.written.is_some());
+                self.taken.set(key, loaded.written.is_some());
                 self.tell(now.max(later));
                 return Ok((loaded, now.max(later)));
             }
@@ -132,7 +132,7 @@ impl Inner {
             wanted.check()?;
             let (loaded, mut now) = self.load(key).await?;
             let mut lives = self.sessions.known();
-            let (writes, mut after, outcome) = loop {
+            let (writes, after, outcome) = loop {
                 let mut step = Step::new(key, &self.names, &loaded, &lives, now);
                 step.settle();
                 let outcome = decide(&mut step);
@@ -152,24 +152,30 @@ impl Inner {
                 return Ok(reply(now, outcome));
             }
             wanted.check()?;
-            match self.service.commit(Lane::Steps, writes).await {
-                Ok(Committed { time, written }) => {
-                    after.written = written.first().copied().flatten();
-                    self.seems(key, after.written.is_some());
-                    after.record.settle_commit(time);
-                    for leaf in &mut after.pages {
-                        Arc::make_mut(&mut leaf.page).settle_commit(time);
-                    }
-                    self.remember_pages(&self.names.key(key), &after.pages);
-                    self.remember(key, &after, now);
-                    self.tell(time);
-                    return Ok(reply(time, outcome));
-                }
-                Err(Refused::Changed | Refused::Contended) => {}
-                Err(Refused::Fault(fault)) => return Err(fault),
+            if let Some(time) = self.commit(key, writes, after).await? {
+                return Ok(reply(time, outcome));
             }
         }
         Err(busy())
+    }
+
+    /// Commits what a step has decided. None: somebody else came before it, and nothing was done.
+    async fn commit(&self, key: &Key, writes: Writes, mut after: Loaded) -> Result<Option<u64>> {
+        let Committed { time, written } = match self.service.commit(Lane::Steps, writes).await {
+            Ok(done) => done,
+            Err(Refused::Changed | Refused::Contended) => return Ok(None),
+            Err(Refused::Fault(fault)) => return Err(fault),
+        };
+        self.tell(time);
+        after.written = written.first().copied().flatten();
+        self.taken.set(key, after.written.is_some());
+        after.record.settle_commit(time);
+        for leaf in &mut after.pages {
+            Arc::make_mut(&mut leaf.page).settle_commit(time);
+        }
+        self.remember_pages(&self.names.key(key), &after.pages);
+        self.remember(key, &after, time);
+        Ok(Some(time))
     }
 
     /// Creates the document of a key that nobody has: the hold, in one request. None: somebody has it.
@@ -179,7 +185,7 @@ impl Inner {
         let (time, written) = match self.service.commit(Lane::Steps, vec![write]).await {
             Ok(Committed { time, written }) => (time, written.first().copied().flatten().ok_or_else(malformed)?),
             Err(Refused::Changed | Refused::Contended) => {
-                self.seems(&request.key, true);
+                self.taken.set(&request.key, true);
                 return Ok(None);
             }
             Err(Refused::Fault(fault)) => return Err(fault),
@@ -194,8 +200,9 @@ impl Inner {
         let length = request.term.length();
         let session_bound = matches!(request.term, crate::store::Term::Session { .. });
         let deadline = length.map(|length| StoreTime::from_micros(time).after(length).as_micros());
-        let alone = Alone { written, session: request.session, session_bound, deadline, called: false };
-        lock(&self.alone).insert((request.key.clone(), request.token), alone);
+        let alone = KnownDocument::Alone(Alone { written, session_bound, deadline, called: false });
+        let known = Known { session: request.session, document: alone };
+        lock(&self.known).insert((request.key.clone(), request.token), known);
         let granted = Granted { fence: Fence::new(time), remaining: length };
         Ok(Some(reply(time, AcquireOutcome::Granted(granted))))
     }
@@ -203,7 +210,18 @@ impl Inner {
     pub(super) async fn acquire(&self, request: &AcquireRequest, wanted: &Wanted) -> Result<Reply<AcquireOutcome>> {
         let _turn = self.turn(&request.key).await;
         wanted.check()?;
-        let mut owner = self.sessions.owner_if_alive(request.session).filter(|_| !self.seems_taken(&request.key));
+        self.expect(&request.key, request.token, request.session);
+        let done = self.enter(request, wanted).await;
+        // In doubt it may have been entered, and will be ended.
+        let is_out = |done: &Reply<_>| !matches!(done.outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_));
+        if done.as_ref().is_ok_and(is_out) {
+            self.forget(&request.key, request.token);
+        }
+        done
+    }
+
+    async fn enter(&self, request: &AcquireRequest, wanted: &Wanted) -> Result<Reply<AcquireOutcome>> {
+        let mut owner = self.sessions.owner_if_alive(request.session).filter(|_| !self.taken.is(&request.key));
         for round in rounds() {
             round.pause().await;
             wanted.check()?;
@@ -251,25 +269,50 @@ impl Inner {
     ) -> Result<Reply<EndOutcome>> {
         let _turn = self.turn(key).await;
         wanted.check()?;
-        let alone = lock(&self.alone).remove(&(key.clone(), token));
+        let known = self.forget(key, token);
         let cooldown = cooldown.filter(|cooldown| !cooldown.is_zero());
-        if let (Some(alone), None) = (alone, cooldown) {
-            let mut writes = vec![delete(self.names.key(key), Only::IfStill(alone.written))];
-            if alone.called {
-                writes.push(delete(self.names.call(alone.session, token), Only::Always));
-            }
-            match self.service.commit(Lane::Steps, writes).await {
-                Ok(Committed { time, .. }) => {
-                    self.tell(time);
-                    self.seems(key, false);
-                    let is_over = alone.deadline.is_some_and(|deadline| deadline <= time)
-                        || (alone.session_bound && self.sessions.ends(alone.session) <= time);
-                    return Ok(reply(time, if is_over { EndOutcome::Nothing } else { EndOutcome::Released }));
+        // The beginning of a cooldown is a time that has to be read.
+        let Some(Known { session, document }) = known.filter(|_| cooldown.is_none()) else {
+            return self.step(key, wanted, |step| step.end(token, cooldown)).await;
+        };
+        let is_over = |session_bound, deadline: Option<u64>, time| {
+            deadline.is_some_and(|deadline| deadline <= time) || (session_bound && self.sessions.ends(session) <= time)
+        };
+        let ended = |is_over| if is_over { EndOutcome::Nothing } else { EndOutcome::Released };
+        let seen = document.written();
+        match document {
+            _ if self.crowded.is(key) => {}
+            KnownDocument::Unknown => {}
+            KnownDocument::Alone(alone) => {
+                let mut writes = vec![delete(self.names.key(key), Only::IfStill(alone.written))];
+                if alone.called {
+                    writes.push(delete(self.names.call(session, token), Only::Always));
                 }
-                Err(Refused::Changed | Refused::Contended) => {}
-                Err(Refused::Fault(fault)) => return Err(fault),
+                if let Some(time) = self.commit(key, writes, Loaded::default()).await? {
+                    return Ok(reply(time, ended(is_over(alone.session_bound, alone.deadline, time))));
+                }
+                self.crowded.set(key, true);
+            }
+            KnownDocument::WaitedFor(waited_for) => {
+                if let Some(hold) = waited_for.loaded.record.holds.first()
+                    && let Some((writes, after)) = self.hand_over(key, token, &waited_for)?
+                {
+                    if let Some(time) = self.commit(key, writes, after).await? {
+                        return Ok(reply(time, ended(is_over(hold.entry.session_bound, hold.deadline, time))));
+                    }
+                    self.crowded.set(key, true);
+                }
             }
         }
-        self.step(key, wanted, |step| step.end(token, cooldown)).await
+        let mut was_seen = false;
+        let decide = |step: &mut Step<'_>| {
+            was_seen = seen.is_some() && step.is_still(seen);
+            step.end(token, None)
+        };
+        let done = self.step(key, wanted, decide).await?;
+        if was_seen {
+            self.crowded.set(key, false);
+        }
+        Ok(done)
     }
 }

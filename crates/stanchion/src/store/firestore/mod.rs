@@ -32,7 +32,6 @@ mod step;
 mod sweep;
 
 use std::collections::HashMap;
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -42,7 +41,7 @@ use self::config::Config;
 use self::connect::{Service, Wanted, in_driver, lock};
 use self::document::Names;
 use self::error::NAME;
-use self::known::Alone;
+use self::known::{Guess, Known};
 use self::listen::Listener;
 use self::session::Sessions;
 use self::step::{Leaf, Step};
@@ -129,12 +128,14 @@ struct Inner {
     names: Names,
     sessions: Sessions,
     listeners: Mutex<HashMap<SessionId, Listener>>,
-    /// Holds that are ended by deleting their document as it is.
-    alone: Mutex<HashMap<(Key, TokenId), Alone>>,
+    /// What its acquires entered.
+    known: Mutex<HashMap<(Key, TokenId), Known>>,
     /// Steps of this handle on one key take turns: they would only get in each other's way.
     turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
-    /// Keys that had a document when they were last looked at, by a hash: it is not tried to create one. Only a guess.
-    taken: Vec<AtomicU64>,
+    /// Keys that had a document when they were last looked at: it is not tried to create one.
+    taken: Guess,
+    /// Keys whose document was another than was known when a hold was ended: it is read first.
+    crowded: Guess,
     pages: Mutex<HashMap<String, Leaf>>,
     /// The newest time that the service told, and when that was.
     told: Mutex<(u64, BootTime)>,
@@ -166,9 +167,10 @@ impl Firestore {
             service: Service::new(config),
             sessions: Sessions::new(clock.clone()),
             listeners: Mutex::default(),
-            alone: Mutex::default(),
+            known: Mutex::default(),
             turns: Mutex::default(),
-            taken: (0..1_024).map(|_| AtomicU64::new(0)).collect(),
+            taken: Guess::new(),
+            crowded: Guess::new(),
             pages: Mutex::default(),
             told: Mutex::new((0, clock.now())),
             swept: Mutex::new(clock.now()),
@@ -212,6 +214,7 @@ impl Store for Firestore {
         self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
             let done = inner.sessions.beat(&inner.service, &inner.names, session, &wanted).await?;
             inner.tell(done.time.as_micros());
+            inner.look_ahead(session);
             inner.tidy();
             Ok(done)
         })
@@ -221,7 +224,7 @@ impl Store for Firestore {
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
         self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
             let time = inner.sessions.close(&inner.service, &inner.names, session).await?;
-            lock(&inner.alone).retain(|_, alone| alone.session != session);
+            lock(&inner.known).retain(|_, known| known.session != session);
             inner.settle_keys_of(session, &wanted).await?;
             lock(&inner.listeners).remove(&session);
             Ok(reply(time.max(lock(&inner.told).0), ()))
@@ -273,7 +276,11 @@ impl Store for Firestore {
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
         self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
             let _turn = inner.turn(&request.key).await;
+            inner.expect(&request.key, request.to, request.session);
             let done = inner.step(&request.key, &wanted, |step| step.adopt(&request)).await?;
+            if !matches!(done.outcome, AdoptOutcome::Adopted { .. }) {
+                inner.forget(&request.key, request.to);
+            }
             if matches!(done.outcome, AdoptOutcome::Adopted { .. }) && done.time > request.not_after {
                 // It was committed too late, or was adopted before and is asked for again.
                 let poll = inner.step(&request.key, &wanted, |step| step.poll(request.to)).await?;

@@ -78,6 +78,9 @@ pub(super) struct Hold {
     /// There is a document that calls it: it was granted to one who waited, or others wait for it.
     #[prost(bool, tag = "14")]
     pub(super) called: bool,
+    /// It was granted to one who waited, and is called by that.
+    #[prost(bool, tag = "17")]
+    pub(super) was_handed_over: bool,
     /// Whose it was until the commit that wrote this, if that was an adoption.
     #[prost(message, optional, tag = "15")]
     pub(super) former: Option<Former>,

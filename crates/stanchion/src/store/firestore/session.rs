@@ -74,6 +74,11 @@ impl Sessions {
         lock(&self.own).get(&session).map_or(0, |own| own.ends)
     }
 
+    /// The ttl of a session of this handle, in µs.
+    pub(super) fn ttl(&self, session: SessionId) -> u64 {
+        lock(&self.own).get(&session).map_or(0, |own| own.record.ttl)
+    }
+
     /// What is known of sessions without asking.
     pub(super) fn known(&self) -> HashMap<SessionId, Life> {
         let now = self.clock.now();

@@ -91,7 +91,7 @@ impl Step<'_> {
             record.lost.push(lost);
             self.rewrite_session(session, record, *written);
             self.record.forced.push(Forced { token: hold.entry.token.clone(), session: hold.entry.session.clone() });
-            self.call(&hold.entry.session, &hold.entry.token, hold.fence, Some(&request.reason));
+            self.call(&hold.entry.session, &hold.entry.token, Some(hold.fence), Some(&request.reason));
         } else if hold.called {
             self.end_call(&hold.entry.session, &hold.entry.token);
         }

@@ -115,7 +115,7 @@ impl Step<'_> {
             owner: std::mem::replace(&mut hold.entry.owner, owner),
             not_after: request.not_after.as_micros(),
         });
-        (hold.called, hold.entry.session_lives) = (false, lives);
+        (hold.called, hold.was_handed_over, hold.entry.session_lives) = (false, false, lives);
         let adopted = AdoptOutcome::Adopted { granted: hold.granted(now), session_bound: hold.entry.session_bound };
         if let Some((session, token)) = was {
             self.end_call(&session, &token);

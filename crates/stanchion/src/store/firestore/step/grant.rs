@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::super::document::{Only, delete, fields, put, text, timestamp};
+use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
+use prost::Message as _;
+
+use super::super::document::{Fields, Only, bytes, delete, fields, put, text, timestamp};
 use super::super::record::{Entry, Hold, session_of, token_of};
 use super::{KEPT_AFTER, Step};
 use crate::fence::Fence;
@@ -12,6 +15,17 @@ const HOLDS_BYTES: usize = 600_000;
 
 /// A write has a limit to what it carries; who is not called finds its grant when it asks.
 const MOST_CALLS: usize = 300;
+
+/// A call carries the key's record if it is not longer.
+const CARRIED_BYTES: usize = 50_000;
+
+/// A document that calls a token.
+pub(super) struct Call {
+    name: String,
+    said: Fields,
+    /// Not of one that was taken by force.
+    is_holders: bool,
+}
 
 impl Step<'_> {
     pub(super) fn fits(&self, units: u32, capacity: u32) -> bool {
@@ -71,50 +85,68 @@ impl Step<'_> {
 
     pub(super) fn grant(&mut self, mut entry: Entry, is_called: bool) {
         let fence = self.next_fence();
-        let called = is_called && self.call(&entry.session, &entry.token, fence, None);
-        let deadline = entry.length.map(|length| self.now.saturating_add(length));
-        entry.at = self.now;
-        self.record.holds.push(Hold { entry, fence, deadline, called, former: None });
+        let called = is_called && self.call(&entry.session, &entry.token, Some(fence), None);
+        let mut deadline = None;
+        entry.at = if self.from_the_commit { 0 } else { self.now };
+        if !self.from_the_commit {
+            deadline = entry.length.map(|length| self.now.saturating_add(length));
+        }
+        self.record.holds.push(Hold { entry, fence, deadline, called, was_handed_over: called, former: None });
     }
 
-    /// A document that a session's listener sees.
-    pub(super) fn call(&mut self, session: &[u8], token: &[u8], fence: u64, reason: Option<&str>) -> bool {
+    /// A document that a session's listener sees. Whether there is room for it.
+    pub(super) fn call(&mut self, session: &[u8], token: &[u8], fence: Option<u64>, reason: Option<&str>) -> bool {
         let (Ok(session), Ok(token)) = (session_of(session), token_of(token)) else { return false };
-        self.calls += 1;
-        if self.calls > MOST_CALLS {
+        if self.calls.len() >= MOST_CALLS {
             return false;
         }
         let mut said = fields([
             ("key", text(self.key.as_encoded())),
-            ("fence", text(fence.to_string())),
             ("expire_at", timestamp(self.now.saturating_add(KEPT_AFTER))),
         ]);
+        if let Some(fence) = fence {
+            said.insert("fence".to_owned(), text(fence.to_string()));
+        }
         if let Some(reason) = reason {
             said.insert("forced".to_owned(), text(reason));
         }
-        self.others.push(put(self.names.call(session, token), said, Only::Always));
+        let name = self.names.call(session, token);
+        self.calls.retain(|call| call.name != name);
+        self.calls.push(Call { name, said, is_holders: reason.is_none() });
         true
     }
 
-    /// A holder that believes to be alone with its document is told that it is not: its release need not try to delete
-    /// it. Only the first who waits tells it, and only one that nobody had to call.
+    /// A holder is told that somebody waits: what it knows of its key's document is not so any more. The first who waits
+    /// tells it.
     pub(super) fn tell_holder(&mut self) {
         let [hold] = &mut self.record.holds[..] else { return };
-        let (Ok(session), Ok(token)) = (session_of(&hold.entry.session), token_of(&hold.entry.token)) else { return };
-        if hold.entry.session_bound && !hold.called {
+        if hold.entry.session_bound {
             hold.called = true;
-            let said = fields([
-                ("key", text(self.key.as_encoded())),
-                ("waited_for", text("")),
-                ("expire_at", timestamp(self.now.saturating_add(KEPT_AFTER))),
-            ]);
-            self.others.push(put(self.names.call(session, token), said, Only::Always));
+            let (session, token) = (hold.entry.session.clone(), hold.entry.token.clone());
+            // What this replaces may not have been heard yet.
+            let fence = hold.was_handed_over.then_some(hold.fence);
+            self.call(&session, &token, fence, None);
         }
+    }
+
+    /// The documents that call. The one who holds a key gets its record, too, and need not read it to let go.
+    pub(super) fn calls(&mut self) -> impl Iterator<Item = api::Write> + use<> {
+        let calls = std::mem::take(&mut self.calls);
+        let is_small = self.record.encoded_len() <= CARRIED_BYTES && self.record.pages.is_empty();
+        let record = (is_small && self.record.holds.len() == 1).then(|| bytes(self.record.to_bytes()));
+        calls.into_iter().map(move |Call { name, mut said, is_holders }| {
+            if let Some(record) = record.clone().filter(|_| is_holders) {
+                said.insert("record".to_owned(), record);
+            }
+            put(name, said, Only::Always)
+        })
     }
 
     pub(super) fn end_call(&mut self, session: &[u8], token: &[u8]) {
         if let (Ok(session), Ok(token)) = (session_of(session), token_of(token)) {
-            self.others.push(delete(self.names.call(session, token), Only::Always));
+            let name = self.names.call(session, token);
+            self.calls.retain(|call| call.name != name);
+            self.others.push(delete(name, Only::Always));
         }
     }
 }

@@ -17,6 +17,7 @@ use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use prost_types::Timestamp;
 
 pub(super) use self::enter::fresh;
+use self::grant::Call;
 use super::document::Names;
 use super::record::{Entry, Hold, KeyRecord, Page, PageName, SessionRecord, session_of};
 use crate::fence::Fence;
@@ -26,6 +27,9 @@ use crate::token::{SessionId, TokenId};
 
 /// When a document holds nothing that can matter any more, it may be deleted this much later.
 const KEPT_AFTER: u64 = 3_600_000_000;
+
+/// What a commit writes.
+pub(super) type Writes = Vec<api::Write>;
 
 /// What was read of a key.
 #[derive(Clone, Debug, Default)]
@@ -65,7 +69,9 @@ pub(super) struct Step<'a> {
     unknown: RefCell<BTreeSet<SessionId>>,
     /// Beside the key's documents.
     others: Vec<api::Write>,
-    calls: usize,
+    calls: Vec<Call>,
+    /// What this grants begins with its commit: nobody knows how long before that was read.
+    from_the_commit: bool,
 }
 
 impl Loaded {
@@ -78,6 +84,13 @@ impl Loaded {
             [hold] if is_plain && record.last_fence <= now => Some(hold),
             _ => None,
         }
+    }
+
+    /// One holds it and others wait, and nothing else: who is next depends on no time.
+    pub(super) fn is_waited_for(&self) -> bool {
+        let record = &self.record;
+        let is_plain = record.forced.is_empty() && record.closed_until == 0 && record.pages.len() == self.pages.len();
+        record.holds.len() == 1 && !record.front.is_empty() && is_plain
     }
 }
 
@@ -99,8 +112,19 @@ impl<'a> Step<'a> {
             pages: before.pages.clone(),
             unknown: RefCell::default(),
             others: Vec::new(),
-            calls: 0,
+            calls: Vec::new(),
+            from_the_commit: false,
         }
+    }
+
+    /// What this step grants begins when it is committed.
+    pub(super) fn grant_from_the_commit_on(&mut self) {
+        self.from_the_commit = true;
+    }
+
+    /// Whether this is still the document that was written then.
+    pub(super) fn is_still(&self, written: Option<Timestamp>) -> bool {
+        self.before.written == written
     }
 
     /// The key has no document.
@@ -198,6 +222,11 @@ impl<'a> Step<'a> {
     fn queued(&self, token: TokenId) -> Option<Queued> {
         let ahead = self.place(token)?;
         Some(Queued { ahead: u32::try_from(ahead).unwrap_or(u32::MAX), check_in: self.check_in() })
+    }
+
+    /// One holds it, whose document time alone does not end.
+    pub(super) fn is_held_by_one_session(&self) -> bool {
+        matches!(&self.record.holds[..], [hold] if hold.entry.session_bound)
     }
 
     /// Nothing is held, waited for or closed.

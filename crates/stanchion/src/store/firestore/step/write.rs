@@ -9,14 +9,14 @@ use prost::Message as _;
 use super::super::document::{Only, bytes, delete, fields, put, text, texts, timestamp};
 use super::super::error::malformed;
 use super::super::record::{Entry, KeyRecord, session_of};
-use super::{KEPT_AFTER, Leaf, Loaded, Step};
+use super::{KEPT_AFTER, Leaf, Loaded, Step, Writes};
 use crate::error::Result;
 use crate::key::Key;
 
 impl Step<'_> {
     /// What is to be written, and how the key is then; nothing if nothing has changed. The first write is that of the
     /// key's document: every commit finds it as it was read, and changes it, so two steps never both succeed.
-    pub(crate) fn writes(mut self) -> Result<(Vec<api::Write>, Loaded)> {
+    pub(crate) fn writes(mut self) -> Result<(Writes, Loaded)> {
         let revision = self.record.revision.wrapping_add(1);
         let mut changed = Vec::new();
         for leaf in &mut self.pages {
@@ -29,7 +29,7 @@ impl Step<'_> {
             }
         }
         self.record.pages = self.pages.iter().map(|leaf| leaf.name).collect();
-        let is_changed = self.record != self.before.record || !self.others.is_empty();
+        let is_changed = self.record != self.before.record || !self.others.is_empty() || !self.calls.is_empty();
         // A fence that is ahead of the clock has to be remembered.
         let is_empty = self.is_idle() && self.record.forced.is_empty() && self.record.last_fence < self.now;
         let Some(written) = self.before.written else {
@@ -57,6 +57,7 @@ impl Step<'_> {
             }
         }
         writes.append(&mut self.others);
+        writes.extend(self.calls());
         let written = None;
         Ok((writes, Loaded { written, record: self.record, pages: self.pages }))
     }
