@@ -98,15 +98,15 @@ pub(crate) enum Command {
     Run(Run),
     /// Run a command at most once per period: the guard for cron
     ///
-    /// Runs CMD if KEY is free, and keeps KEY closed until the period, counted from the start of the
-    /// run, is over. If KEY is held or closed, it does nothing, silently, with exit code 0. A command
-    /// that fails opens the key at once, so that the next machine can try.
+    /// Runs CMD, unless another runs it now or it was done for this period or slot. Then it does
+    /// nothing, silently, with exit code 0. A command that fails does not count, so that the next
+    /// machine can try. `inspect KEY` shows the last run.
     #[command(verbatim_doc_comment, after_long_help = after_help())]
     Once(Once),
     /// List the keys that are held, waited for or closed
     #[command(after_long_help = crate::output::JSON_HELP)]
     Ls(Ls),
-    /// Show one key: holders, queue, fences
+    /// Show one key: holders, queue, fences, the last run
     #[command(after_long_help = crate::output::JSON_HELP)]
     Inspect(Inspect),
     /// Print a line for every change
@@ -179,10 +179,17 @@ pub(crate) struct Once {
     /// The key: 1 to 512 bytes of UTF-8
     #[arg(value_name = "KEY")]
     pub(crate) key: String,
-    /// The period, counted from the start of a run
-    #[arg(long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
-    pub(crate) every: Duration,
-    /// The exit code if the key is held, or closed until its period is over
+    /// The period: not again until nine tenths of it have passed since the last run began
+    ///
+    /// The last tenth is for clocks that differ and a cron that is late. A run that fails does not
+    /// count, nor one whose machine dies.
+    #[arg(verbatim_doc_comment, long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
+    #[arg(required_unless_present = "slot")]
+    pub(crate) every: Option<Duration>,
+    /// A number that rises with the schedule, such as $(date +%Y%m%d): not if it, or a later one, was done
+    #[arg(long, value_name = "N")]
+    pub(crate) slot: Option<u64>,
+    /// The exit code if it is not run
     #[arg(short = 'E', long, value_name = "N", default_value_t = exit_code::OK)]
     pub(crate) busy_exit_code: u8,
     #[command(flatten)]

@@ -4,7 +4,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
 use rustix::process::{Signal, getpid, kill_current_process_group, kill_process};
-use stanchion::{BootTime, Clock};
+use stanchion::Clock;
 
 use crate::child::{self, ChildPlan, Event, Exit, NotStarted, Obtained, Ran, Refusal, Released, Supervisor};
 use crate::exit_code;
@@ -20,18 +20,10 @@ const LONGEST_RELEASE: Duration = Duration::from_secs(10);
 pub(crate) struct Plan {
     pub(crate) hold: HoldPlan,
     pub(crate) child: ChildPlan,
-    pub(crate) closing: Closing,
+    /// How long the key stays closed after the command.
+    pub(crate) cooldown: Option<Duration>,
     pub(crate) busy: Busy,
     pub(crate) verbosity: Verbosity,
-}
-
-/// How long the key stays closed after the command.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Closing {
-    /// This long, if at all.
-    After(Option<Duration>),
-    /// Until this time has passed since the start; not at all if the command failed.
-    FromStart(Duration),
 }
 
 /// What a key that was not obtained means.
@@ -44,7 +36,7 @@ pub(crate) struct Busy {
 
 /// Does all of it and gives the exit code. Call it on the main thread only.
 pub(crate) fn execute(plan: Plan) -> Result<u8, Failure> {
-    let Plan { hold, child, closing, busy, verbosity } = plan;
+    let Plan { hold, child, cooldown, busy, verbosity } = plan;
     let clock = Clock::system();
     let (sender, events) = mpsc::channel();
     let inherited = child::listen(sender.clone())?;
@@ -73,7 +65,7 @@ pub(crate) fn execute(plan: Plan) -> Result<u8, Failure> {
     let ran = match Supervisor::start(&child, &hold, &obtained, inherited, channel, verbosity) {
         Ok(supervisor) => supervisor.run(),
         Err(reason) => {
-            release(&hold, None, &events, &clock, verbosity);
+            release(&hold, (None, false), &events, &clock, verbosity);
             return match reason {
                 NotStarted::Signal(signal) => Ok(exit_code::of_signal(signal)),
                 NotStarted::Lost(loss) => Err(Failure::new(
@@ -84,7 +76,7 @@ pub(crate) fn execute(plan: Plan) -> Result<u8, Failure> {
             };
         }
     };
-    end(ran, &obtained, cooldown(closing, &clock, start), &hold, &events, &clock, verbosity)
+    end(ran, &obtained, cooldown, &hold, &events, &clock, verbosity)
 }
 
 enum Waited {
@@ -112,7 +104,7 @@ fn wait(hold: &Hold, events: &Receiver<Event>, verbosity: Verbosity) -> Waited {
             (Event::Waiting { ahead }, None) => verbosity.note(format_args!("waiting; {ahead} before us in the queue")),
             (Event::Obtained(obtained), None) => return Waited::Obtained(obtained),
             // Granted and given up at the same moment.
-            (Event::Obtained(_), Some(_)) => hold.release(None),
+            (Event::Obtained(_), Some(_)) => hold.release(None, false),
             (Event::NotObtained(_) | Event::Released(_), Some(signal)) => return Waited::Signal(signal),
             (Event::NotObtained(refusal), None) => return Waited::Refused(refusal),
             _ => {}
@@ -120,30 +112,17 @@ fn wait(hold: &Hold, events: &Receiver<Event>, verbosity: Verbosity) -> Waited {
     }
 }
 
-fn cooldown(closing: Closing, clock: &Clock, start: BootTime) -> impl Fn(Exit) -> Option<Duration> {
-    let now = clock.clone();
-    move |exit| match closing {
-        Closing::After(closed) => closed,
-        Closing::FromStart(every) if exit == Exit::Code(0) => {
-            let left = every.saturating_sub(now.now().since(start));
-            // Less than this is not worth closing for, and the library takes no less.
-            (left >= Duration::from_millis(10)).then_some(left)
-        }
-        Closing::FromStart(_) => None,
-    }
-}
-
 /// Releases the key, says what is to be said, and finds the exit code.
 fn end(
     ran: Ran,
     obtained: &Obtained,
-    cooldown: impl Fn(Exit) -> Option<Duration>,
+    cooldown: Option<Duration>,
     hold: &Hold,
     events: &Receiver<Event>,
     clock: &Clock,
     verbosity: Verbosity,
 ) -> Result<u8, Failure> {
-    let released = release(hold, cooldown(ran.exit), events, clock, verbosity);
+    let released = release(hold, (cooldown, ran.exit == Exit::Code(0)), events, clock, verbosity);
     ran.guardian.dismiss();
     let key = &obtained.key;
     if let Some(loss) = ran.lost {
@@ -171,12 +150,12 @@ fn end(
 /// Releases the key.
 fn release(
     hold: &Hold,
-    cooldown: Option<Duration>,
+    (cooldown, succeeded): (Option<Duration>, bool),
     events: &Receiver<Event>,
     clock: &Clock,
     verbosity: Verbosity,
 ) -> Released {
-    hold.release(cooldown);
+    hold.release(cooldown, succeeded);
     let unknown = Released { was_lost: false, said: None };
     let until = clock.now().after(LONGEST_RELEASE);
     loop {

@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, Sender};
 use std::time::Duration;
 
 use stanchion::store::{Demand, KeyState};
-use stanchion::{ErrorKind, EventStream, Fence, Guard, LossCause};
+use stanchion::{ErrorKind, EventStream, Fence, Guard, LossCause, Outcome, Turn};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
@@ -27,8 +27,32 @@ pub(crate) struct HoldPlan {
     pub(crate) ttl: Option<Duration>,
     pub(crate) max_hold: Option<Duration>,
     pub(crate) metadata: Option<String>,
+    /// Not again before its time.
+    pub(crate) once: Option<Schedule>,
     /// Who holds it, for people.
     pub(crate) owner: String,
+}
+
+/// When it may be run again. One of them is there, or both.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Schedule {
+    pub(crate) every: Option<Duration>,
+    pub(crate) slot: Option<u64>,
+}
+
+/// What is held.
+enum Held {
+    Lock(Guard),
+    Turn(Turn),
+}
+
+impl Held {
+    fn guard(&self) -> &Guard {
+        match self {
+            Self::Lock(guard) => guard,
+            Self::Turn(turn) => turn,
+        }
+    }
 }
 
 /// The thread, seen from the outside. Its end without a release leaves the release to the store: the session dies.
@@ -40,7 +64,7 @@ pub(crate) struct Hold {
 
 enum Command {
     IsHeld(Sender<bool>),
-    Release(Option<Duration>),
+    Release { cooldown: Option<Duration>, succeeded: bool },
 }
 
 impl Hold {
@@ -75,9 +99,9 @@ impl Hold {
     }
 
     /// Releases the key and closes it for `cooldown`. The answer is an event.
-    pub(crate) fn release(&self, cooldown: Option<Duration>) {
+    pub(crate) fn release(&self, cooldown: Option<Duration>, succeeded: bool) {
         // A thread that has ended has told why.
-        let _ended = self.commands.send(Command::Release(cooldown));
+        let _ended = self.commands.send(Command::Release { cooldown, succeeded });
     }
 }
 
@@ -109,14 +133,14 @@ async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedRec
     };
     let mut happenings = opened.locks.events();
     match obtain(&plan, &cancel, &opened, &mut happenings, &tell).await {
-        Ok(guard) => {
-            let fence = guard.fence();
+        Ok(held) => {
+            let fence = held.guard().fence();
             tell(Event::Obtained(Obtained {
-                key: guard.key().name().to_owned(),
+                key: held.guard().key().name().to_owned(),
                 fence: fence.get(),
                 descriptor: opened.session_descriptor(),
             }));
-            let released = keep(guard, &mut inbox, &tell).await;
+            let released = keep(held, &mut inbox, &tell).await;
             // What could not be ended dies with the session.
             let _closed = opened.locks.close().await;
             // The keeper has told everything by now.
@@ -137,7 +161,10 @@ async fn obtain(
     opened: &Opened,
     happenings: &mut EventStream,
     tell: &impl Fn(Event),
-) -> Result<Guard, Refusal> {
+) -> Result<Held, Refusal> {
+    if let Some(schedule) = plan.once {
+        return begin(plan, schedule, cancel, opened).await;
+    }
     let mut request = opened.locks.lock(plan.key.as_str()).demand(plan.demand).cancel(cancel.clone());
     if let Some(longest) = plan.max_hold {
         request = request.max_hold(longest);
@@ -165,7 +192,7 @@ async fn obtain(
         }
     };
     match answer {
-        Ok(Some(guard)) => Ok(guard),
+        Ok(Some(guard)) => Ok(Held::Lock(guard)),
         Ok(None) => Err(Refusal::Busy(busy(plan, opened).await)),
         Err(error) if matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Busy) => {
             Err(Refusal::Busy(busy(plan, opened).await))
@@ -175,10 +202,45 @@ async fn obtain(
     }
 }
 
+/// The turn of a command that is run once, if it is to be run now.
+async fn begin(
+    plan: &HoldPlan,
+    schedule: Schedule,
+    cancel: &CancellationToken,
+    opened: &Opened,
+) -> Result<Held, Refusal> {
+    let mut request = opened.locks.once(plan.key.as_str()).cancel(cancel.clone());
+    if let Some(period) = schedule.every {
+        request = request.every(period);
+    }
+    if let Some(slot) = schedule.slot {
+        request = request.slot(slot);
+    }
+    if let Some(longest) = plan.max_hold {
+        request = request.max_hold(longest);
+    }
+    if let Some(text) = &plan.metadata {
+        request = request.metadata(text.as_str());
+    }
+    match request.begin().await {
+        Ok(Outcome::Ran(turn)) => Ok(Held::Turn(turn)),
+        Ok(Outcome::Skipped { last: Some(last), is_running: false, .. } | Outcome::DoneElsewhere { last }) => {
+            let again = last.closed_still_for().map(|left| format!(", and not again for another {}", for_people(left)));
+            let (age, owner) = (for_people(last.age), escape(&last.owner));
+            let again = again.unwrap_or_default();
+            Err(Refusal::Busy(format!("key `{}` was done by {owner} {age} ago{again}", escape(&plan.key))))
+        }
+        Ok(_) => Err(Refusal::Busy(busy(plan, opened).await)),
+        Err(error) if error.kind() == ErrorKind::Cancelled => Err(Refusal::Cancelled),
+        Err(error) => Err(Refusal::Failed(error.into())),
+    }
+}
+
 /// Keeps the key until it is to be released.
-async fn keep(guard: Guard, inbox: &mut UnboundedReceiver<Command>, tell: &impl Fn(Event)) -> Result<bool, Failure> {
+async fn keep(held: Held, inbox: &mut UnboundedReceiver<Command>, tell: &impl Fn(Event)) -> Result<bool, Failure> {
     let mut announced = false;
-    let cooldown = loop {
+    let guard = held.guard();
+    let (cooldown, succeeded) = loop {
         let command = tokio::select! {
             biased;
             cause = guard.lost(), if !announced => {
@@ -193,12 +255,22 @@ async fn keep(guard: Guard, inbox: &mut UnboundedReceiver<Command>, tell: &impl 
                 // Who asked may have given up.
                 let _late = answer.send(guard.is_held());
             }
-            Some(Command::Release(cooldown)) => break cooldown,
-            None => break None,
+            Some(Command::Release { cooldown, succeeded }) => break (cooldown, succeeded),
+            None => break (None, false),
         }
     };
-    guard.set_cooldown(cooldown)?;
-    Ok(guard.release().await? == stanchion::Released::AlreadyLost)
+    let released = match held {
+        Held::Lock(guard) => {
+            guard.set_cooldown(cooldown)?;
+            guard.release().await
+        }
+        Held::Turn(turn) => turn.finish(succeeded).await,
+    };
+    match released {
+        Ok(released) => Ok(released == stanchion::Released::AlreadyLost),
+        Err(error) if matches!(error.kind(), ErrorKind::Lost(_)) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The reason that came with a forced release of this hold, among what has happened so far.

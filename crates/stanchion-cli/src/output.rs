@@ -4,6 +4,7 @@ use std::io::{self, Write as _};
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
+use stanchion::Run;
 use stanchion::store::{HolderState, KeyState, WaiterState};
 
 use crate::exit_code;
@@ -19,10 +20,13 @@ JSON (--json), a stable contract: fields are added, never changed or removed. On
   waiters          head of the queue first: owner, units, age_ms, metadata, trace
   last_fence       the newest fence of the key, or null
   closed_for_ms    how long a cooldown still keeps the key closed, or null
+`inspect --json` adds:
+  last_run         the last run of `once`, or null: succeeded, owner, fence, slot, began, took_ms,
+                   age_ms, closed_for_ms (until it may be run again, or null)
 `watch --json` prints instead: time, event (held, acquired, released, waiting, stopped_waiting,
 closed, opened), key, and as they apply fence, owner, closed_for_ms.
 Fences are numbers below 2^53, exact in every JSON reader. Fields that end in _ms are whole
-milliseconds; since and time are RFC 3339 in UTC. Text is what was given: escape it before you show it.
+milliseconds; since, began and time are RFC 3339 in UTC. Text is what was given: escape it before you show it.
 
 Exit codes: 0; 64 wrong usage; 69 store unavailable; 70 internal; 77 not permitted; 78 misconfigured.";
 
@@ -96,6 +100,34 @@ impl<'a> From<&'a WaiterState> for WaiterRecord<'a> {
             age_ms: millis(waiter.age),
             metadata: waiter.metadata.as_deref(),
             trace: waiter.trace.as_deref(),
+        }
+    }
+}
+
+/// The last run of a key.
+#[derive(Serialize)]
+pub(crate) struct RunRecord<'a> {
+    succeeded: bool,
+    owner: &'a str,
+    fence: u64,
+    slot: Option<u64>,
+    began: String,
+    took_ms: u64,
+    age_ms: u64,
+    closed_for_ms: Option<u64>,
+}
+
+impl<'a> From<&'a Run> for RunRecord<'a> {
+    fn from(run: &'a Run) -> Self {
+        Self {
+            succeeded: run.succeeded,
+            owner: &run.owner,
+            fence: run.fence.get(),
+            slot: run.slot,
+            began: wall_time(run.began),
+            took_ms: millis(run.took),
+            age_ms: millis(run.age),
+            closed_for_ms: run.closed_still_for().map(millis),
         }
     }
 }

@@ -14,7 +14,7 @@ fn it_runs_once_per_period_and_is_silent() {
     }
     assert_eq!(world.read("runs"), "x\n");
     let skipped = world.stanchion(["once", "k", "--every", "1h", "-v", "--", "true"]).finish();
-    skipped.code(0).says(&["key `k` was not obtained: it stays closed for another 59m"]);
+    skipped.code(0).says(&["key `k` was done by sh@", " ago, and not again for another 53m"]);
     world.stanchion(["once", "k", "--every", "1h", "-E", "7", "--", "true"]).finish().code(7).silent();
 }
 
@@ -62,4 +62,33 @@ fn of_many_at_the_same_time_one_runs() {
         one.finish().code(0).silent();
     }
     assert_eq!(world.read("runs"), "x\n");
+}
+
+#[test]
+fn a_slot_is_run_once_also_with_other_clocks() {
+    let world = World::new();
+    let run = |slot: &str| world.stanchion(["once", "k", "--slot", slot, "-E", "7", "-c", "echo x >> runs"]).finish();
+    run("20260102").code(0).silent();
+    run("20260102").code(7).silent();
+    run("20260101").code(7).silent();
+    run("20260103").code(0).silent();
+    assert_eq!(world.read("runs"), "x\nx\n");
+    world.stanchion(["once", "k", "--", "true"]).finish().code(64).says(&["--every"]);
+}
+
+#[test]
+fn inspect_shows_the_last_run() {
+    let world = World::new();
+    world.stanchion(["once", "k", "--every", "1h", "--", "sh", "-c", "exit 3"]).finish().code(3);
+    let text = world.stanchion(["inspect", "k"]).finish().ok();
+    assert!(text.contains("last run failed") && text.contains("by sh@"), "{text}");
+    world.stanchion(["once", "k", "--every", "1h", "--", "true"]).finish().code(0);
+    let text = world.stanchion(["inspect", "k"]).finish().ok();
+    assert!(text.contains("last run succeeded") && text.contains("not again for another 53m"), "{text}");
+    let json: serde_json::Value =
+        serde_json::from_str(&world.stanchion(["inspect", "k", "--json"]).finish().ok()).unwrap();
+    let last = &json["last_run"];
+    assert_eq!((last["succeeded"].as_bool(), last["slot"].is_null()), (Some(true), true));
+    assert!(last["closed_for_ms"].as_u64().unwrap() > 53 * 60_000 && json["key"] == "k");
+    assert!(world.stanchion(["ls"]).finish().ok().is_empty(), "the key itself is free");
 }

@@ -17,6 +17,7 @@ use crate::clock::BootTime;
 use crate::error::LossCause;
 use crate::fence::Fence;
 use crate::key::Key;
+use crate::on_lost::OnLost;
 use crate::store::StoreTime;
 use crate::token::{SessionId, TokenId};
 
@@ -126,6 +127,10 @@ pub(crate) struct Hold {
     last_heartbeat: AtomicU64,
     /// A request that made this hold may still be on its way: its token is over only after this time of the store.
     pub(crate) unanswered_until: Option<StoreTime>,
+    /// In place of what the handle says.
+    pub(crate) on_lost: Option<OnLost>,
+    /// When the store was last asked for it, in nanoseconds since boot.
+    asked_for: AtomicU64,
     /// Its holder gives it up: from then on it may be gone from the store, and is not lost by that.
     let_go: AtomicBool,
     lost: OnceLock<LossCause>,
@@ -145,6 +150,7 @@ pub(crate) struct NewHold {
     pub(crate) deadline: Option<(BootTime, Duration)>,
     pub(crate) heartbeat_within: Option<Duration>,
     pub(crate) unanswered_until: Option<StoreTime>,
+    pub(crate) on_lost: Option<OnLost>,
 }
 
 impl Hold {
@@ -164,6 +170,8 @@ impl Hold {
             heartbeat_within: new.heartbeat_within,
             last_heartbeat: AtomicU64::new(new.since.as_nanos()),
             unanswered_until: new.unanswered_until,
+            on_lost: new.on_lost,
+            asked_for: AtomicU64::new(new.since.as_nanos()),
             let_go: AtomicBool::new(false),
             lost: OnceLock::new(),
             lost_token: OnceLock::new(),
@@ -274,6 +282,13 @@ impl Hold {
 
     pub(crate) fn heartbeat(&self, now: BootTime) {
         self.last_heartbeat.fetch_max(now.as_nanos(), Ordering::AcqRel);
+    }
+
+    /// Whether the store has not been asked for it for so long. Of several who ask, one hears yes.
+    pub(crate) fn is_to_be_asked_for(&self, now: BootTime, pace: Duration) -> bool {
+        let last = self.asked_for.load(Ordering::Acquire);
+        now.since(BootTime::from_nanos(last)) >= pace
+            && self.asked_for.compare_exchange(last, now.as_nanos(), Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
     /// Fires when the hold is lost.

@@ -45,6 +45,26 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    /// Its name, in lower case with underscores: as logs and metrics have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Timeout => "timeout",
+            Self::Cancelled => "cancelled",
+            Self::Draining => "draining",
+            Self::Lost(_) => "lost",
+            Self::Busy => "busy",
+            Self::InvalidArgument => "invalid_argument",
+            Self::Unauthorized => "unauthorized",
+            Self::Unavailable => "unavailable",
+            Self::RateLimited => "rate_limited",
+            Self::NetworkTimeout => "network_timeout",
+            Self::Indeterminate => "indeterminate",
+            Self::Unsupported => "unsupported",
+            Self::Misconfigured => "misconfigured",
+            Self::Internal => "internal",
+        }
+    }
+
     pub(crate) fn is_transient(self) -> bool {
         matches!(self, Self::Unavailable | Self::RateLimited | Self::NetworkTimeout | Self::Indeterminate)
     }
@@ -71,6 +91,19 @@ pub enum LossCause {
 }
 
 impl LossCause {
+    /// Its name, in lower case with underscores: as logs and metrics have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::SessionExpired => "session_expired",
+            Self::TermExpired => "term_expired",
+            Self::MaxHold => "max_hold",
+            Self::HeartbeatMissed => "heartbeat_missed",
+            Self::Forced => "forced",
+            Self::Missing => "missing",
+            Self::Closed => "closed",
+        }
+    }
+
     /// The holder knows before the store does: the key stays taken for the grace in which the holder stops.
     pub(crate) fn leaves_grace(self) -> bool {
         matches!(self, Self::TermExpired | Self::MaxHold | Self::HeartbeatMissed)

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use crate::error::{ErrorKind, LossCause};
 use crate::fence::Fence;
 use crate::key::Key;
+use crate::telemetry::Telemetry;
 use crate::token::SessionId;
 
 /// Something that happened to the locks of one handle.
@@ -143,6 +144,7 @@ impl futures_core::Stream for EventStream {
 pub(crate) struct Observer {
     listeners: Mutex<Arc<Vec<Listener>>>,
     count: AtomicUsize,
+    telemetry: Telemetry,
 }
 
 #[derive(Clone, Debug)]
@@ -152,6 +154,14 @@ struct Listener {
 }
 
 impl Observer {
+    pub(crate) fn new(telemetry: Telemetry) -> Self {
+        Self { telemetry, ..Self::default() }
+    }
+
+    pub(crate) fn telemetry(&self) -> Telemetry {
+        self.telemetry
+    }
+
     pub(crate) fn listen(&self) -> EventStream {
         let (sender, events) = mpsc::channel(1_024);
         let missed = Arc::new(AtomicU64::new(0));
@@ -162,10 +172,15 @@ impl Observer {
 
     /// Tells an event, which is made only if somebody listens.
     pub(crate) fn tell(&self, event: impl FnOnce() -> Event) {
-        if self.count.load(Ordering::Acquire) == 0 {
+        let is_heard = self.count.load(Ordering::Acquire) != 0;
+        if !is_heard && !self.telemetry.is_on() {
             return;
         }
         let event = event();
+        self.telemetry.tell(&event);
+        if !is_heard {
+            return;
+        }
         // Sending wakes tasks, and that may drop one that has something to tell: no lock is held meanwhile.
         let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut closed = false;

@@ -15,7 +15,7 @@ use crate::keeper::Command;
 use crate::key::Key;
 use crate::locks::{Locks, check_duration};
 use crate::shared::{End, Shared};
-use crate::store::{EndOutcome, ExtendOutcome};
+use crate::store::{EndOutcome, ExtendOutcome, PollOutcome};
 use crate::token::Token;
 
 /// A hold, as long as it is not dropped. Dropping it releases in the background, from anywhere: without a runtime, after
@@ -184,17 +184,65 @@ impl Guard {
     }
 
     /// A sign of life of the work under the lock: see [`heartbeat_within`](crate::LockRequest::heartbeat_within). Local,
-    /// cheap enough for a loop.
+    /// cheap enough for a loop: once in a session's ttl the keeper is told to ask the store whether the hold is still there.
     ///
     /// # Errors
     /// [`ErrorKind::Lost`] if the hold is lost, [`ErrorKind::Draining`] if the handle is draining.
     pub fn heartbeat(&self) -> Result<()> {
         self.check()?;
-        self.hold.heartbeat(self.shared().clock.now());
+        let now = self.shared().clock.now();
+        self.hold.heartbeat(now);
+        if self.hold.is_to_be_asked_for(now, self.shared().config.session_ttl) {
+            self.shared().command(Command::Verify(self.hold.clone()));
+        }
         if self.shared().draining().is_cancelled() {
             return Err(self.shared().draining_error().with_key(self.key()));
         }
         Ok(())
+    }
+
+    /// Sleeps under the lock, with [`heartbeat`](Guard::heartbeat)s. It ends early, with an error, when the hold is lost or the
+    /// handle drains.
+    ///
+    /// # Errors
+    /// As [`Guard::heartbeat`].
+    ///
+    /// # Cancel safety
+    /// A dropped future stops sleeping, and nothing else.
+    pub async fn sleep(&self, span: Duration) -> Result<()> {
+        let shared = self.shared();
+        let until = shared.clock.now().after(span);
+        let pace = self.hold.heartbeat_within.map_or(shared.config.session_ttl, |within| within / 3);
+        loop {
+            self.heartbeat()?;
+            let now = shared.clock.now();
+            if now >= until {
+                return Ok(());
+            }
+            tokio::select! {
+                _ = self.lost() => {}
+                () = shared.draining().cancelled() => {}
+                () = shared.clock.sleep_until(until.min(now.after(pace))) => {}
+            }
+        }
+    }
+
+    /// Asks the store whether the hold is there. Not needed for safety: losses are told, and the fence decides. For those who
+    /// want to know now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Lost`] if it is not, or is lost; the store's faults, which say nothing about the hold.
+    ///
+    /// # Cancel safety
+    /// Reads only.
+    pub async fn verify(&self) -> Result<()> {
+        self.check()?;
+        let shared = self.shared();
+        let reply = shared.step(|| shared.store.poll(&self.hold.key, self.hold.token)).await.result;
+        if reply.map_err(|error| self.name(error))?.outcome == PollOutcome::Gone {
+            shared.is_missing(&self.hold);
+        }
+        self.check()
     }
 
     /// Sets how long the key stays closed after the release, in place of what the request said.
@@ -221,6 +269,7 @@ impl Guard {
         shared.check_process()?;
         if let Some(cause) = self.loss() {
             self.spent = true;
+            self.hold.let_go();
             self.end_early(cause);
             return Ok(Released::AlreadyLost);
         }
@@ -269,7 +318,7 @@ impl Guard {
         self.hold.let_go();
         self.shared().keep(&self.hold);
         self.shared().registry().remove(&self.hold.token);
-        Token::new(self.hold.key.clone(), self.hold.token)
+        Token::new(self.hold.key.clone(), self.hold.token, self.hold.session.id)
     }
 
     pub(crate) fn store_name(&self) -> &'static str {
@@ -292,6 +341,7 @@ impl Drop for Guard {
             return;
         }
         if let Some(cause) = self.loss() {
+            self.hold.let_go();
             return self.end_early(cause);
         }
         let cooldown = *self.cooldown.get_mut().unwrap_or_else(PoisonError::into_inner);

@@ -40,14 +40,27 @@ pub const MAX_KEY_BYTES: usize = 512;
 /// The longest namespace, in bytes.
 pub const MAX_NAMESPACE_BYTES: usize = 128;
 
+/// What the namespaces begin with that the library keeps for itself.
+const RESERVED: char = '\u{1}';
+
 impl Key {
     /// The key `name` in `namespace` (empty: no namespace).
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] if the name is empty, longer than [`MAX_KEY_BYTES`] or holds a NUL, or if the
-    /// namespace is longer than [`MAX_NAMESPACE_BYTES`] or holds a NUL.
+    /// namespace is longer than [`MAX_NAMESPACE_BYTES`], holds a NUL or begins with U+0001.
     pub fn new(namespace: &str, name: &str) -> Result<Self, Error> {
         let namespace = normal(namespace);
+        check_namespace(&namespace)?;
+        Self::join(&namespace, name)
+    }
+
+    /// The key that the library keeps for this one, for a purpose of its own. No user's key is equal to it.
+    pub(crate) fn companion(&self, purpose: &str) -> Result<Self, Error> {
+        Self::join(&format!("{RESERVED}{purpose}/{}", self.namespace()), self.name())
+    }
+
+    fn join(namespace: &str, name: &str) -> Result<Self, Error> {
         let name = normal(name);
         if name.is_empty() {
             return Err(invalid("a key may not be empty; give it 1 to 512 bytes".into()));
@@ -58,16 +71,10 @@ impl Key {
                 name.len()
             )));
         }
-        if namespace.len() > MAX_NAMESPACE_BYTES {
-            return Err(invalid(format!(
-                "the namespace has {} bytes, the longest allowed is {MAX_NAMESPACE_BYTES}",
-                namespace.len()
-            )));
-        }
-        if name.contains('\0') || namespace.contains('\0') {
+        if name.contains('\0') {
             return Err(invalid("a key may not hold a NUL character".into()));
         }
-        let mut text = namespace_prefix(&namespace);
+        let mut text = namespace_prefix(namespace);
         let name_at = text.len() as u16;
         text.push_str(&name);
         Ok(Self { text: text.into(), name_at })
@@ -83,7 +90,7 @@ impl Key {
             Some((rest.get(..length)?, rest.get(length..)?))
         });
         match parsed {
-            Some((namespace, name)) => Self::new(namespace, name)
+            Some((namespace, name)) => Self::join(namespace, name)
                 .map_err(|error| Error::new(ErrorKind::Internal, "the store holds a malformed key").with_source(error)),
             None => Err(Error::new(ErrorKind::Internal, "the store holds a malformed key")),
         }
@@ -104,6 +111,18 @@ impl Key {
         let prefix = &self.text[..usize::from(self.name_at)];
         prefix.split_once(':').map_or("", |(_, namespace)| namespace)
     }
+}
+
+/// Refuses what is no namespace for users.
+pub(crate) fn check_namespace(namespace: &str) -> Result<(), Error> {
+    if namespace.len() > MAX_NAMESPACE_BYTES {
+        let length = namespace.len();
+        return Err(invalid(format!("the namespace has {length} bytes, the longest allowed is {MAX_NAMESPACE_BYTES}")));
+    }
+    if namespace.contains('\0') || namespace.starts_with(RESERVED) {
+        return Err(invalid("a namespace may not hold a NUL character nor begin with U+0001".into()));
+    }
+    Ok(())
 }
 
 /// The part of an encoded key that every key of a namespace begins with, and no other key does.
@@ -158,6 +177,22 @@ mod tests {
                 assert_ne!(x.as_encoded(), y.as_encoded(), "{a:?} and {b:?}");
             }
         }
+    }
+
+    #[test]
+    fn what_the_library_keeps_for_itself_is_no_users_key() {
+        let longest = "n".repeat(MAX_NAMESPACE_BYTES);
+        for (namespace, name) in [("", "a"), ("billing", "a"), (longest.as_str(), "a")] {
+            let key = Key::new(namespace, name).unwrap();
+            let companion = key.companion("runs").unwrap();
+            assert_eq!(Key::from_encoded(companion.as_encoded()).unwrap(), companion);
+            assert!(Key::new(companion.namespace(), name).is_err(), "a user cannot name it");
+            assert!(!companion.as_encoded().starts_with(&namespace_prefix(namespace)), "it is not listed with the key");
+        }
+        let companions = [("", "a"), ("", "b"), ("a", "b"), ("a/", "b")]
+            .map(|(namespace, name)| Key::new(namespace, name).unwrap().companion("runs").unwrap());
+        assert!((1..4).all(|at| !companions[..at].contains(&companions[at])));
+        assert!(Key::new("\u{1}", "a").is_err() && Key::new("", "\u{1}").is_ok());
     }
 
     #[test]

@@ -28,9 +28,11 @@
 //! transactions are better than any lock.
 //!
 //! # Features
-//! `sqlite` (default): the embedded store; `redis`, `postgres`, `firestore`: those. The memory store is always there. A feature only adds.
+//! `sqlite` (default): the embedded store; `redis`, `postgres`, `firestore`: those. The memory store is always there.
+//! `tracing`, `metrics`: telemetry, by the names in `docs/telemetry.md`. A feature only adds.
 
 mod belief;
+mod builder;
 mod clock;
 mod error;
 mod event;
@@ -39,24 +41,34 @@ mod guard;
 mod keeper;
 mod key;
 mod locks;
+mod on_lost;
+mod primitives;
 mod request;
 mod retry;
 mod shared;
 pub mod store;
+mod telemetry;
 mod token;
 mod wait;
 
 pub use belief::Drift;
+pub use builder::Builder;
 pub use clock::{BootTime, Clock, Sleep, VirtualClock};
 pub use error::{Error, ErrorKind, LossCause, Result};
 pub use event::{Event, EventStream};
 pub use fence::Fence;
 pub use guard::{Guard, Released};
 pub use key::{Key, MAX_KEY_BYTES, MAX_NAMESPACE_BYTES};
-pub use locks::{Builder, DURATIONS, Locks, MAX_METADATA_BYTES, MAX_OWNER_BYTES};
+pub use locks::{DURATIONS, Locks, MAX_METADATA_BYTES, MAX_OWNER_BYTES, drain};
+pub use on_lost::{Loss, OnLost};
+pub use primitives::{
+    Election, Guards, Leader, Leadership, LockAllRequest, Observation, OnceRequest, Outcome, OwnerStatus, Run, Turn,
+    Wanted,
+};
 pub use request::LockRequest;
 pub use retry::RetryPolicy;
 pub use store::{Demand, Store};
+pub use telemetry::ShownKeys;
 pub use token::{SessionId, Token, TokenId};
 
 #[cfg(doctest)]

@@ -1,20 +1,19 @@
 //! The handle.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use crate::belief::Drift;
-use crate::clock::Clock;
+use crate::builder::Builder;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, EventStream};
 use crate::fence::Fence;
 use crate::guard::Guard;
 use crate::keeper::{Command, KeeperThread};
-use crate::key::{Key, MAX_NAMESPACE_BYTES, namespace_prefix, normal};
+use crate::key::{Key, namespace_prefix, normal};
+use crate::primitives::{Election, LockAllRequest, OnceRequest, OwnerStatus, Run, Wanted};
 use crate::request::LockRequest;
-use crate::retry::RetryPolicy;
-use crate::shared::{Config, SessionView, Shared};
-use crate::store::{Capabilities, EvictOutcome, EvictRequest, KeyState, PollOutcome, Store};
+use crate::shared::{SessionView, Shared};
+use crate::store::{Capabilities, Demand, EvictOutcome, EvictRequest, KeyState, PollOutcome, Store};
 use crate::token::{SessionId, Token};
 use crate::wait;
 
@@ -54,7 +53,41 @@ pub struct Locks {
 #[derive(Debug)]
 pub(crate) struct Handle {
     pub(crate) shared: Arc<Shared>,
-    thread: std::sync::Mutex<KeeperThread>,
+    thread: Mutex<KeeperThread>,
+}
+
+impl Handle {
+    pub(crate) fn new(shared: Arc<Shared>, thread: KeeperThread) -> Self {
+        let mut handles = handles();
+        handles.retain(|handle| handle.strong_count() > 0);
+        handles.push(Arc::downgrade(&shared));
+        Self { shared, thread: Mutex::new(thread) }
+    }
+}
+
+/// The handles of this process.
+fn handles() -> MutexGuard<'static, Vec<Weak<Shared>>> {
+    static HANDLES: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
+    HANDLES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Drains every handle that is open in this process: see [`Locks::drain`]. For a signal that tells the process to end.
+///
+/// ```standalone_crate
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// let locks = stanchion::Locks::open("memory:").await?;
+/// let guard = locks.lock("job").await?;
+/// stanchion::drain("SIGTERM");
+/// assert_eq!(guard.draining(), Some("SIGTERM"));
+/// assert!(locks.lock("another").await.is_err());
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
+pub fn drain(reason: &str) {
+    // Draining wakes whoever waits, who may open a handle: not under the lock.
+    let handles = handles().clone();
+    for handle in handles.iter().filter_map(Weak::upgrade).filter(|handle| handle.is_own_process()) {
+        handle.drain(reason);
+    }
 }
 
 impl Drop for Handle {
@@ -64,7 +97,7 @@ impl Drop for Handle {
         }
         self.shared.drain("the handle was dropped");
         self.shared.command(Command::Close);
-        let thread = self.thread.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         thread.join_within(Duration::from_secs(1));
     }
 }
@@ -106,7 +139,7 @@ impl Locks {
     /// # Ok::<(), stanchion::Error>(()) }).unwrap();
     /// ```
     pub fn builder(url: &str) -> Builder {
-        Builder::new(Source::Url(url.to_owned()))
+        Builder::for_url(url)
     }
 
     /// Uses a store of one's own, with defaults for the rest.
@@ -122,7 +155,7 @@ impl Locks {
 
     /// Uses a store of one's own, with more to say.
     pub fn builder_with_store(store: impl Store) -> Builder {
-        Builder::new(Source::Store(Arc::new(store)))
+        Builder::for_store(Arc::new(store))
     }
 
     /// Asks for a key: exclusive, first come first served. Awaiting the request waits until it is granted, unless it is
@@ -140,6 +173,107 @@ impl Locks {
     /// A dropped future leaves no hold behind: the keeper ends what it may have got.
     pub async fn try_lock(&self, key: impl Into<String>) -> Result<Option<Guard>> {
         self.lock(key).try_acquire().await
+    }
+
+    /// Asks for a key that others may read at the same time. Readers and writers queue in one line, so neither starves.
+    /// All who use the key must ask with [`read`](Locks::read) or [`write`](Locks::write).
+    ///
+    /// ```
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// let (one, another) = (locks.read("catalogue").await?, locks.read("catalogue").await?);
+    /// assert!(locks.write("catalogue").try_acquire().await?.is_none());
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
+    pub fn read(&self, key: impl Into<String>) -> LockRequest {
+        self.lock(key).demand(Demand::READ)
+    }
+
+    /// Asks for a key alone that others [`read`](Locks::read).
+    pub fn write(&self, key: impl Into<String>) -> LockRequest {
+        self.lock(key).demand(Demand::WRITE)
+    }
+
+    /// Asks for one of `limit` permits of a key, or for several of them at once ([`LockRequest::permits`]). All who use
+    /// the key must agree on the limit.
+    ///
+    /// ```
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// let two = locks.semaphore("gpu", 3).permits(2).await?;
+    /// let one = locks.semaphore("gpu", 3).await?;
+    /// assert!(locks.semaphore("gpu", 3).try_acquire().await?.is_none());
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
+    pub fn semaphore(&self, key: impl Into<String>, limit: u32) -> LockRequest {
+        LockRequest { units: 1, capacity: limit, ..self.lock(key) }
+    }
+
+    /// Asks for several keys, all or nothing: see [`LockAllRequest`].
+    ///
+    /// ```
+    /// use stanchion::Wanted;
+    ///
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// let guards = locks.lock_all(["account:1", "account:2"]).await?;
+    /// assert!(guards.fence("account:1").is_some());
+    /// drop(guards);
+    /// let mixed = locks.lock_all([Wanted::read("prices"), Wanted::lock("order:7")]).await?;
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
+    pub fn lock_all<W: Into<Wanted>>(&self, keys: impl IntoIterator<Item = W>) -> LockAllRequest {
+        LockAllRequest::new(self.lock(""), keys.into_iter().map(Into::into).collect())
+    }
+
+    /// Has something done once by whoever comes first, and not again for a while: see [`OnceRequest`].
+    pub fn once(&self, key: impl Into<String>) -> OnceRequest {
+        OnceRequest::new(self.lock(key))
+    }
+
+    /// What is known of the last run of [`once`](Locks::once) under this key.
+    ///
+    /// # Errors
+    /// As [`Locks::inspect`].
+    ///
+    /// # Cancel safety
+    /// Reads only.
+    pub async fn last_run(&self, key: impl Into<String>) -> Result<Option<Run>> {
+        let key = self.key(&key.into())?;
+        Ok(crate::primitives::last_run(self, &key).await?.run)
+    }
+
+    /// Stands for election under this key: see [`Election`].
+    pub fn elect(&self, key: impl Into<String>) -> Election {
+        Election::new(self.lock(key))
+    }
+
+    /// What has become of the hold of a token, and of its process.
+    ///
+    /// # Errors
+    /// The store's faults.
+    ///
+    /// # Cancel safety
+    /// Reads only.
+    pub async fn status(&self, token: &Token) -> Result<OwnerStatus> {
+        crate::primitives::status(self, token).await
+    }
+
+    /// Whether one with this owner label holds the key, or somebody else. A label is no proof: two processes may have the
+    /// same one. [`OwnerStatus::Dead`] is not told apart from [`OwnerStatus::Nobody`] here.
+    ///
+    /// # Errors
+    /// As [`Locks::inspect`].
+    ///
+    /// # Cancel safety
+    /// Reads only.
+    pub async fn status_of_owner(&self, key: impl Into<String>, owner: &str) -> Result<OwnerStatus> {
+        let holders = self.inspect(key).await?.holders;
+        Ok(match holders {
+            holders if holders.iter().any(|holder| holder.owner == owner) => OwnerStatus::Running,
+            holders if holders.is_empty() => OwnerStatus::Nobody,
+            holders => OwnerStatus::SomeoneElse { holders },
+        })
     }
 
     /// Takes up a detached hold, of this process or another one. Of two that try, one gets it.
@@ -312,206 +446,10 @@ impl Locks {
     }
 }
 
-/// How to open a handle.
-#[derive(Debug)]
-#[must_use = "a builder does nothing until it is opened"]
-pub struct Builder {
-    source: Source,
-    namespace: String,
-    owner: Option<String>,
-    session_ttl: Duration,
-    drift: Drift,
-    retry: RetryPolicy,
-    clock: Clock,
-}
-
-enum Source {
-    Url(String),
-    Store(Arc<dyn Store>),
-}
-
-impl std::fmt::Debug for Source {
-    /// Without the URL, which may hold a password.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Url(url) => write!(f, "Url({}:…)", scheme(url)),
-            Self::Store(store) => write!(f, "Store({})", store.capabilities().name),
-        }
-    }
-}
-
-impl Builder {
-    fn new(source: Source) -> Self {
-        Self {
-            source,
-            namespace: String::new(),
-            owner: None,
-            session_ttl: Duration::from_secs(10),
-            drift: Drift::default(),
-            retry: RetryPolicy::default(),
-            clock: Clock::system(),
-        }
-    }
-
-    /// Keeps the keys of this handle apart from those of other namespaces. Default: none. At most 128 bytes.
-    pub fn namespace(mut self, namespace: &str) -> Self {
-        self.namespace = normal(namespace).into_owned();
-        self
-    }
-
-    /// Who this is, for people who inspect keys. Default: program, host and process. At most 128 bytes.
-    pub fn owner(mut self, owner: &str) -> Self {
-        self.owner = Some(owner.to_owned());
-        self
-    }
-
-    /// How long the session lives without a beat; it beats five times in that time. Default: 10 s. A dead process's
-    /// holds are free after this time (at once, in stores where sessions live with the process).
-    pub fn session_ttl(mut self, ttl: Duration) -> Self {
-        self.session_ttl = ttl;
-        self
-    }
-
-    /// How far clocks may drift. Default: 1 % and 2 ms.
-    pub fn drift(mut self, drift: Drift) -> Self {
-        self.drift = drift;
-        self
-    }
-
-    /// How steps are repeated after faults.
-    pub fn retry(mut self, policy: RetryPolicy) -> Self {
-        self.retry = policy;
-        self
-    }
-
-    /// The clock by which this handle believes and waits. Default: the machine's. For tests.
-    pub fn clock(mut self, clock: Clock) -> Self {
-        self.clock = clock;
-        self
-    }
-
-    /// Opens the handle: the store is reached and the session is open.
-    ///
-    /// # Errors
-    /// As [`Locks::open`]; [`ErrorKind::InvalidArgument`] for settings out of range.
-    ///
-    /// # Cancel safety
-    /// As [`Locks::open`].
-    pub async fn open(self) -> Result<Locks> {
-        check_duration("the session ttl", self.session_ttl)?;
-        if self.namespace.len() > MAX_NAMESPACE_BYTES || self.namespace.contains('\0') {
-            let message = format!("a namespace has at most {MAX_NAMESPACE_BYTES} bytes and no NUL");
-            return Err(Error::new(ErrorKind::InvalidArgument, message));
-        }
-        if self.drift.per_mille >= 500 || self.retry.attempts == 0 {
-            let message = "drift must be below 500 parts of a thousand, and a step needs one attempt or more";
-            return Err(Error::new(ErrorKind::InvalidArgument, message));
-        }
-        let owner = self.owner.unwrap_or_else(default_owner);
-        if owner.len() > MAX_OWNER_BYTES {
-            let message =
-                format!("the owner label has {} bytes, the longest allowed is {MAX_OWNER_BYTES}", owner.len());
-            return Err(Error::new(ErrorKind::InvalidArgument, message));
-        }
-        let config = Config {
-            namespace: self.namespace,
-            owner,
-            session_ttl: self.session_ttl,
-            drift: self.drift,
-            retry: self.retry,
-        };
-        let (source, clock) = (self.source, self.clock);
-        let (thread, shared) = KeeperThread::start(move |commands| async move {
-            let store = match source {
-                Source::Url(url) => open_store(&url).await?,
-                Source::Store(store) => store,
-            };
-            Ok(Shared::new(store, clock, config, commands))
-        })?;
-        let ended = || Error::new(ErrorKind::Internal, "the keeper ended while it was opening the store");
-        let shared = shared.await.map_err(|_| ended())??.claim().ok_or_else(ended)?;
-        let locks = Locks { handle: Arc::new(Handle { shared, thread: std::sync::Mutex::new(thread) }) };
-        // An error drops the handle, which ends the keeper.
-        locks.handle.shared.believed_session().await?;
-        Ok(locks)
-    }
-}
-
 pub(crate) fn check_duration(what: &str, span: Duration) -> Result<()> {
     if DURATIONS.contains(&span) {
         return Ok(());
     }
     let message = format!("{what} is {span:?}: it must be between 10 ms and 30 days");
     Err(Error::new(ErrorKind::InvalidArgument, message))
-}
-
-fn scheme(url: &str) -> &str {
-    url.split_once(':').map_or("", |(scheme, _)| scheme)
-}
-
-async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
-    match scheme(url) {
-        "memory" if url == "memory:" => Ok(Arc::new(crate::store::Memory::new())),
-        "memory" => Err(Error::new(ErrorKind::InvalidArgument, "the memory store's URL is `memory:` and nothing more")),
-        #[cfg(feature = "sqlite")]
-        "sqlite" => Ok(Arc::new(crate::store::Sqlite::from_url(url)?)),
-        #[cfg(not(feature = "sqlite"))]
-        "sqlite" => Err(not_built("sqlite")),
-        #[cfg(feature = "redis")]
-        redis if is_redis(redis) => Ok(Arc::new(crate::store::Redis::from_url(url)?)),
-        #[cfg(not(feature = "redis"))]
-        redis if is_redis(redis) => Err(not_built(redis)),
-        #[cfg(feature = "postgres")]
-        "postgres" | "postgresql" => Ok(Arc::new(crate::store::Postgres::from_url(url)?)),
-        #[cfg(not(feature = "postgres"))]
-        known @ ("postgres" | "postgresql") => Err(not_built(known)),
-        #[cfg(feature = "firestore")]
-        "firestore" => Ok(Arc::new(crate::store::Firestore::from_url(url)?)),
-        #[cfg(not(feature = "firestore"))]
-        "firestore" => Err(not_built("firestore")),
-        "" => {
-            let message = format!("a store's URL begins with its scheme: one of {}", stores());
-            Err(Error::new(ErrorKind::InvalidArgument, message))
-        }
-        unknown => {
-            let unknown: String = unknown.chars().filter(|c| !c.is_control()).take(32).collect();
-            let message = format!("there is no store for `{unknown}:` URLs; the schemes are {}", stores());
-            Err(Error::new(ErrorKind::InvalidArgument, message))
-        }
-    }
-}
-
-/// `redis+sentinel` and the like are of the family too.
-fn is_redis(scheme: &str) -> bool {
-    matches!(scheme.split('+').next(), Some("redis" | "rediss"))
-}
-
-#[cfg(not(all(feature = "sqlite", feature = "redis", feature = "postgres", feature = "firestore")))]
-fn not_built(scheme: &str) -> Error {
-    Error::new(ErrorKind::Unsupported, format!("this build has no store for `{scheme}:` URLs; it has {}", stores()))
-}
-
-fn stores() -> String {
-    let redis = "`redis:` (with `rediss:`, `redis+unix:`, `redis+sentinel:`, `redis+cluster:`)";
-    let all = [
-        (true, "`memory:`"),
-        (cfg!(feature = "sqlite"), "`sqlite:`"),
-        (cfg!(feature = "redis"), redis),
-        (cfg!(feature = "postgres"), "`postgres:`"),
-        (cfg!(feature = "firestore"), "`firestore:`"),
-    ];
-    let built: Vec<_> = all.into_iter().filter(|(is_built, _)| *is_built).map(|(_, name)| name).collect();
-    built.join(", ")
-}
-
-/// Program, host and process.
-fn default_owner() -> String {
-    let program = std::env::args_os().next().map(std::path::PathBuf::from);
-    let program = program.as_deref().and_then(std::path::Path::file_name).map(|name| name.to_string_lossy());
-    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let process = std::process::id();
-    let label = format!("{}@{host}/{process}", program.as_deref().unwrap_or("?"));
-    let start = label.len().saturating_sub(MAX_OWNER_BYTES);
-    let start = (start..label.len()).find(|at| label.is_char_boundary(*at)).unwrap_or(0);
-    label[start..].to_owned()
 }

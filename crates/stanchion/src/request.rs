@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::Guard;
 use crate::locks::{Locks, MAX_METADATA_BYTES, check_duration};
+use crate::on_lost::OnLost;
 use crate::store::{Demand, Term};
 use crate::wait;
 
@@ -43,7 +44,9 @@ pub struct LockRequest {
     pub(crate) metadata: Option<String>,
     pub(crate) trace: Option<String>,
     pub(crate) cancel: Option<CancellationToken>,
-    pub(crate) demand: Demand,
+    pub(crate) units: u32,
+    pub(crate) capacity: u32,
+    pub(crate) on_lost: Option<OnLost>,
 }
 
 impl LockRequest {
@@ -59,7 +62,9 @@ impl LockRequest {
             metadata: None,
             trace: None,
             cancel: None,
-            demand: Demand::MUTEX,
+            units: 1,
+            capacity: 1,
+            on_lost: None,
         }
     }
 
@@ -114,7 +119,19 @@ impl LockRequest {
 
     /// Takes so much of the key: default [`Demand::MUTEX`]. All who use a key must agree on its capacity.
     pub fn demand(mut self, demand: Demand) -> Self {
-        self.demand = demand;
+        (self.units, self.capacity) = (demand.units(), demand.capacity());
+        self
+    }
+
+    /// Takes so many permits of a [`semaphore`](Locks::semaphore) at once. Default: one.
+    pub fn permits(mut self, permits: u32) -> Self {
+        self.units = permits;
+        self
+    }
+
+    /// What happens when this hold is lost, in place of what the handle says ([`Builder::on_lost`](crate::Builder::on_lost)).
+    pub fn on_lost(mut self, policy: OnLost) -> Self {
+        self.on_lost = Some(policy);
         self
     }
 
@@ -171,7 +188,8 @@ impl LockRequest {
     }
 
     /// Checks the options, not the key.
-    pub(crate) fn check(&self) -> Result<Term> {
+    pub(crate) fn check(&self) -> Result<(Term, Demand)> {
+        let demand = Demand::new(self.units, self.capacity)?;
         if let Some(wait) = self.wait.filter(|wait| !wait.is_zero()) {
             check_wait(wait)?;
         }
@@ -198,8 +216,8 @@ impl LockRequest {
                 let message = "a request has a ttl or a max_hold, not both: a fixed term ends by itself";
                 Err(Error::new(ErrorKind::InvalidArgument, message))
             }
-            (Some(ttl), None) => Ok(Term::Fixed(ttl)),
-            (None, max_hold) => Ok(Term::Session { max_hold }),
+            (Some(ttl), None) => Ok((Term::Fixed(ttl), demand)),
+            (None, max_hold) => Ok((Term::Session { max_hold }, demand)),
         }
     }
 }

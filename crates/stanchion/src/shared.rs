@@ -15,8 +15,10 @@ use crate::event::{Event, Observer};
 use crate::fence::Fence;
 use crate::keeper::Command;
 use crate::key::Key;
+use crate::on_lost::OnLost;
 use crate::retry::{Repeated, RetryPolicy, repeat};
 use crate::store::{Capabilities, Reply, Store, StoreTime};
+use crate::telemetry::{ShownKeys, Telemetry};
 use crate::token::{SessionId, TokenId};
 
 /// What a handle was configured with.
@@ -27,6 +29,8 @@ pub(crate) struct Config {
     pub(crate) session_ttl: Duration,
     pub(crate) drift: Drift,
     pub(crate) retry: RetryPolicy,
+    pub(crate) on_lost: OnLost,
+    pub(crate) shown_keys: ShownKeys,
 }
 
 /// So many different warnings are kept.
@@ -122,13 +126,15 @@ impl Shared {
         config: Config,
         commands: mpsc::UnboundedSender<Command>,
     ) -> Self {
+        #[cfg(feature = "metrics")]
+        let store = crate::telemetry::measured(store);
         let capabilities = store.capabilities();
         Self {
             store,
             capabilities,
             clock,
+            observer: Observer::new(Telemetry { store: capabilities.name, keys: config.shown_keys }),
             config,
-            observer: Observer::default(),
             session: watch::Sender::new(SessionView::Opening(None)),
             asked_session: Mutex::default(),
             registry: Mutex::default(),
@@ -324,17 +330,18 @@ impl Shared {
     }
 
     /// The store has nothing of a hold. If its holder gave it up meanwhile, that is why: it is not lost.
-    pub(crate) fn is_missing(&self, hold: &Hold) {
+    pub(crate) fn is_missing(&self, hold: &Arc<Hold>) {
         if !hold.is_let_go() {
             self.lose(hold, LossCause::Missing, None);
         }
     }
 
     /// Ends the belief in a hold, tells everybody, and has its token ended in the store.
-    pub(crate) fn lose(&self, hold: &Hold, cause: LossCause, reason: Option<String>) {
+    pub(crate) fn lose(&self, hold: &Arc<Hold>, cause: LossCause, reason: Option<String>) {
         if !hold.lose(cause) {
             return;
         }
+        hold.on_lost.as_ref().unwrap_or(&self.config.on_lost).carry_out(hold, cause);
         if cause.leaves_grace() {
             self.keep(hold);
         }

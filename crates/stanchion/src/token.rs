@@ -84,11 +84,12 @@ random_id! {
 pub struct Token {
     pub(crate) key: Key,
     pub(crate) id: TokenId,
+    pub(crate) session: SessionId,
 }
 
 impl Token {
-    pub(crate) fn new(key: Key, id: TokenId) -> Self {
-        Self { key, id }
+    pub(crate) fn new(key: Key, id: TokenId, session: SessionId) -> Self {
+        Self { key, id, session }
     }
 
     /// The key that is held.
@@ -100,11 +101,16 @@ impl Token {
     pub fn id(&self) -> TokenId {
         self.id
     }
+
+    /// The session that it was made in: what [`Locks::status`](crate::Locks::status) goes by to tell whether its process lives.
+    pub fn session(&self) -> SessionId {
+        self.session
+    }
 }
 
 impl fmt::Display for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.id.to_hex(), self.key.as_encoded())
+        write!(f, "{}.{}.{}", self.id.to_hex(), self.session.to_hex(), self.key.as_encoded())
     }
 }
 
@@ -120,10 +126,13 @@ impl FromStr for Token {
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] if the text is not what `to_string` of a token gave.
     fn from_str(text: &str) -> Result<Self> {
-        let parsed = text
-            .split_once('.')
-            .and_then(|(id, key)| Some(Self { id: TokenId::from_hex(id)?, key: Key::from_encoded(key).ok()? }));
-        parsed.ok_or_else(|| {
+        let parse = || {
+            let (id, rest) = text.split_once('.')?;
+            let (session, key) = rest.split_once('.')?;
+            let key = Key::from_encoded(key).ok()?;
+            Some(Self { id: TokenId::from_hex(id)?, session: SessionId::from_hex(session)?, key })
+        };
+        parse().ok_or_else(|| {
             Error::new(
                 ErrorKind::InvalidArgument,
                 "this is not a token: expected what a detached guard's token printed",
@@ -138,10 +147,12 @@ mod tests {
 
     #[test]
     fn a_token_survives_its_text_form_and_hides_in_debug() {
-        let token = Token::new(Key::new("ns", "a.b").unwrap(), TokenId::random().unwrap());
+        let token =
+            Token::new(Key::new("ns", "a.b").unwrap(), TokenId::random().unwrap(), SessionId::random().unwrap());
         let text = token.to_string();
         assert_eq!(text.parse::<Token>().unwrap(), token);
-        assert!(!format!("{token:?}").contains(&token.id.to_hex()));
+        let debug = format!("{token:?}");
+        assert!(!debug.contains(&token.id.to_hex()) && !debug.contains(&token.session.to_hex()));
     }
 
     #[test]

@@ -19,10 +19,11 @@ use crate::guard::Guard;
 use crate::keeper::Command;
 use crate::key::Key;
 use crate::locks::{DURATIONS, Locks};
+use crate::on_lost::OnLost;
 use crate::request::LockRequest;
 use crate::shared::{End, Entry, Shared, Signal, WaitCell};
 use crate::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Granted, PollOutcome, Queued, StoreTime, Term,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Demand, Granted, PollOutcome, Queued, StoreTime, Term,
 };
 use crate::token::{Token, TokenId};
 
@@ -46,8 +47,14 @@ pub(crate) async fn acquire(request: &LockRequest) -> Result<Option<Guard>> {
     let locks = &request.locks;
     let shared = &locks.handle.shared;
     let key = locks.key(&request.key).map_err(|error| error.with_store(shared.capabilities.name))?;
+    shared.observer.telemetry().acquiring(&key, acquire_key(request, key.clone())).await
+}
+
+async fn acquire_key(request: &LockRequest, key: Key) -> Result<Option<Guard>> {
+    let locks = &request.locks;
+    let shared = &locks.handle.shared;
     let name = |error: Error| error.with_key(&key).with_store(shared.capabilities.name);
-    let term = request.check().map_err(name)?;
+    let (term, demand) = request.check().map_err(name)?;
     let started = shared.clock.now();
     let enqueue = request.wait != Some(Duration::ZERO);
     let limit = request.wait.filter(|_| enqueue).map_or(BootTime::NEVER, |wait| started.after(wait));
@@ -58,7 +65,7 @@ pub(crate) async fn acquire(request: &LockRequest) -> Result<Option<Guard>> {
         }
     };
     let trouble = Mutex::new(None);
-    let mut call = Call { locks, key: &key, request, term, started, enqueue, trouble: &trouble, late: 0 };
+    let mut call = Call { locks, key: &key, request, term, demand, started, enqueue, trouble: &trouble, late: 0 };
     let ended = tokio::select! {
         biased;
         () = cancelled => Err(Error::new(ErrorKind::Cancelled, "the caller cancelled the wait")),
@@ -109,7 +116,14 @@ pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
     match step.result.map_err(|error| name(pending.in_doubt(error)))?.outcome {
         AdoptOutcome::Adopted { granted, session_bound } => {
             shared.kept().remove(&token.id());
-            let term = Grant { granted, asked, session_bound, heartbeat_within: None, length: granted.remaining };
+            let term = Grant {
+                granted,
+                asked,
+                session_bound,
+                heartbeat_within: None,
+                length: granted.remaining,
+                on_lost: None,
+            };
             pending.hold(locks, term, None).ok_or_else(|| {
                 name(Error::new(ErrorKind::Lost(LossCause::TermExpired), "taken up with too little time left"))
             })
@@ -130,6 +144,7 @@ struct Call<'a> {
     key: &'a Key,
     request: &'a LockRequest,
     term: Term,
+    demand: Demand,
     started: BootTime,
     enqueue: bool,
     /// The fault of the last question, until one is answered. The caller looks at it when the wait limit comes.
@@ -203,7 +218,7 @@ impl Call<'_> {
             key: self.key.clone(),
             token: pending.token,
             session: pending.session.id,
-            demand: self.request.demand,
+            demand: self.demand,
             term: self.term,
             enqueue: self.enqueue,
             not_after: pending.not_after,
@@ -239,7 +254,7 @@ impl Call<'_> {
             }
             AcquireOutcome::CapacityMismatch { in_use } => {
                 pending.nothing_was_created();
-                let asked = self.request.demand.capacity();
+                let asked = self.demand.capacity();
                 let message = format!("the key is in use with a capacity of {in_use}, this request says {asked}");
                 Err(Error::new(ErrorKind::InvalidArgument, message))
             }
@@ -306,6 +321,7 @@ impl Call<'_> {
             session_bound: matches!(self.term, Term::Session { .. }),
             heartbeat_within: self.request.heartbeat_within,
             length: self.term.length(),
+            on_lost: self.request.on_lost.clone(),
         };
         let fence = granted.fence;
         match pending.hold(self.locks, grant, self.request.cooldown) {
@@ -367,6 +383,7 @@ struct Grant {
     heartbeat_within: Option<Duration>,
     /// The length of the term, if it has a deadline.
     length: Option<Duration>,
+    on_lost: Option<OnLost>,
 }
 
 impl Pending {
@@ -393,7 +410,7 @@ impl Pending {
             return error;
         }
         let message = format!("the outcome is not known, the library cleans up behind it: {}", error.message());
-        let token = Token::new(self.key.clone(), self.token);
+        let token = Token::new(self.key.clone(), self.token, self.session.id);
         error.restate(ErrorKind::Indeterminate, message).with_token(token)
     }
 
@@ -423,6 +440,7 @@ impl Pending {
             deadline,
             heartbeat_within: grant.heartbeat_within,
             unanswered_until: self.unanswered.then_some(self.not_after),
+            on_lost: grant.on_lost,
         }));
         // Entered before it is looked at: a session that ends in between is seen here or by the keeper.
         self.shared.registry().insert(self.token, Entry::Held(hold.clone()));

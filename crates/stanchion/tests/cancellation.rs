@@ -6,7 +6,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use stanchion::store::{Fault, Faulty, Memory, Step};
-use stanchion::{Guard, Locks, Store};
+use stanchion::{Guard, Locks, Store, Wanted};
 
 /// Polls a future `polls` times and drops it. Tells whether it had completed.
 async fn dropped_after<T>(polls: usize, future: impl Future<Output = T>) -> bool {
@@ -62,6 +62,7 @@ async fn the_whole_interface(store: impl Store + Clone, fault: Fault) {
         Step::OpenSession,
         Step::Beat,
         Step::CloseSession,
+        Step::SessionLives,
         Step::Acquire,
         Step::Poll,
         Step::Abandon,
@@ -168,6 +169,7 @@ async fn the_whole_interface(store: impl Store + Clone, fault: Fault) {
         most,
     )
     .await;
+    primitives(&locks, &observer, most).await;
     // What is detached is left on purpose, until somebody adopts it: then the one who gives up releases it.
     for polls in 0..most {
         let token = held(Some(MINUTE)).await.detach();
@@ -182,6 +184,55 @@ async fn the_whole_interface(store: impl Store + Clone, fault: Fault) {
         }
         assert!(polls < most - 1, "adopt did not complete");
     }
+}
+
+/// What is made of locks.
+async fn primitives(locks: &Locks, observer: &Locks, most: usize) {
+    at_every_poll(observer, "read", async || locks.read("k").await.unwrap(), most).await;
+    at_every_poll(observer, "write", async || locks.write("k").await.unwrap(), most).await;
+    at_every_poll(observer, "permits", async || locks.semaphore("k", 3).permits(2).await.unwrap(), most).await;
+    let several = || locks.lock_all([Wanted::lock("a"), Wanted::read("b"), Wanted::semaphore("c", 2, 1)]);
+    at_every_poll(observer, "lock_all", async || several().await.unwrap(), most).await;
+    at_every_poll(observer, "lock_all and release", async || several().await.unwrap().release().await.unwrap(), most)
+        .await;
+    at_every_poll(
+        observer,
+        "lock_all and run",
+        async || several().run(async |guards| guards.len()).await.unwrap(),
+        most,
+    )
+    .await;
+    let taken = async || {
+        let _guard = observer.lock("b").await.unwrap();
+        locks.lock_all(["a", "b"]).try_acquire().await.unwrap()
+    };
+    at_every_poll(observer, "lock_all of what is taken", taken, most).await;
+    let once = async || locks.once("k").run(async |_| Ok::<_, stanchion::Error>(())).await.unwrap();
+    at_every_poll(observer, "once", once, most).await;
+    let skipped = async || {
+        let _guard = observer.lock("k").await.unwrap();
+        locks.once("k").run(async |_| Ok::<_, stanchion::Error>(())).await.unwrap()
+    };
+    at_every_poll(observer, "once, while it runs", skipped, most).await;
+    let election = locks.elect("k");
+    at_every_poll(observer, "campaign", async || election.campaign().await.unwrap(), most).await;
+    at_every_poll(observer, "resign", async || election.campaign().await.unwrap().resign().await.unwrap(), most).await;
+    at_every_poll(observer, "lead", async || election.lead(async |_| ()).await.unwrap(), most).await;
+    let status = async || {
+        let token = observer.lock("k").await.unwrap().detach();
+        let status = locks.status(&token).await;
+        drop(observer.adopt(token).await);
+        status
+    };
+    // Given up before it is adopted again it stays, as detached holds do: only the whole of it is looked at.
+    status().await.unwrap();
+    nothing_is_left(observer, "status", 0).await;
+    let verify = async || {
+        let guard = locks.lock("k").await.unwrap();
+        guard.verify().await.unwrap();
+        guard.sleep(Duration::from_millis(20)).await.unwrap();
+    };
+    at_every_poll(observer, "verify and sleep", verify, most).await;
 }
 
 #[tokio::test]

@@ -2,27 +2,54 @@
 
 use std::fmt::Write as _;
 
+use serde::Serialize;
+use stanchion::Run;
 use stanchion::store::KeyState;
 
 use crate::arguments::Inspect;
 use crate::exit_code;
 use crate::message::Failure;
-use crate::output::{KeyRecord, escape, for_people, json_line, print, wall_time};
+use crate::output::{KeyRecord, RunRecord, escape, for_people, json_line, print, wall_time};
 use crate::store::StoreChoice;
 
 pub(super) fn execute(inspect: &Inspect, store: &StoreChoice) -> Result<u8, Failure> {
     super::check_key(&inspect.key)?;
-    let state = store.ask(async |locks| locks.inspect(inspect.key.as_str()).await)?;
-    let text = if inspect.json { json_line(&KeyRecord::from(&state))? } else { describe(&state) };
+    let key = inspect.key.as_str();
+    let (state, last) = store.ask(async |locks| Ok((locks.inspect(key).await?, locks.last_run(key).await?)))?;
+    let text = if inspect.json {
+        json_line(&InspectRecord { key: KeyRecord::from(&state), last_run: last.as_ref().map(RunRecord::from) })?
+    } else {
+        describe(&state, last.as_ref())
+    };
     print(&text)?;
     Ok(exit_code::OK)
 }
 
-fn describe(state: &KeyState) -> String {
+/// What `--json` gives: the key as `ls` shows it, and its last run.
+#[derive(Serialize)]
+struct InspectRecord<'a> {
+    #[serde(flatten)]
+    key: KeyRecord<'a>,
+    last_run: Option<RunRecord<'a>>,
+}
+
+fn describe(state: &KeyState, last: Option<&Run>) -> String {
     let mut out = String::new();
     // Writing to a string does not fail.
-    let _written = write_all(state, &mut out);
+    let _written = write_all(state, &mut out).and_then(|()| last.map_or(Ok(()), |last| write_run(last, &mut out)));
     out
+}
+
+fn write_run(last: &Run, out: &mut String) -> std::fmt::Result {
+    let word = if last.succeeded { "succeeded" } else { "failed" };
+    let (age, took, began) = (for_people(last.age), for_people(last.took), wall_time(last.began));
+    writeln!(out, "last run {word} {age} ago, after {took}; by {}", escape(&last.owner))?;
+    let slot = last.slot.map(|slot| format!(", slot {slot}")).unwrap_or_default();
+    writeln!(out, "           begun {began}, fence {}{slot}", last.fence.get())?;
+    match last.closed_still_for() {
+        Some(left) => writeln!(out, "           not again for another {}", for_people(left)),
+        None => Ok(()),
+    }
 }
 
 fn write_all(state: &KeyState, out: &mut String) -> std::fmt::Result {

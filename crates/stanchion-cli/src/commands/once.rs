@@ -5,8 +5,8 @@ use std::time::Duration;
 use stanchion::store::Demand;
 
 use crate::arguments::Once;
-use crate::execution::{self, Busy, Closing, Plan};
-use crate::hold::HoldPlan;
+use crate::execution::{self, Busy, Plan};
+use crate::hold::{HoldPlan, Schedule};
 use crate::message::{Failure, Verbosity};
 use crate::store::StoreChoice;
 
@@ -22,10 +22,11 @@ pub(super) fn execute(once: Once, store: StoreChoice, verbosity: Verbosity) -> R
             ttl: once.child.ttl,
             max_hold: once.child.max_hold,
             metadata: once.child.metadata,
+            once: Some(Schedule { every: once.every, slot: once.slot }),
             owner: super::owner(&child.command),
         },
         child,
-        closing: Closing::FromStart(once.every),
+        cooldown: None,
         // Cron mails whatever is printed, and a skipped run is what was asked for.
         busy: Busy { exit_code: once.busy_exit_code, is_a_problem: false },
         verbosity,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use stanchion::store::Demand;
 
 use crate::arguments::Run;
-use crate::execution::{self, Busy, Closing, Plan};
+use crate::execution::{self, Busy, Plan};
 use crate::hold::HoldPlan;
 use crate::message::{Failure, Verbosity};
 use crate::store::StoreChoice;
@@ -28,10 +28,11 @@ pub(super) fn execute(run: Run, store: StoreChoice, verbosity: Verbosity) -> Res
             ttl: run.child.ttl,
             max_hold: run.child.max_hold,
             metadata: run.child.metadata,
+            once: None,
             owner: super::owner(&child.command),
         },
         child,
-        closing: Closing::After(run.cooldown),
+        cooldown: run.cooldown,
         busy: Busy { exit_code: run.busy_exit_code, is_a_problem: true },
         verbosity,
     })

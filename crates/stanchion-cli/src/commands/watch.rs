@@ -1,7 +1,9 @@
 //! `watch`: a line for every change, found by looking again and again.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 use stanchion::store::KeyState;
 use stanchion::{Clock, Locks};
@@ -71,9 +73,21 @@ async fn look_for_ever(watch: &Watch, locks: &Locks) -> Result<u8, Failure> {
             return Ok(exit_code::OK);
         }
         before = Some(now);
-        // Nothing else is to be done on this thread meanwhile.
-        std::thread::sleep(watch.interval);
+        // Nothing else is to be done on this thread meanwhile. Without a change nothing is written, and no write fails.
+        if nobody_reads_within(watch.interval) {
+            return Ok(exit_code::OK);
+        }
     }
+}
+
+/// Waits for so long, or until nobody reads from stdout any more.
+fn nobody_reads_within(span: Duration) -> bool {
+    let span = Timespec::try_from(span).ok();
+    let stdout = std::io::stdout();
+    let mut watched = [PollFd::new(&stdout, PollFlags::empty())];
+    // A signal ends the wait early, and the next look comes sooner.
+    let happened = poll(&mut watched, span.as_ref()).unwrap_or(0);
+    happened > 0 && watched[0].revents().intersects(PollFlags::ERR | PollFlags::HUP)
 }
 
 /// What is different. Before the first look nothing is known: then what is held is no change.

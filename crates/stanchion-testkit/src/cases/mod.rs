@@ -11,6 +11,7 @@ pub mod library;
 pub mod liveness;
 pub mod looking;
 pub mod messages;
+pub mod primitives;
 pub mod queue;
 pub mod sessions;
 pub mod threads;
@@ -34,6 +35,8 @@ macro_rules! for_every_case {
             sessions::dead_waiters_are_skipped_all_at_once,
             sessions::a_fixed_hold_outlives_its_session,
             sessions::a_waiter_for_a_fixed_term_dies_with_its_session,
+            sessions::others_see_whether_a_session_lives,
+            sessions::looking_at_a_session_renews_nothing [Beat],
             sessions::ten_sessions_of_one_process_are_ten_sessions,
             holds::a_free_key_is_granted_and_released,
             holds::three_keys_at_once_are_independent,
@@ -177,6 +180,20 @@ macro_rules! for_every_case {
             library::a_cooldown_skips_those_who_come_too_soon,
             library::namespaces_are_apart,
             library::bad_arguments_are_refused_and_leave_nothing,
+            primitives::readers_share_and_a_writer_is_alone,
+            primitives::permits_are_given_up_to_the_limit,
+            primitives::several_keys_are_taken_all_or_nothing,
+            primitives::a_wait_for_several_keys_has_one_limit_and_keeps_nothing,
+            primitives::a_crowd_over_sets_of_keys_neither_dead_locks_nor_leaves_anything,
+            primitives::a_crowd_of_readers_does_not_keep_a_writer_waiting [Fair],
+            primitives::what_was_run_once_is_not_run_again_for_its_cooldown,
+            primitives::a_run_that_fails_does_not_count_unless_it_is_to,
+            primitives::who_waits_for_a_run_finds_it_done,
+            primitives::a_slot_is_run_once_however_clocks_differ,
+            primitives::the_last_run_is_known,
+            primitives::a_leader_resigns_and_the_next_in_line_leads,
+            primitives::what_became_of_a_hold_is_told,
+            primitives::a_long_job_gives_signs_of_life_and_hears_when_to_stop,
         }
     };
 }

@@ -154,3 +154,25 @@ pub async fn ten_sessions_of_one_process_are_ten_sessions<S: Store>(env: &Enviro
     assert!(!actors[0].sees_held(&key("k0")).await);
     assert!(actors[0].sees_held(&key("k1")).await);
 }
+
+pub async fn others_see_whether_a_session_lives<S: Store>(env: &Environment<S>) {
+    let (closed, killed, other) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
+    let lives = async |session| other.store.session_lives(session).await.unwrap().outcome;
+    assert!(!lives(SessionId::random().unwrap()).await, "one that never was");
+    assert!(lives(closed.session).await && lives(killed.session).await && lives(other.session).await);
+    closed.store.close_session(closed.session).await.unwrap();
+    assert!(!lives(closed.session).await);
+    let session = killed.session;
+    env.dies(killed).await;
+    until("it is seen to be dead", async || !lives(session).await).await;
+}
+
+pub async fn looking_at_a_session_renews_nothing<S: Store>(env: &Environment<S>) {
+    let (actor, other) = (env.mortal(SHORT).await, env.actor().await);
+    for _ in 0..6 {
+        env.pass(SHORT / 3).await;
+        other.store.session_lives(actor.session).await.unwrap();
+    }
+    assert!(!other.store.session_lives(actor.session).await.unwrap().outcome);
+    assert_eq!(actor.store.beat(actor.session).await.unwrap().outcome, BeatOutcome::Gone);
+}

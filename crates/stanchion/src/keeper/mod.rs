@@ -35,6 +35,8 @@ pub(crate) enum Command {
     End(End),
     /// Look at a hold's own deadlines.
     Watch(Arc<Hold>),
+    /// Ask the store whether a hold is still there.
+    Verify(Arc<Hold>),
     /// Listen to the pushes of a session.
     Listen(GrantStream),
     /// Release everything, end the session and stop.
@@ -163,6 +165,7 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                 command = inbox.recv() => match command {
                     Some(Command::End(end)) => { ends.spawn(cleanup::end(shared.clone(), end)); }
                     Some(Command::Watch(hold)) => deadlines.watch(&hold),
+                    Some(Command::Verify(hold)) => { tokio::spawn(verify(shared.clone(), hold)); }
                     Some(Command::Listen(stream)) => pushes = Some(stream),
                     Some(Command::Close) | None => break,
                 },
@@ -268,15 +271,16 @@ async fn verify_all(shared: Arc<Shared>) {
         if asking.len() >= VERIFIED_AT_ONCE {
             asking.join_next().await;
         }
-        let shared = shared.clone();
-        asking.spawn(async move {
-            let answer = shared.step(|| shared.store.poll(&hold.key, hold.token)).await.result;
-            if matches!(answer, Ok(reply) if reply.outcome == PollOutcome::Gone) {
-                shared.is_missing(&hold);
-            }
-        });
+        asking.spawn(verify(shared.clone(), hold));
     }
     while asking.join_next().await.is_some() {}
+}
+
+async fn verify(shared: Arc<Shared>, hold: Arc<Hold>) {
+    let answer = shared.step(|| shared.store.poll(&hold.key, hold.token)).await.result;
+    if matches!(answer, Ok(reply) if reply.outcome == PollOutcome::Gone) {
+        shared.is_missing(&hold);
+    }
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ pub enum Step {
     OpenSession,
     Beat,
     CloseSession,
+    SessionLives,
     Acquire,
     Poll,
     Abandon,
@@ -30,6 +31,27 @@ pub enum Step {
     Evict,
     Inspect,
     List,
+}
+
+impl Step {
+    /// Its name, in lower case with underscores: as logs and metrics have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::OpenSession => "open_session",
+            Self::Beat => "beat",
+            Self::CloseSession => "close_session",
+            Self::SessionLives => "session_lives",
+            Self::Acquire => "acquire",
+            Self::Poll => "poll",
+            Self::Abandon => "abandon",
+            Self::Release => "release",
+            Self::Extend => "extend",
+            Self::Adopt => "adopt",
+            Self::Evict => "evict",
+            Self::Inspect => "inspect",
+            Self::List => "list",
+        }
+    }
 }
 
 /// What goes wrong with a step.
@@ -310,6 +332,14 @@ impl<S: Store> Store for Faulty<S> {
             async move { inner.close_session(session).await }
         };
         self.faults.meet(Step::CloseSession, again).await
+    }
+
+    async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
+        let again = || {
+            let inner = self.inner.clone();
+            async move { inner.session_lives(session).await }
+        };
+        self.faults.meet(Step::SessionLives, again).await
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {

@@ -117,6 +117,11 @@ impl Store for Memory {
         step.reply(())
     }
 
+    async fn session_lives(&self, id: SessionId) -> Result<Reply<bool>> {
+        let step = self.step();
+        step.reply(step.lives(id))
+    }
+
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
         let mut step = self.step();
         let mut record = step.take(&request.key);

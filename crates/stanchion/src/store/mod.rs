@@ -32,6 +32,7 @@ mod faulty;
 #[cfg(feature = "firestore")]
 mod firestore;
 mod memory;
+mod observed;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod push;
@@ -51,6 +52,7 @@ pub use self::postgres::Postgres;
 pub use self::redis::Redis;
 pub use faulty::{Fault, Faults, Faulty, Step};
 pub use memory::Memory;
+pub use observed::{Observed, StepDone};
 pub use push::{GrantStream, Push, PushSender, push_channel};
 #[cfg(feature = "sqlite")]
 pub use sqlite::Sqlite;
@@ -76,6 +78,9 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
 
     /// Ends a session with everything that depends on it: its session holds, its queue entries. Idempotent.
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>>;
+
+    /// Whether a session lives. Reads only: renews nothing and ends nothing. `false` for one that never was.
+    async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>>;
 
     /// Asks for a hold. Idempotent by token: asked again it gives the same answer, the same fence included.
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>>;
@@ -129,6 +134,9 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     }
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
         (**self).close_session(session).await
+    }
+    async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
+        (**self).session_lives(session).await
     }
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
         (**self).acquire(request).await

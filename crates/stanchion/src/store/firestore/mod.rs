@@ -232,6 +232,15 @@ impl Store for Firestore {
         .await
     }
 
+    async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
+        self.run(async move |inner: Arc<Inner>, _wanted: Wanted| {
+            let (read, now) = inner.sessions.read(&inner.service, &inner.names, &[session]).await?;
+            inner.tell(now);
+            Ok(reply(now, read.iter().any(|(_, life)| life.ends != 0)))
+        })
+        .await
+    }
+
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
         self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
             let done = inner.acquire(&request, &wanted).await?;

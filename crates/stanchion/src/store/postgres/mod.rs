@@ -41,7 +41,7 @@ use crate::token::{SessionId, TokenId};
 const SCHEMA: &str = include_str!("schema.sql");
 
 /// The version of the schema that this program speaks.
-const VERSION: i32 = 1;
+const VERSION: i32 = 2;
 
 /// Housekeeping is done with a beat, not more often than this.
 const TIDY_EVERY: Duration = Duration::from_secs(10);
@@ -418,6 +418,13 @@ impl Store for Postgres {
         let rows = self.inner.session_rows("close_session", parameters![id => BYTEA]).await?;
         lock(&self.inner.listeners).remove(&session);
         Ok(Reply { time: time(rows.first().ok_or_else(malformed)?)?, outcome: () })
+    }
+
+    async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
+        let id = session.as_bytes().as_slice();
+        let rows = self.inner.session_rows("session_lives", parameters![id => BYTEA]).await?;
+        let row = rows.first().ok_or_else(malformed)?;
+        Ok(Reply { time: time(row)?, outcome: column(row, "alive")? })
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {

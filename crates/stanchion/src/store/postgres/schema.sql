@@ -18,7 +18,7 @@ BEGIN
   END IF;
   IF to_regclass('@schema@.meta') IS NOT NULL THEN
     SELECT version INTO found FROM @schema@.meta;
-    IF found > 1 THEN
+    IF found > 2 THEN
       RAISE EXCEPTION 'the schema is of version %, newer than this program: update the program', found
         USING ERRCODE = 'SF003';
     END IF;
@@ -592,6 +592,14 @@ BEGIN
   END IF;
 END $$;
 
+-- Whether a session lives. Reads only.
+CREATE OR REPLACE FUNCTION @schema@.session_lives(asked bytea, OUT at bigint, OUT alive boolean)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  at := @schema@.clock();
+  alive := @schema@.lives(asked, at);
+END $$;
+
 -- Ends a session, and serves those who waited for it.
 CREATE OR REPLACE FUNCTION @schema@.close_session(asked bytea, OUT at bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
@@ -765,6 +773,6 @@ END $$;
 -- The rights of the steps are given by name; the rest is for the owner alone.
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA @schema@ FROM PUBLIC;
 
-INSERT INTO @schema@.meta (version) VALUES (1) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
+INSERT INTO @schema@.meta (version) VALUES (2) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
 
 COMMIT;

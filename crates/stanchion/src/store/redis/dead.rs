@@ -12,7 +12,7 @@ use super::sessions::Known;
 use super::{AT_ONCE, Inner};
 use crate::error::Result;
 use crate::key::Key;
-use crate::store::StoreTime;
+use crate::store::{Reply, StoreTime};
 use crate::token::{SessionId, TokenId};
 
 impl Inner {
@@ -30,22 +30,35 @@ impl Inner {
         // In a cluster each is elsewhere.
         let at_once = if self.links.is_cluster() { 1 } else { 100 };
         for some in unknown.chunks(at_once) {
-            let names: Vec<_> = some.iter().map(|session| self.names.session(*session)).collect();
-            let mut command = scripts::SESSION_LOOK.by_hash(names.len());
-            command.arg(&names);
-            let asked = self.clock.now();
-            let answer = self.links.run(Target::of(&names[0]), &scripts::SESSION_LOOK, command).await?;
-            let left = Answer::read(answer)?.spans()?;
-            for (session, left) in some.iter().zip(left) {
-                if left.is_zero() {
-                    self.sessions.died(*session);
-                    dead.push(*session);
-                } else {
-                    self.sessions.seen(*session, asked, left);
-                }
-            }
+            dead.extend(self.look_at(some).await?.0);
         }
         Ok(dead)
+    }
+
+    /// Asks for sessions that are in one slot. Those that are dead, and the time at which they are.
+    async fn look_at(&self, sessions: &[SessionId]) -> Result<(Vec<SessionId>, StoreTime)> {
+        let names: Vec<_> = sessions.iter().map(|session| self.names.session(*session)).collect();
+        let mut command = scripts::SESSION_LOOK.by_hash(names.len());
+        command.arg(&names);
+        let asked = self.clock.now();
+        let answer = self.links.run(Target::of(&names[0]), &scripts::SESSION_LOOK, command).await?;
+        let answer = Answer::read(answer)?;
+        let mut dead = Vec::new();
+        for (session, left) in sessions.iter().zip(answer.spans()?) {
+            if left.is_zero() {
+                self.sessions.died(*session);
+                dead.push(*session);
+            } else {
+                self.sessions.seen(*session, asked, left);
+            }
+        }
+        Ok((dead, answer.time))
+    }
+
+    /// Whether a session lives, by the server's word of now.
+    pub(super) async fn lives(&self, session: SessionId) -> Result<Reply<bool>> {
+        let (dead, time) = self.look_at(&[session]).await?;
+        Ok(Reply { time, outcome: dead.is_empty() })
     }
 
     /// Ends what these dead sessions have of a key, and hands it on.

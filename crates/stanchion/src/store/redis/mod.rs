@@ -285,6 +285,10 @@ impl Store for Redis {
         Ok(Reply { time: answer.time, outcome: () })
     }
 
+    async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
+        self.inner.lives(session).await
+    }
+
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
         let inner = &self.inner;
         let session = request.session;

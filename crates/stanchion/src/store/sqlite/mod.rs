@@ -217,6 +217,10 @@ impl Store for Sqlite {
         ask!(self, Step::Close(session), Answer::Done => ())
     }
 
+    async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
+        ask!(self, Step::Lives(session), Answer::Lives(lives) => lives)
+    }
+
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
         ask!(self, Step::Acquire(request), Answer::Acquire(outcome) => outcome)
     }

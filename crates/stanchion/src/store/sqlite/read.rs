@@ -29,6 +29,7 @@ impl Tx<'_> {
     pub(super) fn read(&mut self, step: &Step) -> Result<Option<Answer>> {
         match step {
             Step::Beat(session) => Ok(self.beat(*session)?.map(Answer::Beat)),
+            Step::Lives(session) => Ok(Some(Answer::Lives(self.is_open(*session)?))),
             Step::Poll { key, token } => Ok(self.poll(key, *token)?.map(Answer::Poll)),
             Step::Inspect(key) => Ok(self.inspect(key)?.map(Answer::Inspect)),
             Step::List { prefix, after, limit } => Ok(self.list(prefix, after.as_ref(), *limit)?.map(Answer::List)),

@@ -22,6 +22,7 @@ pub(super) enum Step {
     Open(OpenSession),
     Beat(SessionId),
     Close(SessionId),
+    Lives(SessionId),
     Acquire(AcquireRequest),
     Poll {
         key: Key,
@@ -55,6 +56,7 @@ pub(super) enum Answer {
     Open(OpenOutcome),
     Beat(BeatOutcome),
     Done,
+    Lives(bool),
     Acquire(AcquireOutcome),
     Poll(PollOutcome),
     End(EndOutcome),
@@ -68,7 +70,7 @@ pub(super) enum Answer {
 impl Step {
     /// Whether it changes nothing unless there is something to settle.
     pub(super) fn is_reading(&self) -> bool {
-        matches!(self, Self::Beat(_) | Self::Poll { .. } | Self::Inspect(_) | Self::List { .. })
+        matches!(self, Self::Beat(_) | Self::Lives(_) | Self::Poll { .. } | Self::Inspect(_) | Self::List { .. })
     }
 
     /// The key that it is about.
@@ -78,7 +80,7 @@ impl Step {
             Self::Adopt(request) => Some(&request.key),
             Self::Evict(request) => Some(&request.key),
             Self::Poll { key, .. } | Self::End { key, .. } | Self::Extend { key, .. } | Self::Inspect(key) => Some(key),
-            Self::Open(_) | Self::Beat(_) | Self::Close(_) | Self::List { .. } | Self::Died(_) => None,
+            Self::Open(_) | Self::Beat(_) | Self::Close(_) | Self::Lives(_) | Self::List { .. } | Self::Died(_) => None,
         }
     }
 }
@@ -101,7 +103,9 @@ impl Tx<'_> {
                 self.probe_process(*pid)?;
                 Answer::Done
             }
-            Step::Beat(_) | Step::Poll { .. } | Step::Inspect(_) | Step::List { .. } => self.settle_and_read(step)?,
+            Step::Beat(_) | Step::Lives(_) | Step::Poll { .. } | Step::Inspect(_) | Step::List { .. } => {
+                self.settle_and_read(step)?
+            }
         };
         self.settle_rest()?;
         Ok(answer)

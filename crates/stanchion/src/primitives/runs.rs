@@ -1,0 +1,195 @@
+//! The record of the last run of a key: what [`once`](crate::Locks::once) decides by, and people look at.
+//!
+//! A run is a hold with a fixed term under a companion of the key, with what there is to say as its text. So it is kept by the
+//! store's clock, in every store, and goes by itself. Whoever records a run has the lock, and ends the record before it.
+
+use std::time::{Duration, SystemTime};
+
+use crate::clock::BootTime;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fence::Fence;
+use crate::keeper::Command;
+use crate::key::Key;
+use crate::locks::{DURATIONS, Locks};
+use crate::shared::End;
+use crate::store::{AcquireOutcome, AcquireRequest, Demand, Term};
+use crate::token::TokenId;
+
+/// A record is kept at least so long.
+const KEPT: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// How long its request may be on its way.
+const WINDOW: Duration = Duration::from_secs(5);
+
+/// The first word of a record. Another one is for another way to write it.
+const VERSION: &str = "1";
+
+/// What is known of a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Run {
+    /// The slot of a schedule that it was for, if it was said.
+    pub slot: Option<u64>,
+    /// When it began, by the clock of the one who ran: for display.
+    pub began: SystemTime,
+    /// How long it took.
+    pub took: Duration,
+    /// How long ago it ended, by the store's clock.
+    pub age: Duration,
+    /// Whether the body returned without an error.
+    pub succeeded: bool,
+    /// For how long after its end it is not to be run again, unless it is for a later slot.
+    pub closed_for: Duration,
+    /// Who ran it: the label of its handle, by default with its host.
+    pub owner: String,
+    /// The fence that it ran under.
+    pub fence: Fence,
+    /// Whether it stands for its slot: it succeeded, or a failure was to count too.
+    pub(crate) counts: bool,
+}
+
+impl Run {
+    /// How long it still keeps others from running.
+    pub fn closed_still_for(&self) -> Option<Duration> {
+        self.closed_for.checked_sub(self.age).filter(|left| !left.is_zero())
+    }
+
+    fn write(&self, token: TokenId) -> String {
+        let slot = self.slot.map_or_else(|| "-".to_owned(), |slot| slot.to_string());
+        let began = self.began.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros();
+        let outcome = match (self.succeeded, self.counts) {
+            (true, _) => "succeeded",
+            (false, true) => "failed-and-counts",
+            (false, false) => "failed",
+        };
+        let (took, closed_for) = (self.took.as_micros(), self.closed_for.as_micros());
+        let (fence, token) = (self.fence.get(), token.to_hex());
+        format!("{VERSION} {outcome} {slot} {began} {took} {closed_for} {fence} {token} {}", self.owner)
+    }
+
+    fn read(text: &str, age: Duration) -> Option<(Self, TokenId)> {
+        let mut words = text.splitn(9, ' ');
+        let mut next = || words.next();
+        if next()? != VERSION {
+            return None;
+        }
+        let (succeeded, counts) = match next()? {
+            "succeeded" => (true, true),
+            "failed-and-counts" => (false, true),
+            "failed" => (false, false),
+            _ => return None,
+        };
+        let slot = match next()? {
+            "-" => None,
+            slot => Some(slot.parse().ok()?),
+        };
+        let mut micros = || next()?.parse().ok().map(Duration::from_micros);
+        let (began, took, closed_for) = (SystemTime::UNIX_EPOCH + micros()?, micros()?, micros()?);
+        let fence = Fence::new(next()?.parse().ok()?);
+        let token = TokenId::from_hex(next()?)?;
+        let owner = next()?.to_owned();
+        Some((Self { slot, began, took, age, succeeded, closed_for, owner, fence, counts }, token))
+    }
+}
+
+/// What was found of the runs of a key.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) run: Option<Run>,
+    /// The records that are there: the newest, and one that was not ended yet.
+    records: Vec<TokenId>,
+}
+
+fn companion(key: &Key) -> Result<Key> {
+    key.companion("runs")
+}
+
+/// The last run of a key.
+pub(crate) async fn last_run(locks: &Locks, key: &Key) -> Result<Found> {
+    let shared = &locks.handle.shared;
+    let companion = companion(key)?;
+    let reply = shared.step(|| shared.store.inspect(&companion)).await.result;
+    let holders = reply.map_err(|error| error.with_key(key))?.outcome.holders;
+    let mut newest: Option<(Fence, Run)> = None;
+    let mut records = Vec::new();
+    for holder in holders {
+        let text = holder.metadata.as_deref().unwrap_or_default();
+        let Some((run, token)) = Run::read(text, holder.age) else {
+            let message = "the record of the last run was written by a newer version of stanchion: update this one";
+            return Err(shared.error(ErrorKind::Misconfigured, message).with_key(key));
+        };
+        records.push(token);
+        if newest.as_ref().is_none_or(|(fence, _)| *fence < holder.fence) {
+            newest = Some((holder.fence, run));
+        }
+    }
+    Ok(Found { run: newest.map(|(_, run)| run), records })
+}
+
+/// Records a run, in place of those before it. Only with the lock of the key.
+pub(crate) async fn record(locks: &Locks, key: &Key, run: &Run, former: Found) -> Result<()> {
+    let shared = &locks.handle.shared;
+    let companion = companion(key)?;
+    let token = TokenId::random()?;
+    let keep = run.closed_for.max(KEPT).min(*DURATIONS.end());
+    let request = AcquireRequest {
+        key: companion.clone(),
+        token,
+        session: shared.believed_session().await?.id,
+        demand: Demand::READ,
+        term: Term::Fixed(keep),
+        enqueue: false,
+        not_after: shared.store_time().after(WINDOW),
+        metadata: Some(run.write(token)),
+        trace: None,
+    };
+    let reply =
+        shared.step(|| shared.store.acquire(request.clone())).await.result.map_err(|error| error.with_key(key))?;
+    if !matches!(reply.outcome, AcquireOutcome::Granted(_)) {
+        let message = format!("the run could not be recorded: {:?}", reply.outcome);
+        return Err(Error::new(ErrorKind::Unavailable, message).with_key(key).with_store(shared.capabilities.name));
+    }
+    for token in former.records {
+        shared.command(Command::End(End {
+            key: companion.clone(),
+            token,
+            cooldown: None,
+            unanswered_until: None,
+            session: None,
+            not_before: BootTime::from_nanos(0),
+            over_at: BootTime::NEVER,
+            released: None,
+        }));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_read_back_as_it_was_written() {
+        let token = TokenId::random().unwrap();
+        for (slot, succeeded, counts, owner) in
+            [(None, true, true, "job@host/1"), (Some(0), false, true, ""), (Some(u64::MAX), false, false, " a  b ")]
+        {
+            let run = Run {
+                slot,
+                began: SystemTime::UNIX_EPOCH + Duration::from_micros(1_763_000_000_123_456),
+                took: Duration::from_micros(7),
+                age: Duration::from_secs(3),
+                succeeded,
+                closed_for: Duration::from_secs(86_400),
+                owner: owner.into(),
+                fence: Fence::new(42),
+                counts,
+            };
+            assert_eq!(Run::read(&run.write(token), run.age), Some((run, token)));
+        }
+        for text in ["", "1", "2 succeeded - 1 2 3 4 00000000000000000000000000000000 x", "1 succeeded - 1 2 3 4 zz x"]
+        {
+            assert_eq!(Run::read(text, Duration::ZERO), None, "{text:?}");
+        }
+    }
+}

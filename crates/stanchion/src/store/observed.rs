@@ -1,0 +1,139 @@
+//! A store whose every step is told to somebody: for measuring, and for tests that count.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::*;
+use crate::clock::{BootTime, Clock};
+use crate::error::{Error, ErrorKind};
+
+/// A step that was done, or failed.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct StepDone<'a> {
+    /// Which.
+    pub step: Step,
+    /// The key that it was about, if it was about one.
+    pub key: Option<&'a Key>,
+    /// From the question to the answer.
+    pub took: Duration,
+    /// The kind of the error, if it failed.
+    pub error: Option<ErrorKind>,
+}
+
+/// Wraps a store and tells a function of each step that ends. A step whose future is dropped is not told.
+///
+/// ```
+/// use std::sync::atomic::{AtomicU32, Ordering};
+/// use stanchion::{Locks, store::{Memory, Observed}};
+///
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// static STEPS: AtomicU32 = AtomicU32::new(0);
+/// let store = Observed::new(Memory::new(), |done| {
+///     println!("{:?} took {:?}", done.step, done.took);
+///     STEPS.fetch_add(1, Ordering::Relaxed);
+/// });
+/// Locks::with_store(store).await?.lock("job").await?.release().await?;
+/// assert!(STEPS.load(Ordering::Relaxed) >= 3, "the session, the acquire, the release");
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
+#[derive(Clone)]
+pub struct Observed<S> {
+    inner: S,
+    clock: Clock,
+    tell: Arc<dyn Fn(&StepDone<'_>) + Send + Sync>,
+}
+
+impl<S: Store> Observed<S> {
+    /// Tells `tell` of each step, on the task or thread that asked for it: it must not block.
+    pub fn new(store: S, tell: impl Fn(&StepDone<'_>) + Send + Sync + 'static) -> Self {
+        Self { inner: store, clock: Clock::system(), tell: Arc::new(tell) }
+    }
+
+    fn done(&self, step: Step, key: Option<&Key>, began: BootTime, error: Option<&Error>) {
+        let took = self.clock.now().since(began);
+        (self.tell)(&StepDone { step, key, took, error: error.map(Error::kind) });
+    }
+}
+
+impl<S: fmt::Debug> fmt::Debug for Observed<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Observed").field(&self.inner).finish()
+    }
+}
+
+macro_rules! observe {
+    ($self:ident, $step:ident, $key:expr, $asked:expr) => {{
+        let began = $self.clock.now();
+        let key: Option<Key> = $key;
+        let reply = $asked.await;
+        $self.done(Step::$step, key.as_ref(), began, reply.as_ref().err());
+        reply
+    }};
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl<S: Store> Store for Observed<S> {
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+
+    async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {
+        observe!(self, OpenSession, None, self.inner.open_session(request))
+    }
+
+    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
+        observe!(self, Beat, None, self.inner.beat(session))
+    }
+
+    async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
+        observe!(self, CloseSession, None, self.inner.close_session(session))
+    }
+
+    async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
+        observe!(self, SessionLives, None, self.inner.session_lives(session))
+    }
+
+    async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
+        observe!(self, Acquire, Some(request.key.clone()), self.inner.acquire(request))
+    }
+
+    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
+        observe!(self, Poll, Some(key.clone()), self.inner.poll(key, token))
+    }
+
+    async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
+        observe!(self, Abandon, Some(key.clone()), self.inner.abandon(key, token))
+    }
+
+    async fn release(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
+        observe!(self, Release, Some(key.clone()), self.inner.release(key, token, cooldown))
+    }
+
+    async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
+        observe!(self, Extend, Some(key.clone()), self.inner.extend(key, token, ttl))
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
+        observe!(self, Adopt, Some(request.key.clone()), self.inner.adopt(request))
+    }
+
+    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
+        observe!(self, Evict, Some(request.key.clone()), self.inner.evict(request))
+    }
+
+    async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
+        observe!(self, Inspect, Some(key.clone()), self.inner.inspect(key))
+    }
+
+    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
+        observe!(self, List, None, self.inner.list(prefix, after, limit))
+    }
+
+    fn grants(&self, session: SessionId) -> GrantStream {
+        self.inner.grants(session)
+    }
+}

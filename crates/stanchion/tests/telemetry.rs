@@ -1,0 +1,125 @@
+//! Spans, log events and metrics: what is told, under the names of `docs/telemetry.md` and no others.
+#![cfg(all(feature = "tracing", feature = "metrics"))]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use metrics_util::debugging::DebuggingRecorder;
+use stanchion::store::{Fault, Faulty, Memory, Step};
+use stanchion::{Locks, RetryPolicy, ShownKeys};
+use tracing::field::{Field, Visit};
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
+
+/// What was logged: the name, and all fields as one text.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<(String, String)>>>);
+
+struct Text(String);
+
+impl Visit for Text {
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        self.0 += &format!("{field}={value:?} ");
+    }
+}
+
+impl<S: tracing::Subscriber> Layer<S> for Log {
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+        let mut text = Text(String::new());
+        event.record(&mut text);
+        self.0.lock().unwrap().push((event.metadata().name().to_owned(), text.0));
+    }
+
+    fn on_new_span(&self, span: &tracing::span::Attributes<'_>, _: &tracing::Id, _: Context<'_, S>) {
+        let mut text = Text(String::new());
+        span.record(&mut text);
+        self.0.lock().unwrap().push((span.metadata().name().to_owned(), text.0));
+    }
+}
+
+async fn until(what: &str, mut so: impl AsyncFnMut() -> bool) {
+    for _ in 0..10_000 {
+        if so().await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    panic!("never: {what}");
+}
+
+/// Everything that can be told, once.
+async fn everything(shown: ShownKeys) {
+    let store = Faulty::new(Memory::new());
+    let faults = store.faults();
+    let retry = RetryPolicy { attempts: 1, ..RetryPolicy::default() };
+    let builder = Locks::builder_with_store(store.clone()).retry(retry).show_keys(shown);
+    let locks = builder.session_ttl(Duration::from_millis(500)).open().await.unwrap();
+    let guard = locks.lock("secret-name").ttl(Duration::from_secs(60)).await.unwrap();
+    guard.extend(Duration::from_secs(90)).await.unwrap();
+    let waiting = tokio::spawn(locks.lock("secret-name").into_future());
+    until("it waits", async || locks.inspect("secret-name").await.unwrap().waiters.len() == 1).await;
+    guard.release().await.unwrap();
+    let guard = waiting.await.unwrap().unwrap();
+    locks.force_release("secret-name", guard.fence(), "because").await.unwrap();
+    guard.lost().await;
+    // A release whose answers are missing, in the background.
+    faults.next(Step::Release, Fault::Fail(stanchion::ErrorKind::Unavailable));
+    drop(locks.lock("secret-name").await.unwrap());
+    until("it is free", async || !locks.is_locked("secret-name").await.unwrap()).await;
+    // The session goes, with what it holds.
+    let session = locks.session().unwrap();
+    let guard = locks.lock("secret-name").await.unwrap();
+    stanchion::Store::close_session(&store, session).await.unwrap();
+    guard.lost().await;
+    until("another session", async || locks.session().is_some_and(|now| now != session)).await;
+    locks.drain("because");
+    locks.close().await.unwrap();
+}
+
+/// The names in the first column of a table under this heading.
+fn documented(heading: &str) -> BTreeSet<String> {
+    let docs = include_str!("../../../docs/telemetry.md");
+    let section = docs.split("\n## ").find(|section| section.starts_with(heading)).unwrap();
+    let names = section.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+    names.map(str::to_owned).collect()
+}
+
+/// One test, because recorder and subscriber are the process's.
+#[test]
+fn what_is_told_has_the_documented_names_and_shows_keys_as_asked() {
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    recorder.install().unwrap();
+    let log = Log::default();
+    tracing::subscriber::set_global_default(tracing_subscriber::registry().with(log.clone())).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    for shown in [ShownKeys::Plain, ShownKeys::Hashed, ShownKeys::Hidden] {
+        runtime.block_on(everything(shown));
+        let told = std::mem::take(&mut *log.0.lock().unwrap());
+        let ours: Vec<_> = told.iter().filter(|(name, _)| name.starts_with("stanchion.")).collect();
+        let all: String = ours.iter().map(|(_, fields)| fields.as_str()).collect();
+        assert_eq!(all.contains("secret-name"), shown == ShownKeys::Plain, "{shown:?}: {all}");
+        let names: BTreeSet<_> =
+            ours.iter().map(|(name, _)| name.clone()).filter(|name| name != "stanchion.acquire").collect();
+        let mut expected = documented("Log events");
+        // The memory store has nothing to warn of.
+        assert!(expected.remove("stanchion.warning"));
+        assert_eq!(names, expected);
+        assert!(ours.iter().any(|(name, _)| name == "stanchion.acquire"));
+        let lost = ours.iter().find(|(name, _)| name == "stanchion.lost").unwrap();
+        assert!(lost.1.contains("cause=\"forced\"") && lost.1.contains("because"), "{}", lost.1);
+        if shown == ShownKeys::Hashed {
+            let hash =
+                |fields: &str| fields.split("key=\"").nth(1).and_then(|rest| rest.split('"').next()).map(str::to_owned);
+            let hashes: BTreeSet<_> = ours.iter().filter_map(|(_, fields)| hash(fields)).collect();
+            assert_eq!(hashes.len(), 1, "one key, one text: {hashes:?}");
+            assert!(hashes.iter().all(|hash| hash.len() == 24 && hash.bytes().all(|byte| byte.is_ascii_hexdigit())));
+        }
+    }
+    let mut expected = documented("Metrics");
+    assert!(expected.remove("stanchion_warnings_total"));
+    let told: BTreeSet<_> =
+        snapshotter.snapshot().into_vec().into_iter().map(|(key, ..)| key.key().name().to_owned()).collect();
+    assert_eq!(told, expected);
+}
