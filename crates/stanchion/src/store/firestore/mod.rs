@@ -12,7 +12,7 @@
 //! A step reads documents, decides, and commits: "if the key's document is still what I read". So of two steps one
 //! succeeds, and the other reads again; no lock is left in the service by who dies or gives up between the two. What an
 //! acquire writes to a key that nobody has, and what a release deletes, are known beforehand: those are one commit each,
-//! with nothing to read.
+//! with nothing to read. A holder that somebody waits for is told the key's record, so that its release reads nothing either.
 //!
 //! Nobody knows when a commit will be done. What depends on that time is therefore decided by the time that the service
 //! gave it, by whoever reads the document (`record.rs`): the fence, the beginning of the term, whether an acquire came too
@@ -86,6 +86,7 @@ use crate::token::{SessionId, TokenId};
 /// gcloud firestore fields ttls update expire_at --collection-group=stanchion_calls --enable-ttl
 /// gcloud firestore indexes fields update record --collection-group=stanchion_keys --disable-indexes
 /// gcloud firestore indexes fields update record --collection-group=stanchion_sessions --disable-indexes
+/// gcloud firestore indexes fields update record --collection-group=stanchion_calls --disable-indexes
 /// ```
 /// Never put a TTL policy on sessions. Without any policy other processes sweep up what is over, with their beats.
 ///
@@ -101,8 +102,10 @@ use crate::token::{SessionId, TokenId};
 /// | begin to wait | 1 | 1 | |
 /// | the first who waits for a holder, beside that | 1 | 1 | 1 |
 /// | an hour of waiting (asking once a second, in case a call was lost) | 3,600 | | |
-/// | a hand-off, with the call | 2 | 2 | |
-/// | release after a hand-off | up to 1 | | 2 |
+/// | a hand-off, with the call, where the holder knows who is next | 1 | 2 | |
+/// | the same where somebody came to wait since it was told | 2 | 2 | |
+/// | an hour of holding what somebody waits for (whether the next one lives) | 600 | | |
+/// | release after a hand-off | | | 2 |
 /// | open and close a session | 2 | 2 | |
 ///
 /// A session that has ended, and a holder that is followed by force or by time, cost a few reads more. An attempt that is
