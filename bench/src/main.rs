@@ -107,11 +107,17 @@ async fn pairs(folder: &Path) {
 /// From release to the waiter's return, two handles of one process.
 async fn handoff(folder: &Path) {
     const TURNS: usize = 2_000;
-    let clock = Clock::system();
     let locks = [open(folder).await, open(folder).await];
-    let mut spans = Vec::with_capacity(TURNS);
+    let spans = in_turn(&locks, TURNS, async || {}).await;
+    print_spans("handoff    sqlite, two handles", spans);
+}
+
+/// From release to the waiter's return, the two taking turns. What is done while one waits and the other holds is not measured.
+async fn in_turn(locks: &[Locks; 2], turns: usize, meanwhile: impl AsyncFn()) -> Vec<Duration> {
+    let clock = Clock::system();
+    let mut spans = Vec::with_capacity(turns);
     let mut held = locks[0].lock("handoff").await.unwrap();
-    for turn in 0..TURNS {
+    for turn in 0..turns {
         let waiter = locks[(turn + 1) % 2].clone();
         let waiting = tokio::spawn({
             let clock = clock.clone();
@@ -121,13 +127,15 @@ async fn handoff(folder: &Path) {
             }
         });
         while locks[0].inspect("handoff").await.unwrap().waiters.is_empty() {}
+        meanwhile().await;
         let released = clock.now();
         held.release().await.unwrap();
         let (guard, returned) = waiting.await.unwrap();
         spans.push(returned.since(released));
         held = guard;
     }
-    print_spans("handoff    sqlite, two handles", spans);
+    held.release().await.unwrap();
+    spans
 }
 
 /// The same between processes: each waiter says when its wait returned and when it let go.

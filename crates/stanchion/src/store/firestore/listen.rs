@@ -3,17 +3,20 @@
 //! Who grants a key to one who waits, or takes it by force, writes such a document in the same commit. One stream for each
 //! session hears of all of them; who ends the token deletes it.
 
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
+use prost_types::Timestamp;
 use tokio::sync::oneshot;
+use tokio::task::AbortHandle;
 use tonic::Streaming;
 
 use super::Inner;
-use super::connect::{pause, within};
-use super::document::{query, text_of};
+use super::connect::{lock, pause, within};
+use super::document::{micros, query, text_of};
 use super::error::malformed;
+use super::record::KeyRecord;
 use crate::clock::jitter;
 use crate::error::Result;
 use crate::fence::Fence;
@@ -27,14 +30,48 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Opening a session waits so long for its listener.
 const READY_WITHIN: Duration = Duration::from_secs(1);
 
+/// A session's stream, and what fills it.
+#[derive(Debug)]
+pub(super) struct Listener {
+    pub(super) pushes: PushSender,
+    pub(super) task: Option<AbortHandle>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
+
+impl Inner {
+    pub(super) async fn listen(self: &Arc<Self>, session: SessionId) -> Result<()> {
+        let pushes = lock(&self.listeners)
+            .get(&session)
+            .filter(|listener| listener.task.is_none())
+            .map(|listener| listener.pushes.clone());
+        if let Some(pushes) = pushes {
+            let task = start(self, session, pushes).await?;
+            match lock(&self.listeners).get_mut(&session) {
+                Some(listener) => listener.task = Some(task),
+                None => task.abort(),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn warn(&self, session: SessionId, warning: String) {
+        if let Some(listener) = lock(&self.listeners).get(&session) {
+            listener.pushes.send(Push::Warning(warning));
+        }
+    }
+}
+
 /// Starts listening, and waits until that has succeeded or failed once.
-pub(super) async fn start(
-    inner: &std::sync::Arc<Inner>,
-    session: SessionId,
-    pushes: PushSender,
-) -> Result<tokio::task::AbortHandle> {
+pub(super) async fn start(inner: &Arc<Inner>, session: SessionId, pushes: PushSender) -> Result<AbortHandle> {
     let (tried, first_attempt) = oneshot::channel();
-    let task = inner.service.runtime()?.spawn(listen(std::sync::Arc::downgrade(inner), session, pushes, tried));
+    let task = inner.service.runtime()?.spawn(listen(Arc::downgrade(inner), session, pushes, tried));
     let _late = within(READY_WITHIN, first_attempt).await;
     Ok(task.abort_handle())
 }
@@ -95,11 +132,11 @@ async fn hear(
             Some(ResponseType::DocumentChange(change)) => {
                 // What cannot be read is not ours.
                 match change.document.as_ref().map(read) {
-                    Some(Ok(Call::Push(push))) => pushes.send(push),
-                    Some(Ok(Call::WaitedFor(key, token))) => {
+                    Some(Ok(Call { key, token, push, told })) => {
                         if let Some(inner) = inner.upgrade() {
-                            inner.is_not_alone(&key, token);
+                            inner.remember_told(&key, token, told);
                         }
+                        push.map(|push| pushes.send(push));
                     }
                     _ => {}
                 }
@@ -125,22 +162,33 @@ async fn hear(
 }
 
 /// What a document says.
-enum Call {
-    Push(Push),
-    /// Somebody waits for this hold.
-    WaitedFor(Key, TokenId),
+struct Call {
+    key: Key,
+    token: TokenId,
+    /// None: nothing but that somebody waits for this hold.
+    push: Option<Push>,
+    /// The record of the key, written by the same commit, and when that was.
+    told: Option<(KeyRecord, Timestamp, u64)>,
 }
 
 fn read(document: &api::Document) -> Result<Call> {
     let id = document.name.rsplit('/').next().unwrap_or_default();
     let token = TokenId::from_hex(id).ok_or_else(malformed)?;
     let key = Key::from_encoded(text_of(document, "key")?)?;
-    if let Ok(reason) = text_of(document, "forced") {
-        return Ok(Call::Push(Push::Forced(LostToken { key, token, reason: reason.to_owned() })));
-    }
-    if text_of(document, "waited_for").is_ok() {
-        return Ok(Call::WaitedFor(key, token));
-    }
-    let fence = text_of(document, "fence")?.parse().map_err(|_| malformed())?;
-    Ok(Call::Push(Push::Granted { key, token, fence: Fence::new(fence) }))
+    let push = if let Ok(reason) = text_of(document, "forced") {
+        Some(Push::Forced(LostToken { key: key.clone(), token, reason: reason.to_owned() }))
+    } else if let Ok(fence) = text_of(document, "fence") {
+        let fence = Fence::new(fence.parse().map_err(|_| malformed())?);
+        Some(Push::Granted { key: key.clone(), token, fence })
+    } else {
+        None
+    };
+    let told = match document.fields.contains_key("record") {
+        true => {
+            let (record, written) = KeyRecord::read(document)?;
+            Some((record, written, micros(written)?))
+        }
+        false => None,
+    };
+    Ok(Call { key, token, push, told })
 }

@@ -12,7 +12,7 @@
 //! A step reads documents, decides, and commits: "if the key's document is still what I read". So of two steps one
 //! succeeds, and the other reads again; no lock is left in the service by who dies or gives up between the two. What an
 //! acquire writes to a key that nobody has, and what a release deletes, are known beforehand: those are one commit each,
-//! with nothing to read.
+//! with nothing to read. A holder that somebody waits for is told the key's record, so that its release reads nothing either.
 //!
 //! Nobody knows when a commit will be done. What depends on that time is therefore decided by the time that the service
 //! gave it, by whoever reads the document (`record.rs`): the fence, the beginning of the term, whether an acquire came too
@@ -22,6 +22,8 @@ mod config;
 mod connect;
 mod document;
 mod error;
+mod keys;
+mod known;
 mod list;
 mod listen;
 mod record;
@@ -30,38 +32,28 @@ mod step;
 mod sweep;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
-use prost_types::Timestamp;
-use tokio::task::AbortHandle;
 
 use self::config::Config;
-use self::connect::{Committed, Lane, Refused, Service, Wanted, in_driver, lock, pause};
-use self::document::{Names, Only, delete, key_id};
-use self::error::{NAME, error, malformed};
-use self::record::{KeyRecord, Page, PageName, session_of};
+use self::connect::{Service, Wanted, in_driver, lock};
+use self::document::Names;
+use self::error::NAME;
+use self::known::{Guess, Known};
+use self::listen::Listener;
 use self::session::Sessions;
-use self::step::{Leaf, Loaded, Step, fresh};
-use crate::clock::{BootTime, Clock, jitter};
-use crate::error::{Error, ErrorKind, Result};
-use crate::fence::Fence;
+use self::step::{Leaf, Step};
+use crate::clock::{BootTime, Clock};
+use crate::error::Result;
 use crate::key::Key;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, EndOutcome, EvictOutcome,
-    EvictRequest, ExtendOutcome, GrantStream, Granted, KeyState, OpenOutcome, OpenSession, PollOutcome, Push,
-    PushSender, Reply, Store, StoreTime, push_channel,
+    EvictRequest, ExtendOutcome, GrantStream, KeyState, OpenOutcome, OpenSession, PollOutcome, Reply, Store, StoreTime,
+    push_channel,
 };
 use crate::token::{SessionId, TokenId};
-
-/// A step that finds the key changed by others tries so often, with longer and longer pauses.
-const ROUNDS: u32 = 14;
-
-/// The most pages of queues that are remembered.
-const MOST_PAGES: usize = 200;
 
 /// Locks in Firestore, in native mode.
 ///
@@ -94,6 +86,7 @@ const MOST_PAGES: usize = 200;
 /// gcloud firestore fields ttls update expire_at --collection-group=stanchion_calls --enable-ttl
 /// gcloud firestore indexes fields update record --collection-group=stanchion_keys --disable-indexes
 /// gcloud firestore indexes fields update record --collection-group=stanchion_sessions --disable-indexes
+/// gcloud firestore indexes fields update record --collection-group=stanchion_calls --disable-indexes
 /// ```
 /// Never put a TTL policy on sessions. Without any policy other processes sweep up what is over, with their beats.
 ///
@@ -109,8 +102,10 @@ const MOST_PAGES: usize = 200;
 /// | begin to wait | 1 | 1 | |
 /// | the first who waits for a holder, beside that | 1 | 1 | 1 |
 /// | an hour of waiting (asking once a second, in case a call was lost) | 3,600 | | |
-/// | a hand-off, with the call | 2 | 2 | |
-/// | release after a hand-off | up to 1 | | 2 |
+/// | a hand-off, with the call, where the holder knows who is next | 1 | 2 | |
+/// | the same where somebody came to wait since it was told | 2 | 2 | |
+/// | an hour of holding what somebody waits for (whether the next one lives) | 600 | | |
+/// | release after a hand-off | | | 2 |
 /// | open and close a session | 2 | 2 | |
 ///
 /// A session that has ended, and a holder that is followed by force or by time, cost a few reads more. An attempt that is
@@ -136,63 +131,19 @@ struct Inner {
     names: Names,
     sessions: Sessions,
     listeners: Mutex<HashMap<SessionId, Listener>>,
-    /// Holds that are ended by deleting their document as it is.
-    alone: Mutex<HashMap<(Key, TokenId), Alone>>,
+    /// What its acquires entered.
+    known: Mutex<HashMap<(Key, TokenId), Known>>,
     /// Steps of this handle on one key take turns: they would only get in each other's way.
     turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
-    /// Keys that had a document when they were last looked at, by a hash: it is not tried to create one. Only a guess.
-    taken: Vec<AtomicU64>,
+    /// Keys that had a document when they were last looked at: it is not tried to create one.
+    taken: Guess,
+    /// Keys whose document was another than was known when a hold was ended: it is read first.
+    crowded: Guess,
     pages: Mutex<HashMap<String, Leaf>>,
     /// The newest time that the service told, and when that was.
     told: Mutex<(u64, BootTime)>,
     swept: Mutex<BootTime>,
     clock: Clock,
-}
-
-/// A session's stream, and what fills it.
-#[derive(Debug)]
-struct Listener {
-    pushes: PushSender,
-    task: Option<AbortHandle>,
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Some(task) = &self.task {
-            task.abort();
-        }
-    }
-}
-
-/// A hold that has its document for itself.
-#[derive(Clone, Debug)]
-struct Alone {
-    written: Timestamp,
-    session: SessionId,
-    session_bound: bool,
-    deadline: Option<u64>,
-    called: bool,
-}
-
-/// One of several attempts.
-#[derive(Clone, Copy, Debug)]
-struct Round(u32);
-
-fn rounds() -> impl Iterator<Item = Round> {
-    (0..ROUNDS).map(Round)
-}
-
-impl Round {
-    async fn pause(self) {
-        if self.0 > 0 {
-            pause(jitter(Duration::from_millis(2 << self.0.min(7)))).await;
-        }
-    }
-}
-
-/// Nothing was done, and it may be tried again.
-fn busy() -> Error {
-    error(ErrorKind::Unavailable, "too many change this document at once").in_doubt(false)
 }
 
 fn reply<T>(time: u64, outcome: T) -> Reply<T> {
@@ -219,9 +170,10 @@ impl Firestore {
             service: Service::new(config),
             sessions: Sessions::new(clock.clone()),
             listeners: Mutex::default(),
-            alone: Mutex::default(),
+            known: Mutex::default(),
             turns: Mutex::default(),
-            taken: (0..1_024).map(|_| AtomicU64::new(0)).collect(),
+            taken: Guess::new(),
+            crowded: Guess::new(),
             pages: Mutex::default(),
             told: Mutex::new((0, clock.now())),
             swept: Mutex::new(clock.now()),
@@ -238,327 +190,6 @@ impl Firestore {
     {
         let inner = self.inner.clone();
         in_driver(&self.inner.service, move |wanted| work(inner, wanted)).await
-    }
-}
-
-impl Inner {
-    /// Waits for the turn of a step on this key.
-    async fn turn(&self, key: &Key) -> Turn<'_> {
-        let id = key_id(key);
-        let mutex = lock(&self.turns).entry(id.clone()).or_default().clone();
-        let guard = mutex.lock_owned().await;
-        Turn { inner: self, id, guard: Some(guard) }
-    }
-
-    fn guess(&self, key: &Key) -> (&AtomicU64, u64) {
-        use std::hash::{Hash as _, Hasher as _};
-        let mut hasher = std::hash::DefaultHasher::new();
-        key.hash(&mut hasher);
-        let hash = hasher.finish() | 1;
-        (&self.taken[(hash >> 32) as usize % self.taken.len()], hash)
-    }
-
-    fn seems_taken(&self, key: &Key) -> bool {
-        let (place, hash) = self.guess(key);
-        place.load(Ordering::Relaxed) == hash
-    }
-
-    fn seems(&self, key: &Key, is_taken: bool) {
-        let (place, hash) = self.guess(key);
-        if is_taken {
-            place.store(hash, Ordering::Relaxed);
-        } else if place.load(Ordering::Relaxed) == hash {
-            place.store(0, Ordering::Relaxed);
-        }
-    }
-
-    fn tell(&self, time: u64) {
-        let mut told = lock(&self.told);
-        if time > told.0 {
-            *told = (time, self.clock.now());
-        }
-    }
-
-    /// About what the service's clock shows. For what is kept longer than needed, never for a decision.
-    fn estimate(&self) -> u64 {
-        let (time, at) = *lock(&self.told);
-        time.saturating_add(u64::try_from(self.clock.now().since(at).as_micros()).unwrap_or_default())
-    }
-
-    /// Reads all of a key.
-    async fn load(&self, key: &Key) -> Result<(Loaded, u64)> {
-        // A queue that changes between the two requests is read again.
-        for round in rounds() {
-            round.pause().await;
-            let (documents, now) = self.service.read(Lane::Steps, &[self.names.key(key)]).await?;
-            let loaded = match documents.first().and_then(Option::as_ref) {
-                Some(document) => self.load_rest(document).await?,
-                None => Some((Loaded::default(), 0)),
-            };
-            if let Some((loaded, later)) = loaded {
-                self.seems(key, loaded.written.is_some());
-                self.tell(now.max(later));
-                return Ok((loaded, now.max(later)));
-            }
-        }
-        Err(busy())
-    }
-
-    /// What belongs to a key's document: its pages. None if they are not what the document says any more.
-    async fn load_rest(&self, document: &api::Document) -> Result<Option<(Loaded, u64)>> {
-        let (mut record, written) = KeyRecord::read(document)?;
-        let named = std::mem::take(&mut record.pages);
-        let names: Vec<_> = named.iter().map(|name| self.names.page(&document.name, name.number)).collect();
-        let mut leaves: Vec<Option<Leaf>> = {
-            let remembered = lock(&self.pages);
-            let at_hand =
-                |(name, place): (&PageName, &String)| remembered.get(place).filter(|leaf| leaf.name == *name).cloned();
-            named.iter().zip(&names).map(at_hand).collect()
-        };
-        let missing: Vec<_> = (0..leaves.len()).filter(|at| leaves[*at].is_none()).collect();
-        let mut time = 0;
-        if !missing.is_empty() {
-            let wanted: Vec<_> = missing.iter().map(|at| names[*at].clone()).collect();
-            let (documents, now) = self.service.read(Lane::Steps, &wanted).await?;
-            time = now;
-            for (at, page) in missing.into_iter().zip(documents) {
-                let Some(page) = page else { return Ok(None) };
-                let page = Page::read(&page)?;
-                if page.revision != named[at].revision {
-                    return Ok(None);
-                }
-                leaves[at] = Some(Leaf { name: named[at], page: Arc::new(page) });
-            }
-        }
-        let pages: Vec<Leaf> = leaves.into_iter().flatten().collect();
-        self.remember_pages(&document.name, &pages);
-        record.pages = named;
-        Ok(Some((Loaded { written: Some(written), record, pages }, time)))
-    }
-
-    fn remember_pages(&self, key: &str, pages: &[Leaf]) {
-        if pages.is_empty() {
-            return;
-        }
-        let mut remembered = lock(&self.pages);
-        if remembered.len() + pages.len() > MOST_PAGES {
-            remembered.clear();
-        }
-        for leaf in pages {
-            remembered.insert(self.names.page(key, leaf.name.number), leaf.clone());
-        }
-    }
-
-    /// One step on a key: read, settled, decided, settled, committed. Until nobody else came between.
-    async fn step<T>(
-        &self,
-        key: &Key,
-        wanted: &Wanted,
-        mut decide: impl FnMut(&mut Step<'_>) -> T + Send,
-    ) -> Result<Reply<T>> {
-        for round in rounds() {
-            round.pause().await;
-            wanted.check()?;
-            let (loaded, mut now) = self.load(key).await?;
-            let mut lives = self.sessions.known();
-            let (writes, mut after, outcome) = loop {
-                let mut step = Step::new(key, &self.names, &loaded, &lives, now);
-                step.settle();
-                let outcome = decide(&mut step);
-                step.settle();
-                let unknown = step.unknown();
-                if unknown.is_empty() {
-                    let (writes, after) = step.writes()?;
-                    break (writes, after, outcome);
-                }
-                let (read, later) = self.sessions.read(&self.service, &self.names, &unknown).await?;
-                lives.extend(read);
-                now = now.max(later);
-            };
-            if writes.is_empty() {
-                self.remember(key, &loaded, now);
-                self.tell(now);
-                return Ok(reply(now, outcome));
-            }
-            wanted.check()?;
-            match self.service.commit(Lane::Steps, writes).await {
-                Ok(Committed { time, written }) => {
-                    after.written = written.first().copied().flatten();
-                    self.seems(key, after.written.is_some());
-                    after.record.settle_commit(time);
-                    for leaf in &mut after.pages {
-                        Arc::make_mut(&mut leaf.page).settle_commit(time);
-                    }
-                    self.remember_pages(&self.names.key(key), &after.pages);
-                    self.remember(key, &after, now);
-                    self.tell(time);
-                    return Ok(reply(time, outcome));
-                }
-                Err(Refused::Changed | Refused::Contended) => {}
-                Err(Refused::Fault(fault)) => return Err(fault),
-            }
-        }
-        Err(busy())
-    }
-
-    /// A hold of this handle that has its document for itself is ended by one request.
-    fn remember(&self, key: &Key, loaded: &Loaded, now: u64) {
-        let Some(written) = loaded.written else { return };
-        let Some(hold) = loaded.only_hold(now) else {
-            for token in loaded.record.holds.iter().filter_map(|hold| record::token_of(&hold.token).ok()) {
-                self.is_not_alone(key, token);
-            }
-            return;
-        };
-        let (Ok(token), Ok(session)) = (record::token_of(&hold.token), session_of(&hold.session)) else { return };
-        if self.sessions.ends(session) != 0 {
-            let (session_bound, deadline, called) = (hold.session_bound, hold.deadline, hold.called);
-            lock(&self.alone).insert((key.clone(), token), Alone { written, session, session_bound, deadline, called });
-        }
-    }
-
-    /// The document of this hold says more than that by now.
-    fn is_not_alone(&self, key: &Key, token: TokenId) {
-        lock(&self.alone).remove(&(key.clone(), token));
-    }
-
-    /// Creates the document of a key that nobody has: the hold, in one request. None: somebody has it.
-    async fn create(&self, request: &AcquireRequest, owner: String) -> Result<Option<Reply<AcquireOutcome>>> {
-        let lives = self.sessions.ends(request.session);
-        let write = fresh(&self.names, request, owner, lives, self.estimate());
-        let (time, written) = match self.service.commit(Lane::Steps, vec![write]).await {
-            Ok(Committed { time, written }) => (time, written.first().copied().flatten().ok_or_else(malformed)?),
-            Err(Refused::Changed | Refused::Contended) => {
-                self.seems(&request.key, true);
-                return Ok(None);
-            }
-            Err(Refused::Fault(fault)) => return Err(fault),
-        };
-        self.tell(time);
-        if time > request.not_after.as_micros() {
-            // It never was: everybody who reads it sees that. It need not stay, either.
-            let name = self.names.key(&request.key);
-            drop(self.service.commit(Lane::Steps, vec![delete(name, Only::IfStill(written))]).await);
-            return Ok(Some(reply(time, AcquireOutcome::Stale)));
-        }
-        let length = request.term.length();
-        let session_bound = matches!(request.term, crate::store::Term::Session { .. });
-        let deadline = length.map(|length| StoreTime::from_micros(time).after(length).as_micros());
-        let alone = Alone { written, session: request.session, session_bound, deadline, called: false };
-        lock(&self.alone).insert((request.key.clone(), request.token), alone);
-        let granted = Granted { fence: Fence::new(time), remaining: length };
-        Ok(Some(reply(time, AcquireOutcome::Granted(granted))))
-    }
-
-    async fn acquire(&self, request: &AcquireRequest, wanted: &Wanted) -> Result<Reply<AcquireOutcome>> {
-        let _turn = self.turn(&request.key).await;
-        wanted.check()?;
-        let mut owner = self.sessions.owner_if_alive(request.session).filter(|_| !self.seems_taken(&request.key));
-        for round in rounds() {
-            round.pause().await;
-            wanted.check()?;
-            if let Some(owner) = owner.take()
-                && let Some(done) = self.create(request, owner).await?
-            {
-                return Ok(done);
-            }
-            let mut found = None;
-            let decided = self.step(&request.key, wanted, |step| {
-                found = Some(step.owner_of(request.session));
-                step.acquire(request)
-            });
-            let Reply { time, outcome } = decided.await?;
-            match outcome {
-                Some(AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_))
-                    if time.as_micros() > request.not_after.as_micros()
-                        && !self.was_entered(request, wanted).await? =>
-                {
-                    return Ok(Reply { time, outcome: AcquireOutcome::Stale });
-                }
-                Some(AcquireOutcome::Granted(mut granted)) => {
-                    granted.remaining = granted.remaining.map(|left| left.min(request.term.length().unwrap_or(left)));
-                    return Ok(Reply { time, outcome: AcquireOutcome::Granted(granted) });
-                }
-                Some(outcome) => return Ok(Reply { time, outcome }),
-                None => owner = found,
-            }
-        }
-        Err(busy())
-    }
-
-    /// Whether what was written late was there before.
-    async fn was_entered(&self, request: &AcquireRequest, wanted: &Wanted) -> Result<bool> {
-        let poll = self.step(&request.key, wanted, |step| step.poll(request.token)).await?;
-        Ok(poll.outcome != PollOutcome::Gone)
-    }
-
-    async fn end(
-        &self,
-        key: &Key,
-        token: TokenId,
-        cooldown: Option<Duration>,
-        wanted: &Wanted,
-    ) -> Result<Reply<EndOutcome>> {
-        let _turn = self.turn(key).await;
-        wanted.check()?;
-        let alone = lock(&self.alone).remove(&(key.clone(), token));
-        let cooldown = cooldown.filter(|cooldown| !cooldown.is_zero());
-        if let (Some(alone), None) = (alone, cooldown) {
-            let mut writes = vec![delete(self.names.key(key), Only::IfStill(alone.written))];
-            if alone.called {
-                writes.push(delete(self.names.call(alone.session, token), Only::Always));
-            }
-            match self.service.commit(Lane::Steps, writes).await {
-                Ok(Committed { time, .. }) => {
-                    self.tell(time);
-                    self.seems(key, false);
-                    let is_over = alone.deadline.is_some_and(|deadline| deadline <= time)
-                        || (alone.session_bound && self.sessions.ends(alone.session) <= time);
-                    return Ok(reply(time, if is_over { EndOutcome::Nothing } else { EndOutcome::Released }));
-                }
-                Err(Refused::Changed | Refused::Contended) => {}
-                Err(Refused::Fault(fault)) => return Err(fault),
-            }
-        }
-        self.step(key, wanted, |step| step.end(token, cooldown)).await
-    }
-
-    async fn listen(self: &Arc<Self>, session: SessionId) -> Result<()> {
-        let pushes = lock(&self.listeners)
-            .get(&session)
-            .filter(|listener| listener.task.is_none())
-            .map(|listener| listener.pushes.clone());
-        if let Some(pushes) = pushes {
-            let task = listen::start(self, session, pushes).await?;
-            match lock(&self.listeners).get_mut(&session) {
-                Some(listener) => listener.task = Some(task),
-                None => task.abort(),
-            }
-        }
-        Ok(())
-    }
-
-    fn warn(&self, session: SessionId, warning: String) {
-        if let Some(listener) = lock(&self.listeners).get(&session) {
-            listener.pushes.send(Push::Warning(warning));
-        }
-    }
-}
-
-/// The turn of a step. The last one takes its mutex with it.
-struct Turn<'a> {
-    inner: &'a Inner,
-    id: String,
-    guard: Option<tokio::sync::OwnedMutexGuard<()>>,
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        drop(self.guard.take());
-        let mut turns = lock(&self.inner.turns);
-        if turns.get(&self.id).is_some_and(|mutex| Arc::strong_count(mutex) == 1) {
-            turns.remove(&self.id);
-        }
     }
 }
 
@@ -586,6 +217,7 @@ impl Store for Firestore {
         self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
             let done = inner.sessions.beat(&inner.service, &inner.names, session, &wanted).await?;
             inner.tell(done.time.as_micros());
+            inner.look_ahead(session);
             inner.tidy();
             Ok(done)
         })
@@ -595,7 +227,7 @@ impl Store for Firestore {
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
         self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
             let time = inner.sessions.close(&inner.service, &inner.names, session).await?;
-            lock(&inner.alone).retain(|_, alone| alone.session != session);
+            lock(&inner.known).retain(|_, known| known.session != session);
             inner.settle_keys_of(session, &wanted).await?;
             lock(&inner.listeners).remove(&session);
             Ok(reply(time.max(lock(&inner.told).0), ()))
@@ -656,7 +288,11 @@ impl Store for Firestore {
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
         self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
             let _turn = inner.turn(&request.key).await;
+            inner.expect(&request.key, request.to, request.session);
             let done = inner.step(&request.key, &wanted, |step| step.adopt(&request)).await?;
+            if !matches!(done.outcome, AdoptOutcome::Adopted { .. }) {
+                inner.forget(&request.key, request.to);
+            }
             if matches!(done.outcome, AdoptOutcome::Adopted { .. }) && done.time > request.not_after {
                 // It was committed too late, or was adopted before and is asked for again.
                 let poll = inner.step(&request.key, &wanted, |step| step.poll(request.to)).await?;

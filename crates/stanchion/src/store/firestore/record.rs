@@ -38,7 +38,7 @@ pub(super) struct KeyRecord {
     pub(super) holds: Vec<Hold>,
     /// The queue from its head on, as far as it is here.
     #[prost(message, repeated, tag = "6")]
-    pub(super) front: Vec<Waiter>,
+    pub(super) front: Vec<Entry>,
     /// The pages that the rest of the queue is on, in order.
     #[prost(message, repeated, tag = "7")]
     pub(super) pages: Vec<PageName>,
@@ -60,7 +60,7 @@ pub(super) struct PageName {
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Page {
     #[prost(message, repeated, tag = "1")]
-    pub(super) waiters: Vec<Waiter>,
+    pub(super) waiters: Vec<Entry>,
     /// The revision of the key's record that it was written with.
     #[prost(uint64, tag = "2")]
     pub(super) revision: u64,
@@ -68,41 +68,19 @@ pub(super) struct Page {
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Hold {
-    #[prost(bytes = "vec", tag = "1")]
-    pub(super) token: Vec<u8>,
-    #[prost(bytes = "vec", tag = "2")]
-    pub(super) session: Vec<u8>,
-    #[prost(bool, tag = "3")]
-    pub(super) session_bound: bool,
+    #[prost(message, required, tag = "1")]
+    pub(super) entry: Entry,
     /// 0: the time of the commit.
     #[prost(uint64, tag = "4")]
     pub(super) fence: u64,
-    /// When it was granted.
-    #[prost(uint64, tag = "5")]
-    pub(super) at: u64,
     #[prost(uint64, optional, tag = "6")]
     pub(super) deadline: Option<u64>,
-    /// What `deadline` is after the commit.
-    #[prost(uint64, optional, tag = "7")]
-    pub(super) length: Option<u64>,
-    #[prost(uint32, tag = "8")]
-    pub(super) units: u32,
-    #[prost(uint32, tag = "9")]
-    pub(super) capacity: u32,
-    #[prost(string, tag = "10")]
-    pub(super) owner: String,
-    #[prost(string, optional, tag = "11")]
-    pub(super) metadata: Option<String>,
-    #[prost(string, optional, tag = "12")]
-    pub(super) trace: Option<String>,
-    #[prost(uint64, tag = "13")]
-    pub(super) not_after: u64,
     /// There is a document that calls it: it was granted to one who waited, or others wait for it.
     #[prost(bool, tag = "14")]
     pub(super) called: bool,
-    /// Its session lives until then at least, unless it is closed, and then it ends this.
-    #[prost(uint64, tag = "16")]
-    pub(super) session_lives: u64,
+    /// It was granted to one who waited, and is called by that.
+    #[prost(bool, tag = "17")]
+    pub(super) was_handed_over: bool,
     /// Whose it was until the commit that wrote this, if that was an adoption.
     #[prost(message, optional, tag = "15")]
     pub(super) former: Option<Former>,
@@ -121,16 +99,19 @@ pub(super) struct Former {
     pub(super) not_after: u64,
 }
 
+/// What an acquire entered: it waits, or it holds.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct Waiter {
+pub(super) struct Entry {
     #[prost(bytes = "vec", tag = "1")]
     pub(super) token: Vec<u8>,
     #[prost(bytes = "vec", tag = "2")]
     pub(super) session: Vec<u8>,
     #[prost(bool, tag = "3")]
     pub(super) session_bound: bool,
+    /// Since when it waits, or holds. Of a hold 0: since the commit.
     #[prost(uint64, tag = "5")]
     pub(super) at: u64,
+    /// How long it holds, from the grant on.
     #[prost(uint64, optional, tag = "7")]
     pub(super) length: Option<u64>,
     #[prost(uint32, tag = "8")]
@@ -143,6 +124,7 @@ pub(super) struct Waiter {
     pub(super) metadata: Option<String>,
     #[prost(string, optional, tag = "12")]
     pub(super) trace: Option<String>,
+    /// It was entered by the commit that wrote this, if that was not later.
     #[prost(uint64, tag = "13")]
     pub(super) not_after: u64,
     /// Its session lives until then at least, unless it is closed, and then it ends this.
@@ -221,19 +203,22 @@ impl KeyRecord {
 
     /// Makes explicit what the commit decided that wrote this.
     pub(super) fn settle_commit(&mut self, committed: u64) {
-        self.holds.retain_mut(|hold| is_in_time(&mut hold.not_after, committed));
+        self.holds.retain_mut(|hold| is_in_time(&mut hold.entry.not_after, committed));
         for hold in &mut self.holds {
             if hold.fence == 0 {
-                (hold.fence, hold.at) = (committed, committed);
-                hold.deadline = hold.length.map(|length| committed.saturating_add(length));
+                hold.fence = committed;
                 self.last_fence = self.last_fence.max(committed);
             }
-            hold.length = None;
+            if hold.entry.at == 0 {
+                hold.entry.at = committed;
+                hold.deadline = hold.entry.length.map(|length| committed.saturating_add(length));
+            }
             if let Some(former) = hold.former.take()
                 && committed > former.not_after
             {
-                (hold.token, hold.session, hold.owner) = (former.token, former.session, former.owner);
-                hold.session_lives = 0;
+                let entry = &mut hold.entry;
+                (entry.token, entry.session, entry.owner) = (former.token, former.session, former.owner);
+                hold.entry.session_lives = 0;
             }
         }
         self.front.retain_mut(|waiter| is_in_time(&mut waiter.not_after, committed));
@@ -271,7 +256,7 @@ impl Hold {
     }
 }
 
-impl Waiter {
+impl Entry {
     pub(super) fn term(term: Term) -> (bool, Option<u64>) {
         let length = term.length().map(|length| u64::try_from(length.as_micros()).unwrap_or(u64::MAX));
         (matches!(term, Term::Session { .. }), length)
@@ -313,14 +298,17 @@ mod tests {
 
     #[test]
     fn what_a_late_commit_made_never_was() {
-        let waiter = |not_after| Waiter { token: vec![1; 16], not_after, ..Waiter::default() };
-        let hold = |not_after| Hold { token: vec![1; 16], not_after, length: Some(5), ..Hold::default() };
+        let waiter = |not_after| Entry { token: vec![1; 16], not_after, ..Entry::default() };
+        let hold = |not_after| Hold {
+            entry: Entry { token: vec![1; 16], not_after, length: Some(5), ..Entry::default() },
+            ..Hold::default()
+        };
         for (committed, entries) in [(99, 1), (100, 1), (101, 0)] {
             let mut record = KeyRecord { holds: vec![hold(100)], front: vec![waiter(100)], ..KeyRecord::default() };
             record.settle_commit(committed);
             assert_eq!((record.holds.len(), record.front.len()), (entries, entries), "committed at {committed}");
             if let Some(hold) = record.holds.first() {
-                assert_eq!((hold.fence, hold.at, hold.deadline), (committed, committed, Some(committed + 5)));
+                assert_eq!((hold.fence, hold.entry.at, hold.deadline), (committed, committed, Some(committed + 5)));
                 assert_eq!(record.last_fence, committed);
             }
             // Read again after others wrote, nothing is judged anew.
@@ -333,11 +321,12 @@ mod tests {
     #[test]
     fn an_adoption_that_came_too_late_changed_nothing() {
         let former = Some(Former { token: vec![1; 16], session: vec![1; 16], owner: "one".into(), not_after: 100 });
-        let hold = Hold { token: vec![2; 16], fence: 7, former, ..Hold::default() };
+        let entry = Entry { token: vec![2; 16], ..Entry::default() };
+        let hold = Hold { entry, fence: 7, former, ..Hold::default() };
         for (committed, token) in [(100, 2), (101, 1)] {
             let mut record = KeyRecord { holds: vec![hold.clone()], ..KeyRecord::default() };
             record.settle_commit(committed);
-            assert_eq!((record.holds[0].token[0], record.holds[0].former.is_none()), (token, true));
+            assert_eq!((record.holds[0].entry.token[0], record.holds[0].former.is_none()), (token, true));
         }
     }
 

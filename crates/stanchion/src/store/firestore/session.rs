@@ -15,9 +15,9 @@ use prost_types::Timestamp;
 use super::connect::{Lane, Refused, Service, Wanted, lock};
 use super::document::{Names, Only, bytes, fields, micros, put, timestamp};
 use super::error::malformed;
+use super::keys::{busy, rounds};
 use super::record::{SessionRecord, token_of};
 use super::step::Life;
-use super::{busy, rounds};
 use crate::clock::{BootTime, Clock};
 use crate::error::Result;
 use crate::key::Key;
@@ -72,6 +72,11 @@ impl Sessions {
     /// When a session of this handle ends by the service's clock, unless it is beaten.
     pub(super) fn ends(&self, session: SessionId) -> u64 {
         lock(&self.own).get(&session).map_or(0, |own| own.ends)
+    }
+
+    /// The ttl of a session of this handle, in µs.
+    pub(super) fn ttl(&self, session: SessionId) -> u64 {
+        lock(&self.own).get(&session).map_or(0, |own| own.record.ttl)
     }
 
     /// What is known of sessions without asking.

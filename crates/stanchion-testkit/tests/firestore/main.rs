@@ -1,5 +1,7 @@
 //! Firestore against the whole suite, in Google's emulator. `./test` runs this where the machine has it.
 
+mod times;
+
 use stanchion::store::Firestore;
 use stanchion_testkit::servers::FirestoreEmulator;
 use stanchion_testkit::{Environment, conformance};
