@@ -19,8 +19,13 @@ blocking_cases!(sqlite, {
 });
 
 blocking_cases!(firestore_fake, {
+    // A database of its own each time that it is asked for one; it lives as long as this.
     let fake = FirestoreFake::start();
-    move || Locks::open(&fake.url()).unwrap()
+    let url = fake.url();
+    move || {
+        let _lives = &fake;
+        Locks::open(&url).unwrap()
+    }
 });
 
 #[test]

@@ -266,7 +266,8 @@ impl http_body::Body for Pieces {
 }
 
 async fn next(body: &mut Body) -> Option<Result<Bytes, axum::Error>> {
-    let frame = std::future::poll_fn(|context| Pin::new(&mut *body).poll_frame(context)).await;
+    let frame = std::future::poll_fn(|context| Pin::new(&mut *body).poll_frame(context));
+    let frame = tokio::time::timeout(LONG, frame).await.unwrap();
     frame.map(|frame| frame.map(|frame| frame.into_data().unwrap()))
 }
 
