@@ -131,14 +131,13 @@ async fn hear(
         match answer.response_type {
             Some(ResponseType::DocumentChange(change)) => {
                 // What cannot be read is not ours.
-                match change.document.as_ref().map(read) {
-                    Some(Ok(Call { key, token, push, told })) => {
-                        if let Some(inner) = inner.upgrade() {
-                            inner.remember_told(&key, token, told);
-                        }
-                        push.map(|push| pushes.send(push));
+                if let Some(Ok(Call { key, token, push, told })) = change.document.as_ref().map(read) {
+                    if let Some(inner) = inner.upgrade() {
+                        inner.remember_told(&key, token, told);
                     }
-                    _ => {}
+                    if let Some(push) = push {
+                        pushes.send(push);
+                    }
                 }
             }
             Some(ResponseType::TargetChange(change)) => match change.target_change_type() {
