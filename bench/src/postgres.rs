@@ -1,14 +1,20 @@
 //! PostgreSQL: acquire + release beside a raw UPSERT + DELETE loop, and hand-off, in one run on one server.
 
+use std::future::poll_fn;
+use std::task::{Poll, ready};
 use std::time::{Duration, Instant};
 
 use stanchion::Locks;
 use stanchion::store::Postgres;
 use stanchion_testkit::servers::{Postgres as Kind, PostgresServer};
-use tokio_postgres::{Client, NoTls};
+use tokio::sync::Mutex;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio_postgres::{AsyncMessage, Client, NoTls, Statement};
 
 const TASKS: usize = 50;
 const ROUNDS: usize = 3;
+const TURNS: usize = 300;
+const PAUSE: Duration = Duration::from_millis(1);
 
 pub(crate) async fn all() {
     // The last stands for a disk on which a commit takes its time.
@@ -22,7 +28,9 @@ pub(crate) async fn all() {
         let server = PostgresServer::with(Kind::V15, settings);
         server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
         server.psql("CREATE TABLE raw (key text PRIMARY KEY, token text NOT NULL, expires timestamptz NOT NULL)");
-        compare(&server, disk, pairs).await;
+        if std::env::var("PG_HANDOFF_ONLY").is_err() {
+            compare(&server, disk, pairs).await;
+        }
         handoff(&server, disk).await;
     }
 }
@@ -86,41 +94,100 @@ async fn raw(client: std::sync::Arc<Client>, task: usize, pairs: usize) {
     }
 }
 
-/// From the release of one handle to the grant of the other.
+/// From the release of one handle to the grant of the other; beside it a raw commit, and one whose NOTIFY another connection
+/// hears. One after the other everything is in the caches of the processor, and after a pause nothing is.
 async fn handoff(server: &PostgresServer, disk: &str) {
-    let (client, connection) = tokio_postgres::connect(&server.url(), NoTls).await.unwrap();
-    tokio::spawn(connection);
-    let commit = client
-        .prepare("INSERT INTO raw VALUES ('commit', $1, now()) ON CONFLICT (key) DO UPDATE SET token = $1")
-        .await
-        .unwrap();
-    let mut commits = Vec::new();
-    for turn in 0..300 {
-        let start = Instant::now();
-        client.execute(&commit, &[&turn.to_string()]).await.unwrap();
-        commits.push(start.elapsed());
-    }
-    crate::print_spans(&format!("commit     postgres, {disk}, one raw upsert"), commits);
+    let raw = Raw::new(server).await;
     let (one, other) = (Locks::open(&server.url()).await.unwrap(), Locks::open(&server.url()).await.unwrap());
-    let mut spans = Vec::new();
-    for turn in 0..300 {
-        let (holder, waiter) = if turn % 2 == 0 { (&one, &other) } else { (&other, &one) };
-        let held = holder.lock("handoff").await.unwrap();
-        let waiting = {
-            let waiter = waiter.clone();
-            tokio::spawn(async move {
-                let guard = waiter.lock("handoff").await.unwrap();
-                (Instant::now(), guard)
-            })
+    for (when, pause) in [("one after the other", None), ("after a pause", Some(PAUSE))] {
+        let pause = async || {
+            if let Some(pause) = pause {
+                tokio::time::sleep(pause).await;
+            }
         };
-        while holder.inspect("handoff").await.unwrap().waiters.is_empty() {
-            tokio::time::sleep(Duration::from_millis(1)).await;
+        let [mut commits, mut heard, mut answers, mut grants] = [const { Vec::new() }; 4];
+        for _ in 0..TURNS {
+            pause().await;
+            commits.push(raw.commit().await);
         }
-        let start = Instant::now();
-        held.release().await.unwrap();
-        let (got, guard) = waiting.await.unwrap();
-        spans.push(got - start);
-        guard.release().await.unwrap();
+        for _ in 0..TURNS {
+            pause().await;
+            heard.push(raw.heard().await);
+        }
+        for turn in 0..TURNS {
+            let (holder, waiter) = if turn % 2 == 0 { (&one, &other) } else { (&other, &one) };
+            let held = holder.lock("handoff").await.unwrap();
+            let waiting = {
+                let waiter = waiter.clone();
+                tokio::spawn(async move {
+                    let guard = waiter.lock("handoff").await.unwrap();
+                    (Instant::now(), guard)
+                })
+            };
+            while holder.inspect("handoff").await.unwrap().waiters.is_empty() {}
+            pause().await;
+            let start = Instant::now();
+            held.release().await.unwrap();
+            answers.push(start.elapsed());
+            let (got, guard) = waiting.await.unwrap();
+            grants.push(got - start);
+            guard.release().await.unwrap();
+        }
+        crate::print_spans(&format!("commit     postgres, {disk}, {when}: a raw upsert"), commits);
+        crate::print_spans(
+            &format!("notify     postgres, {disk}, {when}: a raw upsert with NOTIFY, until it is heard"),
+            heard,
+        );
+        crate::print_spans(
+            &format!("release    postgres, {disk}, {when}: while another waits, until the answer"),
+            answers,
+        );
+        crate::print_spans(&format!("handoff    postgres, {disk}, {when}: two handles"), grants);
     }
-    crate::print_spans(&format!("handoff    postgres, {disk}, two handles"), spans);
+}
+
+/// What the same costs without locks, in a table of its own.
+struct Raw {
+    client: Client,
+    commit: Statement,
+    notify: Statement,
+    heard: Mutex<UnboundedReceiver<()>>,
+    _listens: Client,
+}
+
+impl Raw {
+    async fn new(server: &PostgresServer) -> Self {
+        let (client, connection) = tokio_postgres::connect(&server.url(), NoTls).await.unwrap();
+        tokio::spawn(connection);
+        let (listens, mut connection) = tokio_postgres::connect(&server.url(), NoTls).await.unwrap();
+        let (hears, heard) = unbounded_channel();
+        tokio::spawn(poll_fn(move |context| {
+            while let Some(message) = ready!(connection.poll_message(context)) {
+                if matches!(message, Ok(AsyncMessage::Notification(_))) {
+                    hears.send(()).unwrap();
+                }
+            }
+            Poll::Ready(())
+        }));
+        listens.batch_execute("LISTEN raw").await.unwrap();
+        let upsert =
+            "INSERT INTO raw VALUES ('commit', 'token', now()) ON CONFLICT (key) DO UPDATE SET expires = now()";
+        let commit = client.prepare(upsert).await.unwrap();
+        let notify = format!("WITH upsert AS ({upsert} RETURNING token) SELECT pg_notify('raw', token) FROM upsert");
+        let notify = client.prepare(&notify).await.unwrap();
+        Self { client, commit, notify, heard: Mutex::new(heard), _listens: listens }
+    }
+
+    async fn commit(&self) -> Duration {
+        let start = Instant::now();
+        self.client.execute(&self.commit, &[]).await.unwrap();
+        start.elapsed()
+    }
+
+    async fn heard(&self) -> Duration {
+        let start = Instant::now();
+        self.client.query(&self.notify, &[]).await.unwrap();
+        self.heard.lock().await.recv().await.unwrap();
+        start.elapsed()
+    }
 }

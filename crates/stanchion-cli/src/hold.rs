@@ -43,7 +43,7 @@ pub(crate) struct Schedule {
 /// What is held.
 enum Held {
     Lock(Guard),
-    Turn(Turn),
+    Turn(Box<Turn>),
 }
 
 impl Held {
@@ -223,7 +223,7 @@ async fn begin(
         request = request.metadata(text.as_str());
     }
     match request.begin().await {
-        Ok(Outcome::Ran(turn)) => Ok(Held::Turn(turn)),
+        Ok(Outcome::Ran(turn)) => Ok(Held::Turn(Box::new(turn))),
         Ok(Outcome::Skipped { last: Some(last), is_running: false, .. } | Outcome::DoneElsewhere { last }) => {
             let again = last.closed_still_for().map(|left| format!(", and not again for another {}", for_people(left)));
             let (age, owner) = (for_people(last.age), escape(&last.owner));

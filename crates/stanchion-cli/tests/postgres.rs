@@ -20,16 +20,40 @@ impl on_a_server::Server for PostgresServer {
 fn server() -> PostgresServer {
     let server = PostgresServer::with_passwords(Postgres::V15, &[]);
     server.psql("CREATE ROLE locker LOGIN PASSWORD 'hunter2'");
-    let world = World::new();
-    std::fs::write(world.path("url"), server.url()).unwrap();
-    let url = world.path("url");
-    world.stanchion(["schema", "--apply", "--store-file", url.to_str().unwrap()]).finish().code(0).silent();
+    apply(&server);
     let rights = include_str!("../../stanchion/src/store/postgres/rights.sql");
     server.psql(&rights.replace("@schema@", "stanchion").replace("@role@", "locker"));
     server
 }
 
+fn apply(server: &PostgresServer) {
+    let world = World::new();
+    let url = world.path("url");
+    std::fs::write(&url, server.url()).unwrap();
+    world.stanchion(["schema", "--apply", "--store-file", url.to_str().unwrap()]).finish().code(0).silent();
+}
+
 on_a_server!(server);
+
+#[test]
+fn an_older_schema_is_brought_up_for_those_who_had_rights() {
+    let server = server();
+    let world = World::new();
+    let url = world.path("url");
+    std::fs::write(&url, on_a_server::Server::url(&server, "hunter2")).unwrap();
+    let run = || world.stanchion(["run", "--store-file", url.to_str().unwrap(), "k", "--", "true"]).finish();
+    run().code(0);
+    let fence = || server.psql("SELECT fence FROM stanchion.keys").parse::<u64>().unwrap();
+    let before = fence();
+    // What version 1 lacked.
+    server.psql("UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives");
+    run().code(78).says(&["the schema is of version 1", "run `stanchion schema --apply`"]);
+    apply(&server);
+    run().code(0);
+    assert!(fence() > before, "what was there stays");
+    let looked = "SET ROLE locker; SELECT alive FROM stanchion.session_lives('\\x00')";
+    assert_eq!(server.psql(looked), "f", "the new step too");
+}
 
 #[test]
 fn what_cannot_be_used_has_its_code() {

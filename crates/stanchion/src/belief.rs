@@ -333,6 +333,7 @@ mod tests {
             deadline,
             heartbeat_within: None,
             unanswered_until: None,
+            on_lost: None,
         })
     }
 

@@ -29,9 +29,12 @@
 //!
 //! # Features
 //! `sqlite` (default): the embedded store; `redis`, `postgres`, `firestore`: those. The memory store is always there.
-//! `tracing`, `metrics`: telemetry, by the names in `docs/telemetry.md`. A feature only adds.
+//! `tracing`, `metrics`: telemetry, by the names in `docs/telemetry.md`. `tower`: a lock around each request of an HTTP service,
+//! [`tower::LockLayer`]. `macros`: a lock around a function, [`locked`](macro@locked). The surface without async, [`blocking`], is
+//! always there. A feature only adds.
 
 mod belief;
+pub mod blocking;
 mod builder;
 mod clock;
 mod error;
@@ -49,6 +52,8 @@ mod shared;
 pub mod store;
 mod telemetry;
 mod token;
+#[cfg(feature = "tower")]
+pub mod tower;
 mod wait;
 
 pub use belief::Drift;
@@ -71,6 +76,33 @@ pub use store::{Demand, Store};
 pub use telemetry::ShownKeys;
 pub use token::{SessionId, Token, TokenId};
 
+/// ```
+/// use stanchion::{Locks, Result};
+///
+/// struct Files {
+///     locks: Locks,
+/// }
+///
+/// impl Files {
+///     /// Waits for five seconds at most; the file stays closed for five minutes afterwards.
+///     #[stanchion::locked(key = "file:{id}", wait = "5s", cooldown = "5m", guard = guard)]
+///     async fn index(&self, id: u64) -> Result<String> {
+///         Ok(format!("file {id} under fence {}", guard.fence()))
+///     }
+/// }
+///
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// let files = Files { locks: Locks::open("memory:").await? };
+/// files.index(7).await?;
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
+#[cfg(feature = "macros")]
+pub use stanchion_macros::locked;
+
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;
+
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/coming-from.md")]
+struct ComingFrom;

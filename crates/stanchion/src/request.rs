@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::guard::Guard;
+use crate::error::{Error, ErrorKind, LossCause, Result};
+use crate::guard::{Guard, Released};
 use crate::locks::{Locks, MAX_METADATA_BYTES, check_duration};
 use crate::on_lost::OnLost;
 use crate::store::{Demand, Term};
@@ -16,7 +16,7 @@ use crate::wait;
 /// A request for a lock: await it to wait for the lock, or give it limits first.
 ///
 /// # Errors
-/// When awaited: [`ErrorKind::Timeout`] at the wait limit, [`ErrorKind::Cancelled`], [`ErrorKind::Draining`],
+/// When awaited: [`ErrorKind::Timeout`] at the wait limit, [`ErrorKind::Busy`] if that is zero, [`ErrorKind::Cancelled`], [`ErrorKind::Draining`],
 /// [`ErrorKind::InvalidArgument`] for a key or an option out of range or a capacity that others do not share,
 /// [`ErrorKind::Indeterminate`] if the store's answer was lost and could not be had again, and the store's faults. After
 /// every error nothing is held: what the request may have got is cleaned up.
@@ -68,7 +68,8 @@ impl LockRequest {
         }
     }
 
-    /// Waits no longer than this, then [`ErrorKind::Timeout`]. Zero: one attempt. Default: no limit.
+    /// Waits no longer than this, then [`ErrorKind::Timeout`]. Zero: one attempt, then [`ErrorKind::Busy`]. Default: no
+    /// limit.
     pub fn wait(mut self, limit: Duration) -> Self {
         self.wait = Some(limit);
         self
@@ -173,18 +174,7 @@ impl LockRequest {
             value = body(&guard) => Ok(value),
             cause = guard.lost() => Err(cause),
         };
-        let (key, store) = (guard.key().clone(), guard.store_name());
-        let lost = |cause| Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}"));
-        let lost = |cause| lost(cause).with_key(&key).with_store(store);
-        let value = finished.map_err(lost)?;
-        if let Some(cause) = guard.loss() {
-            return Err(lost(cause));
-        }
-        match guard.release().await {
-            Ok(crate::guard::Released::AlreadyLost) => Err(lost(crate::error::LossCause::Missing)),
-            // A release that failed is told by an event, and the keeper goes on with it.
-            Ok(crate::guard::Released::Now) | Err(_) => Ok(value),
-        }
+        conclude(guard, finished).await
     }
 
     /// Checks the options, not the key.
@@ -222,6 +212,23 @@ impl LockRequest {
     }
 }
 
+/// Releases after the work under the lock has ended, with its value or because the lock was lost: what
+/// [`LockRequest::run`] says of both.
+pub(crate) async fn conclude<T>(guard: Guard, finished: Result<T, LossCause>) -> Result<T> {
+    let (key, store) = (guard.key().clone(), guard.store_name());
+    let lost = |cause| Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}"));
+    let lost = |cause| lost(cause).with_key(&key).with_store(store);
+    let value = finished.map_err(lost)?;
+    if let Some(cause) = guard.loss() {
+        return Err(lost(cause));
+    }
+    match guard.release().await {
+        Ok(Released::AlreadyLost) => Err(lost(LossCause::Missing)),
+        // A release that failed is told by an event, and the keeper goes on with it.
+        Ok(Released::Now) | Err(_) => Ok(value),
+    }
+}
+
 /// A wait limit may be short, even shorter than other durations, but not absurdly long.
 fn check_wait(wait: Duration) -> Result<()> {
     if wait <= *crate::locks::DURATIONS.end() {
@@ -242,9 +249,9 @@ impl IntoFuture for LockRequest {
                 Some(guard) => Ok(guard),
                 // Only a limit of zero ends without a grant.
                 None => {
-                    let message = format!("not obtained within {:?}", self.wait.unwrap_or_default());
                     let key = self.locks.key(&self.key)?;
-                    Err(self.locks.handle.shared.error(ErrorKind::Timeout, message).with_key(&key))
+                    let message = "another holds it or waits for it";
+                    Err(self.locks.handle.shared.error(ErrorKind::Busy, message).with_key(&key))
                 }
             }
         })

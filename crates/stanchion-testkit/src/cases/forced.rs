@@ -96,6 +96,21 @@ pub async fn a_forced_release_closes_nothing_and_serves_all_that_fit<S: Store>(e
     }
 }
 
+pub async fn a_forced_token_is_refused_also_after_hand_offs<S: Store>(env: &Environment<S>) {
+    let (victim, next, last) = (env.actor().await, env.actor().await, env.actor().await);
+    let request = victim.request(&key("k"));
+    let fence = victim.gets(&request).await.fence;
+    let second = next.queues(&key("k")).await;
+    assert_eq!(force(&victim, &key("k"), fence).await, EvictOutcome::Evicted);
+    assert!(next.granted(&key("k"), second).await.is_some());
+    let third = last.queues(&key("k")).await;
+    next.releases(&key("k"), second).await;
+    assert!(last.granted(&key("k"), third).await.is_some());
+    last.releases(&key("k"), third).await;
+    assert_eq!(victim.ask(&request).await, AcquireOutcome::Forced);
+    assert_eq!(lost(&victim).await, vec![request.token]);
+}
+
 pub async fn a_fixed_term_can_be_forced_out_too<S: Store>(env: &Environment<S>) {
     let (victim, operator) = (env.actor().await, env.actor().await);
     let request = AcquireRequest { term: Term::Fixed(MINUTE), ..victim.request(&key("k")) };

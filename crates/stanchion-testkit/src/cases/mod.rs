@@ -120,6 +120,7 @@ macro_rules! for_every_case {
             forced::evicting_nothing_changes_nothing,
             forced::everything_that_was_lost_is_told_until_it_is_ended,
             forced::a_forced_release_closes_nothing_and_serves_all_that_fit,
+            forced::a_forced_token_is_refused_also_after_hand_offs [Fair],
             forced::a_fixed_term_can_be_forced_out_too,
             forced::a_hold_of_the_dead_can_be_forced_out,
             forced::what_is_over_cannot_be_forced_out,

@@ -67,6 +67,47 @@ fn only_a_hand_off_notifies() {
     });
 }
 
+/// What a queue has of dead waiters is passed over at once, by a hand-off and by a look.
+#[test]
+fn thousands_of_dead_waiters_cost_one_statement() {
+    let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);
+    server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
+    server.psql("CREATE EXTENSION pg_stat_statements");
+    const DEAD: usize = 5_000;
+    let deletions = || -> usize {
+        let calls = "SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE NOT toplevel \
+                     AND query LIKE 'DELETE FROM %.queue %'";
+        server.psql(calls).parse().unwrap()
+    };
+    // As if they had died after they were looked at for the last time.
+    let enter_the_dead = || {
+        server.psql(&format!(
+            "INSERT INTO stanchion.queue (key, place, token, session, bound, units, capacity, at) OVERRIDING SYSTEM VALUE \
+             SELECT ':k', -n, int8send(n), '\\xdead', true, 1, 1, 0 FROM generate_series(1, {DEAD}) n; \
+             UPDATE stanchion.keys SET waiting = waiting + {DEAD}, busy = true; SELECT pg_stat_statements_reset()"
+        ));
+    };
+    let all_passed = || {
+        let left = "SELECT waiting + (SELECT count(*) FROM stanchion.queue) FROM stanchion.keys";
+        assert_eq!(server.psql(left), "0");
+        assert!((1..=3).contains(&deletions()), "{} deletions", deletions());
+    };
+    block_on(async {
+        let (one, other) = (locks(&server).await, locks(&server).await);
+        let held = one.lock("k").await.unwrap();
+        let waiting = tokio::spawn(async move { other.lock("k").await.unwrap() });
+        until("it waits", async || one.inspect("k").await.unwrap().waiters.len() == 1).await;
+        enter_the_dead();
+        held.release().await.unwrap();
+        let next = waiting.await.unwrap();
+        all_passed();
+        enter_the_dead();
+        assert_eq!(one.inspect("k").await.unwrap().waiters.len(), 0);
+        all_passed();
+        next.release().await.unwrap();
+    });
+}
+
 /// Fifty tasks of one handle on ten keys and one key each, while connections are ended.
 #[test]
 fn many_callers_share_requests_and_never_a_key() {

@@ -73,8 +73,8 @@ impl Election {
         Ok(self.request.clone().try_acquire().await?.map(|guard| Leadership { guard }))
     }
 
-    /// Leads again and again: runs `body` for each term, until it returns a value. When a term ends under it, its future is
-    /// dropped at its next await, and this stands in line again.
+    /// Leads again and again: runs `body` for each term, until it returns a value while it leads. When a term ends under it, its
+    /// future is dropped at its next await, and this stands in line again.
     ///
     /// ```
     /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
@@ -94,12 +94,13 @@ impl Election {
             let leadership = self.campaign().await?;
             tokio::select! {
                 biased;
+                // First, so that a body that returns because the term has ended does not count as done.
+                _ = leadership.lost() => {}
                 value = body(&leadership) => {
                     // A resignation that failed is told by an event, and the keeper goes on with it.
                     let _resigned = leadership.resign().await;
                     return Ok(value);
                 }
-                _ = leadership.lost() => {}
             }
         }
     }

@@ -40,6 +40,8 @@ mod push;
 mod redis;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+#[cfg(feature = "postgres")]
+mod streams;
 mod types;
 #[cfg(any(feature = "firestore", feature = "postgres", feature = "redis", feature = "sqlite"))]
 mod url;

@@ -4,6 +4,7 @@
 //! and answers into outcomes.
 
 mod borrowed;
+mod check;
 mod config;
 mod connect;
 mod error;
@@ -11,37 +12,33 @@ mod listen;
 mod rows;
 mod together;
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::task::AbortHandle;
 use tokio_postgres::{Row, Transaction};
 
 use self::borrowed::UsersPool;
 use self::config::Config;
 use self::connect::{Parameter, Pool, lock};
-use self::error::{NAME, error, from_answer, malformed};
+use self::error::{NAME, from_answer, malformed};
 use self::rows::{column, granted, micros, not_after, number, parameters, span, states, time};
 use self::together::{Step, Together};
 use crate::clock::{BootTime, Clock, jitter};
-use crate::error::{ErrorKind, Result};
+use crate::error::Result;
 use crate::fence::Fence;
 use crate::key::Key;
+use crate::store::streams::Streams;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, EndOutcome, EvictOutcome,
-    EvictRequest, ExtendOutcome, GrantStream, KeyState, LostToken, OpenOutcome, OpenSession, PollOutcome, Push,
-    PushSender, Queued, Reply, Store, push_channel,
+    EvictRequest, ExtendOutcome, GrantStream, KeyState, LostToken, OpenOutcome, OpenSession, PollOutcome, Queued,
+    Reply, Store,
 };
 use crate::token::{SessionId, TokenId};
 
 /// The schema, with `@schema@` for its name.
 const SCHEMA: &str = include_str!("schema.sql");
-
-/// The version of the schema that this program speaks.
-const VERSION: i32 = 2;
 
 /// Housekeeping is done with a beat, not more often than this.
 const TIDY_EVERY: Duration = Duration::from_secs(10);
@@ -104,33 +101,18 @@ struct Inner {
     together: Mutex<Together>,
     creates_schema: AtomicBool,
     is_checked: tokio::sync::Mutex<bool>,
-    listeners: Mutex<HashMap<SessionId, Listener>>,
+    streams: Streams,
     /// Pushes do not come.
     is_deaf: Arc<AtomicBool>,
     tidied: Mutex<BootTime>,
     clock: Clock,
 }
 
-/// A session's stream, and what fills it.
-#[derive(Debug)]
-struct Listener {
-    pushes: PushSender,
-    task: Option<AbortHandle>,
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Some(task) = &self.task {
-            task.abort();
-        }
-    }
-}
-
 impl Postgres {
     /// A store at this URL. Nothing is connected yet.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] if the URL is malformed.
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if the URL is malformed.
     pub fn from_url(url: &str) -> Result<Self> {
         Ok(Self::new(Config::from_url(url)?, None))
     }
@@ -162,7 +144,7 @@ impl Postgres {
     /// ```
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] if the URL is malformed, or outside of a runtime.
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if the URL is malformed, or outside of a runtime.
     pub fn from_pool<C, E, F>(
         url: &str,
         get: impl Fn() -> F + Send + Sync + 'static,
@@ -182,7 +164,7 @@ impl Postgres {
             pool: Arc::new(Pool::new(config, users)),
             together: Mutex::default(),
             is_checked: tokio::sync::Mutex::new(false),
-            listeners: Mutex::default(),
+            streams: Streams::default(),
             is_deaf: Arc::new(AtomicBool::new(false)),
             tidied: Mutex::new(BootTime::from_nanos(0)),
             clock: Clock::system(),
@@ -206,8 +188,9 @@ impl Postgres {
     /// Runs [`schema_sql`](Self::schema_sql). Several may do so at once.
     ///
     /// # Errors
-    /// [`ErrorKind::Unauthorized`] without the right to create, [`ErrorKind::Misconfigured`] if a newer version is there,
-    /// [`ErrorKind::Unavailable`] if the server cannot be reached.
+    /// [`ErrorKind::Unauthorized`](crate::ErrorKind::Unauthorized) without the right to create,
+    /// [`ErrorKind::Misconfigured`](crate::ErrorKind::Misconfigured) if a newer version is there,
+    /// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) if the server cannot be reached.
     pub async fn apply_schema(&self) -> Result<()> {
         self.inner.pool.run_script(&self.schema_sql()).await
     }
@@ -227,7 +210,8 @@ impl Postgres {
     /// ```
     ///
     /// # Errors
-    /// [`ErrorKind::Lost`] if the hold is over, or those of a step. The transaction can only be rolled back then.
+    /// [`ErrorKind::Lost`](crate::ErrorKind::Lost) if the hold is over, or those of a step. The transaction can only be
+    /// rolled back then.
     pub async fn check_fence(&self, transaction: &Transaction<'_>, key: &Key, fence: Fence) -> Result<()> {
         let statement = format!("SELECT {}.check_fence($1,$2,$3)", self.inner.pool.config.schema);
         let fence = i64::try_from(fence.get()).unwrap_or(i64::MAX);
@@ -269,74 +253,13 @@ impl Inner {
         Ok(told.into_iter().chain(own).min())
     }
 
-    /// Looks once whether the database can be used, and whether it would lose locks.
-    async fn check(&self, session: SessionId) -> Result<()> {
-        let mut is_checked = self.is_checked.lock().await;
-        if *is_checked {
-            return Ok(());
-        }
-        let schema = &self.pool.config.schema;
-        let statement = format!("SELECT version, id FROM {schema}.version()");
-        let meta = match self.pool.ask_for_session(&statement, &[]).await {
-            Err(fault) if fault.kind() == ErrorKind::Misconfigured && self.creates_schema.load(Ordering::Relaxed) => {
-                self.pool.run_script(&SCHEMA.replace("@schema@", schema)).await?;
-                self.pool.ask_for_session(&statement, &[]).await?
-            }
-            answer => answer?,
-        };
-        let meta = meta.first().ok_or_else(malformed)?;
-        let version: i32 = column(meta, "version")?;
-        if version != VERSION {
-            let mend = if version > VERSION { "update this program" } else { "run `stanchion schema --apply`" };
-            let message = format!("the schema is of version {version}, this program speaks {VERSION}: {mend}");
-            return Err(error(ErrorKind::Misconfigured, message));
-        }
-        if self.pool.is_of_user() {
-            let theirs = self.pool.ask(&statement, &[]).await?;
-            if column::<&str>(theirs.first().ok_or_else(malformed)?, "id")? != column::<&str>(meta, "id")? {
-                let message = "the connections of the pool reach another database than the URL does";
-                return Err(error(ErrorKind::Misconfigured, message));
-            }
-        }
-        let settings = "SELECT current_setting('server_encoding') AS encoding, current_setting('fsync') AS fsync, \
-                        current_setting('full_page_writes') AS pages, current_setting('synchronous_commit') AS commit";
-        let settings = self.pool.ask_for_session(settings, &[]).await?;
-        let settings = settings.first().ok_or_else(malformed)?;
-        let setting = |name| column::<String>(settings, name);
-        if setting("encoding")? != "UTF8" {
-            let message =
-                "the database is not in UTF-8: names of keys would not be kept; create it with ENCODING 'UTF8'";
-            return Err(error(ErrorKind::Misconfigured, message));
-        }
-        for (name, what) in [("fsync", "fsync"), ("pages", "full_page_writes"), ("commit", "synchronous_commit")] {
-            if setting(name)? == "off" {
-                self.tell(session, format!("{what} is off: a crash of the server may lose grants that were answered"));
-            }
-        }
-        *is_checked = true;
-        Ok(())
-    }
-
-    fn tell(&self, session: SessionId, warning: String) {
-        if let Some(listener) = lock(&self.listeners).get(&session) {
-            listener.pushes.send(Push::Warning(warning));
-        }
-    }
-
     async fn listen(&self, session: SessionId) -> Result<()> {
         if self.pool.config.listen.is_none() {
             return Ok(());
         }
-        let pushes = lock(&self.listeners)
-            .get(&session)
-            .filter(|listener| listener.task.is_none())
-            .map(|listener| listener.pushes.clone());
-        if let Some(pushes) = pushes {
+        if let Some(pushes) = self.streams.unfilled(session) {
             let task = listen::start(&self.pool, session, pushes, self.is_deaf.clone()).await?;
-            match lock(&self.listeners).get_mut(&session) {
-                Some(listener) => listener.task = Some(task),
-                None => task.abort(),
-            }
+            self.streams.fill(session, task);
         }
         Ok(())
     }
@@ -416,15 +339,15 @@ impl Store for Postgres {
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
         let id = session.as_bytes().as_slice();
         let rows = self.inner.session_rows("close_session", parameters![id => BYTEA]).await?;
-        lock(&self.inner.listeners).remove(&session);
+        self.inner.streams.end(session);
         Ok(Reply { time: time(rows.first().ok_or_else(malformed)?)?, outcome: () })
     }
 
     async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
         let id = session.as_bytes().as_slice();
-        let rows = self.inner.session_rows("session_lives", parameters![id => BYTEA]).await?;
-        let row = rows.first().ok_or_else(malformed)?;
-        Ok(Reply { time: time(row)?, outcome: column(row, "alive")? })
+        // Of any session, by as many as like: not where the own one is kept.
+        let row = self.inner.step("session_lives", parameters![id => BYTEA]).await?;
+        Ok(Reply { time: time(&row)?, outcome: column(&row, "alive")? })
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
@@ -534,8 +457,6 @@ impl Store for Postgres {
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {
-        let (pushes, stream) = push_channel();
-        lock(&self.inner.listeners).insert(session, Listener { pushes, task: None });
-        stream
+        self.inner.streams.begin(session)
     }
 }

@@ -142,6 +142,7 @@ DECLARE
   now bigint := @schema@.clock();
   used bigint;
   first @schema@.queue;
+  dropped integer;
 BEGIN
   DELETE FROM @schema@.holds h WHERE h.key = rec.key
     AND (h.deadline <= now OR h.bound AND NOT @schema@.lives(h.session, now));
@@ -150,8 +151,12 @@ BEGIN
     SELECT * INTO first FROM @schema@.queue q WHERE q.key = rec.key ORDER BY q.place LIMIT 1;
     EXIT WHEN NOT FOUND;
     IF NOT @schema@.lives(first.session, now) THEN
-      DELETE FROM @schema@.queue q WHERE q.key = rec.key AND q.place = first.place;
-      rec.waiting := rec.waiting - 1;
+      -- All the dead before the first who lives, at once: there may be thousands.
+      DELETE FROM @schema@.queue q WHERE q.key = rec.key AND q.place < coalesce(
+        (SELECT l.place FROM @schema@.queue l JOIN @schema@.sessions s ON s.id = l.session
+         WHERE l.key = rec.key AND s.expires > now ORDER BY l.place LIMIT 1), 9223372036854775807);
+      GET DIAGNOSTICS dropped = ROW_COUNT;
+      rec.waiting := rec.waiting - dropped;
       CONTINUE;
     END IF;
     EXIT WHEN rec.closed_until IS NOT NULL;
@@ -237,13 +242,15 @@ BEGIN
   RETURN (SELECT count(*) FROM @schema@.queue q WHERE q.key = wanted AND q.place < before);
 END $$;
 
--- The steps. `at` is the time of the store; spans are µs.
+-- The steps. `at` is the time of the store; spans are µs. Where rows of one key come and go, only the plain scan of an index
+-- remembers which entries are dead; without these settings a plan for small or unknown tables is kept while they grow.
 
 CREATE OR REPLACE FUNCTION @schema@.acquire(
   wanted text, asked_token bytea, asked_session bytea, asked_units integer, asked_capacity integer, asked_bound boolean,
   asked_term bigint, enqueue boolean, not_after bigint, asked_metadata text, asked_trace text,
   OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -339,7 +346,8 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.poll(
   wanted text, asked_token bytea,
   OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -384,10 +392,13 @@ END $$;
 
 CREATE OR REPLACE FUNCTION @schema@.finish(
   wanted text, asked_token bytea, cooldown bigint, OUT outcome text, OUT at bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
+  heir record;
+  passed integer;
 BEGIN
   PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted));
   IF cooldown IS NULL THEN
@@ -398,6 +409,39 @@ BEGIN
       outcome := 'released';
       at := @schema@.clock();
       RETURN;
+    END IF;
+    -- The short way of a hand-off, from one mutex without a deadline to another.
+    SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted FOR UPDATE;
+    at := @schema@.clock();
+    IF rec.waiting > 0 AND rec.closed_until IS NULL AND rec.fence < 9223372036854775807 THEN
+      SELECT q.place, q.token, q.session, q.metadata, q.trace, q.bound AND q.term IS NULL AND q.capacity = 1 AS is_plain,
+        s.owner INTO heir
+      FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
+      WHERE q.key = wanted AND s.expires > at ORDER BY q.place LIMIT 1;
+      IF heir.is_plain THEN
+        DELETE FROM @schema@.holds h USING @schema@.sessions s WHERE h.key = wanted AND h.token = asked_token
+          AND h.bound AND h.deadline IS NULL AND h.capacity = 1 AND s.id = h.session AND s.expires > at;
+        IF FOUND THEN
+          -- Those before it are dead.
+          DELETE FROM @schema@.queue q WHERE q.key = wanted AND q.place <= heir.place;
+          GET DIAGNOSTICS passed = ROW_COUNT;
+          rec.waiting := rec.waiting - passed;
+          rec.fence := greatest(at, rec.fence + 1);
+          IF rec.waiting = 0 THEN
+            UPDATE @schema@.keys k SET fence = rec.fence, waiting = 0, token = heir.token, session = heir.session,
+              at = at, metadata = heir.metadata, trace = heir.trace,
+              busy = EXISTS (SELECT FROM @schema@.forced f WHERE f.key = wanted)
+            WHERE k.key = wanted;
+          ELSE
+            INSERT INTO @schema@.holds VALUES (wanted, heir.token, heir.session, true, NULL, rec.fence, 1, 1, heir.owner,
+              at, heir.metadata, heir.trace);
+            UPDATE @schema@.keys k SET fence = rec.fence, waiting = rec.waiting WHERE k.key = wanted;
+          END IF;
+          PERFORM @schema@.tell(heir.session, 'G' || encode(heir.token, 'hex') || rec.fence || ' ' || wanted);
+          outcome := 'released';
+          RETURN;
+        END IF;
+      END IF;
     END IF;
   END IF;
   rec := @schema@.take(wanted);
@@ -423,7 +467,8 @@ CREATE OR REPLACE FUNCTION @schema@.together(
   enqueues boolean[], latest bigint[], metadata text[], traces text[], cooldowns bigint[]
 ) RETURNS TABLE (
   place bigint, outcome text, at bigint, fence bigint, remaining bigint, number bigint, check_in bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_column
 DECLARE
   until bigint := @schema@.clock() + 10000;
@@ -490,7 +535,8 @@ END $$;
 
 CREATE OR REPLACE FUNCTION @schema@.extend(
   wanted text, asked_token bytea, ttl bigint, OUT outcome text, OUT at bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -506,7 +552,8 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.adopt(
   wanted text, from_token bytea, to_token bytea, by_session bytea, not_after bigint,
   OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT bound boolean
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -536,7 +583,8 @@ END $$;
 -- Ends a hold by force. Where there is none of this fence, `live` are those there are.
 CREATE OR REPLACE FUNCTION @schema@.evict(
   wanted text, asked_fence bigint, why text, OUT outcome text, OUT at bigint, OUT live text
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -566,7 +614,8 @@ $$ SELECT m.version, m.id::text FROM @schema@.meta m $$;
 
 CREATE OR REPLACE FUNCTION @schema@.open_session(
   asked bytea, lives_for bigint, who text, OUT outcome text, OUT at bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 BEGIN
   at := @schema@.clock();
@@ -577,7 +626,8 @@ END $$;
 -- The first row tells of the session, the others of what it lost by force.
 CREATE OR REPLACE FUNCTION @schema@.beat(asked bytea)
 RETURNS TABLE (outcome text, at bigint, token bytea, key text, reason text)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   time bigint;
@@ -602,7 +652,8 @@ END $$;
 
 -- Ends a session, and serves those who waited for it.
 CREATE OR REPLACE FUNCTION @schema@.close_session(asked bytea, OUT at bigint)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   touched text;
@@ -661,7 +712,8 @@ $$;
 CREATE OR REPLACE FUNCTION @schema@.inspect(wanted text)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
   bound boolean, since bigint, remaining bigint, metadata text, trace text)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 BEGIN
   -- Only where somebody waits does settling change what is to be seen.
@@ -677,7 +729,8 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.list(beginning text, after text, most bigint)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
   bound boolean, since bigint, remaining bigint, metadata text, trace text)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
@@ -734,7 +787,8 @@ END $$;
 -- Housekeeping, a little at a time: sessions, holds and waiters of the dead, keys that nobody uses any more. Whoever beats
 -- calls it now and then; of several that do, one works.
 CREATE OR REPLACE FUNCTION @schema@.tidy() RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
@@ -772,6 +826,19 @@ END $$;
 
 -- The rights of the steps are given by name; the rest is for the owner alone.
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA @schema@ FROM PUBLIC;
+
+-- A step that an older version did not have is for those who may take the others.
+DO $$
+DECLARE
+  who regrole;
+BEGIN
+  FOR who IN
+    SELECT a.grantee FROM pg_proc p, aclexplode(p.proacl) a
+    WHERE p.oid = '@schema@.beat(bytea)'::regprocedure AND a.privilege_type = 'EXECUTE' AND a.grantee <> p.proowner
+  LOOP
+    EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives TO %s', who);
+  END LOOP;
+END $$;
 
 INSERT INTO @schema@.meta (version) VALUES (2) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
 

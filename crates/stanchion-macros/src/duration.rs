@@ -1,0 +1,69 @@
+//! Durations as people write them: `30`, `1.5`, `500ms`, `5m`, `1h 30m`.
+
+use std::time::Duration;
+
+/// Reads one; none if it is no duration.
+pub(crate) fn parse(text: &str) -> Option<Duration> {
+    if let Some(seconds) = number(text) {
+        return scaled(seconds, 1.0);
+    }
+    let mut sum = Duration::ZERO;
+    let mut rest = text.trim();
+    if rest.is_empty() {
+        return None;
+    }
+    while !rest.is_empty() {
+        let (digits, after) = rest.split_at(rest.find(|c: char| c.is_ascii_alphabetic())?);
+        let (unit, after) = after.split_at(after.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(after.len()));
+        let seconds = match unit {
+            "ms" => 0.001,
+            "s" | "sec" => 1.0,
+            "m" | "min" => 60.0,
+            "h" => 3_600.0,
+            "d" => 86_400.0,
+            _ => return None,
+        };
+        sum = sum.checked_add(scaled(number(digits)?, seconds)?)?;
+        rest = after.trim_start();
+    }
+    Some(sum)
+}
+
+/// Digits with at most one point among them, and no sign, exponent or word for infinity.
+fn number(text: &str) -> Option<f64> {
+    let text = text.trim();
+    text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.').then(|| text.parse().ok())?
+}
+
+/// Rounded to a microsecond, so that 0.1s is 100 ms.
+fn scaled(number: f64, seconds: f64) -> Option<Duration> {
+    let micros = (number * seconds * 1e6).round();
+    (micros < 1e18).then(|| Duration::from_micros(micros as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_read_as_people_write_them() {
+        let ms = Duration::from_millis;
+        for (text, means) in [
+            ("30", ms(30_000)),
+            ("1.5", ms(1_500)),
+            ("500ms", ms(500)),
+            ("0.1s", ms(100)),
+            ("5m", ms(300_000)),
+            ("1h 30m", ms(5_400_000)),
+            ("1h30min", ms(5_400_000)),
+            (" 2 d ", ms(172_800_000)),
+            ("0", ms(0)),
+        ] {
+            assert_eq!(parse(text), Some(means), "{text}");
+        }
+        for wrong in ["", " ", "five", "5 minutes", "-1s", "1e3", "s", "5mm", "1.2.3s", "inf", "9999999999999d", "5s 3"]
+        {
+            assert_eq!(parse(wrong), None, "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,9 @@
+#![allow(dead_code, unused_variables)]
+struct Error;
+
+#[stanchion_macros::locked(key = "k", locks = LOCKS)]
+fn work() -> Result<(), Error> {
+    Ok(())
+}
+
+fn main() {}

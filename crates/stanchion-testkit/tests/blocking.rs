@@ -1,0 +1,60 @@
+//! The blocking surface on the stores that need no server, and what does not depend on the store.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod blocking_cases;
+
+use stanchion::blocking::Locks;
+use stanchion::store::{Memory, Sqlite};
+use stanchion::{Event, Locks as AsyncLocks};
+use stanchion_testkit::servers::FirestoreFake;
+
+blocking_cases!(memory, {
+    let store = Memory::new();
+    move || Locks::with_store(store.clone()).unwrap()
+});
+
+blocking_cases!(sqlite, {
+    let folder = tempfile::tempdir().unwrap();
+    move || Locks::with_store(Sqlite::open(folder.path().join("store")).unwrap()).unwrap()
+});
+
+blocking_cases!(firestore_fake, {
+    let fake = FirestoreFake::start();
+    move || Locks::open(&fake.url()).unwrap()
+});
+
+#[test]
+fn events_are_waited_for_until_the_handle_is_gone() {
+    let locks = Locks::open("memory:").unwrap();
+    let events = locks.events();
+    let listener = std::thread::spawn(move || events.collect::<Vec<_>>());
+    let fence = locks.lock("k").run(|guard| guard.fence()).unwrap();
+    drop(locks);
+    let events = listener.join().unwrap();
+    let acquired = events.iter().position(|event| matches!(event, Event::Acquired { fence: f, .. } if *f == fence));
+    let released = events.iter().position(|event| matches!(event, Event::Released { fence: f, .. } if *f == fence));
+    assert!(acquired.is_some() && acquired < released, "{events:?}");
+}
+
+#[test]
+fn a_handle_and_its_guards_are_the_same_in_async_code() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let asynchronous = runtime.block_on(AsyncLocks::builder("memory:").namespace("n").open()).unwrap();
+    let blocking = Locks::from(asynchronous.clone());
+    assert_eq!(blocking.session(), asynchronous.session());
+    let guard = blocking.lock("k").acquire().unwrap().into_async();
+    assert!(runtime.block_on(blocking.as_async().is_locked("k")).unwrap());
+    runtime.block_on(guard.release()).unwrap();
+    assert!(!blocking.is_locked("k").unwrap());
+}
+
+#[test]
+fn a_panic_in_the_body_releases() {
+    let locks = Locks::open("memory:").unwrap();
+    let ended = std::thread::spawn({
+        let locks = locks.clone();
+        move || locks.lock("k").run(|_| std::panic::resume_unwind(Box::new("on purpose")))
+    });
+    assert!(ended.join().is_err());
+    assert!(locks.lock("k").acquire().unwrap().is_held());
+}

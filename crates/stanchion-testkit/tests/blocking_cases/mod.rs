@@ -1,0 +1,183 @@
+//! What the blocking surface does on every store.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "tests wait on the real clock, and may panic"
+)]
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use stanchion::blocking::Locks;
+use stanchion::store::EvictOutcome;
+use stanchion::{ErrorKind, LossCause, Released};
+
+/// A handle on the same data each time.
+pub(crate) type Open<'a> = &'a dyn Fn() -> Locks;
+
+const LONG: Duration = Duration::from_secs(30);
+
+/// Every case for a store, given by a function that makes an [`Open`] and what it needs.
+#[macro_export]
+macro_rules! blocking_cases {
+    ($name:ident, $open:expr) => {
+        mod $name {
+            #[allow(unused_imports)]
+            use super::*;
+            $crate::blocking_cases! { $open;
+                the_whole_surface_without_a_runtime, one_at_a_time_between_threads, works_in_spawn_blocking,
+                works_inside_a_task_of_a_runtime_of_one_thread, a_body_is_told_that_the_lock_is_lost,
+                a_closed_handle_refuses, a_wait_is_cancelled_from_another_thread,
+            }
+        }
+    };
+    ($open:expr; $($case:ident),* $(,)?) => {
+        $(#[test] fn $case() {
+            let open = $open;
+            $crate::blocking_cases::$case(&open);
+        })*
+    };
+}
+
+fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !so() {
+        assert!(start.elapsed() < LONG, "never: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+pub(crate) fn the_whole_surface_without_a_runtime(open: Open<'_>) {
+    let (locks, other) = (open(), open());
+    let guard = locks.lock("k").metadata("first").acquire().unwrap();
+    let first = guard.fence();
+    assert!(guard.is_held());
+    assert!(locks.is_locked("k").unwrap());
+    let state = other.inspect("k").unwrap();
+    assert_eq!((state.holders[0].fence, state.holders[0].metadata.as_deref()), (first, Some("first")));
+    assert_eq!(other.list("").unwrap().len(), 1);
+    assert!(other.try_lock("k").unwrap().is_none());
+    let limited = other.lock("k").wait(Duration::from_millis(20)).acquire();
+    assert_eq!(limited.unwrap_err().kind(), ErrorKind::Timeout);
+    let waiter = std::thread::spawn({
+        let other = other.clone();
+        move || other.lock("k").acquire().unwrap()
+    });
+    until("it waits", || locks.inspect("k").unwrap().waiters.len() == 1);
+    assert_eq!(guard.release().unwrap(), Released::Now);
+    let guard = waiter.join().unwrap();
+    assert!(guard.fence() > first);
+    drop(guard);
+
+    let guard = locks.lock("term").ttl(LONG).acquire().unwrap();
+    guard.extend(LONG * 3).unwrap();
+    assert!(guard.remaining().unwrap() > LONG);
+    let token = guard.detach();
+    assert!(other.owns(&token).unwrap());
+    let guard = other.adopt(token).unwrap();
+    let evicted = locks.force_release("term", guard.fence(), "a test").unwrap();
+    assert_eq!(evicted, EvictOutcome::Evicted);
+    assert_eq!(guard.lost(), LossCause::Forced);
+    assert_eq!(guard.release().unwrap(), Released::AlreadyLost);
+    other.drain("enough");
+    assert_eq!(other.lock("new").acquire().unwrap_err().kind(), ErrorKind::Draining);
+    other.close().unwrap();
+    locks.close().unwrap();
+}
+
+pub(crate) fn one_at_a_time_between_threads(open: Open<'_>) {
+    let (inside, total) = (AtomicU32::new(0), AtomicU32::new(0));
+    let handles = [open(), open()];
+    std::thread::scope(|scope| {
+        for locks in &handles {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..5 {
+                        let work = || {
+                            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "alone");
+                            std::thread::yield_now();
+                            inside.fetch_sub(1, Ordering::SeqCst);
+                            total.fetch_add(1, Ordering::SeqCst);
+                        };
+                        locks.lock("k").run(|_| work()).unwrap();
+                    }
+                });
+            }
+        }
+    });
+    assert_eq!(total.into_inner(), 40);
+    assert!(!handles[0].is_locked("k").unwrap());
+}
+
+pub(crate) fn works_in_spawn_blocking(open: Open<'_>) {
+    let locks = open();
+    let mut runtimes = [tokio::runtime::Builder::new_current_thread(), tokio::runtime::Builder::new_multi_thread()];
+    for builder in &mut runtimes {
+        let runtime = builder.enable_all().build().unwrap();
+        let held = locks.lock("k").acquire().unwrap();
+        let before = held.fence();
+        let waiter = locks.clone();
+        let waiting = runtime.spawn_blocking(move || waiter.lock("k").run(|guard| guard.fence()));
+        until("it waits", || locks.inspect("k").unwrap().waiters.len() == 1);
+        drop(held);
+        assert!(runtime.block_on(waiting).unwrap().unwrap() > before);
+    }
+}
+
+/// Its thread is blocked, so nothing may depend on that runtime; and Tokio's budget for a task, 128 operations, is never
+/// renewed, because the task does not yield.
+pub(crate) fn works_inside_a_task_of_a_runtime_of_one_thread(open: Open<'_>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let locks = open();
+    let (done, is_done) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        let task = async move {
+            for _ in 0..150 {
+                locks.lock("k").acquire().unwrap().release().unwrap();
+            }
+            locks.close().unwrap();
+        };
+        runtime.block_on(async { tokio::spawn(task).await }).unwrap();
+        done.send(()).unwrap();
+    });
+    is_done.recv_timeout(LONG).expect("it does not wait for itself");
+    thread.join().unwrap();
+}
+
+pub(crate) fn a_body_is_told_that_the_lock_is_lost(open: Open<'_>) {
+    let (locks, other) = (open(), open());
+    let outcome = locks.lock("k").run(|guard| {
+        let token = guard.cancel_token();
+        other.force_release("k", guard.fence(), "a test").unwrap();
+        until("it is told", || token.is_cancelled());
+        guard.check().unwrap_err().kind()
+    });
+    assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Lost(LossCause::Forced));
+    assert_eq!(locks.lock("k").run(|_| 42).unwrap(), 42);
+    assert!(!other.is_locked("k").unwrap(), "released when it returns");
+}
+
+pub(crate) fn a_closed_handle_refuses(open: Open<'_>) {
+    let locks = open();
+    let guard = locks.lock("k").acquire().unwrap();
+    locks.close().unwrap();
+    assert_eq!(guard.lost(), LossCause::Closed);
+    assert_eq!(locks.lock("other").acquire().unwrap_err().kind(), ErrorKind::Draining);
+    // What it asks of the store is answered or refused, and comes back.
+    let _answered_or_not = locks.inspect("k");
+}
+
+pub(crate) fn a_wait_is_cancelled_from_another_thread(open: Open<'_>) {
+    let locks = open();
+    let _held = locks.lock("k").acquire().unwrap();
+    let cancel = tokio_util::sync::CancellationToken::new();
+    let waiting = std::thread::spawn({
+        let request = locks.lock("k").cancel(cancel.clone());
+        move || request.acquire().unwrap_err()
+    });
+    until("it waits", || locks.inspect("k").unwrap().waiters.len() == 1);
+    cancel.cancel();
+    assert_eq!(waiting.join().unwrap().kind(), ErrorKind::Cancelled);
+    until("its place is given up", || locks.inspect("k").unwrap().waiters.is_empty());
+}

@@ -1,0 +1,73 @@
+//! A response's body, perhaps with the lock that is held until it has ended.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+
+use crate::error::{Error, ErrorKind, LossCause};
+use crate::guard::Guard;
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+pin_project! {
+    /// The body of a response that came through a [`LockLayer`](super::LockLayer).
+    pub struct LockedBody<B> {
+        #[pin]
+        body: B,
+        // Dropping it releases.
+        lost: Option<Pin<Box<dyn Future<Output = LossCause> + Send>>>,
+    }
+}
+
+impl<B> LockedBody<B> {
+    pub(super) fn free(body: B) -> Self {
+        Self { body, lost: None }
+    }
+
+    pub(super) fn holding(body: B, guard: Arc<Guard>) -> Self {
+        Self { body, lost: Some(Box::pin(async move { guard.lost().await })) }
+    }
+}
+
+impl<B: fmt::Debug> fmt::Debug for LockedBody<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LockedBody").field("body", &self.body).field("is_locked", &self.lost.is_some()).finish()
+    }
+}
+
+impl<B: Body> Body for LockedBody<B>
+where
+    B::Error: Into<BoxError>,
+{
+    type Data = B::Data;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<B::Data>, BoxError>>> {
+        let mut this = self.project();
+        if let Some(lost) = this.lost
+            && let Poll::Ready(cause) = lost.as_mut().poll(context)
+        {
+            *this.lost = None;
+            let message = format!("lost while the response was sent: {cause}");
+            return Poll::Ready(Some(Err(Error::new(ErrorKind::Lost(cause), message).into())));
+        }
+        let frame = ready!(this.body.as_mut().poll_frame(context));
+        if !matches!(frame, Some(Ok(_))) || this.body.is_end_stream() {
+            *this.lost = None;
+        }
+        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
