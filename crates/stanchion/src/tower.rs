@@ -27,7 +27,7 @@
 //! | the key is none: empty, too long | 400 |
 //! | an option is out of its range | 500 |
 //!
-//! Answers of the layer have the default body, an empty one, and the [`Error`](crate::Error) behind them in their
+//! Answers of the layer have the default body, an empty one, and the [`Error`] behind them in their
 //! extensions, as `Arc<Error>`.
 //!
 //! The request that reaches the service has two extensions: the [`Fence`](crate::Fence), to be sent with every side effect,

@@ -242,15 +242,15 @@ BEGIN
   RETURN (SELECT count(*) FROM @schema@.queue q WHERE q.key = wanted AND q.place < before);
 END $$;
 
--- The steps. `at` is the time of the store; spans are µs. Where rows of one key come and go, only the plain scan of an index
--- remembers which entries are dead; without these settings a plan for small or unknown tables is kept while they grow.
+-- The steps. `at` is the time of the store; spans are µs. Where rows of one key come and go, the plain scan of an index
+-- remembers which entries are dead; a bitmap, which is what unknown tables are planned with, meets them each time.
 
 CREATE OR REPLACE FUNCTION @schema@.acquire(
   wanted text, asked_token bytea, asked_session bytea, asked_units integer, asked_capacity integer, asked_bound boolean,
   asked_term bigint, enqueue boolean, not_after bigint, asked_metadata text, asked_trace text,
   OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -347,7 +347,7 @@ CREATE OR REPLACE FUNCTION @schema@.poll(
   wanted text, asked_token bytea,
   OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -393,7 +393,7 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.finish(
   wanted text, asked_token bytea, cooldown bigint, OUT outcome text, OUT at bigint
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -468,7 +468,7 @@ CREATE OR REPLACE FUNCTION @schema@.together(
 ) RETURNS TABLE (
   place bigint, outcome text, at bigint, fence bigint, remaining bigint, number bigint, check_in bigint
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off AS $$
 #variable_conflict use_column
 DECLARE
   until bigint := @schema@.clock() + 10000;
@@ -536,7 +536,7 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.extend(
   wanted text, asked_token bytea, ttl bigint, OUT outcome text, OUT at bigint
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -553,7 +553,7 @@ CREATE OR REPLACE FUNCTION @schema@.adopt(
   wanted text, from_token bytea, to_token bytea, by_session bytea, not_after bigint,
   OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT bound boolean
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -584,7 +584,7 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.evict(
   wanted text, asked_fence bigint, why text, OUT outcome text, OUT at bigint, OUT live text
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -615,7 +615,7 @@ $$ SELECT m.version, m.id::text FROM @schema@.meta m $$;
 CREATE OR REPLACE FUNCTION @schema@.open_session(
   asked bytea, lives_for bigint, who text, OUT outcome text, OUT at bigint
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 BEGIN
   at := @schema@.clock();
@@ -627,7 +627,7 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.beat(asked bytea)
 RETURNS TABLE (outcome text, at bigint, token bytea, key text, reason text)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   time bigint;
@@ -653,7 +653,7 @@ END $$;
 -- Ends a session, and serves those who waited for it.
 CREATE OR REPLACE FUNCTION @schema@.close_session(asked bytea, OUT at bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   touched text;
@@ -713,7 +713,7 @@ CREATE OR REPLACE FUNCTION @schema@.inspect(wanted text)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
   bound boolean, since bigint, remaining bigint, metadata text, trace text)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 BEGIN
   -- Only where somebody waits does settling change what is to be seen.
@@ -730,7 +730,7 @@ CREATE OR REPLACE FUNCTION @schema@.list(beginning text, after text, most bigint
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
   bound boolean, since bigint, remaining bigint, metadata text, trace text)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
@@ -788,7 +788,7 @@ END $$;
 -- calls it now and then; of several that do, one works.
 CREATE OR REPLACE FUNCTION @schema@.tidy() RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
