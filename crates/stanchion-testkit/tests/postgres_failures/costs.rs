@@ -67,6 +67,32 @@ fn only_a_hand_off_notifies() {
     });
 }
 
+/// A plan that seems dear is compiled by the server, which takes longer than all that it does.
+#[test]
+fn no_step_is_compiled() {
+    let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);
+    server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
+    server.psql("CREATE EXTENSION pg_stat_statements");
+    block_on(async {
+        let (locks, other) = (locks(&server).await, locks(&server).await);
+        let held = locks.lock("k").wait(SECOND).ttl(60 * SECOND).await.unwrap();
+        let waiting = tokio::spawn(async move { other.lock("k").await.unwrap() });
+        until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+        held.extend(50 * SECOND).await.unwrap();
+        held.release().await.unwrap();
+        let held = waiting.await.unwrap();
+        let fence = held.fence();
+        locks.force_release("k", fence, "stuck").await.unwrap();
+        assert_eq!(locks.list("").await.unwrap().len(), 0);
+        server.psql("SELECT stanchion.tidy()");
+        locks.close().await.unwrap();
+    });
+    let compiled = "SELECT count(*) || ' of ' || sum(calls), sum(jit_functions) FROM pg_stat_statements \
+                    WHERE query LIKE '%stanchion%'";
+    let compiled = server.psql(compiled);
+    assert!(compiled.ends_with("|0"), "{compiled}");
+}
+
 /// What a queue has of dead waiters is passed over at once, by a hand-off and by a look.
 #[test]
 fn thousands_of_dead_waiters_cost_one_statement() {
