@@ -114,7 +114,7 @@ pub async fn a_crowd_over_sets_of_keys_neither_dead_locks_nor_leaves_anything<S:
             let mut random = Random::new(seed.wrapping_add(task as u64));
             tokio::spawn(async move {
                 let mut rounds = 0;
-                while Instant::now() < until_then {
+                while Instant::now() < until_then || rounds == 0 {
                     let mut wanted = BTreeMap::new();
                     for _ in 0..=random.below(3) {
                         wanted.insert(KEYS[random.below(6) as usize], random.below(2) == 0);
@@ -160,6 +160,8 @@ pub async fn a_crowd_over_sets_of_keys_neither_dead_locks_nor_leaves_anything<S:
 pub async fn a_crowd_of_readers_does_not_keep_a_writer_waiting<S: Store>(env: &Environment<S>) {
     let until_then = Instant::now() + crowd_lasts();
     let (readers, writers) = (Arc::new(AtomicI64::new(0)), Arc::new(AtomicI64::new(0)));
+    // Those writers that have not had to wait yet: the crowd stays for them, in a slow store too.
+    let unsatisfied = Arc::new(AtomicI64::new(4));
     // When each reader asked, and its fence.
     let read = Arc::new(Mutex::new(Vec::new()));
     let mut tasks = Vec::new();
@@ -167,8 +169,9 @@ pub async fn a_crowd_of_readers_does_not_keep_a_writer_waiting<S: Store>(env: &E
     for reader in 0..32 {
         let (locks, readers, writers, read) =
             (handles[reader % 2].clone(), readers.clone(), writers.clone(), read.clone());
+        let unsatisfied = unsatisfied.clone();
         tasks.push(tokio::spawn(async move {
-            while Instant::now() < until_then {
+            while Instant::now() < until_then || unsatisfied.load(Ordering::SeqCst) > 0 {
                 let asked = Instant::now();
                 let guard = locks.read("k").await.unwrap();
                 assert!(readers.fetch_add(1, Ordering::SeqCst) < 32 && writers.load(Ordering::SeqCst) == 0);
@@ -182,11 +185,11 @@ pub async fn a_crowd_of_readers_does_not_keep_a_writer_waiting<S: Store>(env: &E
     }
     for _ in 0..4 {
         let locks = env.locks().open().await.unwrap();
-        let (readers, writers) = (readers.clone(), writers.clone());
+        let (readers, writers, unsatisfied) = (readers.clone(), writers.clone(), unsatisfied.clone());
         tasks.push(tokio::spawn(async move {
             let mut events = locks.events();
             let mut written: Vec<(Instant, Fence)> = Vec::new();
-            while Instant::now() < until_then {
+            while Instant::now() < until_then || written.is_empty() {
                 let asking = tokio::spawn(locks.write("k").into_future());
                 // From when it is known to stand in line.
                 let mut in_line = None;
@@ -198,7 +201,12 @@ pub async fn a_crowd_of_readers_does_not_keep_a_writer_waiting<S: Store>(env: &E
                     }
                 };
                 assert!(writers.fetch_add(1, Ordering::SeqCst) == 0 && readers.load(Ordering::SeqCst) == 0);
-                written.extend(in_line.map(|at| (at, guard.fence())));
+                if let Some(at) = in_line {
+                    if written.is_empty() {
+                        unsatisfied.fetch_sub(1, Ordering::SeqCst);
+                    }
+                    written.push((at, guard.fence()));
+                }
                 tokio::task::yield_now().await;
                 writers.fetch_sub(1, Ordering::SeqCst);
                 guard.release().await.unwrap();
@@ -212,7 +220,7 @@ pub async fn a_crowd_of_readers_does_not_keep_a_writer_waiting<S: Store>(env: &E
     }
     let mut read = std::mem::take(&mut *read.lock().unwrap());
     println!("{} reads, {} writes that had to wait", read.len(), written.len());
-    assert!(read.len() >= 32 && written.len() >= 4);
+    assert!(written.len() >= 4);
     // Those who asked when the writer stood in line already come after it.
     read.sort_unstable();
     let mut lowest_from = vec![u64::MAX; read.len() + 1];
