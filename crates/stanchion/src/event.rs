@@ -144,7 +144,8 @@ impl futures_core::Stream for EventStream {
 pub(crate) struct Observer {
     listeners: Mutex<Arc<Vec<Listener>>>,
     count: AtomicUsize,
-    telemetry: Telemetry,
+    /// None: nobody collects.
+    telemetry: Option<Telemetry>,
 }
 
 #[derive(Clone, Debug)]
@@ -155,11 +156,11 @@ struct Listener {
 
 impl Observer {
     pub(crate) fn new(telemetry: Telemetry) -> Self {
-        Self { telemetry, ..Self::default() }
+        Self { telemetry: Some(telemetry), ..Self::default() }
     }
 
     pub(crate) fn telemetry(&self) -> Telemetry {
-        self.telemetry
+        self.telemetry.unwrap_or_default()
     }
 
     pub(crate) fn listen(&self) -> EventStream {
@@ -173,11 +174,14 @@ impl Observer {
     /// Tells an event, which is made only if somebody listens.
     pub(crate) fn tell(&self, event: impl FnOnce() -> Event) {
         let is_heard = self.count.load(Ordering::Acquire) != 0;
-        if !is_heard && !self.telemetry.is_on() {
+        let collector = self.telemetry.filter(|telemetry| telemetry.is_on());
+        if !is_heard && collector.is_none() {
             return;
         }
         let event = event();
-        self.telemetry.tell(&event);
+        if let Some(collector) = collector {
+            collector.tell(&event);
+        }
         if !is_heard {
             return;
         }
