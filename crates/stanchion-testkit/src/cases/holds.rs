@@ -240,7 +240,7 @@ pub async fn fences_rise_over_every_grant_however_the_last_one_ended<S: Store>(e
     let actor = env.actor().await;
     let mut last = None;
     for round in 0..40 {
-        let session = env.mortal(SHORT).await;
+        let session = env.actor().await;
         let request = fixed(&session, Duration::from_millis(20));
         let request = if round % 4 == 0 { request } else { session.request(&key("k")) };
         let granted = session.gets(&request).await;
