@@ -154,7 +154,7 @@ impl Firestore {
     /// A store at this URL. Nothing is connected yet.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] if the URL is malformed.
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if the URL is malformed.
     pub fn from_url(url: &str) -> Result<Self> {
         Self::with_clock(url, Clock::system())
     }
