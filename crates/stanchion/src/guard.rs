@@ -201,6 +201,11 @@ impl Guard {
         Ok(())
     }
 
+    /// A sign of life, and nothing else.
+    pub(crate) fn beat(&self, now: BootTime) {
+        self.hold.heartbeat(now);
+    }
+
     /// Sleeps under the lock, with [`heartbeat`](Guard::heartbeat)s. It ends early, with an error, when the hold is lost or the
     /// handle drains.
     ///

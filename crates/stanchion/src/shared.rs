@@ -15,7 +15,7 @@ use crate::event::{Event, Observer};
 use crate::fence::Fence;
 use crate::keeper::Command;
 use crate::key::Key;
-use crate::on_lost::OnLost;
+use crate::on_lost::{Losses, OnLost};
 use crate::retry::{Repeated, RetryPolicy, repeat};
 use crate::store::{Capabilities, Reply, Store, StoreTime};
 use crate::telemetry::{ShownKeys, Telemetry};
@@ -55,6 +55,7 @@ pub(crate) struct Shared {
     store_clock: Mutex<Option<(StoreTime, BootTime)>>,
     commands: mpsc::UnboundedSender<Command>,
     warnings: Mutex<Vec<String>>,
+    losses: Losses,
     drain_reason: OnceLock<String>,
     draining: CancellationToken,
     /// Fires when the handle is being closed: what waits to be ended is ended at once.
@@ -142,6 +143,7 @@ impl Shared {
             store_clock: Mutex::default(),
             commands,
             warnings: Mutex::default(),
+            losses: Losses::default(),
             drain_reason: OnceLock::new(),
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
@@ -341,7 +343,7 @@ impl Shared {
         if !hold.lose(cause) {
             return;
         }
-        hold.on_lost.as_ref().unwrap_or(&self.config.on_lost).carry_out(hold, cause);
+        self.losses.carry_out(hold.on_lost.as_ref().unwrap_or(&self.config.on_lost), hold, cause);
         if cause.leaves_grace() {
             self.keep(hold);
         }
@@ -380,6 +382,20 @@ pub(crate) struct End {
 }
 
 impl End {
+    /// Of a token of which this process knows nothing but its name.
+    pub(crate) fn of_token(key: Key, token: TokenId) -> Self {
+        Self {
+            key,
+            token,
+            cooldown: None,
+            unanswered_until: None,
+            session: None,
+            not_before: BootTime::from_nanos(0),
+            over_at: BootTime::NEVER,
+            released: None,
+        }
+    }
+
     pub(crate) fn of_hold(hold: &Hold, cooldown: Option<Duration>) -> Self {
         Self {
             key: hold.key.clone(),

@@ -63,8 +63,14 @@ impl Telemetry {
         #[cfg(feature = "tracing")]
         let call = {
             use tracing::Instrument as _;
-            let key = self.shown(key);
-            call.instrument(tracing::debug_span!("stanchion.acquire", key, store = self.store))
+            let span = tracing::debug_span!("stanchion.acquire", key = tracing::field::Empty, store = self.store);
+            // On the way of every call: no text is made for nobody.
+            if !span.is_disabled()
+                && let Some(key) = self.shown(key)
+            {
+                span.record("key", key);
+            }
+            call.instrument(span)
         };
         call
     }

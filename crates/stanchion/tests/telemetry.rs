@@ -31,6 +31,12 @@ impl<S: tracing::Subscriber> Layer<S> for Log {
         self.0.lock().unwrap().push((event.metadata().name().to_owned(), text.0));
     }
 
+    fn on_record(&self, _: &tracing::Id, values: &tracing::span::Record<'_>, _: Context<'_, S>) {
+        let mut text = Text(String::new());
+        values.record(&mut text);
+        self.0.lock().unwrap().push(("stanchion.acquire".to_owned(), text.0));
+    }
+
     fn on_new_span(&self, span: &tracing::span::Attributes<'_>, _: &tracing::Id, _: Context<'_, S>) {
         let mut text = Text(String::new());
         span.record(&mut text);

@@ -192,6 +192,7 @@ macro_rules! for_every_case {
             primitives::who_waits_for_a_run_finds_it_done,
             primitives::a_slot_is_run_once_however_clocks_differ,
             primitives::the_last_run_is_known,
+            primitives::a_run_of_the_longest_name_is_recorded,
             primitives::a_leader_resigns_and_the_next_in_line_leads,
             primitives::what_became_of_a_hold_is_told,
             primitives::a_long_job_gives_signs_of_life_and_hears_when_to_stop,

@@ -359,6 +359,17 @@ pub async fn the_last_run_is_known<S: Store>(env: &Environment<S>) {
     assert_eq!(two.last_run("another").await.unwrap(), None);
 }
 
+pub async fn a_run_of_the_longest_name_is_recorded<S: Store>(env: &Environment<S>) {
+    // Each byte of it is written as three where a store cannot have it as it is.
+    let (namespace, key) = ("/".repeat(stanchion::MAX_NAMESPACE_BYTES), "\u{1}%".repeat(stanchion::MAX_KEY_BYTES / 2));
+    let locks = env.locks().namespace(&namespace).open().await.unwrap();
+    assert_eq!(locks.once(&key).slot(1).run(async |_| Ok::<_, Error>(1)).await.unwrap(), Outcome::Ran(1));
+    assert_eq!(locks.last_run(&key).await.unwrap().unwrap().slot, Some(1));
+    assert!(matches!(locks.once(&key).slot(1).run(must_not_run).await.unwrap(), Outcome::Skipped { .. }));
+    let other = env.locks().namespace(&"/".repeat(stanchion::MAX_NAMESPACE_BYTES - 1)).open().await.unwrap();
+    assert_eq!(other.last_run(&key).await.unwrap(), None);
+}
+
 pub async fn a_leader_resigns_and_the_next_in_line_leads<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().owner("one").open().await.unwrap(), env.locks().owner("two").open().await.unwrap());
     let mut observed = two.elect("office").observe();

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::clock::BootTime;
 use crate::event::Event;
 use crate::key::Key;
 use crate::retry::{limited, sleep_unless_back};
@@ -78,16 +77,7 @@ async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
 
 /// Ends a token of which this process knows nothing but its name.
 pub(super) fn end_unknown(shared: &Arc<Shared>, key: Key, token: TokenId) {
-    shared.command(super::Command::End(End {
-        key,
-        token,
-        cooldown: None,
-        unanswered_until: None,
-        session: None,
-        not_before: BootTime::from_nanos(0),
-        over_at: BootTime::NEVER,
-        released: None,
-    }));
+    shared.command(super::Command::End(End::of_token(key, token)));
 }
 
 pub(super) fn tell_released(shared: &Shared, end: &End) {

@@ -5,6 +5,7 @@
 //!    goes the same way, so none waits for one that waits for it.
 //! 2. What was granted so far is in guards: whatever ends the call drops them, and that releases.
 
+use std::convert::Infallible;
 use std::future::{Future, IntoFuture};
 use std::ops::Deref;
 use std::pin::Pin;
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::fence::Fence;
 use crate::guard::{Guard, Released};
@@ -97,7 +99,7 @@ impl LockAllRequest {
         self
     }
 
-    /// As [`LockRequest::heartbeat_within`], for all keys: see [`Guards::heartbeat`].
+    /// As [`LockRequest::heartbeat_within`], for all keys, from when all are held: see [`Guards::heartbeat`].
     pub fn heartbeat_within(mut self, silence: Duration) -> Self {
         self.pattern = self.pattern.heartbeat_within(silence);
         self
@@ -197,16 +199,24 @@ impl LockAllRequest {
             // What is left of the limit; a limit that is over by now is not one attempt without waiting.
             let left = |limit: Duration| limit.saturating_sub(waited).max(Duration::from_nanos(1));
             request.wait = request.wait.map(|limit| if limit.is_zero() { limit } else { left(limit) });
+            // Nothing is done under a key before all are held, so nothing is closed behind it.
+            request.cooldown = None;
             let granted = tokio::select! {
                 biased;
                 granted = wait::acquire(&request) => granted,
                 (key, cause) = guards.lost() => return Err(guards.lost_error(&key, cause)),
+                never = guards.keep_alive(&shared.clock, request.heartbeat_within) => match never {},
             };
             match granted? {
                 Some(guard) => guards.guards.push(guard),
                 None => return Ok(None),
             }
         }
+        guards.check()?;
+        for guard in &guards.guards {
+            guard.set_cooldown(self.pattern.cooldown)?;
+        }
+        guards.beat(shared.clock.now());
         Ok(Some(guards))
     }
 }
@@ -222,7 +232,8 @@ impl IntoFuture for LockAllRequest {
             let message = format!("not all keys were obtained within {limit:?}");
             match self.acquire().await {
                 Ok(Some(guards)) => Ok(guards),
-                Ok(None) => Err(shared.error(ErrorKind::Timeout, message)),
+                // Only a limit of zero ends so.
+                Ok(None) => Err(shared.error(ErrorKind::Busy, "not all keys are free, and this was not to wait")),
                 Err(error) if error.kind() == ErrorKind::Timeout => Err(error.restate(ErrorKind::Timeout, message)),
                 Err(error) => Err(error),
             }
@@ -312,6 +323,19 @@ impl Guards {
             }
         }
         outcome
+    }
+
+    /// Gives signs of life for work that has not begun: the last of the keys is still waited for.
+    async fn keep_alive(&self, clock: &Clock, within: Option<Duration>) -> Infallible {
+        let Some(within) = within else { return std::future::pending().await };
+        loop {
+            clock.sleep(within / 3).await;
+            self.beat(clock.now());
+        }
+    }
+
+    fn beat(&self, now: BootTime) {
+        self.guards.iter().for_each(|guard| guard.beat(now));
     }
 
     fn lost_error(&self, key: &Key, cause: LossCause) -> Error {

@@ -5,7 +5,6 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::clock::BootTime;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::Fence;
 use crate::keeper::Command;
@@ -96,7 +95,7 @@ impl Run {
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(crate) run: Option<Run>,
-    /// The records that are there: the newest, and one that was not ended yet.
+    /// The records that are there: that of the run, and some that were not ended yet.
     records: Vec<TokenId>,
 }
 
@@ -110,7 +109,7 @@ pub(crate) async fn last_run(locks: &Locks, key: &Key) -> Result<Found> {
     let companion = companion(key)?;
     let reply = shared.step(|| shared.store.inspect(&companion)).await.result;
     let holders = reply.map_err(|error| error.with_key(key))?.outcome.holders;
-    let mut newest: Option<(Fence, Run)> = None;
+    let mut last: Option<Run> = None;
     let mut records = Vec::new();
     for holder in holders {
         let text = holder.metadata.as_deref().unwrap_or_default();
@@ -119,11 +118,12 @@ pub(crate) async fn last_run(locks: &Locks, key: &Key) -> Result<Found> {
             return Err(shared.error(ErrorKind::Misconfigured, message).with_key(key));
         };
         records.push(token);
-        if newest.as_ref().is_none_or(|(fence, _)| *fence < holder.fence) {
-            newest = Some((holder.fence, run));
+        // By the lock that it ran under: a record may arrive after that of a later run.
+        if last.as_ref().is_none_or(|last| last.fence < run.fence) {
+            last = Some(run);
         }
     }
-    Ok(Found { run: newest.map(|(_, run)| run), records })
+    Ok(Found { run: last, records })
 }
 
 /// Records a run, in place of those before it. Only with the lock of the key.
@@ -150,16 +150,7 @@ pub(crate) async fn record(locks: &Locks, key: &Key, run: &Run, former: Found) -
         return Err(Error::new(ErrorKind::Unavailable, message).with_key(key).with_store(shared.capabilities.name));
     }
     for token in former.records {
-        shared.command(Command::End(End {
-            key: companion.clone(),
-            token,
-            cooldown: None,
-            unanswered_until: None,
-            session: None,
-            not_before: BootTime::from_nanos(0),
-            over_at: BootTime::NEVER,
-            released: None,
-        }));
+        shared.command(Command::End(End::of_token(companion.clone(), token)));
     }
     Ok(())
 }

@@ -1,0 +1,99 @@
+//! What is made of locks, where things go wrong: late messages, long waits, many losses at once.
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
+
+use std::collections::HashSet;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use stanchion::store::{Fault, Faulty, Memory, Step};
+use stanchion::{Error, ErrorKind, Locks, OnLost, Outcome, RetryPolicy, VirtualClock};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+async fn until(what: &str, mut so: impl AsyncFnMut() -> bool) {
+    for _ in 0..10_000 {
+        if so().await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    panic!("never: {what}");
+}
+
+#[tokio::test]
+async fn several_keys_that_are_not_all_had_close_none() {
+    let locks = Locks::open("memory:").await.unwrap();
+    let _held = locks.lock("b").await.unwrap();
+    let request = || locks.lock_all(["a", "b"]).cooldown(60 * SECOND);
+    assert!(request().try_acquire().await.unwrap().is_none());
+    let waits = request().wait(Duration::from_millis(20)).await.unwrap_err();
+    assert_eq!(waits.kind(), ErrorKind::Timeout);
+    assert_eq!(request().wait(Duration::ZERO).await.unwrap_err().kind(), ErrorKind::Busy);
+    drop(tokio::time::timeout(Duration::from_millis(20), request().into_future()).await);
+    until("it is free", async || !locks.is_locked("a").await.unwrap()).await;
+    assert_eq!(locks.inspect("a").await.unwrap().closed_for, None, "nothing was done under it");
+    drop(_held);
+    drop(request().await.unwrap());
+    until("it is closed", async || locks.inspect("a").await.unwrap().closed_for.is_some()).await;
+}
+
+#[tokio::test]
+async fn the_first_of_several_keys_stays_while_the_last_is_waited_for() {
+    let time = VirtualClock::new();
+    let store = Memory::with_clock(time.clock());
+    let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
+    let held = locks.lock("b").await.unwrap();
+    let waiting = tokio::spawn(locks.lock_all(["a", "b"]).heartbeat_within(SECOND).into_future());
+    until("it waits", async || locks.inspect("b").await.unwrap().waiters.len() == 1).await;
+    // Nobody could give a sign of life of work that has not begun.
+    for _ in 0..50 {
+        time.advance(SECOND / 10);
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    held.release().await.unwrap();
+    let guards = waiting.await.unwrap().unwrap();
+    guards.check().unwrap();
+    // From now on it is the work's.
+    time.advance(SECOND * 2);
+    assert!(guards.check().is_err());
+}
+
+#[tokio::test]
+async fn a_record_that_comes_late_is_not_the_last_run() {
+    let memory = Memory::new();
+    let slow = Faulty::new(memory.clone());
+    let retry = RetryPolicy { attempts: 1, ..RetryPolicy::default() };
+    let one = Locks::builder_with_store(slow.clone()).retry(retry).open().await.unwrap();
+    let two = Locks::with_store(memory).await.unwrap();
+    let ran = one.once("k").slot(5).run(async |_| {
+        // The record of this run is on its way for a while.
+        slow.faults().next(Step::Acquire, Fault::Hold);
+        Ok::<_, Error>(())
+    });
+    assert_eq!(ran.await.unwrap(), Outcome::Ran(()), "it was run, recorded or not");
+    two.once("k").slot(6).run(async |_| Ok::<_, Error>(())).await.unwrap();
+    assert_eq!(slow.faults().deliver().await, 1);
+    assert_eq!(two.last_run("k").await.unwrap().unwrap().slot, Some(6));
+    let again = two.once("k").slot(6).run(async |_| Ok::<_, Error>(())).await.unwrap();
+    assert!(matches!(again, Outcome::Skipped { .. }), "{again:?}");
+}
+
+#[tokio::test]
+async fn many_losses_at_once_are_told_by_one_thread() {
+    let (sender, calls) = mpsc::channel();
+    let hook = OnLost::hook(move |loss| sender.send((loss.fence, std::thread::current().id())).unwrap());
+    let locks = Locks::builder("memory:").on_lost(hook).open().await.unwrap();
+    let mut guards = Vec::new();
+    for key in 0..500 {
+        guards.push(locks.lock(format!("k{key}")).await.unwrap());
+    }
+    locks.close().await.unwrap();
+    let mut told = HashSet::new();
+    let mut threads = HashSet::new();
+    for _ in 0..500 {
+        let (fence, thread) = calls.recv_timeout(30 * SECOND).unwrap();
+        told.insert(fence);
+        threads.insert(thread);
+    }
+    assert_eq!((told.len(), threads.len()), (500, 1));
+}
