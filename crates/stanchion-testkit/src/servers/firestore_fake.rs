@@ -132,6 +132,11 @@ impl FirestoreFake {
         self.inner.is_unauthenticated.store(refuses, Ordering::SeqCst);
     }
 
+    /// How many streams are open.
+    pub fn streams(&self) -> usize {
+        self.inner.streams.receiver_count()
+    }
+
     /// Ends every stream, as a service does that is being replaced.
     pub fn end_streams(&self) {
         self.inner.streams.send_modify(|ended| *ended += 1);
@@ -289,9 +294,11 @@ impl Inner {
             let (inner, first) = (self.clone(), first.clone());
             async move {
                 if !is_first {
+                    // A stream that was ended tells nothing that changed since.
                     tokio::select! {
-                        _ = changed.changed() => {}
+                        biased;
                         _ = ended.changed() => return None,
+                        _ = changed.changed() => {}
                     }
                 }
                 if inner.deaf.load(Ordering::SeqCst) && !is_first {

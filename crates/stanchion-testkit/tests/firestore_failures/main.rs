@@ -313,6 +313,7 @@ fn a_stream_that_ends_is_opened_again() {
         one.gets(&held).await;
         let waiting = two.request("k");
         two.asks(&waiting).await;
+        until("both listen", async || fake.streams() == 2).await;
         let listened = fake.called("Listen");
         fake.end_streams();
         one.store.release(&key("k"), held.token, None).await.unwrap();
