@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use stanchion::store::{
     AcquireOutcome, AcquireRequest, Demand, EndOutcome, GrantStream, Granted, KeyState, Liveness, OpenOutcome,
-    OpenSession, PollOutcome, Push, Queued, StoreTime, Term,
+    OpenSession, PollOutcome, Prefixed, Push, Queued, StoreTime, Term,
 };
-use stanchion::{Builder, Clock, Key, Locks, SessionId, Store, TokenId, VirtualClock};
+use stanchion::{Builder, Clock, Key, Locks, MAX_NAMESPACE_BYTES, SessionId, Store, TokenId, VirtualClock};
 
 /// How long a condition may take to come true before a test fails.
 const GENEROUS: Duration = Duration::from_secs(30);
@@ -75,10 +75,20 @@ impl<S: Store> Environment<S> {
         self
     }
 
+    /// The same with each handle inside of another store.
+    pub fn wrapped<T: Store>(self, wrap: impl Fn(S) -> T + Send + Sync + 'static) -> Environment<T> {
+        let open = self.open;
+        Environment { open: Box::new(move || wrap(open())), time: self.time, kept: self.kept }
+    }
+
     /// The same through `Arc<dyn Store>`.
     pub fn erase(self) -> Environment<Arc<dyn Store>> {
-        let open = self.open;
-        Environment { open: Box::new(move || Arc::new(open()) as Arc<dyn Store>), time: self.time, kept: self.kept }
+        self.wrapped(|store| Arc::new(store) as Arc<dyn Store>)
+    }
+
+    /// The same with every key under the longest prefix.
+    pub fn prefixed(self) -> Environment<Prefixed<S>> {
+        self.wrapped(|store| Prefixed::new(store, &"é/".repeat(MAX_NAMESPACE_BYTES / 3)).unwrap())
     }
 
     /// A handle of the store.
@@ -96,7 +106,12 @@ impl<S: Store> Environment<S> {
 
     /// A handle of the library on this store.
     pub fn locks(&self) -> Builder {
-        Locks::builder_with_store(self.open()).clock(self.time.as_ref().map_or_else(Clock::system, VirtualClock::clock))
+        self.locks_on(self.open())
+    }
+
+    /// A handle of the library on a store that goes by the same clock.
+    pub fn locks_on(&self, store: impl Store) -> Builder {
+        Locks::builder_with_store(store).clock(self.time.as_ref().map_or_else(Clock::system, VirtualClock::clock))
     }
 
     /// Somebody with a session that outlives the test.

@@ -1,7 +1,7 @@
 //! Firestore against the whole suite, in the fake: where a machine has no emulator, the store is tested like this, and the
 //! fake is tested by the emulator's results.
 
-use stanchion::store::Firestore;
+use stanchion::store::{Firestore, Prefixed};
 use stanchion_testkit::servers::FirestoreFake;
 use stanchion_testkit::{Environment, conformance};
 
@@ -11,3 +11,8 @@ fn fake() -> Environment<Firestore> {
     Environment::new(move || Firestore::from_url(&url).unwrap()).keeping(fake)
 }
 conformance!(suite, fake);
+
+fn in_a_prefix() -> Environment<Prefixed<Firestore>> {
+    fake().prefixed()
+}
+conformance!(prefixed, in_a_prefix);

@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use stanchion::store::{Postgres, Store as _};
+use stanchion::store::{Postgres, Prefixed, Store as _};
 use stanchion::{Key, TokenId};
 use stanchion_testkit::servers::{PgBouncer, Postgres as Kind, PostgresServer};
 use stanchion_testkit::{Environment, conformance};
@@ -42,6 +42,11 @@ macro_rules! versions {
 }
 
 versions! { postgres_15 V15, postgres_18 V18 }
+
+fn in_a_prefix() -> Environment<Prefixed<Postgres>> {
+    postgres_15().prefixed()
+}
+conformance!(prefixed, in_a_prefix);
 
 /// With certificates that are verified, and as a user that has no more rights than the documentation says.
 fn with_few_rights_over_tls() -> Environment<Postgres> {

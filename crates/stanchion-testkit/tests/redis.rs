@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use stanchion::TokenId;
-use stanchion::store::Redis;
+use stanchion::store::{Prefixed, Redis};
 use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisSentinel, RedisServer, certificates};
 use stanchion_testkit::{Environment, conformance};
 
@@ -29,6 +29,11 @@ macro_rules! versions {
 }
 
 versions! { redis_6 Redis6, redis_7 Redis7, redis_8 Redis8, valkey_8 Valkey8, valkey_9 Valkey9 }
+
+fn in_a_prefix() -> Environment<Prefixed<Redis>> {
+    redis_7().prefixed()
+}
+conformance!(prefixed, in_a_prefix);
 
 fn by_unix_socket() -> Environment<Redis> {
     static SERVER: OnceLock<RedisServer> = OnceLock::new();

@@ -223,6 +223,14 @@ impl Error {
         self
     }
 
+    /// Puts this key in the place of the one that is there.
+    pub(crate) fn replace_key(mut self, key: &Key) -> Self {
+        if let Some(there) = &mut self.0.key {
+            *there = key.clone();
+        }
+        self
+    }
+
     /// Adds the store's name, unless one is there already.
     #[must_use]
     pub fn with_store(mut self, store: &'static str) -> Self {

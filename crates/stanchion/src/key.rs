@@ -74,10 +74,27 @@ impl Key {
         if name.contains('\0') {
             return Err(invalid("a key may not hold a NUL character".into()));
         }
+        Ok(Self::joined(namespace, &name))
+    }
+
+    fn joined(namespace: &str, name: &str) -> Self {
         let mut text = namespace_prefix(namespace);
         let name_at = text.len() as u16;
-        text.push_str(&name);
-        Ok(Self { text: text.into(), name_at })
+        text.push_str(name);
+        Self { text: text.into(), name_at }
+    }
+
+    /// The key whose name is all of this one, in another namespace.
+    pub(crate) fn within(&self, namespace: &str) -> Self {
+        Self::joined(namespace, self.as_encoded())
+    }
+
+    /// The key that is this one within the namespace.
+    pub(crate) fn without(&self, namespace: &str) -> Result<Self, Error> {
+        match self.as_encoded().strip_prefix(&namespace_prefix(namespace)) {
+            Some(text) => Self::from_encoded(text),
+            None => Err(malformed()),
+        }
     }
 
     /// Reads back a key from [`Key::as_encoded`], for stores that keep it as text.
@@ -85,15 +102,12 @@ impl Key {
     /// # Errors
     /// [`ErrorKind::Internal`] if the text was not made by [`Key::as_encoded`].
     pub fn from_encoded(text: &str) -> Result<Self, Error> {
-        let parsed = text.split_once(':').and_then(|(length, rest)| {
-            let length = if length.is_empty() { 0 } else { length.parse::<usize>().ok()? };
-            Some((rest.get(..length)?, rest.get(length..)?))
-        });
-        match parsed {
-            Some((namespace, name)) => Self::join(namespace, name)
-                .map_err(|error| Error::new(ErrorKind::Internal, "the store holds a malformed key").with_source(error)),
-            None => Err(Error::new(ErrorKind::Internal, "the store holds a malformed key")),
-        }
+        let (length, rest) = text.split_once(':').ok_or_else(malformed)?;
+        let length = if length.is_empty() { 0 } else { length.parse().map_err(|_| malformed())? };
+        let (namespace, name) = rest.split_at_checked(length).ok_or_else(malformed)?;
+        // It was checked when it was made, and a key within a namespace may be longer than a user's.
+        let key = Self::joined(namespace, name);
+        if name.is_empty() || key.as_encoded() != text { Err(malformed()) } else { Ok(key) }
     }
 
     /// The whole key as one text, with its namespace: what a store keeps. Injective.
@@ -132,6 +146,10 @@ pub(crate) fn namespace_prefix(namespace: &str) -> String {
 
 pub(crate) fn normal(text: &str) -> Cow<'_, str> {
     if text.is_ascii() || is_nfc(text) { text.into() } else { text.nfc().collect() }
+}
+
+fn malformed() -> Error {
+    Error::new(ErrorKind::Internal, "the store holds a malformed key")
 }
 
 fn invalid(message: String) -> Error {
@@ -203,8 +221,24 @@ mod tests {
             assert_eq!(read, key);
             assert_eq!((read.namespace(), read.name()), (namespace, name));
         }
-        for text in ["", "abc", "9:a", "x:a", "0:"] {
+        for text in ["", "abc", "9:a", "x:a", "0:", "0:a", "01:ab", "1:ü"] {
             assert_eq!(Key::from_encoded(text).unwrap_err().kind(), ErrorKind::Internal, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_key_within_a_namespace_is_read_back_whole() {
+        let longest = (&*"n".repeat(MAX_NAMESPACE_BYTES), &*"x".repeat(MAX_KEY_BYTES));
+        // The name of the third begins with an accent for whatever comes before it.
+        for (namespace, name) in [("", "a"), longest, ("e", "\u{301}x"), ("", ":")] {
+            let key = Key::new(namespace, name).unwrap();
+            for within in ["tenant", longest.0, "", "é"] {
+                let outer = key.within(within);
+                assert_eq!(Key::from_encoded(outer.as_encoded()).unwrap(), outer);
+                assert_eq!(outer.without(within).unwrap(), key);
+                assert!(outer.without("tenan").is_err());
+                assert!(key.companion("runs").unwrap().within(within).without(within).is_ok());
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 //! them all, once.
 #![allow(missing_docs, reason = "a case's name says what it is")]
 
+pub mod cancellation;
 pub mod concurrency;
 pub mod forced;
 pub mod handoff;
@@ -196,6 +197,9 @@ macro_rules! for_every_case {
             primitives::a_leader_resigns_and_the_next_in_line_leads,
             primitives::what_became_of_a_hold_is_told,
             primitives::a_long_job_gives_signs_of_life_and_hears_when_to_stop,
+            cancellation::a_call_that_is_dropped_at_any_await_leaves_nothing,
+            cancellation::a_wait_that_is_dropped_at_any_await_leaves_nothing [Push],
+            cancellation::what_is_made_of_locks_may_be_dropped_at_any_await,
         }
     };
 }

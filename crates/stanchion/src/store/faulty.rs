@@ -34,6 +34,23 @@ pub enum Step {
 }
 
 impl Step {
+    /// Every step.
+    pub const ALL: &[Self] = &[
+        Self::OpenSession,
+        Self::Beat,
+        Self::CloseSession,
+        Self::SessionLives,
+        Self::Acquire,
+        Self::Poll,
+        Self::Abandon,
+        Self::Release,
+        Self::Extend,
+        Self::Adopt,
+        Self::Evict,
+        Self::Inspect,
+        Self::List,
+    ];
+
     /// Its name, in lower case with underscores: as logs and metrics have it.
     pub fn name(self) -> &'static str {
         match self {
@@ -415,6 +432,7 @@ impl<S: Store> Store for Faulty<S> {
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {
-        self.inner.grants(session).lossy(self.faults.0.lose_pushes.clone())
+        let lose = self.faults.0.lose_pushes.clone();
+        self.inner.grants(session).filter_map(move |push| (!lose.load(Ordering::SeqCst)).then_some(push))
     }
 }

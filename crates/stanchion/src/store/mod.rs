@@ -35,6 +35,7 @@ mod memory;
 mod observed;
 #[cfg(feature = "postgres")]
 mod postgres;
+mod prefixed;
 mod push;
 #[cfg(feature = "redis")]
 mod redis;
@@ -55,6 +56,7 @@ pub use self::redis::Redis;
 pub use faulty::{Fault, Faults, Faulty, Step};
 pub use memory::Memory;
 pub use observed::{Observed, StepDone};
+pub use prefixed::Prefixed;
 pub use push::{GrantStream, Push, PushSender, push_channel};
 #[cfg(feature = "sqlite")]
 pub use sqlite::Sqlite;

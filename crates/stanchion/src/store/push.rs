@@ -1,8 +1,7 @@
 //! Pushes: what a store tells a session without being asked.
 
+use std::fmt;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use tokio::sync::mpsc;
@@ -40,11 +39,17 @@ pub enum Push {
 }
 
 /// The push stream of a session.
-#[derive(Debug)]
 pub struct GrantStream {
     pushes: mpsc::UnboundedReceiver<Push>,
-    /// While set, pushes get lost: for tests.
-    lossy: Option<Arc<AtomicBool>>,
+    changes: Vec<Change>,
+}
+
+type Change = Box<dyn Fn(Push) -> Option<Push> + Send + Sync>;
+
+impl fmt::Debug for GrantStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GrantStream").field("pushes", &self.pushes).finish_non_exhaustive()
+    }
 }
 
 /// The sending half of a [`GrantStream`], for store authors. Clones send to the same stream.
@@ -54,7 +59,7 @@ pub struct PushSender(mpsc::UnboundedSender<Push>);
 /// A stream and its sending half.
 pub fn push_channel() -> (PushSender, GrantStream) {
     let (sender, receiver) = mpsc::unbounded_channel();
-    (PushSender(sender), GrantStream { pushes: receiver, lossy: None })
+    (PushSender(sender), GrantStream { pushes: receiver, changes: Vec::new() })
 }
 
 impl PushSender {
@@ -73,17 +78,18 @@ impl GrantStream {
         std::future::poll_fn(|context| self.poll_push(context)).await
     }
 
-    pub(super) fn lossy(mut self, lossy: Arc<AtomicBool>) -> Self {
-        self.lossy = Some(lossy);
+    /// What `change` makes of each push, for stores around others; `None` drops it.
+    #[must_use]
+    pub fn filter_map(mut self, change: impl Fn(Push) -> Option<Push> + Send + Sync + 'static) -> Self {
+        self.changes.push(Box::new(change));
         self
     }
 
     fn poll_push(&mut self, context: &mut Context<'_>) -> Poll<Option<Push>> {
         loop {
-            let push = std::task::ready!(self.pushes.poll_recv(context));
-            let lost = self.lossy.as_ref().is_some_and(|lossy| lossy.load(Ordering::SeqCst));
-            if push.is_none() || !lost {
-                return Poll::Ready(push);
+            let Some(push) = std::task::ready!(self.pushes.poll_recv(context)) else { return Poll::Ready(None) };
+            if let Some(push) = self.changes.iter().try_fold(push, |push, change| change(push)) {
+                return Poll::Ready(Some(push));
             }
         }
     }

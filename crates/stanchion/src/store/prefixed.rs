@@ -1,0 +1,163 @@
+//! A store whose keys are all within one namespace of another store: for tenants who must not meet.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::*;
+use crate::error::{Error, ErrorKind};
+use crate::key::{check_namespace, namespace_prefix, normal};
+
+/// Wraps a store and puts every key, with the namespace that it has, into one namespace of that store.
+///
+/// [`Builder::namespace`](crate::Builder::namespace) does it for one handle. This is for code that opens handles by
+/// itself: whatever namespaces it chooses, it sees and locks nothing outside of the prefix. Sessions are not put apart;
+/// a session's id is random.
+///
+/// In the store that is wrapped, the key `job` without a namespace is the key `:job` of the namespace `prefix`, and the
+/// key `job` of the namespace `night` is `5:nightjob` there ([`Key::as_encoded`]).
+///
+/// ```
+/// use stanchion::{Locks, store::{Memory, Prefixed}};
+///
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// let store = Memory::new();
+/// let one = Locks::with_store(Prefixed::new(store.clone(), "tenant-1")?).await?;
+/// let two = Locks::with_store(Prefixed::new(store.clone(), "tenant-2")?).await?;
+/// let guard = one.lock("job").await?;
+/// assert!(two.try_lock("job").await?.is_some(), "it is another key");
+/// assert_eq!(two.list("").await?.len(), 0);
+///
+/// let everything = Locks::builder_with_store(store).namespace("tenant-1").open().await?;
+/// assert!(everything.is_locked(":job").await?);
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
+#[derive(Clone, Debug)]
+pub struct Prefixed<S> {
+    inner: S,
+    prefix: Arc<str>,
+}
+
+impl<S: Store> Prefixed<S> {
+    /// Keeps the keys apart from those of other prefixes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if the prefix is empty or no namespace: at most
+    /// 128 bytes, no NUL, and no U+0001 at its beginning.
+    pub fn new(store: S, prefix: &str) -> Result<Self> {
+        let prefix = normal(prefix);
+        if prefix.is_empty() {
+            let message = "the prefix is empty: give it 1 to 128 bytes, or use the store without one";
+            return Err(Error::new(ErrorKind::InvalidArgument, message));
+        }
+        check_namespace(&prefix)?;
+        Ok(Self { inner: store, prefix: prefix.into() })
+    }
+
+    fn within(&self, key: &Key) -> Key {
+        key.within(&self.prefix)
+    }
+
+    fn state(&self, mut state: KeyState) -> Result<KeyState> {
+        state.key = state.key.without(&self.prefix)?;
+        Ok(state)
+    }
+}
+
+fn lost(mut lost: LostToken, prefix: &str) -> Result<LostToken> {
+    lost.key = lost.key.without(prefix)?;
+    Ok(lost)
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl<S: Store> Store for Prefixed<S> {
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+
+    async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {
+        self.inner.open_session(request).await
+    }
+
+    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
+        let Reply { time, outcome } = self.inner.beat(session).await?;
+        let outcome = match outcome {
+            BeatOutcome::Alive { lost: tokens } => {
+                let tokens = tokens.into_iter().map(|token| lost(token, &self.prefix)).collect::<Result<_>>()?;
+                BeatOutcome::Alive { lost: tokens }
+            }
+            BeatOutcome::Gone => BeatOutcome::Gone,
+        };
+        Ok(Reply { time, outcome })
+    }
+
+    async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
+        self.inner.close_session(session).await
+    }
+
+    async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
+        self.inner.session_lives(session).await
+    }
+
+    async fn acquire(&self, mut request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
+        let key = request.key;
+        request.key = self.within(&key);
+        self.inner.acquire(request).await.map_err(|fault| fault.replace_key(&key))
+    }
+
+    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
+        self.inner.poll(&self.within(key), token).await.map_err(|fault| fault.replace_key(key))
+    }
+
+    async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
+        self.inner.abandon(&self.within(key), token).await.map_err(|fault| fault.replace_key(key))
+    }
+
+    async fn release(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
+        self.inner.release(&self.within(key), token, cooldown).await.map_err(|fault| fault.replace_key(key))
+    }
+
+    async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
+        self.inner.extend(&self.within(key), token, ttl).await.map_err(|fault| fault.replace_key(key))
+    }
+
+    async fn adopt(&self, mut request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
+        let key = request.key;
+        request.key = self.within(&key);
+        self.inner.adopt(request).await.map_err(|fault| fault.replace_key(&key))
+    }
+
+    async fn evict(&self, mut request: EvictRequest) -> Result<Reply<EvictOutcome>> {
+        let key = request.key;
+        request.key = self.within(&key);
+        self.inner.evict(request).await.map_err(|fault| fault.replace_key(&key))
+    }
+
+    async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
+        let reply = self.inner.inspect(&self.within(key)).await.map_err(|fault| fault.replace_key(key))?;
+        Ok(Reply { time: reply.time, outcome: self.state(reply.outcome)? })
+    }
+
+    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
+        let prefix = namespace_prefix(&self.prefix) + prefix;
+        let after = after.map(|after| self.within(after));
+        let reply = self.inner.list(&prefix, after.as_ref(), limit).await?;
+        let states = reply.outcome.into_iter().map(|state| self.state(state)).collect::<Result<_>>()?;
+        Ok(Reply { time: reply.time, outcome: states })
+    }
+
+    fn grants(&self, session: SessionId) -> GrantStream {
+        let prefix = self.prefix.clone();
+        // A key that is not within the prefix is none of this session's: it asks instead.
+        self.inner.grants(session).filter_map(move |push| match push {
+            Push::Granted { key, token, fence } => {
+                let key = key.without(&prefix).ok();
+                Some(key.map_or(Push::RecheckAll, |key| Push::Granted { key, token, fence }))
+            }
+            Push::Forced(token) => Some(lost(token, &prefix).map_or(Push::RecheckAll, Push::Forced)),
+            other => Some(other),
+        })
+    }
+}
