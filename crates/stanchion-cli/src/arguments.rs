@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use stanchion::Demand;
 
 use crate::duration::{span, span_or_zero};
 use crate::exit_code;
@@ -33,6 +34,24 @@ Environment:
 
 fn fence(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| format!("`{text}` is not a fence: write the number that `ls` and `inspect` show"))
+}
+
+fn whole<T: TryFrom<u64>>(text: &str, least: u64, most: u64) -> Result<T, String> {
+    let number = text.parse().ok().filter(|number| (least..=most).contains(number));
+    let number = number.and_then(|number| T::try_from(number).ok());
+    number.ok_or_else(|| format!("`{text}` is not a whole number from {least} to {most}"))
+}
+
+fn permits(text: &str) -> Result<u32, String> {
+    whole(text, 1, Demand::MAX.into())
+}
+
+fn slot(text: &str) -> Result<u64, String> {
+    whole(text, 0, u64::MAX)
+}
+
+fn code(text: &str) -> Result<u8, String> {
+    whole(text, 0, u8::MAX.into())
 }
 
 /// The text after `--help` of the tool and of the commands that run something.
@@ -162,13 +181,14 @@ pub(crate) struct Run {
     #[arg(short = 'x', long, conflicts_with_all = ["permits", "shared"])]
     pub(crate) exclusive: bool,
     /// Let this many hold the key at a time; all users of the key must agree
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(i32::MAX)))]
+    #[arg(long, value_name = "N", value_parser = permits, allow_hyphen_values = true)]
     pub(crate) permits: Option<u32>,
     /// Keep the key closed for this long after the end
     #[arg(long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
     pub(crate) cooldown: Option<Duration>,
     /// The exit code if the key was not obtained
-    #[arg(short = 'E', long, value_name = "N", default_value_t = exit_code::NOT_OBTAINED)]
+    #[arg(short = 'E', long, value_name = "N", value_parser = code, allow_hyphen_values = true)]
+    #[arg(default_value_t = exit_code::NOT_OBTAINED)]
     pub(crate) busy_exit_code: u8,
     #[command(flatten)]
     pub(crate) child: Child,
@@ -187,10 +207,11 @@ pub(crate) struct Once {
     #[arg(required_unless_present = "slot")]
     pub(crate) every: Option<Duration>,
     /// A number that rises with the schedule, such as $(date +%Y%m%d): not if it, or a later one, was done
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = slot, allow_hyphen_values = true)]
     pub(crate) slot: Option<u64>,
     /// The exit code if it is not run
-    #[arg(short = 'E', long, value_name = "N", default_value_t = exit_code::OK)]
+    #[arg(short = 'E', long, value_name = "N", value_parser = code, allow_hyphen_values = true)]
+    #[arg(default_value_t = exit_code::OK)]
     pub(crate) busy_exit_code: u8,
     #[command(flatten)]
     pub(crate) child: Child,
@@ -263,7 +284,7 @@ pub(crate) struct Break {
     #[arg(value_name = "KEY")]
     pub(crate) key: String,
     /// The fence of the hold to end, as `ls` and `inspect` show it
-    #[arg(long, value_name = "F", value_parser = fence)]
+    #[arg(long, value_name = "F", value_parser = fence, allow_hyphen_values = true)]
     pub(crate) fence: u64,
     /// Why: told to the one who loses the key
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]

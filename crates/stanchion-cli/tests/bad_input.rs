@@ -19,7 +19,7 @@ fn nothing_is_left(world: &World) {
 fn bad_keys_and_durations_are_wrong_usage() {
     let world = World::new();
     let long = "x".repeat(513);
-    let table: [(&[&str], &[&str]); 16] = [
+    let table: [(&[&str], &[&str]); 18] = [
         (&["run", ""], &["a key may not be empty; give it 1 to 512 bytes"]),
         (&["run", &long], &["the key has 513 bytes, the longest allowed is 512"]),
         (&["once", "", "--every", "1h"], &["a key may not be empty"]),
@@ -32,9 +32,11 @@ fn bad_keys_and_durations_are_wrong_usage() {
         (&["run", "k", "--ttl", "1000d"], &["is too long"]),
         (&["run", "k", "--max-hold", "0"], &["is too short"]),
         (&["run", "k", "--cooldown", "9ms"], &["is too short"]),
-        (&["run", "k", "--permits", "0"], &["0 is not in 1..=2147483647"]),
-        (&["run", "k", "--permits", "2147483648"], &["is not in 1..=2147483647"]),
-        (&["run", "k", "-E", "256"], &["256 is not in 0..=255"]),
+        (&["run", "k", "--permits", "0"], &["`0` is not a whole number from 1 to 2147483647"]),
+        (&["run", "k", "--permits", "x"], &["`x` is not a whole number from 1"]),
+        (&["run", "k", "--permits", "2147483648"], &["is not a whole number from 1"]),
+        (&["run", "k", "-E", "256"], &["`256` is not a whole number from 0 to 255"]),
+        (&["once", "k", "--slot", "-1"], &["`-1` is not a whole number from 0 to 18446744073709551615"]),
         (&["run", "k", "-n", "-w", "5"], &["cannot be used with"]),
     ];
     for (arguments, texts) in table {

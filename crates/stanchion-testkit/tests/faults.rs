@@ -7,17 +7,30 @@
     reason = "a test may panic, print, and wait on the real clock"
 )]
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use stanchion::store::{Fault, Faulty, Memory};
-use stanchion::{Clock, ErrorKind, Locks, RetryPolicy, Store};
+use stanchion::store::{Fault, Faults, Faulty, Memory};
+use stanchion::{Clock, Error, ErrorKind, Event, Locks, RetryPolicy, Store};
 use stanchion_testkit::history::{Grant, History, Write};
 use stanchion_testkit::{seed, until};
 
 const CLIENTS: usize = 6;
 const ROUNDS: usize = 60;
 const TTL: Duration = Duration::from_millis(400);
+
+/// What may become of a message.
+const MESSAGES: [Fault; 8] = [
+    Fault::LoseRequest,
+    Fault::LoseReply,
+    Fault::Repeat,
+    Fault::Hold,
+    Fault::Hold,
+    Fault::Delay(Duration::from_millis(5)),
+    Fault::DelayReply(Duration::from_millis(5)),
+    Fault::Fail(ErrorKind::Unavailable),
+];
 
 /// A resource that checks fences, and writes down what it saw.
 #[derive(Default)]
@@ -39,19 +52,39 @@ fn now() -> u64 {
     Clock::system().now().as_nanos()
 }
 
+/// A handle whose messages meet these faults, one in five.
+async fn handle(store: &Memory, seed: u64, faults: &[Fault]) -> (Locks, Faults) {
+    let store = Faulty::new(store.clone());
+    let its_faults = store.faults();
+    let retry =
+        RetryPolicy { attempt: Duration::from_millis(100), pause: Duration::from_millis(1), ..RetryPolicy::default() };
+    let locks = Locks::builder_with_store(store).retry(retry).session_ttl(TTL).open().await.unwrap();
+    its_faults.randomly(seed, 200, faults);
+    (locks, its_faults)
+}
+
+/// Nothing fails any more, what was held back comes, and nothing is left in the store.
+async fn settles(store: Memory, all_faults: &[Faults]) {
+    let mut fired = 0;
+    for faults in all_faults {
+        fired += faults.fired().values().sum::<u64>();
+        faults.clear();
+        faults.deliver().await;
+    }
+    println!("{fired} faults");
+    assert!(fired > 100, "only {fired} faults happened: this run shows nothing");
+    let watch = Locks::with_store(store).await.unwrap();
+    until("nothing is left", async || watch.list("").await.unwrap().is_empty()).await;
+}
+
 /// Runs clients against one store under these faults; gives what they saw, once nothing is left in the store.
 async fn run(seed: u64, faults: &[Fault], end_sessions: bool) -> History {
     let memory = Memory::new();
     let resource = Arc::new(Mutex::new(Resource::default()));
-    let retry =
-        RetryPolicy { attempt: Duration::from_millis(100), pause: Duration::from_millis(1), ..RetryPolicy::default() };
     let mut clients = Vec::new();
     let mut all_faults = Vec::new();
     for client in 0..CLIENTS {
-        let store = Faulty::new(memory.clone());
-        let its_faults = store.faults();
-        let locks = Locks::builder_with_store(store).retry(retry).session_ttl(TTL).open().await.unwrap();
-        its_faults.randomly(seed.wrapping_add(client as u64), 200, faults);
+        let (locks, its_faults) = handle(&memory, seed.wrapping_add(client as u64), faults).await;
         // One of them gets no push: it polls, and nothing that comes late is noticed by a push either.
         its_faults.lose_pushes(client == 0);
         let rounds = if client == 0 { ROUNDS / 6 } else { ROUNDS };
@@ -110,35 +143,17 @@ async fn run(seed: u64, faults: &[Fault], end_sessions: bool) -> History {
     for client in clients {
         handles.push(client.await.unwrap());
     }
-    let mut fired = 0;
-    for faults in &all_faults {
-        fired += faults.fired().values().sum::<u64>();
-        faults.clear();
-        faults.deliver().await;
-    }
-    assert!(fired > 100, "only {fired} faults happened: this run shows nothing");
-    let watch = Locks::with_store(memory).await.unwrap();
-    until("nothing is left", async || watch.list("").await.unwrap().is_empty()).await;
+    settles(memory, &all_faults).await;
     drop(handles);
     let history = std::mem::take(&mut resource.lock().unwrap().history);
-    println!("{} grants, {} writes, {fired} faults", history.grants.len(), history.writes.len());
+    println!("{} grants, {} writes", history.grants.len(), history.writes.len());
     assert!(history.is_telling(CLIENTS * ROUNDS / 2), "too little happened: this run shows nothing");
     history
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lost_late_and_repeated_messages_break_nothing() {
-    let faults = [
-        Fault::LoseRequest,
-        Fault::LoseReply,
-        Fault::Repeat,
-        Fault::Hold,
-        Fault::Hold,
-        Fault::Delay(Duration::from_millis(5)),
-        Fault::DelayReply(Duration::from_millis(5)),
-        Fault::Fail(ErrorKind::Unavailable),
-    ];
-    let history = run(seed("lost_late_and_repeated_messages_break_nothing"), &faults, false).await;
+    let history = run(seed("lost_late_and_repeated_messages_break_nothing"), &MESSAGES, false).await;
     history.check_fences().unwrap();
     history.check_beliefs().unwrap();
     history.check_writes().unwrap();
@@ -152,4 +167,117 @@ async fn sessions_that_end_unseen_do_no_harm_at_a_resource_that_checks_fences() 
     history.check_fences().unwrap();
     history.check_writes().unwrap();
     assert!(history.writes.iter().any(|write| !write.accepted), "nobody was late: this run shows nothing");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_is_run_once_whatever_is_lost_late_or_repeated() {
+    const SLOTS: u64 = 60;
+    let seed = seed("a_slot_is_run_once_whatever_is_lost");
+    let memory = Memory::new();
+    let (mut clients, mut all_faults) = (Vec::new(), Vec::new());
+    for client in 0..4 {
+        let (locks, faults) = handle(&memory, seed.wrapping_add(client), &MESSAGES).await;
+        all_faults.push(faults);
+        clients.push(locks);
+    }
+    let runs: Mutex<Vec<(u64, u64)>> = Mutex::default();
+    let mut doubted = 0;
+    for slot in 0..SLOTS {
+        let in_doubt = AtomicBool::new(false);
+        let wants_it_done = async |locks: &Locks| {
+            let mut events = locks.events();
+            loop {
+                let once = locks.once("job").slot(slot).wait_at_most(Duration::from_secs(20));
+                let outcome = once.run(async |turn| {
+                    runs.lock().unwrap().push((slot, turn.fence().get()));
+                    Ok::<_, Error>(())
+                });
+                match outcome.await {
+                    Ok(_) => break,
+                    // Lost, or no word of whether it was released.
+                    Err(error) => {
+                        assert!(error.is_transient() || matches!(error.kind(), ErrorKind::Lost(_)), "{error:?}");
+                        in_doubt.store(true, Ordering::SeqCst);
+                    }
+                }
+            }
+            while let Ok(Some(event)) = tokio::time::timeout(Duration::ZERO, events.next()).await {
+                if matches!(&event, Event::Error { message, .. } if message.contains("could not be recorded")) {
+                    in_doubt.store(true, Ordering::SeqCst);
+                }
+            }
+        };
+        let [a, b, c, d] = &clients[..] else { panic!("there are four") };
+        tokio::join!(wants_it_done(a), wants_it_done(b), wants_it_done(c), wants_it_done(d));
+        // Records of this slot that arrive in the next one are older than those of that.
+        all_faults[slot as usize % 4].deliver().await;
+        let times = runs.lock().unwrap().iter().filter(|(of, _)| *of == slot).count();
+        assert!(times >= 1, "slot {slot} was told as done and was not");
+        if in_doubt.into_inner() {
+            doubted += 1;
+        } else {
+            assert_eq!(times, 1, "slot {slot}");
+        }
+    }
+    println!("{doubted} of {SLOTS} slots in doubt");
+    assert!(doubted < SLOTS / 2, "{doubted} of {SLOTS} slots were in doubt: this run shows too little");
+    assert!(runs.lock().unwrap().is_sorted_by(|(_, one), (_, next)| one < next), "{runs:?}");
+    settles(memory, &all_faults).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leaders_follow_each_other_whatever_is_lost_late_or_repeated() {
+    const TERMS: usize = 150;
+    let seed = seed("leaders_follow_each_other");
+    let memory = Memory::new();
+    let resource = Arc::new(Mutex::new(Resource::default()));
+    let (mut candidates, mut all_faults) = (Vec::new(), Vec::new());
+    for client in 0..3 {
+        let (locks, faults) = handle(&memory, seed.wrapping_add(client as u64), &MESSAGES).await;
+        all_faults.push(faults.clone());
+        let resource = resource.clone();
+        candidates.push(tokio::spawn(async move {
+            let asked = Arc::new(AtomicU64::new(now()));
+            let election = locks.elect("office").longest_term(Duration::from_millis(60));
+            loop {
+                let (asked, resource) = (asked.clone(), resource.clone());
+                let led = election.lead(async move |leadership| {
+                    let (fence, invoked, returned) = (leadership.term().get(), asked.load(Ordering::SeqCst), now());
+                    let grant = Grant { key: "k".into(), client, fence, invoked, returned, believed_until: returned };
+                    let number = {
+                        let history = &mut resource.lock().unwrap().history;
+                        history.grants.push(grant);
+                        history.grants.len() - 1
+                    };
+                    if number >= TERMS {
+                        return;
+                    }
+                    loop {
+                        tokio::time::sleep(Duration::from_millis(1)).await;
+                        let mut resource = resource.lock().unwrap();
+                        let looked = now();
+                        if leadership.is_leader() {
+                            resource.history.grants[number].believed_until = looked;
+                            asked.store(looked, Ordering::SeqCst);
+                            resource.write(fence);
+                        }
+                    }
+                });
+                match led.await {
+                    Ok(()) => return locks,
+                    Err(error) => assert!(error.is_transient(), "{error:?}"),
+                }
+                faults.deliver().await;
+            }
+        }));
+    }
+    for candidate in candidates {
+        let _stays_open = candidate.await.unwrap();
+    }
+    settles(memory, &all_faults).await;
+    let history = std::mem::take(&mut resource.lock().unwrap().history);
+    assert!(history.is_telling(TERMS), "too little happened: this run shows nothing");
+    history.check_fences().unwrap();
+    history.check_beliefs().unwrap();
+    history.check_writes().unwrap();
 }

@@ -259,8 +259,8 @@ impl Locks {
         crate::primitives::status(self, token).await
     }
 
-    /// Whether one with this owner label holds the key, or somebody else. A label is no proof: two processes may have the
-    /// same one. [`OwnerStatus::Dead`] is not told apart from [`OwnerStatus::Nobody`] here.
+    /// Whether one with this owner label holds the key or waits for it, or somebody else has it. A label is no proof: two
+    /// processes may have the same one. [`OwnerStatus::Dead`] is not told apart from [`OwnerStatus::Nobody`] here.
     ///
     /// # Errors
     /// As [`Locks::inspect`].
@@ -268,11 +268,15 @@ impl Locks {
     /// # Cancel safety
     /// Reads only.
     pub async fn status_of_owner(&self, key: impl Into<String>, owner: &str) -> Result<OwnerStatus> {
-        let holders = self.inspect(key).await?.holders;
-        Ok(match holders {
-            holders if holders.iter().any(|holder| holder.owner == owner) => OwnerStatus::Running,
-            holders if holders.is_empty() => OwnerStatus::Nobody,
-            holders => OwnerStatus::SomeoneElse { holders },
+        let KeyState { holders, waiters, .. } = self.inspect(key).await?;
+        Ok(if holders.iter().any(|holder| holder.owner == owner) {
+            OwnerStatus::Running
+        } else if waiters.iter().any(|waiter| waiter.owner == owner) {
+            OwnerStatus::Waiting
+        } else if holders.is_empty() {
+            OwnerStatus::Nobody
+        } else {
+            OwnerStatus::SomeoneElse { holders }
         })
     }
 

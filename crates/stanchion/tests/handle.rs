@@ -6,24 +6,16 @@
     reason = "tests wait on the real clock, and may panic"
 )]
 
+mod support;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use stanchion::store::{Fault, Faulty, Memory, Step, Store};
 use stanchion::{Demand, ErrorKind, Event, Locks, LossCause, Released, RetryPolicy, VirtualClock};
+use support::until;
 
 const SECOND: Duration = Duration::from_secs(1);
-
-/// Waits, generously, until something is so.
-async fn until(what: &str, mut so: impl AsyncFnMut() -> bool) {
-    for _ in 0..10_000 {
-        if so().await {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    panic!("never: {what}");
-}
 
 async fn is_free(locks: &Locks, key: &str) -> bool {
     let state = locks.inspect(key).await.unwrap();

@@ -1,24 +1,17 @@
 //! What is made of locks, where things go wrong: late messages, long waits, many losses at once.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
+mod support;
+
 use std::collections::HashSet;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use stanchion::store::{Fault, Faulty, Memory, Step};
 use stanchion::{Error, ErrorKind, Locks, OnLost, Outcome, RetryPolicy, VirtualClock};
+use support::until;
 
 const SECOND: Duration = Duration::from_secs(1);
-
-async fn until(what: &str, mut so: impl AsyncFnMut() -> bool) {
-    for _ in 0..10_000 {
-        if so().await {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    panic!("never: {what}");
-}
 
 #[tokio::test]
 async fn several_keys_that_are_not_all_had_close_none() {

@@ -9,8 +9,8 @@ use std::time::Duration;
 use sqlite_support::{Handle, SESSION, folder, granted, key, queued, until, within};
 use stanchion::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Demand, EndOutcome, EvictOutcome,
-    EvictRequest, ExtendOutcome, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, PollOutcome, Push, Sqlite, Store,
-    StoreTime, Term,
+    EvictRequest, ExtendOutcome, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, PollOutcome, Prefixed, Push, Sqlite,
+    Store, StoreTime, Term,
 };
 use stanchion::{ErrorKind, Fence, SessionId, TokenId, VirtualClock};
 
@@ -366,6 +366,16 @@ async fn a_queue_has_a_limit_and_places_are_exact() {
     a.release(&job, held).await;
     assert!(matches!(a.poll(&job, tokens[0]).await, PollOutcome::Granted(_)));
     assert!(matches!(a.poll(&job, tokens[9_000]).await, PollOutcome::Queued(place) if place.ahead == 8_999));
+}
+
+#[tokio::test]
+async fn a_fault_under_a_prefix_names_the_key_that_was_asked_for() {
+    let (_temp, folder) = folder();
+    let store = Prefixed::new(Sqlite::open(&folder).unwrap(), "tenant").unwrap();
+    store.inspect(&key("job")).await.unwrap();
+    rusqlite::Connection::open(folder.join("locks.db")).unwrap().execute_batch("DROP TABLE keys").unwrap();
+    let fault = store.inspect(&key("job")).await.unwrap_err();
+    assert_eq!(fault.key(), Some(&key("job")), "{fault}");
 }
 
 #[tokio::test]

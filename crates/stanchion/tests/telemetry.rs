@@ -2,6 +2,8 @@
 #![cfg(all(feature = "tracing", feature = "metrics"))]
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
+mod support;
+
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -9,6 +11,7 @@ use std::time::Duration;
 use metrics_util::debugging::DebuggingRecorder;
 use stanchion::store::{Fault, Faulty, Memory, Step};
 use stanchion::{Locks, RetryPolicy, ShownKeys};
+use support::until;
 use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
 
@@ -42,16 +45,6 @@ impl<S: tracing::Subscriber> Layer<S> for Log {
         span.record(&mut text);
         self.0.lock().unwrap().push((span.metadata().name().to_owned(), text.0));
     }
-}
-
-async fn until(what: &str, mut so: impl AsyncFnMut() -> bool) {
-    for _ in 0..10_000 {
-        if so().await {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    panic!("never: {what}");
 }
 
 /// Everything that can be told, once.

@@ -4,6 +4,8 @@
 #[path = "../examples/axum_lock.rs"]
 mod axum_lock;
 
+mod support;
+
 use std::convert::Infallible;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -11,7 +13,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::routing::get;
@@ -21,18 +23,11 @@ use http_body::{Body as _, Frame};
 use stanchion::store::{Fault, Faulty, Memory, Step};
 use stanchion::tower::{HeldLock, LockLayer};
 use stanchion::{Error, ErrorKind, Fence, Locks, LossCause, RetryPolicy};
+use support::until;
 use tokio::sync::{Notify, mpsc};
 use tower_service::Service as _;
 
 const LONG: Duration = Duration::from_secs(30);
-
-async fn until(what: &str, mut so: impl AsyncFnMut() -> bool) {
-    let start = Instant::now();
-    while !so().await {
-        assert!(start.elapsed() < LONG, "never: {what}");
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-}
 
 /// A service that tells when it was entered and waits until it may go on.
 #[derive(Clone, Default)]

@@ -189,6 +189,7 @@ macro_rules! for_every_case {
             primitives::a_crowd_over_sets_of_keys_neither_dead_locks_nor_leaves_anything,
             primitives::a_crowd_of_readers_does_not_keep_a_writer_waiting [Fair],
             primitives::what_was_run_once_is_not_run_again_for_its_cooldown,
+            primitives::a_period_counts_from_the_beginning_and_leaves_a_tenth,
             primitives::a_run_that_fails_does_not_count_unless_it_is_to,
             primitives::who_waits_for_a_run_finds_it_done,
             primitives::a_slot_is_run_once_however_clocks_differ,

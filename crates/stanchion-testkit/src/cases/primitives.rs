@@ -71,15 +71,20 @@ pub async fn several_keys_are_taken_all_or_nothing<S: Store>(env: &Environment<S
 
 pub async fn a_wait_for_several_keys_has_one_limit_and_keeps_nothing<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
-    let held = one.lock("b").await.unwrap();
-    let request = two.lock_all(["a", "b", "c"]).wait(Duration::from_millis(1_500));
+    let (first, held) = (one.lock("a").await.unwrap(), one.lock("b").await.unwrap());
+    let request = two.lock_all(["a", "b", "c"]).wait(Duration::from_secs(2));
     let waiting = tokio::spawn(request.into_future());
-    until("it waits", async || one.inspect("b").await.unwrap().waiters.len() == 1).await;
+    until("it waits", async || one.inspect("a").await.unwrap().waiters.len() == 1).await;
+    env.pass(Duration::from_millis(1_500)).await;
+    first.release().await.unwrap();
+    until("it waits for the next", async || one.inspect("b").await.unwrap().waiters.len() == 1).await;
     assert!(one.is_locked("a").await.unwrap() && !one.is_locked("c").await.unwrap());
-    env.pass(Duration::from_millis(1_510)).await;
-    let error = waiting.await.unwrap().unwrap_err();
+    env.pass(Duration::from_millis(510)).await;
+    // With a limit for each key there would be one more second and a half.
+    let ended = tokio::time::timeout(Duration::from_millis(1_200), waiting).await.expect("one limit for all");
+    let error = ended.unwrap().unwrap_err();
     assert_eq!((error.kind(), error.key().map(|key| key.name().to_owned())), (ErrorKind::Timeout, Some("b".into())));
-    assert!(error.to_string().contains("1.5s"), "{error}");
+    assert!(error.to_string().contains("2s"), "{error}");
     until("nothing of it stays", async || !one.is_locked("a").await.unwrap()).await;
     assert!(one.inspect("b").await.unwrap().waiters.is_empty());
     // A key that is lost while another is waited for ends the call.
@@ -266,7 +271,29 @@ pub async fn what_was_run_once_is_not_run_again_for_its_cooldown<S: Store>(env: 
     assert!(matches!(two.once("k").run(must_not_run).await.unwrap(), Outcome::Skipped { .. }));
     let bad = two.once("k").cooldown(Duration::ZERO).run(must_not_run).await.unwrap_err();
     assert_eq!(bad.kind(), ErrorKind::InvalidArgument);
-    until("the former records are gone", async || two.list("").await.unwrap().is_empty()).await;
+    let store = env.open();
+    let records = async || -> usize {
+        let keys = store.list("", None, 10).await.unwrap().outcome;
+        keys.iter().map(|key| key.holders.len()).sum()
+    };
+    until("the former records are gone", async || records().await == 1).await;
+}
+
+pub async fn a_period_counts_from_the_beginning_and_leaves_a_tenth<S: Store>(env: &Environment<S>) {
+    let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
+    let period = MINUTE * 10;
+    let body = async |_: &stanchion::Turn| {
+        env.pass(Duration::from_millis(20)).await;
+        Ok::<_, Error>(())
+    };
+    assert_eq!(one.once("k").every(period).run(body).await.unwrap(), Outcome::Ran(()));
+    match two.once("k").every(period).run(must_not_run).await.unwrap() {
+        Outcome::Skipped { last: Some(last), opens_in: Some(left), .. } => {
+            assert!(last.closed_for <= period / 10 * 9 - Duration::from_millis(19) && last.closed_for > period / 2);
+            assert!(left <= last.closed_for && left > period / 2, "{left:?}");
+        }
+        other => panic!("{other:?}"),
+    }
 }
 
 pub async fn a_run_that_fails_does_not_count_unless_it_is_to<S: Store>(env: &Environment<S>) {
@@ -347,6 +374,7 @@ pub async fn the_last_run_is_known<S: Store>(env: &Environment<S>) {
         let mut fence = None;
         let body = async |turn: &stanchion::Turn| {
             fence = Some(turn.fence());
+            env.pass(Duration::from_millis(30)).await;
             Ok::<_, Error>(())
         };
         one.once("k").slot(round).run(body).await.unwrap();
@@ -354,6 +382,7 @@ pub async fn the_last_run_is_known<S: Store>(env: &Environment<S>) {
         let last = two.last_run("k").await.unwrap().unwrap();
         assert_eq!((last.slot, last.owner.as_str(), Some(last.fence)), (Some(round), "the worker", fence));
         assert!(last.succeeded && last.age >= Duration::from_millis(39) && last.age < MINUTE);
+        assert!(last.took >= Duration::from_millis(29) && last.took < MINUTE, "{last:?}");
     }
     assert!(two.list("").await.unwrap().is_empty(), "what the library keeps for itself is not listed");
     assert_eq!(two.last_run("another").await.unwrap(), None);
@@ -413,6 +442,11 @@ pub async fn what_became_of_a_hold_is_told<S: Store>(env: &Environment<S>) {
     assert_eq!(two.status(&token).await.unwrap(), OwnerStatus::Running);
     assert_eq!(two.status_of_owner("k", "one").await.unwrap(), OwnerStatus::Running);
     assert!(matches!(two.status_of_owner("k", "two").await.unwrap(), OwnerStatus::SomeoneElse { .. }));
+    let waiting = tokio::spawn(two.lock("k").into_future());
+    until("it waits", async || one.inspect("k").await.unwrap().waiters.len() == 1).await;
+    assert_eq!(one.status_of_owner("k", "two").await.unwrap(), OwnerStatus::Waiting);
+    waiting.abort();
+    until("it has given up", async || one.inspect("k").await.unwrap().waiters.is_empty()).await;
     one.adopt(token.clone()).await.unwrap().release().await.unwrap();
     assert_eq!(two.status(&token).await.unwrap(), OwnerStatus::Nobody);
     assert_eq!(two.status_of_owner("k", "one").await.unwrap(), OwnerStatus::Nobody);

@@ -84,6 +84,22 @@ impl Election {
     /// # Ok::<(), stanchion::Error>(()) }).unwrap();
     /// ```
     ///
+    /// In a task that is spawned the closure has to own what it uses, because it is called more than once: with a borrow the
+    /// compiler says that an implementation of `Send` is not general enough.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// # async fn schedule(_jobs: &[&str], _term: stanchion::Fence) {}
+    /// let (election, jobs) = (locks.elect("scheduler"), Arc::new(vec!["backup"]));
+    /// let leads = tokio::spawn(async move {
+    ///     election.lead(async move |leadership| schedule(&jobs, leadership.term()).await).await
+    /// });
+    /// # leads.await.unwrap()?;
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
+    ///
     /// # Errors
     /// As [`Election::campaign`]: faults of the store that do not pass, [`ErrorKind::Draining`](crate::ErrorKind::Draining).
     ///
