@@ -3,6 +3,8 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
+use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use stanchion::{Clock, Locks};
 use stanchion_testkit::servers::FirestoreEmulator;
 
@@ -47,6 +49,68 @@ pub(crate) async fn all() {
     let ratio = handoff.as_secs_f64() / commit.as_secs_f64();
     println!("firestore  hand-off, two handles: p50 {handoff:.2?}, {ratio:.2} commits");
     wave(&locks, WAITERS, commit).await;
+    bare(emulator.port(), TURNS, HELD).await;
+}
+
+/// What the emulator takes by itself, without this library: to commit one document, and until a stream hears of it. No
+/// hand-off by a stream takes less.
+async fn bare(port: u16, turns: usize, pause: Duration) {
+    use api::firestore_client::FirestoreClient;
+    use api::listen_response::ResponseType;
+
+    const DATABASE: &str = "projects/bare/databases/(default)";
+    let parent = format!("{DATABASE}/documents");
+    let channel =
+        async || tonic::transport::Channel::from_shared(format!("http://127.0.0.1:{port}")).unwrap().connect().await;
+    let named = |mut request: tonic::Request<()>| {
+        request.metadata_mut().insert("google-cloud-resource-prefix", DATABASE.parse().unwrap());
+        Ok(request)
+    };
+    let mut writer = FirestoreClient::with_interceptor(channel().await.unwrap(), named);
+    let mut reader = FirestoreClient::with_interceptor(channel().await.unwrap(), named);
+    let from = api::structured_query::CollectionSelector { collection_id: "calls".into(), all_descendants: false };
+    let query = api::StructuredQuery { from: vec![from], ..Default::default() };
+    let query_type = Some(api::target::query_target::QueryType::StructuredQuery(query));
+    let target = api::target::QueryTarget { parent: parent.clone(), query_type };
+    let target_type = Some(api::target::TargetType::Query(target));
+    let target = api::Target { target_id: 1, target_type, ..Default::default() };
+    let target_change = Some(api::listen_request::TargetChange::AddTarget(target));
+    let first = api::ListenRequest { database: DATABASE.into(), target_change, ..Default::default() };
+    let requests = futures_util::stream::iter([first]).chain(futures_util::stream::pending());
+    let mut heard = reader.listen(requests).await.unwrap().into_inner();
+    let clock = Clock::system();
+    let (mut commits, mut calls) = (Vec::new(), Vec::new());
+    for turn in 0..turns {
+        let mut commit = async |collection: &str| {
+            let document = api::Document { name: format!("{parent}/{collection}/{turn}"), ..Default::default() };
+            let operation = Some(api::write::Operation::Update(document));
+            let write = api::Write { operation, ..Default::default() };
+            let request = api::CommitRequest { database: DATABASE.into(), writes: vec![write], ..Default::default() };
+            let start = clock.now();
+            writer.commit(request).await.unwrap();
+            clock.now().since(start)
+        };
+        let since = clock.now();
+        while clock.now().since(since) < pause {
+            commits.push(commit("others").await);
+        }
+        let start = clock.now();
+        let heard = async {
+            loop {
+                let answer = heard.message().await.unwrap().unwrap();
+                let Some(ResponseType::DocumentChange(change)) = answer.response_type else { continue };
+                if change.document.is_some_and(|document| document.name.ends_with(&format!("/{turn}"))) {
+                    return clock.now().since(start);
+                }
+            }
+        };
+        calls.push(tokio::join!(commit("calls"), heard).1);
+    }
+    let (commit, call) = (super::median(&mut commits), super::median(&mut calls));
+    let ratio = call.as_secs_f64() / commit.as_secs_f64();
+    println!(
+        "firestore  the emulator alone: commit p50 {commit:.2?}, until it is heard {call:.2?}, {ratio:.2} commits"
+    );
 }
 
 /// Waiters that came one after another are served one after another.
