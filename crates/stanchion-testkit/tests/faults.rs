@@ -237,11 +237,10 @@ async fn leaders_follow_each_other_whatever_is_lost_late_or_repeated() {
         all_faults.push(faults.clone());
         let resource = resource.clone();
         candidates.push(tokio::spawn(async move {
-            let asked = Arc::new(AtomicU64::new(now()));
+            let asked = AtomicU64::new(now());
             let election = locks.elect("office").longest_term(Duration::from_millis(60));
             loop {
-                let (asked, resource) = (asked.clone(), resource.clone());
-                let led = election.lead(async move |leadership| {
+                let led = election.clone().lead(async |leadership| {
                     let (fence, invoked, returned) = (leadership.term().get(), asked.load(Ordering::SeqCst), now());
                     let grant = Grant { key: "k".into(), client, fence, invoked, returned, believed_until: returned };
                     let number = {

@@ -191,7 +191,7 @@ pub async fn what_is_made_of_locks_may_be_dropped_at_any_await<S: Store>(env: &E
         at_every_poll(&observer, "campaign", async || election.campaign().await.unwrap()).await;
         let resigned = async || election.campaign().await.unwrap().resign().await.unwrap();
         at_every_poll(&observer, "resign", resigned).await;
-        at_every_poll(&observer, "lead", async || election.lead(async |_| ()).await.unwrap()).await;
+        at_every_poll(&observer, "lead", async || election.clone().lead(async |_| ()).await.unwrap()).await;
         // A token that nobody has any more is told of, and nothing comes of asking.
         let token = observer.lock("k").await.unwrap().detach();
         drop(observer.adopt(token.clone()).await.unwrap());

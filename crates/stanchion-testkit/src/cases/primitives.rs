@@ -421,18 +421,16 @@ pub async fn a_leader_resigns_and_the_next_in_line_leads<S: Store>(env: &Environ
     one.force_release("office", second.term(), "for a test").await.unwrap();
     assert_eq!(second.lost().await, LossCause::Forced);
     // It leads anew until its work is done.
-    let mut terms = 0;
-    let election = two.elect("office");
-    let led = election.lead(async |leadership| {
-        terms += 1;
-        if terms == 1 {
+    let terms = AtomicI64::new(0);
+    let led = two.elect("office").lead(async |leadership| {
+        if terms.fetch_add(1, Ordering::SeqCst) == 0 {
             one.force_release("office", leadership.term(), "for a test").await.unwrap();
             std::future::pending::<()>().await;
         }
         leadership.term()
     });
     let last = led.await.unwrap();
-    assert!(last > second.term() && terms == 2);
+    assert!(last > second.term() && terms.into_inner() == 2);
     until("it has resigned", async || two.elect("office").leader().await.unwrap().is_none()).await;
 }
 

@@ -84,17 +84,16 @@ impl Election {
     /// # Ok::<(), stanchion::Error>(()) }).unwrap();
     /// ```
     ///
-    /// In a task that is spawned the closure has to own what it uses, because it is called more than once: with a borrow the
-    /// compiler says that an implementation of `Send` is not general enough.
+    /// Each term runs a clone of `body`: what it shares with other terms it borrows, or has in an `Arc`. In a spawned task:
     ///
     /// ```
     /// # use std::sync::Arc;
     /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
     /// # let locks = stanchion::Locks::open("memory:").await?;
     /// # async fn schedule(_jobs: &[&str], _term: stanchion::Fence) {}
-    /// let (election, jobs) = (locks.elect("scheduler"), Arc::new(vec!["backup"]));
+    /// let jobs = Arc::new(vec!["backup"]);
     /// let leads = tokio::spawn(async move {
-    ///     election.lead(async move |leadership| schedule(&jobs, leadership.term()).await).await
+    ///     locks.elect("scheduler").lead(async |leadership| schedule(&jobs, leadership.term()).await).await
     /// });
     /// # leads.await.unwrap()?;
     /// # Ok::<(), stanchion::Error>(()) }).unwrap();
@@ -105,14 +104,14 @@ impl Election {
     ///
     /// # Cancel safety
     /// A dropped future drops the body and resigns.
-    pub async fn lead<T>(&self, mut body: impl AsyncFnMut(&Leadership) -> T) -> Result<T> {
+    pub async fn lead<T>(self, body: impl AsyncFnOnce(&Leadership) -> T + Clone) -> Result<T> {
         loop {
             let leadership = self.campaign().await?;
             tokio::select! {
                 biased;
                 // First, so that a body that returns because the term has ended does not count as done.
                 _ = leadership.lost() => {}
-                value = body(&leadership) => {
+                value = body.clone()(&leadership) => {
                     // A resignation that failed is told by an event, and the keeper goes on with it.
                     let _resigned = leadership.resign().await;
                     return Ok(value);
