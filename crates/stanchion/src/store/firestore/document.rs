@@ -60,7 +60,7 @@ impl Names {
 }
 
 /// The id of a key's document: 8 digits that spread keys that are alike over the service's machines, and the key itself in
-/// letters that every id may have. Injective, and at most 864 of the 1500 bytes that an id may have.
+/// letters that every id may have. Injective, and at most 1,060 of the 1500 bytes that an id may have.
 pub(super) fn key_id(key: &Key) -> String {
     const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
     let bytes = key.as_encoded().as_bytes();
