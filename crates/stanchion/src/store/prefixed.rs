@@ -26,7 +26,7 @@ use crate::key::{check_namespace, namespace_prefix, normal};
 /// let one = Locks::with_store(Prefixed::new(store.clone(), "tenant-1")?).await?;
 /// let two = Locks::with_store(Prefixed::new(store.clone(), "tenant-2")?).await?;
 /// let guard = one.lock("job").await?;
-/// assert!(two.try_lock("job").await?.is_some(), "it is another key");
+/// assert!(!two.is_locked("job").await?, "it is another key");
 /// assert_eq!(two.list("").await?.len(), 0);
 ///
 /// let everything = Locks::builder_with_store(store).namespace("tenant-1").open().await?;
