@@ -58,16 +58,11 @@ impl<S: Store> Prefixed<S> {
     fn within(&self, key: &Key) -> Key {
         key.within(&self.prefix)
     }
-
-    fn state(&self, mut state: KeyState) -> Result<KeyState> {
-        state.key = state.key.without(&self.prefix)?;
-        Ok(state)
-    }
 }
 
-fn lost(mut lost: LostToken, prefix: &str) -> Result<LostToken> {
-    lost.key = lost.key.without(prefix)?;
-    Ok(lost)
+/// None for a key that is not of this prefix: somebody who has the store without it may lock what he likes.
+fn lost(lost: LostToken, prefix: &str) -> Option<LostToken> {
+    Some(LostToken { key: lost.key.without(prefix).ok()?, ..lost })
 }
 
 #[async_trait]
@@ -85,8 +80,7 @@ impl<S: Store> Store for Prefixed<S> {
         let Reply { time, outcome } = self.inner.beat(session).await?;
         let outcome = match outcome {
             BeatOutcome::Alive { lost: tokens } => {
-                let tokens = tokens.into_iter().map(|token| lost(token, &self.prefix)).collect::<Result<_>>()?;
-                BeatOutcome::Alive { lost: tokens }
+                BeatOutcome::Alive { lost: tokens.into_iter().filter_map(|token| lost(token, &self.prefix)).collect() }
             }
             BeatOutcome::Gone => BeatOutcome::Gone,
         };
@@ -136,16 +130,30 @@ impl<S: Store> Store for Prefixed<S> {
     }
 
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
-        let reply = self.inner.inspect(&self.within(key)).await.map_err(|fault| fault.replace_key(key))?;
-        Ok(Reply { time: reply.time, outcome: self.state(reply.outcome)? })
+        let mut reply = self.inner.inspect(&self.within(key)).await.map_err(|fault| fault.replace_key(key))?;
+        reply.outcome.key = key.clone();
+        Ok(reply)
     }
 
     async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
         let prefix = namespace_prefix(&self.prefix) + prefix;
-        let after = after.map(|after| self.within(after));
-        let reply = self.inner.list(&prefix, after.as_ref(), limit).await?;
-        let states = reply.outcome.into_iter().map(|state| self.state(state)).collect::<Result<_>>()?;
-        Ok(Reply { time: reply.time, outcome: states })
+        let mut after = after.map(|after| self.within(after));
+        let mut states = Vec::new();
+        loop {
+            let Reply { time, outcome: page } = self.inner.list(&prefix, after.as_ref(), limit).await?;
+            let is_last = page.len() < limit;
+            after = page.last().map(|state| state.key.clone());
+            for state in page {
+                if let Ok(key) = state.key.without(&self.prefix) {
+                    states.push(KeyState { key, ..state });
+                }
+            }
+            // A page that is shorter than asked for would be taken for the last one.
+            if is_last || states.len() >= limit {
+                states.truncate(limit);
+                return Ok(Reply { time, outcome: states });
+            }
+        }
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {
@@ -159,5 +167,35 @@ impl<S: Store> Store for Prefixed<S> {
             Push::Forced(token) => Some(lost(token, &prefix).map_or(Push::RecheckAll, Push::Forced)),
             other => Some(other),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Locks;
+
+    #[tokio::test]
+    async fn what_others_lock_beside_it_hides_nothing_and_is_not_shown() {
+        let store = Memory::new();
+        let beside = Locks::builder_with_store(store.clone()).namespace("tenant").open().await.unwrap();
+        // No key of the library begins so, and one has no name.
+        let _foreign = beside.lock_all(["#", "$", "a", "1:n"]).await.unwrap();
+        let prefixed = Prefixed::new(store, "tenant").unwrap();
+        let locks = Locks::with_store(prefixed.clone()).await.unwrap();
+        let _own = locks.lock_all(["x", "y"]).await.unwrap();
+        for limit in 1..4 {
+            let (mut after, mut found) = (None, Vec::new());
+            loop {
+                let page = prefixed.list("", after.as_ref(), limit).await.unwrap().outcome;
+                assert!(page.len() <= limit);
+                found.extend(page.iter().map(|state| state.key.name().to_owned()));
+                match page.last() {
+                    Some(last) if page.len() == limit => after = Some(last.key.clone()),
+                    _ => break,
+                }
+            }
+            assert_eq!(found, ["x", "y"], "{limit} at a time");
+        }
     }
 }
