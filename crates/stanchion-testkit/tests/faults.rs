@@ -208,9 +208,9 @@ async fn a_slot_is_run_once_whatever_is_lost_late_or_repeated() {
             }
         };
         let [a, b, c, d] = &clients[..] else { panic!("there are four") };
-        tokio::join!(wants_it_done(a), wants_it_done(b), wants_it_done(c), wants_it_done(d));
-        // Records of this slot that arrive in the next one are older than those of that.
-        all_faults[slot as usize % 4].deliver().await;
+        // What was held back in slots before arrives while this one is run.
+        let late = all_faults[slot as usize % 4].deliver();
+        tokio::join!(wants_it_done(a), wants_it_done(b), wants_it_done(c), wants_it_done(d), late);
         let times = runs.lock().unwrap().iter().filter(|(of, _)| *of == slot).count();
         assert!(times >= 1, "slot {slot} was told as done and was not");
         if in_doubt.into_inner() {
@@ -251,6 +251,8 @@ async fn leaders_follow_each_other_whatever_is_lost_late_or_repeated() {
                     if number >= TERMS {
                         return;
                     }
+                    // What was held back in terms before arrives in this one.
+                    faults.deliver().await;
                     loop {
                         tokio::time::sleep(Duration::from_millis(1)).await;
                         let mut resource = resource.lock().unwrap();
@@ -266,14 +268,15 @@ async fn leaders_follow_each_other_whatever_is_lost_late_or_repeated() {
                     Ok(()) => return locks,
                     Err(error) => assert!(error.is_transient(), "{error:?}"),
                 }
-                faults.deliver().await;
             }
         }));
     }
+    let mut handles = Vec::new();
     for candidate in candidates {
-        let _stays_open = candidate.await.unwrap();
+        handles.push(candidate.await.unwrap());
     }
     settles(memory, &all_faults).await;
+    drop(handles);
     let history = std::mem::take(&mut resource.lock().unwrap().history);
     assert!(history.is_telling(TERMS), "too little happened: this run shows nothing");
     history.check_fences().unwrap();
