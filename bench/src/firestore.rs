@@ -42,21 +42,28 @@ pub(crate) async fn all() {
             pair().await;
         }
     };
-    let mut spans = super::in_turn(&locks, TURNS, meanwhile).await;
+    let (mut answers, mut spans) =
+        super::in_turn(&locks, TURNS, meanwhile).await.into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
     let commit = super::median(&mut commits.lock().unwrap());
     println!("firestore  a step of one commit (acquire or release): p50 {commit:.2?}");
     let handoff = super::median(&mut spans);
     let ratio = handoff.as_secs_f64() / commit.as_secs_f64();
-    println!("firestore  hand-off, two handles: p50 {handoff:.2?}, {ratio:.2} commits");
+    let answered = super::median(&mut answers);
+    let of_its_own = handoff.as_secs_f64() / answered.as_secs_f64();
+    println!(
+        "firestore  hand-off, two handles: p50 {handoff:.2?}, {ratio:.2} such steps; its own commit is answered after \
+         {answered:.2?}, {of_its_own:.2} of that"
+    );
     wave(&locks, WAITERS, commit).await;
     bare(emulator.port(), TURNS, HELD).await;
 }
 
-/// What the emulator takes by itself, without this library: to commit one document, and until a stream hears of it. No
-/// hand-off by a stream takes less.
+/// What the emulator takes by itself, without this library: to commit one document that nobody listens to, and to commit
+/// two, until the answer and until a stream has heard of the second. A hand-off writes two, and no hand-off takes less.
 async fn bare(port: u16, turns: usize, pause: Duration) {
     use api::firestore_client::FirestoreClient;
     use api::listen_response::ResponseType;
+    use api::value::ValueType;
 
     const DATABASE: &str = "projects/bare/databases/(default)";
     let parent = format!("{DATABASE}/documents");
@@ -79,37 +86,47 @@ async fn bare(port: u16, turns: usize, pause: Duration) {
     let requests = futures_util::stream::iter([first]).chain(futures_util::stream::pending());
     let mut heard = reader.listen(requests).await.unwrap().into_inner();
     let clock = Clock::system();
-    let (mut commits, mut calls) = (Vec::new(), Vec::new());
+    let [mut commits, mut answers, mut calls] = [const { Vec::new() }; 3];
     for turn in 0..turns {
-        let mut commit = async |collection: &str| {
-            let document = api::Document { name: format!("{parent}/{collection}/{turn}"), ..Default::default() };
-            let operation = Some(api::write::Operation::Update(document));
-            let write = api::Write { operation, ..Default::default() };
-            let request = api::CommitRequest { database: DATABASE.into(), writes: vec![write], ..Default::default() };
+        // Always the same documents: what a stream takes grows with what it finds.
+        let mut commit = async |collections: &[&str]| {
+            let write = |collection| {
+                let turn = api::Value { value_type: Some(ValueType::IntegerValue(turn as i64)) };
+                let fields = [("turn".to_owned(), turn)].into();
+                let document =
+                    api::Document { name: format!("{parent}/{collection}/one"), fields, ..Default::default() };
+                api::Write { operation: Some(api::write::Operation::Update(document)), ..Default::default() }
+            };
+            let writes = collections.iter().map(write).collect();
+            let request = api::CommitRequest { database: DATABASE.into(), writes, ..Default::default() };
             let start = clock.now();
             writer.commit(request).await.unwrap();
             clock.now().since(start)
         };
         let since = clock.now();
         while clock.now().since(since) < pause {
-            commits.push(commit("others").await);
+            commits.push(commit(&["others"]).await);
         }
         let start = clock.now();
         let heard = async {
             loop {
                 let answer = heard.message().await.unwrap().unwrap();
                 let Some(ResponseType::DocumentChange(change)) = answer.response_type else { continue };
-                if change.document.is_some_and(|document| document.name.ends_with(&format!("/{turn}"))) {
+                let written = change.document.and_then(|mut document| document.fields.remove("turn"));
+                if written.is_some_and(|written| written.value_type == Some(ValueType::IntegerValue(turn as i64))) {
                     return clock.now().since(start);
                 }
             }
         };
-        calls.push(tokio::join!(commit("calls"), heard).1);
+        let (answered, called) = tokio::join!(commit(&["keys", "calls"]), heard);
+        answers.push(answered);
+        calls.push(called);
     }
-    let (commit, call) = (super::median(&mut commits), super::median(&mut calls));
+    let [commit, answered, call] = [commits, answers, calls].map(|mut spans| super::median(&mut spans));
     let ratio = call.as_secs_f64() / commit.as_secs_f64();
     println!(
-        "firestore  the emulator alone: commit p50 {commit:.2?}, until it is heard {call:.2?}, {ratio:.2} commits"
+        "firestore  the emulator alone: commit p50 {commit:.2?}; of two documents with a listener, until the answer \
+         {answered:.2?}, until it is heard {call:.2?}, {ratio:.2} commits"
     );
 }
 

@@ -108,12 +108,13 @@ async fn pairs(folder: &Path) {
 async fn handoff(folder: &Path) {
     const TURNS: usize = 2_000;
     let locks = [open(folder).await, open(folder).await];
-    let spans = in_turn(&locks, TURNS, async || {}).await;
+    let spans = in_turn(&locks, TURNS, async || {}).await.into_iter().map(|(_, handed_off)| handed_off).collect();
     print_spans("handoff    sqlite, two handles", spans);
 }
 
-/// From release to the waiter's return, the two taking turns. What is done while one waits and the other holds is not measured.
-async fn in_turn(locks: &[Locks; 2], turns: usize, meanwhile: impl AsyncFn()) -> Vec<Duration> {
+/// From release until its answer, and to the waiter's return, the two taking turns. What is done while one waits and the
+/// other holds is not measured.
+async fn in_turn(locks: &[Locks; 2], turns: usize, meanwhile: impl AsyncFn()) -> Vec<(Duration, Duration)> {
     let clock = Clock::system();
     let mut spans = Vec::with_capacity(turns);
     let mut held = locks[0].lock("handoff").await.unwrap();
@@ -130,8 +131,9 @@ async fn in_turn(locks: &[Locks; 2], turns: usize, meanwhile: impl AsyncFn()) ->
         meanwhile().await;
         let released = clock.now();
         held.release().await.unwrap();
+        let answered = clock.now().since(released);
         let (guard, returned) = waiting.await.unwrap();
-        spans.push(returned.since(released));
+        spans.push((answered, returned.since(released)));
         held = guard;
     }
     held.release().await.unwrap();
