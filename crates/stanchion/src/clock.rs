@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime};
 
@@ -121,14 +121,13 @@ impl Clock {
         loop {
             let changed = self.timers.changed.notified();
             let now = self.now();
-            let next = self.timers.fire(now);
-            match (&self.source, next) {
+            match (&self.source, self.timers.fire(now, nap)) {
                 // A virtual clock fires its timers itself.
-                (Source::Virtual(_), _) | (_, None) => changed.await,
-                (Source::System, Some(next)) => {
+                (Source::Virtual(_), _) | (_, BootTime::NEVER) => changed.await,
+                (Source::System, next) => {
                     // Tokio counts in milliseconds and may wake a fraction of one too early: without the extra one
                     // this loop would spin through it.
-                    let span = next.since(now).min(nap) + Duration::from_millis(1);
+                    let span = next.since(now) + Duration::from_millis(1);
                     tokio::select! { () = tokio::time::sleep(span) => {}, () = changed => {} }
                 }
             }
@@ -169,7 +168,7 @@ impl VirtualClock {
     pub fn advance(&self, span: Duration) {
         let nanos = u64::try_from(span.as_nanos()).unwrap_or(u64::MAX);
         let now = self.now.fetch_add(nanos, Ordering::SeqCst).saturating_add(nanos);
-        self.clock.timers.fire(BootTime(now));
+        self.clock.timers.fire(BootTime(now), Duration::MAX);
     }
 }
 
@@ -181,24 +180,43 @@ impl Default for VirtualClock {
 
 #[derive(Debug, Default)]
 struct Timers {
-    pending: Mutex<BTreeMap<(BootTime, u64), Waker>>,
+    pending: Mutex<Pending>,
     next_id: AtomicU64,
     changed: Notify,
 }
 
+#[derive(Debug)]
+struct Pending {
+    wakers: BTreeMap<(BootTime, u64), Waker>,
+    /// The driver looks again then, by itself.
+    next_look: BootTime,
+}
+
+impl Default for Pending {
+    fn default() -> Self {
+        Self { wakers: BTreeMap::new(), next_look: BootTime::NEVER }
+    }
+}
+
 impl Timers {
-    /// Wakes all that are due; tells when the next one is.
-    fn fire(&self, now: BootTime) -> Option<BootTime> {
-        let (due, next) = {
-            let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
-            let later = pending.split_off(&(BootTime(now.0.saturating_add(1)), 0));
-            let due = std::mem::replace(&mut *pending, later);
-            (due, pending.first_key_value().map(|((deadline, _), _)| *deadline))
+    fn lock(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes all that are due; tells when to look again, at most a nap later: never, if there is nothing to wait for.
+    fn fire(&self, now: BootTime, nap: Duration) -> BootTime {
+        let (due, next_look) = {
+            let mut pending = self.lock();
+            let later = pending.wakers.split_off(&(BootTime(now.0.saturating_add(1)), 0));
+            let due = std::mem::replace(&mut pending.wakers, later);
+            let first = pending.wakers.first_key_value().map(|((deadline, _), _)| *deadline);
+            pending.next_look = first.map_or(BootTime::NEVER, |first| first.min(now.after(nap)));
+            (due, pending.next_look)
         };
         for waker in due.into_values() {
             waker.wake();
         }
-        next
+        next_look
     }
 }
 
@@ -223,14 +241,14 @@ impl Future for Sleep {
         }
         let timers = self.clock.timers.clone();
         let id = *self.registered.get_or_insert_with(|| timers.next_id.fetch_add(1, Ordering::Relaxed));
-        let is_new_first = {
-            let mut pending = timers.pending.lock().unwrap_or_else(PoisonError::into_inner);
-            let is_new = pending.insert((self.deadline, id), context.waker().clone()).is_none();
-            is_new && pending.first_key_value().is_some_and(|(first, _)| *first == (self.deadline, id))
+        let is_too_early = {
+            let mut pending = timers.lock();
+            let is_new = pending.wakers.insert((self.deadline, id), context.waker().clone()).is_none();
+            is_new && self.deadline < pending.next_look
         };
-        // The driver sleeps until the deadline that was first before: tell it about an earlier one. Once: the driver may
-        // run in the very task that sleeps here, and would wake itself for ever.
-        if is_new_first {
+        // Only a deadline before the driver's next look is worth waking it: nearly every step has a later one, and is over
+        // before that. Once: the driver may run in the very task that sleeps here, and would wake itself for ever.
+        if is_too_early {
             timers.changed.notify_one();
         }
         // A virtual clock may have been moved on between the look and the entry.
@@ -242,8 +260,7 @@ impl Future for Sleep {
 impl Drop for Sleep {
     fn drop(&mut self) {
         if let Some(id) = self.registered {
-            let mut pending = self.clock.timers.pending.lock().unwrap_or_else(PoisonError::into_inner);
-            pending.remove(&(self.deadline, id));
+            self.clock.timers.lock().wakers.remove(&(self.deadline, id));
         }
     }
 }
@@ -315,9 +332,9 @@ mod tests {
         let clock = time.clock();
         let mut sleep = Box::pin(clock.sleep(Duration::from_secs(1)));
         assert!(sleep.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
-        assert_eq!(clock.timers.pending.lock().unwrap().len(), 1);
+        assert_eq!(clock.timers.lock().wakers.len(), 1);
         drop(sleep);
-        assert_eq!(clock.timers.pending.lock().unwrap().len(), 0);
+        assert_eq!(clock.timers.lock().wakers.len(), 0);
     }
 
     #[tokio::test]
@@ -344,6 +361,29 @@ mod tests {
         })
         .await;
         assert!(polls.load(Ordering::SeqCst) < 20, "{polls:?} polls");
+    }
+
+    #[tokio::test]
+    async fn only_a_deadline_before_its_next_look_wakes_the_driver() {
+        let clock = Clock::system();
+        let woken = Arc::new(Count(AtomicUsize::new(0)));
+        let waker = Waker::from(woken.clone());
+        let mut drive = Box::pin(clock.drive(Duration::from_secs(60)));
+        // It is polled by hand, and asleep after each poll.
+        let mut look = || assert!(drive.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        look();
+        let mut sleeps = Vec::new();
+        // In seconds. Nothing to wait for; within a nap; later; at the end of the nap; earlier; the same again.
+        for (deadline, wakes) in [(3_600, 1), (30, 1), (40, 0), (3_500, 0), (20, 1), (20, 0)] {
+            let before = woken.0.load(Ordering::SeqCst);
+            let mut sleep = Box::pin(clock.sleep(Duration::from_secs(deadline)));
+            for _ in 0..2 {
+                assert!(sleep.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+            }
+            assert_eq!(woken.0.load(Ordering::SeqCst) - before, wakes, "{deadline} s");
+            sleeps.push(sleep);
+            look();
+        }
     }
 
     #[test]
