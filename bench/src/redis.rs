@@ -32,8 +32,8 @@ pub(crate) async fn pairs() {
         let mut spent = [Spent::default(); 4];
         for round in 0..ROUNDS {
             for turn in 0..names.len() {
-                // Nobody always comes after the same one.
-                let who = (turn + round) % names.len();
+                // Backwards every other time, so that nobody always comes after the same one.
+                let who = if round % 2 == 0 { turn } else { names.len() - 1 - turn };
                 let before = Spent::so_far(&server);
                 let rate = match who {
                     0 => rate(tasks, pairs, |task| bare(raw.clone(), task, pairs)).await,

@@ -104,6 +104,9 @@ impl Clock {
     }
 
     /// Waits until the clock shows `deadline`. Works in any executor, or none.
+    ///
+    /// Somebody has to move it on: a virtual clock its test, the machine's clock the keeper of a handle that was given this
+    /// clock. Where no such handle is open it waits for ever.
     pub fn sleep_until(&self, deadline: BootTime) -> Sleep {
         Sleep { clock: self.clone(), deadline, registered: None }
     }
