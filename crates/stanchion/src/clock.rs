@@ -121,6 +121,7 @@ impl Clock {
     /// Tokio's timers stop while the machine is suspended, so no nap is longer than `nap`.
     #[allow(clippy::disallowed_methods, reason = "this is the clock module")]
     pub(crate) async fn drive(&self, nap: Duration) {
+        let _ends = DriverEnds(&self.timers);
         loop {
             let changed = self.timers.changed.notified();
             let now = self.now();
@@ -220,6 +221,16 @@ impl Timers {
             waker.wake();
         }
         next_look
+    }
+}
+
+/// Handles may share a clock. What this driver was told of, and what it was not told of because it would look in time, is for
+/// another one to look after.
+struct DriverEnds<'a>(&'a Timers);
+
+impl Drop for DriverEnds<'_> {
+    fn drop(&mut self) {
+        self.0.changed.notify_one();
     }
 }
 
@@ -387,6 +398,24 @@ mod tests {
             sleeps.push(sleep);
             look();
         }
+    }
+
+    #[tokio::test]
+    async fn when_a_driver_ends_another_one_looks() {
+        let clock = Clock::system();
+        let _much_later = Box::pin(clock.sleep(Duration::from_secs(3_600)));
+        let [woken, others] = [0, 0].map(|_| Arc::new(Count(AtomicUsize::new(0))));
+        let [waker, others_waker] = [woken.clone(), others.clone()].map(Waker::from);
+        let mut ends = Box::pin(clock.drive(Duration::from_secs(60)));
+        let mut stays = Box::pin(clock.drive(Duration::from_secs(60)));
+        assert!(ends.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        assert!(stays.as_mut().poll(&mut Context::from_waker(&others_waker)).is_pending());
+        let mut sleep = Box::pin(clock.sleep(Duration::from_secs(20)));
+        assert!(sleep.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        assert_eq!((woken.0.load(Ordering::SeqCst), others.0.load(Ordering::SeqCst)), (1, 0), "the first was told");
+        assert!(ends.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        drop(ends);
+        assert_eq!(others.0.load(Ordering::SeqCst), 1);
     }
 
     #[test]
