@@ -1,6 +1,5 @@
 //! What a handle, its requests, its guards and its keeper share.
 
-use std::collections::HashMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -19,7 +18,7 @@ use crate::on_lost::{Losses, OnLost};
 use crate::retry::{Repeated, RetryPolicy, repeat};
 use crate::store::{Capabilities, Reply, Store, StoreTime};
 use crate::telemetry::{ShownKeys, Telemetry};
-use crate::token::{SessionId, TokenId};
+use crate::token::{IdMap, SessionId, TokenId};
 
 /// What a handle was configured with.
 #[derive(Clone, Debug)]
@@ -47,11 +46,11 @@ pub(crate) struct Shared {
     pub(crate) session: watch::Sender<SessionView>,
     /// The session that was asked for last, answered or not.
     asked_session: Mutex<Option<SessionId>>,
-    registry: Mutex<HashMap<TokenId, Entry>>,
+    registry: Mutex<IdMap<TokenId, Entry>>,
     /// Tokens that are not in the registry and must stay as they are in the store: detached ones, and those that are
     /// lost and wait for their grace to be over. Until when the store may have them: one without a deadline as long as the
     /// session, with which all go.
-    kept: Mutex<HashMap<TokenId, BootTime>>,
+    kept: Mutex<IdMap<TokenId, BootTime>>,
     store_clock: Mutex<Option<(StoreTime, BootTime)>>,
     commands: mpsc::UnboundedSender<Command>,
     warnings: Mutex<Vec<String>>,
@@ -153,7 +152,7 @@ impl Shared {
         }
     }
 
-    pub(crate) fn registry(&self) -> MutexGuard<'_, HashMap<TokenId, Entry>> {
+    pub(crate) fn registry(&self) -> MutexGuard<'_, IdMap<TokenId, Entry>> {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -161,7 +160,7 @@ impl Shared {
         self.registry().get(&token).cloned()
     }
 
-    pub(crate) fn kept(&self) -> MutexGuard<'_, HashMap<TokenId, BootTime>> {
+    pub(crate) fn kept(&self) -> MutexGuard<'_, IdMap<TokenId, BootTime>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

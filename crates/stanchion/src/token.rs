@@ -1,6 +1,8 @@
 //! Tokens and session names: 128 random bits each.
 
+use std::collections::HashMap;
 use std::fmt;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::str::FromStr;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -41,8 +43,12 @@ macro_rules! random_id {
             /// Appends what [`to_hex`](Self::to_hex) gives.
             pub(crate) fn write_hex(&self, text: &mut String) {
                 const DIGITS: &[u8; 16] = b"0123456789abcdef";
-                let digits = self.0.iter().flat_map(|byte| [byte >> 4, byte & 15]);
-                text.extend(digits.map(|digit| char::from(DIGITS[usize::from(digit)])));
+                let mut digits = [0; 32];
+                for (two, byte) in digits.chunks_exact_mut(2).zip(self.0) {
+                    two[0] = DIGITS[usize::from(byte >> 4)];
+                    two[1] = DIGITS[usize::from(byte & 15)];
+                }
+                text.push_str(std::str::from_utf8(&digits).unwrap_or_default());
             }
 
             /// Reads 32 hexadecimal digits.
@@ -75,6 +81,28 @@ random_id! {
 random_id! {
     /// The identity of a session: one process's proof of life in a store.
     SessionId
+}
+
+/// By token or by session.
+pub(crate) type IdMap<Id, Value> = HashMap<Id, Value, BuildHasherDefault<IdHasher>>;
+
+/// Takes what is random already for its hash. Every step looks up a token several times.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for eight in bytes.chunks_exact(8) {
+            self.0 ^= eight.try_into().map_or(0, u64::from_ne_bytes);
+        }
+    }
+
+    /// That each has 16 bytes tells nothing.
+    fn write_usize(&mut self, _length: usize) {}
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
 }
 
 /// A detached hold: what [`Locks::adopt`](crate::Locks::adopt) needs to take it up again, here or in another process.
@@ -153,6 +181,23 @@ mod tests {
         assert_eq!(text.parse::<Token>().unwrap(), token);
         let debug = format!("{token:?}");
         assert!(!debug.contains(&token.id.to_hex()) && !debug.contains(&token.session.to_hex()));
+    }
+
+    #[test]
+    fn what_is_looked_up_by_an_id_does_not_meet_in_one_place() {
+        use std::hash::BuildHasher as _;
+        let hasher = BuildHasherDefault::<IdHasher>::default();
+        let ids = (0..16).map(|at| TokenId::from_bytes(std::array::from_fn(|byte| u8::from(byte == at))));
+        let mut hashes: Vec<_> = ids.map(|id| hasher.hash_one(id)).collect();
+        hashes.sort_unstable();
+        hashes.dedup();
+        assert_eq!(hashes.len(), 8, "each byte of each half counts");
+        let random: Vec<_> = (0..1_000).map(|_| hasher.hash_one(TokenId::random().unwrap())).collect();
+        // A hash table takes its lowest bits for the place, and its highest for the first look.
+        for bits in [|hash: u64| hash & 127, |hash: u64| hash >> 57] {
+            let places: std::collections::HashSet<_> = random.iter().map(|hash| bits(*hash)).collect();
+            assert!(places.len() > 100, "{} of 128", places.len());
+        }
     }
 
     #[test]

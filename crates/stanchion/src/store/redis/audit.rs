@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 
 use super::Inner;
-use super::connect::Target;
 use super::error::error;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Push;
@@ -16,7 +15,7 @@ impl Inner {
         if *audited {
             return Ok(());
         }
-        let target = Target::of(&self.names.session(session));
+        let target = self.links.target(&self.names.session(session));
         let mut settings = HashMap::new();
         let mut unknown = false;
         for name in ["maxmemory", "maxmemory-policy", "appendonly", "appendfsync", "save", "min-replicas-to-write"] {

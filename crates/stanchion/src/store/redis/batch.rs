@@ -78,15 +78,16 @@ impl Step {
         self.arguments.len() == 1
     }
 
-    async fn alone(self, links: &Arc<Links>) -> Result<Answer> {
-        self.there(links).await.map(|(answer, _)| answer)
+    async fn alone(&self, links: &Arc<Links>, local: Option<&Local>) -> Result<Answer> {
+        self.there(links, local).await.map(|(answer, _)| answer)
     }
 
     /// Does it alone, and tells by which way.
-    pub(super) async fn there(self, links: &Arc<Links>) -> Result<(Answer, Way)> {
+    pub(super) async fn there(&self, links: &Arc<Links>, local: Option<&Local>) -> Result<(Answer, Way)> {
         let mut command = self.script.by_hash(3);
         command.arg(&self.names.all()).arg(&self.arguments);
-        let (answer, way) = links.run_there(Target::of(self.names.record()), self.script, command).await?;
+        let target = links.target(self.names.record());
+        let (answer, way) = links.run_from(local, &target, self.script, &command).await?;
         Ok((Answer::read(answer)?, way))
     }
 }
@@ -152,16 +153,16 @@ impl Drop for OnItsWay {
 pub(super) async fn step(links: &Arc<Links>, step: Step) -> Result<Answer> {
     let local = match links.local() {
         Some(local) if !links.is_cluster() => local,
-        _ => return Box::pin(step.alone(links)).await,
+        local => return Box::pin(step.alone(links, local.as_deref())).await,
     };
     match local.batch.enter(step) {
         Err(step) => {
-            let _on_its_way = OnItsWay { together: None, links: links.clone(), local };
-            Box::pin(step.alone(links)).await
+            let on_its_way = OnItsWay { together: None, links: links.clone(), local };
+            Box::pin(step.alone(links, Some(&on_its_way.local))).await
         }
         Ok(outcome) => match outcome.await {
             Ok(Ok(Outcome::Done(time))) => Ok(Answer::short(time)),
-            Ok(Ok(Outcome::Left(step))) => Box::pin(step.alone(links)).await,
+            Ok(Ok(Outcome::Left(step))) => Box::pin(step.alone(links, links.local().as_deref())).await,
             Ok(Err(fault)) => Err(fault),
             Err(_) => {
                 let message = "the runtime that the request was sent from has ended";

@@ -7,7 +7,6 @@
 //! The client never repeats a request (rule 7 of the store trait). What was refused with `MOVED` or `ASK` was not done,
 //! and is sent to where it belongs.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -32,7 +31,8 @@ const MOST_REDIRECTIONS: u32 = 5;
 pub(super) struct Links {
     pub(super) config: Config,
     topology: Topology,
-    locals: Mutex<HashMap<Id, Arc<Local>>>,
+    /// One for each runtime; few, and looked for with every step.
+    locals: Mutex<Vec<(Id, Arc<Local>)>>,
     /// The keeper's runtime: the first one that a session was opened in.
     home: OnceLock<Handle>,
     saw_primary: AtomicBool,
@@ -52,7 +52,8 @@ enum Topology {
 pub(super) struct Local {
     pub(super) runtime: Handle,
     pub(super) batch: Batch,
-    nodes: Mutex<HashMap<Address, Arc<Node>>>,
+    /// One for each server; few.
+    nodes: Mutex<Vec<Arc<Node>>>,
     /// Finished when the runtime is gone.
     sign_of_life: tokio::task::JoinHandle<()>,
     /// The runtime cannot do I/O.
@@ -73,16 +74,10 @@ pub(super) struct Way {
 /// Where a request is to go.
 #[derive(Clone, Debug)]
 pub(super) enum Target {
-    /// To the server that has this key's slot.
+    /// To the server that has this slot. Where there is no cluster, one has them all.
     Slot(u16),
     /// To this server.
     Server(Address),
-}
-
-impl Target {
-    pub(super) fn of(name: &str) -> Self {
-        Self::Slot(slot_of(name))
-    }
 }
 
 impl Links {
@@ -102,6 +97,11 @@ impl Links {
             saw_primary: AtomicBool::new(false),
             clock: Clock::system(),
         }
+    }
+
+    /// Where a key of this name is.
+    pub(super) fn target(&self, name: &str) -> Target {
+        Target::Slot(if self.is_cluster() { slot_of(name) } else { 0 })
     }
 
     pub(super) fn is_cluster(&self) -> bool {
@@ -125,27 +125,31 @@ impl Links {
 
     /// Runs a script: by its hash, and by its text if the server does not know it.
     pub(super) async fn run(self: &Arc<Self>, target: Target, script: &'static Script, command: Cmd) -> Result<Value> {
-        self.run_there(target, script, command).await.map(|(answer, _)| answer)
+        self.run_from(self.local().as_deref(), &target, script, &command).await.map(|(answer, _)| answer)
     }
 
-    /// The same, and the way that it went.
-    pub(super) async fn run_there(
+    /// The same from the runtime that this runs in, with the connections there; tells the way that it went.
+    pub(super) async fn run_from(
         self: &Arc<Self>,
-        target: Target,
+        local: Option<&Local>,
+        target: &Target,
         script: &'static Script,
-        command: Cmd,
+        command: &Cmd,
     ) -> Result<(Value, Way)> {
-        match Box::pin(self.send(target.clone(), &command)).await {
+        let answer = match self.send(local, target, command).await {
+            // Boxed, as all is here that is rare: what is done for each step stays small.
             Err(Failure { is_unknown_script: true, .. }) => {
-                Box::pin(self.send(target, &script.by_text(&command))).await.map_err(|failure| failure.error)
+                Box::pin(async { self.send(local, target, &script.by_text(command)).await }).await
             }
-            other => other.map_err(|failure| failure.error),
-        }
+            other => other,
+        };
+        answer.map_err(|failure| failure.error)
     }
 
     /// Sends a command that is no script.
     pub(super) async fn ask(self: &Arc<Self>, target: Target, command: &Cmd) -> Result<Value> {
-        Box::pin(self.send(target, command)).await.map(|(answer, _)| answer).map_err(|failure| failure.error)
+        let answer = self.send(self.local().as_deref(), &target, command).await;
+        answer.map(|(answer, _)| answer).map_err(|failure| failure.error)
     }
 
     /// Sends a command over the very connection that an answer came over, or not at all.
@@ -157,20 +161,25 @@ impl Links {
         answer.map_err(|fault| self.fault(&node, link.generation, &fault))
     }
 
-    /// Its future is large. It is boxed where it is used, so that the steps that share a request do without that.
-    async fn send(self: &Arc<Self>, target: Target, command: &Cmd) -> Result<(Value, Way), Failure> {
-        if let Some(local) = self.local() {
-            return self.send_from(&local, target, command).await;
+    /// `local`: the connections of the runtime that this runs in; none: those of the keeper are used.
+    async fn send(
+        self: &Arc<Self>,
+        local: Option<&Local>,
+        target: &Target,
+        command: &Cmd,
+    ) -> Result<(Value, Way), Failure> {
+        if let Some(local) = local {
+            return self.send_from(local, target, command).await;
         }
         let Some(home) = self.home.get() else {
             let message = "no runtime to do I/O in; open a handle of the library, which brings one";
             return Err(error(ErrorKind::Unsupported, message).into());
         };
-        let (links, command) = (self.clone(), command.clone());
+        let (links, target, command) = (self.clone(), target.clone(), command.clone());
         let task = home.spawn(async move {
             let local =
                 links.local().ok_or_else(|| error(ErrorKind::Internal, "the keeper's runtime cannot do I/O"))?;
-            links.send_from(&local, target, &command).await
+            links.send_from(&local, &target, &command).await
         });
         task.await.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the keeper has ended").in_doubt(true).into()))
     }
@@ -180,8 +189,9 @@ impl Links {
         let runtime = Handle::try_current().ok()?;
         let id = runtime.id();
         let mut locals = lock(&self.locals);
-        let local = locals.get(&id).cloned().unwrap_or_else(|| {
-            locals.retain(|_, local| !local.sign_of_life.is_finished());
+        let known = locals.iter().find(|(runtime, _)| *runtime == id).map(|(_, local)| local.clone());
+        let local = known.unwrap_or_else(|| {
+            locals.retain(|(_, local)| !local.sign_of_life.is_finished());
             let local = Arc::new(Local {
                 runtime,
                 batch: Batch::default(),
@@ -189,7 +199,7 @@ impl Links {
                 sign_of_life: tokio::spawn(std::future::pending()),
                 is_unusable: AtomicBool::new(false),
             });
-            locals.insert(id, local.clone());
+            locals.push((id, local.clone()));
             local
         });
         (!local.is_unusable.load(Ordering::Relaxed)).then_some(local)
@@ -198,12 +208,15 @@ impl Links {
     async fn send_from(
         self: &Arc<Self>,
         local: &Local,
-        target: Target,
+        target: &Target,
         command: &Cmd,
     ) -> Result<(Value, Way), Failure> {
         let mut address = match target {
-            Target::Server(address) => address,
-            Target::Slot(slot) => self.route(local, slot).await?,
+            Target::Server(address) => address.clone(),
+            Target::Slot(slot) => match self.known_route(*slot) {
+                Some(known) => known,
+                None => Box::pin(self.route(local, *slot)).await?,
+            },
         };
         let mut asking = false;
         for _ in 0..MOST_REDIRECTIONS {
@@ -220,7 +233,7 @@ impl Links {
             let answer: Result<Value, RedisError> = if asking {
                 let mut both = redis::pipe();
                 both.cmd("ASKING").ignore().add_command(command.clone());
-                let both = both.query_async(&mut link.connection).await;
+                let both = Box::pin(both.query_async(&mut link.connection)).await;
                 both.map(|mut both: Vec<Value>| both.pop().unwrap_or(Value::Nil))
             } else {
                 command.query_async(&mut link.connection).await
@@ -266,18 +279,24 @@ impl Links {
         error
     }
 
+    /// The server for a slot, if it is known.
+    fn known_route(&self, slot: u16) -> Option<Address> {
+        match &self.topology {
+            Topology::Single(address) => Some(address.clone()),
+            Topology::Sentinel(group) => group.primary(),
+            Topology::Cluster(slots) => slots.server(slot),
+        }
+    }
+
     /// The server for a slot.
     async fn route(self: &Arc<Self>, local: &Local, slot: u16) -> Result<Address> {
+        if let Some(known) = self.known_route(slot) {
+            return Ok(known);
+        }
         match &self.topology {
             Topology::Single(address) => Ok(address.clone()),
-            Topology::Sentinel(group) => match group.primary() {
-                Some(known) => Ok(known),
-                None => Box::pin(group.find(&self.config, local, &self.clock)).await,
-            },
+            Topology::Sentinel(group) => group.find(&self.config, local, &self.clock).await,
             Topology::Cluster(slots) => {
-                if let Some(known) = slots.server(slot) {
-                    return Ok(known);
-                }
                 self.learn_slots(local, slots).await?;
                 slots
                     .server(slot)
@@ -386,7 +405,7 @@ impl Links {
     /// This server is there: whoever wants to connect to it need not wait any longer.
     pub(super) fn reached(&self, address: &Address) {
         for local in self.locals() {
-            if let Some(node) = lock(&local.nodes).get(address) {
+            if let Some(node) = local.known_node(address) {
                 node.hurry();
             }
         }
@@ -394,13 +413,13 @@ impl Links {
 
     /// Whether something of this process went to this server.
     pub(super) fn uses(&self, address: &Address) -> bool {
-        self.locals().iter().any(|local| lock(&local.nodes).contains_key(address))
+        self.locals().iter().any(|local| local.known_node(address).is_some())
     }
 
     /// The connections to this server that there are, from every runtime.
     pub(super) fn ways_to(&self, address: &Address) -> Vec<Way> {
         let way = |local: Arc<Local>| {
-            let node = lock(&local.nodes).get(address)?.clone();
+            let node = local.known_node(address)?;
             let link = node.up()?;
             Some(Way { node, link })
         };
@@ -408,7 +427,7 @@ impl Links {
     }
 
     fn locals(&self) -> Vec<Arc<Local>> {
-        lock(&self.locals).values().cloned().collect()
+        lock(&self.locals).iter().map(|(_, local)| local.clone()).collect()
     }
 }
 
@@ -433,11 +452,16 @@ impl Drop for Local {
 impl Local {
     pub(super) fn node(&self, address: &Address) -> Arc<Node> {
         let mut nodes = lock(&self.nodes);
-        if let Some(node) = nodes.get(address) {
+        if let Some(node) = nodes.iter().find(|node| node.address == *address) {
             return node.clone();
         }
         let node = Arc::new(Node::new(address));
-        nodes.insert(address.clone(), node.clone());
+        nodes.push(node.clone());
         node
+    }
+
+    /// What there is of this server.
+    fn known_node(&self, address: &Address) -> Option<Arc<Node>> {
+        lock(&self.nodes).iter().find(|node| node.address == *address).cloned()
     }
 }

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 
-use super::connect::Target;
 use super::reply::Answer;
 use super::scripts::{self, LockNames};
 use super::sessions::Known;
@@ -41,7 +40,7 @@ impl Inner {
         let mut command = scripts::SESSION_LOOK.by_hash(names.len());
         command.arg(&names);
         let asked = self.clock.now();
-        let answer = self.links.run(Target::of(&names[0]), &scripts::SESSION_LOOK, command).await?;
+        let answer = self.links.run(self.links.target(&names[0]), &scripts::SESSION_LOOK, command).await?;
         let answer = Answer::read(answer)?;
         let mut dead = Vec::new();
         for (session, left) in sessions.iter().zip(answer.spans()?) {
@@ -120,6 +119,9 @@ impl Inner {
 
     /// The store's time if the session is dead.
     pub(super) async fn dead_since(&self, session: SessionId) -> Result<Option<StoreTime>> {
-        if Box::pin(self.dead_of(&[session])).await?.is_empty() { Ok(None) } else { self.time().await.map(Some) }
+        if Box::pin(self.dead_of(&[session])).await?.is_empty() {
+            return Ok(None);
+        }
+        Box::pin(self.time()).await.map(Some)
     }
 }

@@ -146,7 +146,7 @@ impl Inner {
         for argument in arguments {
             command.arg(argument);
         }
-        Answer::read(self.links.run(Target::of(names.record()), script, command).await?)
+        Answer::read(self.links.run(self.links.target(names.record()), script, command).await?)
     }
 
     async fn on_session(&self, session: SessionId, script: &'static Script, arguments: &[&str]) -> Result<Answer> {
@@ -156,7 +156,7 @@ impl Inner {
         for argument in arguments {
             command.arg(argument);
         }
-        Answer::read(self.links.run(Target::of(&name), script, command).await?)
+        Answer::read(self.links.run(self.links.target(&name), script, command).await?)
     }
 
     /// Does a step that may grant. Where replicas must have the grant, the step goes alone and the question for them goes
@@ -165,7 +165,7 @@ impl Inner {
         if self.min_replicas == 0 {
             return batch::step(&self.links, step).await;
         }
-        let (answer, way) = Box::pin(step.there(&self.links)).await?;
+        let (answer, way) = Box::pin(step.there(&self.links, self.links.local().as_deref())).await?;
         if matches!(answer.word(), "short" | "granted" | "adopted") {
             // It has granted, whatever becomes of the question.
             Box::pin(self.replicated(way)).await.map_err(|fault| fault.in_doubt(true))?;
@@ -206,7 +206,7 @@ impl Inner {
             // It was forced out: its session's beats need not say so any longer.
             let mut command = ::redis::cmd("HDEL");
             command.arg(self.names.lost(session)).arg(token.to_hex());
-            self.links.ask(Target::of(&self.names.session(session)), &command).await?;
+            Box::pin(self.links.ask(self.links.target(&self.names.session(session)), &command)).await?;
         }
         Ok(Reply { time: answer.time, outcome })
     }
@@ -447,7 +447,7 @@ impl Store for Redis {
             let mut publish = ::redis::cmd("PUBLISH");
             let channel = inner.names.session(session);
             publish.arg(&channel).arg(push::forced_message(&lost));
-            let _a_hint = inner.links.ask(Target::of(&channel), &publish).await;
+            let _a_hint = inner.links.ask(inner.links.target(&channel), &publish).await;
         }
         let outcome = match answer.word() {
             "evicted" => EvictOutcome::Evicted,

@@ -110,11 +110,15 @@ impl Node {
 
     /// A connection: the one there is, or a new one.
     pub(super) async fn link(&self, links: &Links, local: &Local) -> Result<Link> {
-        if let Some(link) = self.current(links.clock.now())? {
-            return Ok(link);
+        match self.current(&links.clock)? {
+            Some(link) => Ok(link),
+            None => Box::pin(self.new_link(links, local)).await,
         }
+    }
+
+    async fn new_link(&self, links: &Links, local: &Local) -> Result<Link> {
         let _one_at_a_time = self.connecting.lock().await;
-        if let Some(link) = self.current(links.clock.now())? {
+        if let Some(link) = self.current(&links.clock)? {
             return Ok(link);
         }
         let client = links.config.server(&self.address)?;
@@ -153,10 +157,10 @@ impl Node {
     }
 
     /// The connection there is; none if one may be made now; the last fault if not.
-    fn current(&self, now: BootTime) -> Result<Option<Link>> {
+    fn current(&self, clock: &Clock) -> Result<Option<Link>> {
         match &*lock(&self.state) {
             State::Up(link) => Ok(Some(link.clone())),
-            State::Down { next, why: Some(why), .. } if now < *next => {
+            State::Down { next, why: Some(why), .. } if clock.now() < *next => {
                 Err(error(why.kind, why.message.clone()).in_doubt(false))
             }
             State::Down { .. } => Ok(None),

@@ -6,7 +6,6 @@ use std::time::Duration;
 use futures_util::StreamExt;
 
 use super::Inner;
-use super::connect::Target;
 use super::reply::malformed;
 use crate::clock::jitter;
 use crate::error::{ErrorKind, Result};
@@ -96,7 +95,7 @@ fn tell_recovery(pushes: &PushSender) {
 /// Messages to itself are sent by other processes' users too, most likely with the same rights.
 async fn tell_unless_publishing_works(inner: &Inner, session: SessionId, pushes: &PushSender) {
     let channel = inner.names.session(session);
-    let answer = inner.links.ask(Target::of(&channel), redis::cmd("PUBLISH").arg(&channel).arg("")).await;
+    let answer = inner.links.ask(inner.links.target(&channel), redis::cmd("PUBLISH").arg(&channel).arg("")).await;
     if let Err(error) = answer
         && error.kind() == ErrorKind::Unauthorized
     {

@@ -57,7 +57,7 @@ impl Links {
             // Any command with a key is refused while the cluster is down.
             if slots.is_down()
                 && slots.is_complete()
-                && self.ask(Target::of(channel), redis::cmd("PTTL").arg(channel)).await.is_ok()
+                && self.ask(self.target(channel), redis::cmd("PTTL").arg(channel)).await.is_ok()
             {
                 slots.is_up_again();
             }

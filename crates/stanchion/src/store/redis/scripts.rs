@@ -8,6 +8,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
 use crate::token::SessionId;
 
+/// What the commonest commands have room in, so that they are not moved while they are written.
+const ARGUMENTS: usize = 8;
+const BYTES: usize = 512;
+
 /// A script: one atomic step on the server.
 #[derive(Debug)]
 pub(super) struct Script {
@@ -54,7 +58,8 @@ impl Script {
 
     /// The command that runs it by its hash; keys and arguments are to be added.
     pub(super) fn by_hash(&self, keys: usize) -> Cmd {
-        let mut command = redis::cmd("EVALSHA");
+        let mut command = Cmd::with_capacity(ARGUMENTS, BYTES);
+        command.arg("EVALSHA");
         let hash = self.hash.get_or_init(|| redis::Script::new(self.source).get_hash().to_owned());
         command.arg(hash.as_str()).arg(keys);
         command
@@ -156,7 +161,7 @@ impl Names {
 }
 
 fn escape(text: &str, into: &mut String) {
-    if !text.contains(['%', '}']) {
+    if !text.bytes().any(|byte| matches!(byte, b'%' | b'}')) {
         return into.push_str(text);
     }
     for character in text.chars() {

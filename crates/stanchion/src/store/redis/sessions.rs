@@ -1,6 +1,5 @@
 //! What this process knows of sessions: its own, what they hold, and how long others live at least.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -9,7 +8,7 @@ use tokio::task::AbortHandle;
 use crate::clock::BootTime;
 use crate::key::Key;
 use crate::store::PushSender;
-use crate::token::{SessionId, TokenId};
+use crate::token::{IdMap, SessionId, TokenId};
 
 /// The record of a key lives for a day after it was last written. What is held for longer is touched this often.
 const TOUCH_EVERY: Duration = Duration::from_secs(6 * 60 * 60);
@@ -20,9 +19,9 @@ const TOUCHES_PER_BEAT: usize = 200;
 
 #[derive(Debug, Default)]
 pub(super) struct Sessions {
-    own: Mutex<HashMap<SessionId, Own>>,
+    own: Mutex<IdMap<SessionId, Own>>,
     /// Sessions of others, and until when they live at least.
-    others: Mutex<HashMap<SessionId, BootTime>>,
+    others: Mutex<IdMap<SessionId, BootTime>>,
 }
 
 /// A session of this process.
@@ -35,7 +34,7 @@ struct Own {
     has_ended: bool,
     pushes: Option<PushSender>,
     listener: Option<AbortHandle>,
-    held: HashMap<TokenId, Held>,
+    held: IdMap<TokenId, Held>,
     swept: BootTime,
     to_touch: Vec<TokenId>,
 }
@@ -205,7 +204,7 @@ impl Own {
             has_ended: false,
             pushes: None,
             listener: None,
-            held: HashMap::new(),
+            held: IdMap::default(),
             swept: BootTime::from_nanos(0),
             to_touch: Vec::new(),
         }
