@@ -403,7 +403,6 @@ mod tests {
     #[tokio::test]
     async fn when_a_driver_ends_another_one_looks() {
         let clock = Clock::system();
-        let _much_later = Box::pin(clock.sleep(Duration::from_secs(3_600)));
         let [woken, others] = [0, 0].map(|_| Arc::new(Count(AtomicUsize::new(0))));
         let [waker, others_waker] = [woken.clone(), others.clone()].map(Waker::from);
         let mut ends = Box::pin(clock.drive(Duration::from_secs(60)));

@@ -465,3 +465,18 @@ impl Local {
         lock(&self.nodes).iter().find(|node| node.address == *address).cloned()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn in_a_cluster_a_key_is_asked_for_where_its_slot_is() {
+        // A redirection would hide a wrong slot, and cost a round trip with each step.
+        let target = |url, name| Links::new(Config::from_url(url).unwrap()).target(name);
+        for name in ["stanchion:{:a}", "stanchion:{:b}:queue", "stanchion:session:{0}"] {
+            assert!(matches!(target("redis+cluster://one,two", name), Target::Slot(slot) if slot == slot_of(name)));
+        }
+        assert!(matches!(target("redis://one", "stanchion:{:a}"), Target::Slot(0)));
+    }
+}
