@@ -8,6 +8,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::Push;
 use crate::token::SessionId;
 
+/// KeyDB alone has it.
+const ACTIVE_REPLICA: &str = "active-replica";
+
+const SETTINGS: [&str; 7] =
+    ["maxmemory", "maxmemory-policy", "appendonly", "appendfsync", "save", "min-replicas-to-write", ACTIVE_REPLICA];
+
 impl Inner {
     /// Refuses a server that is certain to lose locks, and tells the session what may lose some.
     pub(super) async fn audit(&self, session: SessionId) -> Result<()> {
@@ -18,17 +24,17 @@ impl Inner {
         let target = self.links.target(&self.names.session(session));
         let mut settings = HashMap::new();
         let mut unknown = false;
-        for name in ["maxmemory", "maxmemory-policy", "appendonly", "appendfsync", "save", "min-replicas-to-write"] {
+        for name in SETTINGS {
             let mut command = redis::cmd("CONFIG");
             command.arg("GET").arg(name);
             match self.links.ask(target.clone(), &command).await {
                 Ok(answer) => {
                     let answer: HashMap<String, String> = redis::from_redis_value(answer).unwrap_or_default();
-                    unknown |= !answer.contains_key(name);
+                    unknown |= name != ACTIVE_REPLICA && !answer.contains_key(name);
                     settings.extend(answer);
                 }
                 // A user with few rights, or a service that hides its settings.
-                Err(fault) if !fault.is_transient() => unknown = true,
+                Err(fault) if !fault.is_transient() => unknown |= name != ACTIVE_REPLICA,
                 Err(fault) => return Err(fault),
             }
         }
@@ -54,6 +60,12 @@ impl Inner {
 fn findings(settings: &HashMap<String, String>, replicas: u32, unknown: bool) -> Result<Vec<String>, Error> {
     let get = |name: &str| settings.get(name).map(String::as_str);
     let mut warnings = Vec::new();
+    // It may have no primary yet, and then its role does not tell.
+    if get(ACTIVE_REPLICA) == Some("yes") {
+        let message = "the server takes writes while it is a replica (active-replica yes): two servers would grant the same key; \
+                       set `active-replica no` and use one primary";
+        return Err(error(ErrorKind::Misconfigured, message));
+    }
     if let (Some(limit), Some(policy)) = (get("maxmemory"), get("maxmemory-policy"))
         && policy != "noeviction"
     {
@@ -118,6 +130,10 @@ mod tests {
             assert!(error.to_string().contains("set `maxmemory-policy noeviction`"), "{error}");
             assert_eq!(audit(&[("maxmemory", "0"), ("maxmemory-policy", policy)], 0).unwrap().len(), 1);
         }
+        assert!(audit(&[("active-replica", "no")], 0).unwrap().is_empty());
+        let error = audit(&[("active-replica", "yes")], 0).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Misconfigured);
+        assert!(error.to_string().contains("set `active-replica no`"), "{error}");
         assert!(audit(&[("appendonly", "no"), ("save", "")], 0).unwrap()[0].contains("every lock"));
         assert!(audit(&[("appendonly", "no"), ("save", "60 1")], 0).unwrap()[0].contains("newest locks"));
         assert!(audit(&[("appendonly", "yes"), ("appendfsync", "everysec")], 0).unwrap()[0].contains("power failure"));

@@ -280,7 +280,7 @@ impl Links {
     }
 
     /// The server for a slot, if it is known.
-    fn known_route(&self, slot: u16) -> Option<Address> {
+    pub(super) fn known_route(&self, slot: u16) -> Option<Address> {
         match &self.topology {
             Topology::Single(address) => Some(address.clone()),
             Topology::Sentinel(group) => group.primary(),

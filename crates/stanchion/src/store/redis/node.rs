@@ -192,11 +192,19 @@ pub(super) async fn connect(client: &Client) -> Result<(MultiplexedConnection, S
         .set_pipeline_buffer_size(BUFFER);
     let mut connection = client.get_multiplexed_async_connection_with_config(&options).await?;
     let role = async {
-        let role: Vec<Value> = redis::cmd("ROLE").query_async(&mut connection).await?;
-        redis::from_redis_value::<String>(role.into_iter().next().unwrap_or(Value::Nil)).map_err(RedisError::from)
+        let answer: Value = redis::cmd("ROLE").query_async(&mut connection).await?;
+        redis::from_redis_value::<String>(role_in(answer)).map_err(RedisError::from)
     };
     let role = within(CONNECT_WITHIN, role).await.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN)))?;
     Ok((connection, role))
+}
+
+/// The role in the answer to `ROLE`: its first word. KeyDB with several primaries tells a row for each of them.
+fn role_in(answer: Value) -> Value {
+    match answer {
+        Value::Array(parts) => parts.into_iter().next().map_or(Value::Nil, role_in),
+        word => word,
+    }
 }
 
 /// Dropped with its request unanswered, it gives up a connection that has been silent for long.
@@ -217,6 +225,39 @@ impl Drop for Suspicion<'_> {
     fn drop(&mut self) {
         if self.clock.now().since(self.since) >= SUSPECT_AFTER {
             self.node.lost(self.generation);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::Config;
+    use super::*;
+
+    /// What servers answered to `ROLE`: Redis 7.0.15, and KeyDB 6.3.4 as one of two and of three active replicas.
+    #[test]
+    fn a_server_that_another_one_writes_to_is_refused_whatever_it_answers() {
+        let bulk = |text: &str| Value::BulkString(text.as_bytes().to_vec());
+        let row = |role: &str| {
+            let parts = [bulk(role), bulk("127.0.0.1"), Value::Int(7802), bulk("connected"), Value::Int(0)];
+            Value::Array(parts.into())
+        };
+        let accepts = |answer: Value| {
+            let config = Config::from_url("redis://127.0.0.1").unwrap();
+            let role = redis::from_redis_value::<String>(role_in(answer)).unwrap();
+            let links = Links::new(config);
+            let address = links.known_route(0).unwrap();
+            links.accepts(&address, &role)
+        };
+        accepts(Value::Array(vec![bulk("master"), Value::Int(0), Value::Array(Vec::new())])).unwrap();
+        for (answer, says) in [
+            (row("slave"), "is a replica; name its primary"),
+            (row("active-replica"), "is an active replica"),
+            (Value::Array(vec![row("active-replica"), row("active-replica")]), "is an active replica"),
+        ] {
+            let error = accepts(answer).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Misconfigured);
+            assert!(error.to_string().contains(says), "{error}");
         }
     }
 }
