@@ -14,24 +14,40 @@ fn fresh(url: &str) -> Environment<Redis> {
     Environment::new(move || Redis::from_url(&url).unwrap())
 }
 
-macro_rules! versions {
-    ($($name:ident $kind:ident),* $(,)?) => { $(
-        fn $name() -> Environment<Redis> {
-            static SERVER: OnceLock<RedisServer> = OnceLock::new();
-            let server = SERVER.get_or_init(|| RedisServer::start(Kind::$kind));
-            fresh(&format!("redis://127.0.0.1:{}", server.port()))
-        }
-        mod $name {
+/// A row for each version in one layout; its servers are started when its first case comes.
+macro_rules! rows {
+    ($layout:ident, $servers:ty, $start:expr, $url:expr, $($name:ident $kind:ident),* $(,)?) => {
+        mod $layout {
             use super::*;
-            conformance!(suite, super::$name);
+            $(
+                pub(super) fn $name() -> Environment<Redis> {
+                    static SERVERS: OnceLock<$servers> = OnceLock::new();
+                    fresh(&$url(SERVERS.get_or_init(|| $start(Kind::$kind))))
+                }
+                conformance!($name, $name);
+            )*
         }
-    )* };
+    };
 }
 
-versions! { redis_6 Redis6, redis_7 Redis7, redis_8 Redis8, valkey_8 Valkey8, valkey_9 Valkey9 }
+rows!(
+    alone, RedisServer, RedisServer::start, |server: &RedisServer| format!("redis://127.0.0.1:{}", server.port()),
+    redis_6 Redis6, redis_7 Redis7, redis_8 Redis8, valkey_8 Valkey8, valkey_9 Valkey9,
+);
+
+rows!(
+    sentinel, RedisSentinel, RedisSentinel::start, |servers: &RedisSentinel| format!("redis+sentinel://{}/main", servers.hosts()),
+    redis_6 Redis6, redis_7 Redis7, redis_8 Redis8, valkey_8 Valkey8, valkey_9 Valkey9,
+);
+
+rows!(
+    cluster, RedisCluster, |kind| RedisCluster::start(kind, false),
+    |cluster: &RedisCluster| format!("redis+cluster://{}", cluster.hosts()),
+    redis_6 Redis6, redis_7 Redis7, redis_8 Redis8, valkey_8 Valkey8, valkey_9 Valkey9,
+);
 
 fn in_a_prefix() -> Environment<Prefixed<Redis>> {
-    redis_7().prefixed()
+    alone::redis_7().prefixed()
 }
 conformance!(prefixed, in_a_prefix);
 
@@ -73,24 +89,3 @@ fn with_few_rights() -> Environment<Redis> {
     fresh(&format!("redis://locker:pw@127.0.0.1:{}", server.port()))
 }
 conformance!(least_rights, with_few_rights);
-
-fn by_sentinels() -> Environment<Redis> {
-    static SERVERS: OnceLock<RedisSentinel> = OnceLock::new();
-    let servers = SERVERS.get_or_init(|| RedisSentinel::start(Kind::Redis7));
-    fresh(&format!("redis+sentinel://{}/main", servers.hosts()))
-}
-conformance!(sentinel, by_sentinels);
-
-fn in_a_cluster() -> Environment<Redis> {
-    static CLUSTER: OnceLock<RedisCluster> = OnceLock::new();
-    let cluster = CLUSTER.get_or_init(|| RedisCluster::start(Kind::Redis7, false));
-    fresh(&format!("redis+cluster://{}", cluster.hosts()))
-}
-conformance!(cluster, in_a_cluster);
-
-fn in_a_valkey_cluster() -> Environment<Redis> {
-    static CLUSTER: OnceLock<RedisCluster> = OnceLock::new();
-    let cluster = CLUSTER.get_or_init(|| RedisCluster::start(Kind::Valkey9, false));
-    fresh(&format!("redis+cluster://{}", cluster.hosts()))
-}
-conformance!(valkey_cluster, in_a_valkey_cluster);
