@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use stanchion::store::{AcquireOutcome, BeatOutcome, OpenOutcome, OpenSession, PollOutcome, Term};
+use stanchion::store::{
+    AcquireOutcome, AcquireRequest, BeatOutcome, Demand, EndOutcome, OpenOutcome, OpenSession, PollOutcome, Term,
+};
 use stanchion::{SessionId, Store};
 
 use crate::Environment;
@@ -90,7 +92,7 @@ pub async fn a_dead_holder_is_followed_by_the_next_who_asks<S: Store>(env: &Envi
 }
 
 pub async fn a_dead_holder_of_many_keys_loses_them_all<S: Store>(env: &Environment<S>) {
-    let (dying, other) = (env.mortal(SHORT).await, env.actor().await);
+    let (dying, other) = (env.mortal(2 * SHORT).await, env.actor().await);
     let keys: Vec<_> = (0..50).map(|i| key(&format!("k{i}"))).collect();
     for key in &keys {
         dying.takes(key).await;
@@ -118,8 +120,7 @@ pub async fn dead_waiters_are_skipped_all_at_once<S: Store>(env: &Environment<S>
 
 pub async fn a_fixed_hold_outlives_its_session<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
-    let request =
-        stanchion::store::AcquireRequest { term: Term::Fixed(Duration::from_secs(60)), ..actor.request(&key("k")) };
+    let request = AcquireRequest { term: Term::Fixed(Duration::from_secs(60)), ..actor.request(&key("k")) };
     let granted = actor.gets(&request).await;
     actor.store.close_session(actor.session).await.unwrap();
     let now = other.granted(&key("k"), request.token).await.unwrap();
@@ -134,12 +135,68 @@ pub async fn a_fixed_hold_outlives_its_session<S: Store>(env: &Environment<S>) {
 pub async fn a_waiter_for_a_fixed_term_dies_with_its_session<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
-    let request =
-        stanchion::store::AcquireRequest { term: Term::Fixed(Duration::from_secs(60)), ..waiter.request(&key("k")) };
+    let request = AcquireRequest { term: Term::Fixed(Duration::from_secs(60)), ..waiter.request(&key("k")) };
     waiter.waits(&request).await;
     waiter.store.close_session(waiter.session).await.unwrap();
     holder.releases(&key("k"), token).await;
     assert!(!holder.sees_held(&key("k")).await);
+}
+
+pub async fn a_fixed_term_that_the_dead_were_granted_keeps_nobody_out<S: Store>(env: &Environment<S>) {
+    let (holder, dying, next) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
+    let (token, _) = holder.takes(&key("k")).await;
+    let request = AcquireRequest { term: Term::Fixed(Duration::from_secs(600)), ..dying.request(&key("k")) };
+    dying.waits(&request).await;
+    env.dies(dying).await;
+    assert_eq!(holder.releases(&key("k"), token).await, EndOutcome::Released);
+    let request = next.request(&key("k"));
+    until("the next has it", async || match next.ask(&request).await {
+        AcquireOutcome::Granted(_) => true,
+        _ => next.granted(&key("k"), request.token).await.is_some(),
+    })
+    .await;
+}
+
+pub async fn a_fixed_term_that_its_holder_has_seen_outlives_the_session<S: Store>(env: &Environment<S>) {
+    let (holder, dying, next) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
+    let (token, _) = holder.takes(&key("k")).await;
+    let request = AcquireRequest { term: Term::Fixed(Duration::from_secs(600)), ..dying.request(&key("k")) };
+    dying.waits(&request).await;
+    assert_eq!(holder.releases(&key("k"), token).await, EndOutcome::Released);
+    let granted = dying.granted(&key("k"), request.token).await.unwrap();
+    env.dies(dying).await;
+    let asked = AcquireRequest { enqueue: false, ..next.request(&key("k")) };
+    assert!(matches!(next.ask(&asked).await, AcquireOutcome::Busy { .. }));
+    assert_eq!(next.granted(&key("k"), request.token).await.unwrap().fence, granted.fence);
+}
+
+pub async fn the_dead_need_not_agree_on_a_capacity<S: Store>(env: &Environment<S>) {
+    let (dying, next) = (env.mortal(SHORT).await, env.actor().await);
+    let of = |capacity| Demand::new(1, capacity).unwrap();
+    let request = AcquireRequest { demand: of(5), ..dying.request(&key("k")) };
+    dying.gets(&request).await;
+    env.dies(dying).await;
+    let request = AcquireRequest { demand: of(6), ..next.request(&key("k")) };
+    until("a limit of its own", async || matches!(next.ask(&request).await, AcquireOutcome::Granted(_))).await;
+}
+
+pub async fn many_dead_sessions_do_not_keep_a_key_from_others<S: Store>(env: &Environment<S>) {
+    let (dying, next) = (env.mortal(4 * SHORT).await, env.actor().await);
+    dying.takes(&key("k")).await;
+    for _ in 0..60 {
+        let session = SessionId::random().unwrap();
+        let request = OpenSession { session, ttl: 4 * SHORT, owner: "one of many".into() };
+        assert_eq!(dying.store.open_session(request).await.unwrap().outcome, OpenOutcome::Opened);
+        dying.waits(&AcquireRequest { session, ..dying.request(&key("k")) }).await;
+    }
+    env.dies(dying).await;
+    let request = next.request(&key("k"));
+    until("the next has it", async || match next.ask(&request).await {
+        AcquireOutcome::Granted(_) => true,
+        _ => next.granted(&key("k"), request.token).await.is_some(),
+    })
+    .await;
+    assert!(next.sees(&key("k")).await.waiters.is_empty());
 }
 
 pub async fn ten_sessions_of_one_process_are_ten_sessions<S: Store>(env: &Environment<S>) {

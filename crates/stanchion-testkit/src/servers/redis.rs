@@ -296,8 +296,7 @@ impl RedisSentinel {
         let diskless = ["--repl-diskless-sync-delay", "0"];
         let primary = RedisServer::with(kind, &diskless);
         let port = primary.port().to_string();
-        let replica =
-            || RedisServer::with(kind, &[&diskless[..], &["--replicaof", &format!("127.0.0.1 {port}")]].concat());
+        let replica = || RedisServer::with(kind, &[&diskless[..], &["--replicaof", "127.0.0.1", &port]].concat());
         let servers = vec![replica(), replica()];
         let servers: Vec<_> = std::iter::once(primary).chain(servers).collect();
         wait("replicas that are linked", || {

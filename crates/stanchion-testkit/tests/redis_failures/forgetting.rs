@@ -165,6 +165,34 @@ fn min_replicas_asks_nobody_but_the_server_that_granted() {
     });
 }
 
+/// A question that is repeated over another connection finds the grant there: the replicas must have it all the same.
+#[test]
+fn min_replicas_holds_for_a_repeated_question_too() {
+    for kind in [Kind::Redis7, Kind::Redis8, Kind::Valkey9] {
+        let primary = RedisServer::start(kind);
+        let replica = RedisServer::with(kind, &["--replicaof", "127.0.0.1", &primary.port().to_string()]);
+        stanchion_testkit::servers::wait("linked", || {
+            replica.command(&["INFO", "replication"]).contains("master_link_status:up")
+        });
+        let url = format!("{}?min_replicas=1", url(primary.port()));
+        block_on(async {
+            let environment = Environment::new(move || Redis::from_url(&url).unwrap());
+            let actor = environment.actor().await;
+            replica.process().unwrap().signal("STOP");
+            let request = actor.request(&key("k"));
+            for _ in 0..2 {
+                let error = actor.store.acquire(request.clone()).await.unwrap_err();
+                assert!(error.to_string().contains("0 replicas have the grant"), "{kind:?}: {error}");
+                primary.command(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
+                // What comes first hears that the connection is gone.
+                until("connected again", async || actor.store.inspect(&key("other")).await.is_ok()).await;
+            }
+            replica.process().unwrap().signal("CONT");
+            until("they have it", async || actor.store.acquire(request.clone()).await.is_ok()).await;
+        });
+    }
+}
+
 /// A server that was demoted and is cut off knows of no newer beats: it may not declare a session dead.
 #[test]
 fn a_stale_replica_declares_no_session_dead() {

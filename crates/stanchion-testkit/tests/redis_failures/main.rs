@@ -11,6 +11,7 @@ mod failovers;
 mod forgetting;
 mod messages;
 mod refusals;
+mod sessions;
 mod steps;
 
 const SECOND: Duration = Duration::from_secs(1);

@@ -155,6 +155,37 @@ fn without_the_right_to_subscribe_waiting_is_slower_and_that_is_told() {
     });
 }
 
+/// A user who lacks a right in the middle of a step leaves nothing that others fall over.
+#[test]
+fn a_right_that_is_missing_breaks_no_queue() {
+    let server = RedisServer::start(Kind::Redis7);
+    for (user, right) in [("no-hash", "-hset"), ("no-queue", "-zadd")] {
+        assert_eq!(server.command(&["ACL", "SETUSER", user, "on", ">pw", "~*", "&*", "+@all", right]), "OK");
+    }
+    block_on(async {
+        let environment = store(server.port());
+        let (holder, first, second) = (environment.actor().await, environment.actor().await, environment.actor().await);
+        let (mut held, _) = holder.takes(&key("k")).await;
+        for user in ["no-hash", "no-queue"] {
+            let url = format!("redis://{user}:pw@127.0.0.1:{}", server.port());
+            let poor = Redis::from_url(&url).unwrap();
+            let request = holder.request(&key("k"));
+            let error = poor.acquire(request).await.unwrap_err();
+            assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unauthorized, false), "{error}");
+        }
+        // What a hand removed: a place in the queue without what it asks for.
+        server.command(&["ZADD", "stanchion:{:k}:queue", "0", "nobody"]);
+        let waiting = [first.queues(&key("k")).await, second.queues(&key("k")).await];
+        for (actor, token) in [(&first, waiting[0]), (&second, waiting[1])] {
+            assert_eq!(holder.releases(&key("k"), held).await, EndOutcome::Released);
+            assert!(actor.granted(&key("k"), token).await.is_some(), "in the order of the questions");
+            held = token;
+        }
+        assert_eq!(holder.releases(&key("k"), held).await, EndOutcome::Released);
+        assert_eq!(server.command(&["EXISTS", "stanchion:{:k}:queue"]), "0");
+    });
+}
+
 /// A server whose certificate nobody vouches for is refused at once, and so is one with another name.
 #[test]
 fn certificates_are_verified() {

@@ -127,7 +127,9 @@ fn steps_that_share_a_request_change_nothing_that_is_not_theirs() {
                 let late = AcquireRequest { not_after: StoreTime::from_micros(1), ..actor.request(&key("late")) };
                 let at_once = AcquireRequest { enqueue: false, ..actor.request(&key("k")) };
                 let shut = AcquireRequest { enqueue: false, ..actor.request(&key("closed")) };
-                match turn % 4 {
+                let foreign = actor.request(&key("foreign"));
+                match turn % 5 {
+                    4 => assert!(actor.store.acquire(foreign).await.is_err(), "somebody else's"),
                     0 => assert_eq!(actor.releases(&key("k"), stranger).await, EndOutcome::Nothing),
                     1 => assert_eq!(actor.ask(&late).await, AcquireOutcome::Stale),
                     2 => assert!(matches!(actor.ask(&at_once).await, AcquireOutcome::Busy { .. })),
@@ -196,7 +198,9 @@ fn a_runtime_without_io_and_no_runtime_work_too() {
         let waiting = locks.lock("k").wait(SECOND / 10).await;
         assert_eq!(waiting.unwrap_err().kind(), ErrorKind::Timeout);
         guard.release().await.unwrap();
-        drop(locks.lock("k").await.unwrap());
+        let held = locks.lock("k").await.unwrap();
+        assert_eq!(locks.list("").await.unwrap().len(), 1);
+        drop(held);
         locks.close().await.unwrap();
     }
     let server = RedisServer::start(Kind::Redis7);

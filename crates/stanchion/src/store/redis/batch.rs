@@ -6,12 +6,12 @@
 //! and is done in a request of its own. A request of several steps is still one request: all its steps are in doubt, or
 //! none.
 //!
-//! Not in a cluster, where a script has one slot.
+//! Not in a cluster, where a script has one slot. There it is what can be done while a slot is being moved.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use redis::Value;
+use redis::{RedisError, Value};
 use tokio::sync::oneshot;
 
 use super::connect::{Links, Local, Target, Way};
@@ -19,7 +19,7 @@ use super::error::error;
 use super::node::within;
 use super::reply::{Answer, malformed};
 use super::scripts::{BATCH, LockNames, Script};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoreTime;
 
 /// So many steps are on their way alone before steps are collected.
@@ -87,8 +87,32 @@ impl Step {
         let mut command = self.script.by_hash(3);
         command.arg(&self.names.all()).arg(&self.arguments);
         let target = links.target(self.names.record());
-        let (answer, way) = links.run_from(local, &target, self.script, &command).await?;
-        Ok((Answer::read(answer)?, way))
+        match links.run_from(local, &target, self.script, &command).await {
+            Ok((answer, way)) => Ok((Answer::read(answer)?, way)),
+            Err(fault) if self.is_short() && is_being_moved(&fault) => {
+                Box::pin(self.on_its_record(links, local, &target, fault)).await
+            }
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// The short way alone, with nothing but the record. While a cluster moves a slot it refuses requests with several keys
+    /// of which one is not there, and those who wait have no keys where nobody does.
+    async fn on_its_record(
+        &self,
+        links: &Arc<Links>,
+        local: Option<&Local>,
+        target: &Target,
+        refusal: Error,
+    ) -> Result<(Answer, Way)> {
+        let mut command = BATCH.by_hash(1);
+        command.arg(self.names.record()).arg(&self.arguments);
+        let (answer, way) = links.run_from(local, target, &BATCH, &command).await?;
+        match read(&answer, 1) {
+            Some((time, done)) if done == b"+" => Ok((Answer::short(time), way)),
+            Some(_) => Err(refusal),
+            None => Err(malformed().in_doubt(true)),
+        }
     }
 }
 
@@ -202,6 +226,12 @@ async fn send(on_its_way: OnItsWay, steps: Vec<Waiting>) {
     // The next request is made, and written.
     tokio::task::yield_now().await;
     tokio::task::yield_now().await;
+}
+
+/// Whether a request was refused because its slot is on its way from one node of a cluster to another.
+fn is_being_moved(fault: &Error) -> bool {
+    let source = std::error::Error::source(fault).and_then(|source| source.downcast_ref::<RedisError>());
+    source.and_then(RedisError::code) == Some("TRYAGAIN")
 }
 
 /// The time, and a sign for each step.

@@ -80,6 +80,15 @@ impl Inner {
         Ok(true)
     }
 
+    /// One round ends what the holders and the head of the queue had. Where another one was needed, all who wait are looked
+    /// at: each round costs a look at the queue, and hundreds may have died together.
+    pub(super) async fn bury_the_others(&self, round: u32, key: &Key) -> Result<()> {
+        if round > 0 {
+            Box::pin(self.settled(key, &self.names.lock(key))).await?;
+        }
+        Ok(())
+    }
+
     /// The session that a token is held by, if that is one of this process, is asked for where it may be dead.
     pub(super) async fn settle_own(&self, key: &Key, token: TokenId) -> Result<()> {
         if let Some(session) = self.sessions.holder(token) {
@@ -100,21 +109,11 @@ impl Inner {
 
     /// Ends what a session has that is known here: its waiters and the holds that depend on it.
     pub(super) async fn bury_all(self: &Arc<Self>, session: SessionId, keys: Vec<Key>) -> Result<()> {
-        let mut tasks = JoinSet::new();
-        let mut outcome = Ok(());
-        for key in keys {
-            if tasks.len() >= AT_ONCE
-                && let Some(done) = tasks.join_next().await
-            {
-                outcome = outcome.and(done.unwrap_or(Ok(())));
-            }
+        all_at_once(keys, |key| {
             let inner = self.clone();
-            tasks.spawn(async move { inner.bury(&inner.names.lock(&key), &[session]).await });
-        }
-        while let Some(done) = tasks.join_next().await {
-            outcome = outcome.and(done.unwrap_or(Ok(())));
-        }
-        outcome
+            async move { inner.bury(&inner.names.lock(&key), &[session]).await }
+        })
+        .await
     }
 
     /// The store's time if the session is dead.
@@ -124,4 +123,25 @@ impl Inner {
         }
         Box::pin(self.time()).await.map(Some)
     }
+}
+
+/// Does this for each, many at a time, in tasks of this runtime. The first fault, if there was one.
+pub(super) async fn all_at_once<T, F>(each: Vec<T>, work: impl Fn(T) -> F) -> Result<()>
+where
+    F: Future<Output = Result<()>> + Send + 'static,
+{
+    let mut tasks = JoinSet::new();
+    let mut outcome = Ok(());
+    for one in each {
+        if tasks.len() >= AT_ONCE
+            && let Some(done) = tasks.join_next().await
+        {
+            outcome = outcome.and(done.unwrap_or(Ok(())));
+        }
+        tasks.spawn(work(one));
+    }
+    while let Some(done) = tasks.join_next().await {
+        outcome = outcome.and(done.unwrap_or(Ok(())));
+    }
+    outcome
 }

@@ -20,7 +20,7 @@ impl Inner {
             let answer = self.on_key(names, &scripts::INSPECT, &[]).await?;
             let mut sessions = Vec::new();
             for hold in answer.rows(3)? {
-                if hold.text(2)? == "S" {
+                if !hold.text(7)?.is_empty() {
                     sessions.push(hold.session(3)?);
                 }
             }

@@ -14,16 +14,16 @@
 //! 2. A request is sent once. A second one is sent only after the first was answered, and where that answer changed nothing
 //!    or the second one finds what the first one did.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ::redis::{Cmd, Value};
 use async_trait::async_trait;
-use tokio::task::JoinSet;
+use futures_util::future::join_all;
 
 use self::config::Config;
 use self::connect::{Links, Target, Way};
+use self::dead::all_at_once;
 use self::error::{NAME, error};
 use self::reply::{Answer, malformed, write_texts};
 use self::scripts::{LockNames, Names, Script};
@@ -151,8 +151,8 @@ impl Inner {
 
     async fn on_session(&self, session: SessionId, script: &'static Script, arguments: &[&str]) -> Result<Answer> {
         let name = self.names.session(session);
-        let mut command = script.by_hash(2);
-        command.arg(&name).arg(self.names.lost(session));
+        let mut command = script.by_hash(1);
+        command.arg(&name);
         for argument in arguments {
             command.arg(argument);
         }
@@ -188,6 +188,22 @@ impl Inner {
         Err(error(ErrorKind::Unavailable, message))
     }
 
+    /// Keeps records from being forgotten. Best effort: the next sweep comes long before that.
+    async fn touch(self: Arc<Self>, due: Vec<(TokenId, Key)>) {
+        let touched = all_at_once(due, |(token, key)| {
+            let inner = self.clone();
+            async move {
+                let answer = inner.on_key(&inner.names.lock(&key), &scripts::TOUCH, &[&token.to_hex()]).await?;
+                if answer.word() == "gone" {
+                    // Somebody else has taken it up, or ended it.
+                    inner.sessions.lets_go(token, inner.clock.now());
+                }
+                Ok(())
+            }
+        });
+        let _in_six_hours = touched.await;
+    }
+
     async fn end(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
         if let Some(session) = self.sessions.lets_go(token, self.clock.now()) {
             self.bury_the_dead(key, &[session]).await?;
@@ -202,11 +218,11 @@ impl Inner {
             "nothing" => EndOutcome::Nothing,
             _ => return Err(malformed()),
         };
-        if let Some(session) = answer.session(0)? {
-            // It was forced out: its session's beats need not say so any longer.
-            let mut command = ::redis::cmd("HDEL");
-            command.arg(self.names.lost(session)).arg(token.to_hex());
-            Box::pin(self.links.ask(self.links.target(&self.names.session(session)), &command)).await?;
+        // It was forced out: its session's beats need not say so any longer. Where the store has forgotten that, because an
+        // answer was lost, what the last beat told still says it.
+        let told = || if outcome == EndOutcome::Nothing { self.sessions.told(token) } else { None };
+        if let Some(session) = answer.session(0)?.or_else(told) {
+            Box::pin(self.on_session(session, &scripts::SESSION_LOST, &[&token.to_hex()])).await?;
         }
         Ok(Reply { time: answer.time, outcome })
     }
@@ -252,23 +268,20 @@ impl Store for Redis {
             inner.sessions.died(session);
             return Ok(Reply { time: answer.time, outcome: BeatOutcome::Gone });
         }
-        inner.sessions.beaten(session, asked);
         let mut lost = Vec::new();
         for pair in answer.pairs() {
             let (token, what) = pair?;
             let token = TokenId::from_hex(token).ok_or_else(malformed)?;
             lost.push(push::read_lost(token, what)?);
         }
+        inner.sessions.beaten(session, asked, lost.iter().map(|lost| lost.token).collect());
         if inner.links.is_cluster() {
             let links = inner.links.clone();
             tokio::spawn(async move { links.look_at_servers().await });
         }
-        for (token, key) in inner.sessions.due(session, asked) {
-            // Best effort, and nobody waits for it: the next sweep comes long before a record is forgotten.
-            let inner = inner.clone();
-            tokio::spawn(async move {
-                let _in_six_hours = inner.on_key(&inner.names.lock(&key), &scripts::TOUCH, &[&token.to_hex()]).await;
-            });
+        let due = inner.sessions.due(session, asked);
+        if !due.is_empty() {
+            tokio::spawn(inner.clone().touch(due));
         }
         Ok(Reply { time: answer.time, outcome: BeatOutcome::Alive { lost } })
     }
@@ -299,7 +312,7 @@ impl Store for Redis {
         }
         let is_bound = matches!(request.term, Term::Session { .. });
         let (ttl, owner) = inner.sessions.introduced(session);
-        for _ in 0..MOST_BURIALS {
+        for round in 0..MOST_BURIALS {
             let asked = inner.clock.now();
             let arguments = acquire_arguments(&request, ttl, &owner);
             let step = batch::Step { script: &scripts::ACQUIRE, names: inner.names.lock(&request.key), arguments };
@@ -324,7 +337,11 @@ impl Store for Redis {
                 "mismatch" => (AcquireOutcome::CapacityMismatch { in_use: answer.number(0)? }, answer.sessions(1)?),
                 _ => return Err(malformed()),
             };
-            if inner.bury_the_dead(&request.key, &in_the_way).await? {
+            // What was entered stays entered, whatever becomes of the dead.
+            let is_entered = matches!(outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_));
+            let buried = inner.bury_the_dead(&request.key, &in_the_way).await;
+            if buried.map_err(|fault| fault.in_doubt(is_entered))? {
+                inner.bury_the_others(round, &request.key).await?;
                 continue;
             }
             let outcome = match outcome {
@@ -344,7 +361,7 @@ impl Store for Redis {
     async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
         let inner = &self.inner;
         let names = inner.names.lock(key);
-        for _ in 0..MOST_BURIALS {
+        for round in 0..MOST_BURIALS {
             let answer = inner.on_key(&names, &scripts::POLL, &[&token.to_hex()]).await?;
             let (outcome, in_the_way) = match answer.word() {
                 "granted" => {
@@ -366,6 +383,7 @@ impl Store for Redis {
                 _ => return Err(malformed()),
             };
             if inner.bury_the_dead(key, &in_the_way).await? {
+                inner.bury_the_others(round, key).await?;
                 continue;
             }
             let outcome = match outcome {
@@ -407,12 +425,12 @@ impl Store for Redis {
             return Ok(Reply { time, outcome: AdoptOutcome::SessionGone });
         }
         inner.settled(&request.key, &names).await?;
-        let (_, owner) = inner.sessions.introduced(request.session);
+        let (ttl, owner) = inner.sessions.introduced(request.session);
         let owner = format!("{}:{owner}", owner.len());
-        let until = format!("{:016}", request.not_after.as_micros());
+        let until = sixteen(request.not_after);
         let (from, to, session) = (request.from.to_hex(), request.to.to_hex(), request.session.to_hex());
         let asked = inner.clock.now();
-        let arguments = vec![from, to, session, owner, until];
+        let arguments = vec![from, to, session, owner, until, millis(life(ttl))];
         let answer = inner.granting(batch::Step { script: &scripts::ADOPT, names, arguments }).await?;
         let outcome = match answer.word() {
             "adopted" => {
@@ -435,19 +453,13 @@ impl Store for Redis {
         let names = inner.names.lock(&request.key);
         inner.settled(&request.key, &names).await?;
         let fence = format!("{:016}", request.fence.get());
-        let answer = inner.on_key(&names, &scripts::EVICT, &[&fence]).await?;
-        // The session that lost it is told. Asked again, because an answer was lost, that is done again.
+        let what = push::write_lost(&request.key, &request.reason);
+        let answer = inner.on_key(&names, &scripts::EVICT, &[&fence, &what]).await?;
+        // The session that lost it is told by its beats too. Asked again, because an answer was lost, that is done again.
         if let (Some(session), Some(token)) = (answer.session(0)?, answer.token(1)?) {
-            let lost = LostToken { key: request.key.clone(), token, reason: request.reason };
-            let what = push::write_lost(&lost);
-            inner.on_session(session, &scripts::SESSION_LOST, &[&token.to_hex(), &what]).await.map_err(|fault| {
-                // The hold has ended, only its holder does not know: asking again tells it.
-                fault.in_doubt(true)
-            })?;
-            let mut publish = ::redis::cmd("PUBLISH");
-            let channel = inner.names.session(session);
-            publish.arg(&channel).arg(push::forced_message(&lost));
-            let _a_hint = inner.links.ask(inner.links.target(&channel), &publish).await;
+            let told = inner.on_session(session, &scripts::SESSION_LOST, &[&token.to_hex(), &what]).await;
+            // The hold has ended, only its holder may not know: asking again tells it.
+            told.map_err(|fault| fault.in_doubt(true))?;
         }
         let outcome = match answer.word() {
             "evicted" => EvictOutcome::Evicted,
@@ -468,23 +480,16 @@ impl Store for Redis {
         let mut states = Vec::new();
         let mut time = None;
         for some in keys.get(from..).unwrap_or_default().chunks(AT_ONCE) {
-            let mut tasks = JoinSet::new();
-            for (at, key) in some.iter().cloned().enumerate() {
-                let inner = inner.clone();
-                tasks.spawn(async move { (at, inner.settled(&key, &inner.names.lock(&key)).await) });
-            }
-            let mut page = Vec::new();
-            while let Some(done) = tasks.join_next().await {
-                let Ok((at, state)) = done else { return Err(error(ErrorKind::Internal, "a look at a key failed")) };
+            // No tasks: there may be no runtime to have them in.
+            let looks = some.iter().map(async |key| inner.settled(key, &inner.names.lock(key)).await);
+            for state in join_all(looks).await {
                 let state = state?;
                 time = time.max(Some(state.time));
                 let state = state.outcome;
                 if !(state.holders.is_empty() && state.waiters.is_empty() && state.closed_for.is_none()) {
-                    page.push((at, state));
+                    states.push(state);
                 }
             }
-            page.sort_unstable_by_key(|(at, _)| *at);
-            states.extend(page.into_iter().map(|(_, state)| state));
             if states.len() >= limit {
                 states.truncate(limit);
                 break;
@@ -507,19 +512,29 @@ impl Store for Redis {
 /// What `acquire.lua` takes.
 fn acquire_arguments(request: &AcquireRequest, ttl: Duration, owner: &str) -> Vec<String> {
     let mut asked = String::with_capacity(128 + owner.len());
-    let _a_string_takes_all = write!(asked, "{:016}", request.not_after.as_micros());
+    asked.push_str(&sixteen(request.not_after));
     asked.push(if request.enqueue { '1' } else { '0' });
     request.token.write_hex(&mut asked);
     request.session.write_hex(&mut asked);
     asked.push(if matches!(request.term, Term::Session { .. }) { 'S' } else { 'F' });
     write_texts([Some(owner), request.metadata.as_deref(), request.trace.as_deref()], &mut asked);
-    let life = DAY.max(ttl.saturating_mul(2));
+    let life = life(ttl);
     if request.demand == Demand::MUTEX && request.term.length().is_none() && life == DAY {
         return vec![asked];
     }
     let term = request.term.length().map_or_else(|| "0".to_owned(), micros);
     let (units, capacity) = (request.demand.units().to_string(), request.demand.capacity().to_string());
     vec![asked, term, units, capacity, millis(life)]
+}
+
+/// How long a record lives that depends on a session of this ttl.
+fn life(ttl: Duration) -> Duration {
+    DAY.max(ttl.saturating_mul(2))
+}
+
+/// A time in 16 digits, as scripts compare them.
+fn sixteen(time: StoreTime) -> String {
+    format!("{:016}", time.as_micros().min(9_999_999_999_999_999))
 }
 
 fn memory(ttl: Duration) -> Duration {

@@ -125,9 +125,9 @@ fn read(payload: &[u8], key_of: impl Fn(&str) -> Result<Key>) -> Result<Push> {
 }
 
 /// What was lost, as the session's list and its channel tell it.
-pub(super) fn write_lost(lost: &LostToken) -> String {
-    let key = lost.key.as_encoded();
-    format!("{}:{key}{}", key.len(), lost.reason)
+pub(super) fn write_lost(key: &Key, reason: &str) -> String {
+    let key = key.as_encoded();
+    format!("{}:{key}{reason}", key.len())
 }
 
 pub(super) fn read_lost(token: TokenId, text: &str) -> Result<LostToken> {
@@ -135,11 +135,6 @@ pub(super) fn read_lost(token: TokenId, text: &str) -> Result<LostToken> {
     let length: usize = length.parse().map_err(|_| malformed())?;
     let key = Key::from_encoded(rest.get(..length).ok_or_else(malformed)?)?;
     Ok(LostToken { key, token, reason: rest.get(length..).unwrap_or_default().to_owned() })
-}
-
-/// The message that tells of it.
-pub(super) fn forced_message(lost: &LostToken) -> String {
-    format!("F{}{}", lost.token.to_hex(), write_lost(lost))
 }
 
 /// Starts listening, and waits until that has succeeded or failed once.
@@ -160,7 +155,8 @@ mod tests {
         let token = TokenId::random().unwrap();
         let lost = LostToken { key: key.clone(), token, reason: "by: hand".into() };
         let no_key = |_: &str| Err(malformed());
-        assert_eq!(read(forced_message(&lost).as_bytes(), no_key).unwrap(), Push::Forced(lost));
+        let message = format!("F{}{}", token.to_hex(), write_lost(&key, &lost.reason));
+        assert_eq!(read(message.as_bytes(), no_key).unwrap(), Push::Forced(lost));
         let message = format!("G{}{:016}the record", token.to_hex(), 7);
         let push = read(message.as_bytes(), |name| {
             assert_eq!(name, "the record");

@@ -79,7 +79,7 @@ impl Script {
 }
 
 /// How the keys of a store are called: `<prefix>:{<key>}`, the same with `:queue` and `:waiting`, and
-/// `<prefix>:session:{<id>}`, the same with `:lost`.
+/// `<prefix>:session:{<id>}`.
 ///
 /// What is in braces decides the slot in a cluster, so the keys of one lock are together. Injective: a prefix has no
 /// brace, and in a key `%` and `}` are written as `%25` and `%7D`.
@@ -153,10 +153,6 @@ impl Names {
     /// The key of a session, which is the name of its channel too.
     pub(super) fn session(&self, session: SessionId) -> String {
         format!("{}:session:{{{}}}", self.prefix, session.to_hex())
-    }
-
-    pub(super) fn lost(&self, session: SessionId) -> String {
-        format!("{}:session:{{{}}}:lost", self.prefix, session.to_hex())
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::task::AbortHandle;
 
+use super::LEAST_MEMORY;
 use crate::clock::BootTime;
 use crate::key::Key;
 use crate::store::PushSender;
@@ -14,7 +15,7 @@ use crate::token::{IdMap, SessionId, TokenId};
 const TOUCH_EVERY: Duration = Duration::from_secs(6 * 60 * 60);
 const SWEEP_EVERY: Duration = Duration::from_secs(60 * 60);
 
-/// The most records that are touched with one beat.
+/// So many records are touched with one beat, or more where beats are rare: what is due is to be touched within an hour.
 const TOUCHES_PER_BEAT: usize = 200;
 
 #[derive(Debug, Default)]
@@ -35,8 +36,13 @@ struct Own {
     pushes: Option<PushSender>,
     listener: Option<AbortHandle>,
     held: IdMap<TokenId, Held>,
+    /// What its last beat told as taken by force.
+    told: Vec<TokenId>,
     swept: BootTime,
     to_touch: Vec<TokenId>,
+    /// So many of these with each beat.
+    share: usize,
+    beaten: BootTime,
 }
 
 #[derive(Debug)]
@@ -81,21 +87,30 @@ impl Sessions {
     /// It was opened, asked for at `asked`.
     pub(super) fn opened(&self, session: SessionId, asked: BootTime, ttl: Duration, owner: Arc<str>) {
         let mut own = lock(&self.own);
+        // One that could not be closed is forgotten now: nobody tries any more.
+        own.retain(|_, own| !own.has_ended || asked < own.alive_until.after(LEAST_MEMORY));
         let own = own.entry(session).or_insert_with(Own::new);
         own.ttl = ttl;
         own.owner = owner;
         // Asked again it is not renewed: the first time counts.
         if own.alive_until == BootTime::from_nanos(0) {
             own.alive_until = asked.after(ttl);
-            own.swept = asked;
+            (own.swept, own.beaten) = (asked, asked);
         }
     }
 
-    /// Its beat was answered, asked for at `asked`.
-    pub(super) fn beaten(&self, session: SessionId, asked: BootTime) {
+    /// Its beat was answered, asked for at `asked`, and told these tokens as taken by force.
+    pub(super) fn beaten(&self, session: SessionId, asked: BootTime, told: Vec<TokenId>) {
         if let Some(own) = lock(&self.own).get_mut(&session) {
             own.alive_until = own.alive_until.max(asked.after(own.ttl));
+            own.told = told;
         }
+    }
+
+    /// The session whose last beat told this token as taken by force.
+    pub(super) fn told(&self, token: TokenId) -> Option<SessionId> {
+        let own = lock(&self.own);
+        own.iter().find(|(_, own)| own.told.contains(&token)).map(|(session, _)| *session)
     }
 
     /// The keys that it holds or waits for.
@@ -117,6 +132,11 @@ impl Sessions {
     pub(super) fn died(&self, session: SessionId) {
         if let Some(own) = lock(&self.own).get_mut(&session) {
             own.has_ended = true;
+            // Nobody is to be told anything any more.
+            own.pushes = None;
+            if let Some(listener) = own.listener.take() {
+                listener.abort();
+            }
         }
         lock(&self.others).remove(&session);
     }
@@ -178,12 +198,16 @@ impl Sessions {
     pub(super) fn due(&self, session: SessionId, now: BootTime) -> Vec<(TokenId, Key)> {
         let mut own = lock(&self.own);
         let Some(own) = own.get_mut(&session) else { return Vec::new() };
+        let interval = now.since(own.beaten);
+        own.beaten = now;
         if own.to_touch.is_empty() && now.since(own.swept) >= SWEEP_EVERY {
             own.swept = now;
             let due = own.held.iter().filter(|(_, held)| now.since(held.touched) >= TOUCH_EVERY);
             own.to_touch = due.map(|(token, _)| *token).collect();
+            let part = interval.as_secs_f64() / SWEEP_EVERY.as_secs_f64();
+            own.share = TOUCHES_PER_BEAT.max((own.to_touch.len() as f64 * part).ceil() as usize);
         }
-        let rest = own.to_touch.len().saturating_sub(TOUCHES_PER_BEAT);
+        let rest = own.to_touch.len().saturating_sub(own.share);
         let mut due = Vec::new();
         for token in own.to_touch.split_off(rest) {
             if let Some(held) = own.held.get_mut(&token) {
@@ -205,8 +229,11 @@ impl Own {
             pushes: None,
             listener: None,
             held: IdMap::default(),
+            told: Vec::new(),
             swept: BootTime::from_nanos(0),
             to_touch: Vec::new(),
+            share: 0,
+            beaten: BootTime::from_nanos(0),
         }
     }
 }
@@ -235,12 +262,60 @@ mod tests {
         }
         let gone = TokenId::random().unwrap();
         sessions.holds(session, gone, &key, start);
-        assert!(sessions.due(session, start.after(TOUCH_EVERY / 2)).is_empty());
         let later = start.after(TOUCH_EVERY + SWEEP_EVERY);
+        for before in [TOUCH_EVERY / 2, SWEEP_EVERY + Duration::from_secs(1), Duration::from_secs(2)] {
+            assert!(sessions.due(session, later.before(before)).is_empty());
+        }
         assert_eq!(sessions.lets_go(gone, start), None);
         let counts: Vec<_> = (0..4).map(|_| sessions.due(session, later).len()).collect();
         assert_eq!(counts, [200, 200, 100, 0]);
         assert!(sessions.due(session, later.after(SWEEP_EVERY)).is_empty());
+    }
+
+    #[test]
+    fn what_is_held_for_long_is_touched_in_time_however_rare_beats_are() {
+        // A record lives for a day, or for twice the session's ttl.
+        for (ttl, holds) in [(10, 20_000), (60 * 60, 50_000), (12 * 60 * 60, 20_000), (3 * 24 * 60 * 60, 5_000)] {
+            let life = Duration::from_secs(ttl * 2).max(Duration::from_secs(24 * 60 * 60));
+            let interval = Duration::from_secs(ttl) / 5;
+            let sessions = Sessions::default();
+            let session = SessionId::random().unwrap();
+            let mut now = BootTime::from_nanos(1);
+            sessions.opened(session, now, Duration::from_secs(ttl), Arc::default());
+            let key = Key::new("", "k").unwrap();
+            let mut touched = std::collections::HashMap::new();
+            for _ in 0..holds {
+                let token = TokenId::random().unwrap();
+                sessions.holds(session, token, &key, now);
+                touched.insert(token, now);
+            }
+            let end = now.after(life * 2);
+            while now < end {
+                now = now.after(interval);
+                for (token, _) in sessions.due(session, now) {
+                    touched.insert(token, now);
+                }
+            }
+            let oldest = touched.values().min().map(|touched| now.since(*touched)).unwrap();
+            assert!(oldest < life - life / 4, "ttl {ttl} s, {holds} holds: {oldest:?} of {life:?}");
+        }
+    }
+
+    #[test]
+    fn a_session_that_ended_is_forgotten_although_it_was_not_closed() {
+        let sessions = Sessions::default();
+        let (old, new) = (SessionId::random().unwrap(), SessionId::random().unwrap());
+        let start = BootTime::from_nanos(1);
+        let ttl = Duration::from_secs(10);
+        sessions.announce(old, crate::store::push_channel().0);
+        sessions.opened(old, start, ttl, Arc::default());
+        sessions.holds(old, TokenId::random().unwrap(), &Key::new("", "k").unwrap(), start);
+        sessions.died(old);
+        assert!(sessions.wants_listener(old).is_none());
+        sessions.opened(new, start.after(ttl), ttl, Arc::default());
+        assert_eq!(sessions.keys(old).len(), 1, "it may be closed yet");
+        sessions.opened(new, start.after(ttl + LEAST_MEMORY), ttl, Arc::default());
+        assert_eq!((sessions.keys(old).len(), lock(&sessions.own).len()), (0, 1));
     }
 
     #[test]
@@ -252,7 +327,7 @@ mod tests {
         sessions.opened(session, at(5), Duration::from_secs(10), Arc::default());
         assert_eq!(sessions.known(session, at(9)), Known::Alive(at(10)));
         assert_eq!(sessions.known(session, at(10)), Known::Unknown);
-        sessions.beaten(session, at(6));
+        sessions.beaten(session, at(6), Vec::new());
         assert_eq!(sessions.known(session, at(10)), Known::Alive(at(16)));
         sessions.died(session);
         assert_eq!(sessions.known(session, at(10)), Known::Dead);

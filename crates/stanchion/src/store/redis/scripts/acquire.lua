@@ -11,16 +11,17 @@ local held = find(token)
 if state.forced[token] then
   answer = { 'forced', now }
 elseif held then
+  write_again()
   answer = granted(held)
 elseif state.queued and call('ZSCORE', KEYS[2], token) then
   answer = queued(token)
 elseif now > string.sub(ARGV[1], 1, 16) then
   answer = { 'stale', now }
 else
-  local in_use = capacity()
-  if in_use and in_use ~= asked.capacity then
-    answer = { 'mismatch', now, tostring(in_use) }
-  elseif not state.queued and fits(asked.units, asked.capacity) then
+  local agreed = capacity()
+  if agreed and agreed ~= asked.capacity then
+    answer = in_the_way({ 'mismatch', now, tostring(agreed) })
+  elseif not state.queued and not state.closed and in_use() + asked.units <= asked.capacity then
     if life > DAY and life > tonumber(state.life or 0) then state.life = ARGV[5] end
     local hold = grant(asked)
     if not hold then return OUT_OF_FENCES end
@@ -39,8 +40,9 @@ else
     end
   else
     local last = call('ZRANGE', KEYS[2], -1, -1, 'WITHSCORES')[2]
-    call('ZADD', KEYS[2], string.format('%.0f', (tonumber(last) or 0) + 1), token)
+    -- In this order: what is in the queue has what it asks for, also where a right is missing for the second one.
     call('HSET', KEYS[3], token, cmsgpack.pack(asked))
+    call('ZADD', KEYS[2], string.format('%.0f', (tonumber(last) or 0) + 1), token)
     state.queued, changed = true, true
     if life > DAY and life > tonumber(state.life or 0) then state.life = ARGV[5] end
     answer = queued(token)

@@ -1,8 +1,10 @@
--- ARGV: from, to, session, owner as a text, not_after
+-- ARGV: from, to, session, owner as a text, not_after, life of the record (ms)
 settle()
 local hold = find(ARGV[2])
 local answer
-if not hold then
+if hold then
+  write_again()
+else
   if now > ARGV[5] then
     answer = { 'stale', now }
   else
@@ -12,6 +14,8 @@ if not hold then
       local length = string.match(hold.texts, '^(%d+):')
       hold.texts = ARGV[4] .. string.sub(hold.texts, #length + 2 + tonumber(length))
       hold.token, hold.session, changed = ARGV[2], ARGV[3], true
+      local life = tonumber(ARGV[6])
+      if life > DAY and life > tonumber(state.life or 0) then state.life = ARGV[6] end
     else
       answer = { 'gone', now }
     end

@@ -22,7 +22,9 @@ for at = 1, #KEYS do
   elseif record and byte(record) == 49 and sub(record, 34, 65) == asked then
     new, life = '0' .. sub(record, 2, 17), '600000'
   end
-  if new and not pcall('SET', key, new, 'PX', life).err then
+  -- What is no string looks like nothing here, and is not written over.
+  local done = new and (record and pcall('SET', key, new, 'PX', life) or pcall('SET', key, new, 'PX', life, 'NX'))
+  if done and not done.err then
     written[key] = new
     signs[at] = '+'
   else

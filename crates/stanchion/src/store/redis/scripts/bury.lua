@@ -4,7 +4,7 @@ local dead = {}
 for _, session in ipairs(ARGV) do dead[session] = true end
 local kept = {}
 for _, hold in ipairs(state.holds) do
-  if hold.kind ~= 'S' or not dead[hold.session] then kept[#kept + 1] = hold end
+  if not ends_with_its_session(hold) or not dead[hold.session] then kept[#kept + 1] = hold end
 end
 if #kept < #state.holds then state.holds, changed = kept, true end
 for token, forced in pairs(state.forced) do

@@ -60,10 +60,10 @@ local function next_fence()
   return fence
 end
 
-local function fits(units, capacity)
-  if state.closed then return false end
+local function in_use()
+  local units = 0
   for _, hold in ipairs(state.holds) do units = units + hold.units end
-  return units <= capacity
+  return units
 end
 
 -- Makes a hold of what was asked for. Nothing, if there is no higher fence.
@@ -82,12 +82,14 @@ end
 local function head()
   if not state.queued then return nil end
   local first = call('ZRANGE', KEYS[2], 0, 0)[1]
-  local asked = first and call('HGET', KEYS[3], first)
-  if not asked then
-    state.queued, changed = nil, true
-    return nil
+  while first do
+    local asked = call('HGET', KEYS[3], first)
+    if asked then return cmsgpack.unpack(asked) end
+    -- What it asks for is gone: only an eviction or a hand does that. Those behind it still wait.
+    call('ZREM', KEYS[2], first)
+    first = call('ZRANGE', KEYS[2], 0, 0)[1]
   end
-  return cmsgpack.unpack(asked)
+  state.queued, changed = nil, true
 end
 
 local function dequeue(token)
@@ -107,11 +109,15 @@ local function settle()
   for token, forced in pairs(state.forced) do
     if plus(forced.at, FORCED) <= now then state.forced[token], changed = nil, true end
   end
-  local first = head()
-  while first and fits(first.units, first.capacity) do
+  local first = not state.closed and head()
+  local used = first and in_use()
+  while first and used + first.units <= first.capacity do
     dequeue(first.token)
     local hold = grant(first)
     if hold then
+      used = used + hold.units
+      -- It outlives its session from when its holder has learned of it. Until then nobody believes it.
+      if hold.kind == 'F' then hold.unseen = true end
       -- A hint: without the right to publish it is found by asking.
       redis.pcall('PUBLISH', PREFIX .. 'session:{' .. first.session .. '}', 'G' .. first.token .. hold.fence .. SUBJECT)
     end
@@ -125,10 +131,18 @@ local function capacity()
   return first and first.capacity
 end
 
+-- The hold of a token, for whoever has the token: its holder has seen it then.
 local function find(token)
   for at, hold in ipairs(state.holds) do
-    if hold.token == token then return hold, at end
+    if hold.token == token then
+      if hold.unseen then hold.unseen, changed = nil, true end
+      return hold, at
+    end
   end
+end
+
+local function ends_with_its_session(hold)
+  return hold.kind == 'S' or hold.unseen
 end
 
 -- Writes, also when memory is short: freeing some is allowed then, and so is what the same script does after that.
@@ -171,6 +185,12 @@ local function save(may_fail)
   end
 end
 
+-- A write that changes nothing: who waits for replicas (WAIT) waits for what was written over the same connection.
+local function write_again()
+  local life = call('PTTL', KEYS[1])
+  call('PEXPIRE', KEYS[1], life > 0 and life or DAY)
+end
+
 local function remaining(hold)
   return hold.deadline and minus(hold.deadline, now) or ''
 end
@@ -194,7 +214,7 @@ local function in_the_way(answer)
     end
   end
   for _, hold in ipairs(state.holds) do
-    if hold.kind == 'S' then add(hold.session) end
+    if ends_with_its_session(hold) then add(hold.session) end
   end
   local first = head()
   if first then add(first.session) end

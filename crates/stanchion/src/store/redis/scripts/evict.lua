@@ -1,4 +1,4 @@
--- ARGV: fence
+-- ARGV: fence, what was lost
 settle()
 local answer
 for at, hold in ipairs(state.holds) do
@@ -7,6 +7,8 @@ for at, hold in ipairs(state.holds) do
     if not next_fence() then return OUT_OF_FENCES end
     state.forced[hold.token] = { session = hold.session, fence = hold.fence, at = now }
     answer = { 'evicted', now, hold.session, hold.token }
+    -- A hint, in the very step: also where whoever evicts does not come to tell the session.
+    redis.pcall('PUBLISH', PREFIX .. 'session:{' .. hold.session .. '}', 'F' .. hold.token .. ARGV[2])
     break
   end
 end

@@ -10,6 +10,8 @@ local answer = { 'seen', now }
 for at, key in ipairs(KEYS) do
   local session = redis.call('GET', key)
   local left = session and tonumber(string.sub(session, 1, 16)) - tonumber(now) or 0
+  -- Its next beat sets it to its ttl, whatever a clock that was set back makes of the last one.
+  if left > 0 then left = math.min(left, tonumber(string.sub(session, 17, 32))) end
   if left <= 0 and session ~= OVER then
     local life = string.format('%.0f', math.max(redis.call('PTTL', key), 120000))
     -- Allowed when memory is short, and makes what follows it allowed too.
