@@ -12,6 +12,9 @@ const DEFAULT_PORT: u16 = 6379;
 const DEFAULT_SENTINEL_PORT: u16 = 26379;
 const LONGEST_PREFIX: usize = 64;
 
+/// What is probably wrong where a URL falls into parts that make no sense.
+const ESCAPES: &str = "special characters of a user, a password or an option are written as %XX, an `@` as %40";
+
 /// How servers stand together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Layout {
@@ -90,6 +93,10 @@ impl Config {
             Some(at) => (&rest[..at], &rest[at + 1..]),
             None => (rest, ""),
         };
+        // What looks like a query or a path may be the rest of a password: it is not to be shown, nor taken for a host.
+        if query.contains('@') || (path.contains('@') && kind != "unix") {
+            return Err(invalid(format!("an `@` after the hosts; {ESCAPES}")));
+        }
         let (credentials, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
         let (user, password) = credentials.split_once(':').unwrap_or((credentials, ""));
         let mut config = Self {
@@ -156,8 +163,10 @@ impl Config {
                 "sentinel_password" if kind == "sentinel" => {
                     config.sentinel_password = text("`sentinel_password`", value)?;
                 }
+                _ if name.is_empty() || !name.chars().all(|c| c.is_ascii_lowercase() || c == '_') => {
+                    return Err(invalid(format!("there is no such option; {ESCAPES}")));
+                }
                 _ => {
-                    let name: String = name.chars().filter(|c| !c.is_control()).take(32).collect();
                     let sentinel = if kind == "sentinel" { ", `sentinel_user`, `sentinel_password`" } else { "" };
                     let unix = if kind == "unix" { ", `db`" } else { "" };
                     let tls = if tls { ", `ca_file`, `cert_file`, `key_file`" } else { "" };
@@ -311,11 +320,16 @@ mod tests {
             ("redis+cluster://u:secret@h/1", "no databases"),
             ("redis+unix://u:secret@h/x", "redis+unix:///path"),
             ("redis+other://u:secret@h", "no such scheme"),
+            ("redis://u:1?secret@h", "written as %XX"),
+            ("redis://u:p@127.0.0.1?secret@h:7840", "written as %XX"),
+            ("redis://u:p@h?SECRETsecret=1", "written as %XX"),
+            ("redis+sentinel://u:1/secret@h", "written as %XX"),
+            ("redis+sentinel://h/s?sentinel_password=p@secret", "written as %XX"),
         ] {
             let error = Config::from_url(url).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
             let text = format!("{error} {error:?}");
-            assert!(text.contains(says) && !text.contains("secret"), "{url}: {text}");
+            assert!(text.contains(says) && !text.to_lowercase().contains("secret"), "{url}: {text}");
         }
         let config = Config::from_url("redis://user:secret@h").unwrap();
         assert!(!format!("{config:?}").contains("secret"));
