@@ -279,3 +279,24 @@ fn a_server_that_cannot_serve_for_a_while_is_used_again_without_help() {
         recovers("after MASTERDOWN").await;
     });
 }
+
+/// A user that needs no password is that user, and not the default one.
+#[test]
+fn a_user_without_a_password_is_that_user() {
+    let server = RedisServer::start(Kind::Redis7);
+    let rights = ["ACL", "SETUSER", "alice", "on", "nopass", "~alice:*", "&alice:*", "+@all", "-acl"];
+    assert_eq!(server.command(&rights), "OK");
+    assert_eq!(server.command(&["ACL", "SETUSER", "bob", "on", ">pw", "~*", "&*", "+@all"]), "OK");
+    let port = server.port();
+    block_on(async {
+        let locks = Locks::open(&format!("redis://alice@127.0.0.1:{port}?prefix=alice")).await.unwrap();
+        locks.lock("k").await.unwrap().release().await.unwrap();
+        assert!(server.command(&["CLIENT", "LIST"]).contains("user=alice"));
+        let error = Locks::open(&format!("redis://alice@127.0.0.1:{port}")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unauthorized, "a prefix that is not hers: {error}");
+        for user in ["bob", "nobody"] {
+            let error = Locks::open(&format!("redis://{user}@127.0.0.1:{port}")).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unauthorized, "{user}: {error}");
+        }
+    });
+}

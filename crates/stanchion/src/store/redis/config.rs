@@ -186,26 +186,14 @@ impl Config {
 
     /// How to connect to a server that keeps locks.
     pub(super) fn server(&self, address: &Address) -> Result<Client> {
-        let mut settings = RedisConnectionInfo::default().set_db(self.database);
-        if let Some(user) = &self.user {
-            settings = settings.set_username(user);
-        }
-        if let Some(password) = &self.password {
-            settings = settings.set_password(password);
-        }
-        self.client(address, settings)
+        let settings = RedisConnectionInfo::default().set_db(self.database);
+        self.client(address, authenticated(settings, self.user.as_deref(), self.password.as_deref()))
     }
 
     /// How to connect to a sentinel.
     pub(super) fn sentinel(&self, address: &Address) -> Result<Client> {
-        let mut settings = RedisConnectionInfo::default();
-        if let Some(user) = &self.sentinel_user {
-            settings = settings.set_username(user);
-        }
-        if let Some(password) = &self.sentinel_password {
-            settings = settings.set_password(password);
-        }
-        self.client(address, settings)
+        let (user, password) = (self.sentinel_user.as_deref(), self.sentinel_password.as_deref());
+        self.client(address, authenticated(RedisConnectionInfo::default(), user, password))
     }
 
     fn client(&self, address: &Address, settings: RedisConnectionInfo) -> Result<Client> {
@@ -227,6 +215,15 @@ impl Config {
 
 fn invalid(message: String) -> Error {
     error(ErrorKind::InvalidArgument, message)
+}
+
+/// The client says who it is only where there is a password: a user that needs none says an empty one.
+fn authenticated(settings: RedisConnectionInfo, user: Option<&str>, password: Option<&str>) -> RedisConnectionInfo {
+    match (user, password) {
+        (Some(user), password) => settings.set_username(user).set_password(password.unwrap_or_default()),
+        (None, Some(password)) => settings.set_password(password),
+        (None, None) => settings,
+    }
 }
 
 fn text(what: &str, encoded: &str) -> Result<Option<String>> {
