@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use stanchion::store::{AcquireOutcome, EndOutcome, Redis};
 use stanchion::{Error, ErrorKind, Locks, RetryPolicy, Store};
+use stanchion_testkit::proxy::Proxy;
 use stanchion_testkit::servers::{Redis as Kind, RedisServer};
 use stanchion_testkit::{block_on, until};
 
@@ -298,5 +299,19 @@ fn a_user_without_a_password_is_that_user() {
             let error = Locks::open(&format!("redis://{user}@127.0.0.1:{port}")).await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unauthorized, "{user}: {error}");
         }
+    });
+}
+
+/// Opening takes few round trips: a far server is reached within the time of an attempt.
+#[test]
+fn a_far_server_can_be_opened() {
+    let server = RedisServer::start(Kind::Redis7);
+    let proxy = Proxy::start(server.port(), 1);
+    proxy.faults().delay_answers(Duration::from_millis(300));
+    block_on(async {
+        let locks = locks(proxy.port()).await;
+        let warnings = locks.warnings();
+        assert!(warnings.iter().any(|warning| warning.contains("set `appendonly yes`")), "{warnings:?}");
+        locks.lock("k").await.unwrap().release().await.unwrap();
     });
 }

@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
+use futures_util::future::{join, join_all};
+
 use super::Inner;
+use super::connect::Target;
 use super::error::error;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Push;
@@ -22,23 +25,44 @@ impl Inner {
             return Ok(());
         }
         let target = self.links.target(&self.names.session(session));
-        let mut settings = HashMap::new();
-        let mut unknown = false;
-        for name in SETTINGS {
+        for warning in self.audit_one(&target).await? {
+            if let Some(pushes) = self.sessions.wants_listener(session) {
+                pushes.send(Push::Warning(warning));
+            }
+        }
+        *audited = true;
+        Ok(())
+    }
+
+    /// What may lose locks at this server. All is asked at once: a far one has to answer within the time of an attempt.
+    async fn audit_one(&self, target: &Target) -> Result<Vec<String>> {
+        let settings = SETTINGS.map(|name| {
             let mut command = redis::cmd("CONFIG");
             command.arg("GET").arg(name);
-            match self.links.ask(target.clone(), &command).await {
+            command
+        });
+        let mut about_replicas = redis::cmd("INFO");
+        about_replicas.arg("replication");
+        let (settings, about_replicas) = join(
+            join_all(settings.iter().map(|command| self.links.ask(target.clone(), command))),
+            self.links.ask(target.clone(), &about_replicas),
+        )
+        .await;
+        let mut known = HashMap::new();
+        let mut unknown = false;
+        for (name, answer) in SETTINGS.into_iter().zip(settings) {
+            match answer {
                 Ok(answer) => {
                     let answer: HashMap<String, String> = redis::from_redis_value(answer).unwrap_or_default();
                     unknown |= name != ACTIVE_REPLICA && !answer.contains_key(name);
-                    settings.extend(answer);
+                    known.extend(answer);
                 }
                 // A user with few rights, or a service that hides its settings.
                 Err(fault) if !fault.is_transient() => unknown |= name != ACTIVE_REPLICA,
                 Err(fault) => return Err(fault),
             }
         }
-        let replicas = match self.links.ask(target, redis::cmd("INFO").arg("replication")).await {
+        let replicas = match about_replicas {
             Ok(answer) => {
                 let text: String = redis::from_redis_value(answer).unwrap_or_default();
                 text.lines().find_map(|line| line.strip_prefix("connected_slaves:")?.trim().parse().ok()).unwrap_or(0)
@@ -46,13 +70,7 @@ impl Inner {
             Err(fault) if !fault.is_transient() => 0,
             Err(fault) => return Err(fault),
         };
-        for warning in findings(&settings, replicas, unknown)? {
-            if let Some(pushes) = self.sessions.wants_listener(session) {
-                pushes.send(Push::Warning(warning));
-            }
-        }
-        *audited = true;
-        Ok(())
+        findings(&known, replicas, unknown)
     }
 }
 
