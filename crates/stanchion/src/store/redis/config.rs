@@ -255,6 +255,10 @@ fn prefix(text: &str) -> Result<String> {
 }
 
 fn addresses(hosts: &str, default_port: u16) -> Result<Vec<Address>> {
+    // A server that names another writes an address without brackets, always with a port; here it would be a guess.
+    if hosts.split(',').any(|host| !host.starts_with('[') && host.matches(':').count() > 1) {
+        return Err(invalid("an IPv6 address is written in [brackets], for example `[::1]:6379`".into()));
+    }
     let list: Result<Vec<_>> = hosts.split(',').map(|host| address(host, default_port)).collect();
     list.map_err(|_| invalid("a host is missing or malformed: write `host:port`, or `[address]:port` for IPv6".into()))
 }
@@ -322,6 +326,8 @@ mod tests {
             ("redis://u:p@h?SECRETsecret=1", "written as %XX"),
             ("redis+sentinel://u:1/secret@h", "written as %XX"),
             ("redis+sentinel://h/s?sentinel_password=p@secret", "written as %XX"),
+            ("redis://u:secret@::1", "an IPv6 address is written in [brackets]"),
+            ("redis+cluster://h,::1:7000", "an IPv6 address is written in [brackets]"),
         ] {
             let error = Config::from_url(url).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
