@@ -1,5 +1,6 @@
 //! Where the store is: its URL and its options.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use redis::{Client, ClientTlsConfig, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo, TlsCertificates};
@@ -150,8 +151,13 @@ impl Config {
             config.database = i64::from(number::<u32>("the database", database)?);
         }
         let (mut certificate, mut certificate_key) = (None, None);
+        let mut given = HashSet::new();
         for option in query.split('&').filter(|option| !option.is_empty()) {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
+            // The first one was known, so the name is no part of a password.
+            if !given.insert(name) {
+                return Err(invalid(format!("`{name}` is given twice")));
+            }
             match name {
                 "db" if matches!(kind, "unix") => config.database = i64::from(number::<u32>("`db`", value)?),
                 "prefix" => config.prefix = prefix(value)?,
@@ -328,6 +334,8 @@ mod tests {
             ("redis+sentinel://h/s?sentinel_password=p@secret", "written as %XX"),
             ("redis://u:secret@::1", "an IPv6 address is written in [brackets]"),
             ("redis+cluster://h,::1:7000", "an IPv6 address is written in [brackets]"),
+            ("redis://u:secret@h?prefix=a&prefix=b", "`prefix` is given twice"),
+            ("redis+sentinel://h/s?sentinel_user=a&min_replicas=1&sentinel_user=a", "`sentinel_user` is given twice"),
         ] {
             let error = Config::from_url(url).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
