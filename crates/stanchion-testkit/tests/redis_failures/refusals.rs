@@ -302,6 +302,33 @@ fn a_user_without_a_password_is_that_user() {
     });
 }
 
+/// A database that the server does not have is a mistake in the URL.
+#[test]
+fn a_database_that_is_not_there_is_refused() {
+    let server = RedisServer::start(Kind::Redis7);
+    let port = server.port();
+    block_on(async {
+        Locks::open(&format!("redis://127.0.0.1:{port}/15")).await.unwrap();
+        let error = Locks::open(&format!("redis://127.0.0.1:{port}/99")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+        assert!(error.to_string().contains("the server has no such database"), "{error}");
+        // Whoever may not choose one is told that, too.
+        server.command(&["ACL", "SETUSER", "default", "-select"]);
+        let error = Locks::open(&format!("redis://127.0.0.1:{port}/15")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
+        assert!(error.to_string().contains("lacks a right"), "{error}");
+        server.command(&["CONFIG", "SET", "requirepass", "secret"]);
+        let error = Locks::open(&format!("redis://127.0.0.1:{port}/15")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
+        assert!(error.to_string().contains("wants a user or a password"), "{error}");
+        // A node of a cluster has one database.
+        let node = RedisServer::with(Kind::Redis7, &["--cluster-enabled", "yes"]);
+        let error = Locks::open(&format!("redis://127.0.0.1:{}/1", node.port())).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
+        assert!(error.to_string().contains("use `redis+cluster://`"), "{error}");
+    });
+}
+
 /// Opening takes few round trips: a far server is reached within the time of an attempt.
 #[test]
 fn a_far_server_can_be_opened() {
