@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use stanchion::store::{AcquireOutcome, EndOutcome, Redis};
 use stanchion::{Error, ErrorKind, Locks, RetryPolicy, Store};
 use stanchion_testkit::proxy::Proxy;
-use stanchion_testkit::servers::{Redis as Kind, RedisServer};
+use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisServer};
 use stanchion_testkit::{block_on, until};
 
 use super::{SECOND, key, locks, store, url};
@@ -340,5 +340,50 @@ fn a_far_server_can_be_opened() {
         let warnings = locks.warnings();
         assert!(warnings.iter().any(|warning| warning.contains("set `appendonly yes`")), "{warnings:?}");
         locks.lock("k").await.unwrap().release().await.unwrap();
+    });
+}
+
+/// Each server of a cluster keeps locks: that one of them evicts is enough.
+#[test]
+fn every_server_of_a_cluster_is_looked_at() {
+    let cluster = RedisCluster::start(Kind::Redis7, false);
+    let url = format!("redis+cluster://{}", cluster.hosts());
+    block_on(async {
+        for node in cluster.nodes() {
+            node.command(&["CONFIG", "SET", "maxmemory", "100mb"]);
+            node.command(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]);
+            let error = Locks::open(&url).await.map(drop).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
+            assert!(error.to_string().contains(&format!("127.0.0.1:{}: the server evicts", node.port())), "{error}");
+            node.command(&["CONFIG", "SET", "maxmemory-policy", "noeviction"]);
+        }
+        let told = Locks::open(&url).await.unwrap().warnings();
+        let about_the_disk = told.iter().filter(|warning| warning.contains("set `appendonly yes`")).count();
+        assert_eq!(about_the_disk, 1, "what is true of all of them is told once: {told:?}");
+        // One that cannot be looked at is told of, and is no reason not to use the others.
+        for node in cluster.nodes() {
+            node.command(&["CONFIG", "SET", "cluster-require-full-coverage", "no"]);
+        }
+        for signal in ["STOP", "KILL"] {
+            let last = cluster.nodes().last().unwrap();
+            last.process().unwrap().signal(signal);
+            let says = format!("127.0.0.1:{}: its settings were not looked at", last.port());
+            // One in three wants its session to be there, and is not served.
+            let hasty = RetryPolicy { total: 3 * SECOND, ..RetryPolicy::default() };
+            until("opened without it", async || {
+                let open = || Locks::builder(&url).retry(hasty.clone()).open().into_future();
+                let all = futures_util::future::join_all((0..6).map(|_| open())).await;
+                for error in all.iter().filter_map(|opened| opened.as_ref().err()) {
+                    assert!(error.is_transient(), "{error}");
+                }
+                let mut opened = all.into_iter().flatten().peekable();
+                let is_one = opened.peek().is_some();
+                for told in opened.map(|locks| locks.warnings()) {
+                    assert!(told.iter().any(|warning| warning.contains(&says)), "{told:?}");
+                }
+                is_one
+            })
+            .await;
+        }
     });
 }
