@@ -295,8 +295,11 @@ impl RedisSentinel {
     pub fn start(kind: Redis) -> Self {
         let diskless = ["--repl-diskless-sync-delay", "0"];
         let primary = RedisServer::with(kind, &diskless);
-        let port = primary.port().to_string();
-        let replica = || RedisServer::with(kind, &[&diskless[..], &["--replicaof", "127.0.0.1", &port]].concat());
+        let port = primary.port();
+        let replica = || {
+            let of = ["--replicaof", "127.0.0.1", &port.to_string()];
+            RedisServer::with(kind, &[&diskless[..], &of].concat())
+        };
         let servers = vec![replica(), replica()];
         let servers: Vec<_> = std::iter::once(primary).chain(servers).collect();
         wait("replicas that are linked", || {
@@ -304,7 +307,7 @@ impl RedisSentinel {
                 .iter()
                 .all(|replica| replica.command(&["INFO", "replication"]).contains("master_link_status:up"))
         });
-        let sentinels: Vec<_> = (0..3).map(|_| Self::sentinel(kind, &port)).collect();
+        let sentinels: Vec<_> = (0..3).map(|_| Self::sentinel(kind, port, 2, 0)).collect();
         for sentinel in &sentinels {
             wait("sentinels that know all", || {
                 let master = sentinel.command(&["SENTINEL", "MASTER", "main"]);
@@ -318,13 +321,18 @@ impl RedisSentinel {
         Self { servers, sentinels }
     }
 
-    fn sentinel(kind: Redis, primary: &str) -> RedisServer {
+    /// A sentinel that needs no other to agree, and whose word about this primary has this number.
+    pub fn alone(kind: Redis, primary: u16, epoch: u64) -> RedisServer {
+        Self::sentinel(kind, primary, 1, epoch)
+    }
+
+    fn sentinel(kind: Redis, primary: u16, quorum: u32, epoch: u64) -> RedisServer {
         let folder = tempfile::Builder::new().prefix("stanchion-sentinel-").tempdir().unwrap();
         let file = folder.path().join("sentinel.conf");
         // They ask once a second: who is down after no more than that is called down now and then while it lives.
         let text = format!(
-            "sentinel monitor main 127.0.0.1 {primary} 2\nsentinel down-after-milliseconds main 1500\n\
-             sentinel failover-timeout main 3000\nsentinel parallel-syncs main 2\n"
+            "sentinel monitor main 127.0.0.1 {primary} {quorum}\nsentinel down-after-milliseconds main 1500\n\
+             sentinel failover-timeout main 3000\nsentinel parallel-syncs main 2\nsentinel config-epoch main {epoch}\n"
         );
         std::fs::write(&file, text).unwrap();
         let mut server = RedisServer::stopped(kind, free_port(), &[]);

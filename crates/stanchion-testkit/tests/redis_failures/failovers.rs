@@ -209,6 +209,36 @@ fn primaries_of_a_cluster_are_replaced_under_load() {
     });
 }
 
+/// A sentinel that missed a failover names a server that still calls itself primary. It is not believed where others know
+/// better, also by a process that begins; and nobody waits for one that is silent.
+#[test]
+fn the_newest_word_of_the_sentinels_counts_from_the_beginning() {
+    let (old, new) = (RedisServer::start(Kind::Redis7), RedisServer::start(Kind::Redis7));
+    let missed_it = RedisSentinel::alone(Kind::Redis7, old.port(), 1);
+    let know = [(); 2].map(|()| RedisSentinel::alone(Kind::Redis7, new.port(), 2));
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let hosts = [missed_it.port(), know[0].port(), know[1].port(), silent.local_addr().unwrap().port()];
+    let hosts = hosts.map(|port| format!("127.0.0.1:{port}")).join(",");
+    // The least rights: no numbers are told, and most of them count.
+    for sentinel in know.iter().chain([&missed_it]) {
+        let rights = ["on", "nopass", "-@all", "+auth", "+sentinel|get-master-addr-by-name"];
+        assert_eq!(sentinel.command(&[&["ACL", "SETUSER", "few"], &rights[..]].concat()), "OK");
+    }
+    block_on(async {
+        for options in ["", "?sentinel_user=few"] {
+            for turn in 0..5 {
+                let locks = Locks::open(&format!("redis+sentinel://{hosts}/main{options}")).await.unwrap();
+                let guard = locks.lock("k").await.unwrap();
+                assert_eq!(old.command(&["DBSIZE"]), "0", "turn {turn} {options}");
+                assert_eq!(new.command(&["EXISTS", "stanchion:{:k}"]), "1", "turn {turn} {options}");
+                guard.release().await.unwrap();
+            }
+        }
+        let all_clients = know.iter().map(|sentinel| sentinel.command(&["ACL", "LOG"]));
+        assert!(all_clients.collect::<String>().contains("few"), "the user with few rights was used");
+    });
+}
+
 /// A slot that is being moved while it is used: `ASK`, `TRYAGAIN`, `MOVED` are followed, and nothing is lost.
 #[test]
 fn a_slot_moves_between_nodes_under_load() {

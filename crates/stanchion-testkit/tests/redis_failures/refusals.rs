@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use stanchion::store::{AcquireOutcome, EndOutcome, Redis};
 use stanchion::{Error, ErrorKind, Locks, RetryPolicy, Store};
-use stanchion_testkit::servers::{Redis as Kind, RedisServer};
+use stanchion_testkit::proxy::Proxy;
+use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisServer};
 use stanchion_testkit::{block_on, until};
 
 use super::{SECOND, key, locks, store, url};
@@ -308,5 +309,112 @@ fn a_server_that_cannot_serve_for_a_while_is_used_again_without_help() {
         assert!(error.to_string().contains("lost its primary"), "{error}");
         server.command(&["REPLICAOF", "NO", "ONE"]);
         recovers("after MASTERDOWN").await;
+    });
+}
+
+/// A user that needs no password is that user, and not the default one.
+#[test]
+fn a_user_without_a_password_is_that_user() {
+    let server = RedisServer::start(Kind::Redis7);
+    let rights = ["ACL", "SETUSER", "alice", "on", "nopass", "~alice:*", "&alice:*", "+@all", "-acl"];
+    assert_eq!(server.command(&rights), "OK");
+    assert_eq!(server.command(&["ACL", "SETUSER", "bob", "on", ">pw", "~*", "&*", "+@all"]), "OK");
+    let port = server.port();
+    block_on(async {
+        let locks = Locks::open(&format!("redis://alice@127.0.0.1:{port}?prefix=alice")).await.unwrap();
+        locks.lock("k").await.unwrap().release().await.unwrap();
+        assert!(server.command(&["CLIENT", "LIST"]).contains("user=alice"));
+        let error = Locks::open(&format!("redis://alice@127.0.0.1:{port}")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unauthorized, "a prefix that is not hers: {error}");
+        for user in ["bob", "nobody"] {
+            let error = Locks::open(&format!("redis://{user}@127.0.0.1:{port}")).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unauthorized, "{user}: {error}");
+        }
+    });
+}
+
+/// A database that the server does not have is a mistake in the URL.
+#[test]
+fn a_database_that_is_not_there_is_refused() {
+    let server = RedisServer::start(Kind::Redis7);
+    let port = server.port();
+    block_on(async {
+        Locks::open(&format!("redis://127.0.0.1:{port}/15")).await.unwrap();
+        let error = Locks::open(&format!("redis://127.0.0.1:{port}/99")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+        assert!(error.to_string().contains("the server has no such database"), "{error}");
+        // Whoever may not choose one is told that, too.
+        server.command(&["ACL", "SETUSER", "default", "-select"]);
+        let error = Locks::open(&format!("redis://127.0.0.1:{port}/15")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
+        assert!(error.to_string().contains("lacks a right"), "{error}");
+        server.command(&["CONFIG", "SET", "requirepass", "secret"]);
+        let error = Locks::open(&format!("redis://127.0.0.1:{port}/15")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
+        assert!(error.to_string().contains("wants a user or a password"), "{error}");
+        // A node of a cluster has one database.
+        let node = RedisServer::with(Kind::Redis7, &["--cluster-enabled", "yes"]);
+        let error = Locks::open(&format!("redis://127.0.0.1:{}/1", node.port())).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
+        assert!(error.to_string().contains("use `redis+cluster://`"), "{error}");
+    });
+}
+
+/// Opening takes few round trips: a far server is reached within the time of an attempt.
+#[test]
+fn a_far_server_can_be_opened() {
+    let server = RedisServer::start(Kind::Redis7);
+    let proxy = Proxy::start(server.port(), 1);
+    proxy.faults().delay_answers(Duration::from_millis(300));
+    block_on(async {
+        let locks = locks(proxy.port()).await;
+        let warnings = locks.warnings();
+        assert!(warnings.iter().any(|warning| warning.contains("set `appendonly yes`")), "{warnings:?}");
+        locks.lock("k").await.unwrap().release().await.unwrap();
+    });
+}
+
+/// Each server of a cluster keeps locks: that one of them evicts is enough.
+#[test]
+fn every_server_of_a_cluster_is_looked_at() {
+    let cluster = RedisCluster::start(Kind::Redis7, false);
+    let url = format!("redis+cluster://{}", cluster.hosts());
+    block_on(async {
+        for node in cluster.nodes() {
+            node.command(&["CONFIG", "SET", "maxmemory", "100mb"]);
+            node.command(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]);
+            let error = Locks::open(&url).await.map(drop).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
+            assert!(error.to_string().contains(&format!("127.0.0.1:{}: the server evicts", node.port())), "{error}");
+            node.command(&["CONFIG", "SET", "maxmemory-policy", "noeviction"]);
+        }
+        let told = Locks::open(&url).await.unwrap().warnings();
+        let about_the_disk = told.iter().filter(|warning| warning.contains("set `appendonly yes`")).count();
+        assert_eq!(about_the_disk, 1, "what is true of all of them is told once: {told:?}");
+        // One that cannot be looked at is told of, and is no reason not to use the others.
+        for node in cluster.nodes() {
+            node.command(&["CONFIG", "SET", "cluster-require-full-coverage", "no"]);
+        }
+        for signal in ["STOP", "KILL"] {
+            let last = cluster.nodes().last().unwrap();
+            last.process().unwrap().signal(signal);
+            let says = format!("127.0.0.1:{}: its settings were not looked at", last.port());
+            // One in three wants its session to be there, and is not served.
+            let hasty = RetryPolicy { total: 3 * SECOND, ..RetryPolicy::default() };
+            until("opened without it", async || {
+                let open = || Locks::builder(&url).retry(hasty.clone()).open().into_future();
+                let all = futures_util::future::join_all((0..6).map(|_| open())).await;
+                for error in all.iter().filter_map(|opened| opened.as_ref().err()) {
+                    assert!(error.is_transient(), "{error}");
+                }
+                let mut opened = all.into_iter().flatten().peekable();
+                let is_one = opened.peek().is_some();
+                for told in opened.map(|locks| locks.warnings()) {
+                    assert!(told.iter().any(|warning| warning.contains(&says)), "{told:?}");
+                }
+                is_one
+            })
+            .await;
+        }
     });
 }

@@ -1,9 +1,16 @@
 //! Settings of a server that lose locks: looked at when the first session is opened.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::{join, join_all};
+use tokio::task::JoinSet;
 
 use super::Inner;
+use super::connect::Target;
 use super::error::error;
+use super::node::within;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Push;
 use crate::token::SessionId;
@@ -14,31 +21,100 @@ const ACTIVE_REPLICA: &str = "active-replica";
 const SETTINGS: [&str; 7] =
     ["maxmemory", "maxmemory-policy", "appendonly", "appendfsync", "save", "min-replicas-to-write", ACTIVE_REPLICA];
 
+/// The other servers of a cluster have so long when the session's own has answered.
+const OTHERS_WITHIN: Duration = Duration::from_secs(1);
+
 impl Inner {
-    /// Refuses a server that is certain to lose locks, and tells the session what may lose some.
-    pub(super) async fn audit(&self, session: SessionId) -> Result<()> {
+    /// Refuses servers that are certain to lose locks, and tells the session what may lose some.
+    pub(super) async fn audit(self: &Arc<Self>, session: SessionId) -> Result<()> {
         let mut audited = self.audited.lock().await;
         if *audited {
             return Ok(());
         }
-        let target = self.links.target(&self.names.session(session));
-        let mut settings = HashMap::new();
-        let mut unknown = false;
-        for name in SETTINGS {
+        let own = self.links.target(&self.names.session(session));
+        let warnings = match &own {
+            Target::Slot(slot) if self.links.is_cluster() => self.audit_all(*slot).await?,
+            _ => self.audit_one(&own).await?,
+        };
+        for warning in warnings {
+            if let Some(pushes) = self.sessions.wants_listener(session) {
+                pushes.send(Push::Warning(warning));
+            }
+        }
+        *audited = true;
+        Ok(())
+    }
+
+    /// What may lose locks at the servers of a cluster. The one that has this slot has to answer; that another one is away
+    /// is no reason not to use the rest.
+    async fn audit_all(self: &Arc<Self>, slot: u16) -> Result<Vec<String>> {
+        let mut unheard = self.links.servers().await?;
+        let Some(own) = self.links.known_route(slot) else { return self.audit_one(&Target::Slot(slot)).await };
+        unheard.retain(|server| *server != own);
+        let mut audits = JoinSet::new();
+        for server in unheard.iter().cloned() {
+            let inner = self.clone();
+            audits.spawn(async move {
+                let found = inner.audit_one(&Target::Server(server.clone())).await;
+                (server, found)
+            });
+        }
+        let warnings = self.audit_one(&Target::Server(own.clone())).await?;
+        let mut heard = vec![(own, warnings)];
+        let others = async {
+            while let Some(Ok((server, found))) = audits.join_next().await {
+                match found {
+                    Ok(warnings) => {
+                        unheard.retain(|other| *other != server);
+                        heard.push((server, warnings));
+                    }
+                    Err(fault) if fault.is_transient() => {}
+                    Err(fault) => return Err(fault),
+                }
+            }
+            Ok(())
+        };
+        within(OTHERS_WITHIN, others).await.unwrap_or(Ok(()))?;
+        // What is true of several is told of the first.
+        let mut known = HashSet::new();
+        let mut told = Vec::new();
+        for (server, warnings) in &heard {
+            let new = warnings.iter().filter(|warning| known.insert(warning.as_str()));
+            told.extend(new.map(|warning| format!("{server}: {warning}")));
+        }
+        told.extend(unheard.iter().map(|server| format!("{server}: its settings were not looked at")));
+        Ok(told)
+    }
+
+    /// What may lose locks at this server. All is asked at once: a far one has to answer within the time of an attempt.
+    async fn audit_one(&self, target: &Target) -> Result<Vec<String>> {
+        let settings = SETTINGS.map(|name| {
             let mut command = redis::cmd("CONFIG");
             command.arg("GET").arg(name);
-            match self.links.ask(target.clone(), &command).await {
+            command
+        });
+        let mut about_replicas = redis::cmd("INFO");
+        about_replicas.arg("replication");
+        let (settings, about_replicas) = join(
+            join_all(settings.iter().map(|command| self.links.ask(target.clone(), command))),
+            self.links.ask(target.clone(), &about_replicas),
+        )
+        .await;
+        let mut known = HashMap::new();
+        let mut unknown = false;
+        for (name, answer) in SETTINGS.into_iter().zip(settings) {
+            match answer {
                 Ok(answer) => {
                     let answer: HashMap<String, String> = redis::from_redis_value(answer).unwrap_or_default();
                     unknown |= name != ACTIVE_REPLICA && !answer.contains_key(name);
-                    settings.extend(answer);
+                    known.extend(answer);
                 }
                 // A user with few rights, or a service that hides its settings.
                 Err(fault) if !fault.is_transient() => unknown |= name != ACTIVE_REPLICA,
                 Err(fault) => return Err(fault),
             }
         }
-        let replicas = match self.links.ask(target, redis::cmd("INFO").arg("replication")).await {
+        let replicas = match about_replicas {
             Ok(answer) => {
                 let text: String = redis::from_redis_value(answer).unwrap_or_default();
                 text.lines().find_map(|line| line.strip_prefix("connected_slaves:")?.trim().parse().ok()).unwrap_or(0)
@@ -46,13 +122,13 @@ impl Inner {
             Err(fault) if !fault.is_transient() => 0,
             Err(fault) => return Err(fault),
         };
-        for warning in findings(&settings, replicas, unknown)? {
-            if let Some(pushes) = self.sessions.wants_listener(session) {
-                pushes.send(Push::Warning(warning));
+        let found = findings(&known, replicas, unknown);
+        match target {
+            Target::Server(server) => {
+                found.map_err(|fault| error(fault.kind(), format!("{server}: {}", fault.message())))
             }
+            Target::Slot(_) => found,
         }
-        *audited = true;
-        Ok(())
     }
 }
 

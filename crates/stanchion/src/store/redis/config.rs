@@ -1,5 +1,6 @@
 //! Where the store is: its URL and its options.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use redis::{Client, ClientTlsConfig, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo, TlsCertificates};
@@ -11,6 +12,9 @@ use crate::store::url::percent_decoded;
 const DEFAULT_PORT: u16 = 6379;
 const DEFAULT_SENTINEL_PORT: u16 = 26379;
 const LONGEST_PREFIX: usize = 64;
+
+/// What is probably wrong where a URL falls into parts that make no sense.
+const ESCAPES: &str = "special characters of a user, a password or an option are written as %XX, an `@` as %40";
 
 /// How servers stand together.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,6 +94,10 @@ impl Config {
             Some(at) => (&rest[..at], &rest[at + 1..]),
             None => (rest, ""),
         };
+        // What looks like a query or a path may be the rest of a password: it is not to be shown, nor taken for a host.
+        if query.contains('@') || (path.contains('@') && kind != "unix") {
+            return Err(invalid(format!("an `@` after the hosts; {ESCAPES}")));
+        }
         let (credentials, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
         let (user, password) = credentials.split_once(':').unwrap_or((credentials, ""));
         let mut config = Self {
@@ -143,8 +151,13 @@ impl Config {
             config.database = i64::from(number::<u32>("the database", database)?);
         }
         let (mut certificate, mut certificate_key) = (None, None);
+        let mut given = HashSet::new();
         for option in query.split('&').filter(|option| !option.is_empty()) {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
+            // The first one was known, so the name is no part of a password.
+            if !given.insert(name) {
+                return Err(invalid(format!("`{name}` is given twice")));
+            }
             match name {
                 "db" if matches!(kind, "unix") => config.database = i64::from(number::<u32>("`db`", value)?),
                 "prefix" => config.prefix = prefix(value)?,
@@ -156,8 +169,10 @@ impl Config {
                 "sentinel_password" if kind == "sentinel" => {
                     config.sentinel_password = text("`sentinel_password`", value)?;
                 }
+                _ if name.is_empty() || !name.chars().all(|c| c.is_ascii_lowercase() || c == '_') => {
+                    return Err(invalid(format!("there is no such option; {ESCAPES}")));
+                }
                 _ => {
-                    let name: String = name.chars().filter(|c| !c.is_control()).take(32).collect();
                     let sentinel = if kind == "sentinel" { ", `sentinel_user`, `sentinel_password`" } else { "" };
                     let unix = if kind == "unix" { ", `db`" } else { "" };
                     let tls = if tls { ", `ca_file`, `cert_file`, `key_file`" } else { "" };
@@ -177,26 +192,14 @@ impl Config {
 
     /// How to connect to a server that keeps locks.
     pub(super) fn server(&self, address: &Address) -> Result<Client> {
-        let mut settings = RedisConnectionInfo::default().set_db(self.database);
-        if let Some(user) = &self.user {
-            settings = settings.set_username(user);
-        }
-        if let Some(password) = &self.password {
-            settings = settings.set_password(password);
-        }
-        self.client(address, settings)
+        let settings = RedisConnectionInfo::default().set_db(self.database);
+        self.client(address, authenticated(settings, self.user.as_deref(), self.password.as_deref()))
     }
 
     /// How to connect to a sentinel.
     pub(super) fn sentinel(&self, address: &Address) -> Result<Client> {
-        let mut settings = RedisConnectionInfo::default();
-        if let Some(user) = &self.sentinel_user {
-            settings = settings.set_username(user);
-        }
-        if let Some(password) = &self.sentinel_password {
-            settings = settings.set_password(password);
-        }
-        self.client(address, settings)
+        let (user, password) = (self.sentinel_user.as_deref(), self.sentinel_password.as_deref());
+        self.client(address, authenticated(RedisConnectionInfo::default(), user, password))
     }
 
     fn client(&self, address: &Address, settings: RedisConnectionInfo) -> Result<Client> {
@@ -218,6 +221,15 @@ impl Config {
 
 fn invalid(message: String) -> Error {
     error(ErrorKind::InvalidArgument, message)
+}
+
+/// The client says who it is only where there is a password: a user that needs none says an empty one.
+fn authenticated(settings: RedisConnectionInfo, user: Option<&str>, password: Option<&str>) -> RedisConnectionInfo {
+    match (user, password) {
+        (Some(user), password) => settings.set_username(user).set_password(password.unwrap_or_default()),
+        (None, Some(password)) => settings.set_password(password),
+        (None, None) => settings,
+    }
 }
 
 fn text(what: &str, encoded: &str) -> Result<Option<String>> {
@@ -249,6 +261,10 @@ fn prefix(text: &str) -> Result<String> {
 }
 
 fn addresses(hosts: &str, default_port: u16) -> Result<Vec<Address>> {
+    // A server that names another writes an address without brackets, always with a port; here it would be a guess.
+    if hosts.split(',').any(|host| !host.starts_with('[') && host.matches(':').count() > 1) {
+        return Err(invalid("an IPv6 address is written in [brackets], for example `[::1]:6379`".into()));
+    }
     let list: Result<Vec<_>> = hosts.split(',').map(|host| address(host, default_port)).collect();
     list.map_err(|_| invalid("a host is missing or malformed: write `host:port`, or `[address]:port` for IPv6".into()))
 }
@@ -311,11 +327,20 @@ mod tests {
             ("redis+cluster://u:secret@h/1", "no databases"),
             ("redis+unix://u:secret@h/x", "redis+unix:///path"),
             ("redis+other://u:secret@h", "no such scheme"),
+            ("redis://u:1?secret@h", "written as %XX"),
+            ("redis://u:p@127.0.0.1?secret@h:7840", "written as %XX"),
+            ("redis://u:p@h?SECRETsecret=1", "written as %XX"),
+            ("redis+sentinel://u:1/secret@h", "written as %XX"),
+            ("redis+sentinel://h/s?sentinel_password=p@secret", "written as %XX"),
+            ("redis://u:secret@::1", "an IPv6 address is written in [brackets]"),
+            ("redis+cluster://h,::1:7000", "an IPv6 address is written in [brackets]"),
+            ("redis://u:secret@h?prefix=a&prefix=b", "`prefix` is given twice"),
+            ("redis+sentinel://h/s?sentinel_user=a&min_replicas=1&sentinel_user=a", "`sentinel_user` is given twice"),
         ] {
             let error = Config::from_url(url).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
             let text = format!("{error} {error:?}");
-            assert!(text.contains(says) && !text.contains("secret"), "{url}: {text}");
+            assert!(text.contains(says) && !text.to_lowercase().contains("secret"), "{url}: {text}");
         }
         let config = Config::from_url("redis://user:secret@h").unwrap();
         assert!(!format!("{config:?}").contains("secret"));

@@ -78,14 +78,15 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
         };
     }
     let text = text(fault);
-    // In the order in which they count where several are named.
+    // In the order in which they count where several are named. The client keeps no code of what refuses a database, only the
+    // words after it.
     let table: &[(&[&str], ErrorKind, &str)] = &[
         (
-            &["NOPERM", "can't run this command"],
+            &["NOPERM", "can't run this command", "has no permissions"],
             ErrorKind::Unauthorized,
             "the user lacks a right; see the access list in the documentation of the store",
         ),
-        (&["NOAUTH"], ErrorKind::Unauthorized, "the server wants a user or a password"),
+        (&["NOAUTH", "Authentication required"], ErrorKind::Unauthorized, "the server wants a user or a password"),
         (&["WRONGPASS", "invalid password"], ErrorKind::Unauthorized, "the server refused the user or the password"),
         (&["OOM "], ErrorKind::Unavailable, "the server is out of memory (maxmemory) and takes no new holds"),
         (&["READONLY"], ErrorKind::Unavailable, "the server is a replica now"),
@@ -97,7 +98,16 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
         (&["NOREPLICAS"], ErrorKind::Unavailable, "the server has too few replicas (min-replicas-to-write)"),
         (&["max number of clients"], ErrorKind::RateLimited, "the server has too many clients (maxclients)"),
         (&["MISCONF"], ErrorKind::Misconfigured, "the server cannot save its data and takes no writes; see its log"),
-        (&["MOVED", "ASK "], ErrorKind::Misconfigured, "the server is part of a cluster: use `redis+cluster://`"),
+        (
+            &["MOVED", "ASK ", "not allowed in cluster mode"],
+            ErrorKind::Misconfigured,
+            "the server is part of a cluster: use `redis+cluster://`",
+        ),
+        (
+            &["DB index is out of range"],
+            ErrorKind::InvalidArgument,
+            "the server has no such database; it has those from 0 to one less than its setting `databases`",
+        ),
         (&["CROSSSLOT"], ErrorKind::Internal, "keys of one lock are in several slots"),
         (
             &["WRONGTYPE", "RECORD "],

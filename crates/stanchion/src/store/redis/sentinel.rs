@@ -1,8 +1,8 @@
 //! The sentinels of a service: which server is its primary.
 //!
 //! # Whom to take
-//! At first whoever a sentinel names. Where the primary was lost all of them are asked, and the newest word counts, by the
-//! sentinels' own numbering: one that missed a failover does not lead back to a server that was replaced.
+//! All sentinels are asked, and the newest word counts, by their own numbering: one that missed a failover, or that is on
+//! the wrong side of a partition, does not lead to a server that was replaced. One that is silent is not waited for.
 //!
 //! The sentinels name a new primary only when they have looked at it the next time, up to a second after it began to take
 //! writes. The one that leads the failover tells before that whom it has chosen. So the chosen replica is asked itself,
@@ -15,7 +15,8 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use redis::{AsyncConnectionConfig, Client, RedisError};
+use redis::aio::MultiplexedConnection;
+use redis::{AsyncConnectionConfig, Client, FromRedisValue, RedisError};
 
 use super::config::{Address, Config};
 use super::connect::Local;
@@ -111,11 +112,10 @@ impl Group {
         let clients = self.sentinels.iter().map(|sentinel| Ok((sentinel.clone(), config.sentinel(sentinel)?)));
         let clients: Vec<_> = clients.collect::<Result<_>>()?;
         let service = self.service.clone();
-        let is_lost = lost.is_some();
         let words = in_task(local, async move {
             let ask = |(sentinel, client)| {
                 let service = &service;
-                async move { ask_one(&sentinel, &client, service, is_lost).await }
+                async move { ask_one(&sentinel, &client, service).await }
             };
             let mut asked: FuturesUnordered<_> = clients.into_iter().map(ask).collect();
             let (mut words, mut fault) = (Vec::new(), None);
@@ -129,9 +129,6 @@ impl Group {
                     // That there is no such service says more than that one sentinel is away.
                     Err(other) if fault.as_ref().is_none_or(|_: &Error| !other.is_transient()) => fault = Some(other),
                     Err(_) => {}
-                }
-                if !is_lost && !words.is_empty() {
-                    break;
                 }
             }
             (words, fault)
@@ -153,40 +150,44 @@ impl Group {
     }
 }
 
-/// The newest word. Of two that are equally new, the one that names another than the lost one: a user with few rights is
-/// told no numbers.
+/// The newest word. A user with few rights is told no numbers: of two that are equally new, the one that names another than
+/// the lost one, and then the one that more of them say.
 fn newest<'a>(words: &'a [Word], lost: Option<&Address>) -> Option<&'a Word> {
-    words.iter().max_by_key(|word| (word.epoch, lost != Some(&word.primary)))
+    let agree = |primary: &Address| words.iter().filter(|word| word.primary == *primary).count();
+    words.iter().max_by_key(|word| (word.epoch, lost != Some(&word.primary), agree(&word.primary)))
 }
 
-/// What one sentinel says; of a lost primary in detail.
-async fn ask_one(sentinel: &Address, client: &Client, service: &str, in_detail: bool) -> Result<Word> {
+/// What one sentinel says.
+async fn ask_one(sentinel: &Address, client: &Client, service: &str) -> Result<Word> {
     let options = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(ANSWER_WITHIN))
         .set_response_timeout(Some(ANSWER_WITHIN));
     let answer = async {
-        let mut connection = client.get_multiplexed_async_connection_with_config(&options).await?;
-        let mut ask = redis::cmd("SENTINEL");
-        ask.arg("GET-MASTER-ADDR-BY-NAME").arg(service);
-        let Some((host, port)) = ask.query_async::<Option<(String, u16)>>(&mut connection).await? else {
-            return Ok(None);
-        };
-        let primary = Address::Tcp { host, port };
-        let mut word = Word { primary, epoch: 0, is_down: false, chosen: None };
-        if in_detail {
-            // Without the right to ask, or from something that only speaks like a sentinel, the name has to do.
-            let mut ask = redis::cmd("SENTINEL");
-            let details = ask.arg("MASTER").arg(service).query_async(&mut connection).await;
-            word.describe(&details.unwrap_or_default());
-            let mut ask = redis::cmd("SENTINEL");
-            let replicas = ask.arg("REPLICAS").arg(service).query_async::<Vec<_>>(&mut connection).await;
-            word.chosen = chosen(&replicas.unwrap_or_default());
-        }
+        let connection = client.get_multiplexed_async_connection_with_config(&options).await?;
+        // At once, because a sentinel may be far, and the name last: it is not older than the number that comes with it.
+        let (primary, replicas, named) = tokio::join!(
+            ask::<HashMap<String, String>>(connection.clone(), "MASTER", service),
+            ask::<Vec<HashMap<String, String>>>(connection.clone(), "REPLICAS", service),
+            ask::<Option<(String, u16)>>(connection.clone(), "GET-MASTER-ADDR-BY-NAME", service),
+        );
+        let Some((host, port)) = named? else { return Ok(None) };
+        let mut word = Word { primary: Address::Tcp { host, port }, epoch: 0, is_down: false, chosen: None };
+        // Without the right to ask, or from something that only speaks like a sentinel, the name has to do.
+        word.describe(&primary.unwrap_or_default());
+        word.chosen = chosen(&replicas.unwrap_or_default());
         Ok(Some(word))
     };
     let answer = within(ANSWER_WITHIN, answer).await.unwrap_or_else(|| Err(too_slow(ANSWER_WITHIN)));
     let word = answer.map_err(|fault: RedisError| while_connecting(sentinel, &fault))?;
     word.ok_or_else(|| error(ErrorKind::Misconfigured, format!("the sentinel {sentinel} knows no service `{service}`")))
+}
+
+async fn ask<T: FromRedisValue>(
+    mut connection: MultiplexedConnection,
+    what: &str,
+    service: &str,
+) -> Result<T, RedisError> {
+    redis::cmd("SENTINEL").arg(what).arg(service).query_async(&mut connection).await
 }
 
 fn has_flag(server: &HashMap<String, String>, flag: &str) -> bool {
@@ -235,6 +236,16 @@ mod tests {
         assert_eq!(port(&[word(2, 5), word(1, 4)]), 2);
         // Nobody tells numbers.
         assert_eq!(port(&[word(1, 0), word(2, 0), word(1, 0)]), 2);
+    }
+
+    #[test]
+    fn without_numbers_most_of_them_count_unless_one_was_lost() {
+        let words = [word(1, 0), word(1, 0), word(2, 0)];
+        let at = |port| word(port, 0).primary;
+        assert_eq!(newest(&words, None).unwrap().primary, at(1));
+        assert_eq!(newest(&words, Some(&at(1))).unwrap().primary, at(2));
+        // One that tells a number knows more than all who do not.
+        assert_eq!(newest(&[word(1, 0), word(2, 1), word(1, 0)], None).unwrap().primary, at(2));
     }
 
     #[test]
