@@ -84,7 +84,8 @@ const AT_ONCE: usize = 256;
 #[doc = include_str!("access_list.txt")]
 /// ```
 /// With `+config|get +info` it also reports settings that lose locks. A user of the sentinels needs
-/// `+sentinel|get-master-addr-by-name`, and to be served again soon after a failover `+sentinel|master +sentinel|replicas`.
+/// `+sentinel|get-master-addr-by-name`; with `+sentinel|master +sentinel|replicas` too, the newest word counts where sentinels
+/// name different servers, and service goes on soon after a failover.
 ///
 /// # What it does to a process
 /// It connects once for each Tokio runtime that it is used in, once for the keeper and once for pushes. With TLS it
