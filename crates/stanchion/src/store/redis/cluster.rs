@@ -8,7 +8,9 @@ use redis::Value;
 use tokio::sync::{Notify, watch};
 
 use super::config::{Address, address};
+use super::error::error;
 use crate::clock::BootTime;
+use crate::error::{Error, ErrorKind};
 
 const SLOTS: usize = 16_384;
 
@@ -26,8 +28,8 @@ pub(super) fn slot_of(name: &str) -> u16 {
 #[derive(Debug)]
 pub(super) struct SlotMap {
     known: Mutex<Known>,
-    /// One at a time asks for the map.
-    pub(super) learning: tokio::sync::Mutex<()>,
+    /// One at a time asks for the map. When that last failed, and how.
+    pub(super) learning: tokio::sync::Mutex<Option<(BootTime, ErrorKind, String)>>,
     /// One at a time looks for what is lost.
     pub(super) searching: tokio::sync::Mutex<()>,
     losses: Notify,
@@ -44,6 +46,11 @@ struct Known {
     /// The place in `servers` of the server of each slot.
     slots: Vec<Option<u16>>,
     learned: Option<BootTime>,
+    /// Who told the map.
+    teller: Option<Address>,
+    /// Those who were no help when they were last asked, the last one at the end. They are asked after all others: a node
+    /// that is not part of the cluster any more, or is cut off from it, must not be asked for ever.
+    unhelpful: Vec<Address>,
     /// Something spoke against it since.
     doubtful: bool,
     /// Servers that did not serve when they were last asked.
@@ -60,6 +67,8 @@ impl SlotMap {
             others: Vec::new(),
             slots: vec![None; SLOTS],
             learned: None,
+            teller: None,
+            unhelpful: Vec::new(),
             doubtful: true,
             lost: HashSet::new(),
             is_down: false,
@@ -91,14 +100,29 @@ impl SlotMap {
         self.lock().servers.clone()
     }
 
-    /// Whom to ask for the map: those that are lost come last.
+    /// Whom to ask for the map: those that are lost come late, those that were no help last.
     pub(super) fn known(&self) -> Vec<Address> {
         let known = self.lock();
         let mut seen = HashSet::new();
         let all = known.servers.iter().chain(&known.others).chain(&known.seeds);
         let mut all: Vec<_> = all.filter(|address| seen.insert(*address)).cloned().collect();
-        all.sort_by_key(|address| known.lost.contains(address));
+        let turn = |address: &Address| known.unhelpful.iter().position(|other| other == address);
+        all.sort_by_key(|address| (turn(address), known.lost.contains(address)));
         all
+    }
+
+    /// This node is asked for the map, or knew nothing that helps: the next time it is asked last.
+    pub(super) fn ask_last(&self, address: &Address) {
+        self.lock().ask_last(address);
+    }
+
+    /// The map says nothing of this slot. Whoever told it may know little.
+    pub(super) fn misses(&self, slot: u16) -> Error {
+        let mut known = self.lock();
+        if let Some(teller) = known.teller.clone() {
+            known.ask_last(&teller);
+        }
+        error(ErrorKind::Unavailable, format!("the cluster has no server for slot {slot}"))
     }
 
     /// This server does not serve. The map may be out of date.
@@ -110,9 +134,10 @@ impl SlotMap {
         self.losses.notify_one();
     }
 
-    /// No server serves. The map may be out of date.
-    pub(super) fn down(&self) {
+    /// No server serves, as this one says. The map may be out of date, and this one may be wrong.
+    pub(super) fn down(&self, by: &Address) {
         let mut known = self.lock();
+        known.ask_last(by);
         known.is_down = true;
         known.doubtful = true;
         drop(known);
@@ -165,7 +190,7 @@ impl SlotMap {
     /// Whether it was learned a moment ago: then it has to do.
     pub(super) fn is_fresh(&self, now: BootTime) -> bool {
         let mut known = self.lock();
-        let is_fresh = known.learned.is_some_and(|at| now.since(at) < FRESH_FOR);
+        let is_fresh = known.learned.is_some_and(|at| is_recent(at, now));
         known.doubtful &= !is_fresh;
         is_fresh
     }
@@ -184,8 +209,8 @@ impl SlotMap {
         known.doubtful = true;
     }
 
-    /// The answer to `CLUSTER SLOTS`, from this server.
-    pub(super) fn learned(&self, answer: &Value, from: &Address, now: BootTime) {
+    /// The answer to `CLUSTER SLOTS`, from this server. Tells whether it is a map.
+    pub(super) fn learned(&self, answer: &Value, from: &Address, now: BootTime) -> bool {
         let mut known = self.lock();
         let (mut servers, mut others, mut slots) = (Vec::new(), Vec::new(), vec![None; SLOTS]);
         for range in elements(answer) {
@@ -202,11 +227,28 @@ impl SlotMap {
                 *slot = u16::try_from(at).ok();
             }
         }
-        if !servers.is_empty() {
-            (known.servers, known.others, known.slots) = (servers, others, slots);
-            (known.learned, known.doubtful) = (Some(now), false);
+        if servers.is_empty() {
+            return false;
         }
+        (known.servers, known.others, known.slots) = (servers, others, slots);
+        (known.learned, known.doubtful, known.teller) = (Some(now), false, Some(from.clone()));
+        let Known { seeds, servers, others, unhelpful, .. } = &mut *known;
+        let all = [&*seeds, servers, others];
+        unhelpful.retain(|address| address != from && all.iter().any(|some| some.contains(address)));
+        true
     }
+}
+
+impl Known {
+    fn ask_last(&mut self, address: &Address) {
+        self.unhelpful.retain(|other| other != address);
+        self.unhelpful.push(address.clone());
+    }
+}
+
+/// What was found out a moment ago is not asked for again.
+pub(super) fn is_recent(at: BootTime, now: BootTime) -> bool {
+    now.since(at) < FRESH_FOR
 }
 
 fn elements(value: &Value) -> &[Value] {

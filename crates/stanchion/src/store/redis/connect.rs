@@ -14,7 +14,7 @@ use redis::{Cmd, RedisError, Value};
 use tokio::runtime::{Handle, Id};
 
 use super::batch::Batch;
-use super::cluster::{SlotMap, slot_of};
+use super::cluster::{SlotMap, is_recent, slot_of};
 use super::config::{Address, Config, Layout};
 use super::error::{Verdict, error, from_answer, while_connecting};
 use super::node::{CONNECT_WITHIN, Link, Node, Suspicion, too_slow, within};
@@ -268,7 +268,7 @@ impl Links {
         match verdict {
             Verdict::Refused => {
                 if let (Some(slots), Some("CLUSTERDOWN")) = (self.slots(), fault.code()) {
-                    slots.down();
+                    slots.down(&node.address);
                 }
             }
             Verdict::NotHere | Verdict::Broken => {
@@ -298,9 +298,7 @@ impl Links {
             Topology::Sentinel(group) => group.find(&self.config, local, &self.clock).await,
             Topology::Cluster(slots) => {
                 self.learn_slots(local, slots).await?;
-                slots
-                    .server(slot)
-                    .ok_or_else(|| error(ErrorKind::Unavailable, format!("the cluster has no server for slot {slot}")))
+                slots.server(slot).ok_or_else(|| slots.misses(slot))
             }
         }
     }
@@ -329,36 +327,49 @@ impl Links {
     }
 
     pub(super) async fn learn_slots(&self, local: &Local, slots: &SlotMap) -> Result<()> {
-        let _one_at_a_time = slots.learning.lock().await;
-        if slots.is_fresh(self.clock.now()) {
+        let mut failed = slots.learning.lock().await;
+        let now = self.clock.now();
+        if slots.is_fresh(now) {
             return Ok(());
+        }
+        if let Some((at, kind, message)) = &*failed
+            && is_recent(*at, now)
+        {
+            return Err(error(*kind, message.clone()));
         }
         let mut last = None;
         for address in slots.known() {
-            let node = local.node(&address);
-            let link = node.link(self, local).await;
-            let answer = match link {
-                Ok(mut link) => {
-                    let mut command = redis::cmd("CLUSTER");
-                    let question = command.arg("SLOTS").query_async(&mut link.connection);
-                    // Others wait for the map too: a silent node must not keep them.
-                    let answer: Option<Result<Value, RedisError>> = within(CONNECT_WITHIN, question).await;
-                    answer.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
-                        node.lost(link.generation);
-                        from_answer(&address, &fault).0
-                    })
-                }
-                Err(error) => Err(error),
-            };
-            match answer {
-                Ok(value) => {
-                    slots.learned(&value, &address, self.clock.now());
+            // Before it is asked: whoever waits for a silent one may give up first.
+            slots.ask_last(&address);
+            match self.ask_for_slots(local, &address).await {
+                Ok(answer) if slots.learned(&answer, &address, self.clock.now()) => {
+                    *failed = None;
                     return Ok(());
+                }
+                Ok(_) => {
+                    let message = format!("{address} knows no servers of a cluster");
+                    last = Some(error(ErrorKind::Unavailable, message));
                 }
                 Err(error) => last = Some(error),
             }
         }
-        Err(last.unwrap_or_else(|| error(ErrorKind::Unavailable, "no node of the cluster is known")).in_doubt(false))
+        let last = last.unwrap_or_else(|| error(ErrorKind::Unavailable, "no node of the cluster is known"));
+        *failed = Some((self.clock.now(), last.kind(), last.message().to_owned()));
+        Err(last.in_doubt(false))
+    }
+
+    /// The answer of one node to the question for the map.
+    async fn ask_for_slots(&self, local: &Local, address: &Address) -> Result<Value> {
+        let node = local.node(address);
+        let mut link = node.link(self, local).await?;
+        let mut command = redis::cmd("CLUSTER");
+        let question = command.arg("SLOTS").query_async(&mut link.connection);
+        // Others wait for the map too: a silent node must not keep them.
+        let answer: Option<Result<Value, RedisError>> = within(CONNECT_WITHIN, question).await;
+        answer.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
+            node.lost(link.generation);
+            from_answer(address, &fault).0
+        })
     }
 
     /// Whether locks can be kept in a server that says this of its role.

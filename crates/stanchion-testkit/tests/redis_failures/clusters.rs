@@ -1,0 +1,104 @@
+//! Clusters whose nodes know little: fresh, reset, cut off, replicas, silent.
+
+use stanchion::Locks;
+use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisServer};
+use stanchion_testkit::{block_on, until};
+
+use super::SECOND;
+
+/// A key that this node of a cluster serves.
+fn key_at(node: &RedisServer) -> String {
+    let is_there = |name: &String| !node.command(&["GET", &format!("stanchion:{{:{name}}}")]).starts_with("MOVED");
+    (0..1_000).map(|turn| format!("k{turn}")).find(is_there).unwrap()
+}
+
+/// Takes and releases it, as often as it takes until that works.
+async fn works(locks: &Locks, key: &str) {
+    until("it works", async || match locks.lock(key).wait(SECOND).await {
+        Ok(guard) => guard.release().await.is_ok(),
+        Err(_) => false,
+    })
+    .await;
+}
+
+/// The first replica takes the place of its primary, and all nodes know.
+async fn replaced(cluster: &RedisCluster) {
+    let (replica, primary) = (&cluster.nodes()[3], &cluster.nodes()[0]);
+    until("a replica that takes over", async || {
+        replica.command(&["CLUSTER", "FAILOVER"]);
+        replica.command(&["ROLE"]).starts_with("master") && primary.command(&["ROLE"]).starts_with("slave")
+    })
+    .await;
+    let id = replica.command(&["CLUSTER", "MYID"]);
+    for node in cluster.nodes() {
+        until("the new primary is known", async || {
+            let nodes = node.command(&["CLUSTER", "NODES"]);
+            nodes.lines().any(|line| line.starts_with(&id) && line.contains("master") && line.ends_with("0-5460"))
+        })
+        .await;
+    }
+}
+
+#[test]
+fn a_seed_that_belongs_to_no_cluster_is_passed_over() {
+    let cluster = RedisCluster::start(Kind::Redis7, false);
+    let stranger = RedisCluster::stranger(Kind::Redis7);
+    block_on(async {
+        let url = format!("redis+cluster://127.0.0.1:{},{}", stranger.port(), cluster.hosts());
+        let locks = Locks::open(&url).await.unwrap();
+        locks.lock("k").await.unwrap().release().await.unwrap();
+        // Alone it is no cluster, and that is told.
+        let error = Locks::open(&format!("redis+cluster://127.0.0.1:{}", stranger.port())).await.unwrap_err();
+        assert!(error.is_transient() && error.to_string().contains("knows no servers of a cluster"), "{error}");
+    });
+}
+
+#[test]
+fn a_node_that_was_taken_out_of_the_cluster_is_passed_over() {
+    let cluster = RedisCluster::start(Kind::Redis7, true);
+    block_on(async {
+        let url = format!("redis+cluster://{}", cluster.hosts());
+        let locks = Locks::builder(&url).session_ttl(60 * SECOND).open().await.unwrap();
+        let key = key_at(&cluster.nodes()[0]);
+        locks.lock(&key).await.unwrap().release().await.unwrap();
+        replaced(&cluster).await;
+        assert_eq!(cluster.nodes()[0].command(&["CLUSTER", "RESET", "HARD"]), "OK");
+        works(&locks, &key).await;
+    });
+}
+
+/// A primary that lost the others, and was replaced, goes on telling the map that it knew.
+#[test]
+fn a_node_that_is_cut_off_from_the_cluster_is_passed_over() {
+    let cluster = RedisCluster::start(Kind::Redis7, true);
+    let nodes = cluster.nodes();
+    let ids: Vec<_> = nodes.iter().map(|node| node.command(&["CLUSTER", "MYID"])).collect();
+    block_on(async {
+        let url = format!("redis+cluster://{}", cluster.hosts());
+        let locks = Locks::builder(&url).session_ttl(60 * SECOND).open().await.unwrap();
+        let keys = [0, 1, 2].map(|at| key_at(&nodes[at]));
+        for key in &keys {
+            locks.lock(key).await.unwrap().release().await.unwrap();
+        }
+        // Whom it has forgotten it does not listen to.
+        for id in &ids[1..] {
+            assert_eq!(nodes[0].command(&["CLUSTER", "FORGET", id]), "OK");
+        }
+        until("it is cut off", async || nodes[0].command(&["CLUSTER", "INFO"]).contains("cluster_state:fail")).await;
+        assert_eq!(nodes[3].command(&["CLUSTER", "FAILOVER", "TAKEOVER"]), "OK");
+        until("it is replaced", async || {
+            let nodes = nodes[1].command(&["CLUSTER", "NODES"]);
+            nodes.lines().any(|line| line.starts_with(&ids[3]) && line.ends_with("0-5460"))
+        })
+        .await;
+        assert!(nodes[0].command(&["CLUSTER", "SLOTS"]).contains("5460"), "it tells what it knew");
+        for key in &keys {
+            works(&locks, key).await;
+        }
+        // Another process begins with it.
+        let locks = Locks::builder(&url).session_ttl(60 * SECOND).open().await.unwrap();
+        for key in &keys {
+            works(&locks, key).await;
+        }
+    });
+}
