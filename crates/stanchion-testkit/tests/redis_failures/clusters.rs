@@ -1,5 +1,7 @@
 //! Clusters whose nodes know little: fresh, reset, cut off, replicas, silent.
 
+use std::net::TcpListener;
+
 use stanchion::Locks;
 use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisServer};
 use stanchion_testkit::{block_on, until};
@@ -99,6 +101,33 @@ fn a_node_that_is_cut_off_from_the_cluster_is_passed_over() {
         let locks = Locks::builder(&url).session_ttl(60 * SECOND).open().await.unwrap();
         for key in &keys {
             works(&locks, key).await;
+        }
+    });
+}
+
+#[test]
+fn a_replica_is_enough_to_find_the_cluster() {
+    let cluster = RedisCluster::start(Kind::Redis7, true);
+    block_on(async {
+        let locks = Locks::open(&format!("redis+cluster://127.0.0.1:{}", cluster.nodes()[4].port())).await.unwrap();
+        for turn in 0..20 {
+            locks.lock(format!("k{turn}")).await.unwrap().release().await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_seed_that_is_silent_is_passed_over() {
+    let cluster = RedisCluster::start(Kind::Redis7, false);
+    // The kernel takes connections, and nobody answers.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    block_on(async {
+        let silent = silent.local_addr().unwrap().port();
+        let url = format!("redis+cluster://127.0.0.1:{silent},{}", cluster.hosts());
+        for attempt in [2 * SECOND, SECOND / 2] {
+            let retry = stanchion::RetryPolicy { attempt, ..Default::default() };
+            let locks = Locks::builder(&url).retry(retry).open().await.unwrap();
+            locks.lock("k").await.unwrap().release().await.unwrap();
         }
     });
 }

@@ -17,7 +17,7 @@ use super::batch::Batch;
 use super::cluster::{SlotMap, is_recent, slot_of};
 use super::config::{Address, Config, Layout};
 use super::error::{Verdict, error, from_answer, while_connecting};
-use super::node::{CONNECT_WITHIN, Link, Node, Suspicion, too_slow, within};
+use super::node::{CONNECT_WITHIN, Link, Node, Suspicion, connect_to_any, in_task, too_slow, within};
 use super::scripts::Script;
 use super::sentinel::Group;
 use crate::clock::Clock;
@@ -358,18 +358,27 @@ impl Links {
         Err(last.in_doubt(false))
     }
 
-    /// The answer of one node to the question for the map.
+    /// The answer of one node to the question for the map. A replica knows it too, and only who keeps locks is asked for
+    /// its role: where there is no connection of that kind, one is made that serves for nothing else.
     async fn ask_for_slots(&self, local: &Local, address: &Address) -> Result<Value> {
-        let node = local.node(address);
-        let mut link = node.link(self, local).await?;
         let mut command = redis::cmd("CLUSTER");
-        let question = command.arg("SLOTS").query_async(&mut link.connection);
-        // Others wait for the map too: a silent node must not keep them.
-        let answer: Option<Result<Value, RedisError>> = within(CONNECT_WITHIN, question).await;
-        answer.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
-            node.lost(link.generation);
-            from_answer(address, &fault).0
-        })
+        command.arg("SLOTS");
+        if let Some(Way { node, mut link }) = local.way_to(address) {
+            // Others wait for the map too: a silent node must not keep them.
+            let answer = within(CONNECT_WITHIN, command.query_async(&mut link.connection)).await;
+            return answer.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
+                node.lost(link.generation);
+                from_answer(address, &fault).0
+            });
+        }
+        let client = self.config.server(address)?;
+        let asked = async move {
+            let mut connection = connect_to_any(&client).await?;
+            command.query_async(&mut connection).await
+        };
+        let answer = in_task(local, within(CONNECT_WITHIN, asked)).await?;
+        let answer = answer.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN)));
+        answer.map_err(|fault| while_connecting(address, &fault))
     }
 
     /// Whether locks can be kept in a server that says this of its role.
@@ -429,12 +438,7 @@ impl Links {
 
     /// The connections to this server that there are, from every runtime.
     pub(super) fn ways_to(&self, address: &Address) -> Vec<Way> {
-        let way = |local: Arc<Local>| {
-            let node = local.known_node(address)?;
-            let link = node.up()?;
-            Some(Way { node, link })
-        };
-        self.locals().into_iter().filter_map(way).collect()
+        self.locals().iter().filter_map(|local| local.way_to(address)).collect()
     }
 
     fn locals(&self) -> Vec<Arc<Local>> {
@@ -469,6 +473,13 @@ impl Local {
         let node = Arc::new(Node::new(address));
         nodes.push(node.clone());
         node
+    }
+
+    /// The connection to this server that there is.
+    fn way_to(&self, address: &Address) -> Option<Way> {
+        let node = self.known_node(address)?;
+        let link = node.up()?;
+        Some(Way { node, link })
     }
 
     /// What there is of this server.

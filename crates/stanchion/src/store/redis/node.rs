@@ -183,20 +183,25 @@ impl Node {
     }
 }
 
-/// A connection and what the server is: primary or replica.
-pub(super) async fn connect(client: &Client) -> Result<(MultiplexedConnection, String), RedisError> {
+/// A connection, whatever the server is.
+pub(super) async fn connect_to_any(client: &Client) -> Result<MultiplexedConnection, RedisError> {
     let options = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(CONNECT_WITHIN))
         // How long an answer may take is said by who asks.
         .set_response_timeout(None)
         .set_pipeline_buffer_size(BUFFER);
-    let mut connection = client.get_multiplexed_async_connection_with_config(&options).await?;
-    let role = async {
+    client.get_multiplexed_async_connection_with_config(&options).await
+}
+
+/// A connection and what the server is: primary or replica.
+pub(super) async fn connect(client: &Client) -> Result<(MultiplexedConnection, String), RedisError> {
+    let connected = async {
+        let mut connection = connect_to_any(client).await?;
         let answer: Value = redis::cmd("ROLE").query_async(&mut connection).await?;
-        redis::from_redis_value::<String>(role_in(answer)).map_err(RedisError::from)
+        let role = redis::from_redis_value::<String>(role_in(answer)).map_err(RedisError::from)?;
+        Ok((connection, role))
     };
-    let role = within(CONNECT_WITHIN, role).await.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN)))?;
-    Ok((connection, role))
+    within(CONNECT_WITHIN, connected).await.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN)))
 }
 
 /// The role in the answer to `ROLE`: its first word. KeyDB with several primaries tells a row for each of them.
