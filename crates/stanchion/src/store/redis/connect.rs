@@ -17,7 +17,7 @@ use super::batch::Batch;
 use super::cluster::{SlotMap, is_recent, slot_of};
 use super::config::{Address, Config, Layout};
 use super::error::{Verdict, error, from_answer, while_connecting};
-use super::node::{CONNECT_WITHIN, Link, Node, Suspicion, connect_to_any, in_task, too_slow, within};
+use super::node::{CONNECT_WITHIN, Link, Node, SUSPECT_AFTER, Suspicion, connect_to_any, in_task, too_slow, within};
 use super::scripts::Script;
 use super::sentinel::Group;
 use crate::clock::Clock;
@@ -365,8 +365,8 @@ impl Links {
         command.arg("SLOTS");
         if let Some(Way { node, mut link }) = local.way_to(address) {
             // Others wait for the map too: a silent node must not keep them.
-            let answer = within(CONNECT_WITHIN, command.query_async(&mut link.connection)).await;
-            return answer.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
+            let answer = within(SUSPECT_AFTER, command.query_async(&mut link.connection)).await;
+            return answer.unwrap_or_else(|| Err(too_slow(SUSPECT_AFTER))).map_err(|fault| {
                 node.lost(link.generation);
                 from_answer(address, &fault).0
             });
