@@ -415,8 +415,12 @@ impl Links {
         };
         let connected = within(CONNECT_WITHIN, connected).await;
         let pubsub = connected.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
-            self.forget(&address);
-            while_connecting(&address, &fault)
+            let error = while_connecting(&address, &fault);
+            // One that refuses the user, or is full, is there.
+            if error.kind() == ErrorKind::Unavailable {
+                self.forget(&address);
+            }
+            error
         })?;
         self.reached(&address);
         Ok(pubsub)
