@@ -2,9 +2,10 @@
 
 use std::net::TcpListener;
 
-use stanchion::Locks;
+use stanchion::store::{AcquireOutcome, EndOutcome, Redis};
+use stanchion::{ErrorKind, Locks, Store};
 use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisServer};
-use stanchion_testkit::{block_on, until};
+use stanchion_testkit::{Environment, block_on, until};
 
 use super::SECOND;
 
@@ -129,5 +130,53 @@ fn a_seed_that_is_silent_is_passed_over() {
             let locks = Locks::builder(&url).retry(retry).open().await.unwrap();
             locks.lock("k").await.unwrap().release().await.unwrap();
         }
+    });
+}
+
+/// A slot that is being moved: what its next server refuses is told as what any other refuses.
+#[test]
+fn what_is_refused_after_a_redirection_has_its_kind() {
+    let cluster = RedisCluster::start(Kind::Redis7, false);
+    let [from, to, _] = cluster.nodes() else { panic!("three nodes") };
+    let name = key_at(from);
+    let (key, slot) = (super::key(&name), from.command(&["CLUSTER", "KEYSLOT", &format!("stanchion:{{:{name}}}")]));
+    let clients = || -> Vec<String> {
+        let list = to.command(&["CLIENT", "LIST", "TYPE", "normal"]);
+        let ours = list.lines().filter(|line| line.contains(" addr=127.0.0.1:"));
+        ours.map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+    };
+    block_on(async {
+        let url = format!("redis+cluster://{}", cluster.hosts());
+        let actor = Environment::new(move || Redis::from_url(&url).unwrap()).actor().await;
+        let expect = async |says: &str| {
+            let error = actor.store.acquire(actor.request(&key)).await.unwrap_err();
+            assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, false), "{error}");
+            assert!(error.to_string().contains(says), "{error}");
+        };
+        // The server has all keys of the lock, or none: with some of them a slot that moves serves nobody.
+        let (token, _) = actor.takes(&key).await;
+        actor.queues(&key).await;
+        assert_eq!(from.command(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to.command(&["CLUSTER", "MYID"])]), "OK");
+        let import = ["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from.command(&["CLUSTER", "MYID"])];
+        assert_eq!(to.command(&import), "OK");
+        for part in ["", ":queue", ":waiting"] {
+            let (name, port) = (format!("stanchion:{{:{name}}}{part}"), to.port().to_string());
+            assert_eq!(from.command(&["MIGRATE", "127.0.0.1", &port, &name, "0", "5000"]), "OK");
+        }
+        // Here the script comes to be known there.
+        assert!(matches!(actor.ask(&actor.request(&key)).await, AcquireOutcome::Queued(_)));
+        let before = clients();
+        to.command(&["CONFIG", "SET", "maxmemory", "1"]);
+        expect("out of memory").await;
+        to.command(&["CONFIG", "SET", "maxmemory", "0"]);
+        to.command(&["CONFIG", "SET", "min-replicas-to-write", "1"]);
+        expect("too few replicas").await;
+        to.command(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
+        // It forgets that the slot comes, and sends everybody back.
+        assert_eq!(to.command(&["CLUSTER", "SETSLOT", &slot, "STABLE"]), "OK");
+        expect("from node to node").await;
+        assert_eq!(to.command(&import), "OK");
+        assert_eq!(actor.releases(&key, token).await, EndOutcome::Released);
+        assert_eq!(clients(), before, "a connection over which something was refused is good");
     });
 }

@@ -10,6 +10,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use redis::aio::MultiplexedConnection;
 use redis::{Cmd, RedisError, Value};
 use tokio::runtime::{Handle, Id};
 
@@ -231,10 +232,7 @@ impl Links {
             };
             let suspicion = Suspicion::new(&node, &link, &self.clock);
             let answer: Result<Value, RedisError> = if asking {
-                let mut both = redis::pipe();
-                both.cmd("ASKING").ignore().add_command(command.clone());
-                let both = Box::pin(both.query_async(&mut link.connection)).await;
-                both.map(|mut both: Vec<Value>| both.pop().unwrap_or(Value::Nil))
+                Box::pin(query_asking(&mut link.connection, command)).await
             } else {
                 command.query_async(&mut link.connection).await
             };
@@ -447,6 +445,18 @@ impl Links {
 
     fn locals(&self) -> Vec<Arc<Local>> {
         lock(&self.locals).iter().map(|(_, local)| local.clone()).collect()
+    }
+}
+
+/// Asks a server for something in a slot that is being moved to it. What it refuses is told as it is of a single command:
+/// the errors of a pipeline are less than that.
+async fn query_asking(connection: &mut MultiplexedConnection, command: &Cmd) -> Result<Value, RedisError> {
+    let mut both = redis::pipe();
+    both.ignore_errors().cmd("ASKING").add_command(command.clone());
+    let answers: Value = both.query_async(connection).await?;
+    match answers.extract_error()? {
+        Value::Array(mut answers) => Ok(answers.pop().unwrap_or(Value::Nil)),
+        other => Ok(other),
     }
 }
 
