@@ -158,7 +158,7 @@ impl Links {
         let Way { node, mut link } = way;
         let suspicion = Suspicion::new(&node, &link, &self.clock);
         let answer: Result<Value, RedisError> = command.query_async(&mut link.connection).await;
-        std::mem::forget(suspicion);
+        suspicion.answered();
         answer.map_err(|fault| self.fault(&node, link.generation, &fault))
     }
 
@@ -236,7 +236,7 @@ impl Links {
             } else {
                 command.query_async(&mut link.connection).await
             };
-            std::mem::forget(suspicion);
+            suspicion.answered();
             let fault = match answer {
                 Ok(value) => return Ok((value, Way { node, link })),
                 Err(fault) => fault,

@@ -21,7 +21,8 @@ pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(2);
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// A request without an answer for so long makes its connection suspect: the next request uses another one.
+/// A connection without an answer for so long is suspect, if somebody gave up waiting for one: the next request uses
+/// another. It counts over all requests, for each may have less time than that.
 pub(super) const SUSPECT_AFTER: Duration = Duration::from_secs(1);
 
 /// So many requests may wait to be written.
@@ -54,6 +55,9 @@ pub(super) struct Node {
     /// One at a time connects; the others wait for the outcome.
     connecting: Arc<tokio::sync::Mutex<()>>,
     generations: AtomicU64,
+    /// When the oldest request was sent that somebody gave up waiting for since the last answer, in ns; 0 if there is none.
+    /// Beside the state, for it is looked at with every answer.
+    given_up: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -105,6 +109,7 @@ impl Node {
             state: Mutex::new(State::Down { failures: 0, next: BootTime::from_nanos(0), why: None }),
             connecting: Arc::default(),
             generations: AtomicU64::new(0),
+            given_up: AtomicU64::new(0),
         }
     }
 
@@ -147,7 +152,10 @@ impl Node {
     fn is_up(&self, connection: MultiplexedConnection) -> Link {
         let generation = self.generations.fetch_add(1, Ordering::Relaxed);
         let link = Link { connection, generation };
-        *lock(&self.state) = State::Up(link.clone());
+        let mut state = lock(&self.state);
+        self.given_up.store(0, Ordering::Relaxed);
+        *state = State::Up(link.clone());
+        drop(state);
         link
     }
 
@@ -190,9 +198,34 @@ impl Node {
 
     /// This connection is not to be used again.
     pub(super) fn lost(&self, generation: u64) {
+        lock(&self.state).lost(generation);
+    }
+
+    /// Somebody waited for an answer until now, in vain.
+    fn gave_up(&self, generation: u64, since: BootTime, now: BootTime) {
         let mut state = lock(&self.state);
-        if matches!(&*state, State::Up(link) if link.generation == generation) {
-            *state = State::Down { failures: 0, next: BootTime::from_nanos(0), why: None };
+        if !state.is_up(generation) {
+            return;
+        }
+        let oldest = match self.given_up.load(Ordering::Relaxed) {
+            0 => since,
+            other => since.min(BootTime::from_nanos(other)),
+        };
+        self.given_up.store(oldest.as_nanos(), Ordering::Relaxed);
+        if now.since(oldest) >= SUSPECT_AFTER {
+            state.lost(generation);
+        }
+    }
+}
+
+impl State {
+    fn is_up(&self, generation: u64) -> bool {
+        matches!(self, Self::Up(link) if link.generation == generation)
+    }
+
+    fn lost(&mut self, generation: u64) {
+        if self.is_up(generation) {
+            *self = Self::Down { failures: 0, next: BootTime::from_nanos(0), why: None };
         }
     }
 }
@@ -238,13 +271,19 @@ impl<'a> Suspicion<'a> {
     pub(super) fn new(node: &'a Node, link: &Link, clock: &'a Clock) -> Self {
         Self { node, generation: link.generation, since: clock.now(), clock }
     }
+
+    /// Done with each request: nearly always it is one look.
+    pub(super) fn answered(self) {
+        if self.node.given_up.load(Ordering::Relaxed) != 0 {
+            self.node.given_up.store(0, Ordering::Relaxed);
+        }
+        std::mem::forget(self);
+    }
 }
 
 impl Drop for Suspicion<'_> {
     fn drop(&mut self) {
-        if self.clock.now().since(self.since) >= SUSPECT_AFTER {
-            self.node.lost(self.generation);
-        }
+        self.node.gave_up(self.generation, self.since, self.clock.now());
     }
 }
 
