@@ -180,3 +180,29 @@ fn what_is_refused_after_a_redirection_has_its_kind() {
         assert_eq!(clients(), before, "a connection over which something was refused is good");
     });
 }
+
+/// Nodes that are to be called by a name, and have none.
+#[test]
+fn nodes_without_a_name_are_found() {
+    let cluster = RedisCluster::start(Kind::Redis7, false);
+    for node in cluster.nodes() {
+        assert_eq!(node.command(&["CONFIG", "SET", "cluster-preferred-endpoint-type", "hostname"]), "OK");
+    }
+    block_on(async {
+        let locks = Locks::open(&format!("redis+cluster://{}", cluster.hosts())).await.unwrap();
+        let key = key_at(&cluster.nodes()[1]);
+        for node in cluster.nodes() {
+            locks.lock(key_at(node)).await.unwrap().release().await.unwrap();
+        }
+        // The redirection names nobody either.
+        let slot = cluster.nodes()[0].command(&["CLUSTER", "KEYSLOT", &format!("stanchion:{{:{key}}}")]);
+        let id = cluster.nodes()[2].command(&["CLUSTER", "MYID"]);
+        for node in cluster.nodes() {
+            node.command(&["DEL", &format!("stanchion:{{:{key}}}")]);
+            assert_eq!(node.command(&["CLUSTER", "SETSLOT", &slot, "NODE", &id]), "OK");
+        }
+        let moved = cluster.nodes()[1].command(&["GET", &format!("stanchion:{{:{key}}}")]);
+        assert!(moved.starts_with("MOVED") && moved.contains(" ?:"), "{moved}");
+        locks.lock(&key).await.unwrap().release().await.unwrap();
+    });
+}

@@ -10,9 +10,12 @@ use tokio::sync::{Notify, watch};
 use super::config::{Address, address};
 use super::error::error;
 use crate::clock::BootTime;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
 
 const SLOTS: usize = 16_384;
+
+/// What a node is called that should be called by a name, and has none.
+const NO_NAME: &str = "?";
 
 /// The map is not asked for again within this time.
 const FRESH_FOR: Duration = Duration::from_millis(100);
@@ -258,6 +261,13 @@ fn elements(value: &Value) -> &[Value] {
     }
 }
 
+fn text(value: &Value) -> Option<&str> {
+    match value {
+        Value::BulkString(bytes) => std::str::from_utf8(bytes).ok(),
+        _ => None,
+    }
+}
+
 fn number(value: &Value) -> Option<usize> {
     match value {
         Value::Int(number) => usize::try_from(*number).ok(),
@@ -266,21 +276,35 @@ fn number(value: &Value) -> Option<usize> {
 }
 
 fn node_address(node: &Value, from: &Address) -> Option<Address> {
-    let [host, port, ..] = elements(node) else { return None };
+    let [host, port, more @ ..] = elements(node) else { return None };
     let port = u16::try_from(number(port)?).ok()?;
+    let host = match text(host) {
+        // It should have a name, and has none: its address is told beside it.
+        Some(NO_NAME) => more.get(1).and_then(|told| {
+            let mut pairs = elements(told).chunks_exact(2);
+            pairs.find(|pair| text(&pair[0]) == Some("ip")).and_then(|pair| text(&pair[1]))
+        }),
+        host => host,
+    };
     match host {
-        Value::BulkString(host) if !host.is_empty() => {
-            let host = String::from_utf8_lossy(host).into_owned();
-            Some(Address::Tcp { host, port })
-        }
-        // No name: the one that answered.
+        Some(host) if !host.is_empty() => Some(Address::Tcp { host: host.to_owned(), port }),
+        // No host: the one that answered.
         _ => Some(from.with_port(&format!(":{port}"))),
+    }
+}
+
+/// The host in a redirection from this server.
+pub(super) fn redirected(to: &str, from: &Address) -> Result<Address> {
+    match to.strip_prefix(NO_NAME).unwrap_or(to) {
+        // No host: the one that answered. Where that is wrong the map, which is asked for next, knows better.
+        port if port.starts_with(':') => Ok(from.with_port(port)),
+        _ => address(to, 0),
     }
 }
 
 impl Address {
     /// The same host with this port, given as `:port`.
-    pub(super) fn with_port(&self, port: &str) -> Self {
+    fn with_port(&self, port: &str) -> Self {
         match self {
             Self::Tcp { host, .. } => {
                 address(&format!("{}{port}", if host.contains(':') { format!("[{host}]") } else { host.clone() }), 0)
@@ -300,5 +324,33 @@ mod tests {
         assert_eq!(slot_of("123456789"), 0x31c3);
         assert_eq!(slot_of("a:{user1000}:queue"), slot_of("user1000"));
         assert_eq!(slot_of("stanchion:{x}y}:queue"), slot_of("x"));
+    }
+
+    /// As Redis 7.0.15 answers with `cluster-preferred-endpoint-type hostname`: the first node has a name, the others none.
+    #[test]
+    fn a_node_without_a_name_has_the_address_that_is_told_beside_it() {
+        let bulk = |text: &str| Value::BulkString(text.as_bytes().to_vec());
+        let node = |name: Value, port, told: &[&str]| {
+            let told = told.iter().map(|text| bulk(text)).collect();
+            Value::Array(vec![name, Value::Int(port), bulk("id"), Value::Array(told)])
+        };
+        let range = |at: i64, nodes: &[Value]| {
+            let mut range = vec![Value::Int(at), Value::Int(at)];
+            range.extend_from_slice(nodes);
+            Value::Array(range)
+        };
+        let answer = Value::Array(vec![
+            range(0, &[node(bulk("one"), 1, &["ip", "10.0.0.1"])]),
+            range(1, &[node(bulk("?"), 2, &["ip", "10.0.0.2"]), node(bulk("?"), 3, &["ip", "::3"])]),
+            range(2, &[node(bulk("?"), 4, &[])]),
+            // `unknown-endpoint`: the address is not to be used.
+            range(3, &[node(Value::Nil, 5, &["hostname", "five", "ip", "10.0.0.5"])]),
+            range(4, &[node(bulk(""), 6, &[])]),
+        ]);
+        let map = SlotMap::new(vec![address("seed:7", 0).unwrap()]);
+        assert!(map.learned(&answer, &address("seed:7", 0).unwrap(), BootTime::from_nanos(1)));
+        let all: Vec<_> = map.known().iter().map(ToString::to_string).collect();
+        let servers = ["one:1", "10.0.0.2:2", "seed:4", "seed:5", "seed:6"];
+        assert_eq!(all, [&servers[..], &["[::3]:3", "seed:7"]].concat());
     }
 }

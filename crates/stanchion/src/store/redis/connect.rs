@@ -15,7 +15,7 @@ use redis::{Cmd, RedisError, Value};
 use tokio::runtime::{Handle, Id};
 
 use super::batch::Batch;
-use super::cluster::{SlotMap, is_recent, slot_of};
+use super::cluster::{SlotMap, is_recent, redirected, slot_of};
 use super::config::{Address, Config, Layout};
 use super::error::{Verdict, error, from_answer, while_connecting};
 use super::node::{CONNECT_WITHIN, Link, Node, SUSPECT_AFTER, Suspicion, connect_to_any, in_task, too_slow, within};
@@ -243,8 +243,7 @@ impl Links {
             };
             if let (Topology::Cluster(slots), Some((to, slot))) = (&self.topology, fault.redirect_node()) {
                 asking = fault.code() == Some("ASK");
-                // An empty host is the one that answered.
-                let to = if to.starts_with(':') { address.with_port(to) } else { super::config::address(to, 0)? };
+                let to = redirected(to, &address)?;
                 if !asking {
                     slots.moved(slot, &to);
                 }
