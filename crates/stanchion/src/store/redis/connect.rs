@@ -192,7 +192,7 @@ impl Links {
         let mut locals = lock(&self.locals);
         let known = locals.iter().find(|(runtime, _)| *runtime == id).map(|(_, local)| local.clone());
         let local = known.unwrap_or_else(|| {
-            locals.retain(|(_, local)| !local.sign_of_life.is_finished());
+            locals.retain(|(_, local)| !local.has_ended());
             let local = Arc::new(Local {
                 runtime,
                 batch: Batch::default(),
@@ -432,9 +432,9 @@ impl Links {
         }
     }
 
-    /// Whether something of this process went to this server.
+    /// Whether something of this process went to this server, also from a runtime that has ended: holds outlive it.
     pub(super) fn uses(&self, address: &Address) -> bool {
-        self.locals().iter().any(|local| local.known_node(address).is_some())
+        lock(&self.locals).iter().any(|(_, local)| local.known_node(address).is_some())
     }
 
     /// The connections to this server that there are, from every runtime.
@@ -442,8 +442,10 @@ impl Links {
         self.locals().iter().filter_map(|local| local.way_to(address)).collect()
     }
 
+    /// Those whose runtime lives.
     fn locals(&self) -> Vec<Arc<Local>> {
-        lock(&self.locals).iter().map(|(_, local)| local.clone()).collect()
+        let locals = lock(&self.locals);
+        locals.iter().map(|(_, local)| local).filter(|local| !local.has_ended()).cloned().collect()
     }
 }
 
@@ -478,6 +480,10 @@ impl Drop for Local {
 }
 
 impl Local {
+    fn has_ended(&self) -> bool {
+        self.sign_of_life.is_finished()
+    }
+
     pub(super) fn node(&self, address: &Address) -> Arc<Node> {
         let mut nodes = lock(&self.nodes);
         if let Some(node) = nodes.iter().find(|node| node.address == *address) {
@@ -513,5 +519,21 @@ mod tests {
             assert!(matches!(target("redis+cluster://one,two", name), Target::Slot(slot) if slot == slot_of(name)));
         }
         assert!(matches!(target("redis://one", "stanchion:{:a}"), Target::Slot(0)));
+    }
+
+    /// Its connections ended with it: looked at, they would tell that the servers are lost.
+    #[test]
+    fn a_runtime_that_has_ended_is_not_looked_at() {
+        let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let links = Links::new(Config::from_url("redis+cluster://one").unwrap());
+        let (first, second) = (runtime(), runtime());
+        let ids = [&first, &second].map(|runtime| runtime.block_on(async { links.local().unwrap().runtime.id() }));
+        let living = || -> Vec<_> { links.locals().iter().map(|local| local.runtime.id()).collect() };
+        assert_eq!(living(), ids);
+        let server = super::super::config::address("one", 1).unwrap();
+        lock(&links.locals)[0].1.node(&server);
+        drop(first);
+        assert_eq!(living(), ids[1..]);
+        assert!(links.uses(&server), "holds outlive it");
     }
 }
