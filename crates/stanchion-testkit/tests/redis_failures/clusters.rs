@@ -1,6 +1,7 @@
 //! Clusters whose nodes know little: fresh, reset, cut off, replicas, silent.
 
 use std::net::TcpListener;
+use std::time::Instant;
 
 use stanchion::store::{AcquireOutcome, EndOutcome, Redis};
 use stanchion::{ErrorKind, Locks, Store};
@@ -204,5 +205,46 @@ fn nodes_without_a_name_are_found() {
         let moved = cluster.nodes()[1].command(&["GET", &format!("stanchion:{{:{key}}}")]);
         assert!(moved.starts_with("MOVED") && moved.contains(" ?:"), "{moved}");
         locks.lock(&key).await.unwrap().release().await.unwrap();
+    });
+}
+
+/// A slot that no node serves, where the others go on: nobody asks for the map all the time.
+#[test]
+fn a_slot_without_a_server_is_not_looked_for_in_haste() {
+    let cluster = RedisCluster::start(Kind::Redis7, false);
+    let nodes = cluster.nodes();
+    for node in nodes {
+        assert_eq!(node.command(&["CONFIG", "SET", "cluster-require-full-coverage", "no"]), "OK");
+    }
+    let questions = || -> u64 {
+        let count = |node: &RedisServer| {
+            let stats = node.command(&["INFO", "commandstats"]);
+            let count = stats.split_once("cmdstat_cluster|slots:calls=")?.1.split(',').next()?;
+            count.parse::<u64>().ok()
+        };
+        nodes.iter().filter_map(count).sum()
+    };
+    block_on(async {
+        let url = format!("redis+cluster://{}", cluster.hosts());
+        let locks = Locks::builder(&url).session_ttl(60 * SECOND).open().await.unwrap();
+        // Not the slot of the session.
+        let session = nodes.iter().map(|node| node.command(&["PUBSUB", "CHANNELS"])).collect::<String>();
+        let slot_of = |name: &str| nodes[0].command(&["CLUSTER", "KEYSLOT", name]);
+        let is_another = |key: &String| slot_of(&format!("stanchion:{{:{key}}}")) != slot_of(session.trim());
+        let key = (0..).map(|turn| format!("k{turn}")).find(is_another).unwrap();
+        let slot = slot_of(&format!("stanchion:{{:{key}}}"));
+        let owner = nodes.iter().find(|node| !node.command(&["GET", &format!("x{{:{key}}}")]).starts_with("MOVED"));
+        locks.lock(&key).await.unwrap().release().await.unwrap();
+        for node in nodes {
+            node.command(&["CLUSTER", "DELSLOTS", &slot]);
+        }
+        let error = locks.lock(&key).wait(3 * SECOND).await.unwrap_err();
+        assert!(error.is_transient(), "{error}");
+        let (before, start) = (questions(), Instant::now());
+        tokio::time::sleep(4 * SECOND).await;
+        let (asked, seconds) = (questions() - before, start.elapsed().as_secs());
+        assert!(asked < 2 * (seconds + 1), "{asked} questions in {seconds} s");
+        assert_eq!(owner.unwrap().command(&["CLUSTER", "ADDSLOTS", &slot]), "OK");
+        works(&locks, &key).await;
     });
 }

@@ -162,6 +162,17 @@ impl SlotMap {
         }
     }
 
+    /// Waits until something more is lost.
+    pub(super) async fn next_loss(&self) {
+        self.losses.notified().await;
+    }
+
+    /// Every server that is known is there, and there are slots that none of them has.
+    pub(super) fn lacks_only_slots(&self) -> bool {
+        let known = self.lock();
+        known.lost.is_empty() && known.slots.iter().any(Option::is_none)
+    }
+
     pub(super) fn lost_servers(&self) -> Vec<Address> {
         self.lock().lost.iter().cloned().collect()
     }
