@@ -8,7 +8,7 @@
 //! and is sent to where it belongs.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redis::aio::MultiplexedConnection;
 use redis::{Cmd, RedisError, Value};
@@ -34,8 +34,6 @@ pub(super) struct Links {
     topology: Topology,
     /// One for each runtime; few, and looked for with every step.
     locals: Mutex<Vec<(Id, Arc<Local>)>>,
-    /// The keeper's runtime: the first one that a session was opened in.
-    home: OnceLock<Handle>,
     saw_primary: AtomicBool,
     pub(super) clock: Clock,
 }
@@ -59,6 +57,8 @@ pub(super) struct Local {
     sign_of_life: tokio::task::JoinHandle<()>,
     /// The runtime cannot do I/O.
     pub(super) is_unusable: AtomicBool,
+    /// A session was opened in it: it is there as long as that.
+    is_home: AtomicBool,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -90,14 +90,7 @@ impl Links {
             }
             Layout::Cluster { seeds } => Topology::Cluster(SlotMap::new(seeds.clone())),
         };
-        Self {
-            config,
-            topology,
-            locals: Mutex::default(),
-            home: OnceLock::new(),
-            saw_primary: AtomicBool::new(false),
-            clock: Clock::system(),
-        }
+        Self { config, topology, locals: Mutex::default(), saw_primary: AtomicBool::new(false), clock: Clock::system() }
     }
 
     /// Where a key of this name is.
@@ -117,10 +110,10 @@ impl Links {
         }
     }
 
-    /// The current runtime is the one that is always there.
+    /// The current runtime is a keeper's: it does the work of those who have none.
     pub(super) fn settle_here(&self) {
-        if let Ok(handle) = Handle::try_current() {
-            let _there_is_one = self.home.set(handle);
+        if let Some(local) = self.local() {
+            local.is_home.store(true, Ordering::Relaxed);
         }
     }
 
@@ -172,12 +165,12 @@ impl Links {
         if let Some(local) = local {
             return self.send_from(local, target, command).await;
         }
-        let Some(home) = self.home.get() else {
+        let Some(home) = self.locals().into_iter().find(|local| local.is_home.load(Ordering::Relaxed)) else {
             let message = "no runtime to do I/O in; open a handle of the library, which brings one";
             return Err(error(ErrorKind::Unsupported, message).into());
         };
         let (links, target, command) = (self.clone(), target.clone(), command.clone());
-        let task = home.spawn(async move {
+        let task = home.runtime.spawn(async move {
             let local =
                 links.local().ok_or_else(|| error(ErrorKind::Internal, "the keeper's runtime cannot do I/O"))?;
             links.send_from(&local, &target, &command).await
@@ -199,6 +192,7 @@ impl Links {
                 nodes: Mutex::default(),
                 sign_of_life: tokio::spawn(std::future::pending()),
                 is_unusable: AtomicBool::new(false),
+                is_home: AtomicBool::new(false),
             });
             locals.push((id, local.clone()));
             local
