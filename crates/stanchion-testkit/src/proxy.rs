@@ -30,6 +30,8 @@ pub struct Faults {
     delay: AtomicU64,
     /// Raised to break what is connected now.
     generation: AtomicU64,
+    /// Raised to silence what is connected now.
+    strandings: AtomicU64,
     lost: AtomicU64,
     connections: AtomicU64,
     random: Mutex<Random>,
@@ -77,6 +79,11 @@ impl Faults {
         self.generation.fetch_add(1, Ordering::SeqCst);
     }
 
+    /// Lets nothing pass any more on the connections that there are, which stay: as when a firewall has forgotten them.
+    pub fn strand(&self) {
+        self.strandings.fetch_add(1, Ordering::SeqCst);
+    }
+
     /// How many answers and requests were lost.
     pub fn lost(&self) -> u64 {
         self.lost.load(Ordering::SeqCst)
@@ -118,6 +125,7 @@ impl Proxy {
             refuses: AtomicBool::new(false),
             delay: AtomicU64::new(0),
             generation: AtomicU64::new(0),
+            strandings: AtomicU64::new(0),
             lost: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             random: Mutex::new(Random::new(seed)),
@@ -171,7 +179,7 @@ impl Drop for Proxy {
 
 /// Passes on what comes, until one side ends or a fault does.
 fn pass(mut from: TcpStream, mut to: TcpStream, is_request: bool, faults: &Faults) {
-    let generation = faults.generation.load(Ordering::SeqCst);
+    let (generation, strandings) = (faults.generation.load(Ordering::SeqCst), faults.strandings.load(Ordering::SeqCst));
     let (per_mille, delay) = match is_request {
         true => (&faults.lose_requests, None),
         false => (&faults.lose_answers, Some(&faults.delay)),
@@ -195,8 +203,11 @@ fn pass(mut from: TcpStream, mut to: TcpStream, is_request: bool, faults: &Fault
         if let Some(delay) = delay {
             std::thread::sleep(Duration::from_millis(delay.load(Ordering::SeqCst)));
         }
-        let is_held =
-            || faults.is_silent.load(Ordering::SeqCst) || !is_request && faults.holds_answers.load(Ordering::SeqCst);
+        let is_held = || {
+            faults.is_silent.load(Ordering::SeqCst)
+                || faults.strandings.load(Ordering::SeqCst) != strandings
+                || !is_request && faults.holds_answers.load(Ordering::SeqCst)
+        };
         while is_held() && !is_cut() {
             std::thread::sleep(LOOK);
         }

@@ -190,22 +190,8 @@ impl RedisCluster {
     /// # Panics
     /// When it does not come up.
     pub fn start(kind: Redis, with_replicas: bool) -> Self {
-        let options = [
-            "--cluster-enabled",
-            "yes",
-            "--cluster-config-file",
-            "nodes.conf",
-            "--cluster-node-timeout",
-            "1000",
-            "--cluster-announce-ip",
-            "127.0.0.1",
-            "--cluster-replica-validity-factor",
-            "0",
-            "--repl-diskless-sync-delay",
-            "0",
-        ];
         let count = if with_replicas { 6 } else { 3 };
-        let nodes: Vec<_> = (0..count).map(|_| Self::node(kind, &options)).collect();
+        let nodes: Vec<_> = (0..count).map(|_| Self::stranger(kind)).collect();
         for (at, slots) in [(0, "0 5460"), (1, "5461 10922"), (2, "10923 16383")] {
             let (first, last) = slots.split_once(' ').unwrap();
             // Redis 6.2 has no ADDSLOTSRANGE.
@@ -247,12 +233,27 @@ impl RedisCluster {
         cluster
     }
 
-    /// A cluster node listens on a second port, which is the first one and 10,000.
-    fn node(kind: Redis, options: &[&str]) -> RedisServer {
+    /// Starts a node that knows no others.
+    pub fn stranger(kind: Redis) -> RedisServer {
+        let options = [
+            "--cluster-enabled",
+            "yes",
+            "--cluster-config-file",
+            "nodes.conf",
+            "--cluster-node-timeout",
+            "1000",
+            "--cluster-announce-ip",
+            "127.0.0.1",
+            "--cluster-replica-validity-factor",
+            "0",
+            "--repl-diskless-sync-delay",
+            "0",
+        ];
         loop {
             let port = free_port_from(20_000, 2_700);
+            // It listens on a second port too.
             if TcpListener::bind(("127.0.0.1", port + 10_000)).is_ok() {
-                return RedisServer::on(kind, port, options);
+                return RedisServer::on(kind, port, &options);
             }
         }
     }

@@ -202,6 +202,23 @@ fn a_silent_link_loses_on_time_and_heals() {
     });
 }
 
+/// Connections that are dead without a word, where no request waits long enough to suspect them by itself.
+#[test]
+fn a_stranded_connection_is_given_up_also_where_attempts_are_short() {
+    let server = RedisServer::start(Kind::Redis7);
+    let proxy = Proxy::start(server.port(), 1);
+    block_on(async {
+        let retry = RetryPolicy { attempt: Duration::from_millis(300), ..RetryPolicy::default() };
+        let locks = Locks::builder(&url(proxy.port())).session_ttl(SECOND).retry(retry).open().await.unwrap();
+        for _ in 0..2 {
+            locks.lock("k").await.unwrap().release().await.unwrap();
+            proxy.faults().strand();
+            // The steps' connection, and that of the beats: without a session nothing is granted.
+            until("it works again", async || locks.try_lock("k").await.is_ok_and(|guard| guard.is_some())).await;
+        }
+    });
+}
+
 /// A thousand tasks and a server that is away: no storm of connections.
 #[test]
 fn reconnecting_is_no_storm() {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use stanchion::store::{AcquireOutcome, EndOutcome, Redis};
 use stanchion::{Error, ErrorKind, Locks, RetryPolicy, Store};
 use stanchion_testkit::proxy::Proxy;
-use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisServer};
+use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisSentinel, RedisServer};
 use stanchion_testkit::{block_on, until};
 
 use super::{SECOND, key, locks, store, url};
@@ -184,6 +184,36 @@ fn a_right_that_is_missing_breaks_no_queue() {
         }
         assert_eq!(holder.releases(&key("k"), held).await, EndOutcome::Released);
         assert_eq!(server.command(&["EXISTS", "stanchion:{:k}:queue"]), "0");
+    });
+}
+
+/// What is refused is not asked for all the time, and the primary is not looked for.
+#[test]
+fn without_the_right_to_subscribe_there_is_no_storm_and_the_right_is_noticed_when_it_comes() {
+    let servers = RedisSentinel::start(Kind::Redis7);
+    let primary = &servers.servers[0];
+    let rights = ["ACL", "SETUSER", "quiet", "on", ">pw", "~*", "&*", "+@all", "-subscribe"];
+    assert_eq!(primary.command(&rights), "OK");
+    // The commands of the test are connections too; those of the servers among each other are few.
+    let made = || -> u64 {
+        let stats = primary.command(&["INFO", "stats"]);
+        stats.lines().find_map(|line| line.strip_prefix("total_connections_received:")).unwrap().parse().unwrap()
+    };
+    let hosts = servers.hosts();
+    let (_, sentinel) = hosts.split(',').next().unwrap().split_once(':').unwrap();
+    let sentinel = Proxy::start(sentinel.parse().unwrap(), 1);
+    block_on(async {
+        let url = format!("redis+sentinel://quiet:pw@127.0.0.1:{}/main", sentinel.port());
+        let locks = Locks::open(&url).await.unwrap();
+        until("told", async || locks.warnings().iter().any(|warning| warning.contains("no pushes"))).await;
+        let (before, start) = (made(), Instant::now());
+        let asked = sentinel.faults().connections();
+        tokio::time::sleep(4 * SECOND).await;
+        let (made, seconds) = (made() - before, start.elapsed().as_secs());
+        assert!(made < 3 * (seconds + 1), "{made} connections in {seconds} s");
+        assert_eq!(sentinel.faults().connections(), asked, "the primary is not looked for");
+        assert_eq!(primary.command(&["ACL", "SETUSER", "quiet", "+subscribe"]), "OK");
+        until("subscribed", async || primary.command(&["PUBSUB", "CHANNELS"]).contains("stanchion:session:")).await;
     });
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-use stanchion::store::{AcquireOutcome, AcquireRequest, EndOutcome, PollOutcome, StoreTime};
+use stanchion::store::{AcquireOutcome, AcquireRequest, EndOutcome, PollOutcome, Redis, StoreTime};
 use stanchion::{ErrorKind, Locks, Store};
 use stanchion_testkit::servers::{Redis as Kind, RedisServer};
 use stanchion_testkit::{block_on, until};
@@ -172,26 +172,49 @@ fn a_closed_handle_leaves_nothing() {
     });
 }
 
+struct Unpark(std::thread::Thread);
+impl std::task::Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+/// Without any runtime.
+fn drive<T>(work: impl Future<Output = T>) -> T {
+    let mut work = Box::pin(work);
+    let waker = Arc::new(Unpark(std::thread::current())).into();
+    let mut context = std::task::Context::from_waker(&waker);
+    loop {
+        match work.as_mut().poll(&mut context) {
+            std::task::Poll::Ready(value) => return value,
+            std::task::Poll::Pending => std::thread::park(),
+        }
+    }
+}
+
+/// Two handles share a store: whichever is closed, the other's keeper does the work of those who have no runtime.
+#[test]
+fn without_a_runtime_any_handle_that_is_open_is_enough() {
+    let server = RedisServer::start(Kind::Redis7);
+    let store = Redis::from_url(&url(server.port())).unwrap();
+    for first_goes in [true, false] {
+        drive(async {
+            let open = || Locks::builder_with_store(store.clone()).open();
+            let (first, second) = (open().await.unwrap(), open().await.unwrap());
+            let (goes, stays) = if first_goes { (first, second) } else { (second, first) };
+            goes.lock("k").await.unwrap().release().await.unwrap();
+            goes.close().await.unwrap();
+            drop(goes);
+            for _ in 0..100 {
+                stays.lock("k").await.unwrap().release().await.unwrap();
+            }
+            stays.close().await.unwrap();
+        });
+    }
+}
+
 /// Runtimes that can do no I/O, and none at all: the keeper's connection does the work.
 #[test]
 fn a_runtime_without_io_and_no_runtime_work_too() {
-    struct Unpark(std::thread::Thread);
-    impl std::task::Wake for Unpark {
-        fn wake(self: Arc<Self>) {
-            self.0.unpark();
-        }
-    }
-    fn drive<T>(work: impl Future<Output = T>) -> T {
-        let mut work = Box::pin(work);
-        let waker = Arc::new(Unpark(std::thread::current())).into();
-        let mut context = std::task::Context::from_waker(&waker);
-        loop {
-            match work.as_mut().poll(&mut context) {
-                std::task::Poll::Ready(value) => return value,
-                std::task::Poll::Pending => std::thread::park(),
-            }
-        }
-    }
     async fn use_it(url: String) {
         let locks = Locks::open(&url).await.unwrap();
         let guard = locks.lock("k").await.unwrap();

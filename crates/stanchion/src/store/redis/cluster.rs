@@ -8,9 +8,14 @@ use redis::Value;
 use tokio::sync::{Notify, watch};
 
 use super::config::{Address, address};
+use super::error::error;
 use crate::clock::BootTime;
+use crate::error::{Error, ErrorKind, Result};
 
 const SLOTS: usize = 16_384;
+
+/// What a node is called that should be called by a name, and has none.
+const NO_NAME: &str = "?";
 
 /// The map is not asked for again within this time.
 const FRESH_FOR: Duration = Duration::from_millis(100);
@@ -26,8 +31,8 @@ pub(super) fn slot_of(name: &str) -> u16 {
 #[derive(Debug)]
 pub(super) struct SlotMap {
     known: Mutex<Known>,
-    /// One at a time asks for the map.
-    pub(super) learning: tokio::sync::Mutex<()>,
+    /// One at a time asks for the map. When that last failed, and how.
+    pub(super) learning: tokio::sync::Mutex<Option<(BootTime, ErrorKind, String)>>,
     /// One at a time looks for what is lost.
     pub(super) searching: tokio::sync::Mutex<()>,
     losses: Notify,
@@ -44,6 +49,11 @@ struct Known {
     /// The place in `servers` of the server of each slot.
     slots: Vec<Option<u16>>,
     learned: Option<BootTime>,
+    /// Who told the map.
+    teller: Option<Address>,
+    /// Those who were no help when they were last asked, the last one at the end. They are asked after all others: a node
+    /// that is not part of the cluster any more, or is cut off from it, must not be asked for ever.
+    unhelpful: Vec<Address>,
     /// Something spoke against it since.
     doubtful: bool,
     /// Servers that did not serve when they were last asked.
@@ -60,6 +70,8 @@ impl SlotMap {
             others: Vec::new(),
             slots: vec![None; SLOTS],
             learned: None,
+            teller: None,
+            unhelpful: Vec::new(),
             doubtful: true,
             lost: HashSet::new(),
             is_down: false,
@@ -91,14 +103,29 @@ impl SlotMap {
         self.lock().servers.clone()
     }
 
-    /// Whom to ask for the map: those that are lost come last.
+    /// Whom to ask for the map: those that are lost come late, those that were no help last.
     pub(super) fn known(&self) -> Vec<Address> {
         let known = self.lock();
         let mut seen = HashSet::new();
         let all = known.servers.iter().chain(&known.others).chain(&known.seeds);
         let mut all: Vec<_> = all.filter(|address| seen.insert(*address)).cloned().collect();
-        all.sort_by_key(|address| known.lost.contains(address));
+        let turn = |address: &Address| known.unhelpful.iter().position(|other| other == address);
+        all.sort_by_key(|address| (turn(address), known.lost.contains(address)));
         all
+    }
+
+    /// This node is asked for the map, or knew nothing that helps: the next time it is asked last.
+    pub(super) fn ask_last(&self, address: &Address) {
+        self.lock().ask_last(address);
+    }
+
+    /// The map says nothing of this slot. Whoever told it may know little.
+    pub(super) fn misses(&self, slot: u16) -> Error {
+        let mut known = self.lock();
+        if let Some(teller) = known.teller.clone() {
+            known.ask_last(&teller);
+        }
+        error(ErrorKind::Unavailable, format!("the cluster has no server for slot {slot}"))
     }
 
     /// This server does not serve. The map may be out of date.
@@ -110,9 +137,10 @@ impl SlotMap {
         self.losses.notify_one();
     }
 
-    /// No server serves. The map may be out of date.
-    pub(super) fn down(&self) {
+    /// No server serves, as this one says. The map may be out of date, and this one may be wrong.
+    pub(super) fn down(&self, by: &Address) {
         let mut known = self.lock();
+        known.ask_last(by);
         known.is_down = true;
         known.doubtful = true;
         drop(known);
@@ -132,6 +160,17 @@ impl SlotMap {
             }
             told.await;
         }
+    }
+
+    /// Waits until something more is lost.
+    pub(super) async fn next_loss(&self) {
+        self.losses.notified().await;
+    }
+
+    /// Every server that is known is there, and there are slots that none of them has.
+    pub(super) fn lacks_only_slots(&self) -> bool {
+        let known = self.lock();
+        known.lost.is_empty() && known.slots.iter().any(Option::is_none)
     }
 
     pub(super) fn lost_servers(&self) -> Vec<Address> {
@@ -165,7 +204,7 @@ impl SlotMap {
     /// Whether it was learned a moment ago: then it has to do.
     pub(super) fn is_fresh(&self, now: BootTime) -> bool {
         let mut known = self.lock();
-        let is_fresh = known.learned.is_some_and(|at| now.since(at) < FRESH_FOR);
+        let is_fresh = known.learned.is_some_and(|at| is_recent(at, now));
         known.doubtful &= !is_fresh;
         is_fresh
     }
@@ -184,8 +223,8 @@ impl SlotMap {
         known.doubtful = true;
     }
 
-    /// The answer to `CLUSTER SLOTS`, from this server.
-    pub(super) fn learned(&self, answer: &Value, from: &Address, now: BootTime) {
+    /// The answer to `CLUSTER SLOTS`, from this server. Tells whether it is a map.
+    pub(super) fn learned(&self, answer: &Value, from: &Address, now: BootTime) -> bool {
         let mut known = self.lock();
         let (mut servers, mut others, mut slots) = (Vec::new(), Vec::new(), vec![None; SLOTS]);
         for range in elements(answer) {
@@ -202,17 +241,41 @@ impl SlotMap {
                 *slot = u16::try_from(at).ok();
             }
         }
-        if !servers.is_empty() {
-            (known.servers, known.others, known.slots) = (servers, others, slots);
-            (known.learned, known.doubtful) = (Some(now), false);
+        if servers.is_empty() {
+            return false;
         }
+        (known.servers, known.others, known.slots) = (servers, others, slots);
+        (known.learned, known.doubtful, known.teller) = (Some(now), false, Some(from.clone()));
+        let Known { seeds, servers, others, unhelpful, .. } = &mut *known;
+        let all = [&*seeds, servers, others];
+        unhelpful.retain(|address| address != from && all.iter().any(|some| some.contains(address)));
+        true
     }
+}
+
+impl Known {
+    fn ask_last(&mut self, address: &Address) {
+        self.unhelpful.retain(|other| other != address);
+        self.unhelpful.push(address.clone());
+    }
+}
+
+/// What was found out a moment ago is not asked for again.
+pub(super) fn is_recent(at: BootTime, now: BootTime) -> bool {
+    now.since(at) < FRESH_FOR
 }
 
 fn elements(value: &Value) -> &[Value] {
     match value {
         Value::Array(elements) => elements,
         _ => &[],
+    }
+}
+
+fn text(value: &Value) -> Option<&str> {
+    match value {
+        Value::BulkString(bytes) => std::str::from_utf8(bytes).ok(),
+        _ => None,
     }
 }
 
@@ -224,21 +287,35 @@ fn number(value: &Value) -> Option<usize> {
 }
 
 fn node_address(node: &Value, from: &Address) -> Option<Address> {
-    let [host, port, ..] = elements(node) else { return None };
+    let [host, port, more @ ..] = elements(node) else { return None };
     let port = u16::try_from(number(port)?).ok()?;
+    let host = match text(host) {
+        // It should have a name, and has none: its address is told beside it.
+        Some(NO_NAME) => more.get(1).and_then(|told| {
+            let mut pairs = elements(told).chunks_exact(2);
+            pairs.find(|pair| text(&pair[0]) == Some("ip")).and_then(|pair| text(&pair[1]))
+        }),
+        host => host,
+    };
     match host {
-        Value::BulkString(host) if !host.is_empty() => {
-            let host = String::from_utf8_lossy(host).into_owned();
-            Some(Address::Tcp { host, port })
-        }
-        // No name: the one that answered.
+        Some(host) if !host.is_empty() => Some(Address::Tcp { host: host.to_owned(), port }),
+        // No host: the one that answered.
         _ => Some(from.with_port(&format!(":{port}"))),
+    }
+}
+
+/// The host in a redirection from this server.
+pub(super) fn redirected(to: &str, from: &Address) -> Result<Address> {
+    match to.strip_prefix(NO_NAME).unwrap_or(to) {
+        // No host: the one that answered. Where that is wrong the map, which is asked for next, knows better.
+        port if port.starts_with(':') => Ok(from.with_port(port)),
+        _ => address(to, 0),
     }
 }
 
 impl Address {
     /// The same host with this port, given as `:port`.
-    pub(super) fn with_port(&self, port: &str) -> Self {
+    fn with_port(&self, port: &str) -> Self {
         match self {
             Self::Tcp { host, .. } => {
                 address(&format!("{}{port}", if host.contains(':') { format!("[{host}]") } else { host.clone() }), 0)
@@ -258,5 +335,33 @@ mod tests {
         assert_eq!(slot_of("123456789"), 0x31c3);
         assert_eq!(slot_of("a:{user1000}:queue"), slot_of("user1000"));
         assert_eq!(slot_of("stanchion:{x}y}:queue"), slot_of("x"));
+    }
+
+    /// As Redis 7.0.15 answers with `cluster-preferred-endpoint-type hostname`: the first node has a name, the others none.
+    #[test]
+    fn a_node_without_a_name_has_the_address_that_is_told_beside_it() {
+        let bulk = |text: &str| Value::BulkString(text.as_bytes().to_vec());
+        let node = |name: Value, port, told: &[&str]| {
+            let told = told.iter().map(|text| bulk(text)).collect();
+            Value::Array(vec![name, Value::Int(port), bulk("id"), Value::Array(told)])
+        };
+        let range = |at: i64, nodes: &[Value]| {
+            let mut range = vec![Value::Int(at), Value::Int(at)];
+            range.extend_from_slice(nodes);
+            Value::Array(range)
+        };
+        let answer = Value::Array(vec![
+            range(0, &[node(bulk("one"), 1, &["ip", "10.0.0.1"])]),
+            range(1, &[node(bulk("?"), 2, &["ip", "10.0.0.2"]), node(bulk("?"), 3, &["ip", "::3"])]),
+            range(2, &[node(bulk("?"), 4, &[])]),
+            // `unknown-endpoint`: the address is not to be used.
+            range(3, &[node(Value::Nil, 5, &["hostname", "five", "ip", "10.0.0.5"])]),
+            range(4, &[node(bulk(""), 6, &[])]),
+        ]);
+        let map = SlotMap::new(vec![address("seed:7", 0).unwrap()]);
+        assert!(map.learned(&answer, &address("seed:7", 0).unwrap(), BootTime::from_nanos(1)));
+        let all: Vec<_> = map.known().iter().map(ToString::to_string).collect();
+        let servers = ["one:1", "10.0.0.2:2", "seed:4", "seed:5", "seed:6"];
+        assert_eq!(all, [&servers[..], &["[::3]:3", "seed:7"]].concat());
     }
 }

@@ -8,16 +8,17 @@
 //! and is sent to where it belongs.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use redis::aio::MultiplexedConnection;
 use redis::{Cmd, RedisError, Value};
 use tokio::runtime::{Handle, Id};
 
 use super::batch::Batch;
-use super::cluster::{SlotMap, slot_of};
+use super::cluster::{SlotMap, is_recent, redirected, slot_of};
 use super::config::{Address, Config, Layout};
 use super::error::{Verdict, error, from_answer, while_connecting};
-use super::node::{CONNECT_WITHIN, Link, Node, Suspicion, too_slow, within};
+use super::node::{CONNECT_WITHIN, Link, Node, SUSPECT_AFTER, Suspicion, connect_to_any, in_task, too_slow, within};
 use super::scripts::Script;
 use super::sentinel::Group;
 use crate::clock::Clock;
@@ -33,8 +34,6 @@ pub(super) struct Links {
     topology: Topology,
     /// One for each runtime; few, and looked for with every step.
     locals: Mutex<Vec<(Id, Arc<Local>)>>,
-    /// The keeper's runtime: the first one that a session was opened in.
-    home: OnceLock<Handle>,
     saw_primary: AtomicBool,
     pub(super) clock: Clock,
 }
@@ -58,6 +57,8 @@ pub(super) struct Local {
     sign_of_life: tokio::task::JoinHandle<()>,
     /// The runtime cannot do I/O.
     pub(super) is_unusable: AtomicBool,
+    /// A session was opened in it: it is there as long as that.
+    is_home: AtomicBool,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -89,14 +90,7 @@ impl Links {
             }
             Layout::Cluster { seeds } => Topology::Cluster(SlotMap::new(seeds.clone())),
         };
-        Self {
-            config,
-            topology,
-            locals: Mutex::default(),
-            home: OnceLock::new(),
-            saw_primary: AtomicBool::new(false),
-            clock: Clock::system(),
-        }
+        Self { config, topology, locals: Mutex::default(), saw_primary: AtomicBool::new(false), clock: Clock::system() }
     }
 
     /// Where a key of this name is.
@@ -116,10 +110,10 @@ impl Links {
         }
     }
 
-    /// The current runtime is the one that is always there.
+    /// The current runtime is a keeper's: it does the work of those who have none.
     pub(super) fn settle_here(&self) {
-        if let Ok(handle) = Handle::try_current() {
-            let _there_is_one = self.home.set(handle);
+        if let Some(local) = self.local() {
+            local.is_home.store(true, Ordering::Relaxed);
         }
     }
 
@@ -157,7 +151,7 @@ impl Links {
         let Way { node, mut link } = way;
         let suspicion = Suspicion::new(&node, &link, &self.clock);
         let answer: Result<Value, RedisError> = command.query_async(&mut link.connection).await;
-        std::mem::forget(suspicion);
+        suspicion.answered();
         answer.map_err(|fault| self.fault(&node, link.generation, &fault))
     }
 
@@ -171,12 +165,12 @@ impl Links {
         if let Some(local) = local {
             return self.send_from(local, target, command).await;
         }
-        let Some(home) = self.home.get() else {
+        let Some(home) = self.locals().into_iter().find(|local| local.is_home.load(Ordering::Relaxed)) else {
             let message = "no runtime to do I/O in; open a handle of the library, which brings one";
             return Err(error(ErrorKind::Unsupported, message).into());
         };
         let (links, target, command) = (self.clone(), target.clone(), command.clone());
-        let task = home.spawn(async move {
+        let task = home.runtime.spawn(async move {
             let local =
                 links.local().ok_or_else(|| error(ErrorKind::Internal, "the keeper's runtime cannot do I/O"))?;
             links.send_from(&local, &target, &command).await
@@ -191,13 +185,14 @@ impl Links {
         let mut locals = lock(&self.locals);
         let known = locals.iter().find(|(runtime, _)| *runtime == id).map(|(_, local)| local.clone());
         let local = known.unwrap_or_else(|| {
-            locals.retain(|(_, local)| !local.sign_of_life.is_finished());
+            locals.retain(|(_, local)| !local.has_ended());
             let local = Arc::new(Local {
                 runtime,
                 batch: Batch::default(),
                 nodes: Mutex::default(),
                 sign_of_life: tokio::spawn(std::future::pending()),
                 is_unusable: AtomicBool::new(false),
+                is_home: AtomicBool::new(false),
             });
             locals.push((id, local.clone()));
             local
@@ -231,22 +226,18 @@ impl Links {
             };
             let suspicion = Suspicion::new(&node, &link, &self.clock);
             let answer: Result<Value, RedisError> = if asking {
-                let mut both = redis::pipe();
-                both.cmd("ASKING").ignore().add_command(command.clone());
-                let both = Box::pin(both.query_async(&mut link.connection)).await;
-                both.map(|mut both: Vec<Value>| both.pop().unwrap_or(Value::Nil))
+                Box::pin(query_asking(&mut link.connection, command)).await
             } else {
                 command.query_async(&mut link.connection).await
             };
-            std::mem::forget(suspicion);
+            suspicion.answered();
             let fault = match answer {
                 Ok(value) => return Ok((value, Way { node, link })),
                 Err(fault) => fault,
             };
             if let (Topology::Cluster(slots), Some((to, slot))) = (&self.topology, fault.redirect_node()) {
                 asking = fault.code() == Some("ASK");
-                // An empty host is the one that answered.
-                let to = if to.starts_with(':') { address.with_port(to) } else { super::config::address(to, 0)? };
+                let to = redirected(to, &address)?;
                 if !asking {
                     slots.moved(slot, &to);
                 }
@@ -268,7 +259,7 @@ impl Links {
         match verdict {
             Verdict::Refused => {
                 if let (Some(slots), Some("CLUSTERDOWN")) = (self.slots(), fault.code()) {
-                    slots.down();
+                    slots.down(&node.address);
                 }
             }
             Verdict::NotHere | Verdict::Broken => {
@@ -298,9 +289,7 @@ impl Links {
             Topology::Sentinel(group) => group.find(&self.config, local, &self.clock).await,
             Topology::Cluster(slots) => {
                 self.learn_slots(local, slots).await?;
-                slots
-                    .server(slot)
-                    .ok_or_else(|| error(ErrorKind::Unavailable, format!("the cluster has no server for slot {slot}")))
+                slots.server(slot).ok_or_else(|| slots.misses(slot))
             }
         }
     }
@@ -329,36 +318,58 @@ impl Links {
     }
 
     pub(super) async fn learn_slots(&self, local: &Local, slots: &SlotMap) -> Result<()> {
-        let _one_at_a_time = slots.learning.lock().await;
-        if slots.is_fresh(self.clock.now()) {
+        let mut failed = slots.learning.lock().await;
+        let now = self.clock.now();
+        if slots.is_fresh(now) {
             return Ok(());
+        }
+        if let Some((at, kind, message)) = &*failed
+            && is_recent(*at, now)
+        {
+            return Err(error(*kind, message.clone()));
         }
         let mut last = None;
         for address in slots.known() {
-            let node = local.node(&address);
-            let link = node.link(self, local).await;
-            let answer = match link {
-                Ok(mut link) => {
-                    let mut command = redis::cmd("CLUSTER");
-                    let question = command.arg("SLOTS").query_async(&mut link.connection);
-                    // Others wait for the map too: a silent node must not keep them.
-                    let answer: Option<Result<Value, RedisError>> = within(CONNECT_WITHIN, question).await;
-                    answer.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
-                        node.lost(link.generation);
-                        from_answer(&address, &fault).0
-                    })
-                }
-                Err(error) => Err(error),
-            };
-            match answer {
-                Ok(value) => {
-                    slots.learned(&value, &address, self.clock.now());
+            // Before it is asked: whoever waits for a silent one may give up first.
+            slots.ask_last(&address);
+            match self.ask_for_slots(local, &address).await {
+                Ok(answer) if slots.learned(&answer, &address, self.clock.now()) => {
+                    *failed = None;
                     return Ok(());
+                }
+                Ok(_) => {
+                    let message = format!("{address} knows no servers of a cluster");
+                    last = Some(error(ErrorKind::Unavailable, message));
                 }
                 Err(error) => last = Some(error),
             }
         }
-        Err(last.unwrap_or_else(|| error(ErrorKind::Unavailable, "no node of the cluster is known")).in_doubt(false))
+        let last = last.unwrap_or_else(|| error(ErrorKind::Unavailable, "no node of the cluster is known"));
+        *failed = Some((self.clock.now(), last.kind(), last.message().to_owned()));
+        Err(last.in_doubt(false))
+    }
+
+    /// The answer of one node to the question for the map. A replica knows it too, and only who keeps locks is asked for
+    /// its role: where there is no connection of that kind, one is made that serves for nothing else.
+    async fn ask_for_slots(&self, local: &Local, address: &Address) -> Result<Value> {
+        let mut command = redis::cmd("CLUSTER");
+        command.arg("SLOTS");
+        if let Some(Way { node, mut link }) = local.way_to(address) {
+            // Others wait for the map too: a silent node must not keep them.
+            let answer = within(SUSPECT_AFTER, command.query_async(&mut link.connection)).await;
+            return answer.unwrap_or_else(|| Err(too_slow(SUSPECT_AFTER))).map_err(|fault| {
+                node.lost(link.generation);
+                from_answer(address, &fault).0
+            });
+        }
+        let client = self.config.server(address)?;
+        let asked = async move {
+            let mut connection = connect_to_any(&client).await?;
+            command.query_async(&mut connection).await
+        };
+        let answer = in_task(local, within(CONNECT_WITHIN, asked)).await?;
+        let answer = answer.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN)));
+        answer.map_err(|fault| while_connecting(address, &fault))
     }
 
     /// Whether locks can be kept in a server that says this of its role.
@@ -395,8 +406,12 @@ impl Links {
         };
         let connected = within(CONNECT_WITHIN, connected).await;
         let pubsub = connected.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
-            self.forget(&address);
-            while_connecting(&address, &fault)
+            let error = while_connecting(&address, &fault);
+            // One that refuses the user, or is full, is there.
+            if error.kind() == ErrorKind::Unavailable {
+                self.forget(&address);
+            }
+            error
         })?;
         self.reached(&address);
         Ok(pubsub)
@@ -411,23 +426,32 @@ impl Links {
         }
     }
 
-    /// Whether something of this process went to this server.
+    /// Whether something of this process went to this server, also from a runtime that has ended: holds outlive it.
     pub(super) fn uses(&self, address: &Address) -> bool {
-        self.locals().iter().any(|local| local.known_node(address).is_some())
+        lock(&self.locals).iter().any(|(_, local)| local.known_node(address).is_some())
     }
 
     /// The connections to this server that there are, from every runtime.
     pub(super) fn ways_to(&self, address: &Address) -> Vec<Way> {
-        let way = |local: Arc<Local>| {
-            let node = local.known_node(address)?;
-            let link = node.up()?;
-            Some(Way { node, link })
-        };
-        self.locals().into_iter().filter_map(way).collect()
+        self.locals().iter().filter_map(|local| local.way_to(address)).collect()
     }
 
+    /// Those whose runtime lives.
     fn locals(&self) -> Vec<Arc<Local>> {
-        lock(&self.locals).iter().map(|(_, local)| local.clone()).collect()
+        let locals = lock(&self.locals);
+        locals.iter().map(|(_, local)| local).filter(|local| !local.has_ended()).cloned().collect()
+    }
+}
+
+/// Asks a server for something in a slot that is being moved to it. What it refuses is told as it is of a single command:
+/// the errors of a pipeline are less than that.
+async fn query_asking(connection: &mut MultiplexedConnection, command: &Cmd) -> Result<Value, RedisError> {
+    let mut both = redis::pipe();
+    both.ignore_errors().cmd("ASKING").add_command(command.clone());
+    let answers: Value = both.query_async(connection).await?;
+    match answers.extract_error()? {
+        Value::Array(mut answers) => Ok(answers.pop().unwrap_or(Value::Nil)),
+        other => Ok(other),
     }
 }
 
@@ -450,6 +474,10 @@ impl Drop for Local {
 }
 
 impl Local {
+    fn has_ended(&self) -> bool {
+        self.sign_of_life.is_finished()
+    }
+
     pub(super) fn node(&self, address: &Address) -> Arc<Node> {
         let mut nodes = lock(&self.nodes);
         if let Some(node) = nodes.iter().find(|node| node.address == *address) {
@@ -458,6 +486,13 @@ impl Local {
         let node = Arc::new(Node::new(address));
         nodes.push(node.clone());
         node
+    }
+
+    /// The connection to this server that there is.
+    fn way_to(&self, address: &Address) -> Option<Way> {
+        let node = self.known_node(address)?;
+        let link = node.up()?;
+        Some(Way { node, link })
     }
 
     /// What there is of this server.
@@ -478,5 +513,21 @@ mod tests {
             assert!(matches!(target("redis+cluster://one,two", name), Target::Slot(slot) if slot == slot_of(name)));
         }
         assert!(matches!(target("redis://one", "stanchion:{:a}"), Target::Slot(0)));
+    }
+
+    /// Its connections ended with it: looked at, they would tell that the servers are lost.
+    #[test]
+    fn a_runtime_that_has_ended_is_not_looked_at() {
+        let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let links = Links::new(Config::from_url("redis+cluster://one").unwrap());
+        let (first, second) = (runtime(), runtime());
+        let ids = [&first, &second].map(|runtime| runtime.block_on(async { links.local().unwrap().runtime.id() }));
+        let living = || -> Vec<_> { links.locals().iter().map(|local| local.runtime.id()).collect() };
+        assert_eq!(living(), ids);
+        let server = super::super::config::address("one", 1).unwrap();
+        lock(&links.locals)[0].1.node(&server);
+        drop(first);
+        assert_eq!(living(), ids[1..]);
+        assert!(links.uses(&server), "holds outlive it");
     }
 }

@@ -12,7 +12,7 @@ use super::config::Address;
 use super::connect::{Links, Local, lock};
 use super::error::{error, while_connecting};
 use crate::clock::{BootTime, Clock, jitter};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// How long making a connection may take.
 pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(2);
@@ -21,8 +21,9 @@ pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(2);
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// A request without an answer for so long makes its connection suspect: the next request uses another one.
-const SUSPECT_AFTER: Duration = Duration::from_secs(1);
+/// A connection without an answer for so long is suspect, if somebody gave up waiting for one: the next request uses
+/// another. It counts over all requests, for each may have less time than that.
+pub(super) const SUSPECT_AFTER: Duration = Duration::from_secs(1);
 
 /// So many requests may wait to be written.
 const BUFFER: usize = 1_024;
@@ -52,8 +53,11 @@ pub(super) struct Node {
     pub(super) address: Address,
     state: Mutex<State>,
     /// One at a time connects; the others wait for the outcome.
-    connecting: tokio::sync::Mutex<()>,
+    connecting: Arc<tokio::sync::Mutex<()>>,
     generations: AtomicU64,
+    /// When the oldest request was sent that somebody gave up waiting for since the last answer, in ns; 0 if there is none.
+    /// Beside the state, for it is looked at with every answer.
+    given_up: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -103,49 +107,67 @@ impl Node {
         Self {
             address: address.clone(),
             state: Mutex::new(State::Down { failures: 0, next: BootTime::from_nanos(0), why: None }),
-            connecting: tokio::sync::Mutex::default(),
+            connecting: Arc::default(),
             generations: AtomicU64::new(0),
+            given_up: AtomicU64::new(0),
         }
     }
 
     /// A connection: the one there is, or a new one.
-    pub(super) async fn link(&self, links: &Links, local: &Local) -> Result<Link> {
+    pub(super) async fn link(self: &Arc<Self>, links: &Arc<Links>, local: &Local) -> Result<Link> {
         match self.current(&links.clock)? {
             Some(link) => Ok(link),
             None => Box::pin(self.new_link(links, local)).await,
         }
     }
 
-    async fn new_link(&self, links: &Links, local: &Local) -> Result<Link> {
-        let _one_at_a_time = self.connecting.lock().await;
+    async fn new_link(self: &Arc<Self>, links: &Arc<Links>, local: &Local) -> Result<Link> {
+        let one_at_a_time = self.connecting.clone().lock_owned().await;
         if let Some(link) = self.current(&links.clock)? {
             return Ok(link);
         }
         let client = links.config.server(&self.address)?;
-        let connected = in_task(local, async move { connect(&client).await }).await?;
-        let connected = connected.map_err(|fault| while_connecting(&self.address, &fault));
-        let connected =
-            connected.and_then(|(connection, role)| links.accepts(&self.address, &role).map(|()| connection));
+        let (node, links) = (self.clone(), links.clone());
+        // Who asks may give up before that is over. The outcome counts all the same.
+        in_task(local, async move {
+            let _one_at_a_time = one_at_a_time;
+            let connected = connect(&client).await.map_err(|fault| while_connecting(&node.address, &fault));
+            let connected = connected.and_then(|(connection, role)| {
+                links.accepts(&node.address, &role)?;
+                Ok(connection)
+            });
+            match connected {
+                Ok(connection) => Ok(node.is_up(connection)),
+                Err(error) => {
+                    node.is_down(&error, &links.clock);
+                    // Perhaps another server has taken its place.
+                    links.forget(&node.address);
+                    Err(error)
+                }
+            }
+        })
+        .await?
+    }
+
+    fn is_up(&self, connection: MultiplexedConnection) -> Link {
+        let generation = self.generations.fetch_add(1, Ordering::Relaxed);
+        let link = Link { connection, generation };
         let mut state = lock(&self.state);
-        match connected {
-            Ok(connection) => {
-                let generation = self.generations.fetch_add(1, Ordering::Relaxed);
-                let link = Link { connection, generation };
-                *state = State::Up(link.clone());
-                Ok(link)
-            }
-            Err(error) => {
-                let failures = match &*state {
-                    State::Up(_) => 0,
-                    State::Down { failures, .. } => *failures,
-                };
-                let pause = jitter((FIRST_PAUSE * 2u32.saturating_pow(failures.min(10))).min(LONGEST_PAUSE));
-                let why = Fault { kind: error.kind(), message: error.message().to_owned() };
-                let next = links.clock.now().after(pause);
-                *state = State::Down { failures: failures + 1, next, why: Some(Arc::new(why)) };
-                Err(error)
-            }
-        }
+        self.given_up.store(0, Ordering::Relaxed);
+        *state = State::Up(link.clone());
+        drop(state);
+        link
+    }
+
+    fn is_down(&self, error: &Error, clock: &Clock) {
+        let mut state = lock(&self.state);
+        let failures = match &*state {
+            State::Up(_) => 0,
+            State::Down { failures, .. } => *failures,
+        };
+        let pause = jitter((FIRST_PAUSE * 2u32.saturating_pow(failures.min(10))).min(LONGEST_PAUSE));
+        let why = Fault { kind: error.kind(), message: error.message().to_owned() };
+        *state = State::Down { failures: failures + 1, next: clock.now().after(pause), why: Some(Arc::new(why)) };
     }
 
     /// The connection there is.
@@ -176,27 +198,57 @@ impl Node {
 
     /// This connection is not to be used again.
     pub(super) fn lost(&self, generation: u64) {
+        lock(&self.state).lost(generation);
+    }
+
+    /// Somebody waited for an answer until now, in vain.
+    fn gave_up(&self, generation: u64, since: BootTime, now: BootTime) {
         let mut state = lock(&self.state);
-        if matches!(&*state, State::Up(link) if link.generation == generation) {
-            *state = State::Down { failures: 0, next: BootTime::from_nanos(0), why: None };
+        if !state.is_up(generation) {
+            return;
+        }
+        let oldest = match self.given_up.load(Ordering::Relaxed) {
+            0 => since,
+            other => since.min(BootTime::from_nanos(other)),
+        };
+        self.given_up.store(oldest.as_nanos(), Ordering::Relaxed);
+        if now.since(oldest) >= SUSPECT_AFTER {
+            state.lost(generation);
         }
     }
 }
 
-/// A connection and what the server is: primary or replica.
-pub(super) async fn connect(client: &Client) -> Result<(MultiplexedConnection, String), RedisError> {
+impl State {
+    fn is_up(&self, generation: u64) -> bool {
+        matches!(self, Self::Up(link) if link.generation == generation)
+    }
+
+    fn lost(&mut self, generation: u64) {
+        if self.is_up(generation) {
+            *self = Self::Down { failures: 0, next: BootTime::from_nanos(0), why: None };
+        }
+    }
+}
+
+/// A connection, whatever the server is.
+pub(super) async fn connect_to_any(client: &Client) -> Result<MultiplexedConnection, RedisError> {
     let options = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(CONNECT_WITHIN))
         // How long an answer may take is said by who asks.
         .set_response_timeout(None)
         .set_pipeline_buffer_size(BUFFER);
-    let mut connection = client.get_multiplexed_async_connection_with_config(&options).await?;
-    let role = async {
+    client.get_multiplexed_async_connection_with_config(&options).await
+}
+
+/// A connection and what the server is: primary or replica.
+pub(super) async fn connect(client: &Client) -> Result<(MultiplexedConnection, String), RedisError> {
+    let connected = async {
+        let mut connection = connect_to_any(client).await?;
         let answer: Value = redis::cmd("ROLE").query_async(&mut connection).await?;
-        redis::from_redis_value::<String>(role_in(answer)).map_err(RedisError::from)
+        let role = redis::from_redis_value::<String>(role_in(answer)).map_err(RedisError::from)?;
+        Ok((connection, role))
     };
-    let role = within(CONNECT_WITHIN, role).await.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN)))?;
-    Ok((connection, role))
+    within(CONNECT_WITHIN, connected).await.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN)))
 }
 
 /// The role in the answer to `ROLE`: its first word. KeyDB with several primaries tells a row for each of them.
@@ -219,13 +271,19 @@ impl<'a> Suspicion<'a> {
     pub(super) fn new(node: &'a Node, link: &Link, clock: &'a Clock) -> Self {
         Self { node, generation: link.generation, since: clock.now(), clock }
     }
+
+    /// Done with each request: nearly always it is one look.
+    pub(super) fn answered(self) {
+        if self.node.given_up.load(Ordering::Relaxed) != 0 {
+            self.node.given_up.store(0, Ordering::Relaxed);
+        }
+        std::mem::forget(self);
+    }
 }
 
 impl Drop for Suspicion<'_> {
     fn drop(&mut self) {
-        if self.clock.now().since(self.since) >= SUSPECT_AFTER {
-            self.node.lost(self.generation);
-        }
+        self.node.gave_up(self.generation, self.since, self.clock.now());
     }
 }
 
@@ -259,5 +317,27 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::Misconfigured);
             assert!(error.to_string().contains(says), "{error}");
         }
+    }
+
+    /// Who asks may wait for less than a connection may take.
+    #[test]
+    fn a_connection_that_nobody_waits_for_any_more_counts_when_it_fails() {
+        // The kernel takes connections, and nobody answers.
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = Address::Tcp { host: "127.0.0.1".into(), port: silent.local_addr().unwrap().port() };
+        let links = Arc::new(Links::new(Config::from_url(&format!("redis+cluster://{address}")).unwrap()));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let local = links.local().unwrap();
+            let node = local.node(&address);
+            assert!(within(Duration::from_millis(50), node.link(&links, &local)).await.is_none());
+            let recorded = async {
+                while !links.slots().unwrap().lost_servers().contains(&address) {
+                    super::super::push::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            within(Duration::from_secs(30), recorded).await.unwrap();
+            assert!(matches!(&*lock(&node.state), State::Down { failures: 1, why: Some(_), .. }));
+        });
     }
 }

@@ -18,6 +18,9 @@ pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(20);
 /// Short: it is one attempt for a whole process, and its success ends the pauses of all who wait for the server.
 pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
+/// What was refused is allowed when somebody changes the server's settings.
+const REFUSED_PAUSE: Duration = Duration::from_secs(3);
+
 /// After a recovery what is waited for is asked for again, after these pauses: whoever has to answer to a waiter's question
 /// may hear again a little later.
 const ASKED_AGAIN_AFTER: [Duration; 3] =
@@ -39,6 +42,7 @@ pub(super) async fn listen(
         let subscribed = strong.links.listen(&strong.names.session(session)).await;
         let (names, links) = (strong.names.clone(), strong.links.clone());
         drop(strong);
+        let mut is_refused = false;
         match subscribed {
             Ok(mut pubsub) => {
                 drop(tried.take());
@@ -73,9 +77,10 @@ pub(super) async fn listen(
                     was_told = true;
                 }
                 is_first = false;
+                is_refused = !error.is_transient();
             }
         }
-        sleep(jitter(pause)).await;
+        sleep(jitter(if is_refused { REFUSED_PAUSE } else { pause })).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }

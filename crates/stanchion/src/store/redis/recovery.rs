@@ -21,6 +21,9 @@ use super::push::{FIRST_PAUSE, LONGEST_PAUSE, sleep};
 use crate::clock::jitter;
 use crate::error::Result;
 
+/// Where nothing is lost but slots that no server has, it may be days until somebody gives them one.
+const LONGEST_PAUSE_FOR_SLOTS: Duration = Duration::from_secs(3);
+
 /// A lost server has so long to answer before the map is asked for again.
 const BACK_WITHIN: Duration = Duration::from_millis(200);
 
@@ -43,8 +46,15 @@ impl Links {
         let mut pause = FIRST_PAUSE;
         loop {
             slots.something_is_lost().await;
-            sleep(jitter(pause)).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            if slots.lacks_only_slots() {
+                tokio::select! {
+                    () = sleep(jitter(pause)) => pause = (pause * 2).min(LONGEST_PAUSE_FOR_SLOTS),
+                    () = slots.next_loss() => pause = FIRST_PAUSE,
+                }
+            } else {
+                sleep(jitter(pause.min(LONGEST_PAUSE))).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
             if self.learn_slots(local, slots).await.is_err() {
                 continue;
             }
