@@ -115,8 +115,13 @@ pub(crate) struct Hold {
     pub(crate) since: BootTime,
     /// The end of its own term, in nanoseconds since boot; never, if it has none.
     until: AtomicU64,
-    /// Nanoseconds between `stop_by` and `until`.
-    grace: AtomicU64,
+    /// When it has to be given up by its own term, in nanoseconds since boot: earlier than `until` by the grace. A value of its
+    /// own, so that nobody sees half of an extension.
+    stop: AtomicU64,
+    /// The latest end of the term that was asked for, answered or not, in nanoseconds since boot.
+    asked_until: AtomicU64,
+    /// Where it was lost with a grace: when the store is told to end it, in nanoseconds since boot.
+    freed_at: AtomicU64,
     /// One extension at a time: answers would otherwise be believed in another order than the store has.
     pub(crate) extending: tokio::sync::Mutex<()>,
     /// The shortest ttl of an extension whose answer is missing, in nanoseconds: it may still reach the store, after
@@ -164,7 +169,9 @@ impl Hold {
             session_bound: new.session_bound,
             since: new.since,
             until: AtomicU64::new(until.as_nanos()),
-            grace: AtomicU64::new(nanos(grace(length))),
+            stop: AtomicU64::new(stop_by(until, grace(length)).as_nanos()),
+            asked_until: AtomicU64::new(0),
+            freed_at: AtomicU64::new(u64::MAX),
             extending: tokio::sync::Mutex::new(()),
             shortest_unanswered: AtomicU64::new(u64::MAX),
             heartbeat_within: new.heartbeat_within,
@@ -183,8 +190,13 @@ impl Hold {
         if matches!(self.lost.get(), Some(LossCause::Forced | LossCause::Missing | LossCause::Closed)) {
             return BootTime::from_nanos(0);
         }
-        let own = self.own_until();
+        let own = self.own_until().min(BootTime::from_nanos(self.freed_at.load(Ordering::Acquire)));
         if self.session_bound { own.min(self.session.valid_until()) } else { own }
+    }
+
+    /// Lost, and kept from others until then.
+    pub(crate) fn is_freed_at(&self, at: BootTime) {
+        self.freed_at.fetch_min(at.as_nanos(), Ordering::AcqRel);
     }
 
     /// When it has to be given up.
@@ -206,13 +218,15 @@ impl Hold {
         BootTime::from_nanos(self.until.load(Ordering::Acquire))
     }
 
-    /// When the store has nothing of it any more, because its own term has run out: with a slack for a clock that is wrong.
+    /// When the store has nothing of it any more, because its own term has run out, an extension without an answer included:
+    /// with a slack for a clock that is wrong.
     pub(crate) fn over_at(&self) -> BootTime {
-        self.own_until().after(Duration::from_secs(60))
+        let asked = BootTime::from_nanos(self.asked_until.load(Ordering::Acquire));
+        self.own_until().max(asked).after(Duration::from_secs(60))
     }
 
     fn own_stop_by(&self) -> BootTime {
-        stop_by(self.own_until(), Duration::from_nanos(self.grace.load(Ordering::Acquire)))
+        BootTime::from_nanos(self.stop.load(Ordering::Acquire))
     }
 
     fn heartbeat_by(&self) -> BootTime {
@@ -260,6 +274,11 @@ impl Hold {
         self.shortest_unanswered.fetch_min(nanos(ttl), Ordering::AcqRel)
     }
 
+    /// A request is sent that may make it last until then.
+    pub(crate) fn may_last_until(&self, until: BootTime) {
+        self.asked_until.fetch_max(until.as_nanos(), Ordering::AcqRel);
+    }
+
     /// Every request of an extension was answered: it can come no more.
     pub(crate) fn extension_answered(&self, before: u64) {
         self.shortest_unanswered.store(before, Ordering::Release);
@@ -275,8 +294,8 @@ impl Hold {
         if self.ended(now).is_some() {
             return false;
         }
-        self.grace.store(nanos(grace(length)), Ordering::Release);
         self.until.store(until.as_nanos(), Ordering::Release);
+        self.stop.store(stop_by(until, grace(length)).as_nanos(), Ordering::Release);
         true
     }
 
@@ -375,5 +394,28 @@ mod tests {
         assert!(fixed.lose(LossCause::TermExpired));
         assert!(!fixed.extend(at(1), at(90_000), Duration::from_secs(7)), "lost is final");
         assert!(!fixed.lose(LossCause::Forced), "the first cause stays");
+    }
+
+    #[test]
+    fn nobody_sees_half_of_an_extension() {
+        let fixed = Arc::new(hold(session(BootTime::NEVER), Some((at(60_000), Duration::from_secs(60))), false));
+        let looking = std::thread::spawn({
+            let fixed = fixed.clone();
+            move || (0..2_000_000).all(|_| fixed.ended(at(1)).is_none())
+        });
+        while !looking.is_finished() {
+            assert!(fixed.extend(at(1), at(2_000), Duration::from_secs(2)));
+            assert!(fixed.extend(at(1), at(60_000), Duration::from_secs(60)));
+        }
+        assert!(looking.join().unwrap());
+    }
+
+    #[test]
+    fn an_extension_without_an_answer_counts_for_how_long_something_may_be_left() {
+        let fixed = hold(session(BootTime::NEVER), Some((at(4_000), Duration::from_secs(4))), false);
+        assert_eq!(fixed.over_at(), at(64_000));
+        fixed.may_last_until(at(100_000));
+        fixed.may_last_until(at(50_000));
+        assert_eq!((fixed.over_at(), fixed.valid_until()), (at(160_000), at(4_000)));
     }
 }

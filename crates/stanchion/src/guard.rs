@@ -148,17 +148,19 @@ impl Guard {
             return Err(self.name(Error::new(ErrorKind::InvalidArgument, message)));
         }
         let shared = self.shared();
+        shared.check_process()?;
         let _one_at_a_time = self.hold.extending.lock().await;
         let mut asked = shared.clock.now();
         let before = self.hold.extension_asked(ttl);
         // A shorter term may count before its answer comes.
         let at_least = asked.after(shared.config.drift.shorten(ttl));
-        if at_least < self.hold.valid_until() {
+        if at_least < self.hold.own_until() {
             self.hold.extend(asked, at_least, ttl);
             shared.command(Command::Watch(self.hold.clone()));
         }
         let step = shared.step(|| {
             asked = shared.clock.now();
+            self.hold.may_last_until(asked.after(ttl));
             shared.store.extend(&self.hold.key, self.hold.token, ttl)
         });
         let step = step.await;
@@ -243,6 +245,7 @@ impl Guard {
     pub async fn verify(&self) -> Result<()> {
         self.check()?;
         let shared = self.shared();
+        shared.check_process()?;
         let reply = shared.step(|| shared.store.poll(&self.hold.key, self.hold.token)).await.result;
         if reply.map_err(|error| self.name(error))?.outcome == PollOutcome::Gone {
             shared.is_missing(&self.hold);

@@ -100,7 +100,6 @@ impl Losses {
                 let loss = Loss { key: hold.key.clone(), fence: hold.fence, cause };
                 self.hooks.give((hook.clone(), loss), "stanchion-on-lost", call_hooks);
             }
-            OnLost::AbortAfter(_) if cause == LossCause::Closed => {}
             OnLost::AbortAfter(grace) => {
                 let at = Clock::system().now().after(*grace);
                 let abort = Abort { at, grace: *grace, hold: hold.clone(), cause };

@@ -51,6 +51,8 @@ pub(crate) struct Shared {
     /// lost and wait for their grace to be over. Until when the store may have them: one without a deadline as long as the
     /// session, with which all go.
     kept: Mutex<IdMap<TokenId, BootTime>>,
+    /// Tokens of which nothing is known here, while they are being ended: a beat tells them each time until they are.
+    ending: Mutex<IdMap<TokenId, ()>>,
     store_clock: Mutex<Option<(StoreTime, BootTime)>>,
     commands: mpsc::UnboundedSender<Command>,
     warnings: Mutex<Vec<String>>,
@@ -139,6 +141,7 @@ impl Shared {
             asked_session: Mutex::default(),
             registry: Mutex::default(),
             kept: Mutex::default(),
+            ending: Mutex::default(),
             store_clock: Mutex::default(),
             commands,
             warnings: Mutex::default(),
@@ -173,6 +176,10 @@ impl Shared {
             kept.retain(|_, until| *until > now);
         }
         kept.insert(hold.token, hold.over_at());
+    }
+
+    pub(crate) fn ending(&self) -> MutexGuard<'_, IdMap<TokenId, ()>> {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn ask_for_session(&self, id: SessionId) {
@@ -342,7 +349,11 @@ impl Shared {
         if !hold.lose(cause) {
             return;
         }
-        self.losses.carry_out(hold.on_lost.as_ref().unwrap_or(&self.config.on_lost), hold, cause);
+        let policy = hold.on_lost.as_ref().unwrap_or(&self.config.on_lost);
+        // Where the keeper has ended by a defect, nobody said that the work is over.
+        if !(cause == LossCause::Closed && self.closing.is_cancelled() && matches!(policy, OnLost::AbortAfter(_))) {
+            self.losses.carry_out(policy, hold, cause);
+        }
         if cause.leaves_grace() {
             self.keep(hold);
         }
@@ -353,9 +364,14 @@ impl Shared {
         if !(hold.session_bound && cause == LossCause::SessionExpired) {
             let mut end = End::of_hold(hold, None);
             if cause.leaves_grace() {
-                let grace = hold.heartbeat_within.map_or(Duration::ZERO, crate::belief::grace);
-                let now = self.clock.now();
-                end.not_before = if hold.has_deadline() { hold.valid_until() } else { now.after(grace) };
+                end.not_before = match hold.heartbeat_within {
+                    // Its work hangs: whatever is left of its term is of no use to it.
+                    Some(within) if cause == LossCause::HeartbeatMissed => {
+                        hold.valid_until().min(self.clock.now().after(crate::belief::grace(within)))
+                    }
+                    _ => hold.valid_until(),
+                };
+                hold.is_freed_at(end.not_before);
             }
             self.command(Command::End(end));
         }

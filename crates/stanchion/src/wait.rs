@@ -65,7 +65,8 @@ async fn acquire_key(request: &LockRequest, key: Key) -> Result<Option<Guard>> {
         }
     };
     let trouble = Mutex::new(None);
-    let mut call = Call { locks, key: &key, request, term, demand, started, enqueue, trouble: &trouble, late: 0 };
+    let mut call =
+        Call { locks, key: &key, request, term, demand, started, enqueue, trouble: &trouble, late: 0, stale: 0 };
     let ended = tokio::select! {
         biased;
         () = cancelled => Err(Error::new(ErrorKind::Cancelled, "the caller cancelled the wait")),
@@ -125,7 +126,9 @@ pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
                 on_lost: None,
             };
             pending.hold(locks, term, None).ok_or_else(|| {
-                name(Error::new(ErrorKind::Lost(LossCause::TermExpired), "taken up with too little time left"))
+                let too_late =
+                    || Error::new(ErrorKind::Lost(LossCause::TermExpired), "taken up with too little time left");
+                name(if shared.closing.is_cancelled() { shared.draining_error() } else { too_late() })
             })
         }
         AdoptOutcome::Gone => {
@@ -151,6 +154,8 @@ struct Call<'a> {
     trouble: &'a Mutex<Option<(ErrorKind, String)>>,
     /// How many grants came with no time left.
     late: u32,
+    /// How many questions came too late, one after the other.
+    stale: u32,
 }
 
 /// How one token ended.
@@ -199,7 +204,7 @@ impl Call<'_> {
             match self.round().await {
                 Ok(Round::Granted(guard)) => return Ok(Some(guard)),
                 Ok(Round::Busy) => return Ok(None),
-                Ok(Round::Again) if self.late < MOST_LATE => {}
+                Ok(Round::Again) if self.late < MOST_LATE && self.stale < MOST_LATE => {}
                 Ok(Round::Again) => {
                     let message = "the store answers too slowly for so short a term; ask for a longer ttl";
                     return Err(Error::new(ErrorKind::Unavailable, message));
@@ -236,6 +241,7 @@ impl Call<'_> {
             Ok(reply) => reply,
             Err(error) => return Err(pending.in_doubt(error)),
         };
+        self.stale = if reply.outcome == AcquireOutcome::Stale { self.stale + 1 } else { 0 };
         match reply.outcome {
             AcquireOutcome::Granted(granted) => Ok(self.granted(pending, granted, asked)),
             AcquireOutcome::Queued(queued) => {
@@ -442,9 +448,10 @@ impl Pending {
             unanswered_until: self.unanswered.then_some(self.not_after),
             on_lost: grant.on_lost,
         }));
-        // Entered before it is looked at: a session that ends in between is seen here or by the keeper.
+        // Entered before it is looked at: a session that ends in between is seen here or by the keeper, and so is a handle
+        // that is being closed.
         self.shared.registry().insert(self.token, Entry::Held(hold.clone()));
-        hold.ended(now).is_none().then(|| {
+        (hold.ended(now).is_none() && !self.shared.closing.is_cancelled()).then(|| {
             self.spent = true;
             if hold.look_at() != BootTime::NEVER {
                 self.shared.command(Command::Watch(hold.clone()));

@@ -269,3 +269,28 @@ fn a_release_that_was_forgotten_is_done_again_when_somebody_waits() {
         drop(first.adopt(detached).await.unwrap());
     });
 }
+
+/// It may lack the release of the one after that, too: then the head of the queue is nobody any more, and never asks.
+#[test]
+fn several_turns_that_were_forgotten_are_done_again_when_somebody_waits() {
+    let server = RedisServer::start(Kind::Redis7);
+    let names = ["", ":queue", ":waiting"].map(|end| (format!("stanchion:{{:k}}{end}"), format!("kept:{{:k}}{end}")));
+    block_on(async {
+        let (first, other) = (locks(server.port()).await, locks(server.port()).await);
+        let guard = first.lock("k").await.unwrap();
+        let waiting: Vec<_> = (0..2).map(|_| tokio::spawn(first.lock("k").into_future())).collect();
+        until("queued", async || first.inspect("k").await.unwrap().waiters.len() == 2).await;
+        for (name, kept) in &names {
+            assert_eq!(server.command(&["COPY", name, kept]), "1");
+        }
+        guard.release().await.unwrap();
+        for waiting in waiting {
+            waiting.await.unwrap().unwrap().release().await.unwrap();
+        }
+        for (name, kept) in &names {
+            assert_eq!(server.command(&["RENAME", kept, name]), "OK");
+        }
+        drop(other.lock("k").wait(60 * SECOND).await.unwrap());
+        until("nothing is left", async || is_free(&other, "k").await).await;
+    });
+}

@@ -18,6 +18,7 @@ pub(super) async fn end(shared: Arc<Shared>, end: End) -> Option<End> {
     }
     let reply = ask(&shared, &end).await;
     shared.kept().remove(&end.token);
+    shared.ending().remove(&end.token);
     let reply = reply?;
     tell_released(&shared, &end);
     (!is_definite(&end, reply)).then_some(end)
@@ -77,7 +78,9 @@ async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
 
 /// Ends a token of which this process knows nothing but its name.
 pub(super) fn end_unknown(shared: &Arc<Shared>, key: Key, token: TokenId) {
-    shared.command(super::Command::End(End::of_token(key, token)));
+    if shared.ending().insert(token, ()).is_none() {
+        shared.command(super::Command::End(End::of_token(key, token)));
+    }
 }
 
 pub(super) fn tell_released(shared: &Shared, end: &End) {

@@ -24,6 +24,10 @@ impl Deadlines {
     pub(super) fn watch(&mut self, hold: &Arc<Hold>) {
         let at = hold.look_at();
         if at != BootTime::NEVER {
+            // Before it grows: those that are gone, whose deadlines may be days away.
+            if self.heap.len() == self.heap.capacity() {
+                self.heap.retain(|Reverse(entry)| entry.hold.strong_count() > 0);
+            }
             self.heap.push(Reverse(Entry { at, hold: Arc::downgrade(hold) }));
         }
     }
@@ -67,5 +71,42 @@ impl PartialOrd for Entry {
 impl Ord for Entry {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         self.at.cmp(&other.at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "test code")]
+
+    use std::time::Duration;
+
+    use super::*;
+    use crate::belief::{NewHold, SessionBelief};
+    use crate::{Fence, Key, SessionId, TokenId};
+
+    #[test]
+    fn holds_that_are_gone_are_not_kept_until_their_deadlines() {
+        let session = SessionBelief::new(SessionId::random().unwrap(), Duration::from_secs(10), BootTime::NEVER);
+        let session = Arc::new(session);
+        let mut deadlines = Deadlines::default();
+        let mut last = None;
+        for turn in 1..=10_000 {
+            let hold = Arc::new(Hold::new(NewHold {
+                key: Key::new("", "k").unwrap(),
+                token: TokenId::random().unwrap(),
+                fence: Fence::new(turn),
+                session: session.clone(),
+                session_bound: true,
+                since: BootTime::from_nanos(1),
+                deadline: Some((BootTime::from_nanos(u64::MAX - 1), Duration::from_secs(10))),
+                heartbeat_within: None,
+                unanswered_until: None,
+                on_lost: None,
+            }));
+            deadlines.watch(&hold);
+            last = Some(hold);
+        }
+        assert!(deadlines.heap.len() < 100, "{}", deadlines.heap.len());
+        assert!(deadlines.heap.iter().any(|Reverse(entry)| entry.hold.ptr_eq(&Arc::downgrade(last.as_ref().unwrap()))));
     }
 }

@@ -200,7 +200,26 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
         _ => None,
     };
     shared.session.send_replace(SessionView::Closed);
-    // Tokens that do not end with the session: fixed terms.
+    end_what_stays(shared, inbox, &mut ends).await;
+    // With the session ended, a late request of any token is refused: nothing has to be ended again.
+    // Also one that was asked for and not answered yet.
+    if let Some(id) = shared.asked_session() {
+        session::close(shared, id).await;
+    }
+    if let Some(session) = session {
+        session.end();
+    }
+    // What came meanwhile, of calls that were given up because of this.
+    inbox.close();
+    end_what_stays(shared, inbox, &mut ends).await;
+}
+
+/// Ends the tokens that do not end with the session: those of fixed terms.
+async fn end_what_stays(
+    shared: &Arc<Shared>,
+    inbox: &mut mpsc::UnboundedReceiver<Command>,
+    ends: &mut JoinSet<Option<End>>,
+) {
     while let Ok(command) = inbox.try_recv() {
         if let Command::End(end) = command {
             if end.session.is_none() || end.cooldown.is_some() {
@@ -214,14 +233,6 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
     tokio::select! {
         () = all_ended => {}
         () = real_time_limit(END_WITHIN) => {}
-    }
-    // With the session ended, a late request of any token is refused: nothing has to be ended again.
-    // Also one that was asked for and not answered yet.
-    if let Some(id) = shared.asked_session() {
-        session::close(shared, id).await;
-    }
-    if let Some(session) = session {
-        session.end();
     }
 }
 
@@ -437,5 +448,129 @@ mod tests {
         bench.memory.release(guard.key(), token, None).await.unwrap();
         bench.verify().await.unwrap();
         assert_eq!(guard.loss(), Some(LossCause::Missing));
+    }
+
+    #[tokio::test]
+    async fn a_shorter_extension_without_an_answer_counts_although_the_session_ends_before_it() {
+        let bench = Bench::new().await;
+        let guard = bench.locks.lock("k").max_hold(60 * SECOND).await.unwrap();
+        bench.faults.next(Step::Extend, Fault::DelayReply(3_600 * SECOND));
+        let asked = bench.time.clock().now();
+        tokio::select! {
+            _ = guard.extend(20 * SECOND) => unreachable!(),
+            () = bench.until("extended", async || bench.faults.count(Step::Extend) == 1) => {}
+        }
+        let hold = bench.locks.handle.shared.holds().remove(0);
+        assert!(hold.own_until() <= asked.after(20 * SECOND), "{:?}", hold.own_until().since(asked));
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_session_is_told_on_time_while_a_beat_hangs() {
+        let bench = Bench::new().await;
+        let guard = bench.locks.lock("k").await.unwrap();
+        let told = guard.cancel_token();
+        bench.faults.always(Step::Beat, Fault::DelayReply(3_600 * SECOND));
+        // Beats hang at two seconds, at four and a half, at seven; the last one beyond the time at which the session is over.
+        for _ in 0..74 {
+            bench.time.advance(SECOND / 10);
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        // Nobody looks at the guard, which would see it by the clock.
+        bench.until("told", async || told.is_cancelled()).await;
+        assert_eq!(guard.loss(), Some(LossCause::SessionExpired));
+    }
+
+    #[tokio::test]
+    async fn what_is_taken_up_while_the_handle_is_closed_is_not_believed() {
+        let bench = Bench::new().await;
+        let token = bench.locks.lock("k").await.unwrap().detach();
+        bench.faults.next(Step::Adopt, Fault::DelayReply(SECOND));
+        bench.faults.next(Step::CloseSession, Fault::DelayReply(3 * SECOND));
+        let adopting = tokio::spawn({
+            let locks = bench.locks.clone();
+            async move { locks.adopt(token).await.map(|guard| guard.fence()) }
+        });
+        bench.until("asked", async || bench.faults.count(Step::Adopt) == 1).await;
+        let closing = tokio::spawn({
+            let locks = bench.locks.clone();
+            async move { locks.close().await }
+        });
+        bench.until("closed in the store", async || bench.faults.count(Step::CloseSession) == 1).await;
+        bench.time.advance(SECOND);
+        assert_eq!(adopting.await.unwrap().unwrap_err().kind(), ErrorKind::Draining);
+        bench.time.advance(3 * SECOND);
+        closing.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_fixed_term_of_a_call_that_is_dropped_while_the_handle_is_closed_is_ended() {
+        let bench = Bench::new().await;
+        bench.faults.next(Step::Acquire, Fault::DelayReply(3_600 * SECOND));
+        bench.faults.next(Step::CloseSession, Fault::DelayReply(SECOND));
+        let mut asking = Box::pin(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
+        tokio::select! {
+            biased;
+            _ = &mut asking => unreachable!(),
+            () = bench.until("asked", async || bench.faults.count(Step::Acquire) == 1) => {}
+        }
+        let closing = tokio::spawn({
+            let locks = bench.locks.clone();
+            async move { locks.close().await }
+        });
+        bench.until("closed in the store", async || bench.faults.count(Step::CloseSession) == 1).await;
+        drop(asking);
+        bench.time.advance(SECOND);
+        closing.await.unwrap().unwrap();
+        let key = crate::Key::new("", "k").unwrap();
+        assert!(bench.memory.inspect(&key).await.unwrap().outcome.holders.is_empty());
+    }
+
+    #[tokio::test]
+    async fn work_that_hangs_loses_its_term_and_frees_the_key_after_its_grace() {
+        let bench = Bench::new().await;
+        let guard = bench.locks.lock("k").ttl(3_600 * SECOND).heartbeat_within(SECOND).await.unwrap();
+        bench.time.advance(SECOND);
+        bench.until("lost", async || bench.locks.handle.shared.holds().is_empty()).await;
+        assert_eq!(guard.loss(), Some(LossCause::HeartbeatMissed));
+        assert!(guard.valid_for().unwrap() <= SECOND / 4, "{:?}", guard.valid_for());
+        bench.time.advance(SECOND / 4);
+        bench.until_free().await;
+    }
+
+    #[tokio::test]
+    async fn questions_that_always_come_too_late_are_given_up() {
+        let bench = Bench::new().await;
+        bench.faults.always(Step::Acquire, Fault::Delay(SECOND / 20));
+        let asking = bench.locks.lock("k").ttl(SECOND / 20).into_future();
+        let moving = async {
+            loop {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                bench.time.advance(SECOND / 20);
+            }
+        };
+        let limit = Duration::from_secs(30);
+        let asked = async {
+            tokio::select! { asked = asking => asked, () = moving => unreachable!() }
+        };
+        let error = tokio::time::timeout(limit, asked).await.expect("an end").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        assert!(error.to_string().contains("ask for a longer ttl"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_token_that_is_told_again_and_again_is_ended_by_one_who_tries() {
+        let bench = Bench::new().await;
+        bench.faults.always(Step::Abandon, Fault::LoseRequest);
+        let token = crate::TokenId::random().unwrap();
+        let key = crate::Key::new("", "k").unwrap();
+        for _ in 0..50 {
+            let lost = crate::store::LostToken { key: key.clone(), token, reason: String::new() };
+            receive(&bench.locks.handle.shared, Push::Forced(lost));
+        }
+        bench.until("tried", async || bench.faults.count(Step::Abandon) > 0).await;
+        // Whatever was told before this has been tried by now.
+        drop(bench.locks.lock("last").await.unwrap());
+        bench.until("the keeper came to it", async || bench.faults.count(Step::Release) > 0).await;
+        assert_eq!(bench.faults.count(Step::Abandon), 1);
     }
 }

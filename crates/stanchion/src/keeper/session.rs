@@ -117,7 +117,13 @@ async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime, i
         if !session.is_believed(asked) {
             return;
         }
-        match limited(&shared.clock, interval, shared.store.beat(session.id)).await {
+        let answer = tokio::select! {
+            biased;
+            answer = limited(&shared.clock, interval, shared.store.beat(session.id)) => answer,
+            // It is over, also while a beat hangs: its loss is told on time.
+            () = shared.clock.sleep_until(stop_by) => return,
+        };
+        match answer {
             Ok(reply) => {
                 // An answer to a request that was sent in time, read too late, changes nothing.
                 if !session.renew(shared.clock.now(), valid_until(shared, asked)) {

@@ -225,12 +225,14 @@ local function granted(hold)
   return { 'granted', now, hold.fence, remaining(hold) }
 end
 
--- The head of the queue has those who hold the key told again that they do. A failover may forget a release: nobody would
--- end that hold, because the session that has it lives.
+-- Who waits has those who hold the key told again that they do. A failover may forget a release: nobody would end that hold,
+-- because the session that has it lives. The head does it each time it asks; those behind it now and then, because a failover
+-- may have forgotten that the head has gone, too.
 local function queued(token)
   local ahead = call('ZRANK', KEYS[2], token)
+  local tells = ahead == 0 or tonumber(string.sub(now, -4)) % (ahead + 1) == 0
   for _, hold in ipairs(state.holds) do
-    if ahead == 0 and hold.kind == 'S' and plus(hold.at, '1000000') <= now then
+    if tells and hold.kind == 'S' and plus(hold.at, '1000000') <= now then
       redis.pcall('PUBLISH', PREFIX .. 'session:{' .. hold.session .. '}', 'G' .. hold.token .. hold.fence .. SUBJECT)
     end
   end
