@@ -104,7 +104,7 @@ fn a_step_that_was_given_up_holds_up_nothing() {
     });
 }
 
-fn of_users(
+pub(super) fn of_users(
     server: &PostgresServer,
     database: &str,
     url: &str,

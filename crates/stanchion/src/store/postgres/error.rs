@@ -7,6 +7,10 @@ use crate::error::{Error, ErrorKind, LossCause};
 /// The store's name in errors and events.
 pub(super) const NAME: &str = "postgres";
 
+/// What is wrong with connections whose transactions have one snapshot, and what mends it.
+pub(super) const OTHER_ISOLATION: &str = "transactions are not `read committed` by default, without which a living holder would count as dead: \
+     ALTER ROLE … SET default_transaction_isolation = 'read committed', and connect anew";
+
 /// A message and its kind.
 pub(super) fn error(kind: ErrorKind, message: impl Into<String>) -> Error {
     Error::new(kind, message).with_store(NAME)
@@ -74,6 +78,7 @@ fn kind_of(told: &DbError) -> (ErrorKind, String) {
             (ErrorKind::Misconfigured, "the key has the highest fence there is: the server's clock was far ahead once")
         }
         _ if code.code() == "SF003" => (ErrorKind::Misconfigured, "the schema is newer than this program"),
+        _ if code.code() == "SF004" => (ErrorKind::Misconfigured, OTHER_ISOLATION),
         _ if code.code().starts_with("28") => {
             (ErrorKind::Unauthorized, "the server refused the user, the password or the address")
         }

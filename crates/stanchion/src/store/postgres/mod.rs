@@ -68,6 +68,11 @@ const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 /// Every step works through a transaction pooler. Pushes do not: that is noticed, told as a warning, and waiting calls
 /// ask every 50 ms. With `listen` they come as without a pooler.
 ///
+/// # Isolation
+/// Steps are done in `read committed` alone. The store's own connections see to that; behind a pooler, and in a pool of yours,
+/// it must be the default of the role, which it is unless you changed it:
+/// `ALTER ROLE … SET default_transaction_isolation = 'read committed'`. Your own transactions may call `check_fence` in any.
+///
 /// # Rights
 /// Who uses locks needs no right to a table. After the schema was applied, its owner gives the role of the service these:
 /// ```sql
