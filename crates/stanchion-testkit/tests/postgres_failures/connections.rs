@@ -3,6 +3,7 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
 
+use stanchion::store::OpenSession;
 use stanchion_testkit::servers::PgBouncer;
 
 use super::*;
@@ -280,5 +281,22 @@ fn a_silent_connection_ends_no_session() {
         until("the session lives on", async || held.check().is_err() || expires() > before + 6_000_000).await;
         send("-CONT");
         held.check().unwrap();
+    });
+}
+
+/// The session cannot be closed; its listener goes all the same.
+#[test]
+fn a_session_that_cannot_be_closed_is_no_longer_listened_to() {
+    let server = server();
+    block_on(async {
+        let store = Postgres::from_url(&server.url()).unwrap();
+        let session = SessionId::random().unwrap();
+        let _stream = store.grants(session);
+        store.open_session(OpenSession { session, ttl: 60 * SECOND, owner: "me".into() }).await.unwrap();
+        let listeners = || connections(&server, "query LIKE 'LISTEN%'");
+        until("it listens", async || listeners() == 1).await;
+        server.psql("ALTER FUNCTION stanchion.close_session RENAME TO gone");
+        store.close_session(session).await.unwrap_err();
+        until("nobody listens", async || listeners() == 0).await;
     });
 }

@@ -342,9 +342,10 @@ impl Store for Postgres {
     }
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
+        // First: whether it is answered or not, nobody hears this session any more.
+        self.inner.streams.end(session);
         let id = session.as_bytes().as_slice();
         let rows = self.inner.session_rows("close_session", parameters![id => BYTEA]).await?;
-        self.inner.streams.end(session);
         Ok(Reply { time: time(rows.first().ok_or_else(malformed)?)?, outcome: () })
     }
 
