@@ -813,7 +813,8 @@ BEGIN
   PERFORM @schema@.sees_what_is_new();
   SELECT m.tidied_to INTO tidied FROM @schema@.meta m FOR UPDATE SKIP LOCKED;
   IF NOT FOUND THEN RETURN; END IF;
-  DELETE FROM @schema@.forced f WHERE f.at < now - 3600000000;
+  -- A session that lives is told with its next beat, however late that comes.
+  DELETE FROM @schema@.forced f WHERE f.at < now - 3600000000 AND NOT @schema@.lives(f.session, now);
   FOR rec IN
     SELECT * FROM @schema@.keys k WHERE k.key > tidied ORDER BY k.key LIMIT 200
   LOOP
