@@ -21,7 +21,7 @@ use tokio_postgres::{Row, Transaction};
 
 use self::borrowed::UsersPool;
 use self::config::Config;
-use self::connect::{Parameter, Pool, lock};
+use self::connect::{Parameter, Pool, lock, within};
 use self::error::{NAME, from_answer, malformed};
 use self::rows::{column, granted, micros, not_after, number, parameters, span, states, time};
 use self::together::{Step, Together};
@@ -42,6 +42,9 @@ const SCHEMA: &str = include_str!("schema.sql");
 
 /// Housekeeping is done with a beat, not more often than this.
 const TIDY_EVERY: Duration = Duration::from_secs(10);
+
+/// A session is opened while its first attempt to listen goes on, if that takes longer.
+const TRIED_WITHIN: Duration = Duration::from_millis(500);
 
 /// How often a waiter asks where no push comes.
 const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
@@ -263,8 +266,10 @@ impl Inner {
             return Ok(());
         }
         if let Some(pushes) = self.streams.unfilled(session) {
-            let task = listen::start(&self.pool, session, pushes, self.is_deaf.clone()).await?;
+            let (task, tried) = listen::start(&self.pool, session, pushes, self.is_deaf.clone())?;
+            // Before anything is waited for: who gives up there leaves no task that nobody ends.
             self.streams.fill(session, task);
+            let _tried_or_late = within(TRIED_WITHIN, tried).await;
         }
         Ok(())
     }
