@@ -16,8 +16,10 @@ pub(super) fn error(kind: ErrorKind, message: impl Into<String>) -> Error {
     Error::new(kind, message).with_store(NAME)
 }
 
+/// An answer to a step came: it was done, whatever it was.
 pub(super) fn malformed() -> Error {
     error(ErrorKind::Internal, "the database gave an answer that is not one of ours: is the schema changed?")
+        .in_doubt(true)
 }
 
 /// A fault while a connection was being made: nothing was sent yet.
@@ -106,8 +108,8 @@ fn kind_of(told: &DbError) -> (ErrorKind, String) {
         }
         &SqlState::ADMIN_SHUTDOWN | &SqlState::CRASH_SHUTDOWN => (ErrorKind::Unavailable, "the connection was ended"),
         &SqlState::CANNOT_CONNECT_NOW => (ErrorKind::Unavailable, "the server is starting or stopping"),
-        // Connections, resources, what the operator did, the system: they pass.
-        _ if code.code().get(..2).is_some_and(|class| ["08", "53", "57", "58", "40", "55"].contains(&class)) => {
+        // Connections, resources, limits (a full queue of notifications), what the operator did, the system: they pass.
+        _ if code.code().get(..2).is_some_and(|class| ["08", "53", "54", "57", "58", "40", "55"].contains(&class)) => {
             (ErrorKind::Unavailable, "it failed")
         }
         _ => (ErrorKind::Internal, "it failed"),
