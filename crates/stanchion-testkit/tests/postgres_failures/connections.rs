@@ -3,6 +3,7 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
 
+use stanchion::store::OpenSession;
 use stanchion_testkit::servers::PgBouncer;
 
 use super::*;
@@ -104,7 +105,7 @@ fn a_step_that_was_given_up_holds_up_nothing() {
     });
 }
 
-fn of_users(
+pub(super) fn of_users(
     server: &PostgresServer,
     database: &str,
     url: &str,
@@ -280,5 +281,48 @@ fn a_silent_connection_ends_no_session() {
         until("the session lives on", async || held.check().is_err() || expires() > before + 6_000_000).await;
         send("-CONT");
         held.check().unwrap();
+    });
+}
+
+/// The session cannot be closed; its listener goes all the same.
+#[test]
+fn a_session_that_cannot_be_closed_is_no_longer_listened_to() {
+    let server = server();
+    block_on(async {
+        let store = Postgres::from_url(&server.url()).unwrap();
+        let session = SessionId::random().unwrap();
+        let _stream = store.grants(session);
+        store.open_session(OpenSession { session, ttl: 60 * SECOND, owner: "me".into() }).await.unwrap();
+        let listeners = || connections(&server, "query LIKE 'LISTEN%'");
+        until("it listens", async || listeners() == 1).await;
+        server.psql("ALTER FUNCTION stanchion.close_session RENAME TO gone");
+        store.close_session(session).await.unwrap_err();
+        until("nobody listens", async || listeners() == 0).await;
+    });
+}
+
+/// Where pushes are to come from accepts connections and says nothing: waiting calls ask, and one task tries on.
+#[test]
+fn a_silent_host_of_pushes_stops_nothing() {
+    let server = server();
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listen = format!("postgres%3A%2F%2Fpostgres%40127.0.0.1%3A{}%2Fpostgres", silent.local_addr().unwrap().port());
+    let url = format!("{}?listen={listen}", server.url());
+    block_on(async {
+        let asked = Instant::now();
+        let locks = Locks::builder(&url).session_ttl(3 * SECOND).open().await.unwrap();
+        assert!(asked.elapsed() < 2 * SECOND, "within the first attempt: {:?}", asked.elapsed());
+        let held = locks.lock("k").await.unwrap();
+        let waiting = {
+            let locks = locks.clone();
+            tokio::spawn(async move { locks.lock("k").await.unwrap() })
+        };
+        until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+        held.release().await.unwrap();
+        let released = Instant::now();
+        waiting.await.unwrap().check().unwrap();
+        assert!(released.elapsed() < SECOND, "it asks often: {:?}", released.elapsed());
+        let told = |locks: &Locks| locks.warnings().iter().any(|warning| warning.contains("no pushes"));
+        until("it is told", async || told(&locks)).await;
     });
 }

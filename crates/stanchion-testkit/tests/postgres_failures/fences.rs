@@ -168,3 +168,39 @@ fn an_extension_at_the_end_never_makes_two_holders() {
         assert!(kept > 0 && taken > 0, "it was a race: {kept} extended, {taken} taken");
     });
 }
+
+/// A session with a long term beats seldom: it is told hours later that it lost a hold by force.
+#[test]
+fn a_release_by_force_is_not_forgotten_while_its_session_lives() {
+    use stanchion::store::{
+        AcquireOutcome, AcquireRequest, BeatOutcome, Demand, EvictRequest, OpenSession, StoreTime, Term,
+    };
+    let server = server();
+    block_on(async {
+        let store = Postgres::from_url(&server.url()).unwrap();
+        let (session, token, key) =
+            (SessionId::random().unwrap(), TokenId::random().unwrap(), Key::new("", "k").unwrap());
+        let _stream = store.grants(session);
+        store.open_session(OpenSession { session, ttl: 24 * 3600 * SECOND, owner: "slow".into() }).await.unwrap();
+        let request = AcquireRequest {
+            key: key.clone(),
+            token,
+            session,
+            demand: Demand::MUTEX,
+            term: Term::Session { max_hold: None },
+            enqueue: false,
+            not_after: StoreTime::from_micros(i64::MAX as u64),
+            metadata: None,
+            trace: None,
+        };
+        let AcquireOutcome::Granted(granted) = store.acquire(request.clone()).await.unwrap().outcome else { panic!() };
+        store.evict(EvictRequest { key, fence: granted.fence, reason: "stuck".into() }).await.unwrap();
+        server.psql("UPDATE stanchion.forced SET at = at - 5 * 3600000000; SELECT stanchion.tidy()");
+        assert_eq!(store.acquire(request).await.unwrap().outcome, AcquireOutcome::Forced);
+        let BeatOutcome::Alive { lost } = store.beat(session).await.unwrap().outcome else { panic!("it lives") };
+        assert_eq!(lost.len(), 1);
+        // Of the dead it is forgotten.
+        server.psql("UPDATE stanchion.sessions SET expires = 0; SELECT stanchion.tidy()");
+        assert_eq!(server.psql("SELECT count(*) FROM stanchion.forced"), "0");
+    });
+}

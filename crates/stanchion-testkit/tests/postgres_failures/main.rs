@@ -4,6 +4,7 @@
 mod connections;
 mod costs;
 mod fences;
+mod isolation;
 mod settings;
 
 use std::sync::Arc;

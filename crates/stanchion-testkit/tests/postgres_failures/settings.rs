@@ -95,3 +95,28 @@ fn time_outs_and_isolation_of_the_database_change_nothing() {
         assert_eq!(count.lock().unwrap().0, 200, "one at a time");
     });
 }
+
+/// What the server tells, and what to make of it.
+#[test]
+fn a_full_queue_of_notifications_passes_and_a_strange_answer_is_in_doubt() {
+    let server = server();
+    block_on(async {
+        let store = Postgres::from_url(&server.url()).unwrap();
+        let (key, token) = (Key::new("", "k").unwrap(), TokenId::random().unwrap());
+        let extend = |body: &str| {
+            server.psql(&format!(
+                "CREATE OR REPLACE FUNCTION stanchion.extend(wanted text, asked_token bytea, ttl bigint, \
+                 OUT outcome text, OUT at bigint) LANGUAGE plpgsql AS $$ BEGIN {body}; END $$"
+            ));
+        };
+        extend("RAISE EXCEPTION 'too many notifications in the NOTIFY queue' USING ERRCODE = '54000'");
+        let fault = store.extend(&key, token, SECOND).await.unwrap_err();
+        assert!(fault.kind() == ErrorKind::Unavailable && !fault.is_in_doubt(), "{fault:?}");
+        // The step was done, whatever it was.
+        for strange in ["outcome := 'odd'; at := 1", "outcome := 'extended'; at := -1", "at := 1"] {
+            extend(strange);
+            let fault = store.extend(&key, token, SECOND).await.unwrap_err();
+            assert!(fault.kind() == ErrorKind::Internal && fault.is_in_doubt(), "{strange}: {fault:?}");
+        }
+    });
+}

@@ -225,11 +225,12 @@ impl Store for Firestore {
     }
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
+        // First: whether it is answered or not, nobody hears this session any more.
+        lock(&self.inner.listeners).remove(&session);
         self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
             let time = inner.sessions.close(&inner.service, &inner.names, session).await?;
             lock(&inner.known).retain(|_, known| known.session != session);
             inner.settle_keys_of(session, &wanted).await?;
-            lock(&inner.listeners).remove(&session);
             Ok(reply(time.max(lock(&inner.told).0), ()))
         })
         .await

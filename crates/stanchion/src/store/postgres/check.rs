@@ -2,7 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
-use super::error::{error, malformed};
+use super::connect::SEES_WHAT_IS_NEW;
+use super::error::{OTHER_ISOLATION, error, malformed};
 use super::rows::column;
 use super::{Inner, SCHEMA};
 use crate::error::{ErrorKind, Result};
@@ -36,8 +37,14 @@ impl Inner {
             return Err(error(ErrorKind::Misconfigured, message));
         }
         if self.pool.is_of_user() {
+            let statement = format!("SELECT id, {SEES_WHAT_IS_NEW} AS sees FROM {schema}.version()");
             let theirs = self.pool.ask(&statement, &[]).await?;
-            if column::<&str>(theirs.first().ok_or_else(malformed)?, "id")? != column::<&str>(meta, "id")? {
+            let theirs = theirs.first().ok_or_else(malformed)?;
+            // Theirs are not ours to set.
+            if !column::<bool>(theirs, "sees")? {
+                return Err(error(ErrorKind::Misconfigured, OTHER_ISOLATION));
+            }
+            if column::<&str>(theirs, "id")? != column::<&str>(meta, "id")? {
                 let message = "the connections of the pool reach another database than the URL does";
                 return Err(error(ErrorKind::Misconfigured, message));
             }

@@ -88,13 +88,13 @@ impl Config {
             return Err(invalid("`pool` is the most connections for steps, 1 or more".into()));
         }
         let query = if rest.is_empty() { String::new() } else { format!("?{}", rest.join("&")) };
-        let steps = connection(&format!("{base}{query}"))?;
+        let steps = connection(&format!("{base}{query}"), url)?;
         let of_listen = |fault: Error| {
             invalid(format!("`listen` (`none`, or a URL with its special characters as %XX): {}", fault.message()))
         };
         let listen = match listen.as_deref() {
             Some("none") => None,
-            Some(url) => Some(connection(url).map_err(of_listen)?),
+            Some(url) => Some(connection(url, url).map_err(of_listen)?),
             None => Some(steps.clone()),
         };
         // A pooler may be on this machine, and the server elsewhere.
@@ -116,16 +116,25 @@ impl Config {
     }
 }
 
-/// What the client reads of a URL.
-fn connection(url: &str) -> Result<tokio_postgres::Config> {
-    // The client's message names the option, and no value.
+const SPECIAL: &str = "special characters of a user or a password are written as %XX";
+
+/// What the client reads of a URL. `whole` is as the user gave it.
+fn connection(url: &str, whole: &str) -> Result<tokio_postgres::Config> {
     let mut config: tokio_postgres::Config = url.parse().map_err(|fault: tokio_postgres::Error| {
+        // The client's message names the option, and no value. What it takes for an option may be the rest of a password.
         let cause = std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
+        let name = cause.split('`').nth(1).unwrap_or_default();
+        let is_name = name.chars().all(|c| c.is_ascii_lowercase() || c == '_');
+        let is_password = whole.split_once('?').is_some_and(|(_, query)| query.contains('@'));
+        let cause = if is_name && !is_password { cause } else { SPECIAL.to_owned() };
         let options = "`schema`, `pool`, `listen`, `sslmode`, `ca_file`, `cert_file`, `key_file`, `create_schema` and those of the client";
         invalid(format!("this is no `postgres://host:5432/database`: {cause}; the options are {options}"))
     })?;
     if config.get_hosts().is_empty() {
         return Err(invalid("a host is missing: `postgres://host:5432/database`".into()));
+    }
+    if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
+        return Err(invalid(format!("a host has no `@`: {SPECIAL}")));
     }
     config.connect_timeout(CONNECT_WITHIN).keepalives_idle(Duration::from_secs(3));
     config.keepalives_interval(Duration::from_secs(1)).keepalives_retries(3).tcp_user_timeout(Duration::from_secs(6));
@@ -253,11 +262,22 @@ mod tests {
     fn no_message_and_no_debug_text_tells_a_password() {
         let url = "postgres://me:hunter2@h/app?listen=postgres%3A%2F%2Fme%3Ahunter2%40d%2Fapp";
         assert!(!format!("{:?}", Config::from_url(url).unwrap()).contains("hunter2"));
-        for wrong in
-            ["postgres://me:hunter2@h:x/app", "postgres://me:hunter2@h/app?listen=postgres://me:hunter2@d:x/app"]
-        {
+        for wrong in [
+            "postgres://me:hunter2@h:x/app",
+            "postgres://me:hunter2@h/app?listen=postgres://me:hunter2@d:x/app",
+            "postgres://me:a@b?hunter2@h/app",
+            "postgres://me:a@b?hunter=1&schema=x@h/app",
+            "postgres://me:a@b?hunter=2@h/app",
+            "postgres://me:a@hunter2@h/app",
+            "postgres://me:a@b@hunter/app",
+            "postgres://h/app?host=a%40hunter2",
+            "postgres://h/app?hunter2=1",
+            "postgres://h/app?listen=postgres%3A%2F%2Fme%3Aa%40b%3Fhunter2%40h%2Fapp",
+            "postgres://h/app?listen=postgres%3A%2F%2Fme%3Aa%40hunter2%40h%2Fapp",
+        ] {
             let fault = Config::from_url(wrong).unwrap_err();
-            assert!(!format!("{fault} {fault:?}").contains("hunter2"), "{fault:?}");
+            assert!(!format!("{fault} {fault:?}").contains("hunter"), "{wrong}: {fault:?}");
+            assert!(fault.message().contains("%XX") || !wrong.contains("a@"), "{wrong}: {fault:?}");
         }
     }
 

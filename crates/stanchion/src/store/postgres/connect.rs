@@ -21,7 +21,7 @@ use tokio_postgres::{Client, Connection, NoTls, Row, Socket};
 
 use super::borrowed::{Borrowed, UsersPool};
 use super::config::{CONNECT_WITHIN, Config, Place, Tls};
-use super::error::{error, from_answer, while_connecting};
+use super::error::{OTHER_ISOLATION, error, from_answer, while_connecting};
 use super::together;
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{ErrorKind, Result};
@@ -33,6 +33,13 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// The answer of a step that was given up is waited for, so long: a little longer than the longest step. Its connection is
 /// used by nobody else meanwhile, and never again without that answer.
 const SETTLED_WITHIN: Duration = Duration::from_secs(6);
+
+/// Whether the isolation of transactions is one in which a step sees what was committed while it waited.
+pub(super) const SEES_WHAT_IS_NEW: &str =
+    "current_setting('transaction_isolation') NOT IN ('repeatable read', 'serializable')";
+
+/// Makes it so, as an option of a connection.
+const READ_COMMITTED: &str = r"-c default_transaction_isolation=read\ committed";
 
 /// A value and its type: a statement whose types are told needs no name and one round trip, so that it can go through a
 /// pooler.
@@ -53,6 +60,8 @@ pub(super) struct Pool {
     session_permit: Semaphore,
     pause: Mutex<Pause>,
     saw_primary: AtomicBool,
+    /// The default isolation was seen to be another one: connections are made with an option against it.
+    sets_isolation: AtomicBool,
     clock: Clock,
 }
 
@@ -103,6 +112,7 @@ impl Pool {
             session_permit: Semaphore::new(1),
             pause: Mutex::new(pause),
             saw_primary: AtomicBool::new(false),
+            sets_isolation: AtomicBool::new(false),
             clock: Clock::system(),
             config,
         }
@@ -223,16 +233,15 @@ impl Pool {
     }
 
     async fn connect(&self) -> Result<Client> {
-        let Place { settings, tls } = self.config.steps.clone();
-        let connected = in_driver(self.runtime()?, async move {
-            let client = match tls {
-                Tls::None => drive(settings.connect(NoTls).await.map_err(while_connecting)?),
-                Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(while_connecting)?),
-            };
-            let standby = client.query_typed("SELECT pg_is_in_recovery()", &[]).await.map_err(while_connecting)?;
-            Ok((client, standby.first().is_some_and(|row| row.try_get(0).unwrap_or(false))))
-        });
-        let (client, is_standby) = connected.await?;
+        let mut opened = None;
+        if !self.sets_isolation.load(Ordering::Relaxed) {
+            let (client, is_standby, sees) = self.open(self.config.steps.clone()).await?;
+            opened = sees.then_some((client, is_standby));
+        }
+        let (client, is_standby) = match opened {
+            Some(opened) => opened,
+            None => self.open_with_isolation().await?,
+        };
         match (is_standby, self.saw_primary.load(Ordering::Relaxed)) {
             (false, _) => {
                 self.saw_primary.store(true, Ordering::Relaxed);
@@ -244,6 +253,43 @@ impl Pool {
             }
             (true, true) => Err(error(ErrorKind::Unavailable, "the server is a standby now")),
         }
+    }
+
+    /// A connection with the isolation that steps need, where another one is the default. It is asked for as the connection
+    /// begins: set later, behind a pooler, it would be set for whoever has that connection next.
+    async fn open_with_isolation(&self) -> Result<(Client, bool)> {
+        let mut place = self.config.steps.clone();
+        let options = format!("{} {READ_COMMITTED}", place.settings.get_options().unwrap_or_default());
+        place.settings.options(options.as_str());
+        let other = || error(ErrorKind::Misconfigured, OTHER_ISOLATION).in_doubt(false);
+        match self.open(place).await {
+            Ok((client, is_standby, true)) => {
+                self.sets_isolation.store(true, Ordering::Relaxed);
+                Ok((client, is_standby))
+            }
+            // Poolers refuse options, each in its words, or drop them.
+            Ok((_, _, false)) => Err(other()),
+            Err(fault) if ["startup parameter", "(0A000"].iter().any(|told| fault.message().contains(told)) => {
+                Err(other().with_source(fault))
+            }
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// A connection, whether its server is a standby, and whether a step sees what was committed while it waited.
+    async fn open(&self, Place { settings, tls }: Place) -> Result<(Client, bool, bool)> {
+        let opened = in_driver(self.runtime()?, async move {
+            let client = match tls {
+                Tls::None => drive(settings.connect(NoTls).await.map_err(while_connecting)?),
+                Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(while_connecting)?),
+            };
+            let look = format!("SELECT pg_is_in_recovery(), {SEES_WHAT_IS_NEW}");
+            let told = client.query_typed(&look, &[]).await.map_err(while_connecting)?;
+            let is = |at| told.first().is_some_and(|row| row.try_get(at).unwrap_or(false));
+            let (is_standby, sees) = (is(0), is(1));
+            Ok((client, is_standby, sees))
+        });
+        opened.await
     }
 }
 

@@ -7,13 +7,19 @@ use crate::error::{Error, ErrorKind, LossCause};
 /// The store's name in errors and events.
 pub(super) const NAME: &str = "postgres";
 
+/// What is wrong with connections whose transactions have one snapshot, and what mends it.
+pub(super) const OTHER_ISOLATION: &str = "transactions are not `read committed` by default, without which a living holder would count as dead: \
+     ALTER ROLE … SET default_transaction_isolation = 'read committed', and connect anew";
+
 /// A message and its kind.
 pub(super) fn error(kind: ErrorKind, message: impl Into<String>) -> Error {
     Error::new(kind, message).with_store(NAME)
 }
 
+/// An answer to a step came: it was done, whatever it was.
 pub(super) fn malformed() -> Error {
     error(ErrorKind::Internal, "the database gave an answer that is not one of ours: is the schema changed?")
+        .in_doubt(true)
 }
 
 /// A fault while a connection was being made: nothing was sent yet.
@@ -74,6 +80,7 @@ fn kind_of(told: &DbError) -> (ErrorKind, String) {
             (ErrorKind::Misconfigured, "the key has the highest fence there is: the server's clock was far ahead once")
         }
         _ if code.code() == "SF003" => (ErrorKind::Misconfigured, "the schema is newer than this program"),
+        _ if code.code() == "SF004" => (ErrorKind::Misconfigured, OTHER_ISOLATION),
         _ if code.code().starts_with("28") => {
             (ErrorKind::Unauthorized, "the server refused the user, the password or the address")
         }
@@ -101,8 +108,8 @@ fn kind_of(told: &DbError) -> (ErrorKind, String) {
         }
         &SqlState::ADMIN_SHUTDOWN | &SqlState::CRASH_SHUTDOWN => (ErrorKind::Unavailable, "the connection was ended"),
         &SqlState::CANNOT_CONNECT_NOW => (ErrorKind::Unavailable, "the server is starting or stopping"),
-        // Connections, resources, what the operator did, the system: they pass.
-        _ if code.code().get(..2).is_some_and(|class| ["08", "53", "57", "58", "40", "55"].contains(&class)) => {
+        // Connections, resources, limits (a full queue of notifications), what the operator did, the system: they pass.
+        _ if code.code().get(..2).is_some_and(|class| ["08", "53", "54", "57", "58", "40", "55"].contains(&class)) => {
             (ErrorKind::Unavailable, "it failed")
         }
         _ => (ErrorKind::Internal, "it failed"),

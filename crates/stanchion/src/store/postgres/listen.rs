@@ -6,7 +6,8 @@ use std::sync::{Arc, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
 use tokio_postgres::types::Type;
 use tokio_postgres::{AsyncMessage, Client, Connection, NoTls, Socket};
 
@@ -30,17 +31,19 @@ fn channel(session: SessionId) -> String {
     format!("stanchion_{}", session.to_hex())
 }
 
-/// Starts listening, and waits until that has succeeded or failed once. `is_deaf` tells whether pushes come.
-pub(super) async fn start(
+/// Starts listening. The receiver ends when that has succeeded or failed once. `is_deaf` tells whether pushes come; until
+/// they are heard they do not.
+pub(super) fn start(
     pool: &Arc<Pool>,
     session: SessionId,
     pushes: PushSender,
     is_deaf: Arc<AtomicBool>,
-) -> Result<tokio::task::AbortHandle> {
-    let (tried, first_attempt) = tokio::sync::oneshot::channel();
-    let task = pool.runtime()?.spawn(listen(Arc::downgrade(pool), session, pushes, is_deaf, tried));
-    let _over = first_attempt.await;
-    Ok(task.abort_handle())
+) -> Result<(AbortHandle, oneshot::Receiver<()>)> {
+    let (tried, first_attempt) = oneshot::channel();
+    let runtime = pool.runtime()?;
+    is_deaf.store(true, Ordering::Relaxed);
+    let task = runtime.spawn(listen(Arc::downgrade(pool), session, pushes, is_deaf, tried));
+    Ok((task.abort_handle(), first_attempt))
 }
 
 async fn listen(
@@ -48,7 +51,7 @@ async fn listen(
     session: SessionId,
     pushes: PushSender,
     is_deaf: Arc<AtomicBool>,
-    tried: tokio::sync::oneshot::Sender<()>,
+    tried: oneshot::Sender<()>,
 ) {
     let mut tried = Some(tried);
     let mut pause = FIRST_PAUSE;

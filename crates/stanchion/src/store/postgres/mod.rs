@@ -21,7 +21,7 @@ use tokio_postgres::{Row, Transaction};
 
 use self::borrowed::UsersPool;
 use self::config::Config;
-use self::connect::{Parameter, Pool, lock};
+use self::connect::{Parameter, Pool, lock, within};
 use self::error::{NAME, from_answer, malformed};
 use self::rows::{column, granted, micros, not_after, number, parameters, span, states, time};
 use self::together::{Step, Together};
@@ -42,6 +42,9 @@ const SCHEMA: &str = include_str!("schema.sql");
 
 /// Housekeeping is done with a beat, not more often than this.
 const TIDY_EVERY: Duration = Duration::from_secs(10);
+
+/// A session is opened while its first attempt to listen goes on, if that takes longer.
+const TRIED_WITHIN: Duration = Duration::from_millis(500);
 
 /// How often a waiter asks where no push comes.
 const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
@@ -67,6 +70,11 @@ const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 /// # Behind a pooler
 /// Every step works through a transaction pooler. Pushes do not: that is noticed, told as a warning, and waiting calls
 /// ask every 50 ms. With `listen` they come as without a pooler.
+///
+/// # Isolation
+/// Steps are done in `read committed` alone. The store's own connections see to that; behind a pooler, and in a pool of yours,
+/// it must be the default of the role, which it is unless you changed it:
+/// `ALTER ROLE … SET default_transaction_isolation = 'read committed'`. Your own transactions may call `check_fence` in any.
 ///
 /// # Rights
 /// Who uses locks needs no right to a table. After the schema was applied, its owner gives the role of the service these:
@@ -258,8 +266,10 @@ impl Inner {
             return Ok(());
         }
         if let Some(pushes) = self.streams.unfilled(session) {
-            let task = listen::start(&self.pool, session, pushes, self.is_deaf.clone()).await?;
+            let (task, tried) = listen::start(&self.pool, session, pushes, self.is_deaf.clone())?;
+            // Before anything is waited for: who gives up there leaves no task that nobody ends.
             self.streams.fill(session, task);
+            let _tried_or_late = within(TRIED_WITHIN, tried).await;
         }
         Ok(())
     }
@@ -337,9 +347,10 @@ impl Store for Postgres {
     }
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
+        // First: whether it is answered or not, nobody hears this session any more.
+        self.inner.streams.end(session);
         let id = session.as_bytes().as_slice();
         let rows = self.inner.session_rows("close_session", parameters![id => BYTEA]).await?;
-        self.inner.streams.end(session);
         Ok(Reply { time: time(rows.first().ok_or_else(malformed)?)?, outcome: () })
     }
 

@@ -4,7 +4,7 @@
 -- clock after that: `clock_timestamp()`, never `now()`, which stands still while a step waits for the row. Times are µs
 -- since 1970; tokens and sessions are 16 bytes. Every column is named with its table, so that a bare name is a variable.
 
-BEGIN;
+BEGIN ISOLATION LEVEL READ COMMITTED;
 
 -- One at a time applies it.
 SELECT pg_advisory_xact_lock(hashtextextended('stanchion schema', 0));
@@ -179,12 +179,23 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.turn(wanted text) RETURNS bigint LANGUAGE sql IMMUTABLE AS
 $$ SELECT pg_catalog.hashtextextended('@schema@ ' || wanted, 0) $$;
 
+-- A step that waited must see what was committed meanwhile. In a transaction with one snapshot the clock would go on and
+-- the sessions would not: who lives would count as dead. A function cannot change that, so it refuses.
+CREATE OR REPLACE FUNCTION @schema@.sees_what_is_new() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  IF pg_catalog.current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+    RAISE EXCEPTION 'a step is not done in a transaction of %', pg_catalog.current_setting('transaction_isolation')
+      USING ERRCODE = 'SF004', HINT = $hint$ALTER ROLE ... SET default_transaction_isolation = 'read committed'$hint$;
+  END IF;
+END $$;
+
 -- Locks the record of a key, and settles it. All that is known of its holds is in `holds` then. `put` is to follow.
 CREATE OR REPLACE FUNCTION @schema@.take(wanted text) RETURNS @schema@.keys LANGUAGE plpgsql AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
 BEGIN
+  PERFORM @schema@.sees_what_is_new();
   PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted));
   LOOP
     SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted FOR UPDATE;
@@ -260,6 +271,7 @@ DECLARE
   place bigint;
   dropped integer;
 BEGIN
+  PERFORM @schema@.sees_what_is_new();
   -- Also before the short way: an update that finds the row changed leaves it locked.
   PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted));
   IF asked_capacity = 1 AND asked_bound AND asked_term IS NULL THEN
@@ -400,6 +412,7 @@ DECLARE
   heir record;
   passed integer;
 BEGIN
+  PERFORM @schema@.sees_what_is_new();
   PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted));
   IF cooldown IS NULL THEN
     UPDATE @schema@.keys k SET token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL
@@ -474,6 +487,7 @@ DECLARE
   until bigint := @schema@.clock() + 10000;
   easy bigint[] := '{}';
 BEGIN
+  PERFORM @schema@.sees_what_is_new();
   -- The short way of `finish`.
   FOR place, at IN
     WITH asked AS MATERIALIZED (
@@ -796,9 +810,11 @@ DECLARE
   last text;
   rec @schema@.keys;
 BEGIN
+  PERFORM @schema@.sees_what_is_new();
   SELECT m.tidied_to INTO tidied FROM @schema@.meta m FOR UPDATE SKIP LOCKED;
   IF NOT FOUND THEN RETURN; END IF;
-  DELETE FROM @schema@.forced f WHERE f.at < now - 3600000000;
+  -- A session that lives is told with its next beat, however late that comes.
+  DELETE FROM @schema@.forced f WHERE f.at < now - 3600000000 AND NOT @schema@.lives(f.session, now);
   FOR rec IN
     SELECT * FROM @schema@.keys k WHERE k.key > tidied ORDER BY k.key LIMIT 200
   LOOP
