@@ -6,22 +6,25 @@
 //! 3. A step that fails takes nothing back of the others in its transaction.
 //! 4. However the thread ends, every step that waits gets an answer: its reply channel closes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::mem;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rusqlite::Connection;
 use tokio::sync::oneshot;
 
-use super::connect::Gate;
+use super::connect::{Gate, connect};
 use super::error::{error, from_sqlite};
+use super::folder::Folder;
+use super::predecessors::Predecessors;
 use super::session::{self, OwnSession};
 use super::steps::{Answer, Step};
 use super::tx::{Effects, Local, Tx};
-use crate::clock::Clock;
+use super::watch::Watcher;
+use crate::clock::{Clock, jitter_seed};
 use crate::error::{ErrorKind, Result};
 use crate::store::{Push, PushSender, Reply};
 use crate::token::SessionId;
@@ -122,6 +125,24 @@ struct Asked {
 }
 
 impl Worker {
+    /// Opens the store in this folder, for a thread that is still to be started, and tells where that takes its jobs from.
+    pub(super) fn open(folder: Folder, clock: Clock, boot_id: &str) -> Result<(Self, Sender<Job>)> {
+        let connected = connect(&folder, &clock, boot_id)?;
+        let (jobs, queue) = mpsc::channel();
+        let local = Local {
+            folder,
+            identity: connected.identity,
+            own: HashMap::new(),
+            ended: HashSet::new(),
+            predecessors: Predecessors::new(),
+            watcher: Watcher::new(jobs.clone())?,
+            outlet: session::sending_socket(),
+            // Short-lived handles sweep too, now and then.
+            sweep_in: u32::try_from(jitter_seed() % 64).unwrap_or(0),
+        };
+        Ok((Self { db: connected.db, gate: connected.gate, local, clock, queue, shared: Arc::default() }, jobs))
+    }
+
     /// Serves until it is told to stop.
     pub(super) fn run(mut self) {
         let mut patience = Patience::new();
