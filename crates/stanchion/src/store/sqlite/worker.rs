@@ -347,7 +347,8 @@ fn carry_out(tx: &mut Tx<'_>, clock: &Clock, asked: &[Asked], is_sweep: bool) ->
     }
     if is_sweep {
         tx.set_time(clock);
-        let _can_wait = tx.sweep_keys();
+        // It can wait. But none of it may stay: a key that is dropped before the floor is raised would repeat its fences.
+        let _can_wait = apart(tx, |tx| tx.sweep_keys())?;
     }
     Ok(answers)
 }
@@ -399,6 +400,7 @@ mod tests {
     use rusqlite::hooks::{AuthAction, AuthContext, Authorization, TransactionOperation};
 
     use super::*;
+    use crate::clock::VirtualClock;
     use crate::key::Key;
     use crate::store::{AcquireOutcome, AcquireRequest, Demand, OpenSession, StoreTime, Term};
     use crate::token::TokenId;
@@ -468,6 +470,30 @@ mod tests {
 
     fn token() -> TokenId {
         TokenId::random().unwrap()
+    }
+
+    #[test]
+    fn a_sweep_that_fails_forgets_no_key_without_its_fence() {
+        let time = VirtualClock::new();
+        let mut desk = Desk::new(time.clock());
+        let held = token();
+        let acquire = desk.acquire("idle", held);
+        let end = Step::End { key: key("idle"), token: held, cooldown: None };
+        assert!(desk.ask([acquire, end]).iter().all(Result::is_ok));
+        let fence = desk.number("SELECT fence FROM keys");
+        time.advance(Duration::from_secs(2 * 3600));
+        // It has dropped the key when it is to raise the floor.
+        desk.refuse(|action| matches!(action, AuthAction::Update { table_name: "meta", .. }));
+        desk.worker.local.sweep_in = 0;
+        let acquire = desk.acquire("busy", token());
+        desk.ask([acquire])[0].as_ref().expect("the step has nothing to do with it");
+        assert_eq!(desk.number("SELECT count(*) FROM keys"), 2);
+        desk.refuse(|_| false);
+        desk.worker.local.sweep_in = 0;
+        let acquire = desk.acquire("other", token());
+        desk.ask([acquire])[0].as_ref().unwrap();
+        assert_eq!(desk.number("SELECT count(*) FROM keys"), 2, "the idle one went");
+        assert!(desk.number("SELECT fence_floor FROM meta") >= fence);
     }
 
     #[test]
