@@ -90,3 +90,27 @@ async fn many_losses_at_once_are_told_by_one_thread() {
     }
     assert_eq!((told.len(), threads.len()), (500, 1));
 }
+
+#[tokio::test]
+async fn a_failed_run_of_a_later_slot_leaves_the_slots_that_were_done() {
+    let locks = Locks::open("memory:").await.unwrap();
+    let ran = async |slot, succeeds: bool| {
+        let once = locks.once("k");
+        let once = if let Some(slot) = slot { once.slot(slot) } else { once };
+        let fault = || Error::new(ErrorKind::Internal, "of the body");
+        matches!(once.run(async |_| if succeeds { Ok(()) } else { Err(fault()) }).await, Ok(Outcome::Ran(())) | Err(_))
+    };
+    assert!(ran(Some(5), true).await);
+    for _ in 0..3 {
+        assert!(ran(Some(6), false).await);
+        assert!(!locks.last_run("k").await.unwrap().unwrap().succeeded, "the failure is seen");
+        for done in [5, 4] {
+            assert!(!ran(Some(done), true).await, "slot {done} was done");
+        }
+    }
+    // Nor does one without a slot say anything of those that were done.
+    let before = locks.last_run("k").await.unwrap().unwrap().fence;
+    assert!(ran(None, true).await && !ran(Some(5), true).await);
+    assert!(locks.last_run("k").await.unwrap().unwrap().fence > before);
+    assert!(ran(Some(6), true).await && !ran(Some(6), true).await && !ran(Some(5), true).await);
+}
