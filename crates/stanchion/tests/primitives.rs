@@ -114,3 +114,29 @@ async fn a_failed_run_of_a_later_slot_leaves_the_slots_that_were_done() {
     assert!(locks.last_run("k").await.unwrap().unwrap().fence > before);
     assert!(ran(Some(6), true).await && !ran(Some(6), true).await && !ran(Some(5), true).await);
 }
+
+#[tokio::test]
+async fn a_leader_outlasts_a_store_that_is_away_for_longer_than_a_step_is_repeated() {
+    let store = Faulty::new(Memory::new());
+    let faults = store.faults();
+    let millis = Duration::from_millis;
+    let retry = RetryPolicy { attempts: 2, pause: millis(1), longest_pause: millis(2), ..RetryPolicy::default() };
+    let locks = Locks::builder_with_store(store).retry(retry).open().await.unwrap();
+    let lead = || {
+        let locks = locks.clone();
+        tokio::spawn(async move { locks.elect("k").lead(async |leadership| leadership.is_leader()).await })
+    };
+    faults.always(Step::Acquire, Fault::Fail(ErrorKind::Unavailable));
+    let leads = lead();
+    until("it went on asking", async || leads.is_finished() || faults.count(Step::Acquire) > 10).await;
+    faults.clear();
+    assert!(leads.await.unwrap().unwrap());
+    // What does not pass ends it.
+    faults.always(Step::Acquire, Fault::Fail(ErrorKind::Unauthorized));
+    assert_eq!(lead().await.unwrap().unwrap_err().kind(), ErrorKind::Unauthorized);
+    faults.always(Step::Acquire, Fault::Fail(ErrorKind::Unavailable));
+    let (leads, before) = (lead(), faults.count(Step::Acquire));
+    until("it goes on asking", async || leads.is_finished() || faults.count(Step::Acquire) > before + 10).await;
+    locks.drain("a test");
+    assert_eq!(leads.await.unwrap().unwrap_err().kind(), ErrorKind::Draining);
+}
