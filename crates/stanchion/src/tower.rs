@@ -274,7 +274,7 @@ impl Refusal {
         let mut response = Response::new(LockedBody::free(R::default()));
         *response.status_mut() = self.status;
         if let Some(span) = self.retry_after {
-            let seconds = span.as_secs() + u64::from(span.subsec_nanos() > 0);
+            let seconds = span.as_secs().saturating_add(u64::from(span.subsec_nanos() > 0));
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
         response.extensions_mut().insert(Arc::new(self.error));

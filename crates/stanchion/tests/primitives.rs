@@ -90,3 +90,53 @@ async fn many_losses_at_once_are_told_by_one_thread() {
     }
     assert_eq!((told.len(), threads.len()), (500, 1));
 }
+
+#[tokio::test]
+async fn a_failed_run_of_a_later_slot_leaves_the_slots_that_were_done() {
+    let locks = Locks::open("memory:").await.unwrap();
+    let ran = async |slot, succeeds: bool| {
+        let once = locks.once("k");
+        let once = if let Some(slot) = slot { once.slot(slot) } else { once };
+        let fault = || Error::new(ErrorKind::Internal, "of the body");
+        matches!(once.run(async |_| if succeeds { Ok(()) } else { Err(fault()) }).await, Ok(Outcome::Ran(())) | Err(_))
+    };
+    assert!(ran(Some(5), true).await);
+    for _ in 0..3 {
+        assert!(ran(Some(6), false).await);
+        assert!(!locks.last_run("k").await.unwrap().unwrap().succeeded, "the failure is seen");
+        for done in [5, 4] {
+            assert!(!ran(Some(done), true).await, "slot {done} was done");
+        }
+    }
+    // Nor does one without a slot say anything of those that were done.
+    let before = locks.last_run("k").await.unwrap().unwrap().fence;
+    assert!(ran(None, true).await && !ran(Some(5), true).await);
+    assert!(locks.last_run("k").await.unwrap().unwrap().fence > before);
+    assert!(ran(Some(6), true).await && !ran(Some(6), true).await && !ran(Some(5), true).await);
+}
+
+#[tokio::test]
+async fn a_leader_outlasts_a_store_that_is_away_for_longer_than_a_step_is_repeated() {
+    let store = Faulty::new(Memory::new());
+    let faults = store.faults();
+    let millis = Duration::from_millis;
+    let retry = RetryPolicy { attempts: 2, pause: millis(1), longest_pause: millis(2), ..RetryPolicy::default() };
+    let locks = Locks::builder_with_store(store).retry(retry).open().await.unwrap();
+    let lead = || {
+        let locks = locks.clone();
+        tokio::spawn(async move { locks.elect("k").lead(async |leadership| leadership.is_leader()).await })
+    };
+    faults.always(Step::Acquire, Fault::Fail(ErrorKind::Unavailable));
+    let leads = lead();
+    until("it went on asking", async || leads.is_finished() || faults.count(Step::Acquire) > 10).await;
+    faults.clear();
+    assert!(leads.await.unwrap().unwrap());
+    // What does not pass ends it.
+    faults.always(Step::Acquire, Fault::Fail(ErrorKind::Unauthorized));
+    assert_eq!(lead().await.unwrap().unwrap_err().kind(), ErrorKind::Unauthorized);
+    faults.always(Step::Acquire, Fault::Fail(ErrorKind::Unavailable));
+    let (leads, before) = (lead(), faults.count(Step::Acquire));
+    until("it goes on asking", async || leads.is_finished() || faults.count(Step::Acquire) > before + 10).await;
+    locks.drain("a test");
+    assert_eq!(leads.await.unwrap().unwrap_err().kind(), ErrorKind::Draining);
+}

@@ -182,6 +182,20 @@ async fn a_cooldown_closes_the_key_and_its_end_is_told() {
 }
 
 #[tokio::test]
+async fn a_dead_waiter_does_not_decide_the_capacity_of_a_closed_key() {
+    let (_temp, folder) = folder();
+    let time = VirtualClock::new();
+    let (a, b) = pair(&time, &folder).await;
+    let job = key("job");
+    let (held, _) = a.hold(&job).await;
+    b.queue(&job).await;
+    a.store.release(&job, held, Some(60 * SECOND)).await.unwrap();
+    std::fs::remove_file(folder.join("sessions").join(format!("{}.lock", b.session.to_hex()))).unwrap();
+    let of_three = AcquireRequest { demand: Demand::new(1, 3).unwrap(), enqueue: false, ..a.request(&job) };
+    assert_eq!(a.ask(of_three).await, AcquireOutcome::Busy { check_in: Some(60 * SECOND) });
+}
+
+#[tokio::test]
 async fn a_deadline_frees_the_key_and_extend_moves_it() {
     let (_temp, folder) = folder();
     let time = VirtualClock::new();

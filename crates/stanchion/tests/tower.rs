@@ -136,6 +136,14 @@ async fn busy_is_answered_as_chosen_and_with_what_is_known_of_the_holder() {
 }
 
 #[tokio::test]
+async fn the_longest_time_to_come_again_can_be_told() {
+    let locks = Locks::open("memory:").await.unwrap();
+    let app = Gate::default().app(by_path(&locks).retry_after(Duration::MAX));
+    let _held = locks.lock("k").await.unwrap();
+    assert_eq!(retry_after(&ask(&app, "/k").await), Some(u64::MAX));
+}
+
+#[tokio::test]
 async fn a_limit_lets_requests_wait() {
     let locks = Locks::open("memory:").await.unwrap();
     let gate = Gate::default();
@@ -304,9 +312,12 @@ async fn a_body_ends_with_an_error_when_its_lock_is_lost() {
     let locks = Locks::open("memory:").await.unwrap();
     let (app, mut given) = sending(&locks);
     let mut body = ask(&app, "/k").await.into_body();
-    let _sender = given.recv().await.unwrap();
+    let sender = given.recv().await.unwrap();
     let fence = locks.inspect("k").await.unwrap().holders[0].fence;
     locks.force_release("k", fence, "a test").await.unwrap();
     let error = next(&mut body).await.unwrap().unwrap_err();
     assert!(error.to_string().contains("lost while the response was sent"), "{error}");
+    sender.send("piece").unwrap();
+    assert!(next(&mut body).await.is_none(), "nothing comes after it");
+    assert!(body.is_end_stream());
 }

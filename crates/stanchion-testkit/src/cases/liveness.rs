@@ -171,3 +171,16 @@ pub async fn the_death_of_a_session_leaves_its_fixed_permit<S: Store>(env: &Envi
     let holders: Vec<_> = other.sees(&key("k")).await.holders.iter().map(|hold| hold.fence).collect();
     assert!(holders.len() == 2 && holders.contains(&fence), "{holders:?}, the fixed one is {fence:?}");
 }
+
+pub async fn a_dead_waiter_does_not_decide_the_capacity_of_a_closed_key<S: Store>(env: &Environment<S>) {
+    let (holder, dying, other) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
+    let (token, _) = holder.takes(&key("k")).await;
+    dying.waits(&dying.request(&key("k"))).await;
+    holder.store.release(&key("k"), token, Some(MINUTE)).await.unwrap();
+    env.dies(dying).await;
+    let of_three = Demand::new(1, 3).unwrap();
+    let request = AcquireRequest { demand: of_three, enqueue: false, ..other.request(&key("k")) };
+    until("busy with a cooldown", async || matches!(other.ask(&request).await, AcquireOutcome::Busy { .. })).await;
+    assert!(other.sees(&key("k")).await.closed_for.is_some(), "the cooldown stays");
+    other.waits(&AcquireRequest { demand: of_three, ..other.request(&key("k")) }).await;
+}

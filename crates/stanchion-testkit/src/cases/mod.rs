@@ -97,6 +97,7 @@ macro_rules! for_every_case {
             liveness::a_beat_keeps_its_own_session_alone [Beat],
             liveness::asking_is_no_beat [Beat],
             liveness::the_death_of_a_session_leaves_its_fixed_permit,
+            liveness::a_dead_waiter_does_not_decide_the_capacity_of_a_closed_key,
             liveness::the_end_of_a_session_is_told_to_the_waiter_beforehand [Beat],
             liveness::asking_for_a_session_that_was_never_opened_enters_nothing,
             liveness::closing_a_session_that_is_not_there_is_nothing,

@@ -6,6 +6,7 @@ use crate::error::{LossCause, Result};
 use crate::fence::Fence;
 use crate::guard::{Guard, Released};
 use crate::request::LockRequest;
+use crate::retry::sleep_unless_back;
 use crate::shared::Shared;
 use crate::store::HolderState;
 
@@ -100,13 +101,15 @@ impl Election {
     /// ```
     ///
     /// # Errors
-    /// As [`Election::campaign`]: faults of the store that do not pass, [`ErrorKind::Draining`](crate::ErrorKind::Draining).
+    /// As [`Election::campaign`], but for faults that pass ([`Error::is_transient`](crate::Error::is_transient)): after those it stands in line again, with
+    /// the pauses of the [`RetryPolicy`](crate::RetryPolicy), for as long as the store is away.
+    /// [`ErrorKind::Draining`](crate::ErrorKind::Draining) ends it.
     ///
     /// # Cancel safety
     /// A dropped future drops the body and resigns.
     pub async fn lead<T>(self, body: impl AsyncFnOnce(&Leadership) -> T + Clone) -> Result<T> {
         loop {
-            let leadership = self.campaign().await?;
+            let leadership = self.campaign_until_elected().await?;
             tokio::select! {
                 biased;
                 // First, so that a body that returns because the term has ended does not count as done.
@@ -135,6 +138,23 @@ impl Election {
     /// Observes who leads.
     pub fn observe(&self) -> Observation {
         Observation { election: self.clone(), told: None }
+    }
+
+    /// Campaigns again after every fault that passes.
+    async fn campaign_until_elected(&self) -> Result<Leadership> {
+        let shared = self.shared();
+        let mut pauses = shared.config.retry.endless_pauses();
+        loop {
+            let fault = match self.campaign().await {
+                Err(fault) if fault.is_transient() => fault,
+                ended => return ended,
+            };
+            let pause = pauses.next().unwrap_or_default().max(fault.retry_after().unwrap_or_default());
+            tokio::select! {
+                () = sleep_unless_back(&shared.clock, pause, &shared.back) => {}
+                () = shared.draining().cancelled() => return Err(shared.draining_error()),
+            }
+        }
     }
 
     fn shared(&self) -> &Shared {

@@ -55,7 +55,7 @@ pub enum Outcome<T> {
     Ran(T),
     /// It was not run.
     Skipped {
-        /// The last run that has ended, if it is known.
+        /// The run for which it was skipped; while it runs elsewhere, the last run that has ended, if it is known.
         last: Option<Run>,
         /// It runs elsewhere now.
         is_running: bool,
@@ -201,7 +201,7 @@ impl OnceRequest {
         let locks = &self.request.locks;
         let key = locks.key(&self.request.key)?;
         let first = runs::last_run(locks, &key).await?;
-        let before = first.run.as_ref().map(|run| run.fence);
+        let before = first.done.as_ref().map(|run| run.fence);
         if let Some(outcome) = self.done(&first, before) {
             return Ok(outcome);
         }
@@ -224,18 +224,16 @@ impl OnceRequest {
         Ok(Outcome::Ran(Turn { locks, guard, key, began, wall, cooldown, every, slot, failures_count, found }))
     }
 
-    /// Why it is not to be run, if so: the last run closes it still, was for this slot, or
-    /// is another one than before this call.
+    /// Why it is not to be run, if so: the last run that counts closes it still or is another one than before this call, or a
+    /// run for this slot or a later one was done.
     fn done<T>(&self, found: &Found, before: Option<Fence>) -> Option<Outcome<T>> {
-        let last = found.run.as_ref()?;
-        let opens_in = last.closed_still_for();
-        let is_done = match self.slot {
-            Some(slot) => last.counts && last.slot.is_some_and(|done| done >= slot),
-            None => last.counts && Some(last.fence) != before,
+        let done = found.done.as_ref()?;
+        let opens_in = done.closed_still_for();
+        let last = match self.slot {
+            _ if opens_in.is_some() => done,
+            Some(slot) => found.slot_done.as_ref().filter(|done| done.slot >= Some(slot))?,
+            None => Some(done).filter(|done| Some(done.fence) != before)?,
         };
-        if opens_in.is_none() && !is_done {
-            return None;
-        }
         let last = last.clone();
         Some(if self.waits {
             Outcome::DoneElsewhere { last }

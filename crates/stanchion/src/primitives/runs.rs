@@ -53,6 +53,12 @@ impl Run {
         self.closed_for.checked_sub(self.age).filter(|left| !left.is_zero())
     }
 
+    /// Whether a former run decides nothing any more beside this one. A run that does not count takes nothing away from those
+    /// that do, nor does one for a lower slot, or for none, from the slot that was done.
+    fn replaces(&self, former: &Self) -> bool {
+        !former.counts || (self.counts && former.slot <= self.slot)
+    }
+
     fn write(&self, token: TokenId) -> String {
         let slot = self.slot.map_or_else(|| "-".to_owned(), |slot| slot.to_string());
         let began = self.began.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros();
@@ -94,9 +100,14 @@ impl Run {
 /// What was found of the runs of a key.
 #[derive(Debug)]
 pub(crate) struct Found {
+    /// The last run.
     pub(crate) run: Option<Run>,
-    /// The records that are there: that of the run, and some that were not ended yet.
-    records: Vec<TokenId>,
+    /// The last run that counts.
+    pub(crate) done: Option<Run>,
+    /// Of those that count the one for the highest slot, if one was for a slot.
+    pub(crate) slot_done: Option<Run>,
+    /// The records that are there: those of the runs above, and some that were not ended yet.
+    records: Vec<(Run, TokenId)>,
 }
 
 fn companion(key: &Key) -> Result<Key> {
@@ -109,7 +120,6 @@ pub(crate) async fn last_run(locks: &Locks, key: &Key) -> Result<Found> {
     let companion = companion(key)?;
     let reply = shared.step(|| shared.store.inspect(&companion)).await.result;
     let holders = reply.map_err(|error| error.with_key(key))?.outcome.holders;
-    let mut last: Option<Run> = None;
     let mut records = Vec::new();
     for holder in holders {
         let text = holder.metadata.as_deref().unwrap_or_default();
@@ -117,16 +127,18 @@ pub(crate) async fn last_run(locks: &Locks, key: &Key) -> Result<Found> {
             let message = "the record of the last run was written by a newer version of stanchion: update this one";
             return Err(shared.error(ErrorKind::Misconfigured, message).with_key(key));
         };
-        records.push(token);
-        // By the lock that it ran under: a record may arrive after that of a later run.
-        if last.as_ref().is_none_or(|last| last.fence < run.fence) {
-            last = Some(run);
-        }
+        records.push((run, token));
     }
-    Ok(Found { run: last, records })
+    let runs = || records.iter().map(|(run, _)| run);
+    let counting = || runs().filter(|run| run.counts);
+    // The last is so by the lock that it ran under: a record may arrive after that of a later run.
+    let run = runs().max_by_key(|run| run.fence).cloned();
+    let done = counting().max_by_key(|run| run.fence).cloned();
+    let slot_done = counting().filter(|run| run.slot.is_some()).max_by_key(|run| run.slot).cloned();
+    Ok(Found { run, done, slot_done, records })
 }
 
-/// Records a run, in place of those before it. Only with the lock of the key.
+/// Records a run, in place of those before it that say nothing beside it. Only with the lock of the key.
 pub(crate) async fn record(locks: &Locks, key: &Key, run: &Run, former: Found) -> Result<()> {
     let shared = &locks.handle.shared;
     let companion = companion(key)?;
@@ -149,7 +161,10 @@ pub(crate) async fn record(locks: &Locks, key: &Key, run: &Run, former: Found) -
         let message = format!("the run could not be recorded: {:?}", reply.outcome);
         return Err(Error::new(ErrorKind::Unavailable, message).with_key(key).with_store(shared.capabilities.name));
     }
-    for token in former.records {
+    for (former, token) in former.records {
+        if !run.replaces(&former) {
+            continue;
+        }
         shared.command(Command::End(End::of_token(companion.clone(), token)));
     }
     Ok(())

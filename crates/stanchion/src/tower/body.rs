@@ -21,16 +21,18 @@ pin_project! {
         body: B,
         // Dropping it releases.
         lost: Option<Pin<Box<dyn Future<Output = LossCause> + Send>>>,
+        // The loss was told: nothing comes after it.
+        is_over: bool,
     }
 }
 
 impl<B> LockedBody<B> {
     pub(super) fn free(body: B) -> Self {
-        Self { body, lost: None }
+        Self { body, lost: None, is_over: false }
     }
 
     pub(super) fn holding(body: B, guard: Arc<Guard>) -> Self {
-        Self { body, lost: Some(Box::pin(async move { guard.lost().await })) }
+        Self { body, lost: Some(Box::pin(async move { guard.lost().await })), is_over: false }
     }
 }
 
@@ -49,10 +51,13 @@ where
 
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<B::Data>, BoxError>>> {
         let mut this = self.project();
+        if *this.is_over {
+            return Poll::Ready(None);
+        }
         if let Some(lost) = this.lost
             && let Poll::Ready(cause) = lost.as_mut().poll(context)
         {
-            *this.lost = None;
+            (*this.lost, *this.is_over) = (None, true);
             let message = format!("lost while the response was sent: {cause}");
             return Poll::Ready(Some(Err(Error::new(ErrorKind::Lost(cause), message).into())));
         }
@@ -64,10 +69,10 @@ where
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.is_over || self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        if self.is_over { SizeHint::with_exact(0) } else { self.body.size_hint() }
     }
 }

@@ -27,7 +27,6 @@ mod tx;
 mod watch;
 mod worker;
 
-use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -39,12 +38,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::oneshot;
 
-use self::connect::connect;
 use self::folder::Folder;
-use self::predecessors::Predecessors;
 use self::steps::{Answer, Step};
-use self::tx::Local;
-use self::watch::Watcher;
 use self::worker::{Job, Shared, Worker};
 use super::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, EndOutcome, EvictOutcome,
@@ -141,23 +136,10 @@ impl Sqlite {
 
     fn start(path: &Path, clock: Clock, boot_id: String) -> Result<Self> {
         let folder = Folder::prepare(path)?;
-        let connected = connect(&folder, &clock, &boot_id)?;
         let place = folder.database.parent().unwrap_or(path).to_owned();
-        let (jobs, queue) = mpsc::channel();
-        let shared = Arc::<Shared>::default();
-        let local = Local {
-            folder,
-            identity: connected.identity,
-            own: HashMap::new(),
-            ended: HashSet::new(),
-            predecessors: Predecessors::new(),
-            watcher: Watcher::new(jobs.clone())?,
-            outlet: session::sending_socket(),
-            // Short-lived handles sweep too, now and then.
-            sweep_in: u32::try_from(crate::clock::jitter_seed() % 64).unwrap_or(0),
-        };
+        let (worker, jobs) = Worker::open(folder, clock, &boot_id)?;
+        let shared = worker.shared.clone();
         let (ended_when_dropped, ended) = mpsc::channel();
-        let worker = Worker { db: connected.db, gate: connected.gate, local, clock, queue, shared: shared.clone() };
         let thread = thread::Builder::new().name("stanchion-sqlite".into()).spawn(move || {
             let _ended_when_dropped = ended_when_dropped;
             worker.run();

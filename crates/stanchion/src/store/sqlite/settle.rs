@@ -45,7 +45,7 @@ impl Tx<'_> {
                 self.probe_holders(row)?;
                 self.reap_found(row)?;
             }
-            if row.waiting == 0 || row.is_closed(self.now) {
+            if row.waiting == 0 {
                 break;
             }
             let Some(head) = self.head(row)? else {
@@ -57,6 +57,10 @@ impl Tx<'_> {
             if !self.is_alive(head.session)? {
                 self.reap_found(row)?;
                 continue;
+            }
+            // The dead go during a cooldown too: else they would decide the capacity of the key.
+            if row.is_closed(self.now) {
+                break;
             }
             if !row.has_room(head.units) {
                 if probed {

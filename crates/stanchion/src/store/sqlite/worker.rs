@@ -6,22 +6,25 @@
 //! 3. A step that fails takes nothing back of the others in its transaction.
 //! 4. However the thread ends, every step that waits gets an answer: its reply channel closes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::mem;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rusqlite::Connection;
 use tokio::sync::oneshot;
 
-use super::connect::Gate;
-use super::error::{error, from_sqlite};
+use super::connect::{Gate, connect};
+use super::error::error;
+use super::folder::Folder;
+use super::predecessors::Predecessors;
 use super::session::{self, OwnSession};
 use super::steps::{Answer, Step};
 use super::tx::{Effects, Local, Tx};
-use crate::clock::Clock;
+use super::watch::Watcher;
+use crate::clock::{Clock, jitter_seed};
 use crate::error::{ErrorKind, Result};
 use crate::store::{Push, PushSender, Reply};
 use crate::token::SessionId;
@@ -122,6 +125,24 @@ struct Asked {
 }
 
 impl Worker {
+    /// Opens the store in this folder, for a thread that is still to be started, and tells where that takes its jobs from.
+    pub(super) fn open(folder: Folder, clock: Clock, boot_id: &str) -> Result<(Self, Sender<Job>)> {
+        let connected = connect(&folder, &clock, boot_id)?;
+        let (jobs, queue) = mpsc::channel();
+        let local = Local {
+            folder,
+            identity: connected.identity,
+            own: HashMap::new(),
+            ended: HashSet::new(),
+            predecessors: Predecessors::new(),
+            watcher: Watcher::new(jobs.clone())?,
+            outlet: session::sending_socket(),
+            // Short-lived handles sweep too, now and then.
+            sweep_in: u32::try_from(jitter_seed() % 64).unwrap_or(0),
+        };
+        Ok((Self { db: connected.db, gate: connected.gate, local, clock, queue, shared: Arc::default() }, jobs))
+    }
+
     /// Serves until it is told to stop.
     pub(super) fn run(mut self) {
         let mut patience = Patience::new();
@@ -170,7 +191,7 @@ impl Worker {
     /// Answers the reading steps that have nothing to settle; gives the others back.
     fn read(&mut self, asked: Vec<Asked>) -> Vec<Asked> {
         // One snapshot for all: without it each statement takes SQLite's locks anew. It is as right, but slower.
-        let _slower = self.db.prepare_cached("BEGIN").and_then(|mut statement| statement.execute([]));
+        let begun = self.db.prepare_cached("BEGIN").and_then(|mut statement| statement.execute([]));
         let mut rest = Vec::new();
         for asked in asked {
             if !asked.step.is_reading() {
@@ -186,9 +207,12 @@ impl Worker {
                 Err(cause) => answer(asked, Err(cause)),
             }
         }
-        let ended = self.db.prepare_cached("COMMIT").and_then(|mut statement| statement.execute([]));
-        if ended.is_err() && !self.db.is_autocommit() {
-            let _nothing_was_changed = self.db.execute_batch("ROLLBACK");
+        // What another has begun is not for this to commit.
+        if begun.is_ok() {
+            let ended = self.db.prepare_cached("COMMIT").and_then(|mut statement| statement.execute([]));
+            if ended.is_err() && !self.db.is_autocommit() {
+                let _nothing_was_changed = self.db.execute_batch("ROLLBACK");
+            }
         }
         rest
     }
@@ -220,62 +244,31 @@ impl Worker {
     }
 
     fn transact(&mut self, asked: &[Asked]) -> Result<(Vec<Result<Reply<Answer>>>, Effects)> {
-        let path = self.local.folder.database.clone();
         let entered = self.gate.enter(&self.local.folder)?;
         if !self.local.is_database_in_place() {
+            let path = &self.local.folder.database;
             return Err(error(
                 ErrorKind::Unavailable,
                 format!("{} was deleted or replaced while it was in use; open the store anew", path.display()),
             ));
         }
-        let statement = |sql: &'static str| {
-            self.db
-                .prepare_cached(sql)
-                .and_then(|mut statement| statement.execute([]))
-                .map_err(|cause| from_sqlite("a step", &path, cause))
-        };
-        statement("BEGIN IMMEDIATE")?;
-        self.shared.write_transactions.fetch_add(1, Ordering::Relaxed);
-        let is_sweep = self.local.sweep_in == 0;
-        self.local.sweep_in = if is_sweep { SWEEP_EVERY } else { self.local.sweep_in - 1 };
         let mut tx = Tx::new(&self.db, &mut self.local);
-        let mut answers = Vec::with_capacity(asked.len());
-        let alone = asked.len() == 1;
-        for asked in asked {
-            tx.set_time(&self.clock);
-            let before = (tx.effects.pushes.len(), tx.effects.opened.len(), tx.effects.ended.len());
-            if !alone {
-                tx.execute("SAVEPOINT step", [])?;
-            }
-            let outcome = tx.run(&asked.step);
-            // SQLite may have ended the whole transaction, as it does when the disk is full.
-            if outcome.is_err() && (alone || self.db.is_autocommit()) {
+        tx.execute("BEGIN IMMEDIATE", [])?;
+        self.shared.write_transactions.fetch_add(1, Ordering::Relaxed);
+        let is_sweep = tx.local.sweep_in == 0;
+        tx.local.sweep_in = if is_sweep { SWEEP_EVERY } else { tx.local.sweep_in - 1 };
+        let answers = carry_out(&mut tx, &self.clock, asked, is_sweep).and_then(|answers| {
+            tx.execute("COMMIT", []).map_err(|cause| cause.in_doubt(true))?;
+            Ok(answers)
+        });
+        // Whatever failed: no transaction may stay open, or the next COMMIT would commit it.
+        let answers = match answers {
+            Ok(answers) => answers,
+            Err(cause) => {
                 undo(&self.db, tx);
-                return Err(outcome.err().unwrap_or_else(|| error(ErrorKind::Internal, "a step failed")));
+                return Err(cause);
             }
-            if outcome.is_err() {
-                tx.execute("ROLLBACK TO step", [])?;
-                tx.effects.pushes.truncate(before.0);
-                tx.effects.ended.truncate(before.2);
-                for (session, _) in tx.effects.opened.split_off(before.1) {
-                    session::remove_files(&tx.local.folder, session);
-                }
-                (tx.dead, tx.unsettled, tx.left) = (Vec::new(), Vec::new(), Vec::new());
-            }
-            if !alone {
-                tx.execute("RELEASE step", [])?;
-            }
-            let time = tx.time();
-            answers.push(outcome.map(|outcome| Reply { time, outcome }));
-        }
-        if is_sweep {
-            tx.set_time(&self.clock);
-            let _can_wait = tx.sweep_keys();
-        }
-        if let Err(cause) = tx.execute("COMMIT", []) {
-            undo(&self.db, tx);
-            return Err(cause.in_doubt(true));
-        }
+        };
         let effects = mem::take(&mut tx.effects);
         drop(entered);
         Ok((answers, effects))
@@ -342,6 +335,46 @@ impl Worker {
     }
 }
 
+/// Carries out the steps of a transaction, and a sweep after them where one is due. An error is one of them all.
+fn carry_out(tx: &mut Tx<'_>, clock: &Clock, asked: &[Asked], is_sweep: bool) -> Result<Vec<Result<Reply<Answer>>>> {
+    let mut answers = Vec::with_capacity(asked.len());
+    for Asked { step, .. } in asked {
+        tx.set_time(clock);
+        // One that is alone fails with its transaction.
+        let outcome = if asked.len() == 1 { Ok(tx.run(step)?) } else { apart(tx, |tx| tx.run(step))? };
+        let time = tx.time();
+        answers.push(outcome.map(|outcome| Reply { time, outcome }));
+    }
+    if is_sweep {
+        tx.set_time(clock);
+        // It can wait. But none of it may stay: a key that is dropped before the floor is raised would repeat its fences.
+        let _can_wait = apart(tx, |tx| tx.sweep_keys())?;
+    }
+    Ok(answers)
+}
+
+/// Does a part of a transaction that is taken back by itself if it fails. The outer error is one of the whole transaction.
+fn apart<T>(tx: &mut Tx<'_>, part: impl FnOnce(&mut Tx<'_>) -> Result<T>) -> Result<Result<T>> {
+    let before = (tx.effects.pushes.len(), tx.effects.opened.len(), tx.effects.ended.len());
+    tx.execute("SAVEPOINT part", [])?;
+    let outcome = part(tx);
+    if outcome.is_err() {
+        // SQLite may have ended the whole transaction, as it does when the disk is full.
+        if tx.db.is_autocommit() {
+            return outcome.map(Ok);
+        }
+        tx.execute("ROLLBACK TO part", [])?;
+        tx.effects.pushes.truncate(before.0);
+        tx.effects.ended.truncate(before.2);
+        for (session, _) in tx.effects.opened.split_off(before.1) {
+            session::remove_files(&tx.local.folder, session);
+        }
+        (tx.dead, tx.unsettled, tx.left) = (Vec::new(), Vec::new(), Vec::new());
+    }
+    tx.execute("RELEASE part", [])?;
+    Ok(outcome)
+}
+
 /// Takes a transaction back, with the files that it has made.
 fn undo(db: &Connection, tx: Tx<'_>) {
     if !db.is_autocommit() {
@@ -359,5 +392,132 @@ fn answer(asked: Asked, result: Result<Reply<Answer>>) {
     };
     if let Some(reply) = asked.reply {
         let _nobody_waits = reply.send(result);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::hooks::{AuthAction, AuthContext, Authorization, TransactionOperation};
+
+    use super::*;
+    use crate::clock::VirtualClock;
+    use crate::key::Key;
+    use crate::store::{AcquireOutcome, AcquireRequest, Demand, OpenSession, StoreTime, Term};
+    use crate::token::TokenId;
+
+    /// A worker without its thread, with a session.
+    struct Desk {
+        worker: Worker,
+        session: SessionId,
+        _temp: tempfile::TempDir,
+    }
+
+    impl Desk {
+        fn new(clock: Clock) -> Self {
+            let temp = tempfile::tempdir().unwrap();
+            let folder = Folder::prepare(&temp.path().join("locks")).unwrap();
+            let (mut worker, _jobs) = Worker::open(folder, clock, "boot").unwrap();
+            worker.local.sweep_in = SWEEP_EVERY;
+            let session = SessionId::random().unwrap();
+            let mut desk = Self { worker, session, _temp: temp };
+            let open = OpenSession { session, ttl: Duration::from_secs(10), owner: "test".into() };
+            desk.ask([Step::Open(open)])[0].as_ref().unwrap();
+            desk
+        }
+
+        /// Has steps carried out as one batch.
+        fn ask(&mut self, steps: impl IntoIterator<Item = Step>) -> Vec<Result<Answer>> {
+            let (mut jobs, mut answers) = (Vec::new(), Vec::new());
+            for step in steps {
+                let (reply, answer) = oneshot::channel();
+                jobs.push(Job::Step { step, reply });
+                answers.push(answer);
+            }
+            assert!(self.worker.serve(jobs));
+            answers.iter_mut().map(|answer| answer.try_recv().unwrap().map(|reply| reply.outcome)).collect()
+        }
+
+        fn acquire(&self, name: &str, token: TokenId) -> Step {
+            Step::Acquire(AcquireRequest {
+                key: key(name),
+                token,
+                session: self.session,
+                demand: Demand::MUTEX,
+                term: Term::Session { max_hold: None },
+                enqueue: false,
+                not_after: StoreTime::from_micros(u64::MAX),
+                metadata: None,
+                trace: None,
+            })
+        }
+
+        /// SQLite refuses from now on what this picks.
+        fn refuse(&mut self, mut picks: impl FnMut(&AuthAction<'_>) -> bool + Send + 'static) {
+            let hook = move |context: AuthContext<'_>| {
+                if picks(&context.action) { Authorization::Deny } else { Authorization::Allow }
+            };
+            self.worker.db.authorizer(Some(hook)).unwrap();
+        }
+
+        fn number(&self, sql: &str) -> i64 {
+            self.worker.db.query_row(sql, [], |row| row.get(0)).unwrap()
+        }
+    }
+
+    fn key(name: &str) -> Key {
+        Key::new("", name).unwrap()
+    }
+
+    fn token() -> TokenId {
+        TokenId::random().unwrap()
+    }
+
+    #[test]
+    fn a_sweep_that_fails_forgets_no_key_without_its_fence() {
+        let time = VirtualClock::new();
+        let mut desk = Desk::new(time.clock());
+        let held = token();
+        let acquire = desk.acquire("idle", held);
+        let end = Step::End { key: key("idle"), token: held, cooldown: None };
+        assert!(desk.ask([acquire, end]).iter().all(Result::is_ok));
+        let fence = desk.number("SELECT fence FROM keys");
+        time.advance(Duration::from_secs(2 * 3600));
+        // It has dropped the key when it is to raise the floor.
+        desk.refuse(|action| matches!(action, AuthAction::Update { table_name: "meta", .. }));
+        desk.worker.local.sweep_in = 0;
+        let acquire = desk.acquire("busy", token());
+        desk.ask([acquire])[0].as_ref().expect("the step has nothing to do with it");
+        assert_eq!(desk.number("SELECT count(*) FROM keys"), 2);
+        desk.refuse(|_| false);
+        desk.worker.local.sweep_in = 0;
+        let acquire = desk.acquire("other", token());
+        desk.ask([acquire])[0].as_ref().unwrap();
+        assert_eq!(desk.number("SELECT count(*) FROM keys"), 2, "the idle one went");
+        assert!(desk.number("SELECT fence_floor FROM meta") >= fence);
+    }
+
+    #[test]
+    fn a_batch_that_fails_between_its_steps_is_undone_and_repeated() {
+        for refused in [TransactionOperation::Begin, TransactionOperation::Release] {
+            let mut desk = Desk::new(Clock::system());
+            desk.refuse(
+                move |action| matches!(action, AuthAction::Savepoint { operation, .. } if *operation == refused),
+            );
+            let steps = [desk.acquire("a", token()), desk.acquire("b", token())];
+            for answer in desk.ask(steps) {
+                assert!(matches!(answer, Ok(Answer::Acquire(AcquireOutcome::Granted(_)))), "{refused:?}: {answer:?}");
+            }
+            assert!(desk.worker.db.is_autocommit(), "no transaction is left open");
+        }
+    }
+
+    #[test]
+    fn looking_commits_nothing_that_was_left_open() {
+        let mut desk = Desk::new(Clock::system());
+        desk.worker.db.execute_batch("BEGIN; UPDATE meta SET fence_floor = 7").unwrap();
+        desk.ask([Step::Inspect(key("a"))])[0].as_ref().unwrap();
+        assert!(!desk.worker.db.is_autocommit());
+        desk.worker.db.execute_batch("ROLLBACK").unwrap();
+        assert_eq!(desk.number("SELECT fence_floor FROM meta"), 0);
     }
 }
