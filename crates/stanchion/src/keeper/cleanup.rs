@@ -12,16 +12,28 @@ use crate::token::TokenId;
 
 /// Has the store end a token, however long that takes. Gives it back if a request of it may still be on its way.
 pub(super) async fn end(shared: Arc<Shared>, end: End) -> Option<End> {
+    let _is_ending = IsEnding { shared: shared.clone(), token: end.token };
     tokio::select! {
         () = shared.clock.sleep_until(end.not_before) => {}
         () = shared.closing.cancelled() => {}
     }
     let reply = ask(&shared, &end).await;
     shared.kept().remove(&end.token);
-    shared.ending().remove(&end.token);
     let reply = reply?;
     tell_released(&shared, &end);
     (!is_definite(&end, reply)).then_some(end)
+}
+
+/// However its end goes, by a panic of the store too: what is told of the token after that is heard.
+struct IsEnding {
+    shared: Arc<Shared>,
+    token: TokenId,
+}
+
+impl Drop for IsEnding {
+    fn drop(&mut self) {
+        self.shared.ending().remove(&self.token);
+    }
 }
 
 /// Ends a token again when no request of it can come any more.

@@ -573,4 +573,17 @@ mod tests {
         bench.until("the keeper came to it", async || bench.faults.count(Step::Release) > 0).await;
         assert_eq!(bench.faults.count(Step::Abandon), 1);
     }
+
+    #[tokio::test]
+    async fn a_token_whose_end_failed_by_a_defect_of_the_store_is_ended_when_it_is_told_again() {
+        let bench = Bench::new().await;
+        bench.faults.next(Step::Abandon, Fault::Panic);
+        let (key, token) = (crate::Key::new("", "k").unwrap(), crate::TokenId::random().unwrap());
+        let told = async || {
+            let lost = crate::store::LostToken { key: key.clone(), token, reason: String::new() };
+            receive(&bench.locks.handle.shared, Push::Forced(lost));
+            bench.faults.count(Step::Abandon) > 1
+        };
+        bench.until("ended once more", told).await;
+    }
 }
