@@ -17,13 +17,13 @@ fn a_schema_can_be_applied_by_ten_at_once_and_again() {
         }
         drop(locks(&server).await.lock("k").await.unwrap());
         // An older one is named with what to run, and becomes this one.
-        server.psql("UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives");
+        server.psql("UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.in_turn");
         let error = Locks::open(&server.url()).await.unwrap_err();
         assert!(error.to_string().contains("stanchion schema --apply"), "{error}");
         Postgres::from_url(&server.url()).unwrap().apply_schema().await.unwrap();
         drop(locks(&server).await.lock("k").await.unwrap());
         // A newer one is not touched, and not used.
-        server.psql("UPDATE stanchion.meta SET version = 3");
+        server.psql("UPDATE stanchion.meta SET version = 4");
         let store = Postgres::from_url(&server.url()).unwrap();
         assert_eq!(store.apply_schema().await.unwrap_err().kind(), ErrorKind::Misconfigured);
         let error = Locks::open(&server.url()).await.unwrap_err();

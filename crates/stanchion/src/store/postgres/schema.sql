@@ -18,7 +18,7 @@ BEGIN
   END IF;
   IF to_regclass('@schema@.meta') IS NOT NULL THEN
     SELECT version INTO found FROM @schema@.meta;
-    IF found > 2 THEN
+    IF found > 3 THEN
       RAISE EXCEPTION 'the schema is of version %, newer than this program: update the program', found
         USING ERRCODE = 'SF003';
     END IF;
@@ -547,6 +547,39 @@ BEGIN
   END LOOP;
 END $$;
 
+-- The same for steps on one key, whose turn it waits for. The first is done in any case.
+CREATE OR REPLACE FUNCTION @schema@.in_turn(
+  keys text[], tokens bytea[], sessions bytea[], units integer[], capacities integer[], bounds boolean[], terms bigint[],
+  enqueues boolean[], latest bigint[], metadata text[], traces text[], cooldowns bigint[]
+) RETURNS TABLE (
+  place bigint, outcome text, at bigint, fence bigint, remaining bigint, number bigint, check_in bigint
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_bitmapscan = off AS $$
+#variable_conflict use_column
+DECLARE
+  until bigint;
+BEGIN
+  PERFORM @schema@.sees_what_is_new();
+  PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(keys[1]));
+  until := @schema@.clock() + 50000;
+  FOR nth IN 1 .. pg_catalog.cardinality(keys) LOOP
+    place := nth;
+    -- What fails is a fault of all: where a grant would, each is asked for alone.
+    EXIT WHEN place > 1 AND (@schema@.clock() > until
+      OR EXISTS (SELECT FROM @schema@.keys k WHERE k.key = keys[1] AND k.fence = 9223372036854775807));
+    IF sessions[place] IS NULL THEN
+      SELECT f.outcome, f.at, NULL, NULL, NULL, NULL INTO outcome, at, fence, remaining, number, check_in
+      FROM @schema@.finish(keys[place], tokens[place], cooldowns[place]) f;
+    ELSE
+      SELECT a.outcome, a.at, a.fence, a.remaining, a.number, a.check_in
+      INTO outcome, at, fence, remaining, number, check_in
+      FROM @schema@.acquire(keys[place], tokens[place], sessions[place], units[place], capacities[place], bounds[place],
+        terms[place], enqueues[place], latest[place], metadata[place], traces[place]) a;
+    END IF;
+    RETURN NEXT;
+  END LOOP;
+END $$;
+
 CREATE OR REPLACE FUNCTION @schema@.extend(
   wanted text, asked_token bytea, ttl bigint, OUT outcome text, OUT at bigint
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
@@ -852,10 +885,10 @@ BEGIN
     SELECT a.grantee FROM pg_proc p, aclexplode(p.proacl) a
     WHERE p.oid = '@schema@.beat(bytea)'::regprocedure AND a.privilege_type = 'EXECUTE' AND a.grantee <> p.proowner
   LOOP
-    EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives TO %s', who);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives, @schema@.in_turn TO %s', who);
   END LOOP;
 END $$;
 
-INSERT INTO @schema@.meta (version) VALUES (2) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
+INSERT INTO @schema@.meta (version) VALUES (3) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
 
 COMMIT;
