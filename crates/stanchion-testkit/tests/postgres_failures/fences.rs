@@ -151,6 +151,34 @@ fn a_question_that_nobody_looks_at_holds_up_nothing() {
     });
 }
 
+/// A transaction keeps a key that others wait for: all is listed meanwhile, a session that has to do with it ends, and so
+/// does what it had elsewhere.
+#[test]
+fn a_key_that_a_transaction_keeps_holds_up_no_list_and_no_close() {
+    let server = server();
+    block_on(async {
+        let open = async || Locks::builder(&server.url()).session_ttl(30 * SECOND).open().await.unwrap();
+        let (one, two) = (open().await, open().await);
+        let kept = one.lock("k").await.unwrap();
+        // Before `k` in the order in which keys are looked at.
+        let _other = one.lock("a").await.unwrap();
+        let waits = |key: &'static str| {
+            let two = two.clone();
+            tokio::spawn(async move { two.lock(key).await.unwrap() })
+        };
+        let (wants_kept, wants_other) = (waits("k"), waits("a"));
+        until("they wait", async || server.psql("SELECT sum(waiting) FROM stanchion.keys") == "2").await;
+        let mut transaction = sleeping_transaction(&server, kept.fence().get(), 5, "SELECT").await;
+        assert_eq!(two.list("").await.unwrap().len(), 2);
+        one.close().await.unwrap();
+        drop(wants_other.await.unwrap());
+        assert!(transaction.try_wait().unwrap().is_none(), "the transaction lasts");
+        assert!(!wants_kept.is_finished(), "it has what a transaction writes under");
+        assert!(transaction.wait().unwrap().success());
+        drop(wants_kept.await.unwrap());
+    });
+}
+
 /// Extending at the moment of the end races another's question: one of them has the key, never both.
 #[test]
 fn an_extension_at_the_end_never_makes_two_holders() {

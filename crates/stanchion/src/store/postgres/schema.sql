@@ -697,7 +697,8 @@ BEGIN
   alive := @schema@.lives(asked, at);
 END $$;
 
--- Ends a session, and serves those who waited for it.
+-- Ends a session, and serves those who waited for it. It holds many turns, and so waits for none: a key whose turn another
+-- has is handed on by whoever asks next, and so is what is more than the server has room for in one transaction.
 CREATE OR REPLACE FUNCTION @schema@.close_session(asked bytea, OUT at bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
   SET enable_bitmapscan = off AS $$
@@ -707,19 +708,19 @@ DECLARE
   rec @schema@.keys;
   dropped integer;
 BEGIN
+  PERFORM @schema@.sees_what_is_new();
   at := @schema@.clock();
   -- A row also where there was none: nobody opens it after this.
   INSERT INTO @schema@.sessions AS s VALUES (asked, '', 60000000, at)
     ON CONFLICT (id) DO UPDATE SET expires = least(s.expires, excluded.expires);
   DELETE FROM @schema@.forced f WHERE f.session = asked;
-  -- In order: two that close at once do not wait for each other.
   FOR touched IN
     SELECT DISTINCT q.key FROM @schema@.queue q
     WHERE q.session = asked
       OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = q.key AND h.session = asked)
-    -- What is more is handed on by whoever asks next: the server has room for so many locks of one transaction.
     ORDER BY q.key LIMIT 1000
   LOOP
+    CONTINUE WHEN NOT pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(touched));
     rec := @schema@.take(touched);
     DELETE FROM @schema@.queue q WHERE q.key = touched AND q.session = asked;
     GET DIAGNOSTICS dropped = ROW_COUNT;
@@ -795,10 +796,6 @@ BEGIN
   LOOP
     EXIT WHEN listed >= most;
     now := @schema@.clock();
-    IF EXISTS (SELECT FROM @schema@.queue q WHERE q.key = one) THEN
-      PERFORM @schema@.put(@schema@.take(one));
-      now := @schema@.clock();
-    END IF;
     IF EXISTS (SELECT FROM @schema@.state_of(one, now) s WHERE s.kind <> 'key' OR s.remaining IS NOT NULL) THEN
       RETURN QUERY SELECT * FROM @schema@.state_of(one, now);
       listed := listed + 1;
