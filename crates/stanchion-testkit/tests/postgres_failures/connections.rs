@@ -326,3 +326,27 @@ fn a_silent_host_of_pushes_stops_nothing() {
         until("it is told", async || told(&locks)).await;
     });
 }
+
+/// A standby and a machine that does not answer may be named first: the primary is found.
+#[test]
+fn of_several_hosts_the_primary_is_used() {
+    let server = server();
+    let standby = PostgresServer::standby_of(&server);
+    let port = |server: &PostgresServer| server.url().rsplit(':').next().unwrap().split('/').next().unwrap().to_owned();
+    block_on(async {
+        // Nobody takes what connects there, and there is no room for more.
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let deaf = socket.local_addr().unwrap();
+        let _listens = socket.listen(0).unwrap();
+        let _fills_it: Vec<_> = (0..4).map(|_| tokio::spawn(tokio::net::TcpStream::connect(deaf))).collect();
+        for before in [port(&standby), deaf.port().to_string()] {
+            let url = format!("postgres://postgres@127.0.0.1:{before},127.0.0.1:{}/postgres", port(&server));
+            // Attempts are shorter than it takes: what one of them began is there for another.
+            let retry = RetryPolicy { attempts: 30, attempt: Duration::from_millis(300), ..RetryPolicy::default() };
+            let locks = Locks::builder(&url).retry(retry).open().await.unwrap();
+            locks.lock("k").await.unwrap().release().await.unwrap();
+            locks.close().await.unwrap();
+        }
+    });
+}

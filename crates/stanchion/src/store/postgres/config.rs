@@ -6,7 +6,7 @@ use std::time::Duration;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
-use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::config::{Host, SslMode, TargetSessionAttrs};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::error::error;
@@ -136,7 +136,12 @@ fn connection(url: &str, whole: &str) -> Result<tokio_postgres::Config> {
     if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
         return Err(invalid(format!("a host has no `@`: {SPECIAL}")));
     }
-    config.connect_timeout(CONNECT_WITHIN).keepalives_idle(Duration::from_secs(3));
+    let hosts = u32::try_from(config.get_hosts().len()).unwrap_or(u32::MAX);
+    if hosts > 1 {
+        // Of several servers it is the primary that is meant.
+        config.target_session_attrs(TargetSessionAttrs::ReadWrite);
+    }
+    config.connect_timeout(CONNECT_WITHIN / hosts).keepalives_idle(Duration::from_secs(3));
     config.keepalives_interval(Duration::from_secs(1)).keepalives_retries(3).tcp_user_timeout(Duration::from_secs(6));
     if config.get_application_name().is_none() {
         config.application_name("stanchion");

@@ -24,7 +24,7 @@ use super::config::{CONNECT_WITHIN, Config, Place, Tls};
 use super::error::{OTHER_ISOLATION, error, from_answer, while_connecting};
 use super::together;
 use crate::clock::{BootTime, Clock, jitter};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// After a fault nobody connects for so long, doubled with each further one: a thousand tasks are no storm.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
@@ -195,7 +195,7 @@ impl Pool {
     }
 
     /// Several statements without parameters, for the schema.
-    pub(super) async fn run_script(&self, script: &str) -> Result<()> {
+    pub(super) async fn run_script(self: &Arc<Self>, script: &str) -> Result<()> {
         let _permit = self.permits.acquire().await;
         let client = self.connection().await?;
         let done = client.batch_execute(script).await.map_err(from_answer);
@@ -206,7 +206,7 @@ impl Pool {
         done
     }
 
-    async fn connection(&self) -> Result<Client> {
+    async fn connection(self: &Arc<Self>) -> Result<Client> {
         loop {
             let Some(client) = lock(&self.idle).pop() else { break };
             if !client.is_closed() {
@@ -219,17 +219,33 @@ impl Pool {
                 return Err(error(*kind, message.clone()).in_doubt(false));
             }
         }
-        let made = self.connect().await;
+        let (sender, made) = oneshot::channel();
+        let pool = self.clone();
+        self.runtime()?.spawn(async move {
+            let made = pool.connect().await;
+            pool.remember(made.as_ref().err());
+            // A far server may need more time than whoever wanted it had: the next attempt has it.
+            if let Err(Ok(client)) = sender.send(made) {
+                let mut idle = lock(&pool.idle);
+                if idle.is_empty() {
+                    idle.push(client);
+                }
+            }
+        });
+        made.await.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the store was dropped while it was used")))
+    }
+
+    /// How the last attempt to connect went.
+    fn remember(&self, fault: Option<&Error>) {
         let mut pause = lock(&self.pause);
-        match &made {
-            Ok(_) => *pause = Pause { next: BootTime::from_nanos(0), length: FIRST_PAUSE, why: None },
-            Err(fault) => {
+        match fault {
+            None => *pause = Pause { next: BootTime::from_nanos(0), length: FIRST_PAUSE, why: None },
+            Some(fault) => {
                 pause.next = self.clock.now().after(jitter(pause.length));
                 pause.length = (pause.length * 2).min(LONGEST_PAUSE);
                 pause.why = Some((fault.kind(), fault.message().to_owned()));
             }
         }
-        made
     }
 
     async fn connect(&self) -> Result<Client> {
@@ -278,7 +294,7 @@ impl Pool {
 
     /// A connection, whether its server is a standby, and whether a step sees what was committed while it waited.
     async fn open(&self, Place { settings, tls }: Place) -> Result<(Client, bool, bool)> {
-        let opened = in_driver(self.runtime()?, async move {
+        let opened = within(CONNECT_WITHIN, async move {
             let client = match tls {
                 Tls::None => drive(settings.connect(NoTls).await.map_err(while_connecting)?),
                 Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(while_connecting)?),
@@ -289,7 +305,9 @@ impl Pool {
             let (is_standby, sees) = (is(0), is(1));
             Ok((client, is_standby, sees))
         });
-        opened.await
+        let late =
+            || Err(error(ErrorKind::Unavailable, format!("cannot connect: no answer within {CONNECT_WITHIN:?}")));
+        opened.await.unwrap_or_else(late)
     }
 }
 
@@ -301,20 +319,6 @@ where
     // What breaks it is told to who waits for an answer.
     tokio::spawn(async move { drop(connection.await) });
     client
-}
-
-/// Runs where connections live, and within a limit.
-async fn in_driver<T: Send + 'static>(
-    runtime: Handle,
-    work: impl Future<Output = Result<T>> + Send + 'static,
-) -> Result<T> {
-    let task = runtime.spawn(async move {
-        within(CONNECT_WITHIN, work).await.unwrap_or_else(|| {
-            let message = format!("cannot connect: no answer within {CONNECT_WITHIN:?}");
-            Err(error(ErrorKind::Unavailable, message))
-        })
-    });
-    task.await.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the store was dropped while it was used")))
 }
 
 /// The outcome, if it comes in time.

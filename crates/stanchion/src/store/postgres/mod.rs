@@ -56,7 +56,8 @@ const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 ///
 /// # URL
 /// `postgres://user:password@host:5432/database`, with these options and those of the client (`host`, `port`, `user`,
-/// `password`, `dbname`, `target_session_attrs`, …):
+/// `password`, `dbname`, …). Several hosts, `one:5432,two:5432`, are a primary and its standbys: they are tried in order, each
+/// for its part of three seconds, until one is the primary.
 ///
 /// | option | |
 /// |---|---|
