@@ -144,8 +144,9 @@ DECLARE
   first @schema@.queue;
   dropped integer;
 BEGIN
-  DELETE FROM @schema@.holds h WHERE h.key = rec.key
-    AND (h.deadline <= now OR h.bound AND NOT @schema@.lives(h.session, now));
+  -- Not by `lives`, which would be a call for each of a thousand readers.
+  DELETE FROM @schema@.holds h WHERE h.key = rec.key AND (h.deadline <= now
+    OR h.bound AND NOT EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > now));
   IF rec.closed_until <= now THEN rec.closed_until := NULL; END IF;
   LOOP
     SELECT * INTO first FROM @schema@.queue q WHERE q.key = rec.key ORDER BY q.place LIMIT 1;
@@ -379,7 +380,8 @@ BEGIN
   IF place IS NULL OR rec.closed_until <= at OR rec.token IS NOT NULL
     OR NOT EXISTS (SELECT FROM @schema@.holds h WHERE h.key = wanted) AND rec.closed_until IS NULL
     OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = wanted
-               AND (h.deadline <= at OR h.bound AND NOT @schema@.lives(h.session, at)))
+               AND (h.deadline <= at OR h.bound AND NOT EXISTS
+                 (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > at)))
     OR NOT @schema@.lives((SELECT q.session FROM @schema@.queue q WHERE q.key = wanted ORDER BY q.place LIMIT 1), at)
   THEN
     rec := @schema@.take(wanted);
@@ -749,7 +751,7 @@ LANGUAGE sql STABLE AS $$
       h.trace
     FROM @schema@.holds h
     WHERE h.key = wanted AND (h.deadline IS NULL OR h.deadline > now)
-      AND (NOT h.bound OR @schema@.lives(h.session, now))
+      AND (NOT h.bound OR EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > now))
     UNION ALL
     SELECT 3, q.place, 'waiter', q.key, NULL, s.owner, q.units, q.capacity, q.bound, q.at, NULL, q.metadata, q.trace
     FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
