@@ -2,6 +2,7 @@
 
 use crate::config::{Config, Term};
 use crate::message::{Msg, Outcome, Token};
+use crate::model::EXTENDED;
 use crate::mutant::Break;
 
 /// Where a call is.
@@ -42,6 +43,8 @@ pub struct Call {
     pub fence: u16,
     /// The end of a fixed term.
     pub until: u8,
+    /// The shortest term that an extension without an answer asked for, and the same without the newest one.
+    pub shortest: [u8; 2],
     /// Whether it had a guard.
     pub held: bool,
     /// Whether its guard was lost.
@@ -97,10 +100,8 @@ impl Rules<'_> {
     /// Whether the client believes the hold of a call.
     pub fn believes(&self, client: &Client, call: &Call) -> bool {
         call.phase == Phase::Held
-            && match call.term {
-                Term::Session => self.session(client) || self.broken(Break::IgnoresSession),
-                Term::Fixed => self.now < call.until,
-            }
+            && (!call.term.has_deadline() || self.now < call.until)
+            && (!call.term.is_bound() || self.session(client) || self.broken(Break::IgnoresSession))
     }
 
     /// Time has passed: what ran out is lost.
@@ -121,7 +122,7 @@ impl Rules<'_> {
                 call.phase = Phase::Ending;
             }
             // The store ends what hangs on a session with the session.
-            let with_session = call.term == Term::Session && !self.broken(Break::IgnoresSession);
+            let with_session = call.term.is_bound() && !self.broken(Break::IgnoresSession);
             if view.over && matches!(call.phase, Phase::Ending | Phase::Kept) && with_session {
                 call.phase = Phase::Done;
             }
@@ -197,10 +198,15 @@ impl Rules<'_> {
                     call.phase = Phase::Done;
                 }
             }
-            Msg::Extended { done, asked, .. } if self.believes(&view, call) => {
+            // Whoever extends again has given up the extension before.
+            Msg::Extended { nth, .. } if nth != call.sent[EXTENDED] => {}
+            Msg::Extended { done, nth, asked, .. } if self.believes(&view, call) => {
                 let from = if self.broken(Break::ExtendFromReply) { self.now } else { asked };
                 if done {
-                    call.until = call.until.max(from + self.config.fixed_ttl);
+                    call.shortest[0] = call.shortest[1];
+                    let late = self.broken(Break::ExtendForgets);
+                    let shortest = if late { u8::MAX } else { call.shortest[0] };
+                    call.until = from + self.config.extension(nth).min(shortest);
                 } else {
                     call.lost = true;
                     call.phase = Phase::Ending;
@@ -211,11 +217,11 @@ impl Rules<'_> {
                 if (call.phase == Phase::Waiting || late) && self.session(&view) {
                     match call.term {
                         Term::Session => self.hold(&view, call, fence, u8::MAX),
-                        Term::Fixed if self.broken(Break::TermFromPush) => {
+                        _ if self.broken(Break::TermFromPush) => {
                             self.hold(&view, call, fence, self.now + self.config.fixed_ttl);
                         }
                         // A deadline's start is known only to the store: a poll tells.
-                        Term::Fixed => {}
+                        Term::Fixed | Term::Both => {}
                     }
                 }
             }

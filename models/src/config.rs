@@ -7,6 +7,20 @@ pub enum Term {
     Session,
     /// Its own deadline.
     Fixed,
+    /// Its own deadline, and no longer than the session lives.
+    Both,
+}
+
+impl Term {
+    /// Whether it has a deadline of its own.
+    pub fn has_deadline(self) -> bool {
+        self != Self::Session
+    }
+
+    /// Whether it ends with its session.
+    pub fn is_bound(self) -> bool {
+        self != Self::Fixed
+    }
 }
 
 /// The bounds of one run. All times are ticks.
@@ -40,6 +54,8 @@ pub struct Config {
     pub ends: u8,
     /// How often a call sends `extend`.
     pub extends: u8,
+    /// The terms that the first extension, and those after it, ask for.
+    pub extend_by: [u8; 2],
     /// How often a call writes to the fenced resource.
     pub writes: u8,
     /// How often a session beats.
@@ -71,6 +87,13 @@ pub struct Config {
     pub floor: usize,
 }
 
+impl Config {
+    /// The term that the extension of this number asks for, counted from one.
+    pub fn extension(&self, nth: u8) -> u8 {
+        self.extend_by[usize::from(nth > 1)]
+    }
+}
+
 /// The smallest run, on which the others are built.
 pub const BASE: Config = Config {
     name: "base",
@@ -87,6 +110,7 @@ pub const BASE: Config = Config {
     polls: 0,
     ends: 1,
     extends: 0,
+    extend_by: [2; 2],
     writes: 0,
     beats: 1,
     quiet: 0,

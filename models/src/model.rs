@@ -97,6 +97,7 @@ impl Protocol {
             last_asked: 0,
             fence: 0,
             until: 0,
+            shortest: [u8::MAX; 2],
             held: false,
             lost: false,
             sent: [0; 5],
@@ -116,12 +117,13 @@ impl Protocol {
             last: 0,
         };
         if config.adopt {
-            let expires = (config.terms[0] == Term::Fixed).then_some(now + config.fixed_ttl);
+            let expires = config.terms[0].has_deadline().then_some(now + config.fixed_ttl);
+            let is_bound = config.terms[0].is_bound();
             let session = config.clients as u8;
             store.sessions.push(Session { expires: u8::MAX, forced: Vec::new() });
             history.issued = 1;
             store.last = 1;
-            store.holds.push(Hold { token: DETACHED, fence: 1, session, expires });
+            store.holds.push(Hold { token: DETACHED, fence: 1, session, expires, is_bound });
         }
         State { now, store, clients: (0..config.clients).map(client).collect(), net: Vec::new(), history, copy: None }
     }
@@ -207,7 +209,7 @@ impl Protocol {
 
     /// The time of a question, where anything depends on it.
     fn asked(&self, term: Term, now: u8) -> u8 {
-        if term == Term::Fixed { now } else { 0 }
+        if term.has_deadline() { now } else { 0 }
     }
 
     /// The question of a call. Counts it.
@@ -277,7 +279,7 @@ impl Protocol {
                 if config.ends > 0 {
                     actions.push(Action::Release(c, k));
                 }
-                if call.term == Term::Fixed && call.sent[EXTENDED] < config.extends {
+                if call.term.has_deadline() && call.sent[EXTENDED] < config.extends {
                     actions.push(Action::Extend(c, k));
                 }
                 if call.sent[WRITTEN] < config.writes {
@@ -299,7 +301,7 @@ impl Protocol {
             return Vec::new();
         }
         let dead = |hold: &&Hold| {
-            hold.expires.is_none()
+            hold.is_bound
                 && state
                     .store
                     .sessions
@@ -406,7 +408,14 @@ impl Model for Protocol {
             Action::Extend(c, k) => {
                 let call = &mut state.clients[c].calls[k];
                 call.sent[EXTENDED] += 1;
-                state.net.push(Msg::Extend { token: call.token, by: c as u8, fence: call.fence, asked: now });
+                let nth = call.sent[EXTENDED];
+                let length = self.config.extension(nth);
+                call.shortest = [call.shortest[0].min(length), call.shortest[0]];
+                // A shorter term may count before its answer comes.
+                if !self.broken(Break::ShorterFromReply) {
+                    call.until = call.until.min(now + length);
+                }
+                state.net.push(Msg::Extend { token: call.token, by: c as u8, fence: call.fence, nth, asked: now });
             }
             Action::Write(c, k) => {
                 let call = &mut state.clients[c].calls[k];

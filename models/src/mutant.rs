@@ -76,6 +76,10 @@ pub enum Break {
     TellTheDead,
     /// An extension counts from its answer.
     ExtendFromReply,
+    /// A shorter extension counts only when it is answered.
+    ShorterFromReply,
+    /// An extension without an answer is forgotten when the next one is answered.
+    ExtendForgets,
     /// Holders are not told again of what they hold when somebody waits for it.
     GrantNotToldAgain,
     /// A grant that nobody has any more is not ended when it is told again.
@@ -120,6 +124,10 @@ pub fn all() -> Vec<Mutant> {
         mutant("release-without-token", ReleaseWithoutToken, run("ends"), Some("I2")),
         mutant("extend-creates", ExtendCreates, run("extend"), Some("I3")),
         mutant("extend-from-reply", ExtendFromReply, run("extend"), Some("I2")),
+        mutant("shorter-from-reply", ShorterFromReply, run("extend-shorter"), Some("I2")),
+        mutant("extend-forgets", ExtendForgets, run("extend-shorter"), Some("I2")),
+        mutant("both-ignores-session", IgnoresSession, run("both"), Some("I2")),
+        mutant("both-from-push", TermFromPush, run("both"), Some("I2")),
         mutant("grant-not-told-again", GrantNotToldAgain, run("failover"), Some("L1")),
         mutant("unknown-grant-ignored", UnknownGrantIgnored, run("failover"), Some("L1")),
         mutant("kept-not-heeded", KeptNotHeeded, run("failover-kept"), Some("I10")),

@@ -91,10 +91,9 @@ fn belief_has_record(model: &Protocol, state: &State) -> bool {
     let now = state.now;
     believed(model, state).into_iter().all(|(token, fence)| {
         state.store.holds.iter().any(|hold| {
-            let alive = match hold.expires {
-                Some(expires) => now < expires,
-                None => state.store.sessions.get(usize::from(hold.session)).is_some_and(|found| now < found.expires),
-            };
+            let session = state.store.sessions.get(usize::from(hold.session));
+            let alive = hold.expires.is_none_or(|expires| now < expires)
+                && (!hold.is_bound || session.is_some_and(|found| now < found.expires));
             hold.token == token && hold.fence == fence && alive
         })
     })

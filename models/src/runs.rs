@@ -1,6 +1,6 @@
 //! The runs of the protocol as it stands. Each visits all its states.
 
-use crate::config::{BASE, Config, Term::Fixed, Term::Session};
+use crate::config::{BASE, Config, Term::Both, Term::Fixed, Term::Session};
 
 /// All runs of the protocol as it stands.
 pub fn all() -> Vec<Config> {
@@ -80,7 +80,43 @@ pub fn all() -> Vec<Config> {
             beats: 0,
             give_up: false,
             last_tick: 5,
-            floor: 459_000,
+            floor: 1_049_000,
+            ..BASE
+        },
+        Config {
+            name: "extend-shorter",
+            about: "the same to a shorter term first",
+            terms: [Fixed; 3],
+            fixed_ttl: 3,
+            extends: 2,
+            extend_by: [1, 3],
+            beats: 0,
+            give_up: false,
+            last_tick: 4,
+            floor: 414_000,
+            ..BASE
+        },
+        Config {
+            name: "both",
+            about: "terms that end with their session or before it",
+            terms: [Both; 3],
+            polls: 1,
+            beats: 1,
+            give_up: false,
+            last_tick: 4,
+            floor: 141_000,
+            ..BASE
+        },
+        Config {
+            name: "both-extend",
+            about: "the same, extended to a longer and a shorter term",
+            terms: [Both, Session, Session],
+            extends: 2,
+            extend_by: [3, 1],
+            beats: 1,
+            give_up: false,
+            last_tick: 3,
+            floor: 642_000,
             ..BASE
         },
         Config {

@@ -28,6 +28,8 @@ pub struct Hold {
     pub session: u8,
     /// Its own deadline.
     pub expires: Option<u8>,
+    /// Whether it ends with its session.
+    pub is_bound: bool,
 }
 
 /// A place in the queue.
@@ -86,7 +88,7 @@ impl Step<'_> {
     /// The session-bound holds are told to their sessions again.
     fn tell_again(&mut self) {
         if !self.broken(Break::GrantNotToldAgain) {
-            let held = self.store.holds.iter().filter(|hold| hold.expires.is_none());
+            let held = self.store.holds.iter().filter(|hold| hold.is_bound);
             self.out.extend(held.map(|hold| Msg::PushGranted { token: hold.token, fence: hold.fence }));
         }
     }
@@ -96,8 +98,9 @@ impl Step<'_> {
         let clock = if self.broken(Break::PlainCounter) { 0 } else { clock };
         let fence = (self.store.last + 1).max(clock);
         self.store.last = fence;
-        let expires = (place.term == Term::Fixed).then(|| self.now + self.config.fixed_ttl);
-        self.store.holds.push(Hold { token: place.token, fence, session: place.session, expires });
+        let expires = place.term.has_deadline().then(|| self.now + self.config.fixed_ttl);
+        let is_bound = place.term.is_bound();
+        self.store.holds.push(Hold { token: place.token, fence, session: place.session, expires, is_bound });
         self.history.granted(place.token, fence, self.live.contains(&place.token));
         (fence, expires)
     }
@@ -108,9 +111,8 @@ impl Step<'_> {
         let live: Vec<bool> = self.store.sessions.iter().map(|session| now < session.expires).collect();
         let lives = |session: u8| blind || live.get(usize::from(session)).copied().unwrap_or(false);
         let keep = self.broken(Break::NoTakeover);
-        self.store.holds.retain(|hold| match hold.expires {
-            Some(expires) => now < expires,
-            None => keep || lives(hold.session),
+        self.store.holds.retain(|hold| {
+            hold.expires.is_none_or(|expires| now < expires) && (!hold.is_bound || keep || lives(hold.session))
         });
         self.store.queue.retain(|place| lives(place.session));
         while self.store.holds.len() < self.config.capacity && !self.store.queue.is_empty() {
@@ -156,9 +158,9 @@ impl Step<'_> {
                 self.end(token, release);
                 self.out.push(Msg::Ended { token, time: self.now, sure });
             }
-            Msg::Extend { token, by, fence, asked } => {
-                let outcome = self.extend(token, by, fence);
-                self.out.push(Msg::Extended { token, done: outcome, asked });
+            Msg::Extend { token, by, fence, nth, asked } => {
+                let done = self.extend(token, by, fence, nth);
+                self.out.push(Msg::Extended { token, done, nth, asked });
             }
             Msg::Ask => self.tell_again(),
             Msg::Force { fence } => self.force(fence),
@@ -248,14 +250,14 @@ impl Step<'_> {
         }
     }
 
-    fn extend(&mut self, token: Token, by: u8, fence: u16) -> bool {
-        let expires = self.now + self.config.fixed_ttl;
+    fn extend(&mut self, token: Token, by: u8, fence: u16, nth: u8) -> bool {
+        let expires = self.now + self.config.extension(nth);
         if let Some(hold) = self.store.holds.iter_mut().find(|hold| hold.token == token) {
             hold.expires = Some(expires);
             return true;
         }
         if self.broken(Break::ExtendCreates) {
-            self.store.holds.push(Hold { token, fence, session: by, expires: Some(expires) });
+            self.store.holds.push(Hold { token, fence, session: by, expires: Some(expires), is_bound: false });
             return true;
         }
         false
