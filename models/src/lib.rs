@@ -6,11 +6,12 @@
 //! first. Requests and answers overtake each other, come late or never; pushes come late, never, or many times. A pause
 //! of a client is time that passes while it takes no step. Time is ticks of one clock that all share.
 //!
-//! Sessions with beats and a local deadline; session and fixed terms, and those that end with either; `acquire` with `not_after`, repeated with the same
-//! token; a queue; `poll`; hand-off with a push; `release` and `abandon`, repeated until definite; `extend`, also to a
-//! shorter term, of which a client waits for the newest alone; forced release; takeover, in the lock's own step or by a step of its own; the loss of all records of the key; a failover to a
-//! store that lacks the newest steps on the key, and grants that are told again after it; the opening of a session, repeated;
-//! `adopt`; a resource that checks fences.
+//! Sessions with beats and a local deadline; session and fixed terms, and those that end with either; `acquire` with
+//! `not_after`, repeated with the same token; a queue; `poll`; hand-off with a push; `release` and `abandon`, repeated until
+//! definite; `extend`, also to a shorter term, of which a client waits for the newest alone; forced release; takeover, in
+//! the lock's own step or by a step of its own; the loss of all records of the key; a failover to a store that lacks the
+//! newest steps on the key, and grants that are told again after it; the opening of a session, repeated; `adopt`; a
+//! resource that checks fences.
 //!
 //! # What is not modelled
 //! Drift and steps of clocks, failover to a store that lacks the newest beats, several keys, cooldown, limits of the
