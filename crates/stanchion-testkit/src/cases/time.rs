@@ -1,6 +1,6 @@
 //! Deadlines, cooldowns, and what is said about them beforehand.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stanchion::Store;
 use stanchion::store::{AcquireOutcome, AcquireRequest, Demand, EndOutcome, ExtendOutcome, PollOutcome, Term};
@@ -25,10 +25,11 @@ pub async fn terms_of_any_length_are_kept<S: Store>(env: &Environment<S>) {
     for ttl in [Duration::from_millis(100), Duration::from_secs(1), MINUTE * 60, year, year * 50] {
         for term in [Term::Fixed(ttl), Term::Session { max_hold: Some(ttl) }] {
             let request = AcquireRequest { term, ..actor.request(&key("k")) };
+            let asked = Instant::now();
             let remaining = actor.gets(&request).await.remaining.unwrap();
             assert!(remaining <= ttl && remaining > ttl / 2, "{ttl:?}: {remaining:?}");
-            assert!(actor.sees_held(&key("k")).await);
             // A term of 100 ms may have ended on a machine that stood still.
+            assert!(actor.sees_held(&key("k")).await || asked.elapsed() >= ttl, "{ttl:?}");
             actor.releases(&key("k"), request.token).await;
         }
     }
