@@ -50,7 +50,7 @@ pub(super) struct Leaf {
 /// What is known of a session.
 #[derive(Clone, Debug)]
 pub(super) struct Life {
-    /// In the service's time; 0: it is dead.
+    /// Until when it lives at least, in the service's time; 0: it was found dead.
     pub(super) ends: u64,
     pub(super) owner: Arc<str>,
     /// Its document, if it was read in this step.
@@ -137,11 +137,13 @@ impl<'a> Step<'a> {
         self.unknown.borrow().iter().copied().collect()
     }
 
-    /// Whether a session lives. One that is not known is taken to live, and the step is done again.
+    /// Whether a session lives. One that is not known is taken to live, and the step is done again. So is one that lived
+    /// when it was looked at, and has not been found dead: it may have been beaten since.
     pub(super) fn lives(&self, session: SessionId) -> bool {
-        match self.lives.get(&session) {
-            Some(life) => life.ends > self.now,
-            None => {
+        match self.lives.get(&session).map(|life| life.ends) {
+            Some(0) => false,
+            Some(ends) if ends > self.now => true,
+            _ => {
                 self.unknown.borrow_mut().insert(session);
                 true
             }
