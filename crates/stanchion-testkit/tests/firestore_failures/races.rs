@@ -40,3 +40,46 @@ fn a_session_that_was_beaten_since_it_was_looked_at_lives() {
         }
     });
 }
+
+/// Some of many sessions are read earlier than the others, and are judged by that time.
+#[test]
+fn sessions_that_are_read_in_several_requests_are_not_taken_for_dead() {
+    let fake = FirestoreFake::start();
+    block_on(async {
+        let url = fake.url();
+        let readers = Client::open(&url, MINUTE).await;
+        let other = Client::open(&url, 60 * MINUTE).await;
+        let mut sessions = Vec::new();
+        for _ in 0..301 {
+            let session = SessionId::random().unwrap();
+            let open = OpenSession { session, ttl: MINUTE, owner: String::new() };
+            readers.store.open_session(open).await.unwrap();
+            let request = AcquireRequest { demand: Demand::READ, session, ..readers.request("k") };
+            readers.gets(&request).await;
+            sessions.push(session);
+        }
+        // It is read with the first ones.
+        let session = sessions.into_iter().min().unwrap();
+        let beat = async || {
+            let beaten = readers.store.beat(session).await.unwrap().outcome;
+            assert_eq!(beaten, BeatOutcome::Alive { lost: vec![] });
+        };
+        fake.set_clock_off_by(30);
+        beat().await;
+        fake.set_clock_off_by(65);
+        // The key, the first sessions; and the last ones a minute later.
+        fake.hold_reads_after(2);
+        let not_after = readers.opened.after(60 * MINUTE);
+        let write = at_once(AcquireRequest { demand: Demand::WRITE, not_after, ..other.request("k") });
+        let trying = tokio::spawn({
+            let store = other.store.clone();
+            async move { store.acquire(write).await.unwrap().outcome }
+        });
+        until("the last are read", async || fake.reads_held() == 1).await;
+        beat().await;
+        fake.set_clock_off_by(100);
+        fake.answer_reads();
+        let tried = trying.await.unwrap();
+        assert!(matches!(tried, AcquireOutcome::Busy { .. }), "{tried:?}");
+    });
+}

@@ -120,10 +120,11 @@ impl Service {
         }
     }
 
-    /// Documents by name, in that order, as they all were at one point of the service's time, in µs.
+    /// Documents by name, in that order, and a time of the service's, in µs: none of them is from before it.
     pub(super) async fn read(&self, lane: Lane, names: &[String]) -> Result<(Vec<Option<api::Document>>, u64)> {
         let mut found = std::collections::HashMap::new();
-        let mut time = 0;
+        // More than one request reads are of several times: the first one is true of all.
+        let mut time = None;
         for names in names.chunks(MOST_READ) {
             let request = api::BatchGetDocumentsRequest {
                 database: self.config.database.clone(),
@@ -139,14 +140,16 @@ impl Service {
                 }
                 Ok(all)
             };
+            let mut read = 0;
             for answer in self.answered(lane, asked).await?.map_err(|status| from_status(status, Does::Read))? {
-                time = time.max(micros_of(answer.read_time)?);
+                read = read.max(micros_of(answer.read_time)?);
                 if let Some(api::batch_get_documents_response::Result::Found(document)) = answer.result {
                     found.insert(document.name.clone(), document);
                 }
             }
+            time.get_or_insert(read);
         }
-        Ok((names.iter().map(|name| found.remove(name)).collect(), time))
+        Ok((names.iter().map(|name| found.remove(name)).collect(), time.unwrap_or_default()))
     }
 
     /// The documents that a query finds, and when.
