@@ -83,3 +83,41 @@ fn sessions_that_are_read_in_several_requests_are_not_taken_for_dead() {
         assert!(matches!(tried, AcquireOutcome::Busy { .. }), "{tried:?}");
     });
 }
+
+/// The time of an answer is one at which it was so: by that, who ends a token knows that nothing of it can come.
+#[test]
+fn nothing_is_found_at_a_time_at_which_nobody_looked() {
+    let fake = FirestoreFake::start();
+    block_on(async {
+        let url = fake.url();
+        let holder = Client::open(&url, MINUTE).await;
+        let client = Client::open(&url, 60 * MINUTE).await;
+        holder.gets(&holder.request("k")).await;
+        fake.set_clock_off_by(30);
+        holder.store.beat(holder.session).await.unwrap();
+        // Its session has to be read from now on.
+        fake.set_clock_off_by(65);
+        holder.store.beat(holder.session).await.unwrap();
+        assert_eq!(client.holders("k").await.len(), 1);
+        let not_after = holder.opened.after(Duration::from_secs(105));
+        let request = AcquireRequest { not_after, ..client.request("k") };
+        fake.next_commits([CommitFault::HeldBack]);
+        let fault = client.store.acquire(request.clone()).await.unwrap_err();
+        assert!(fault.is_in_doubt(), "{fault:?}");
+        let other = Client::open(&url, 60 * MINUTE).await;
+        fake.hold_reads_after(1);
+        let ending = tokio::spawn({
+            let (store, token) = (other.store.clone(), request.token);
+            async move { store.abandon(&key("k"), token).await.unwrap() }
+        });
+        until("the key is read, the session is not", async || fake.reads_held() == 1).await;
+        assert_eq!(fake.let_go(), 1, "it is entered, and in time");
+        fake.set_clock_off_by(110);
+        fake.answer_reads();
+        let ended = ending.await.unwrap();
+        assert_eq!(ended.outcome, EndOutcome::Nothing);
+        assert!(ended.time <= not_after, "as if nothing could come any more");
+        let again = client.store.abandon(&key("k"), request.token).await.unwrap().outcome;
+        assert_eq!(again, EndOutcome::Dequeued);
+    });
+}
