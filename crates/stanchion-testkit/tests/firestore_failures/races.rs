@@ -41,6 +41,23 @@ fn a_session_that_was_beaten_since_it_was_looked_at_lives() {
     });
 }
 
+/// One that was not there yet when it was looked at is not dead for that.
+#[test]
+fn a_session_that_was_asked_for_before_it_was_opened_lives() {
+    let fake = FirestoreFake::start();
+    block_on(async {
+        let url = fake.url();
+        let (store, other) = (Firestore::from_url(&url).unwrap(), Client::open(&url, MINUTE).await);
+        let session = SessionId::random().unwrap();
+        assert!(!other.store.session_lives(session).await.unwrap().outcome);
+        store.open_session(OpenSession { session, ttl: MINUTE, owner: String::new() }).await.unwrap();
+        let request = AcquireRequest { session, ..other.request("k") };
+        assert!(matches!(store.acquire(request).await.unwrap().outcome, AcquireOutcome::Granted(_)));
+        let asked = other.asks(&at_once(other.request("k"))).await;
+        assert!(matches!(asked, AcquireOutcome::Busy { .. }), "{asked:?}");
+    });
+}
+
 /// Some of many sessions are read earlier than the others, and are judged by that time.
 #[test]
 fn sessions_that_are_read_in_several_requests_are_not_taken_for_dead() {
@@ -119,5 +136,23 @@ fn nothing_is_found_at_a_time_at_which_nobody_looked() {
         assert!(ended.time <= not_after, "as if nothing could come any more");
         let again = client.store.abandon(&key("k"), request.token).await.unwrap().outcome;
         assert_eq!(again, EndOutcome::Dequeued);
+    });
+}
+
+#[test]
+fn a_beat_that_is_answered_after_the_end_of_its_session_revives_nothing() {
+    let fake = FirestoreFake::start();
+    block_on(async {
+        let client = Client::open(&fake.url(), MINUTE).await;
+        fake.next_commits([CommitFault::AnsweredLate]);
+        let beating = tokio::spawn({
+            let (store, session) = (client.store.clone(), client.session);
+            async move { store.beat(session).await }
+        });
+        until("it is done", async || fake.held_back() == 1).await;
+        client.store.close_session(client.session).await.unwrap();
+        fake.let_go();
+        let _whichever = beating.await.unwrap();
+        assert_eq!(client.asks(&client.request("k")).await, AcquireOutcome::SessionGone);
     });
 }
