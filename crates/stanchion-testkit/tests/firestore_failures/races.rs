@@ -140,6 +140,25 @@ fn nothing_is_found_at_a_time_at_which_nobody_looked() {
 }
 
 #[test]
+fn a_session_that_is_opened_again_at_once_is_listened_to_once() {
+    let fake = FirestoreFake::start();
+    block_on(async {
+        let store = Firestore::from_url(&fake.url()).unwrap();
+        let session = SessionId::random().unwrap();
+        let _pushes = store.grants(session);
+        fake.be_mute(true);
+        let open = || store.open_session(OpenSession { session, ttl: MINUTE, owner: String::new() });
+        // Who asked first had no answer in time, and asks again.
+        let (first, second) = tokio::join!(open(), open());
+        assert_eq!((first.unwrap().outcome, second.unwrap().outcome), (OpenOutcome::Opened, OpenOutcome::Opened));
+        fake.be_mute(false);
+        until("somebody listens", async || fake.streams() > 0).await;
+        store.close_session(session).await.unwrap();
+        until("nobody listens", async || fake.streams() == 0).await;
+    });
+}
+
+#[test]
 fn a_beat_that_is_answered_after_the_end_of_its_session_revives_nothing() {
     let fake = FirestoreFake::start();
     block_on(async {

@@ -46,18 +46,18 @@ impl Drop for Listener {
 }
 
 impl Inner {
+    /// Starts listening, if nobody does yet, and waits until that has succeeded or failed once.
     pub(super) async fn listen(self: &Arc<Self>, session: SessionId) -> Result<()> {
-        let pushes = lock(&self.listeners)
-            .get(&session)
-            .filter(|listener| listener.task.is_none())
-            .map(|listener| listener.pushes.clone());
-        if let Some(pushes) = pushes {
-            let task = start(self, session, pushes).await?;
-            match lock(&self.listeners).get_mut(&session) {
-                Some(listener) => listener.task = Some(task),
-                None => task.abort(),
-            }
+        let runtime = self.service.runtime()?;
+        let (tried, first_attempt) = oneshot::channel();
+        // The task is known before it is waited for: who asks again meanwhile, or ends the session, finds it.
+        if let Some(listener) = lock(&self.listeners).get_mut(&session).filter(|listener| listener.task.is_none()) {
+            let task = runtime.spawn(listen(Arc::downgrade(self), session, listener.pushes.clone(), tried));
+            listener.task = Some(task.abort_handle());
+        } else {
+            return Ok(());
         }
+        let _late = within(READY_WITHIN, first_attempt).await;
         Ok(())
     }
 
@@ -66,14 +66,6 @@ impl Inner {
             listener.pushes.send(Push::Warning(warning));
         }
     }
-}
-
-/// Starts listening, and waits until that has succeeded or failed once.
-pub(super) async fn start(inner: &Arc<Inner>, session: SessionId, pushes: PushSender) -> Result<AbortHandle> {
-    let (tried, first_attempt) = oneshot::channel();
-    let task = inner.service.runtime()?.spawn(listen(Arc::downgrade(inner), session, pushes, tried));
-    let _late = within(READY_WITHIN, first_attempt).await;
-    Ok(task.abort_handle())
 }
 
 async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, tried: oneshot::Sender<()>) {
