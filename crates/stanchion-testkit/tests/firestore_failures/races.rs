@@ -159,6 +159,52 @@ fn a_session_that_is_opened_again_at_once_is_listened_to_once() {
 }
 
 #[test]
+fn what_is_adopted_while_its_new_session_is_closed_is_free() {
+    let fake = FirestoreFake::start();
+    block_on(async {
+        let url = fake.url();
+        let (first, leaving) = (Client::open(&url, MINUTE).await, Client::open(&url, MINUTE).await);
+        let request = first.request("k");
+        first.gets(&request).await;
+        let (to, not_after) = (TokenId::random().unwrap(), first.opened.after(MINUTE));
+        let adopt = AdoptRequest { key: key("k"), from: request.token, to, session: leaving.session, not_after };
+        fake.next_commits([CommitFault::HeldBack]);
+        let adopting = tokio::spawn({
+            let store = leaving.store.clone();
+            async move { store.adopt(adopt).await.unwrap().outcome }
+        });
+        until("it is on its way", async || fake.held_back() == 1).await;
+        leaving.store.close_session(leaving.session).await.unwrap();
+        assert_eq!(fake.let_go(), 1);
+        let adopted = adopting.await.unwrap();
+        assert!(matches!(adopted, AdoptOutcome::Adopted { .. }), "until its session ended: {adopted:?}");
+        first.gets(&at_once(first.request("k"))).await;
+    });
+}
+
+#[test]
+fn an_acquire_that_cannot_be_taken_back_is_in_doubt() {
+    let fake = FirestoreFake::start();
+    block_on(async {
+        let client = Client::open(&fake.url(), MINUTE).await;
+        let request = AcquireRequest { term: Term::Fixed(MINUTE), ..client.request("k") };
+        fake.next_commits([CommitFault::AnsweredLate]);
+        let asking = tokio::spawn({
+            let (store, request) = (client.store.clone(), request.clone());
+            async move { store.acquire(request).await.unwrap_err() }
+        });
+        until("it is done", async || fake.held_back() == 1).await;
+        client.store.close_session(client.session).await.unwrap();
+        fake.next_commits([CommitFault::Refused(Code::ResourceExhausted)]);
+        fake.let_go();
+        let fault = asking.await.unwrap();
+        assert!(fault.kind() == ErrorKind::RateLimited && fault.is_in_doubt(), "{fault:?}");
+        let polled = client.store.poll(&key("k"), request.token).await.unwrap().outcome;
+        assert!(matches!(polled, PollOutcome::Granted(_)), "it was entered: {polled:?}");
+    });
+}
+
+#[test]
 fn a_beat_that_is_answered_after_the_end_of_its_session_revives_nothing() {
     let fake = FirestoreFake::start();
     block_on(async {

@@ -262,6 +262,14 @@ impl Inner {
         Ok(poll.outcome != PollOutcome::Gone)
     }
 
+    /// Ends what entered a session that was closed while it was on its way: what was settled then did not have it yet.
+    pub(super) async fn take_back(&self, key: &Key, token: TokenId) -> Result<StoreTime> {
+        let waits = Arc::new(());
+        let ended = self.end(key, token, None, &Wanted::by(&waits)).await;
+        // Entered it is, whatever its end may be.
+        ended.map(|ended| ended.time).map_err(|fault| fault.in_doubt(true))
+    }
+
     pub(super) async fn end(
         &self,
         key: &Key,
