@@ -221,3 +221,27 @@ fn a_beat_that_is_answered_after_the_end_of_its_session_revives_nothing() {
         assert_eq!(client.asks(&client.request("k")).await, AcquireOutcome::SessionGone);
     });
 }
+
+/// A hold that time has ended leaves nothing that calls it, though its session lives on for weeks.
+#[test]
+fn what_called_a_hold_goes_with_it() {
+    let fake = FirestoreFake::start();
+    block_on(async {
+        let url = fake.url();
+        let (first, second) = (Client::open(&url, MINUTE).await, Client::open(&url, MINUTE).await);
+        for term in [Term::Fixed(SHORT), Term::Session { max_hold: Some(SHORT) }] {
+            let held = first.request("k");
+            first.gets(&held).await;
+            let waiting = AcquireRequest { term, ..second.request("k") };
+            assert!(matches!(second.asks(&waiting).await, AcquireOutcome::Queued(_)));
+            first.store.release(&key("k"), held.token, None).await.unwrap();
+            let polled = second.store.poll(&key("k"), waiting.token).await.unwrap().outcome;
+            assert!(matches!(polled, PollOutcome::Granted(_)), "{polled:?}");
+            until("its time is over", async || first.holders("k").await.is_empty()).await;
+            let ended = second.store.release(&key("k"), waiting.token, None).await.unwrap().outcome;
+            assert_eq!(ended, EndOutcome::Nothing);
+            let calls: Vec<_> = fake.documents().into_iter().filter(|name| name.contains("_calls/")).collect();
+            assert!(calls.is_empty(), "{term:?}: {calls:?}");
+        }
+    });
+}
