@@ -58,6 +58,25 @@ fn a_session_that_was_asked_for_before_it_was_opened_lives() {
     });
 }
 
+/// Processes that live for a moment sweep nothing, and leave a document each.
+#[test]
+fn a_crowd_of_short_processes_is_swept_at_once() {
+    let fake = FirestoreFake::start();
+    block_on(async {
+        let url = fake.url();
+        let time = VirtualClock::new();
+        let sweeper = Client::with(Firestore::with_clock(&url, time.clock()).unwrap(), 600 * MINUTE).await;
+        for _ in 0..100 {
+            let short = Client::open(&url, MINUTE).await;
+            short.store.close_session(short.session).await.unwrap();
+        }
+        fake.set_clock_off_by(10_000);
+        time.advance(MINUTE * 2);
+        sweeper.store.beat(sweeper.session).await.unwrap();
+        until("all of it is gone", async || fake.documents().len() == 1).await;
+    });
+}
+
 /// Some of many sessions are read earlier than the others, and are judged by that time.
 #[test]
 fn sessions_that_are_read_in_several_requests_are_not_taken_for_dead() {
@@ -243,5 +262,38 @@ fn what_called_a_hold_goes_with_it() {
             let calls: Vec<_> = fake.documents().into_iter().filter(|name| name.contains("_calls/")).collect();
             assert!(calls.is_empty(), "{term:?}: {calls:?}");
         }
+    });
+}
+
+/// One document that cannot be read does not keep the others.
+#[test]
+fn a_sweep_passes_over_what_cannot_be_swept() {
+    let fake = FirestoreFake::start();
+    block_on(async {
+        let url = fake.url();
+        let time = VirtualClock::new();
+        let sweeper = Client::with(Firestore::with_clock(&url, time.clock()).unwrap(), 600 * MINUTE).await;
+        for turn in 0..6 {
+            let dead = Client::open(&url, SHORT).await;
+            dead.gets(&dead.request(&format!("k{turn}"))).await;
+            let fixed = AcquireRequest { term: Term::Fixed(SHORT), ..dead.request(&format!("fixed{turn}")) };
+            dead.gets(&fixed).await;
+        }
+        let own = format!("stanchion_sessions/{}", sweeper.session.to_hex());
+        let of = |begin: &str| -> Vec<String> {
+            fake.documents().into_iter().filter(|name| name.starts_with(begin) && *name != own).collect()
+        };
+        let (session, key) = (of("stanchion_sessions")[0].clone(), of("stanchion_keys")[0].clone());
+        fake.spoil(&session);
+        fake.spoil(&key);
+        fake.set_clock_off_by(10_000);
+        time.advance(MINUTE * 2);
+        sweeper.store.beat(sweeper.session).await.unwrap();
+        until("all others are gone", async || {
+            let left = fake.documents().into_iter().filter(|name| *name != own && *name != session && *name != key);
+            // Of what cannot be read: the key of that session, and the session of that key.
+            left.count() <= 2
+        })
+        .await;
     });
 }
