@@ -225,11 +225,11 @@ impl Store for Firestore {
     }
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
-        // First: whether it is answered or not, nobody hears this session any more.
+        // First: whether it is answered or not, nobody hears this session any more, and nobody ends what it has.
         lock(&self.inner.listeners).remove(&session);
+        lock(&self.inner.known).retain(|_, known| known.session != session);
         self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
             let time = inner.sessions.close(&inner.service, &inner.names, session).await?;
-            lock(&inner.known).retain(|_, known| known.session != session);
             inner.settle_keys_of(session, &wanted).await?;
             Ok(reply(time.max(lock(&inner.told).0), ()))
         })
