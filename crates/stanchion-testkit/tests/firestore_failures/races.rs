@@ -201,6 +201,27 @@ fn what_is_adopted_while_its_new_session_is_closed_is_free() {
     });
 }
 
+/// Who is not answered asks again, and nothing stays of the first question.
+#[test]
+fn who_is_not_answered_listens_once() {
+    let fake = FirestoreFake::start();
+    block_on(async {
+        fake.be_mute(true);
+        let client = Client::open(&fake.url(), 10 * MINUTE).await;
+        until("it has asked again", async || fake.called("Listen") == 3).await;
+        fake.be_mute(false);
+        let (held, waiting) = (client.request("k"), client.request("k"));
+        client.gets(&held).await;
+        client.asks(&waiting).await;
+        client.store.release(&key("k"), held.token, None).await.unwrap();
+        let mut pushes = client.pushes;
+        tokio::time::timeout(MINUTE, pushes.next()).await.unwrap().unwrap();
+        assert_eq!(fake.streams(), 1);
+        client.store.close_session(client.session).await.unwrap();
+        until("nobody listens", async || fake.streams() == 0).await;
+    });
+}
+
 #[test]
 fn an_acquire_that_cannot_be_taken_back_is_in_doubt() {
     let fake = FirestoreFake::start();

@@ -99,6 +99,12 @@ pub(super) enum Refused {
     Fault(Error),
 }
 
+/// What a listener hears, as long as it is kept.
+pub(super) struct Heard {
+    pub(super) stream: Streaming<api::ListenResponse>,
+    _listens: oneshot::Sender<()>,
+}
+
 impl Service {
     pub(super) fn new(config: Config) -> Self {
         Self { config, driver: Mutex::default(), lanes: Default::default(), credentials: Mutex::default() }
@@ -198,11 +204,7 @@ impl Service {
     }
 
     /// What changes in the documents of a query, from now on.
-    pub(super) async fn listen(
-        &self,
-        parent: &str,
-        query: api::StructuredQuery,
-    ) -> Result<Streaming<api::ListenResponse>> {
+    pub(super) async fn listen(&self, parent: &str, query: api::StructuredQuery) -> Result<Heard> {
         let target = api::target::QueryTarget {
             parent: parent.to_owned(),
             query_type: Some(api::target::query_target::QueryType::StructuredQuery(query)),
@@ -218,10 +220,14 @@ impl Service {
             ..api::ListenRequest::default()
         };
         let (mut client, request) = self.prepare(Lane::Session, request).await?;
-        // The service ends the stream when the client has no more to say.
-        let request = request.map(|first| futures_util::stream::iter([first]).chain(futures_util::stream::pending()));
+        // The service ends the stream when the client has no more to say; and the stream stays in the connection until then,
+        // whoever has given it up. So it has no more to say as soon as this is dropped, answered or not.
+        let (listens, gives_up) = oneshot::channel::<()>();
+        let says_nothing = futures_util::stream::once(gives_up).filter_map(|_| std::future::ready(None));
+        let request = request.map(|first| futures_util::stream::iter([first]).chain(says_nothing));
         let asked = async { client.listen(request).await.map(tonic::Response::into_inner) };
-        self.answered(Lane::Session, asked).await?.map_err(|status| from_status(status, Does::Read))
+        let stream = self.answered(Lane::Session, asked).await?.map_err(|status| from_status(status, Does::Read))?;
+        Ok(Heard { stream, _listens: listens })
     }
 
     /// The answer, if it comes in time. After a long silence another connection is made.

@@ -10,10 +10,9 @@ use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use prost_types::Timestamp;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
-use tonic::Streaming;
 
 use super::Inner;
-use super::connect::{lock, pause, within};
+use super::connect::{Heard, lock, pause, within};
 use super::document::{micros, query, text_of};
 use super::error::malformed;
 use super::record::KeyRecord;
@@ -103,7 +102,7 @@ async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, trie
 
 /// Passes on what a stream says. It is an error if it said nothing.
 async fn hear(
-    mut stream: Streaming<api::ListenResponse>,
+    mut heard: Heard,
     inner: &Weak<Inner>,
     pushes: &PushSender,
     tried: &mut Option<oneshot::Sender<()>>,
@@ -114,7 +113,7 @@ async fn hear(
 
     let mut is_current = false;
     loop {
-        let answer = match stream.message().await {
+        let answer = match heard.stream.message().await {
             Ok(Some(answer)) => answer,
             Ok(None) | Err(_) if is_current => return Ok(()),
             Ok(None) => return Err(malformed()),
