@@ -222,6 +222,51 @@ fn who_is_not_answered_listens_once() {
     });
 }
 
+/// An adoption that never was has moved nothing: the hold goes with the session that it is bound to.
+#[test]
+fn what_was_adopted_too_late_goes_with_its_own_session() {
+    let fake = FirestoreFake::start();
+    block_on(async {
+        let url = fake.url();
+        let (first, second) = (Client::open(&url, MINUTE).await, Client::open(&url, MINUTE).await);
+        let request = first.request("k");
+        first.gets(&request).await;
+        let not_after = second.store.inspect(&key("k")).await.unwrap().time.after(SHORT);
+        let to = TokenId::random().unwrap();
+        let adopt = AdoptRequest { key: key("k"), from: request.token, to, session: second.session, not_after };
+        fake.next_commits([CommitFault::HeldBack]);
+        assert!(second.store.adopt(adopt).await.unwrap_err().is_in_doubt());
+        assert_eq!(fake.let_go(), 1, "two seconds later");
+        first.store.close_session(first.session).await.unwrap();
+        let keys: Vec<_> = fake.documents().into_iter().filter(|name| name.starts_with("stanchion_keys")).collect();
+        assert!(keys.is_empty(), "{keys:?}");
+    });
+}
+
+/// The same the other way round: the session that it was adopted from has nothing of it, and closing finds that once.
+#[test]
+fn what_was_adopted_stays_when_its_former_session_goes() {
+    let fake = FirestoreFake::start();
+    block_on(async {
+        let url = fake.url();
+        let (first, second) = (Client::open(&url, MINUTE).await, Client::open(&url, MINUTE).await);
+        let request = first.request("k");
+        let fence = first.gets(&request).await;
+        let (to, not_after) = (TokenId::random().unwrap(), first.opened.after(MINUTE));
+        let adopt = AdoptRequest { key: key("k"), from: request.token, to, session: second.session, not_after };
+        let adopted = second.store.adopt(adopt).await.unwrap().outcome;
+        assert!(matches!(adopted, AdoptOutcome::Adopted { .. }), "{adopted:?}");
+        first.store.close_session(first.session).await.unwrap();
+        assert_eq!(second.holders("k").await, [fence]);
+        let before = fake.calls();
+        first.store.close_session(first.session).await.unwrap();
+        let mut after = fake.calls();
+        *after.get_mut("Commit").unwrap() -= 1;
+        *after.get_mut("RunQuery").unwrap() -= 1;
+        assert_eq!(after, before, "no key names it");
+    });
+}
+
 #[test]
 fn an_acquire_that_cannot_be_taken_back_is_in_doubt() {
     let fake = FirestoreFake::start();

@@ -9,9 +9,10 @@ use googleapis_tonic_google_firestore_v1::google::firestore::v1::structured_quer
 
 use super::Inner;
 use super::connect::{Lane, Wanted, lock};
-use super::document::{Only, delete, query, text, text_of, timestamp};
+use super::document::{Only, delete, id, query, text_of, timestamp};
 use super::record::SessionRecord;
 use super::session::may_go;
+use super::step::Step;
 use crate::clock::jitter;
 use crate::error::Result;
 use crate::key::Key;
@@ -32,13 +33,18 @@ impl Inner {
     /// Settles every key that has something of a session.
     pub(super) async fn settle_keys_of(&self, session: SessionId, wanted: &Wanted) -> Result<()> {
         for _ in 0..MOST_PASSES {
-            let of_session = vec![(Operator::ArrayContains, text(session.to_hex()))];
+            let of_session = vec![(Operator::ArrayContains, id(session))];
             let found = query(self.names.keys(), "sessions", of_session, false, SETTLED_AT_ONCE);
             let (found, _) = self.service.ask(Lane::Steps, self.names.root(), found).await?;
             let is_last = found.len() < SETTLED_AT_ONCE;
             let settled = found.into_iter().map(|document| async move {
                 let key = Key::from_encoded(text_of(&document, "key")?)?;
-                self.step(&key, wanted, |step| step.settle_all()).await
+                // It was found by what it said of the session, and is not found again.
+                let settle = |step: &mut Step<'_>| {
+                    step.settle_all();
+                    step.write_anew();
+                };
+                self.step(&key, wanted, settle).await
             });
             let mut settled = futures_util::stream::iter(settled).buffer_unordered(AT_ONCE);
             while let Some(done) = settled.next().await {

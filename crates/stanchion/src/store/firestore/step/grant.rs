@@ -11,7 +11,7 @@ use super::{KEPT_AFTER, Step};
 use crate::fence::Fence;
 
 /// So many bytes of holds are in a key's document, which may have 1 MiB. There is no more room for a hold then: it waits.
-const HOLDS_BYTES: usize = 600_000;
+pub(super) const HOLDS_BYTES: usize = 600_000;
 
 /// A write has a limit to what it carries; who is not called finds its grant when it asks.
 const MOST_CALLS: usize = 300;

@@ -72,6 +72,8 @@ pub(super) struct Step<'a> {
     calls: Vec<Call>,
     /// What this grants begins with its commit: nobody knows how long before that was read.
     from_the_commit: bool,
+    /// Also if nothing changes.
+    is_written_anew: bool,
 }
 
 impl Loaded {
@@ -114,7 +116,13 @@ impl<'a> Step<'a> {
             others: Vec::new(),
             calls: Vec::new(),
             from_the_commit: false,
+            is_written_anew: false,
         }
+    }
+
+    /// What the document says beside its record may be old: it is written though the record stays as it is.
+    pub(super) fn write_anew(&mut self) {
+        self.is_written_anew = true;
     }
 
     /// What this step grants begins when it is committed.
