@@ -29,8 +29,10 @@ pub enum CommitFault {
     DoneBut(Code),
     /// It is done, and never answered.
     Silent,
-    /// It is done when [`FirestoreFake::let_go`] is called, and answered to nobody.
+    /// It is done when [`FirestoreFake::let_go`] is called, and answered to whoever still waits for that.
     HeldBack,
+    /// It is done, and answered when [`FirestoreFake::let_go`] is called.
+    AnsweredLate,
 }
 
 /// A Firestore. It ends when it is dropped.
@@ -50,8 +52,22 @@ struct Inner {
     is_unauthenticated: AtomicBool,
     deaf: AtomicBool,
     faults: Mutex<std::collections::VecDeque<CommitFault>>,
-    held_back: Mutex<Vec<api::CommitRequest>>,
+    held_back: Mutex<Vec<HeldBack>>,
+    /// So many reads are still answered; none: all of them.
+    reads: watch::Sender<Option<u64>>,
+    /// Who asks to listen is not answered.
+    mute: watch::Sender<bool>,
     calls: Mutex<HashMap<String, u64>>,
+}
+
+type Answer = Result<api::CommitResponse, Status>;
+
+/// A commit that nobody has been answered.
+#[derive(Debug)]
+struct HeldBack {
+    /// Or what was done.
+    what: Result<Box<Answer>, api::CommitRequest>,
+    tell: oneshot::Sender<Answer>,
 }
 
 #[derive(Debug, Default)]
@@ -116,10 +132,48 @@ impl FirestoreFake {
         lock(&self.inner.held_back).len()
     }
 
-    /// Does what was held back, late. How many of them were done?
+    /// Does what was held back, late, and answers. How many of them were done?
     pub fn let_go(&self) -> usize {
         let held_back = std::mem::take(&mut *lock(&self.inner.held_back));
-        held_back.into_iter().filter(|request| self.inner.commit(request).is_ok()).count()
+        let answer = |HeldBack { what, tell }| {
+            let answer = what.map_or_else(|request| self.inner.commit(&request), |done| *done);
+            let is_done = answer.is_ok();
+            let _nobody_waits = tell.send(answer);
+            is_done
+        };
+        held_back.into_iter().map(answer).filter(|is_done| *is_done).count()
+    }
+
+    /// So many more reads of documents are answered; those after them wait until [`answer_reads`](Self::answer_reads).
+    pub fn hold_reads_after(&self, answered: u64) {
+        self.inner.reads.send_replace(Some(answered));
+    }
+
+    /// How many reads wait.
+    pub fn reads_held(&self) -> usize {
+        self.inner.reads.receiver_count()
+    }
+
+    /// Answers all reads again.
+    pub fn answer_reads(&self) {
+        self.inner.reads.send_replace(None);
+    }
+
+    /// Who asks to listen is not answered, until this is said again.
+    pub fn be_mute(&self, mute: bool) {
+        self.inner.mute.send_replace(mute);
+    }
+
+    /// A document says what nobody can read.
+    ///
+    /// # Panics
+    /// When there is none of this name.
+    pub fn spoil(&self, name: &str) {
+        let mut documents = lock(&self.inner.documents);
+        let there = documents.all.iter_mut().find(|(whole, _)| whole.ends_with(&format!("/documents/{name}")));
+        let document = there.and_then(|(_, (document, _))| document.as_mut()).expect("no such document");
+        let rubbish = api::Value { value_type: Some(api::value::ValueType::BytesValue(vec![0xff])) };
+        document.fields.insert("record".to_owned(), rubbish);
     }
 
     /// The service's clock is so many seconds off.
@@ -236,10 +290,34 @@ impl Inner {
                 drop(self.commit(&request));
                 std::future::pending().await
             }
-            Some(CommitFault::HeldBack) => {
-                lock(&self.held_back).push(request);
-                std::future::pending().await
+            Some(CommitFault::HeldBack) => self.hold_back(Err(request)).await,
+            Some(CommitFault::AnsweredLate) => self.hold_back(Ok(Box::new(self.commit(&request)))).await,
+        }
+    }
+
+    async fn hold_back(&self, what: Result<Box<Answer>, api::CommitRequest>) -> Answer {
+        let (tell, told) = oneshot::channel();
+        lock(&self.held_back).push(HeldBack { what, tell });
+        match told.await {
+            Ok(answer) => answer,
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Waits while reads are held.
+    async fn may_read(&self) {
+        let mut reads = self.reads.subscribe();
+        loop {
+            let mut may = false;
+            self.reads.send_if_modified(|left| {
+                may = *left != Some(0);
+                *left = left.map(|left| left.saturating_sub(1));
+                false
+            });
+            if may {
+                return;
             }
+            drop(reads.changed().await);
         }
     }
 
@@ -394,8 +472,12 @@ impl ServerStreamingService<api::BatchGetDocumentsRequest> for Read {
     type Future = Future_<Self::ResponseStream>;
 
     fn call(&mut self, request: Request<api::BatchGetDocumentsRequest>) -> Self::Future {
-        let answers = self.0.read(request.get_ref()).into_iter().map(Ok);
-        Box::pin(async { Ok(Response::new(futures_util::stream::iter(answers).boxed())) })
+        let inner = self.0.clone();
+        Box::pin(async move {
+            inner.may_read().await;
+            let answers = inner.read(request.get_ref()).into_iter().map(Ok);
+            Ok(Response::new(futures_util::stream::iter(answers).boxed()))
+        })
     }
 }
 
@@ -418,6 +500,7 @@ impl StreamingService<api::ListenRequest> for Read {
     fn call(&mut self, request: Request<Streaming<api::ListenRequest>>) -> Self::Future {
         let inner = self.0.clone();
         Box::pin(async move {
+            drop(inner.mute.subscribe().wait_for(|mute| !mute).await);
             let mut requests = request.into_inner();
             let first = requests.message().await?.ok_or_else(|| Status::cancelled("nothing was asked"))?;
             Ok(Response::new(inner.listen(first)))

@@ -99,6 +99,12 @@ pub(super) enum Refused {
     Fault(Error),
 }
 
+/// What a listener hears, as long as it is kept.
+pub(super) struct Heard {
+    pub(super) stream: Streaming<api::ListenResponse>,
+    _listens: oneshot::Sender<()>,
+}
+
 impl Service {
     pub(super) fn new(config: Config) -> Self {
         Self { config, driver: Mutex::default(), lanes: Default::default(), credentials: Mutex::default() }
@@ -120,10 +126,11 @@ impl Service {
         }
     }
 
-    /// Documents by name, in that order, as they all were at one point of the service's time, in µs.
+    /// Documents by name, in that order, and a time of the service's, in µs: none of them is from before it.
     pub(super) async fn read(&self, lane: Lane, names: &[String]) -> Result<(Vec<Option<api::Document>>, u64)> {
         let mut found = std::collections::HashMap::new();
-        let mut time = 0;
+        // More than one request reads are of several times: the first one is true of all.
+        let mut time = None;
         for names in names.chunks(MOST_READ) {
             let request = api::BatchGetDocumentsRequest {
                 database: self.config.database.clone(),
@@ -139,14 +146,16 @@ impl Service {
                 }
                 Ok(all)
             };
+            let mut read = 0;
             for answer in self.answered(lane, asked).await?.map_err(|status| from_status(status, Does::Read))? {
-                time = time.max(micros_of(answer.read_time)?);
+                read = read.max(micros_of(answer.read_time)?);
                 if let Some(api::batch_get_documents_response::Result::Found(document)) = answer.result {
                     found.insert(document.name.clone(), document);
                 }
             }
+            time.get_or_insert(read);
         }
-        Ok((names.iter().map(|name| found.remove(name)).collect(), time))
+        Ok((names.iter().map(|name| found.remove(name)).collect(), time.unwrap_or_default()))
     }
 
     /// The documents that a query finds, and when.
@@ -195,11 +204,7 @@ impl Service {
     }
 
     /// What changes in the documents of a query, from now on.
-    pub(super) async fn listen(
-        &self,
-        parent: &str,
-        query: api::StructuredQuery,
-    ) -> Result<Streaming<api::ListenResponse>> {
+    pub(super) async fn listen(&self, parent: &str, query: api::StructuredQuery) -> Result<Heard> {
         let target = api::target::QueryTarget {
             parent: parent.to_owned(),
             query_type: Some(api::target::query_target::QueryType::StructuredQuery(query)),
@@ -215,10 +220,14 @@ impl Service {
             ..api::ListenRequest::default()
         };
         let (mut client, request) = self.prepare(Lane::Session, request).await?;
-        // The service ends the stream when the client has no more to say.
-        let request = request.map(|first| futures_util::stream::iter([first]).chain(futures_util::stream::pending()));
+        // The service ends the stream when the client has no more to say; and the stream stays in the connection until then,
+        // whoever has given it up. So it has no more to say as soon as this is dropped, answered or not.
+        let (listens, gives_up) = oneshot::channel::<()>();
+        let says_nothing = futures_util::stream::once(gives_up).filter_map(|_| std::future::ready(None));
+        let request = request.map(|first| futures_util::stream::iter([first]).chain(says_nothing));
         let asked = async { client.listen(request).await.map(tonic::Response::into_inner) };
-        self.answered(Lane::Session, asked).await?.map_err(|status| from_status(status, Does::Read))
+        let stream = self.answered(Lane::Session, asked).await?.map_err(|status| from_status(status, Does::Read))?;
+        Ok(Heard { stream, _listens: listens })
     }
 
     /// The answer, if it comes in time. After a long silence another connection is made.

@@ -69,7 +69,7 @@ impl Inner {
         Turn { inner: self, id, guard: Some(guard) }
     }
 
-    /// Reads all of a key.
+    /// Reads all of a key, as it was at this time.
     async fn load(&self, key: &Key) -> Result<(Loaded, u64)> {
         // A queue that changes between the two requests is read again.
         for round in rounds() {
@@ -82,7 +82,7 @@ impl Inner {
             if let Some((loaded, later)) = loaded {
                 self.taken.set(key, loaded.written.is_some());
                 self.tell(now.max(later));
-                return Ok((loaded, now.max(later)));
+                return Ok((loaded, now));
             }
         }
         Err(busy())
@@ -130,7 +130,8 @@ impl Inner {
         for round in rounds() {
             round.pause().await;
             wanted.check()?;
-            let (loaded, mut now) = self.load(key).await?;
+            let (loaded, read) = self.load(key).await?;
+            let mut now = read;
             let mut lives = self.sessions.known();
             let (writes, after, outcome) = loop {
                 let mut step = Step::new(key, &self.names, &loaded, &lives, now);
@@ -142,14 +143,15 @@ impl Inner {
                     let (writes, after) = step.writes()?;
                     break (writes, after, outcome);
                 }
-                let (read, later) = self.sessions.read(&self.service, &self.names, &unknown).await?;
-                lives.extend(read);
+                let (found, later) = self.sessions.read(&self.service, &self.names, &unknown).await?;
+                lives.extend(found);
                 now = now.max(later);
             };
             if writes.is_empty() {
                 self.remember(key, &loaded, now);
                 self.tell(now);
-                return Ok(reply(now, outcome));
+                // Since the key was read, before its sessions were, somebody may have come.
+                return Ok(reply(read, outcome));
             }
             wanted.check()?;
             if let Some(time) = self.commit(key, writes, after).await? {
@@ -258,6 +260,14 @@ impl Inner {
     async fn was_entered(&self, request: &AcquireRequest, wanted: &Wanted) -> Result<bool> {
         let poll = self.step(&request.key, wanted, |step| step.poll(request.token)).await?;
         Ok(poll.outcome != PollOutcome::Gone)
+    }
+
+    /// Ends what entered a session that was closed while it was on its way: what was settled then did not have it yet.
+    pub(super) async fn take_back(&self, key: &Key, token: TokenId) -> Result<StoreTime> {
+        let waits = Arc::new(());
+        let ended = self.end(key, token, None, &Wanted::by(&waits)).await;
+        // Entered it is, whatever its end may be.
+        ended.map(|ended| ended.time).map_err(|fault| fault.in_doubt(true))
     }
 
     pub(super) async fn end(

@@ -252,3 +252,21 @@ impl Inner {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "test code")]
+
+    use super::*;
+    use crate::store::{Firestore, Store as _};
+
+    #[tokio::test]
+    async fn what_a_session_had_is_forgotten_also_where_it_cannot_be_closed() {
+        // Nobody listens there.
+        let store = Firestore::from_url("firestore://p?emulator=127.0.0.1:1").unwrap();
+        let session = SessionId::random().unwrap();
+        store.inner.expect(&Key::new("", "k").unwrap(), TokenId::random().unwrap(), session);
+        store.close_session(session).await.unwrap_err();
+        assert!(lock(&store.inner.known).is_empty());
+    }
+}

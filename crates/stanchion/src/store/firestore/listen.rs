@@ -10,10 +10,9 @@ use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use prost_types::Timestamp;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
-use tonic::Streaming;
 
 use super::Inner;
-use super::connect::{lock, pause, within};
+use super::connect::{Heard, lock, pause, within};
 use super::document::{micros, query, text_of};
 use super::error::malformed;
 use super::record::KeyRecord;
@@ -46,18 +45,18 @@ impl Drop for Listener {
 }
 
 impl Inner {
+    /// Starts listening, if nobody does yet, and waits until that has succeeded or failed once.
     pub(super) async fn listen(self: &Arc<Self>, session: SessionId) -> Result<()> {
-        let pushes = lock(&self.listeners)
-            .get(&session)
-            .filter(|listener| listener.task.is_none())
-            .map(|listener| listener.pushes.clone());
-        if let Some(pushes) = pushes {
-            let task = start(self, session, pushes).await?;
-            match lock(&self.listeners).get_mut(&session) {
-                Some(listener) => listener.task = Some(task),
-                None => task.abort(),
-            }
+        let runtime = self.service.runtime()?;
+        let (tried, first_attempt) = oneshot::channel();
+        // The task is known before it is waited for: who asks again meanwhile, or ends the session, finds it.
+        if let Some(listener) = lock(&self.listeners).get_mut(&session).filter(|listener| listener.task.is_none()) {
+            let task = runtime.spawn(listen(Arc::downgrade(self), session, listener.pushes.clone(), tried));
+            listener.task = Some(task.abort_handle());
+        } else {
+            return Ok(());
         }
+        let _late = within(READY_WITHIN, first_attempt).await;
         Ok(())
     }
 
@@ -66,14 +65,6 @@ impl Inner {
             listener.pushes.send(Push::Warning(warning));
         }
     }
-}
-
-/// Starts listening, and waits until that has succeeded or failed once.
-pub(super) async fn start(inner: &Arc<Inner>, session: SessionId, pushes: PushSender) -> Result<AbortHandle> {
-    let (tried, first_attempt) = oneshot::channel();
-    let task = inner.service.runtime()?.spawn(listen(Arc::downgrade(inner), session, pushes, tried));
-    let _late = within(READY_WITHIN, first_attempt).await;
-    Ok(task.abort_handle())
 }
 
 async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, tried: oneshot::Sender<()>) {
@@ -111,7 +102,7 @@ async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, trie
 
 /// Passes on what a stream says. It is an error if it said nothing.
 async fn hear(
-    mut stream: Streaming<api::ListenResponse>,
+    mut heard: Heard,
     inner: &Weak<Inner>,
     pushes: &PushSender,
     tried: &mut Option<oneshot::Sender<()>>,
@@ -122,7 +113,7 @@ async fn hear(
 
     let mut is_current = false;
     loop {
-        let answer = match stream.message().await {
+        let answer = match heard.stream.message().await {
             Ok(Some(answer)) => answer,
             Ok(None) | Err(_) if is_current => return Ok(()),
             Ok(None) => return Err(malformed()),

@@ -225,11 +225,11 @@ impl Store for Firestore {
     }
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
-        // First: whether it is answered or not, nobody hears this session any more.
+        // First: whether it is answered or not, nobody hears this session any more, and nobody ends what it has.
         lock(&self.inner.listeners).remove(&session);
+        lock(&self.inner.known).retain(|_, known| known.session != session);
         self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
             let time = inner.sessions.close(&inner.service, &inner.names, session).await?;
-            lock(&inner.known).retain(|_, known| known.session != session);
             inner.settle_keys_of(session, &wanted).await?;
             Ok(reply(time.max(lock(&inner.told).0), ()))
         })
@@ -250,10 +250,8 @@ impl Store for Firestore {
             let done = inner.acquire(&request, &wanted).await?;
             let is_entered = matches!(done.outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_));
             if is_entered && inner.sessions.is_closed(request.session) {
-                // Closed while this was on its way: what was settled then did not have this yet.
-                let waits = Arc::new(());
-                let ended = inner.end(&request.key, request.token, None, &Wanted::by(&waits)).await?;
-                return Ok(Reply { time: ended.time, outcome: AcquireOutcome::SessionGone });
+                let time = inner.take_back(&request.key, request.token).await?;
+                return Ok(Reply { time, outcome: AcquireOutcome::SessionGone });
             }
             Ok(done)
         })
@@ -288,7 +286,7 @@ impl Store for Firestore {
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
         self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
-            let _turn = inner.turn(&request.key).await;
+            let turn = inner.turn(&request.key).await;
             inner.expect(&request.key, request.to, request.session);
             let done = inner.step(&request.key, &wanted, |step| step.adopt(&request)).await?;
             if !matches!(done.outcome, AdoptOutcome::Adopted { .. }) {
@@ -300,6 +298,13 @@ impl Store for Firestore {
                 if poll.outcome == PollOutcome::Gone {
                     return Ok(Reply { time: poll.time, outcome: AdoptOutcome::Stale });
                 }
+            }
+            drop(turn);
+            if matches!(done.outcome, AdoptOutcome::Adopted { session_bound: true, .. })
+                && inner.sessions.is_closed(request.session)
+            {
+                // It was adopted, and ended with its session.
+                inner.take_back(&request.key, request.to).await?;
             }
             Ok(done)
         })

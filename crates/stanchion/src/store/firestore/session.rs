@@ -103,28 +103,26 @@ impl Sessions {
         let documents: Vec<_> = sessions.iter().map(|session| names.session(*session)).collect();
         let (documents, now) = service.read(Lane::Steps, &documents).await?;
         let mut read = Vec::new();
+        let mut known = lock(&self.known);
+        if known.len() + documents.len() > MOST_KNOWN {
+            known.clear();
+        }
         for (session, document) in sessions.iter().zip(documents) {
             let mut life = Life { ends: 0, owner: "".into(), document: None };
+            // What is not there may be opened yet, and is remembered by nobody.
             if let Some(document) = document {
                 let (record, written) = SessionRecord::read(&document)?;
-                life =
-                    Life { ends: record.ends(micros(written)?), owner: record.owner.as_str().into(), document: None };
-                if life.ends > now {
+                (life.ends, life.owner) = (record.ends(micros(written)?), record.owner.as_str().into());
+                if life.ends <= now {
+                    // For good.
+                    life.ends = 0;
+                }
+                known.insert(*session, (asked, life.clone()));
+                if life.ends != 0 {
                     life.document = Some((record, written));
                 }
             }
-            if life.ends <= now {
-                // For good.
-                life.ends = 0;
-            }
             read.push((*session, life));
-        }
-        let mut known = lock(&self.known);
-        if known.len() + read.len() > MOST_KNOWN {
-            known.clear();
-        }
-        for (session, life) in &read {
-            known.insert(*session, (asked, Life { document: None, ..life.clone() }));
         }
         Ok((read, now))
     }
@@ -254,10 +252,9 @@ impl Sessions {
         let ends = record.ends(micros(written.ok_or_else(malformed)?)?);
         let lives_until = asked.after(Duration::from_micros(record.ttl));
         let kept = Own { record, written, ends, lives_until };
-        let mut own = lock(&self.own);
-        // One that was closed meanwhile stays closed.
-        if own.get(&session).is_none_or(|before| before.ends != 0) {
-            own.insert(session, kept);
+        // One that was closed meanwhile, or found dead, stays so.
+        if !self.is_closed(session) {
+            lock(&self.own).insert(session, kept);
         }
         Ok(())
     }

@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
+use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use googleapis_tonic_google_firestore_v1::google::firestore::v1::structured_query::field_filter::Operator;
 
 use super::Inner;
 use super::connect::{Lane, Wanted, lock};
-use super::document::{Only, delete, query, text, text_of, timestamp};
+use super::document::{Only, delete, id, query, text_of, timestamp};
 use super::record::SessionRecord;
 use super::session::may_go;
+use super::step::Step;
 use crate::clock::jitter;
 use crate::error::Result;
 use crate::key::Key;
@@ -19,8 +21,8 @@ use crate::token::SessionId;
 /// Housekeeping is done with a beat, not more often than this.
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
 
-/// So much of it at once.
-const SWEPT_AT_ONCE: usize = 20;
+/// So many sessions, and so many keys, at once: processes that live for a moment leave one each, and sweep nothing.
+const SWEPT_AT_ONCE: usize = 300;
 
 /// So many keys are settled with one query, so many of them at once, and so often.
 const SETTLED_AT_ONCE: usize = 300;
@@ -31,13 +33,18 @@ impl Inner {
     /// Settles every key that has something of a session.
     pub(super) async fn settle_keys_of(&self, session: SessionId, wanted: &Wanted) -> Result<()> {
         for _ in 0..MOST_PASSES {
-            let of_session = vec![(Operator::ArrayContains, text(session.to_hex()))];
+            let of_session = vec![(Operator::ArrayContains, id(session))];
             let found = query(self.names.keys(), "sessions", of_session, false, SETTLED_AT_ONCE);
             let (found, _) = self.service.ask(Lane::Steps, self.names.root(), found).await?;
             let is_last = found.len() < SETTLED_AT_ONCE;
             let settled = found.into_iter().map(|document| async move {
                 let key = Key::from_encoded(text_of(&document, "key")?)?;
-                self.step(&key, wanted, |step| step.settle_all()).await
+                // It was found by what it said of the session, and is not found again.
+                let settle = |step: &mut Step<'_>| {
+                    step.settle_all();
+                    step.write_anew();
+                };
+                self.step(&key, wanted, settle).await
             });
             let mut settled = futures_util::stream::iter(settled).buffer_unordered(AT_ONCE);
             while let Some(done) = settled.next().await {
@@ -70,31 +77,40 @@ impl Inner {
         }
     }
 
-    /// Deletes what is over: sessions with all that they left, and keys that time has freed.
+    /// Deletes what is over: sessions with all that they left, and keys that time has freed. What fails keeps nothing else.
     async fn sweep(&self, wanted: &Wanted) -> Result<()> {
         let (_, now) = self.service.read(Lane::Steps, &[self.names.session(SessionId::random()?)]).await?;
         let over = vec![(Operator::LessThan, timestamp(now))];
         let sessions = query(self.names.sessions(), "swept_after", over.clone(), true, SWEPT_AT_ONCE);
         let (sessions, now) = self.service.ask(Lane::Steps, self.names.root(), sessions).await?;
         for document in sessions {
-            let (record, written) = SessionRecord::read(&document)?;
-            let id = document.name.rsplit('/').next().and_then(SessionId::from_hex);
-            let (Some(session), true) = (id, may_go(&record, written, now)?) else { continue };
-            self.settle_keys_of(session, wanted).await?;
-            let calls = query(self.names.calls(), "key", Vec::new(), false, 400);
-            let (calls, _) = self.service.ask(Lane::Steps, &document.name, calls).await?;
-            let mut writes: Vec<_> = calls.into_iter().map(|call| delete(call.name, Only::Always)).collect();
-            if writes.len() < 400 {
-                writes.push(delete(document.name, Only::IfStill(written)));
-            }
-            drop(self.service.commit(Lane::Steps, writes).await);
+            drop(self.sweep_session(document, now, wanted).await);
         }
         let keys = query(self.names.keys(), "expire_at", over, true, SWEPT_AT_ONCE);
         let (keys, _) = self.service.ask(Lane::Steps, self.names.root(), keys).await?;
         for document in keys {
-            let key = Key::from_encoded(text_of(&document, "key")?)?;
-            self.step(&key, wanted, |_| ()).await?;
+            drop(self.sweep_key(&document, wanted).await);
         }
         Ok(())
+    }
+
+    async fn sweep_session(&self, document: api::Document, now: u64, wanted: &Wanted) -> Result<()> {
+        let (record, written) = SessionRecord::read(&document)?;
+        let id = document.name.rsplit('/').next().and_then(SessionId::from_hex);
+        let (Some(session), true) = (id, may_go(&record, written, now)?) else { return Ok(()) };
+        self.settle_keys_of(session, wanted).await?;
+        let calls = query(self.names.calls(), "key", Vec::new(), false, 400);
+        let (calls, _) = self.service.ask(Lane::Steps, &document.name, calls).await?;
+        let mut writes: Vec<_> = calls.into_iter().map(|call| delete(call.name, Only::Always)).collect();
+        if writes.len() < 400 {
+            writes.push(delete(document.name, Only::IfStill(written)));
+        }
+        drop(self.service.commit(Lane::Steps, writes).await);
+        Ok(())
+    }
+
+    async fn sweep_key(&self, document: &api::Document, wanted: &Wanted) -> Result<()> {
+        let key = Key::from_encoded(text_of(document, "key")?)?;
+        self.step(&key, wanted, |_| ()).await.map(drop)
     }
 }

@@ -11,7 +11,7 @@ use super::{KEPT_AFTER, Step};
 use crate::fence::Fence;
 
 /// So many bytes of holds are in a key's document, which may have 1 MiB. There is no more room for a hold then: it waits.
-const HOLDS_BYTES: usize = 600_000;
+pub(super) const HOLDS_BYTES: usize = 600_000;
 
 /// A write has a limit to what it carries; who is not called finds its grant when it asks.
 const MOST_CALLS: usize = 300;
@@ -36,12 +36,16 @@ impl Step<'_> {
 
     /// What is over is gone, and those at the head that fit are granted.
     pub(crate) fn settle(&mut self) {
-        let mut holds = std::mem::take(&mut self.record.holds);
-        holds.retain(|hold| {
-            hold.deadline.is_none_or(|deadline| deadline > self.now)
-                && (!hold.entry.session_bound || self.lives_still(&hold.entry.session, hold.entry.session_lives))
-        });
-        self.record.holds = holds;
+        for hold in std::mem::take(&mut self.record.holds) {
+            if hold.deadline.is_some_and(|deadline| deadline <= self.now) {
+                // What calls those of the dead is swept with their sessions; this session may live on for weeks.
+                if hold.called && self.others.len() < MOST_CALLS {
+                    self.end_call(&hold.entry.session, &hold.entry.token);
+                }
+            } else if !hold.entry.session_bound || self.lives_still(&hold.entry.session, hold.entry.session_lives) {
+                self.record.holds.push(hold);
+            }
+        }
         let mut forced = std::mem::take(&mut self.record.forced);
         forced.retain(|forced| self.lives_still(&forced.session, 0));
         self.record.forced = forced;

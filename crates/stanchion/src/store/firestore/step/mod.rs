@@ -50,7 +50,7 @@ pub(super) struct Leaf {
 /// What is known of a session.
 #[derive(Clone, Debug)]
 pub(super) struct Life {
-    /// In the service's time; 0: it is dead.
+    /// Until when it lives at least, in the service's time; 0: it was found dead.
     pub(super) ends: u64,
     pub(super) owner: Arc<str>,
     /// Its document, if it was read in this step.
@@ -72,6 +72,8 @@ pub(super) struct Step<'a> {
     calls: Vec<Call>,
     /// What this grants begins with its commit: nobody knows how long before that was read.
     from_the_commit: bool,
+    /// Also if nothing changes.
+    is_written_anew: bool,
 }
 
 impl Loaded {
@@ -114,7 +116,13 @@ impl<'a> Step<'a> {
             others: Vec::new(),
             calls: Vec::new(),
             from_the_commit: false,
+            is_written_anew: false,
         }
+    }
+
+    /// What the document says beside its record may be old: it is written though the record stays as it is.
+    pub(super) fn write_anew(&mut self) {
+        self.is_written_anew = true;
     }
 
     /// What this step grants begins when it is committed.
@@ -137,11 +145,13 @@ impl<'a> Step<'a> {
         self.unknown.borrow().iter().copied().collect()
     }
 
-    /// Whether a session lives. One that is not known is taken to live, and the step is done again.
+    /// Whether a session lives. One that is not known is taken to live, and the step is done again. So is one that lived
+    /// when it was looked at, and has not been found dead: it may have been beaten since.
     pub(super) fn lives(&self, session: SessionId) -> bool {
-        match self.lives.get(&session) {
-            Some(life) => life.ends > self.now,
-            None => {
+        match self.lives.get(&session).map(|life| life.ends) {
+            Some(0) => false,
+            Some(ends) if ends > self.now => true,
+            _ => {
                 self.unknown.borrow_mut().insert(session);
                 true
             }

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use prost::Message as _;
 
-use super::super::document::{Only, bytes, delete, fields, put, text, texts, timestamp};
+use super::super::document::{Only, bytes, delete, fields, ids, put, text, timestamp};
 use super::super::error::malformed;
 use super::super::record::{Entry, KeyRecord, session_of};
 use super::{KEPT_AFTER, Leaf, Loaded, Step, Writes};
 use crate::error::Result;
 use crate::key::Key;
+use crate::token::SessionId;
 
 impl Step<'_> {
     /// What is to be written, and how the key is then; nothing if nothing has changed. The first write is that of the
@@ -30,6 +31,7 @@ impl Step<'_> {
         }
         self.record.pages = self.pages.iter().map(|leaf| leaf.name).collect();
         let is_changed = self.record != self.before.record || !self.others.is_empty() || !self.calls.is_empty();
+        let is_written = is_changed || self.is_written_anew;
         // A fence that is ahead of the clock has to be remembered.
         let is_empty = self.is_idle() && self.record.forced.is_empty() && self.record.last_fence < self.now;
         let Some(written) = self.before.written else {
@@ -41,7 +43,7 @@ impl Step<'_> {
         let mut writes = Vec::new();
         if is_empty {
             writes.push(delete(name.clone(), Only::IfStill(written)));
-        } else if is_changed {
+        } else if is_written {
             self.record.revision = revision;
             writes.push(self.document(name.clone(), Only::IfStill(written)));
         } else {
@@ -73,12 +75,12 @@ pub(super) fn key_document(
     name: String,
     key: &Key,
     record: Vec<u8>,
-    sessions: BTreeSet<String>,
+    sessions: BTreeSet<SessionId>,
     ends: Option<u64>,
     only: Only,
 ) -> api::Write {
     let mut all =
-        fields([("key", text(key.as_encoded())), ("sessions", texts(sessions.into_iter())), ("record", bytes(record))]);
+        fields([("key", text(key.as_encoded())), ("sessions", ids(sessions.into_iter())), ("record", bytes(record))]);
     if let Some(ends) = ends {
         all.insert("expire_at".to_owned(), timestamp(ends.saturating_add(KEPT_AFTER)));
     }
@@ -86,12 +88,15 @@ pub(super) fn key_document(
 }
 
 /// The sessions that this record depends on: what ends with them is found by this field.
-pub(super) fn sessions<'a>(record: &KeyRecord, waiters: impl Iterator<Item = &'a Entry>) -> BTreeSet<String> {
-    let held = record.holds.iter().filter(|hold| hold.entry.session_bound).map(|hold| &hold.entry.session);
+pub(super) fn sessions<'a>(record: &KeyRecord, waiters: impl Iterator<Item = &'a Entry>) -> BTreeSet<SessionId> {
+    let held = record.holds.iter().filter(|hold| hold.entry.session_bound).flat_map(|hold| {
+        // Whose it is, where it is adopted, the commit decides.
+        [Some(&hold.entry.session), hold.former.as_ref().map(|former| &former.session)].into_iter().flatten()
+    });
     let waiting = waiters.map(|waiter| &waiter.session);
     // Each of them once, before anything is done with them: a queue is long, and few processes are in it.
     let all: BTreeSet<_> = held.chain(waiting).chain(record.forced.iter().map(|forced| &forced.session)).collect();
-    all.into_iter().filter_map(|session| session_of(session).ok()).map(|session| session.to_hex()).collect()
+    all.into_iter().filter_map(|session| session_of(session).ok()).collect()
 }
 
 /// When nothing of a record can matter any more, if time alone decides that. What depends on a session has no such time.
@@ -100,4 +105,68 @@ fn expiry(record: &KeyRecord, nobody_waits: bool) -> Option<u64> {
         !nobody_waits || !record.forced.is_empty() || record.holds.iter().any(|hold| hold.entry.session_bound);
     let ends = record.holds.iter().filter_map(|hold| hold.deadline);
     (!depends).then(|| ends.chain([record.closed_until, record.last_fence]).max().unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "test code")]
+
+    use std::collections::HashMap;
+
+    use super::super::super::document::Names;
+    use super::super::super::record::{Hold, Page, PageName};
+    use super::*;
+    use crate::store::{EndOutcome, MAX_WAITERS};
+    use crate::token::TokenId;
+
+    /// What a document may have.
+    const MOST_BYTES: usize = 1_048_576;
+
+    /// As much text as there may be, and each of it from another process.
+    fn entry(number: u32) -> Entry {
+        let mut id = vec![0; 16];
+        id[..4].copy_from_slice(&number.to_be_bytes());
+        Entry {
+            token: id.clone(),
+            session: id,
+            session_bound: true,
+            at: u64::MAX,
+            units: 1,
+            capacity: i32::MAX as u32,
+            owner: "o".repeat(128),
+            metadata: Some("m".repeat(4_096)),
+            trace: Some("t".repeat(4_096)),
+            session_lives: u64::MAX,
+            ..Entry::default()
+        }
+    }
+
+    #[test]
+    fn the_fullest_key_fits_its_document() {
+        let mut numbers = 0..;
+        let mut next = || entry(numbers.next().unwrap());
+        let names = Names::new("projects/p/databases/d", "stanchion");
+        let key = Key::new(&"n".repeat(128), &"k".repeat(512)).unwrap();
+        let mut full = Loaded { written: Some(prost_types::Timestamp::default()), ..Loaded::default() };
+        let bytes = |holds: &[Hold]| holds.iter().map(prost::Message::encoded_len).sum::<usize>();
+        while bytes(&full.record.holds) <= super::super::grant::HOLDS_BYTES {
+            let hold = Hold { entry: next(), fence: u64::MAX, deadline: Some(u64::MAX), ..Hold::default() };
+            full.record.holds.push(hold);
+        }
+        let page = |number| {
+            let name = PageName { number, revision: 1 };
+            Leaf { name, page: Arc::new(Page { waiters: (0..23).map(|_| next()).collect(), revision: 1 }) }
+        };
+        full.pages = (0..u64::from(MAX_WAITERS) / 23).map(page).collect();
+        full.record.front = full.pages[0].page.waiters.clone();
+        full.record.pages = full.pages.iter().map(|leaf| leaf.name).collect();
+        let lives = HashMap::new();
+        let mut step = Step::new(&key, &names, &full, &lives, 1);
+        let first = TokenId::from_bytes([0; 16]);
+        assert_eq!(step.end(first, None), EndOutcome::Released);
+        step.settle();
+        let (writes, _) = step.writes().unwrap();
+        let document = writes[0].encoded_len();
+        assert!(document <= MOST_BYTES, "{document}");
+    }
 }
