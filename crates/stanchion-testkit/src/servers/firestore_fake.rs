@@ -244,8 +244,9 @@ impl Inner {
                 Some(ConditionType::Exists(false)) if there.is_some() => {
                     return Err(Status::already_exists("it is there"));
                 }
-                Some(ConditionType::Exists(true)) if there.is_none() => {
-                    return Err(Status::not_found("it is not there"));
+                // As the service says it; the emulator calls it a failed condition.
+                Some(ConditionType::Exists(true) | ConditionType::UpdateTime(_)) if there.is_none() => {
+                    return Err(Status::not_found(format!("No document to update: {name}")));
                 }
                 Some(ConditionType::UpdateTime(time)) if there != Some(micros(time)) => {
                     return Err(Status::failed_precondition("it was changed"));

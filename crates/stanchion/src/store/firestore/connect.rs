@@ -195,7 +195,10 @@ impl Service {
             Code::AlreadyExists | Code::FailedPrecondition => Refused::Changed,
             // Of a database that was set back.
             Code::InvalidArgument if status.message().contains("base version") => Refused::Changed,
-            Code::NotFound if !status.message().contains("database") => Refused::Changed,
+            // Of a document that somebody has deleted, whose name has that of its database in it; or there is no database.
+            Code::NotFound if status.message().contains("/documents/") || !status.message().contains("database") => {
+                Refused::Changed
+            }
             Code::Aborted => Refused::Contended,
             _ => Refused::Fault(from_status(status, Does::Write)),
         })?;
