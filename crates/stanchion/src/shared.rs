@@ -252,10 +252,15 @@ impl Shared {
     }
 
     /// Repeats a step after faults, learns the store's time from its answer, and names the store in its error.
-    pub(crate) async fn step<T, F>(&self, attempt: impl FnMut() -> F) -> Repeated<Reply<T>>
+    pub(crate) async fn step<T, F>(&self, mut attempt: impl FnMut() -> F) -> Repeated<Reply<T>>
     where
         F: Future<Output = Result<Reply<T>>>,
     {
+        let mut asked = self.clock.now();
+        let attempt = || {
+            asked = self.clock.now();
+            attempt()
+        };
         let mut repeated = tokio::select! {
             biased;
             repeated = repeat(&self.clock, &self.config.retry, &self.back, attempt) => repeated,
@@ -263,13 +268,24 @@ impl Shared {
         };
         repeated.result = repeated.result.map_err(|error| error.with_store(self.capabilities.name));
         if let Ok(reply) = &repeated.result {
-            self.saw_store_time(reply.time);
+            self.saw_store_time(reply.time, asked);
         }
         repeated
     }
 
-    pub(crate) fn saw_store_time(&self, time: StoreTime) {
-        *self.store_clock.lock().unwrap_or_else(PoisonError::into_inner) = Some((time, self.clock.now()));
+    /// The answer to a question that was asked at `asked` has this time.
+    pub(crate) fn saw_store_time(&self, time: StoreTime, asked: BootTime) {
+        let mut seen = self.store_clock.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.clock.now();
+        // An answer that was long on its way tells a time that is over. One that is older than that can make it comes of a
+        // clock that was set back, and is followed.
+        let is_late = seen.is_some_and(|(time_seen, at)| {
+            let known = time_seen.after(now.since(at));
+            time < known && known <= time.after(now.since(asked))
+        });
+        if !is_late {
+            *seen = Some((time, now));
+        }
     }
 
     /// The store's time by the last answer and what has passed since. Never ahead of the store, but for drift.

@@ -62,6 +62,7 @@ async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
         if session_over || shared.clock.now() >= end.over_at {
             return None;
         }
+        let asked = shared.clock.now();
         let step = async {
             match end.released {
                 Some(_) => shared.store.release(&end.key, end.token, end.cooldown).await,
@@ -70,7 +71,7 @@ async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
         };
         match limited(&shared.clock, policy.attempt, step).await {
             Ok(reply) => {
-                shared.saw_store_time(reply.time);
+                shared.saw_store_time(reply.time, asked);
                 return Some(reply.time);
             }
             Err(error) => {

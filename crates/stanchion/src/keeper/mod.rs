@@ -586,4 +586,28 @@ mod tests {
         };
         bench.until("ended once more", told).await;
     }
+
+    #[tokio::test]
+    async fn a_late_answer_does_not_set_back_the_clock_of_the_store() {
+        let bench = Bench::new().await;
+        bench.faults.next(Step::Inspect, Fault::DelayReply(3 * SECOND / 2));
+        let looking = tokio::spawn({
+            let locks = bench.locks.clone();
+            async move { locks.inspect("k").await }
+        });
+        bench.until("asked", async || bench.faults.count(Step::Inspect) == 1).await;
+        bench.time.advance(3 * SECOND / 2);
+        looking.await.unwrap().unwrap();
+        let _guard = bench.locks.lock("k").ttl(SECOND).await.unwrap();
+        assert_eq!(bench.faults.count(Step::Acquire), 1, "the first question was in time");
+    }
+
+    #[tokio::test]
+    async fn the_clock_of_a_store_that_was_set_back_is_followed() {
+        let bench = Bench::new().await;
+        let shared = &bench.locks.handle.shared;
+        let set_back = crate::store::StoreTime::from_micros(shared.store_time().as_micros() - 60_000_000);
+        shared.saw_store_time(set_back, bench.time.clock().now());
+        assert_eq!(shared.store_time(), set_back);
+    }
 }
