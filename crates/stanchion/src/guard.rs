@@ -164,10 +164,10 @@ impl Guard {
             shared.store.extend(&self.hold.key, self.hold.token, ttl)
         });
         let step = step.await;
-        let reply = step.result.map_err(|error| self.name(error))?;
         if !step.unanswered {
             self.hold.extension_answered(before);
         }
+        let reply = step.result.map_err(|error| self.name(error))?;
         match reply.outcome {
             ExtendOutcome::Extended => {
                 let until = asked.after(shared.config.drift.shorten(self.hold.believable(ttl)));
