@@ -1,8 +1,13 @@
 //! Ending tokens until the store's answer is definite.
 
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
+use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::key::Key;
 use crate::retry::{limited, sleep_unless_back};
@@ -12,28 +17,17 @@ use crate::token::TokenId;
 
 /// Has the store end a token, however long that takes. Gives it back if a request of it may still be on its way.
 pub(super) async fn end(shared: Arc<Shared>, end: End) -> Option<End> {
-    let _is_ending = IsEnding { shared: shared.clone(), token: end.token };
     tokio::select! {
         () = shared.clock.sleep_until(end.not_before) => {}
         () = shared.closing.cancelled() => {}
     }
     let reply = ask(&shared, &end).await;
+    // What is told of it from now on is heard.
+    shared.ending().remove(&end.token);
     shared.kept().remove(&end.token);
     let reply = reply?;
     tell_released(&shared, &end);
     (!is_definite(&end, reply)).then_some(end)
-}
-
-/// However its end goes, by a panic of the store too: what is told of the token after that is heard.
-struct IsEnding {
-    shared: Arc<Shared>,
-    token: TokenId,
-}
-
-impl Drop for IsEnding {
-    fn drop(&mut self) {
-        self.shared.ending().remove(&self.token);
-    }
 }
 
 /// Ends a token again when no request of it can come any more.
@@ -69,7 +63,7 @@ async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
                 None => shared.store.abandon(&end.key, end.token).await,
             }
         };
-        match limited(&shared.clock, policy.attempt, step).await {
+        match limited(&shared.clock, policy.attempt, surviving(step)).await {
             Ok(reply) => {
                 shared.saw_store_time(reply.time, asked);
                 return Some(reply.time);
@@ -87,6 +81,16 @@ async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
             }
         }
     }
+}
+
+/// A panic of the store is a fault like any other: what has to be ended is not forgotten for it.
+async fn surviving<T>(step: impl Future<Output = Result<T>>) -> Result<T> {
+    let mut step = pin!(step);
+    std::future::poll_fn(|context| {
+        catch_unwind(AssertUnwindSafe(|| step.as_mut().poll(context)))
+            .unwrap_or_else(|_| Poll::Ready(Err(Error::new(ErrorKind::Internal, "the store panicked"))))
+    })
+    .await
 }
 
 /// Ends a token of which this process knows nothing but its name.

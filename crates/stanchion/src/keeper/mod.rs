@@ -575,19 +575,6 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_token_whose_end_failed_by_a_defect_of_the_store_is_ended_when_it_is_told_again() {
-        let bench = Bench::new().await;
-        bench.faults.next(Step::Abandon, Fault::Panic);
-        let (key, token) = (crate::Key::new("", "k").unwrap(), crate::TokenId::random().unwrap());
-        let told = async || {
-            let lost = crate::store::LostToken { key: key.clone(), token, reason: String::new() };
-            receive(&bench.locks.handle.shared, Push::Forced(lost));
-            bench.faults.count(Step::Abandon) > 1
-        };
-        bench.until("ended once more", told).await;
-    }
-
-    #[tokio::test]
     async fn a_late_answer_does_not_set_back_the_clock_of_the_store() {
         let bench = Bench::new().await;
         bench.faults.next(Step::Inspect, Fault::DelayReply(3 * SECOND / 2));
@@ -609,5 +596,22 @@ mod tests {
         let set_back = crate::store::StoreTime::from_micros(shared.store_time().as_micros() - 60_000_000);
         shared.saw_store_time(set_back, bench.time.clock().now());
         assert_eq!(shared.store_time(), set_back);
+    }
+
+    #[tokio::test]
+    async fn a_token_whose_end_failed_by_a_defect_of_the_store_is_ended_all_the_same() {
+        let bench = Bench::new().await;
+        let session = bench.locks.session();
+        let guard = bench.locks.lock("k").await.unwrap();
+        bench.faults.next(Step::Release, Fault::Panic);
+        drop(guard);
+        // Nobody tells the keeper of it again.
+        let tried_again = async || {
+            bench.time.advance(SECOND / 100);
+            bench.faults.count(Step::Release) > 1
+        };
+        bench.until("tried again", tried_again).await;
+        bench.until_free().await;
+        assert_eq!(bench.locks.session(), session, "it did not go with its session");
     }
 }
