@@ -326,6 +326,12 @@ impl Guard {
         self.hold.let_go();
         self.shared().keep(&self.hold);
         self.shared().registry().remove(&self.hold.token);
+        if self.hold.unanswered_until.is_some() {
+            // A question that comes when the hold has been taken up makes another one of the same token.
+            let mut end = End::of_hold(&self.hold, None);
+            end.spared = Some(self.hold.fence);
+            self.shared().command(Command::End(end));
+        }
         Token::new(self.hold.key.clone(), self.hold.token, self.hold.session.id)
     }
 

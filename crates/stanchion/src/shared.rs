@@ -410,6 +410,8 @@ pub(crate) struct End {
     pub(crate) over_at: BootTime,
     /// The hold, if it was one: told as released when done.
     pub(crate) released: Option<(Fence, BootTime)>,
+    /// The hold of the token that has this fence stays.
+    pub(crate) spared: Option<Fence>,
 }
 
 impl End {
@@ -424,6 +426,7 @@ impl End {
             not_before: BootTime::from_nanos(0),
             over_at: BootTime::NEVER,
             released: None,
+            spared: None,
         }
     }
 
@@ -437,6 +440,7 @@ impl End {
             not_before: BootTime::from_nanos(0),
             over_at: hold.over_at(),
             released: None,
+            spared: None,
         }
     }
 }

@@ -476,6 +476,7 @@ impl Drop for Pending {
             not_before: BootTime::from_nanos(0),
             over_at: self.fixed.map_or(BootTime::NEVER, |ttl| self.shared.clock.now().after(ttl + LONGEST_WINDOW * 2)),
             released: None,
+            spared: None,
         }));
     }
 }

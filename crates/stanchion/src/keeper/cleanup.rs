@@ -12,7 +12,7 @@ use crate::event::Event;
 use crate::key::Key;
 use crate::retry::{limited, sleep_unless_back};
 use crate::shared::{End, Shared};
-use crate::store::StoreTime;
+use crate::store::{PollOutcome, StoreTime};
 use crate::token::TokenId;
 
 /// Has the store end a token, however long that takes. Gives it back if a request of it may still be on its way.
@@ -24,7 +24,9 @@ pub(super) async fn end(shared: Arc<Shared>, end: End) -> Option<End> {
     let reply = ask(&shared, &end).await;
     // What is told of it from now on is heard.
     shared.ending().remove(&end.token);
-    shared.kept().remove(&end.token);
+    if end.spared.is_none() {
+        shared.kept().remove(&end.token);
+    }
     let reply = reply?;
     tell_released(&shared, &end);
     (!is_definite(&end, reply)).then_some(end)
@@ -57,16 +59,10 @@ async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
             return None;
         }
         let asked = shared.clock.now();
-        let step = async {
-            match end.released {
-                Some(_) => shared.store.release(&end.key, end.token, end.cooldown).await,
-                None => shared.store.abandon(&end.key, end.token).await,
-            }
-        };
-        match limited(&shared.clock, policy.attempt, surviving(step)).await {
-            Ok(reply) => {
-                shared.saw_store_time(reply.time, asked);
-                return Some(reply.time);
+        match limited(&shared.clock, policy.attempt, surviving(step(shared, end))).await {
+            Ok(time) => {
+                shared.saw_store_time(time, asked);
+                return Some(time);
             }
             Err(error) => {
                 let error = error.with_key(&end.key).with_store(shared.capabilities.name);
@@ -81,6 +77,26 @@ async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
             }
         }
     }
+}
+
+/// Gives the store's time of the answer.
+async fn step(shared: &Shared, end: &End) -> Result<StoreTime> {
+    if let Some(spared) = end.spared {
+        let reply = shared.store.poll(&end.key, end.token).await?;
+        let is_other = match reply.outcome {
+            PollOutcome::Granted(granted) => granted.fence != spared,
+            PollOutcome::Queued(_) => true,
+            PollOutcome::Gone => false,
+        };
+        if !is_other {
+            return Ok(reply.time);
+        }
+    }
+    let reply = match end.released {
+        Some(_) => shared.store.release(&end.key, end.token, end.cooldown).await,
+        None => shared.store.abandon(&end.key, end.token).await,
+    };
+    Ok(reply?.time)
 }
 
 /// A panic of the store is a fault like any other: what has to be ended is not forgotten for it.

@@ -614,4 +614,33 @@ mod tests {
         bench.until_free().await;
         assert_eq!(bench.locks.session(), session, "it did not go with its session");
     }
+
+    #[tokio::test]
+    async fn a_question_that_comes_late_after_its_hold_was_detached_leaves_nothing() {
+        let bench = Bench::new().await;
+        let session = bench.locks.session();
+        let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
+        let other = builder.open().await.unwrap();
+        let mut tokens = Vec::new();
+        for key in ["taken up", "stays"] {
+            let asked = bench.faults.count(Step::Acquire);
+            // On its way for long; its repeat is answered.
+            bench.faults.next(Step::Acquire, Fault::Hold);
+            let asking = tokio::spawn(bench.locks.lock(key).into_future());
+            bench.until("asked", async || bench.faults.count(Step::Acquire) > asked).await;
+            bench.time.advance(SECOND / 10);
+            tokens.push(asking.await.unwrap().unwrap().detach());
+        }
+        let is_locked = async |key| bench.locks.is_locked(key).await.unwrap();
+        other.adopt(tokens.remove(0)).await.unwrap().release().await.unwrap();
+        assert!(!is_locked("taken up").await);
+        assert_eq!(bench.faults.deliver().await, 2);
+        assert!(is_locked("taken up").await, "the late question made a hold: the test is worth something");
+        // Now no more of it can come.
+        bench.time.advance(6 * SECOND);
+        bench.until("ended", async || !is_locked("taken up").await).await;
+        assert_eq!(bench.locks.session(), session, "it did not go with its session");
+        let adopted = other.adopt(tokens.remove(0)).await.unwrap();
+        assert_eq!(adopted.release().await.unwrap(), crate::Released::Now);
+    }
 }
