@@ -32,14 +32,17 @@ pub(super) async fn end(shared: Arc<Shared>, end: End) -> Option<End> {
     (!is_definite(&end, reply)).then_some(end)
 }
 
-/// Ends a token again when no request of it can come any more.
-pub(super) async fn end_again(shared: Arc<Shared>, end: End) {
+/// Ends a token again when no request of it can come any more. Gives it back if the handle is closed before that.
+pub(super) async fn end_again(shared: Arc<Shared>, end: End) -> Option<End> {
     loop {
         let until = end.unanswered_until.unwrap_or(shared.store_time());
-        shared.clock.sleep(until.since(shared.store_time()) + Duration::from_millis(1)).await;
+        tokio::select! {
+            () = shared.clock.sleep(until.since(shared.store_time()) + Duration::from_millis(1)) => {}
+            () = shared.closing.cancelled() => return Some(end),
+        }
         match ask(&shared, &end).await {
             Some(reply) if !is_definite(&end, reply) => {}
-            Some(_) | None => return,
+            Some(_) | None => return None,
         }
     }
 }

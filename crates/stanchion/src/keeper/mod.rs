@@ -141,9 +141,7 @@ impl Drop for Unclaimed {
 async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) {
     let _ended = Ended(shared.clone());
     let clock = shared.clock.clone();
-    // Tokens without an answer, and tokens that have one which is not definite.
     let mut ends = JoinSet::new();
-    let mut late = JoinSet::new();
     let mut deadlines = Deadlines::default();
     let mut pushes = None;
     {
@@ -170,9 +168,8 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                     Some(Command::Close) | None => break,
                 },
                 Some(ended) = ends.join_next() => if let Ok(Some(end)) = ended {
-                    late.spawn(cleanup::end_again(shared.clone(), end));
+                    ends.spawn(cleanup::end_again(shared.clone(), end));
                 },
-                Some(_) = late.join_next() => {}
             }
         }
     }
@@ -200,26 +197,30 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
         _ => None,
     };
     shared.session.send_replace(SessionView::Closed);
-    end_what_stays(shared, inbox, &mut ends).await;
-    // With the session ended, a late request of any token is refused: nothing has to be ended again.
-    // Also one that was asked for and not answered yet.
+    let indefinite = end_what_stays(shared, inbox, &mut ends).await;
+    // With the session ended, a late request of any token is refused. Also one that was asked for and not answered yet.
     if let Some(id) = shared.asked_session() {
         session::close(shared, id).await;
     }
     if let Some(session) = session {
         session.end();
     }
+    // What such requests got before that.
+    for end in indefinite.into_iter().filter(|end| end.session.is_none()) {
+        ends.spawn(cleanup::end(shared.clone(), end));
+    }
     // What came meanwhile, of calls that were given up because of this.
     inbox.close();
     end_what_stays(shared, inbox, &mut ends).await;
 }
 
-/// Ends the tokens that do not end with the session: those of fixed terms.
+/// Ends the tokens that do not end with the session: those of fixed terms. Gives back those of which something may still
+/// come.
 async fn end_what_stays(
     shared: &Arc<Shared>,
     inbox: &mut mpsc::UnboundedReceiver<Command>,
     ends: &mut JoinSet<Option<End>>,
-) {
+) -> Vec<End> {
     while let Ok(command) = inbox.try_recv() {
         if let Command::End(end) = command {
             if end.session.is_none() || end.cooldown.is_some() {
@@ -229,11 +230,17 @@ async fn end_what_stays(
             }
         }
     }
-    let all_ended = async { while ends.join_next().await.is_some() {} };
+    let mut indefinite = Vec::new();
+    let all_ended = async {
+        while let Some(ended) = ends.join_next().await {
+            indefinite.extend(ended.ok().flatten());
+        }
+    };
     tokio::select! {
         () = all_ended => {}
         () = real_time_limit(END_WITHIN) => {}
     }
+    indefinite
 }
 
 async fn next_push(pushes: &mut Option<GrantStream>) -> Option<Push> {
@@ -642,5 +649,25 @@ mod tests {
         assert_eq!(bench.locks.session(), session, "it did not go with its session");
         let adopted = other.adopt(tokens.remove(0)).await.unwrap();
         assert_eq!(adopted.release().await.unwrap(), crate::Released::Now);
+    }
+
+    #[tokio::test]
+    async fn a_fixed_term_whose_question_comes_late_is_ended_when_the_handle_is_closed() {
+        let bench = Bench::new().await;
+        bench.faults.next(Step::Acquire, Fault::Hold);
+        let mut asking = Box::pin(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
+        tokio::select! {
+            biased;
+            _ = &mut asking => unreachable!(),
+            () = bench.until("asked", async || bench.faults.count(Step::Acquire) == 1) => {}
+        }
+        drop(asking);
+        bench.until("ended once", async || bench.faults.count(Step::Abandon) == 1).await;
+        assert_eq!(bench.faults.deliver().await, 1);
+        let key = crate::Key::new("", "k").unwrap();
+        let holders = async || bench.memory.inspect(&key).await.unwrap().outcome.holders.len();
+        assert_eq!(holders().await, 1, "the late question made a hold: the test is worth something");
+        bench.locks.close().await.unwrap();
+        assert_eq!(holders().await, 0);
     }
 }
