@@ -85,8 +85,11 @@ pub(crate) enum Entry {
 }
 
 /// Where a waiting call is told what happens.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct WaitCell {
+    pub(crate) key: Key,
+    /// What it is granted ends with the session.
+    pub(crate) session_bound: bool,
     signal: Mutex<Option<Signal>>,
     notify: Notify,
 }
@@ -99,6 +102,10 @@ pub(crate) enum Signal {
 }
 
 impl WaitCell {
+    pub(crate) fn new(key: Key, session_bound: bool) -> Self {
+        Self { key, session_bound, signal: Mutex::default(), notify: Notify::new() }
+    }
+
     pub(crate) fn tell(&self, signal: Signal) {
         let mut current = self.signal.lock().unwrap_or_else(PoisonError::into_inner);
         // A grant says more than a hint.
@@ -191,12 +198,12 @@ impl Shared {
     }
 
     /// All waiting calls, for the keeper.
-    pub(crate) fn waiting(&self) -> Vec<Arc<WaitCell>> {
+    pub(crate) fn waiting(&self) -> Vec<(TokenId, Arc<WaitCell>)> {
         let registry = self.registry();
         registry
-            .values()
-            .filter_map(|entry| match entry {
-                Entry::Waiting(cell) => Some(cell.clone()),
+            .iter()
+            .filter_map(|(token, entry)| match entry {
+                Entry::Waiting(cell) => Some((*token, cell.clone())),
                 Entry::Held(_) => None,
             })
             .collect()

@@ -395,8 +395,8 @@ struct Grant {
 impl Pending {
     fn new(shared: &Arc<Shared>, key: &Key, session: Arc<SessionBelief>, term: Option<Term>) -> Result<Self> {
         let token = TokenId::random()?;
-        let cell = Arc::new(WaitCell::default());
         let not_after = shared.store_time().after(window(shared, term));
+        let cell = Arc::new(WaitCell::new(key.clone(), matches!(term, Some(Term::Session { .. }))));
         shared.registry().insert(token, Entry::Waiting(cell.clone()));
         // Until the first answer has come, everything is unanswered.
         let unanswered = true;

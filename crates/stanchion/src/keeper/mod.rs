@@ -209,6 +209,12 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
     for end in indefinite.into_iter().filter(|end| end.session.is_none()) {
         ends.spawn(cleanup::end(shared.clone(), end));
     }
+    // What calls got that nobody has polled since they were ended.
+    for (token, cell) in shared.waiting() {
+        if !cell.session_bound {
+            ends.spawn(cleanup::end(shared.clone(), End::of_token(cell.key.clone(), token)));
+        }
+    }
     // What came meanwhile, of calls that were given up because of this.
     inbox.close();
     end_what_stays(shared, inbox, &mut ends).await;
@@ -277,7 +283,7 @@ fn receive(shared: &Arc<Shared>, push: Push) {
 }
 
 fn recheck_all(shared: &Shared) {
-    for cell in shared.waiting() {
+    for (_, cell) in shared.waiting() {
         cell.tell(Signal::Recheck);
     }
 }
@@ -669,5 +675,21 @@ mod tests {
         assert_eq!(holders().await, 1, "the late question made a hold: the test is worth something");
         bench.locks.close().await.unwrap();
         assert_eq!(holders().await, 0);
+    }
+
+    #[tokio::test]
+    async fn a_fixed_term_of_a_call_that_nobody_polls_while_the_handle_is_closed_is_ended() {
+        let bench = Bench::new().await;
+        bench.faults.next(Step::Acquire, Fault::DelayReply(3_600 * SECOND));
+        let mut asking = Box::pin(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
+        tokio::select! {
+            biased;
+            _ = &mut asking => unreachable!(),
+            () = bench.until("asked", async || bench.faults.count(Step::Acquire) == 1) => {}
+        }
+        bench.locks.close().await.unwrap();
+        drop(asking);
+        let key = crate::Key::new("", "k").unwrap();
+        assert!(bench.memory.inspect(&key).await.unwrap().outcome.holders.is_empty());
     }
 }
