@@ -352,6 +352,11 @@ impl Shared {
         }
     }
 
+    /// No hold is believed any more: the keeper has ended, or is about to.
+    pub(crate) fn is_closed(&self) -> bool {
+        matches!(*self.session.borrow(), SessionView::Closed)
+    }
+
     /// Why there is no session, if that is so.
     pub(crate) fn session_fault(&self) -> Option<Error> {
         match &*self.session.borrow() {

@@ -128,7 +128,7 @@ pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
             pending.hold(locks, term, None).ok_or_else(|| {
                 let too_late =
                     || Error::new(ErrorKind::Lost(LossCause::TermExpired), "taken up with too little time left");
-                name(if shared.closing.is_cancelled() { shared.draining_error() } else { too_late() })
+                name(if shared.is_closed() { shared.draining_error() } else { too_late() })
             })
         }
         AdoptOutcome::Gone => {
@@ -448,10 +448,10 @@ impl Pending {
             unanswered_until: self.unanswered.then_some(self.not_after),
             on_lost: grant.on_lost,
         }));
-        // Entered before it is looked at: a session that ends in between is seen here or by the keeper, and so is a handle
-        // that is being closed.
+        // Entered before it is looked at: a session that ends in between is seen here or by the keeper, and so is a keeper
+        // that ends.
         self.shared.registry().insert(self.token, Entry::Held(hold.clone()));
-        (hold.ended(now).is_none() && !self.shared.closing.is_cancelled()).then(|| {
+        (hold.ended(now).is_none() && !self.shared.is_closed()).then(|| {
             self.spent = true;
             if hold.look_at() != BootTime::NEVER {
                 self.shared.command(Command::Watch(hold.clone()));

@@ -189,14 +189,13 @@ async fn real_time_limit(limit: Duration) {
 
 async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command>, mut ends: JoinSet<Option<End>>) {
     shared.closing.cancel();
+    let session = match shared.session.send_replace(SessionView::Closed) {
+        SessionView::Open(session) => Some(session),
+        SessionView::Opening(_) | SessionView::Closed => None,
+    };
     for hold in shared.holds() {
         shared.lose(&hold, LossCause::Closed, None);
     }
-    let session = match &*shared.session.borrow() {
-        SessionView::Open(session) => Some(session.clone()),
-        _ => None,
-    };
-    shared.session.send_replace(SessionView::Closed);
     let indefinite = end_what_stays(shared, inbox, &mut ends).await;
     // With the session ended, a late request of any token is refused. Also one that was asked for and not answered yet.
     if let Some(id) = shared.asked_session() {
@@ -691,5 +690,23 @@ mod tests {
         drop(asking);
         let key = crate::Key::new("", "k").unwrap();
         assert!(bench.memory.inspect(&key).await.unwrap().outcome.holders.is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_is_taken_up_when_the_keeper_has_ended_is_not_believed() {
+        let bench = Bench::new().await;
+        let token = bench.locks.lock("k").await.unwrap().detach();
+        bench.faults.next(Step::Adopt, Fault::DelayReply(2 * SECOND));
+        bench.faults.next(Step::Beat, Fault::Panic);
+        let mut adopting = Box::pin(bench.locks.adopt(token));
+        tokio::select! {
+            biased;
+            _ = &mut adopting => unreachable!(),
+            () = bench.until("asked", async || bench.faults.count(Step::Adopt) == 1) => {}
+        }
+        // Its answer comes while the keeper ends, and is read after that.
+        bench.time.advance(2 * SECOND);
+        bench.locks.handle.shared.closed.cancelled().await;
+        assert_eq!(adopting.await.unwrap_err().kind(), ErrorKind::Draining);
     }
 }
