@@ -448,10 +448,17 @@ impl Pending {
             unanswered_until: self.unanswered.then_some(self.not_after),
             on_lost: grant.on_lost,
         }));
-        // Entered before it is looked at: a session that ends in between is seen here or by the keeper, and so is a keeper
-        // that ends.
-        self.shared.registry().insert(self.token, Entry::Held(hold.clone()));
-        (hold.ended(now).is_none() && !self.shared.is_closed()).then(|| {
+        // Whoever ends what it depends on says so first and looks into the registry then: it is seen here, or finds the hold
+        // there. One that is not believed is not entered: nobody is told of the loss of what nobody was given.
+        let is_believed = {
+            let mut registry = self.shared.registry();
+            let is_believed = hold.ended(now).is_none() && !self.shared.is_closed();
+            if is_believed {
+                registry.insert(self.token, Entry::Held(hold.clone()));
+            }
+            is_believed
+        };
+        is_believed.then(|| {
             self.spent = true;
             if hold.look_at() != BootTime::NEVER {
                 self.shared.command(Command::Watch(hold.clone()));

@@ -1,8 +1,11 @@
 //! What happens when a hold is lost, and when the whole process drains: in processes of their own.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
+mod support;
+
+use std::collections::HashSet;
 use std::process::{Command, Output};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use stanchion::store::{Fault, Faulty, Memory, Step};
@@ -45,6 +48,33 @@ async fn a_hook_is_called_once_for_each_hold_and_may_block() {
     drop(guard);
     drop(locks);
     assert!(calls.recv_timeout(Duration::from_millis(200)).is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_hook_is_called_for_a_hold_that_nobody_was_given() {
+    for round in 0..300 {
+        let (sender, calls) = mpsc::channel();
+        let hook = OnLost::hook(move |loss| sender.send(loss.fence).unwrap());
+        let locks = Locks::builder("memory:").on_lost(hook).open().await.unwrap();
+        let given = Arc::new(Mutex::new(HashSet::new()));
+        let mut asking = Vec::new();
+        for task in 0..4 {
+            let (locks, given) = (locks.clone(), given.clone());
+            asking.push(tokio::spawn(async move {
+                while let Ok(guard) = locks.lock(format!("{task}")).await {
+                    given.lock().unwrap().insert(guard.fence());
+                }
+            }));
+        }
+        support::until("some were given", async || given.lock().unwrap().len() > 20).await;
+        locks.close().await.unwrap();
+        for task in asking {
+            task.await.unwrap();
+        }
+        drop(locks);
+        let given = given.lock().unwrap();
+        assert!(calls.iter().all(|fence| given.contains(&fence)), "in round {round}");
+    }
 }
 
 #[test]
