@@ -95,10 +95,12 @@ pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
     let key = token.key();
     let name = |error: Error| error.with_key(key).with_store(shared.capabilities.name);
     shared.check_process().map_err(name)?;
-    if shared.draining().is_cancelled() {
-        return Err(name(shared.draining_error()));
-    }
-    let session = shared.believed_session().await.map_err(name)?;
+    let session = tokio::select! {
+        biased;
+        () = shared.draining().cancelled() => Err(shared.draining_error()),
+        session = shared.believed_session() => session,
+    };
+    let session = session.map_err(name)?;
     let mut pending = Pending::new(shared, key, session, None)?;
     let request = AdoptRequest {
         key: key.clone(),

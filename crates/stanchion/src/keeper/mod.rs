@@ -709,4 +709,24 @@ mod tests {
         bench.locks.handle.shared.closed.cancelled().await;
         assert_eq!(adopting.await.unwrap_err().kind(), ErrorKind::Draining);
     }
+
+    #[tokio::test]
+    async fn taking_up_ends_when_the_handle_drains_while_there_is_no_session() {
+        let bench = Bench::new().await;
+        let token = bench.locks.lock("k").ttl(3_600 * SECOND).await.unwrap().detach();
+        bench.faults.always(Step::OpenSession, Fault::Fail(ErrorKind::Unavailable));
+        bench.memory.close_session(bench.locks.session().unwrap()).await.unwrap();
+        bench.time.advance(2 * SECOND);
+        bench.until("there is no session", async || bench.locks.session().is_none()).await;
+        let mut taking_up = Box::pin(bench.locks.adopt(token));
+        tokio::select! {
+            biased;
+            _ = &mut taking_up => unreachable!(),
+            () = std::future::ready(()) => {}
+        }
+        bench.locks.drain("a test");
+        let ended = tokio::time::timeout(10 * SECOND, taking_up).await.expect("at once, and no time goes by");
+        assert_eq!(ended.unwrap_err().kind(), ErrorKind::Draining);
+        assert_eq!(bench.faults.count(Step::Adopt), 0);
+    }
 }
