@@ -1,6 +1,7 @@
 //! What a handle, its requests, its guards and its keeper share.
 
 use std::future::Future;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -32,6 +33,9 @@ pub(crate) struct Config {
     pub(crate) shown_keys: ShownKeys,
 }
 
+/// So many tokens are kept before the store is asked which of them it has.
+pub(crate) const MANY_KEPT: usize = 1_000;
+
 /// So many different warnings are kept.
 const MOST_WARNINGS: usize = 32;
 
@@ -48,9 +52,10 @@ pub(crate) struct Shared {
     asked_session: Mutex<Option<SessionId>>,
     registry: Mutex<IdMap<TokenId, Entry>>,
     /// Tokens that are not in the registry and must stay as they are in the store: detached ones, and those that are
-    /// lost and wait for their grace to be over. Until when the store may have them: one without a deadline as long as the
-    /// session, with which all go.
-    kept: Mutex<IdMap<TokenId, BootTime>>,
+    /// lost and wait for their grace to be over. With the session all go.
+    kept: Mutex<IdMap<TokenId, Kept>>,
+    /// When there are so many of them, the keeper asks for them.
+    most_kept: AtomicUsize,
     /// Tokens of which nothing is known here, while they are being ended: a beat tells them each time until they are.
     ending: Mutex<IdMap<TokenId, ()>>,
     store_clock: Mutex<Option<(StoreTime, BootTime)>>,
@@ -75,6 +80,14 @@ pub(crate) enum SessionView {
     Opening(Option<(ErrorKind, String)>),
     Open(Arc<SessionBelief>),
     Closed,
+}
+
+/// A token that must stay as it is in the store.
+#[derive(Clone, Debug)]
+pub(crate) struct Kept {
+    pub(crate) key: Key,
+    /// Until then the store may have it; one without a deadline, until somebody takes it up.
+    pub(crate) until: BootTime,
 }
 
 /// What this process knows of a token.
@@ -148,6 +161,7 @@ impl Shared {
             asked_session: Mutex::default(),
             registry: Mutex::default(),
             kept: Mutex::default(),
+            most_kept: AtomicUsize::new(MANY_KEPT),
             ending: Mutex::default(),
             store_clock: Mutex::default(),
             commands,
@@ -170,7 +184,7 @@ impl Shared {
         self.registry().get(&token).cloned()
     }
 
-    pub(crate) fn kept(&self) -> MutexGuard<'_, IdMap<TokenId, BootTime>> {
+    pub(crate) fn kept(&self) -> MutexGuard<'_, IdMap<TokenId, Kept>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -180,9 +194,21 @@ impl Shared {
         // Before it grows: those whose time is over.
         if kept.len() == kept.capacity() {
             let now = self.clock.now();
-            kept.retain(|_, until| *until > now);
+            kept.retain(|_, kept| kept.until > now);
         }
-        kept.insert(hold.token, hold.over_at());
+        kept.insert(hold.token, Kept { key: hold.key.clone(), until: hold.over_at() });
+        let count = kept.len();
+        drop(kept);
+        // What others have taken up says nothing of it here.
+        if count >= self.most_kept.load(Ordering::Relaxed) {
+            self.ask_for_kept_above(count);
+            self.command(Command::AskForKept);
+        }
+    }
+
+    /// The keeper asks for the kept tokens when there are twice as many.
+    pub(crate) fn ask_for_kept_above(&self, count: usize) {
+        self.most_kept.store(MANY_KEPT.max(count * 2), Ordering::Relaxed);
     }
 
     pub(crate) fn ending(&self) -> MutexGuard<'_, IdMap<TokenId, ()>> {

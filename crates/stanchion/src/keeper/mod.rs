@@ -37,6 +37,8 @@ pub(crate) enum Command {
     Watch(Arc<Hold>),
     /// Ask the store whether a hold is still there.
     Verify(Arc<Hold>),
+    /// Ask the store which of the tokens that must stay it still has.
+    AskForKept,
     /// Listen to the pushes of a session.
     Listen(GrantStream),
     /// Release everything, end the session and stop.
@@ -164,6 +166,7 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                     Some(Command::End(end)) => { ends.spawn(cleanup::end(shared.clone(), end)); }
                     Some(Command::Watch(hold)) => deadlines.watch(&hold),
                     Some(Command::Verify(hold)) => { tokio::spawn(verify(shared.clone(), hold)); }
+                    Some(Command::AskForKept) => { tokio::spawn(forget_what_was_taken_up(shared.clone())); }
                     Some(Command::Listen(stream)) => pushes = Some(stream),
                     Some(Command::Close) | None => break,
                 },
@@ -306,6 +309,21 @@ async fn verify(shared: Arc<Shared>, hold: Arc<Hold>) {
     }
 }
 
+/// Forgets the kept tokens that the store does not have any more.
+async fn forget_what_was_taken_up(shared: Arc<Shared>) {
+    let kept: Vec<_> = shared.kept().iter().map(|(token, kept)| (*token, kept.key.clone())).collect();
+    for (token, key) in kept {
+        match shared.step(|| shared.store.poll(&key, token)).await.result {
+            Ok(reply) if reply.outcome == PollOutcome::Gone => drop(shared.kept().remove(&token)),
+            Ok(_) => {}
+            // Another time: there will be more of them.
+            Err(_) => return,
+        }
+    }
+    let left = shared.kept().len();
+    shared.ask_for_kept_above(left);
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "test code")]
@@ -438,7 +456,7 @@ mod tests {
         }
         let kept = locks.handle.shared.kept();
         assert!(kept.len() < 250, "{}", kept.len());
-        assert!(kept.values().any(|until| *until == crate::clock::BootTime::NEVER));
+        assert!(kept.values().any(|kept| kept.until == crate::clock::BootTime::NEVER));
     }
 
     #[tokio::test]
@@ -728,5 +746,20 @@ mod tests {
         let ended = tokio::time::timeout(10 * SECOND, taking_up).await.expect("at once, and no time goes by");
         assert_eq!(ended.unwrap_err().kind(), ErrorKind::Draining);
         assert_eq!(bench.faults.count(Step::Adopt), 0);
+    }
+
+    #[tokio::test]
+    async fn what_was_detached_and_taken_up_elsewhere_is_not_remembered_for_ever() {
+        let bench = Bench::new().await;
+        let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
+        let other = builder.open().await.unwrap();
+        let stays = bench.locks.lock("stays").await.unwrap().detach();
+        for turn in 0..crate::shared::MANY_KEPT {
+            let token = bench.locks.lock(format!("k{turn}")).await.unwrap().detach();
+            other.adopt(token).await.unwrap().release().await.unwrap();
+        }
+        let shared = &bench.locks.handle.shared;
+        bench.until("forgotten", async || shared.kept().len() < 10).await;
+        assert!(shared.kept().contains_key(&stays.id()));
     }
 }
