@@ -16,7 +16,7 @@ use crate::store::{PollOutcome, StoreTime};
 use crate::token::TokenId;
 
 /// Has the store end a token, however long that takes. Gives it back if a request of it may still be on its way.
-pub(super) async fn end(shared: Arc<Shared>, end: End) -> Option<End> {
+pub(super) async fn end(shared: Arc<Shared>, mut end: End) -> Option<End> {
     tokio::select! {
         () = shared.clock.sleep_until(end.not_before) => {}
         () = shared.closing.cancelled() => {}
@@ -29,6 +29,8 @@ pub(super) async fn end(shared: Arc<Shared>, end: End) -> Option<End> {
     }
     let reply = reply?;
     tell_released(&shared, &end);
+    // The hold is released. Whatever comes late is nobody's work: not told, and nothing is closed behind it.
+    end.released = None;
     (!is_definite(&end, reply)).then_some(end)
 }
 

@@ -762,4 +762,23 @@ mod tests {
         bench.until("forgotten", async || shared.kept().len() < 10).await;
         assert!(shared.kept().contains_key(&stays.id()));
     }
+
+    #[tokio::test]
+    async fn a_release_is_told_once_although_a_question_may_come_late() {
+        let bench = Bench::new().await;
+        let mut events = bench.locks.events();
+        bench.faults.next(Step::Acquire, Fault::Hold);
+        let asking = tokio::spawn(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
+        bench.until("asked", async || bench.faults.count(Step::Acquire) == 1).await;
+        bench.time.advance(SECOND / 10);
+        drop(asking.await.unwrap().unwrap());
+        bench.until_free().await;
+        bench.locks.close().await.unwrap();
+        drop(bench.locks);
+        let mut told = 0;
+        while let Some(event) = events.next().await {
+            told += usize::from(matches!(event, Event::Released { .. }));
+        }
+        assert_eq!(told, 1);
+    }
 }
