@@ -164,10 +164,10 @@ impl Guard {
             shared.store.extend(&self.hold.key, self.hold.token, ttl)
         });
         let step = step.await;
-        let reply = step.result.map_err(|error| self.name(error))?;
         if !step.unanswered {
             self.hold.extension_answered(before);
         }
+        let reply = step.result.map_err(|error| self.name(error))?;
         match reply.outcome {
             ExtendOutcome::Extended => {
                 let until = asked.after(shared.config.drift.shorten(self.hold.believable(ttl)));
@@ -326,6 +326,12 @@ impl Guard {
         self.hold.let_go();
         self.shared().keep(&self.hold);
         self.shared().registry().remove(&self.hold.token);
+        if self.hold.unanswered_until.is_some() {
+            // A question that comes when the hold has been taken up makes another one of the same token.
+            let mut end = End::of_hold(&self.hold, None);
+            end.spared = Some(self.hold.fence);
+            self.shared().command(Command::End(end));
+        }
         Token::new(self.hold.key.clone(), self.hold.token, self.hold.session.id)
     }
 

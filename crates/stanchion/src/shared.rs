@@ -1,6 +1,7 @@
 //! What a handle, its requests, its guards and its keeper share.
 
 use std::future::Future;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -32,6 +33,9 @@ pub(crate) struct Config {
     pub(crate) shown_keys: ShownKeys,
 }
 
+/// So many tokens are kept before the store is asked which of them it has.
+pub(crate) const MANY_KEPT: usize = 1_000;
+
 /// So many different warnings are kept.
 const MOST_WARNINGS: usize = 32;
 
@@ -48,9 +52,10 @@ pub(crate) struct Shared {
     asked_session: Mutex<Option<SessionId>>,
     registry: Mutex<IdMap<TokenId, Entry>>,
     /// Tokens that are not in the registry and must stay as they are in the store: detached ones, and those that are
-    /// lost and wait for their grace to be over. Until when the store may have them: one without a deadline as long as the
-    /// session, with which all go.
-    kept: Mutex<IdMap<TokenId, BootTime>>,
+    /// lost and wait for their grace to be over. With the session all go.
+    kept: Mutex<IdMap<TokenId, Kept>>,
+    /// When there are so many of them, the keeper asks for them.
+    most_kept: AtomicUsize,
     /// Tokens of which nothing is known here, while they are being ended: a beat tells them each time until they are.
     ending: Mutex<IdMap<TokenId, ()>>,
     store_clock: Mutex<Option<(StoreTime, BootTime)>>,
@@ -77,6 +82,14 @@ pub(crate) enum SessionView {
     Closed,
 }
 
+/// A token that must stay as it is in the store.
+#[derive(Clone, Debug)]
+pub(crate) struct Kept {
+    pub(crate) key: Key,
+    /// Until then the store may have it; one without a deadline, until somebody takes it up.
+    pub(crate) until: BootTime,
+}
+
 /// What this process knows of a token.
 #[derive(Clone, Debug)]
 pub(crate) enum Entry {
@@ -85,8 +98,11 @@ pub(crate) enum Entry {
 }
 
 /// Where a waiting call is told what happens.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct WaitCell {
+    pub(crate) key: Key,
+    /// What it is granted ends with the session.
+    pub(crate) session_bound: bool,
     signal: Mutex<Option<Signal>>,
     notify: Notify,
 }
@@ -99,6 +115,10 @@ pub(crate) enum Signal {
 }
 
 impl WaitCell {
+    pub(crate) fn new(key: Key, session_bound: bool) -> Self {
+        Self { key, session_bound, signal: Mutex::default(), notify: Notify::new() }
+    }
+
     pub(crate) fn tell(&self, signal: Signal) {
         let mut current = self.signal.lock().unwrap_or_else(PoisonError::into_inner);
         // A grant says more than a hint.
@@ -141,6 +161,7 @@ impl Shared {
             asked_session: Mutex::default(),
             registry: Mutex::default(),
             kept: Mutex::default(),
+            most_kept: AtomicUsize::new(MANY_KEPT),
             ending: Mutex::default(),
             store_clock: Mutex::default(),
             commands,
@@ -163,7 +184,7 @@ impl Shared {
         self.registry().get(&token).cloned()
     }
 
-    pub(crate) fn kept(&self) -> MutexGuard<'_, IdMap<TokenId, BootTime>> {
+    pub(crate) fn kept(&self) -> MutexGuard<'_, IdMap<TokenId, Kept>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -173,9 +194,21 @@ impl Shared {
         // Before it grows: those whose time is over.
         if kept.len() == kept.capacity() {
             let now = self.clock.now();
-            kept.retain(|_, until| *until > now);
+            kept.retain(|_, kept| kept.until > now);
         }
-        kept.insert(hold.token, hold.over_at());
+        kept.insert(hold.token, Kept { key: hold.key.clone(), until: hold.over_at() });
+        let count = kept.len();
+        drop(kept);
+        // What others have taken up says nothing of it here.
+        if count >= self.most_kept.load(Ordering::Relaxed) {
+            self.ask_for_kept_above(count);
+            self.command(Command::AskForKept);
+        }
+    }
+
+    /// The keeper asks for the kept tokens when there are twice as many.
+    pub(crate) fn ask_for_kept_above(&self, count: usize) {
+        self.most_kept.store(MANY_KEPT.max(count * 2), Ordering::Relaxed);
     }
 
     pub(crate) fn ending(&self) -> MutexGuard<'_, IdMap<TokenId, ()>> {
@@ -191,12 +224,12 @@ impl Shared {
     }
 
     /// All waiting calls, for the keeper.
-    pub(crate) fn waiting(&self) -> Vec<Arc<WaitCell>> {
+    pub(crate) fn waiting(&self) -> Vec<(TokenId, Arc<WaitCell>)> {
         let registry = self.registry();
         registry
-            .values()
-            .filter_map(|entry| match entry {
-                Entry::Waiting(cell) => Some(cell.clone()),
+            .iter()
+            .filter_map(|(token, entry)| match entry {
+                Entry::Waiting(cell) => Some((*token, cell.clone())),
                 Entry::Held(_) => None,
             })
             .collect()
@@ -252,10 +285,15 @@ impl Shared {
     }
 
     /// Repeats a step after faults, learns the store's time from its answer, and names the store in its error.
-    pub(crate) async fn step<T, F>(&self, attempt: impl FnMut() -> F) -> Repeated<Reply<T>>
+    pub(crate) async fn step<T, F>(&self, mut attempt: impl FnMut() -> F) -> Repeated<Reply<T>>
     where
         F: Future<Output = Result<Reply<T>>>,
     {
+        let mut asked = self.clock.now();
+        let attempt = || {
+            asked = self.clock.now();
+            attempt()
+        };
         let mut repeated = tokio::select! {
             biased;
             repeated = repeat(&self.clock, &self.config.retry, &self.back, attempt) => repeated,
@@ -263,13 +301,24 @@ impl Shared {
         };
         repeated.result = repeated.result.map_err(|error| error.with_store(self.capabilities.name));
         if let Ok(reply) = &repeated.result {
-            self.saw_store_time(reply.time);
+            self.saw_store_time(reply.time, asked);
         }
         repeated
     }
 
-    pub(crate) fn saw_store_time(&self, time: StoreTime) {
-        *self.store_clock.lock().unwrap_or_else(PoisonError::into_inner) = Some((time, self.clock.now()));
+    /// The answer to a question that was asked at `asked` has this time.
+    pub(crate) fn saw_store_time(&self, time: StoreTime, asked: BootTime) {
+        let mut seen = self.store_clock.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.clock.now();
+        // An answer that was long on its way tells a time that is over. One that is older than that can make it comes of a
+        // clock that was set back, and is followed.
+        let is_late = seen.is_some_and(|(time_seen, at)| {
+            let known = time_seen.after(now.since(at));
+            time < known && known <= time.after(now.since(asked))
+        });
+        if !is_late {
+            *seen = Some((time, now));
+        }
     }
 
     /// The store's time by the last answer and what has passed since. Never ahead of the store, but for drift.
@@ -327,6 +376,11 @@ impl Shared {
                 },
             }
         }
+    }
+
+    /// No hold is believed any more: the keeper has ended, or is about to.
+    pub(crate) fn is_closed(&self) -> bool {
+        matches!(*self.session.borrow(), SessionView::Closed)
     }
 
     /// Why there is no session, if that is so.
@@ -394,6 +448,8 @@ pub(crate) struct End {
     pub(crate) over_at: BootTime,
     /// The hold, if it was one: told as released when done.
     pub(crate) released: Option<(Fence, BootTime)>,
+    /// The hold of the token that has this fence stays.
+    pub(crate) spared: Option<Fence>,
 }
 
 impl End {
@@ -408,6 +464,7 @@ impl End {
             not_before: BootTime::from_nanos(0),
             over_at: BootTime::NEVER,
             released: None,
+            spared: None,
         }
     }
 
@@ -421,6 +478,7 @@ impl End {
             not_before: BootTime::from_nanos(0),
             over_at: hold.over_at(),
             released: None,
+            spared: None,
         }
     }
 }

@@ -95,10 +95,12 @@ pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
     let key = token.key();
     let name = |error: Error| error.with_key(key).with_store(shared.capabilities.name);
     shared.check_process().map_err(name)?;
-    if shared.draining().is_cancelled() {
-        return Err(name(shared.draining_error()));
-    }
-    let session = shared.believed_session().await.map_err(name)?;
+    let session = tokio::select! {
+        biased;
+        () = shared.draining().cancelled() => Err(shared.draining_error()),
+        session = shared.believed_session() => session,
+    };
+    let session = session.map_err(name)?;
     let mut pending = Pending::new(shared, key, session, None)?;
     let request = AdoptRequest {
         key: key.clone(),
@@ -128,7 +130,7 @@ pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
             pending.hold(locks, term, None).ok_or_else(|| {
                 let too_late =
                     || Error::new(ErrorKind::Lost(LossCause::TermExpired), "taken up with too little time left");
-                name(if shared.closing.is_cancelled() { shared.draining_error() } else { too_late() })
+                name(if shared.is_closed() { shared.draining_error() } else { too_late() })
             })
         }
         AdoptOutcome::Gone => {
@@ -395,8 +397,8 @@ struct Grant {
 impl Pending {
     fn new(shared: &Arc<Shared>, key: &Key, session: Arc<SessionBelief>, term: Option<Term>) -> Result<Self> {
         let token = TokenId::random()?;
-        let cell = Arc::new(WaitCell::default());
         let not_after = shared.store_time().after(window(shared, term));
+        let cell = Arc::new(WaitCell::new(key.clone(), matches!(term, Some(Term::Session { .. }))));
         shared.registry().insert(token, Entry::Waiting(cell.clone()));
         // Until the first answer has come, everything is unanswered.
         let unanswered = true;
@@ -448,10 +450,17 @@ impl Pending {
             unanswered_until: self.unanswered.then_some(self.not_after),
             on_lost: grant.on_lost,
         }));
-        // Entered before it is looked at: a session that ends in between is seen here or by the keeper, and so is a handle
-        // that is being closed.
-        self.shared.registry().insert(self.token, Entry::Held(hold.clone()));
-        (hold.ended(now).is_none() && !self.shared.closing.is_cancelled()).then(|| {
+        // Whoever ends what it depends on says so first and looks into the registry then: it is seen here, or finds the hold
+        // there. One that is not believed is not entered: nobody is told of the loss of what nobody was given.
+        let is_believed = {
+            let mut registry = self.shared.registry();
+            let is_believed = hold.ended(now).is_none() && !self.shared.is_closed();
+            if is_believed {
+                registry.insert(self.token, Entry::Held(hold.clone()));
+            }
+            is_believed
+        };
+        is_believed.then(|| {
             self.spent = true;
             if hold.look_at() != BootTime::NEVER {
                 self.shared.command(Command::Watch(hold.clone()));
@@ -476,6 +485,7 @@ impl Drop for Pending {
             not_before: BootTime::from_nanos(0),
             over_at: self.fixed.map_or(BootTime::NEVER, |ttl| self.shared.clock.now().after(ttl + LONGEST_WINDOW * 2)),
             released: None,
+            spared: None,
         }));
     }
 }

@@ -295,6 +295,18 @@ async fn an_extension_that_comes_late_never_ends_a_hold_that_is_still_believed()
 }
 
 #[tokio::test]
+async fn an_extension_that_was_refused_limits_none_after_it() {
+    let store = Faulty::new(Memory::new());
+    let faults = store.faults();
+    let locks = Locks::builder_with_store(store).retry(RetryPolicy::never()).open().await.unwrap();
+    let guard = locks.lock("k").ttl(60 * SECOND).await.unwrap();
+    faults.next(Step::Extend, Fault::Fail(ErrorKind::Unavailable));
+    assert!(guard.extend(10 * SECOND).await.is_err());
+    guard.extend(60 * SECOND).await.unwrap();
+    assert!(guard.remaining().unwrap() > 40 * SECOND, "nothing of the other one can come");
+}
+
+#[tokio::test]
 async fn a_term_that_is_too_short_for_its_store_ends_in_an_error_not_in_a_loop() {
     let store = Faulty::new(Memory::new());
     store.faults().always(Step::Acquire, Fault::DelayReply(Duration::from_millis(15)));

@@ -1,10 +1,14 @@
 //! What happens when a hold is lost, and when the whole process drains: in processes of their own.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
+mod support;
+
+use std::collections::HashSet;
 use std::process::{Command, Output};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
+use stanchion::store::{Fault, Faulty, Memory, Step};
 use stanchion::{ErrorKind, Locks, Loss, LossCause, OnLost};
 
 /// This test again, in a process of its own, to play a part.
@@ -46,16 +50,48 @@ async fn a_hook_is_called_once_for_each_hold_and_may_block() {
     assert!(calls.recv_timeout(Duration::from_millis(200)).is_err());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_hook_is_called_for_a_hold_that_nobody_was_given() {
+    for round in 0..300 {
+        let (sender, calls) = mpsc::channel();
+        let hook = OnLost::hook(move |loss| sender.send(loss.fence).unwrap());
+        let locks = Locks::builder("memory:").on_lost(hook).open().await.unwrap();
+        let given = Arc::new(Mutex::new(HashSet::new()));
+        let mut asking = Vec::new();
+        for task in 0..4 {
+            let (locks, given) = (locks.clone(), given.clone());
+            asking.push(tokio::spawn(async move {
+                while let Ok(guard) = locks.lock(format!("{task}")).await {
+                    given.lock().unwrap().insert(guard.fence());
+                }
+            }));
+        }
+        support::until("some were given", async || given.lock().unwrap().len() > 20).await;
+        locks.close().await.unwrap();
+        for task in asking {
+            task.await.unwrap();
+        }
+        drop(locks);
+        let given = given.lock().unwrap();
+        assert!(calls.iter().all(|fence| given.contains(&fence)), "in round {round}");
+    }
+}
+
 #[test]
 fn a_process_that_does_not_stop_in_time_aborts() {
     use std::os::unix::process::ExitStatusExt as _;
 
-    let start = Instant::now();
-    let out = play("part_does_not_stop");
-    let said = String::from_utf8_lossy(&out.stderr).into_owned() + &String::from_utf8_lossy(&out.stdout);
-    assert_eq!(out.status.signal(), Some(libc::SIGABRT), "{said}");
-    assert!(start.elapsed() >= Duration::from_millis(100));
-    assert!(said.contains("key `k` was lost (it was released by force)") && said.contains("aborting"), "{said}");
+    for (part, lost) in [
+        ("part_does_not_stop", "key `k` was lost (it was released by force)"),
+        ("part_does_not_stop_when_the_keeper_ends", "key `k` was lost (the handle was closed)"),
+    ] {
+        let start = Instant::now();
+        let out = play(part);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned() + &String::from_utf8_lossy(&out.stdout);
+        assert_eq!(out.status.signal(), Some(libc::SIGABRT), "{said}");
+        assert!(start.elapsed() >= GRACE);
+        assert!(said.contains(lost) && said.contains("aborting"), "{said}");
+    }
 }
 
 #[test]
@@ -83,6 +119,21 @@ async fn part_does_not_stop() {
     let locks = Locks::open("memory:").await.unwrap();
     let guard = locks.lock("k").on_lost(OnLost::abort_after(GRACE)).await.unwrap();
     depose(&locks, &guard).await;
+    std::thread::sleep(Duration::from_secs(60));
+    drop(guard);
+}
+
+#[tokio::test]
+#[ignore = "a part that another test has played"]
+async fn part_does_not_stop_when_the_keeper_ends() {
+    assert!(is_its_part());
+    let store = Faulty::new(Memory::new());
+    let faults = store.faults();
+    let builder = Locks::builder_with_store(store).session_ttl(Duration::from_secs(1));
+    let locks = builder.on_lost(OnLost::abort_after(GRACE)).open().await.unwrap();
+    let guard = locks.lock("k").await.unwrap();
+    faults.next(Step::Beat, Fault::Panic);
+    assert_eq!(guard.lost().await, LossCause::Closed);
     std::thread::sleep(Duration::from_secs(60));
     drop(guard);
 }

@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use stanchion::store::{Fault, Faulty, Memory, Step};
-use stanchion::{Error, ErrorKind, Locks, OnLost, Outcome, RetryPolicy, VirtualClock};
+use stanchion::{Error, ErrorKind, Locks, OnLost, Outcome, RetryPolicy, Turn, VirtualClock};
 use support::until;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -69,6 +69,28 @@ async fn a_record_that_comes_late_is_not_the_last_run() {
     assert_eq!(two.last_run("k").await.unwrap().unwrap().slot, Some(6));
     let again = two.once("k").slot(6).run(async |_| Ok::<_, Error>(())).await.unwrap();
     assert!(matches!(again, Outcome::Skipped { .. }), "{again:?}");
+}
+
+#[tokio::test]
+async fn a_run_is_recorded_although_the_store_was_away_for_longer_than_a_question_may_be_on_its_way() {
+    let time = VirtualClock::new();
+    let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
+    let faults = store.faults();
+    let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
+    let running = tokio::spawn({
+        let (locks, faults) = (locks.clone(), faults.clone());
+        async move {
+            let body = async |_: &Turn| {
+                faults.next(Step::Acquire, Fault::LoseRequest);
+                Ok::<_, Error>(())
+            };
+            locks.once("k").run(body).await
+        }
+    });
+    until("the run is to be recorded", async || faults.count(Step::Acquire) == 2).await;
+    time.advance(6 * SECOND);
+    assert_eq!(running.await.unwrap().unwrap(), Outcome::Ran(()));
+    assert!(locks.last_run("k").await.unwrap().is_some_and(|run| run.succeeded));
 }
 
 #[tokio::test]

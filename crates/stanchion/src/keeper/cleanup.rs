@@ -1,49 +1,50 @@
 //! Ending tokens until the store's answer is definite.
 
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
+use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::key::Key;
 use crate::retry::{limited, sleep_unless_back};
 use crate::shared::{End, Shared};
-use crate::store::StoreTime;
+use crate::store::{PollOutcome, StoreTime};
 use crate::token::TokenId;
 
 /// Has the store end a token, however long that takes. Gives it back if a request of it may still be on its way.
-pub(super) async fn end(shared: Arc<Shared>, end: End) -> Option<End> {
-    let _is_ending = IsEnding { shared: shared.clone(), token: end.token };
+pub(super) async fn end(shared: Arc<Shared>, mut end: End) -> Option<End> {
     tokio::select! {
         () = shared.clock.sleep_until(end.not_before) => {}
         () = shared.closing.cancelled() => {}
     }
     let reply = ask(&shared, &end).await;
-    shared.kept().remove(&end.token);
+    // What is told of it from now on is heard.
+    shared.ending().remove(&end.token);
+    if end.spared.is_none() {
+        shared.kept().remove(&end.token);
+    }
     let reply = reply?;
     tell_released(&shared, &end);
+    // The hold is released. Whatever comes late is nobody's work: not told, and nothing is closed behind it.
+    end.released = None;
     (!is_definite(&end, reply)).then_some(end)
 }
 
-/// However its end goes, by a panic of the store too: what is told of the token after that is heard.
-struct IsEnding {
-    shared: Arc<Shared>,
-    token: TokenId,
-}
-
-impl Drop for IsEnding {
-    fn drop(&mut self) {
-        self.shared.ending().remove(&self.token);
-    }
-}
-
-/// Ends a token again when no request of it can come any more.
-pub(super) async fn end_again(shared: Arc<Shared>, end: End) {
+/// Ends a token again when no request of it can come any more. Gives it back if the handle is closed before that.
+pub(super) async fn end_again(shared: Arc<Shared>, end: End) -> Option<End> {
     loop {
         let until = end.unanswered_until.unwrap_or(shared.store_time());
-        shared.clock.sleep(until.since(shared.store_time()) + Duration::from_millis(1)).await;
+        tokio::select! {
+            () = shared.clock.sleep(until.since(shared.store_time()) + Duration::from_millis(1)) => {}
+            () = shared.closing.cancelled() => return Some(end),
+        }
         match ask(&shared, &end).await {
             Some(reply) if !is_definite(&end, reply) => {}
-            Some(_) | None => return,
+            Some(_) | None => return None,
         }
     }
 }
@@ -62,16 +63,11 @@ async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
         if session_over || shared.clock.now() >= end.over_at {
             return None;
         }
-        let step = async {
-            match end.released {
-                Some(_) => shared.store.release(&end.key, end.token, end.cooldown).await,
-                None => shared.store.abandon(&end.key, end.token).await,
-            }
-        };
-        match limited(&shared.clock, policy.attempt, step).await {
-            Ok(reply) => {
-                shared.saw_store_time(reply.time);
-                return Some(reply.time);
+        let asked = shared.clock.now();
+        match limited(&shared.clock, policy.attempt, surviving(step(shared, end))).await {
+            Ok(time) => {
+                shared.saw_store_time(time, asked);
+                return Some(time);
             }
             Err(error) => {
                 let error = error.with_key(&end.key).with_store(shared.capabilities.name);
@@ -86,6 +82,36 @@ async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
             }
         }
     }
+}
+
+/// Gives the store's time of the answer.
+async fn step(shared: &Shared, end: &End) -> Result<StoreTime> {
+    if let Some(spared) = end.spared {
+        let reply = shared.store.poll(&end.key, end.token).await?;
+        let is_other = match reply.outcome {
+            PollOutcome::Granted(granted) => granted.fence != spared,
+            PollOutcome::Queued(_) => true,
+            PollOutcome::Gone => false,
+        };
+        if !is_other {
+            return Ok(reply.time);
+        }
+    }
+    let reply = match end.released {
+        Some(_) => shared.store.release(&end.key, end.token, end.cooldown).await,
+        None => shared.store.abandon(&end.key, end.token).await,
+    };
+    Ok(reply?.time)
+}
+
+/// A panic of the store is a fault like any other: what has to be ended is not forgotten for it.
+async fn surviving<T>(step: impl Future<Output = Result<T>>) -> Result<T> {
+    let mut step = pin!(step);
+    std::future::poll_fn(|context| {
+        catch_unwind(AssertUnwindSafe(|| step.as_mut().poll(context)))
+            .unwrap_or_else(|_| Poll::Ready(Err(Error::new(ErrorKind::Internal, "the store panicked"))))
+    })
+    .await
 }
 
 /// Ends a token of which this process knows nothing but its name.

@@ -37,6 +37,8 @@ pub(crate) enum Command {
     Watch(Arc<Hold>),
     /// Ask the store whether a hold is still there.
     Verify(Arc<Hold>),
+    /// Ask the store which of the tokens that must stay it still has.
+    AskForKept,
     /// Listen to the pushes of a session.
     Listen(GrantStream),
     /// Release everything, end the session and stop.
@@ -141,9 +143,7 @@ impl Drop for Unclaimed {
 async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) {
     let _ended = Ended(shared.clone());
     let clock = shared.clock.clone();
-    // Tokens without an answer, and tokens that have one which is not definite.
     let mut ends = JoinSet::new();
-    let mut late = JoinSet::new();
     let mut deadlines = Deadlines::default();
     let mut pushes = None;
     {
@@ -166,13 +166,13 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                     Some(Command::End(end)) => { ends.spawn(cleanup::end(shared.clone(), end)); }
                     Some(Command::Watch(hold)) => deadlines.watch(&hold),
                     Some(Command::Verify(hold)) => { tokio::spawn(verify(shared.clone(), hold)); }
+                    Some(Command::AskForKept) => { tokio::spawn(forget_what_was_taken_up(shared.clone())); }
                     Some(Command::Listen(stream)) => pushes = Some(stream),
                     Some(Command::Close) | None => break,
                 },
                 Some(ended) = ends.join_next() => if let Ok(Some(end)) = ended {
-                    late.spawn(cleanup::end_again(shared.clone(), end));
+                    ends.spawn(cleanup::end_again(shared.clone(), end));
                 },
-                Some(_) = late.join_next() => {}
             }
         }
     }
@@ -192,34 +192,43 @@ async fn real_time_limit(limit: Duration) {
 
 async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command>, mut ends: JoinSet<Option<End>>) {
     shared.closing.cancel();
+    let session = match shared.session.send_replace(SessionView::Closed) {
+        SessionView::Open(session) => Some(session),
+        SessionView::Opening(_) | SessionView::Closed => None,
+    };
     for hold in shared.holds() {
         shared.lose(&hold, LossCause::Closed, None);
     }
-    let session = match &*shared.session.borrow() {
-        SessionView::Open(session) => Some(session.clone()),
-        _ => None,
-    };
-    shared.session.send_replace(SessionView::Closed);
-    end_what_stays(shared, inbox, &mut ends).await;
-    // With the session ended, a late request of any token is refused: nothing has to be ended again.
-    // Also one that was asked for and not answered yet.
+    let indefinite = end_what_stays(shared, inbox, &mut ends).await;
+    // With the session ended, a late request of any token is refused. Also one that was asked for and not answered yet.
     if let Some(id) = shared.asked_session() {
         session::close(shared, id).await;
     }
     if let Some(session) = session {
         session.end();
     }
+    // What such requests got before that.
+    for end in indefinite.into_iter().filter(|end| end.session.is_none()) {
+        ends.spawn(cleanup::end(shared.clone(), end));
+    }
+    // What calls got that nobody has polled since they were ended.
+    for (token, cell) in shared.waiting() {
+        if !cell.session_bound {
+            ends.spawn(cleanup::end(shared.clone(), End::of_token(cell.key.clone(), token)));
+        }
+    }
     // What came meanwhile, of calls that were given up because of this.
     inbox.close();
     end_what_stays(shared, inbox, &mut ends).await;
 }
 
-/// Ends the tokens that do not end with the session: those of fixed terms.
+/// Ends the tokens that do not end with the session: those of fixed terms. Gives back those of which something may still
+/// come.
 async fn end_what_stays(
     shared: &Arc<Shared>,
     inbox: &mut mpsc::UnboundedReceiver<Command>,
     ends: &mut JoinSet<Option<End>>,
-) {
+) -> Vec<End> {
     while let Ok(command) = inbox.try_recv() {
         if let Command::End(end) = command {
             if end.session.is_none() || end.cooldown.is_some() {
@@ -229,11 +238,17 @@ async fn end_what_stays(
             }
         }
     }
-    let all_ended = async { while ends.join_next().await.is_some() {} };
+    let mut indefinite = Vec::new();
+    let all_ended = async {
+        while let Some(ended) = ends.join_next().await {
+            indefinite.extend(ended.ok().flatten());
+        }
+    };
     tokio::select! {
         () = all_ended => {}
         () = real_time_limit(END_WITHIN) => {}
     }
+    indefinite
 }
 
 async fn next_push(pushes: &mut Option<GrantStream>) -> Option<Push> {
@@ -270,7 +285,7 @@ fn receive(shared: &Arc<Shared>, push: Push) {
 }
 
 fn recheck_all(shared: &Shared) {
-    for cell in shared.waiting() {
+    for (_, cell) in shared.waiting() {
         cell.tell(Signal::Recheck);
     }
 }
@@ -292,6 +307,21 @@ async fn verify(shared: Arc<Shared>, hold: Arc<Hold>) {
     if matches!(answer, Ok(reply) if reply.outcome == PollOutcome::Gone) {
         shared.is_missing(&hold);
     }
+}
+
+/// Forgets the kept tokens that the store does not have any more.
+async fn forget_what_was_taken_up(shared: Arc<Shared>) {
+    let kept: Vec<_> = shared.kept().iter().map(|(token, kept)| (*token, kept.key.clone())).collect();
+    for (token, key) in kept {
+        match shared.step(|| shared.store.poll(&key, token)).await.result {
+            Ok(reply) if reply.outcome == PollOutcome::Gone => drop(shared.kept().remove(&token)),
+            Ok(_) => {}
+            // Another time: there will be more of them.
+            Err(_) => return,
+        }
+    }
+    let left = shared.kept().len();
+    shared.ask_for_kept_above(left);
 }
 
 #[cfg(test)]
@@ -426,7 +456,7 @@ mod tests {
         }
         let kept = locks.handle.shared.kept();
         assert!(kept.len() < 250, "{}", kept.len());
-        assert!(kept.values().any(|until| *until == crate::clock::BootTime::NEVER));
+        assert!(kept.values().any(|kept| kept.until == crate::clock::BootTime::NEVER));
     }
 
     #[tokio::test]
@@ -575,15 +605,180 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_token_whose_end_failed_by_a_defect_of_the_store_is_ended_when_it_is_told_again() {
+    async fn a_late_answer_does_not_set_back_the_clock_of_the_store() {
         let bench = Bench::new().await;
-        bench.faults.next(Step::Abandon, Fault::Panic);
-        let (key, token) = (crate::Key::new("", "k").unwrap(), crate::TokenId::random().unwrap());
-        let told = async || {
-            let lost = crate::store::LostToken { key: key.clone(), token, reason: String::new() };
-            receive(&bench.locks.handle.shared, Push::Forced(lost));
-            bench.faults.count(Step::Abandon) > 1
+        bench.faults.next(Step::Inspect, Fault::DelayReply(3 * SECOND / 2));
+        let looking = tokio::spawn({
+            let locks = bench.locks.clone();
+            async move { locks.inspect("k").await }
+        });
+        bench.until("asked", async || bench.faults.count(Step::Inspect) == 1).await;
+        bench.time.advance(3 * SECOND / 2);
+        looking.await.unwrap().unwrap();
+        let _guard = bench.locks.lock("k").ttl(SECOND).await.unwrap();
+        assert_eq!(bench.faults.count(Step::Acquire), 1, "the first question was in time");
+    }
+
+    #[tokio::test]
+    async fn the_clock_of_a_store_that_was_set_back_is_followed() {
+        let bench = Bench::new().await;
+        let shared = &bench.locks.handle.shared;
+        let set_back = crate::store::StoreTime::from_micros(shared.store_time().as_micros() - 60_000_000);
+        shared.saw_store_time(set_back, bench.time.clock().now());
+        assert_eq!(shared.store_time(), set_back);
+    }
+
+    #[tokio::test]
+    async fn a_token_whose_end_failed_by_a_defect_of_the_store_is_ended_all_the_same() {
+        let bench = Bench::new().await;
+        let session = bench.locks.session();
+        let guard = bench.locks.lock("k").await.unwrap();
+        bench.faults.next(Step::Release, Fault::Panic);
+        drop(guard);
+        // Nobody tells the keeper of it again.
+        let tried_again = async || {
+            bench.time.advance(SECOND / 100);
+            bench.faults.count(Step::Release) > 1
         };
-        bench.until("ended once more", told).await;
+        bench.until("tried again", tried_again).await;
+        bench.until_free().await;
+        assert_eq!(bench.locks.session(), session, "it did not go with its session");
+    }
+
+    #[tokio::test]
+    async fn a_question_that_comes_late_after_its_hold_was_detached_leaves_nothing() {
+        let bench = Bench::new().await;
+        let session = bench.locks.session();
+        let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
+        let other = builder.open().await.unwrap();
+        let mut tokens = Vec::new();
+        for key in ["taken up", "stays"] {
+            let asked = bench.faults.count(Step::Acquire);
+            // On its way for long; its repeat is answered.
+            bench.faults.next(Step::Acquire, Fault::Hold);
+            let asking = tokio::spawn(bench.locks.lock(key).into_future());
+            bench.until("asked", async || bench.faults.count(Step::Acquire) > asked).await;
+            bench.time.advance(SECOND / 10);
+            tokens.push(asking.await.unwrap().unwrap().detach());
+        }
+        let is_locked = async |key| bench.locks.is_locked(key).await.unwrap();
+        other.adopt(tokens.remove(0)).await.unwrap().release().await.unwrap();
+        assert!(!is_locked("taken up").await);
+        assert_eq!(bench.faults.deliver().await, 2);
+        assert!(is_locked("taken up").await, "the late question made a hold: the test is worth something");
+        // Now no more of it can come.
+        bench.time.advance(6 * SECOND);
+        bench.until("ended", async || !is_locked("taken up").await).await;
+        assert_eq!(bench.locks.session(), session, "it did not go with its session");
+        let adopted = other.adopt(tokens.remove(0)).await.unwrap();
+        assert_eq!(adopted.release().await.unwrap(), crate::Released::Now);
+    }
+
+    #[tokio::test]
+    async fn a_fixed_term_whose_question_comes_late_is_ended_when_the_handle_is_closed() {
+        let bench = Bench::new().await;
+        bench.faults.next(Step::Acquire, Fault::Hold);
+        let mut asking = Box::pin(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
+        tokio::select! {
+            biased;
+            _ = &mut asking => unreachable!(),
+            () = bench.until("asked", async || bench.faults.count(Step::Acquire) == 1) => {}
+        }
+        drop(asking);
+        bench.until("ended once", async || bench.faults.count(Step::Abandon) == 1).await;
+        assert_eq!(bench.faults.deliver().await, 1);
+        let key = crate::Key::new("", "k").unwrap();
+        let holders = async || bench.memory.inspect(&key).await.unwrap().outcome.holders.len();
+        assert_eq!(holders().await, 1, "the late question made a hold: the test is worth something");
+        bench.locks.close().await.unwrap();
+        assert_eq!(holders().await, 0);
+    }
+
+    #[tokio::test]
+    async fn a_fixed_term_of_a_call_that_nobody_polls_while_the_handle_is_closed_is_ended() {
+        let bench = Bench::new().await;
+        bench.faults.next(Step::Acquire, Fault::DelayReply(3_600 * SECOND));
+        let mut asking = Box::pin(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
+        tokio::select! {
+            biased;
+            _ = &mut asking => unreachable!(),
+            () = bench.until("asked", async || bench.faults.count(Step::Acquire) == 1) => {}
+        }
+        bench.locks.close().await.unwrap();
+        drop(asking);
+        let key = crate::Key::new("", "k").unwrap();
+        assert!(bench.memory.inspect(&key).await.unwrap().outcome.holders.is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_is_taken_up_when_the_keeper_has_ended_is_not_believed() {
+        let bench = Bench::new().await;
+        let token = bench.locks.lock("k").await.unwrap().detach();
+        bench.faults.next(Step::Adopt, Fault::DelayReply(2 * SECOND));
+        bench.faults.next(Step::Beat, Fault::Panic);
+        let mut adopting = Box::pin(bench.locks.adopt(token));
+        tokio::select! {
+            biased;
+            _ = &mut adopting => unreachable!(),
+            () = bench.until("asked", async || bench.faults.count(Step::Adopt) == 1) => {}
+        }
+        // Its answer comes while the keeper ends, and is read after that.
+        bench.time.advance(2 * SECOND);
+        bench.locks.handle.shared.closed.cancelled().await;
+        assert_eq!(adopting.await.unwrap_err().kind(), ErrorKind::Draining);
+    }
+
+    #[tokio::test]
+    async fn taking_up_ends_when_the_handle_drains_while_there_is_no_session() {
+        let bench = Bench::new().await;
+        let token = bench.locks.lock("k").ttl(3_600 * SECOND).await.unwrap().detach();
+        bench.faults.always(Step::OpenSession, Fault::Fail(ErrorKind::Unavailable));
+        bench.memory.close_session(bench.locks.session().unwrap()).await.unwrap();
+        bench.time.advance(2 * SECOND);
+        bench.until("there is no session", async || bench.locks.session().is_none()).await;
+        let mut taking_up = Box::pin(bench.locks.adopt(token));
+        tokio::select! {
+            biased;
+            _ = &mut taking_up => unreachable!(),
+            () = std::future::ready(()) => {}
+        }
+        bench.locks.drain("a test");
+        let ended = tokio::time::timeout(10 * SECOND, taking_up).await.expect("at once, and no time goes by");
+        assert_eq!(ended.unwrap_err().kind(), ErrorKind::Draining);
+        assert_eq!(bench.faults.count(Step::Adopt), 0);
+    }
+
+    #[tokio::test]
+    async fn what_was_detached_and_taken_up_elsewhere_is_not_remembered_for_ever() {
+        let bench = Bench::new().await;
+        let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
+        let other = builder.open().await.unwrap();
+        let stays = bench.locks.lock("stays").await.unwrap().detach();
+        for turn in 0..crate::shared::MANY_KEPT {
+            let token = bench.locks.lock(format!("k{turn}")).await.unwrap().detach();
+            other.adopt(token).await.unwrap().release().await.unwrap();
+        }
+        let shared = &bench.locks.handle.shared;
+        bench.until("forgotten", async || shared.kept().len() < 10).await;
+        assert!(shared.kept().contains_key(&stays.id()));
+    }
+
+    #[tokio::test]
+    async fn a_release_is_told_once_although_a_question_may_come_late() {
+        let bench = Bench::new().await;
+        let mut events = bench.locks.events();
+        bench.faults.next(Step::Acquire, Fault::Hold);
+        let asking = tokio::spawn(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
+        bench.until("asked", async || bench.faults.count(Step::Acquire) == 1).await;
+        bench.time.advance(SECOND / 10);
+        drop(asking.await.unwrap().unwrap());
+        bench.until_free().await;
+        bench.locks.close().await.unwrap();
+        drop(bench.locks);
+        let mut told = 0;
+        while let Some(event) = events.next().await {
+            told += usize::from(matches!(event, Event::Released { .. }));
+        }
+        assert_eq!(told, 1);
     }
 }

@@ -80,8 +80,9 @@ async fn open_once(
         }
     };
     let request = OpenSession { session: id, ttl, owner: shared.config.owner.clone() };
+    let sent = shared.clock.now();
     let reply = limited(&shared.clock, shared.config.retry.attempt, shared.store.open_session(request)).await?;
-    shared.saw_store_time(reply.time);
+    shared.saw_store_time(reply.time, sent);
     *asked = None;
     let belief = SessionBelief::new(id, ttl, valid_until(shared, asked_at));
     match reply.outcome {
@@ -129,7 +130,7 @@ async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime, i
                 if !session.renew(shared.clock.now(), valid_until(shared, asked)) {
                     return;
                 }
-                shared.saw_store_time(reply.time);
+                shared.saw_store_time(reply.time, asked);
                 match reply.outcome {
                     BeatOutcome::Alive { lost } => {
                         for lost in lost {

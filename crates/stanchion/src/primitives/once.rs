@@ -311,7 +311,7 @@ impl Turn {
             fence: self.guard.fence(),
             counts,
         };
-        if let Err(error) = runs::record(&self.locks, &self.key, &run, self.found).await {
+        if let Err(error) = runs::record(&self.locks, &self.guard, &run, self.found).await {
             let (kind, message) = (error.kind(), format!("the run could not be recorded: {error}"));
             shared.observer.tell(|| Event::Error { kind, key: Some(self.key.clone()), message });
         }

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::Fence;
+use crate::guard::Guard;
 use crate::keeper::Command;
 use crate::key::Key;
 use crate::locks::{DURATIONS, Locks};
@@ -138,27 +139,35 @@ pub(crate) async fn last_run(locks: &Locks, key: &Key) -> Result<Found> {
     Ok(Found { run, done, slot_done, records })
 }
 
-/// Records a run, in place of those before it that say nothing beside it. Only with the lock of the key.
-pub(crate) async fn record(locks: &Locks, key: &Key, run: &Run, former: Found) -> Result<()> {
+/// Records a run, in place of those before it that say nothing beside it. Only with the guard of the key.
+pub(crate) async fn record(locks: &Locks, guard: &Guard, run: &Run, former: Found) -> Result<()> {
     let shared = &locks.handle.shared;
+    let key = guard.key();
     let companion = companion(key)?;
-    let token = TokenId::random()?;
     let keep = run.closed_for.max(KEPT).min(*DURATIONS.end());
-    let request = AcquireRequest {
-        key: companion.clone(),
-        token,
-        session: shared.believed_session().await?.id,
-        demand: Demand::READ,
-        term: Term::Fixed(keep),
-        enqueue: false,
-        not_after: shared.store_time().after(WINDOW),
-        metadata: Some(run.write(token)),
-        trace: None,
+    let outcome = loop {
+        let token = TokenId::random()?;
+        let request = AcquireRequest {
+            key: companion.clone(),
+            token,
+            session: shared.believed_session().await?.id,
+            demand: Demand::READ,
+            term: Term::Fixed(keep),
+            enqueue: false,
+            not_after: shared.store_time().after(WINDOW),
+            metadata: Some(run.write(token)),
+            trace: None,
+        };
+        let step = shared.step(|| shared.store.acquire(request.clone())).await;
+        let outcome = step.result.map_err(|error| error.with_key(key))?.outcome;
+        // The store was away for longer than the question may be on its way. It is there again, and nothing of that question
+        // is or will be.
+        if outcome != AcquireOutcome::Stale || !guard.is_held() {
+            break outcome;
+        }
     };
-    let reply =
-        shared.step(|| shared.store.acquire(request.clone())).await.result.map_err(|error| error.with_key(key))?;
-    if !matches!(reply.outcome, AcquireOutcome::Granted(_)) {
-        let message = format!("the run could not be recorded: {:?}", reply.outcome);
+    if !matches!(outcome, AcquireOutcome::Granted(_)) {
+        let message = format!("the run could not be recorded: {outcome:?}");
         return Err(Error::new(ErrorKind::Unavailable, message).with_key(key).with_store(shared.capabilities.name));
     }
     for (former, token) in former.records {
