@@ -287,10 +287,11 @@ impl Guard {
         let step = shared.step(|| shared.store.release(&self.hold.key, self.hold.token, cooldown)).await;
         let reply = step.result.map_err(|error| self.name(error))?;
         self.spent = true;
-        shared.registry().remove(&self.hold.token);
         if self.hold.unanswered_until.is_some_and(|until| reply.time <= until) {
             // A request of this token may still come: the keeper ends that too.
-            shared.command(Command::End(End::of_hold(&self.hold, None)));
+            shared.end(End::of_hold(&self.hold, None));
+        } else {
+            shared.registry().remove(&self.hold.token);
         }
         let repeated_in_time = step.unanswered && self.hold.ended(shared.clock.now()).is_none();
         match reply.outcome {
@@ -308,7 +309,7 @@ impl Guard {
     /// Frees the key before its grace is over: its holder has stopped.
     fn end_early(&self, cause: LossCause) {
         if cause.leaves_grace() {
-            self.shared().command(Command::End(End::of_hold(&self.hold, None)));
+            self.shared().end(End::of_hold(&self.hold, None));
         }
     }
 
@@ -325,12 +326,13 @@ impl Guard {
         self.spent = true;
         self.hold.let_go();
         self.shared().keep(&self.hold);
-        self.shared().registry().remove(&self.hold.token);
         if self.hold.unanswered_until.is_some() {
             // A question that comes when the hold has been taken up makes another one of the same token.
             let mut end = End::of_hold(&self.hold, None);
             end.spared = Some(self.hold.fence);
-            self.shared().command(Command::End(end));
+            self.shared().end(end);
+        } else {
+            self.shared().registry().remove(&self.hold.token);
         }
         Token::new(self.hold.key.clone(), self.hold.token, self.hold.session.id)
     }
@@ -360,9 +362,8 @@ impl Drop for Guard {
         }
         let cooldown = *self.cooldown.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.hold.let_go();
-        self.shared().registry().remove(&self.hold.token);
         let mut end = End::of_hold(&self.hold, cooldown);
         end.released = Some((self.hold.fence, self.hold.since));
-        self.shared().command(Command::End(end));
+        self.shared().end(end);
     }
 }

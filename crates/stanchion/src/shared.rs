@@ -56,7 +56,7 @@ pub(crate) struct Shared {
     kept: Mutex<IdMap<TokenId, Kept>>,
     /// When there are so many of them, the keeper asks for them.
     most_kept: AtomicUsize,
-    /// Tokens of which nothing is known here, while they are being ended: a beat tells them each time until they are.
+    /// Tokens while they are being ended, which the store may tell of until they are.
     ending: Mutex<IdMap<TokenId, ()>>,
     store_clock: Mutex<Option<(StoreTime, BootTime)>>,
     commands: mpsc::UnboundedSender<Command>,
@@ -251,6 +251,13 @@ impl Shared {
         let _the_keeper_has_ended = self.commands.send(command);
     }
 
+    /// Has the keeper end a token. What the store tells of it meanwhile is known here already.
+    pub(crate) fn end(&self, end: End) {
+        self.ending().insert(end.token, ());
+        self.registry().remove(&end.token);
+        self.command(Command::End(end));
+    }
+
     pub(crate) fn warn(&self, message: String) {
         let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
         if !warnings.contains(&message) && warnings.len() < MOST_WARNINGS {
@@ -427,7 +434,7 @@ impl Shared {
                 };
                 hold.is_freed_at(end.not_before);
             }
-            self.command(Command::End(end));
+            self.end(end);
         }
     }
 }

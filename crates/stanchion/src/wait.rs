@@ -475,8 +475,7 @@ impl Drop for Pending {
         if self.spent || !self.shared.is_own_process() {
             return;
         }
-        self.shared.registry().remove(&self.token);
-        self.shared.command(Command::End(End {
+        self.shared.end(End {
             key: self.key.clone(),
             token: self.token,
             cooldown: None,
@@ -486,6 +485,6 @@ impl Drop for Pending {
             over_at: self.fixed.map_or(BootTime::NEVER, |ttl| self.shared.clock.now().after(ttl + LONGEST_WINDOW * 2)),
             released: None,
             spared: None,
-        }));
+        });
     }
 }

@@ -116,8 +116,9 @@ async fn surviving<T>(step: impl Future<Output = Result<T>>) -> Result<T> {
 
 /// Ends a token of which this process knows nothing but its name.
 pub(super) fn end_unknown(shared: &Arc<Shared>, key: Key, token: TokenId) {
-    if shared.ending().insert(token, ()).is_none() {
-        shared.command(super::Command::End(End::of_token(key, token)));
+    let is_known = shared.ending().contains_key(&token);
+    if !is_known {
+        shared.end(End::of_token(key, token));
     }
 }
 

@@ -646,6 +646,26 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_hold_that_is_told_again_while_it_is_released_keeps_its_cooldown() {
+        let bench = Bench::new().await;
+        let guard = bench.locks.lock("k").cooldown(60 * SECOND).await.unwrap();
+        let (key, fence) = (guard.key().clone(), guard.fence());
+        let token = *bench.locks.handle.shared.registry().keys().next().unwrap();
+        bench.faults.next(Step::Release, Fault::Fail(ErrorKind::Unavailable));
+        drop(guard);
+        bench.until("it failed once", async || bench.faults.count(Step::Release) == 1).await;
+        // As a store does whose pushes begin anew.
+        receive(&bench.locks.handle.shared, Push::Granted { key, token, fence });
+        let tried_again = async || {
+            bench.time.advance(SECOND / 100);
+            bench.locks.inspect("k").await.unwrap().holders.is_empty()
+        };
+        bench.until("released", tried_again).await;
+        assert!(bench.locks.inspect("k").await.unwrap().closed_for.is_some(), "its cooldown");
+        bench.until("over", async || bench.locks.handle.shared.ending().is_empty()).await;
+    }
+
+    #[tokio::test]
     async fn a_question_that_comes_late_after_its_hold_was_detached_leaves_nothing() {
         let bench = Bench::new().await;
         let session = bench.locks.session();

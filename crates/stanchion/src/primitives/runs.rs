@@ -8,7 +8,6 @@ use std::time::{Duration, SystemTime};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::Fence;
 use crate::guard::Guard;
-use crate::keeper::Command;
 use crate::key::Key;
 use crate::locks::{DURATIONS, Locks};
 use crate::shared::End;
@@ -174,7 +173,7 @@ pub(crate) async fn record(locks: &Locks, guard: &Guard, run: &Run, former: Foun
         if !run.replaces(&former) {
             continue;
         }
-        shared.command(Command::End(End::of_token(companion.clone(), token)));
+        shared.end(End::of_token(companion.clone(), token));
     }
     Ok(())
 }

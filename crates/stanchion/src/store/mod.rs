@@ -83,7 +83,8 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Ends a session with everything that depends on it: its session holds, its queue entries. Idempotent.
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>>;
 
-    /// Whether a session lives. Reads only: renews nothing and ends nothing. `false` for one that never was.
+    /// Whether a session lives. Renews nothing and ends nothing. `false` for one that never was; a store may refuse to open
+    /// that one from then on, so that nobody who was told of its death is wrong.
     async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>>;
 
     /// Asks for a hold. Idempotent by token: asked again it gives the same answer, the same fence included.
