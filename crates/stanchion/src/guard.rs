@@ -16,7 +16,7 @@ use crate::key::Key;
 use crate::locks::{Locks, check_duration};
 use crate::shared::{End, Shared};
 use crate::store::{EndOutcome, ExtendOutcome, PollOutcome};
-use crate::token::Token;
+use crate::token::{Token, TokenId};
 
 /// A hold, as long as it is not dropped. Dropping it releases in the background, from anywhere: without a runtime, after
 /// the runtime has ended, while unwinding.
@@ -322,7 +322,13 @@ impl Guard {
     ///
     /// A fixed term runs on, and outlives this process. A hold bound to the session lives as long as that does.
     /// `max_hold` still counts in the store; `heartbeat_within` ends with the guard.
+    ///
+    /// A child that was forked has its parent's guards, and holds nothing: what it detaches is nobody's, and cannot be taken
+    /// up.
     pub fn detach(mut self) -> Token {
+        if !self.shared().is_own_process() {
+            return Token::new(self.hold.key.clone(), TokenId::from_bytes([0; 16]), self.hold.session.id);
+        }
         self.spent = true;
         self.hold.let_go();
         self.shared().keep(&self.hold);
