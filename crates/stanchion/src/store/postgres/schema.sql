@@ -831,43 +831,52 @@ BEGIN
 END $$;
 
 -- Housekeeping, a little at a time: sessions, holds and waiters of the dead, keys that nobody uses any more. Whoever beats
--- calls it now and then; of several that do, one works.
+-- calls it now and then; of several that do, one works. It waits for nobody.
 CREATE OR REPLACE FUNCTION @schema@.tidy() RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
   tidied text;
   last text;
   rec @schema@.keys;
+  settled integer := 0;
+  highest bigint;
 BEGIN
   PERFORM @schema@.sees_what_is_new();
   SELECT m.tidied_to INTO tidied FROM @schema@.meta m FOR UPDATE SKIP LOCKED;
   IF NOT FOUND THEN RETURN; END IF;
   -- A session that lives is told with its next beat, however late that comes.
   DELETE FROM @schema@.forced f WHERE f.at < now - 3600000000 AND NOT @schema@.lives(f.session, now);
+  -- Many keys, as some have one for each thing that they do; and of those that are in use few, as the server has room for
+  -- so many locks of one transaction.
+  SELECT max(part.key) INTO last
+  FROM (SELECT k.key FROM @schema@.keys k WHERE k.key > tidied ORDER BY k.key LIMIT 10000) part;
   FOR rec IN
-    SELECT * FROM @schema@.keys k WHERE k.key > tidied ORDER BY k.key LIMIT 200
+    SELECT * FROM @schema@.keys k WHERE k.key > tidied AND k.key <= last
+      AND (k.busy OR k.token IS NOT NULL
+        AND NOT EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = k.session AND s.expires > now))
+    ORDER BY k.key LIMIT 200
   LOOP
-    last := rec.key;
-    IF rec.busy OR rec.token IS NOT NULL THEN
-      CONTINUE WHEN NOT rec.busy AND @schema@.lives(rec.session, now);
-      IF pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(rec.key)) THEN
-        PERFORM FROM @schema@.keys k WHERE k.key = rec.key FOR UPDATE SKIP LOCKED;
-        IF FOUND THEN PERFORM @schema@.put(@schema@.take(rec.key)); END IF;
-      END IF;
-    ELSIF coalesce(rec.fence, 0) < now - 600000000 THEN
-      -- What was granted meanwhile is not idle.
-      DELETE FROM @schema@.keys k WHERE k.key = rec.key AND NOT k.busy AND k.token IS NULL
-        AND k.fence IS NOT DISTINCT FROM rec.fence
-        AND EXISTS (SELECT FROM @schema@.keys l WHERE l.key = rec.key FOR UPDATE SKIP LOCKED);
-      IF FOUND THEN
-        UPDATE @schema@.meta m SET fence_floor = greatest(m.fence_floor, rec.fence);
-      END IF;
+    settled := settled + 1;
+    IF settled = 200 THEN last := rec.key; END IF;
+    IF pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(rec.key)) THEN
+      PERFORM FROM @schema@.keys k WHERE k.key = rec.key FOR UPDATE SKIP LOCKED;
+      IF FOUND THEN PERFORM @schema@.put(@schema@.take(rec.key)); END IF;
     END IF;
   END LOOP;
-  UPDATE @schema@.meta m SET tidied_to = coalesce(last, '') WHERE m.tidied_to <> coalesce(last, '');
+  -- What is granted meanwhile is not idle any more, and is left.
+  WITH idle AS (
+    SELECT k.key FROM @schema@.keys k WHERE k.key > tidied AND k.key <= last
+      AND NOT k.busy AND k.token IS NULL AND coalesce(k.fence, 0) < now - 600000000
+    FOR UPDATE SKIP LOCKED
+  ), gone AS (
+    DELETE FROM @schema@.keys k USING idle WHERE k.key = idle.key RETURNING k.fence
+  )
+  SELECT max(gone.fence) INTO highest FROM gone;
+  UPDATE @schema@.meta m SET tidied_to = coalesce(last, ''), fence_floor = greatest(m.fence_floor, highest)
+  WHERE m.tidied_to <> coalesce(last, '') OR m.fence_floor < highest;
   DELETE FROM @schema@.sessions s WHERE s.expires + greatest(2 * s.ttl, 60000000) < now
     AND NOT EXISTS (SELECT FROM @schema@.queue q WHERE q.session = s.id);
 END $$;
