@@ -151,10 +151,10 @@ fn a_question_that_nobody_looks_at_holds_up_nothing() {
     });
 }
 
-/// A transaction keeps a key that others wait for: all is listed meanwhile, a session that has to do with it ends, and so
-/// does what it had elsewhere.
+/// A transaction keeps a key that others wait for: it is seen and listed meanwhile, a session that has to do with it ends,
+/// and so does what it had elsewhere.
 #[test]
-fn a_key_that_a_transaction_keeps_holds_up_no_list_and_no_close() {
+fn a_key_that_a_transaction_keeps_holds_up_no_look_and_no_close() {
     let server = server();
     block_on(async {
         let open = async || Locks::builder(&server.url()).session_ttl(30 * SECOND).open().await.unwrap();
@@ -170,6 +170,7 @@ fn a_key_that_a_transaction_keeps_holds_up_no_list_and_no_close() {
         until("they wait", async || server.psql("SELECT sum(waiting) FROM stanchion.keys") == "2").await;
         let mut transaction = sleeping_transaction(&server, kept.fence().get(), 5, "SELECT").await;
         assert_eq!(two.list("").await.unwrap().len(), 2);
+        assert_eq!(two.inspect("k").await.unwrap().waiters.len(), 1);
         one.close().await.unwrap();
         drop(wants_other.await.unwrap());
         assert!(transaction.try_wait().unwrap().is_none(), "the transaction lasts");

@@ -766,8 +766,10 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
   SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 BEGIN
-  -- Only where somebody waits does settling change what is to be seen.
-  IF EXISTS (SELECT FROM @schema@.keys k WHERE k.key = wanted AND k.waiting > 0) THEN
+  -- Only where somebody waits does settling change what is to be seen. A look waits for nobody's turn.
+  IF EXISTS (SELECT FROM @schema@.keys k WHERE k.key = wanted AND k.waiting > 0)
+    AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(wanted))
+  THEN
     PERFORM @schema@.put(@schema@.take(wanted));
   END IF;
   RETURN QUERY SELECT @schema@.clock(), 'time'::text, wanted, NULL::bigint, NULL::text, NULL::integer, NULL::integer,
