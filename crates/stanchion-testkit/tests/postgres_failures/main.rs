@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use stanchion::store::{Postgres, Store};
+use stanchion::store::{PollOutcome, Postgres, Store};
 use stanchion::{ErrorKind, Key, Locks, Released, RetryPolicy, SessionId, TokenId};
 use stanchion_testkit::servers::{Postgres as Kind, PostgresServer};
 use stanchion_testkit::{block_on, until};

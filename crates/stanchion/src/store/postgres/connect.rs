@@ -30,6 +30,9 @@ use crate::error::{Error, ErrorKind, Result};
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// The most connections for those that look.
+const LOOKS: usize = 4;
+
 /// The answer of a step that was given up is waited for, so long: a little longer than the longest step. Its connection is
 /// used by nobody else meanwhile, and never again without that answer.
 const SETTLED_WITHIN: Duration = Duration::from_secs(6);
@@ -56,6 +59,8 @@ pub(super) struct Pool {
     permits: Arc<Semaphore>,
     /// Calls of many steps have a few of the connections: they wait for nobody's turn, and never for those that do.
     together_permits: Arc<Semaphore>,
+    /// Looks have a few too: a thousand that wait look once in a second, and no step stands in line behind that.
+    look_permits: Arc<Semaphore>,
     /// One connection more, for what keeps the session: no crowd of steps may delay a beat.
     session_permit: Semaphore,
     pause: Mutex<Pause>,
@@ -98,13 +103,15 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Pool {
     pub(super) fn new(config: Config, users: Option<UsersPool>) -> Self {
         let pause = Pause { next: BootTime::from_nanos(0), length: FIRST_PAUSE, why: None };
-        let for_together = together::REQUESTS.min(config.pool / 2);
-        let permits = Arc::new(Semaphore::new(config.pool - for_together));
+        let (for_together, for_looks) = (together::REQUESTS.min(config.pool / 2), LOOKS.min(config.pool / 4));
+        let permits = Arc::new(Semaphore::new(config.pool - for_together - for_looks));
+        let of_their_own = |count| match count {
+            0 => permits.clone(),
+            some => Arc::new(Semaphore::new(some)),
+        };
         Self {
-            together_permits: match for_together {
-                0 => permits.clone(),
-                some => Arc::new(Semaphore::new(some)),
-            },
+            together_permits: of_their_own(for_together),
+            look_permits: of_their_own(for_looks),
             permits,
             driver: Mutex::default(),
             idle: Mutex::default(),
@@ -151,6 +158,28 @@ impl Pool {
         parameters: &[Parameter<'_>],
     ) -> Result<Vec<Row>> {
         self.ask_with(&self.together_permits, statement, parameters).await
+    }
+
+    /// The same for one that looks. It is driven where connections live: who asked may be slow to look at the answer, and
+    /// keeps no connection from the others meanwhile.
+    pub(super) async fn look(
+        self: &Arc<Self>,
+        statement: String,
+        parameters: Vec<(Box<dyn ToSql + Sync + Send>, Type)>,
+    ) -> Result<Vec<Row>> {
+        let (mut sender, looked) = oneshot::channel();
+        let pool = self.clone();
+        self.runtime()?.spawn(async move {
+            let parameters: Vec<Parameter<'_>> =
+                parameters.iter().map(|(value, kind)| (&**value as &(dyn ToSql + Sync), kind.clone())).collect();
+            let rows = tokio::select! {
+                biased;
+                rows = pool.ask_with(&pool.look_permits, &statement, &parameters) => rows,
+                () = sender.closed() => return,
+            };
+            let _gave_up = sender.send(rows);
+        });
+        looked.await.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the store was dropped while it was used")))
     }
 
     /// The same for a step of a session, which waits for no step on a key.

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Row, Transaction};
 
 use self::borrowed::UsersPool;
@@ -240,6 +241,11 @@ impl Inner {
         self.pool.ask(&self.call(function, parameters.len()), parameters).await
     }
 
+    /// The same for one that looks.
+    async fn looked(&self, function: &str, parameters: Vec<(Box<dyn ToSql + Sync + Send>, Type)>) -> Result<Vec<Row>> {
+        self.pool.look(self.call(function, parameters.len()), parameters).await
+    }
+
     /// The same for a step of a session.
     async fn session_rows(&self, function: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
         self.pool.ask_for_session(&self.call(function, parameters.len()), parameters).await
@@ -303,6 +309,10 @@ impl Inner {
     }
 }
 
+fn text(text: &str) -> (Box<dyn ToSql + Sync + Send>, Type) {
+    (Box::new(text.to_owned()), Type::TEXT)
+}
+
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
 impl Store for Postgres {
@@ -356,10 +366,11 @@ impl Store for Postgres {
     }
 
     async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
-        let id = session.as_bytes().as_slice();
         // Of any session, by as many as like: not where the own one is kept.
-        let row = self.inner.step("session_lives", parameters![id => BYTEA]).await?;
-        Ok(Reply { time: time(&row)?, outcome: column(&row, "alive")? })
+        let rows =
+            self.inner.looked("session_lives", vec![(Box::new(session.as_bytes().to_vec()), Type::BYTEA)]).await?;
+        let row = rows.first().ok_or_else(malformed)?;
+        Ok(Reply { time: time(row)?, outcome: column(row, "alive")? })
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
@@ -379,15 +390,16 @@ impl Store for Postgres {
     }
 
     async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
-        let token = token.as_bytes().as_slice();
-        let row = self.inner.step("poll", parameters![key.as_encoded() => TEXT, token => BYTEA]).await?;
-        let outcome = match column(&row, "outcome")? {
-            "granted" => PollOutcome::Granted(granted(&row)?),
-            "queued" => PollOutcome::Queued(Queued { ahead: number(&row)?, check_in: self.inner.check_in(&row)? }),
+        let token = (Box::new(token.as_bytes().to_vec()) as _, Type::BYTEA);
+        let rows = self.inner.looked("poll", vec![text(key.as_encoded()), token]).await?;
+        let row = rows.first().ok_or_else(malformed)?;
+        let outcome = match column(row, "outcome")? {
+            "granted" => PollOutcome::Granted(granted(row)?),
+            "queued" => PollOutcome::Queued(Queued { ahead: number(row)?, check_in: self.inner.check_in(row)? }),
             "gone" => PollOutcome::Gone,
             _ => return Err(malformed()),
         };
-        Ok(Reply { time: time(&row)?, outcome })
+        Ok(Reply { time: time(row)?, outcome })
     }
 
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
@@ -448,7 +460,7 @@ impl Store for Postgres {
     }
 
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
-        let rows = self.inner.rows("inspect", parameters![key.as_encoded() => TEXT]).await?;
+        let rows = self.inner.looked("inspect", vec![text(key.as_encoded())]).await?;
         let Reply { time, outcome } = states(&rows)?;
         let nothing = KeyState {
             key: key.clone(),
@@ -464,7 +476,8 @@ impl Store for Postgres {
     async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
         let after = after.map_or("", Key::as_encoded);
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-        let rows = self.inner.rows("list", parameters![prefix => TEXT, after => TEXT, limit => INT8]).await?;
+        let parameters = vec![text(prefix), text(after), (Box::new(limit) as _, Type::INT8)];
+        let rows = self.inner.looked("list", parameters).await?;
         states(&rows)
     }
 
