@@ -46,14 +46,14 @@ fn an_older_schema_is_brought_up_for_those_who_had_rights() {
     let fence = || server.psql("SELECT fence FROM stanchion.keys").parse::<u64>().unwrap();
     let before = fence();
     // What version 1 lacked.
-    server.psql("UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.in_turn");
+    server.psql("UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.together");
     run().code(78).says(&["the schema is of version 1", "run `stanchion schema --apply`"]);
     apply(&server);
     run().code(0);
     assert!(fence() > before, "what was there stays");
     let looked = "SET ROLE locker; SELECT alive FROM stanchion.session_lives('\\x00')";
     assert_eq!(server.psql(looked), "f", "the new step too");
-    let may = "SELECT has_function_privilege('locker', oid, 'EXECUTE') FROM pg_proc WHERE proname = 'in_turn'";
+    let may = "SELECT has_function_privilege('locker', oid, 'EXECUTE') FROM pg_proc WHERE proname = 'together'";
     assert_eq!(server.psql(may), "t", "and the newest");
 }
 

@@ -67,7 +67,7 @@ fn only_a_hand_off_notifies() {
         // Each is one transaction, of as many as were there to enter.
         let entered = server.psql(
             "SELECT sum(calls) FROM pg_stat_statements WHERE toplevel \
-             AND (query LIKE '%.acquire(%' OR query LIKE '%.in_turn(%' OR query LIKE '%.together(%') \
+             AND (query LIKE '%.acquire(%' OR query LIKE '%.together(%') \
              AND query NOT LIKE '%pg_stat%'",
         );
         let entered = entered.trim().parse::<usize>().unwrap() - 21;
@@ -199,7 +199,7 @@ fn many_callers_share_requests_and_never_a_key() {
         let total: u64 = keys.iter().map(|(count, _)| count.load(Relaxed)).sum();
         assert_eq!(total, (TASKS * ROUNDS) as u64);
         until("nothing is left", async || locks.list("").await.unwrap().is_empty()).await;
-        let (together, alone) = (calls("together") + calls("in_turn"), calls("acquire") + calls("finish"));
+        let (together, alone) = (calls("together"), calls("acquire") + calls("finish"));
         let steps = (TASKS * ROUNDS * 4) as u64;
         println!("{steps} steps: {together} calls of many, {alone} alone");
         assert!(together > 0 && together + alone < steps, "{together} calls of many, {alone} alone, {steps} steps");

@@ -17,11 +17,15 @@ fn a_schema_can_be_applied_by_ten_at_once_and_again() {
         }
         drop(locks(&server).await.lock("k").await.unwrap());
         // An older one is named with what to run, and becomes this one.
-        server.psql("UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.in_turn");
+        server.psql("UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.together");
         let error = Locks::open(&server.url()).await.unwrap_err();
         assert!(error.to_string().contains("stanchion schema --apply"), "{error}");
         Postgres::from_url(&server.url()).unwrap().apply_schema().await.unwrap();
         drop(locks(&server).await.lock("k").await.unwrap());
+        // A program that is running meanwhile goes on: it does not say whether it waits.
+        let old = "SELECT count(*) FROM stanchion.together('{a}', '{x}', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, \
+                   ARRAY[NULL]::bigint[])";
+        assert_eq!(server.psql(old), "1");
         // A newer one is not touched, and not used.
         server.psql("UPDATE stanchion.meta SET version = 4");
         let store = Postgres::from_url(&server.url()).unwrap();

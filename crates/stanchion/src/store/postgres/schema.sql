@@ -476,10 +476,15 @@ BEGIN
 END $$;
 
 -- Many steps at once, for many callers of one process: `finish` where there is no session, `acquire` elsewhere. It waits for
--- nobody's turn. The answer has a row for each step that was done; what had to wait, or would take too long, is left alone.
+-- nobody's turn, unless it is for one key alone (`waits`): then the first step is done in any case. The answer has a row for
+-- each step that was done; what had to wait, or would take too long, is left alone.
+DROP FUNCTION IF EXISTS @schema@.together(text[], bytea[], bytea[], integer[], integer[], boolean[], bigint[], boolean[],
+  bigint[], text[], text[], bigint[]);
 CREATE OR REPLACE FUNCTION @schema@.together(
   keys text[], tokens bytea[], sessions bytea[], units integer[], capacities integer[], bounds boolean[], terms bigint[],
-  enqueues boolean[], latest bigint[], metadata text[], traces text[], cooldowns bigint[]
+  enqueues boolean[], latest bigint[], metadata text[], traces text[], cooldowns bigint[],
+  -- A program of version 2 does not say it.
+  waits boolean DEFAULT false
 ) RETURNS TABLE (
   place bigint, outcome text, at bigint, fence bigint, remaining bigint, number bigint, check_in bigint
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
@@ -490,6 +495,11 @@ DECLARE
   easy bigint[] := '{}';
 BEGIN
   PERFORM @schema@.sees_what_is_new();
+  IF waits THEN
+    PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(keys[1]));
+    -- Nobody else's keys are in its hands.
+    until := @schema@.clock() + 50000;
+  END IF;
   -- The short way of `finish`.
   FOR place, at IN
     WITH asked AS MATERIALIZED (
@@ -530,45 +540,12 @@ BEGIN
   -- The rest in order. What would fail is left too: a fault is the fault of all.
   FOR place IN
     SELECT a.place FROM unnest(keys) WITH ORDINALITY a (key, place)
-    WHERE a.place <> ALL (easy)
-      AND NOT EXISTS (SELECT FROM @schema@.keys k WHERE k.key = a.key AND k.fence = 9223372036854775807)
+    WHERE a.place <> ALL (easy) AND (waits AND a.place = 1
+      OR NOT EXISTS (SELECT FROM @schema@.keys k WHERE k.key = a.key AND k.fence = 9223372036854775807))
     ORDER BY a.place
   LOOP
-    EXIT WHEN @schema@.clock() > until;
+    EXIT WHEN @schema@.clock() > until AND NOT (waits AND place = 1);
     CONTINUE WHEN NOT pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(keys[place]));
-    IF sessions[place] IS NULL THEN
-      SELECT f.outcome, f.at, NULL, NULL, NULL, NULL INTO outcome, at, fence, remaining, number, check_in
-      FROM @schema@.finish(keys[place], tokens[place], cooldowns[place]) f;
-    ELSE
-      SELECT a.outcome, a.at, a.fence, a.remaining, a.number, a.check_in
-      INTO outcome, at, fence, remaining, number, check_in
-      FROM @schema@.acquire(keys[place], tokens[place], sessions[place], units[place], capacities[place], bounds[place],
-        terms[place], enqueues[place], latest[place], metadata[place], traces[place]) a;
-    END IF;
-    RETURN NEXT;
-  END LOOP;
-END $$;
-
--- The same for steps on one key, whose turn it waits for. The first is done in any case.
-CREATE OR REPLACE FUNCTION @schema@.in_turn(
-  keys text[], tokens bytea[], sessions bytea[], units integer[], capacities integer[], bounds boolean[], terms bigint[],
-  enqueues boolean[], latest bigint[], metadata text[], traces text[], cooldowns bigint[]
-) RETURNS TABLE (
-  place bigint, outcome text, at bigint, fence bigint, remaining bigint, number bigint, check_in bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
-#variable_conflict use_column
-DECLARE
-  until bigint;
-BEGIN
-  PERFORM @schema@.sees_what_is_new();
-  PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(keys[1]));
-  until := @schema@.clock() + 50000;
-  FOR nth IN 1 .. pg_catalog.cardinality(keys) LOOP
-    place := nth;
-    -- What fails is a fault of all: where a grant would, each is asked for alone.
-    EXIT WHEN place > 1 AND (@schema@.clock() > until
-      OR EXISTS (SELECT FROM @schema@.keys k WHERE k.key = keys[1] AND k.fence = 9223372036854775807));
     IF sessions[place] IS NULL THEN
       SELECT f.outcome, f.at, NULL, NULL, NULL, NULL INTO outcome, at, fence, remaining, number, check_in
       FROM @schema@.finish(keys[place], tokens[place], cooldowns[place]) f;
@@ -886,7 +863,7 @@ END $$;
 -- The rights of the steps are given by name; the rest is for the owner alone.
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA @schema@ FROM PUBLIC;
 
--- A step that an older version did not have is for those who may take the others.
+-- A step that an older version did not have, or had otherwise, is for those who may take the others.
 DO $$
 DECLARE
   who regrole;
@@ -895,7 +872,7 @@ BEGIN
     SELECT a.grantee FROM pg_proc p, aclexplode(p.proacl) a
     WHERE p.oid = '@schema@.beat(bytea)'::regprocedure AND a.privilege_type = 'EXECUTE' AND a.grantee <> p.proowner
   LOOP
-    EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives, @schema@.in_turn TO %s', who);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives, @schema@.together TO %s', who);
   END LOOP;
 END $$;
 

@@ -371,10 +371,12 @@ impl Request {
             each(steps, |step| step.asked()?.metadata.as_deref()) => TEXT_ARRAY,
             each(steps, |step| step.asked()?.trace.as_deref()) => TEXT_ARRAY,
             each(steps, Step::cooldown) => INT8_ARRAY,
+            (self.way != Way::Many) => BOOL,
         ];
+        let statement = inner.call("together", parameters.len());
         let rows = match self.way {
-            Way::Alone | Way::Left => pool.ask(&inner.call("in_turn", parameters.len()), parameters).await?,
-            Way::Many => pool.ask_together(&inner.call("together", parameters.len()), parameters).await?,
+            Way::Alone | Way::Left => pool.ask(&statement, parameters).await?,
+            Way::Many => pool.ask_together(&statement, parameters).await?,
         };
         let mut outcomes: Vec<_> = steps.iter().map(|_| None).collect();
         for row in rows {
