@@ -115,25 +115,34 @@ pub fn applies<S: Store>(name: &str, needs: &[Need], environment: &Environment<S
 }
 
 /// Instantiates every case of the suite for a store: a module of this name with two modules in it, `direct` and
-/// `dynamic`, each with one test per case.
+/// `dynamic`, each with one test per case. `dynamic` runs the case through `Arc<dyn Store>`.
 ///
 /// The second argument is a [`Fixture`], or a function that makes an [`Environment`]: fresh data each time.
+///
+/// `conformance!(dynamic name, fixture)` makes only the tests through `Arc<dyn Store>`. They cost little to compile, because
+/// their code is the same for every store, so they suit a store's second and third configuration. `direct` makes the others.
 #[macro_export]
 macro_rules! conformance {
     ($name:ident, $fixture:expr) => {
         mod $name {
             #[allow(unused_imports)]
             use super::*;
-            mod direct {
-                #[allow(unused_imports)]
-                use super::*;
-                $crate::for_every_case!($crate::instantiate, fresh, $fixture);
-            }
-            mod dynamic {
-                #[allow(unused_imports)]
-                use super::*;
-                $crate::for_every_case!($crate::instantiate, fresh_erased, $fixture);
-            }
+            $crate::conformance!(direct direct, $fixture);
+            $crate::conformance!(dynamic dynamic, $fixture);
+        }
+    };
+    (direct $name:ident, $fixture:expr) => {
+        mod $name {
+            #[allow(unused_imports)]
+            use super::*;
+            $crate::for_every_case!($crate::instantiate, fresh, $fixture);
+        }
+    };
+    (dynamic $name:ident, $fixture:expr) => {
+        mod $name {
+            #[allow(unused_imports)]
+            use super::*;
+            $crate::for_every_case!($crate::instantiate_erased, fresh_erased, $fixture);
         }
     };
 }
@@ -149,6 +158,37 @@ macro_rules! instantiate {
             }
         })*
     };
+}
+
+#[doc(hidden)]
+#[macro_export]
+macro_rules! instantiate_erased {
+    ($fresh:ident, $fixture:expr, $($subject:ident :: $case:ident $([$($need:ident),+])?),* $(,)?) => {
+        $(#[test] fn $case() {
+            $crate::erased::$case(&$crate::Fixture::$fresh(&$fixture));
+        })*
+    };
+}
+
+/// Every case through `Arc<dyn Store>`: compiled once, here, and not again for each store.
+#[doc(hidden)]
+pub mod erased {
+    #![allow(missing_docs, reason = "a case's name says what it is")]
+
+    use std::sync::Arc;
+
+    use crate::{Environment, Need, Store};
+
+    macro_rules! erased {
+        ($($subject:ident :: $case:ident $([$($need:ident),+])?),* $(,)?) => {
+            $(pub fn $case(environment: &Environment<Arc<dyn Store>>) {
+                if crate::applies(stringify!($case), &[$($(Need::$need),+)?], environment) {
+                    crate::block_on(crate::cases::$subject::$case(environment));
+                }
+            })*
+        };
+    }
+    crate::for_every_case!(erased);
 }
 
 macro_rules! listed {

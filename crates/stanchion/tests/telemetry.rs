@@ -2,6 +2,7 @@
 #![cfg(all(feature = "tracing", feature = "metrics"))]
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
+#[path = "library/support.rs"]
 mod support;
 
 use std::collections::BTreeSet;

@@ -1,11 +1,10 @@
 //! Bad input and bad surroundings: the documented message and exit code, and nothing left behind.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-mod common;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt;
 
-use common::*;
+use crate::common::*;
 
 /// No store was made and no command started.
 fn nothing_is_left(world: &World) {

@@ -1,8 +1,7 @@
 //! The wrapper is killed: everything that it started dies, and the key is never free before.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-mod common;
-use common::*;
+use crate::common::*;
 use rustix::process::Signal;
 
 #[test]

@@ -1,8 +1,7 @@
 //! Help, completions and man pages: from one definition.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-mod common;
-use common::*;
+use crate::common::*;
 
 #[test]
 fn help_and_version_are_data_and_go_well() {

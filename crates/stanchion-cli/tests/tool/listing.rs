@@ -1,10 +1,9 @@
 //! `ls`, `inspect` and `watch`: what is held, waited for and closed.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-mod common;
 use std::io::{BufRead as _, BufReader};
 
-use common::*;
+use crate::common::*;
 use rustix::process::Signal;
 use serde_json::Value;
 

@@ -1,8 +1,7 @@
 //! The key is lost while the command runs: the whole group ends, before another may have the key.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-mod common;
-use common::*;
+use crate::common::*;
 
 /// A command that does not end when asked, and whose child does not either.
 const STUBBORN: &str =

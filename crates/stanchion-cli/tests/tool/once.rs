@@ -1,8 +1,7 @@
 //! `once`: at most one run per period.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-mod common;
-use common::*;
+use crate::common::*;
 use rustix::process::Signal;
 
 #[test]

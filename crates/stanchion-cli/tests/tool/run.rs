@@ -1,8 +1,7 @@
 //! `run`: one at a time, with the command's own exit code, streams and environment.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-mod common;
-use common::*;
+use crate::common::*;
 use rustix::process::Signal;
 
 #[test]

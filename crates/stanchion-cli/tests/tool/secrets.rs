@@ -1,8 +1,7 @@
 //! The store's URL: not in messages, not in the command's environment, and no password in an argument.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-mod common;
-use common::*;
+use crate::common::*;
 
 const SECRET: &str = "s3ntinel";
 

@@ -1,8 +1,7 @@
 //! Signals: passed on to the command, and no process left behind, whenever they come.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-mod common;
-use common::*;
+use crate::common::*;
 use rustix::process::Signal;
 
 #[test]

@@ -1,14 +1,13 @@
 //! At a terminal: an interactive command works as if the shell had started it itself.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-mod common;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex};
 
-use common::*;
+use crate::common::*;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};

@@ -1,11 +1,7 @@
 //! The tool on Firestore, in Google's emulator. `./test` runs this where the machine has it.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-mod common;
-#[macro_use]
-#[allow(dead_code, reason = "an emulator has no password")]
-mod on_a_server;
-use common::*;
+use crate::common::*;
 use stanchion_testkit::servers::{FirestoreEmulator, firestore_emulator};
 
 struct Emulator {
@@ -13,7 +9,7 @@ struct Emulator {
     running: Option<FirestoreEmulator>,
 }
 
-impl on_a_server::Server for Emulator {
+impl crate::on_a_server::Server for Emulator {
     fn url(&self, _password: &str) -> String {
         self.url.clone()
     }

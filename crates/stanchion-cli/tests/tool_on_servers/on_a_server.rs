@@ -101,7 +101,7 @@ macro_rules! on_a_server {
     ($start:expr => $($case:ident),* $(,)?) => { $(
         #[test]
         fn $case() {
-            on_a_server::$case($start());
+            $crate::on_a_server::$case($start());
         }
     )* };
 }

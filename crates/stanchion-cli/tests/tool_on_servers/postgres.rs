@@ -1,13 +1,10 @@
 //! The tool on a PostgreSQL server.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-mod common;
-#[macro_use]
-mod on_a_server;
-use common::*;
+use crate::common::*;
 use stanchion_testkit::servers::{Postgres, PostgresServer};
 
-impl on_a_server::Server for PostgresServer {
+impl crate::on_a_server::Server for PostgresServer {
     fn url(&self, password: &str) -> String {
         format!("postgres://locker:{password}@127.0.0.1:{}/postgres", self.port())
     }
@@ -21,7 +18,7 @@ fn server() -> PostgresServer {
     let server = PostgresServer::with_passwords(Postgres::V15, &[]);
     server.psql("CREATE ROLE locker LOGIN PASSWORD 'hunter2'");
     apply(&server);
-    let rights = include_str!("../../stanchion/src/store/postgres/rights.sql");
+    let rights = include_str!("../../../stanchion/src/store/postgres/rights.sql");
     server.psql(&rights.replace("@schema@", "stanchion").replace("@role@", "locker"));
     server
 }
@@ -40,7 +37,7 @@ fn an_older_schema_is_brought_up_for_those_who_had_rights() {
     let server = server();
     let world = World::new();
     let url = world.path("url");
-    std::fs::write(&url, on_a_server::Server::url(&server, "hunter2")).unwrap();
+    std::fs::write(&url, crate::on_a_server::Server::url(&server, "hunter2")).unwrap();
     let run = || world.stanchion(["run", "--store-file", url.to_str().unwrap(), "k", "--", "true"]).finish();
     run().code(0);
     let fence = || server.psql("SELECT fence FROM stanchion.keys").parse::<u64>().unwrap();

@@ -1,13 +1,10 @@
 //! The tool on a Redis server.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-mod common;
-#[macro_use]
-mod on_a_server;
-use common::*;
+use crate::common::*;
 use stanchion_testkit::servers::{Redis, RedisServer};
 
-impl on_a_server::Server for RedisServer {
+impl crate::on_a_server::Server for RedisServer {
     fn url(&self, password: &str) -> String {
         format!("redis://:{password}@127.0.0.1:{}", self.port())
     }

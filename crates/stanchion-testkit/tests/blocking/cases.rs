@@ -35,7 +35,7 @@ macro_rules! blocking_cases {
     ($open:expr; $($case:ident),* $(,)?) => {
         $(#[test] fn $case() {
             let open = $open;
-            $crate::blocking_cases::$case(&open);
+            $crate::cases::$case(&open);
         })*
     };
 }

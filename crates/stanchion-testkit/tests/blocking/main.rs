@@ -1,7 +1,9 @@
-//! The blocking surface on the stores that need no server, and what does not depend on the store.
+//! The blocking surface: on every store, and what does not depend on the store.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod blocking_cases;
+#[macro_use]
+mod cases;
+mod servers;
 
 use stanchion::blocking::Locks;
 use stanchion::store::{Memory, Sqlite};

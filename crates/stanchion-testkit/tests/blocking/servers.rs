@@ -1,8 +1,6 @@
 //! The blocking surface on the stores that need a server.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod blocking_cases;
-
 use std::sync::OnceLock;
 
 use stanchion::TokenId;

@@ -1,4 +1,4 @@
-//! Firestore against the whole suite, in Google's emulator. `./test` runs this where the machine has it.
+//! Firestore against the whole suite, in Google's emulator. `./test --full` runs this where the machine has it.
 
 mod times;
 
@@ -12,4 +12,4 @@ fn emulator() -> Environment<Firestore> {
     let url = emulator.url();
     Environment::new(move || Firestore::from_url(&url).unwrap())
 }
-conformance!(firestore, emulator);
+conformance!(dynamic suite, emulator);

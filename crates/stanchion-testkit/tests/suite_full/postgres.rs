@@ -1,7 +1,6 @@
-//! PostgreSQL against the whole suite: every version that is supported, and every way to reach it.
+//! PostgreSQL: every version that is supported, and every way to reach it.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use stanchion::store::{Postgres, Prefixed, Store as _};
 use stanchion::{Key, TokenId};
@@ -9,44 +8,21 @@ use stanchion_testkit::servers::{PgBouncer, Postgres as Kind, PostgresServer};
 use stanchion_testkit::{Environment, conformance};
 use tokio_util::sync::CancellationToken;
 
-/// Fresh data on servers that all cases share: a schema of its own.
-fn fresh(server: &PostgresServer, url: &str) -> Environment<Postgres> {
-    let url = format!("{url}{}schema={}", if url.contains('?') { '&' } else { '?' }, schema_of(server));
-    Environment::new(move || Postgres::from_url(&url).unwrap())
+use crate::environments::{ROOM, postgres_15, postgres_at as fresh, schema_of};
+
+conformance!(direct direct, postgres_15);
+
+fn postgres_18() -> Environment<Postgres> {
+    static SERVER: OnceLock<PostgresServer> = OnceLock::new();
+    let server = SERVER.get_or_init(|| PostgresServer::with(Kind::V18, ROOM));
+    fresh(server, &server.url())
 }
-
-/// The name of a new one.
-fn schema_of(server: &PostgresServer) -> String {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let schema = format!("s{}", NEXT.fetch_add(1, Ordering::Relaxed));
-    let store = Postgres::from_url(&format!("postgres://localhost?schema={schema}")).unwrap();
-    server.psql(&store.schema_sql());
-    schema
-}
-
-/// Many handles at once, each with connections of its own.
-const ROOM: &[(&str, &str)] = &[("max_connections", "500")];
-
-macro_rules! versions {
-    ($($name:ident $kind:ident),* $(,)?) => { $(
-        fn $name() -> Environment<Postgres> {
-            static SERVER: OnceLock<PostgresServer> = OnceLock::new();
-            let server = SERVER.get_or_init(|| PostgresServer::with(Kind::$kind, ROOM));
-            fresh(server, &server.url())
-        }
-        mod $name {
-            use super::*;
-            conformance!(suite, super::$name);
-        }
-    )* };
-}
-
-versions! { postgres_15 V15, postgres_18 V18 }
+conformance!(dynamic postgres_18, postgres_18);
 
 fn in_a_prefix() -> Environment<Prefixed<Postgres>> {
     postgres_15().prefixed()
 }
-conformance!(prefixed, in_a_prefix);
+conformance!(dynamic prefixed, in_a_prefix);
 
 /// With certificates that are verified, and as a user that has no more rights than the documentation says.
 fn with_few_rights_over_tls() -> Environment<Postgres> {
@@ -63,11 +39,11 @@ fn with_few_rights_over_tls() -> Environment<Postgres> {
         schema_of(server),
     );
     let schema = url.rsplit_once('=').unwrap().1;
-    let rights = include_str!("../../stanchion/src/store/postgres/rights.sql");
+    let rights = include_str!("../../../stanchion/src/store/postgres/rights.sql");
     server.psql(&rights.replace("@schema@", schema).replace("@role@", "locker"));
     Environment::new(move || Postgres::from_url(&url).unwrap())
 }
-conformance!(tls_and_least_rights, with_few_rights_over_tls);
+conformance!(dynamic tls_and_least_rights, with_few_rights_over_tls);
 
 /// Steps use a pool of the user's, in a runtime of the user's.
 fn with_a_pool_of_the_users() -> Environment<Postgres> {
@@ -89,7 +65,7 @@ fn with_a_pool_of_the_users() -> Environment<Postgres> {
         Postgres::from_pool(&url, get, |connection| connection).unwrap()
     })
 }
-conformance!(users_pool, with_a_pool_of_the_users);
+conformance!(dynamic users_pool, with_a_pool_of_the_users);
 
 /// Other tasks of the process keep the store busy, so that nearly every step goes with others.
 fn in_a_crowd() -> Environment<Postgres> {
@@ -118,7 +94,7 @@ fn in_a_crowd() -> Environment<Postgres> {
     })
     .keeping(ends)
 }
-conformance!(crowd, in_a_crowd);
+conformance!(dynamic crowd, in_a_crowd);
 
 /// Behind a transaction pooler.
 fn pooled() -> &'static (PostgresServer, PgBouncer) {
@@ -135,7 +111,7 @@ fn through_a_pooler() -> Environment<Postgres> {
     let (server, pooler) = pooled();
     fresh(server, &format!("{}?listen=none", pooler.url()))
 }
-conformance!(pooler, through_a_pooler);
+conformance!(dynamic pooler, through_a_pooler);
 
 /// With a URL of the server itself for the pushes.
 fn through_a_pooler_with_pushes() -> Environment<Postgres> {
@@ -143,4 +119,4 @@ fn through_a_pooler_with_pushes() -> Environment<Postgres> {
     let listen = server.url().replace(':', "%3A").replace('/', "%2F").replace('@', "%40");
     fresh(server, &format!("{}?listen={listen}", pooler.url()))
 }
-conformance!(pooler_with_pushes, through_a_pooler_with_pushes);
+conformance!(dynamic pooler_with_pushes, through_a_pooler_with_pushes);

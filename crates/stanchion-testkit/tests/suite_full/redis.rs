@@ -1,18 +1,12 @@
-//! Redis against the whole suite: every version that is supported, and every way to reach it.
+//! Redis: every version that is supported, and every way to reach it.
 
 use std::sync::OnceLock;
 
-use stanchion::TokenId;
 use stanchion::store::{Prefixed, Redis};
 use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisSentinel, RedisServer, certificates};
 use stanchion_testkit::{Environment, conformance};
 
-/// Fresh data on servers that all cases share: a prefix of their own.
-fn fresh(url: &str) -> Environment<Redis> {
-    let prefix = TokenId::random().unwrap().to_hex();
-    let url = format!("{url}{}prefix={prefix}", if url.contains('?') { '&' } else { '?' });
-    Environment::new(move || Redis::from_url(&url).unwrap())
-}
+use crate::environments::redis_at as fresh;
 
 /// A row for each version in one layout; its servers are started when its first case comes.
 macro_rules! rows {
@@ -24,7 +18,7 @@ macro_rules! rows {
                     static SERVERS: OnceLock<$servers> = OnceLock::new();
                     fresh(&$url(SERVERS.get_or_init(|| $start(Kind::$kind))))
                 }
-                conformance!($name, $name);
+                conformance!(dynamic $name, $name);
             )*
         }
     };
@@ -46,17 +40,19 @@ rows!(
     redis_6 Redis6, redis_7 Redis7, redis_8 Redis8, valkey_8 Valkey8, valkey_9 Valkey9,
 );
 
+conformance!(direct direct, alone::redis_7);
+
 fn in_a_prefix() -> Environment<Prefixed<Redis>> {
     alone::redis_7().prefixed()
 }
-conformance!(prefixed, in_a_prefix);
+conformance!(dynamic prefixed, in_a_prefix);
 
 fn by_unix_socket() -> Environment<Redis> {
     static SERVER: OnceLock<RedisServer> = OnceLock::new();
     let server = SERVER.get_or_init(|| RedisServer::start(Kind::Redis7));
     fresh(&format!("redis+unix://{}?db=3", server.socket().display()))
 }
-conformance!(unix_socket, by_unix_socket);
+conformance!(dynamic unix_socket, by_unix_socket);
 
 /// With a password, and certificates that are verified.
 fn over_tls() -> Environment<Redis> {
@@ -72,7 +68,7 @@ fn over_tls() -> Environment<Redis> {
     let authority = folder.path().join("ca.pem");
     fresh(&format!("rediss://:se%20cret@localhost:{}?ca_file={}", server.port(), authority.display()))
 }
-conformance!(tls, over_tls);
+conformance!(dynamic tls, over_tls);
 
 /// A user that has no more rights than the documentation says.
 fn with_few_rights() -> Environment<Redis> {
@@ -80,7 +76,7 @@ fn with_few_rights() -> Environment<Redis> {
     let server = SERVER.get_or_init(|| {
         let server = RedisServer::start(Kind::Redis7);
         // The prefix of a case is 32 hexadecimal digits.
-        let rights = include_str!("../../stanchion/src/store/redis/access_list.txt").replace("stanchion:", "*:");
+        let rights = include_str!("../../../stanchion/src/store/redis/access_list.txt").replace("stanchion:", "*:");
         let words: Vec<&str> =
             ["ACL", "SETUSER", "locker", "on", ">pw"].into_iter().chain(rights.split_whitespace()).collect();
         assert_eq!(server.command(&words), "OK");
@@ -88,4 +84,4 @@ fn with_few_rights() -> Environment<Redis> {
     });
     fresh(&format!("redis://locker:pw@127.0.0.1:{}", server.port()))
 }
-conformance!(least_rights, with_few_rights);
+conformance!(dynamic least_rights, with_few_rights);

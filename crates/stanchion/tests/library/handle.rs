@@ -6,14 +6,12 @@
     reason = "tests wait on the real clock, and may panic"
 )]
 
-mod support;
-
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::support::until;
 use stanchion::store::{Fault, Faulty, Memory, Step, Store};
 use stanchion::{Demand, ErrorKind, Event, Locks, LossCause, Released, RetryPolicy, VirtualClock};
-use support::until;
 
 const SECOND: Duration = Duration::from_secs(1);
 

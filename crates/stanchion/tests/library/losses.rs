@@ -1,8 +1,6 @@
 //! What happens when a hold is lost, and when the whole process drains: in processes of their own.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
-mod support;
-
 use std::collections::HashSet;
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex, mpsc};
@@ -15,7 +13,7 @@ use stanchion::{ErrorKind, Locks, Loss, LossCause, OnLost};
 fn play(part: &str) -> Output {
     let test = std::env::current_exe().unwrap();
     let mut command = Command::new(test);
-    command.args(["--exact", part, "--nocapture", "--ignored"]).env("STANCHION_PART", part);
+    command.args(["--exact", &format!("losses::{part}"), "--nocapture", "--ignored"]).env("STANCHION_PART", part);
     command.output().unwrap()
 }
 
@@ -66,7 +64,7 @@ async fn no_hook_is_called_for_a_hold_that_nobody_was_given() {
                 }
             }));
         }
-        support::until("some were given", async || given.lock().unwrap().len() > 20).await;
+        crate::support::until("some were given", async || given.lock().unwrap().len() > 20).await;
         locks.close().await.unwrap();
         for task in asking {
             task.await.unwrap();

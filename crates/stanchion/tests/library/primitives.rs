@@ -1,15 +1,13 @@
 //! What is made of locks, where things go wrong: late messages, long waits, many losses at once.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
-mod support;
-
 use std::collections::HashSet;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use crate::support::until;
 use stanchion::store::{Fault, Faulty, Memory, Step};
 use stanchion::{Error, ErrorKind, Locks, OnLost, Outcome, RetryPolicy, Turn, VirtualClock};
-use support::until;
 
 const SECOND: Duration = Duration::from_secs(1);
 

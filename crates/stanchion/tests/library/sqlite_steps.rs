@@ -1,12 +1,9 @@
 //! The steps of the embedded store, one by one, through the store trait.
-#![cfg(feature = "sqlite")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "helpers of tests")]
-
-mod sqlite_support;
 
 use std::time::Duration;
 
-use sqlite_support::{Handle, SESSION, folder, granted, key, queued, until, within};
+use crate::sqlite_support::{Handle, SESSION, folder, granted, key, queued, until, within};
 use stanchion::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Demand, EndOutcome, EvictOutcome,
     EvictRequest, ExtendOutcome, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, PollOutcome, Prefixed, Push, Sqlite,

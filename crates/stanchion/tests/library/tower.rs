@@ -1,10 +1,8 @@
 //! The layer for HTTP services: over HTTP with the example's service, and without where only the answer matters.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
-#[path = "../examples/axum_lock.rs"]
+#[path = "../../examples/axum_lock.rs"]
 mod axum_lock;
-
-mod support;
 
 use std::convert::Infallible;
 use std::io::{Read as _, Write as _};
@@ -15,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use crate::support::until;
 use axum::body::{Body, Bytes};
 use axum::routing::get;
 use axum::{Extension, Router};
@@ -23,7 +22,6 @@ use http_body::{Body as _, Frame};
 use stanchion::store::{Fault, Faulty, Memory, Step};
 use stanchion::tower::{HeldLock, LockLayer};
 use stanchion::{Error, ErrorKind, Fence, Locks, LossCause, RetryPolicy};
-use support::until;
 use tokio::sync::{Notify, mpsc};
 use tower_service::Service as _;
 

@@ -1,7 +1,6 @@
 //! The embedded store between real processes: order, kills, stops, blocked executors.
 //!
 //! A test starts this very binary again as a worker: [`worker`] does what the environment says.
-#![cfg(feature = "sqlite")]
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
 use std::fs;
@@ -22,7 +21,10 @@ struct Worker(Child);
 impl Worker {
     fn start(task: &str, folder: &Path, variables: &[(&str, String)]) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "worker", "--nocapture"]).env("STANCHION_WORKER", task).env("FOLDER", folder);
+        command
+            .args(["--exact", "embedded::worker", "--nocapture"])
+            .env("STANCHION_WORKER", task)
+            .env("FOLDER", folder);
         command.envs(variables.iter().map(|(name, value)| (*name, value)));
         Self(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap())
     }

@@ -2,10 +2,7 @@
 //!
 //! The other processes are this test binary again: [`child`] does what its environment says, and is told to go on by
 //! lines on its standard input.
-#![cfg(all(feature = "sqlite", target_os = "linux"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "helpers of tests")]
-
-mod sqlite_support;
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
@@ -13,8 +10,8 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
+use crate::sqlite_support::{Handle, LIMIT, folder, key, until};
 use rustix::process::{Pid, Signal, kill_process};
-use sqlite_support::{Handle, LIMIT, folder, key, until};
 use stanchion::store::{AcquireRequest, EndOutcome, PollOutcome, Push, Store};
 use stanchion::{Clock, Fence};
 
@@ -100,7 +97,7 @@ impl Other {
 
     fn start_with(task: &str, folder: &Path, turns: u32) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child", "--nocapture", "--test-threads=1"])
+            .args(["--exact", "steps::child", "--nocapture", "--test-threads=1"])
             .env("STANCHION_TEST_CHILD", task)
             .env("STANCHION_TEST_FOLDER", folder)
             .env("STANCHION_TEST_TURNS", turns.to_string())

@@ -206,6 +206,45 @@ fn many_callers_share_requests_and_never_a_key() {
     });
 }
 
+/// Two handles, a hundred tasks each, want one key, while connections are ended: who is asked for together loses nothing.
+#[test]
+fn crowds_of_two_handles_on_one_key_lose_nothing() {
+    let server = server();
+    const TASKS: usize = 200;
+    block_on(async {
+        let open = async || Locks::builder(&server.url()).session_ttl(30 * SECOND).open().await.unwrap();
+        let handles = [open().await, open().await];
+        let key = Arc::new((AtomicU64::new(0), AtomicU64::new(0)));
+        let tasks: Vec<_> = (0..TASKS)
+            .map(|task| {
+                let (locks, key) = (handles[task % 2].clone(), key.clone());
+                tokio::spawn(async move {
+                    // A broken connection may leave one without an answer: it asks again.
+                    let guard = loop {
+                        if let Ok(guard) = locks.lock("k").await {
+                            break guard;
+                        }
+                    };
+                    let (count, last) = &*key;
+                    let before = count.load(Relaxed);
+                    tokio::task::yield_now().await;
+                    count.store(before + 1, Relaxed);
+                    let fence = guard.fence().get();
+                    assert!(last.swap(fence, Relaxed) < fence, "fences rise");
+                    let _in_doubt = guard.release().await;
+                })
+            })
+            .collect();
+        let ended = until_done(tasks, async || {
+            server.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'stanchion'");
+        })
+        .await;
+        assert!(ended > 0, "connections were ended meanwhile");
+        assert_eq!(key.0.load(Relaxed), TASKS as u64);
+        until("nothing is left", async || handles[0].list("").await.unwrap().is_empty()).await;
+    });
+}
+
 /// Does something now and then until all tasks have ended, and tells how often.
 async fn until_done(tasks: Vec<tokio::task::JoinHandle<()>>, now_and_then: impl AsyncFn()) -> u32 {
     let mut done = 0;

@@ -3,7 +3,7 @@
 use super::*;
 
 #[allow(dead_code, reason = "its main is for a shell")]
-#[path = "../../../stanchion/examples/postgres_fence.rs"]
+#[path = "../../../../stanchion/examples/postgres_fence.rs"]
 mod example;
 
 #[test]

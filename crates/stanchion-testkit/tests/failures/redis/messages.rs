@@ -23,7 +23,7 @@ fn lost_answers_leave_no_hold_and_no_false_failure() {
             .open()
             .await
             .unwrap();
-        let direct = crate::locks(server.port()).await;
+        let direct = super::locks(server.port()).await;
         proxy.faults().lose_answers(200);
         let failed = Arc::new(AtomicU64::new(0));
         let tasks: Vec<_> = (0..8)

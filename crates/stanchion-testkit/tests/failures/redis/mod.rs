@@ -11,6 +11,7 @@ mod clusters;
 mod failovers;
 mod forgetting;
 mod messages;
+mod processes;
 mod refusals;
 mod sessions;
 mod steps;

@@ -44,7 +44,7 @@ struct Holder {
 impl Holder {
     fn start(key: &str, url: &str, ttl: Duration) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["holder", "--exact", "--nocapture"])
+            .args(["redis::processes::holder", "--exact", "--nocapture"])
             .env(CHILD, format!("{key} {url} {}", ttl.as_millis()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

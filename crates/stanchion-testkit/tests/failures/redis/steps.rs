@@ -164,7 +164,7 @@ fn a_closed_handle_leaves_nothing() {
         let start = Instant::now();
         locks.close().await.unwrap();
         assert!(waiting.await.unwrap().is_err());
-        let other = crate::locks(server.port()).await;
+        let other = super::locks(server.port()).await;
         assert_eq!(other.list("").await.unwrap().len(), 0, "after {:?}", start.elapsed());
         drop(guards);
         let (token, store) = (stanchion::TokenId::random().unwrap(), store(server.port()).open());
@@ -232,7 +232,7 @@ fn a_runtime_without_io_and_no_runtime_work_too() {
     without_io.block_on(use_it(url(server.port())));
     // A handle that outlives the runtime it was used in.
     let first = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let locks = first.block_on(crate::locks(server.port()));
+    let locks = first.block_on(super::locks(server.port()));
     let guard = first.block_on(locks.lock("k").into_future()).unwrap();
     drop(first);
     assert!(guard.is_held());

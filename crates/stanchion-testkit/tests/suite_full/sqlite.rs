@@ -1,22 +1,18 @@
-//! The embedded store: a folder of its own for each case, a handle of its own for each actor.
+//! The embedded store, not through `Arc<dyn Store>`, and inside of another store.
 #![allow(clippy::expect_used, reason = "a test may panic")]
 
 use stanchion::store::{Prefixed, Sqlite};
 use stanchion_testkit::cases::cancellation;
 use stanchion_testkit::{Environment, block_on, conformance, until};
 
-fn embedded() -> Environment<Sqlite> {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let path = folder.path().join("store");
-    Environment::new(move || Sqlite::open(&path).expect("an embedded store")).keeping(folder)
-}
+use crate::environments::sqlite;
 
-conformance!(sqlite, embedded);
+conformance!(direct direct, sqlite);
 
-fn prefixed() -> Environment<Prefixed<Sqlite>> {
-    embedded().prefixed()
+fn in_a_prefix() -> Environment<Prefixed<Sqlite>> {
+    sqlite().prefixed()
 }
-conformance!(sqlite_prefixed, prefixed);
+conformance!(dynamic prefixed, in_a_prefix);
 
 /// Sessions are files.
 #[test]

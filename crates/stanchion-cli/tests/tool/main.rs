@@ -1,0 +1,13 @@
+//! The tool as its users meet it: real processes, real terminals, the embedded store.
+
+mod bad_input;
+mod common;
+mod death;
+mod help;
+mod listing;
+mod loss;
+mod once;
+mod run;
+mod secrets;
+mod signals;
+mod terminal;

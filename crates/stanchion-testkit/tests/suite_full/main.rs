@@ -1,0 +1,10 @@
+//! The conformance suite on every store in every other configuration: what `./test --full` runs.
+
+#[path = "../suite/environments.rs"]
+mod environments;
+mod firestore;
+mod firestore_fake;
+mod memory;
+mod postgres;
+mod redis;
+mod sqlite;
