@@ -206,7 +206,16 @@ fn is_redis(scheme: &str) -> bool {
 
 #[cfg(not(all(feature = "sqlite", feature = "redis", feature = "postgres", feature = "firestore")))]
 fn not_built(scheme: &str) -> Error {
-    Error::new(ErrorKind::Unsupported, format!("this build has no store for `{scheme}:` URLs; it has {}", stores()))
+    let feature = match scheme {
+        redis if is_redis(redis) => "redis",
+        "postgresql" => "postgres",
+        feature => feature,
+    };
+    let message = format!(
+        "this build has no store for `{scheme}:` URLs: build it with the Cargo feature `{feature}`; it has {}",
+        stores()
+    );
+    Error::new(ErrorKind::Unsupported, message)
 }
 
 fn stores() -> String {

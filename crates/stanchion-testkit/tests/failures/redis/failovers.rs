@@ -125,6 +125,7 @@ async fn follows(server: &RedisServer, primary: u16) {
 }
 
 #[test]
+#[ignore = "long"]
 fn primaries_are_replaced_by_the_sentinels_under_load() {
     let mut servers = RedisSentinel::start(Kind::Redis7);
     let url = format!("redis+sentinel://{}/main", servers.hosts());
@@ -164,6 +165,7 @@ fn primaries_are_replaced_by_the_sentinels_under_load() {
 }
 
 #[test]
+#[ignore = "long"]
 fn primaries_of_a_cluster_are_replaced_under_load() {
     let mut cluster = RedisCluster::start(Kind::Redis7, true);
     let url = format!("redis+cluster://{}", cluster.hosts());
