@@ -204,7 +204,7 @@ impl<S: Store> Actor<S> {
 
     /// What became of a token.
     pub async fn polls(&self, key: &Key, token: TokenId) -> PollOutcome {
-        self.store.poll(key, token).await.unwrap().outcome
+        self.store.poll(key, &[token]).await.unwrap().outcome[0]
     }
 
     /// The grant that a token has now.

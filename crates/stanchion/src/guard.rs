@@ -246,7 +246,7 @@ impl Guard {
         self.check()?;
         let shared = self.shared();
         shared.check_process()?;
-        let reply = shared.step(|| shared.store.poll(&self.hold.key, self.hold.token)).await.result;
+        let reply = shared.step(|| shared.poll(&self.hold.key, self.hold.token)).await.result;
         if reply.map_err(|error| self.name(error))?.outcome == PollOutcome::Gone {
             shared.is_missing(&self.hold);
         }

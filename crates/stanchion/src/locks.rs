@@ -353,7 +353,7 @@ impl Locks {
     pub async fn owns(&self, token: &Token) -> Result<bool> {
         let shared = &self.handle.shared;
         shared.check_process()?;
-        let step = shared.step(|| shared.store.poll(token.key(), token.id())).await;
+        let step = shared.step(|| shared.poll(token.key(), token.id())).await;
         let outcome = step.result.map_err(|error| error.with_key(token.key()))?.outcome;
         Ok(matches!(outcome, PollOutcome::Granted(_)))
     }

@@ -17,7 +17,7 @@ use crate::keeper::Command;
 use crate::key::Key;
 use crate::on_lost::{Losses, OnLost};
 use crate::retry::{Repeated, RetryPolicy, repeat};
-use crate::store::{Capabilities, Reply, Store, StoreTime};
+use crate::store::{Capabilities, PollOutcome, Reply, Store, StoreTime};
 use crate::telemetry::{ShownKeys, Telemetry};
 use crate::token::{IdMap, SessionId, TokenId};
 
@@ -313,6 +313,13 @@ impl Shared {
         repeated
     }
 
+    /// Asks the store once what became of one token.
+    pub(crate) async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
+        let Reply { time, outcome } = self.store.poll(key, &[token]).await?;
+        let outcome = outcome.into_iter().next().ok_or_else(polled_too_few)?;
+        Ok(Reply { time, outcome })
+    }
+
     /// The answer to a question that was asked at `asked` has this time.
     pub(crate) fn saw_store_time(&self, time: StoreTime, asked: BootTime) {
         let mut seen = self.store_clock.lock().unwrap_or_else(PoisonError::into_inner);
@@ -437,6 +444,11 @@ impl Shared {
             self.end(end);
         }
     }
+}
+
+/// A store is code of others: what it answers is counted.
+pub(crate) fn polled_too_few() -> Error {
+    Error::new(ErrorKind::Internal, "the store answered a poll with fewer outcomes than tokens")
 }
 
 /// A token to be ended in the store, until that is definite.

@@ -303,7 +303,7 @@ impl Call<'_> {
             let mut asked = self.started;
             let step = shared.step(|| {
                 asked = shared.clock.now();
-                self.heeding(asked, shared.store.poll(self.key, pending.token))
+                self.heeding(asked, shared.poll(self.key, pending.token))
             });
             match step.await.result {
                 Ok(reply) => match reply.outcome {

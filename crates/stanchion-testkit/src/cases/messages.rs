@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use stanchion::Store;
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, BeatOutcome, EndOutcome, EvictOutcome, EvictRequest, ExtendOutcome, LostToken,
-    PollOutcome, Push, StoreTime,
+    AcquireOutcome, AcquireRequest, BeatOutcome, Demand, EndOutcome, EvictOutcome, EvictRequest, ExtendOutcome,
+    LostToken, PollOutcome, Push, StoreTime, Term,
 };
 use stanchion::{Fence, TokenId};
 
@@ -31,7 +31,7 @@ pub async fn every_answer_tells_a_time_that_does_not_run_back<S: Store>(env: &En
         let request = actor.request(&key("k"));
         let times = [
             actor.store.acquire(request.clone()).await.unwrap().time,
-            actor.store.poll(&key("k"), request.token).await.unwrap().time,
+            actor.store.poll(&key("k"), &[request.token]).await.unwrap().time,
             actor.store.inspect(&key("k")).await.unwrap().time,
             actor.store.beat(actor.session).await.unwrap().time,
             actor.store.release(&key("k"), request.token, None).await.unwrap().time,
@@ -80,6 +80,80 @@ pub async fn a_poll_never_creates<S: Store>(env: &Environment<S>) {
     holder.releases(&key("k"), token).await;
     assert_eq!(other.polls(&key("k"), waiting).await, PollOutcome::Gone);
     assert!(!other.sees_held(&key("k")).await && other.sees(&key("k")).await.waiters.is_empty());
+}
+
+/// A handle polls a key for all of its waiters at once: few tokens, many, unknown ones among them, one of them twice.
+pub async fn poll_answers_tokens_in_their_order<S: Store>(env: &Environment<S>) {
+    let (holder, other) = (env.actor().await, env.actor().await);
+    let (held, granted) = holder.takes(&key("k")).await;
+    let mut waiting = Vec::new();
+    for place in 0..20 {
+        waiting.push(if place % 2 == 0 { holder.queues(&key("k")).await } else { other.queues(&key("k")).await });
+    }
+    let unknown = TokenId::random().unwrap();
+    let few = vec![unknown, waiting[5], held, waiting[0], waiting[5]];
+    let mut many: Vec<TokenId> = waiting.iter().rev().copied().collect();
+    many.extend(few.iter().copied());
+    for tokens in [Vec::new(), few, many, vec![held; 10], vec![unknown; 10]] {
+        let outcomes = other.store.poll(&key("k"), &tokens).await.unwrap().outcome;
+        assert_eq!(outcomes.len(), tokens.len());
+        for (token, outcome) in tokens.iter().zip(outcomes) {
+            match outcome {
+                PollOutcome::Granted(got) => assert_eq!((*token, got), (held, granted)),
+                PollOutcome::Queued(queued) => assert_eq!(*token, waiting[queued.ahead as usize]),
+                PollOutcome::Gone => assert_eq!(*token, unknown),
+            }
+        }
+    }
+}
+
+pub async fn poll_settles_a_key_once_for_all_tokens<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.actor().await, env.actor().await);
+    let two = Demand::new(1, 2).unwrap();
+    for _ in 0..2 {
+        let term = Term::Fixed(Duration::from_secs(2));
+        holder.gets(&AcquireRequest { term, demand: two, ..holder.request(&key("k")) }).await;
+    }
+    let mut waiting = Vec::new();
+    for _ in 0..12 {
+        let request = AcquireRequest { demand: two, ..waiter.request(&key("k")) };
+        waiter.waits(&request).await;
+        waiting.push(request.token);
+    }
+    env.pass(Duration::from_millis(2_100)).await;
+    let outcomes = waiter.store.poll(&key("k"), &waiting).await.unwrap().outcome;
+    for (place, outcome) in (0..).zip(&outcomes) {
+        match outcome {
+            PollOutcome::Granted(_) => assert!(place < 2, "{place} was granted"),
+            PollOutcome::Queued(queued) => assert_eq!(queued.ahead + 2, place),
+            PollOutcome::Gone => panic!("{place} is gone"),
+        }
+    }
+    let fences: Vec<_> = waiter.sees(&key("k")).await.holders.iter().map(|holder| holder.fence).collect();
+    let told = outcomes.iter().filter_map(|outcome| match outcome {
+        PollOutcome::Granted(granted) => Some(granted.fence),
+        _ => None,
+    });
+    assert_eq!(told.collect::<Vec<_>>(), fences);
+}
+
+pub async fn poll_of_ended_tokens_answers_gone<S: Store>(env: &Environment<S>) {
+    let (holder, other, ended) = (env.actor().await, env.actor().await, env.actor().await);
+    holder.takes(&key("k")).await;
+    let (mut tokens, mut gone) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        gone.push(ended.queues(&key("k")).await);
+        tokens.push(other.queues(&key("k")).await);
+    }
+    let given_up = other.queues(&key("k")).await;
+    other.store.abandon(&key("k"), given_up).await.unwrap();
+    gone.push(given_up);
+    ended.store.close_session(ended.session).await.unwrap();
+    let asked: Vec<_> = gone.iter().chain(&tokens).copied().collect();
+    let outcomes = other.store.poll(&key("k"), &asked).await.unwrap().outcome;
+    for (token, outcome) in asked.iter().zip(outcomes) {
+        assert_eq!(outcome == PollOutcome::Gone, gone.contains(token), "{outcome:?}");
+    }
 }
 
 pub async fn a_dropped_question_leaves_no_half_step<S: Store>(env: &Environment<S>) {

@@ -87,7 +87,7 @@ async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
 /// Gives the store's time of the answer.
 async fn step(shared: &Shared, end: &End) -> Result<StoreTime> {
     if let Some(spared) = end.spared {
-        let reply = shared.store.poll(&end.key, end.token).await?;
+        let reply = shared.poll(&end.key, end.token).await?;
         let is_other = match reply.outcome {
             PollOutcome::Granted(granted) => granted.fence != spared,
             PollOutcome::Queued(_) => true,

@@ -303,7 +303,7 @@ async fn verify_all(shared: Arc<Shared>) {
 }
 
 async fn verify(shared: Arc<Shared>, hold: Arc<Hold>) {
-    let answer = shared.step(|| shared.store.poll(&hold.key, hold.token)).await.result;
+    let answer = shared.step(|| shared.poll(&hold.key, hold.token)).await.result;
     if matches!(answer, Ok(reply) if reply.outcome == PollOutcome::Gone) {
         shared.is_missing(&hold);
     }
@@ -313,7 +313,7 @@ async fn verify(shared: Arc<Shared>, hold: Arc<Hold>) {
 async fn forget_what_was_taken_up(shared: Arc<Shared>) {
     let kept: Vec<_> = shared.kept().iter().map(|(token, kept)| (*token, kept.key.clone())).collect();
     for (token, key) in kept {
-        match shared.step(|| shared.store.poll(&key, token)).await.result {
+        match shared.step(|| shared.poll(&key, token)).await.result {
             Ok(reply) if reply.outcome == PollOutcome::Gone => drop(shared.kept().remove(&token)),
             Ok(_) => {}
             // Another time: there will be more of them.

@@ -161,7 +161,7 @@ fn ask_for_survivors(shared: &Arc<Shared>, current: SessionId) {
     for hold in survivors {
         let shared = shared.clone();
         tokio::spawn(async move {
-            let poll = shared.store.poll(&hold.key, hold.token);
+            let poll = shared.poll(&hold.key, hold.token);
             let answer = limited(&shared.clock, shared.config.retry.attempt, poll).await;
             if matches!(answer, Ok(reply) if reply.outcome == PollOutcome::Gone) {
                 shared.is_missing(&hold);

@@ -33,7 +33,7 @@ pub(crate) async fn status(locks: &Locks, token: &Token) -> Result<OwnerStatus> 
     shared.check_process()?;
     let key = token.key();
     // Each question after the first is about what cannot come back: a token that is over, a session that is dead.
-    let polled = shared.step(|| shared.store.poll(key, token.id())).await.result;
+    let polled = shared.step(|| shared.poll(key, token.id())).await.result;
     let polled = polled.map_err(|error| error.with_key(key))?.outcome;
     if matches!(polled, PollOutcome::Queued(_)) {
         return Ok(OwnerStatus::Waiting);

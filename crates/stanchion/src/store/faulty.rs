@@ -367,10 +367,10 @@ impl<S: Store> Store for Faulty<S> {
         self.faults.meet(Step::Acquire, again).await
     }
 
-    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
+    async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
         let again = || {
-            let (inner, key) = (self.inner.clone(), key.clone());
-            async move { inner.poll(&key, token).await }
+            let (inner, key, tokens) = (self.inner.clone(), key.clone(), tokens.to_vec());
+            async move { inner.poll(&key, &tokens).await }
         };
         self.faults.meet(Step::Poll, again).await
     }

@@ -130,18 +130,12 @@ impl Store for Memory {
         step.reply(outcome)
     }
 
-    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
+    async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
         let mut step = self.step();
         let record = step.take(key);
-        let outcome = if let Some(hold) = record.hold(token) {
-            PollOutcome::Granted(hold.granted(step.now))
-        } else if let Some(queued) = step.queued(&record, token) {
-            PollOutcome::Queued(queued)
-        } else {
-            PollOutcome::Gone
-        };
+        let outcomes = step.poll(&record, tokens);
         step.put(record);
-        step.reply(outcome)
+        step.reply(outcomes)
     }
 
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {

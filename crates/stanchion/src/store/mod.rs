@@ -90,8 +90,12 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Asks for a hold. Idempotent by token: asked again it gives the same answer, the same fence included.
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>>;
 
-    /// Asks what became of a token. Never creates anything.
-    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>>;
+    /// Returns what became of tokens of a key, in the order of `tokens`. Never creates anything.
+    ///
+    /// It is one step, however many tokens there are: the key is settled once, and all outcomes are of that moment. A handle
+    /// polls a key once for all of its calls that wait for it, so the cost of a poll must not grow with the product of the
+    /// tokens and the queue.
+    async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>>;
 
     /// Ends a token that its caller gave up on, whatever it had: a hold, a queue entry, nothing. Idempotent.
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>>;
@@ -146,8 +150,8 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
         (**self).acquire(request).await
     }
-    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
-        (**self).poll(key, token).await
+    async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
+        (**self).poll(key, tokens).await
     }
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
         (**self).abandon(key, token).await

@@ -101,8 +101,8 @@ impl<S: Store> Store for Observed<S> {
         observe!(self, Acquire, Some(request.key.clone()), self.inner.acquire(request))
     }
 
-    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
-        observe!(self, Poll, Some(key.clone()), self.inner.poll(key, token))
+    async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
+        observe!(self, Poll, Some(key.clone()), self.inner.poll(key, tokens))
     }
 
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {

@@ -101,8 +101,8 @@ impl<S: Store> Store for Prefixed<S> {
         self.inner.acquire(request).await.map_err(|fault| fault.replace_key(&key))
     }
 
-    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
-        self.inner.poll(&self.within(key), token).await.map_err(|fault| fault.replace_key(key))
+    async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
+        self.inner.poll(&self.within(key), tokens).await.map_err(|fault| fault.replace_key(key))
     }
 
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {

@@ -69,7 +69,7 @@ impl Handle {
     }
 
     pub async fn poll(&self, key: &Key, token: TokenId) -> PollOutcome {
-        self.store.poll(key, token).await.unwrap().outcome
+        self.store.poll(key, &[token]).await.unwrap().outcome[0]
     }
 
     pub async fn release(&self, key: &Key, token: TokenId) -> EndOutcome {

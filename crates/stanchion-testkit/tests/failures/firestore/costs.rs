@@ -155,7 +155,7 @@ fn a_release_that_knows_too_little_grants_who_is_next() {
         let fence = three.is_called(&waiting).await;
         assert!(fence > last);
         assert_eq!(one.holders("k").await, [fence]);
-        assert_eq!(two.store.poll(&gives_up.key, gives_up.token).await.unwrap().outcome, PollOutcome::Gone);
+        assert_eq!(two.store.poll(&gives_up.key, &[gives_up.token]).await.unwrap().outcome[0], PollOutcome::Gone);
         // The next who holds it by this handle looks first, and finds that it need not have.
         let again = one.queues("k").await;
         three.releases(&waiting).await;

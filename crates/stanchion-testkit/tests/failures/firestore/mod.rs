@@ -138,7 +138,7 @@ fn an_acquire_that_arrives_after_its_time_never_was() {
             }
             assert_eq!(ended.outcome, EndOutcome::Nothing, "from now on nothing of it can appear");
             assert_eq!(fake.let_go(), 1, "its commit is done");
-            assert_eq!(late.store.poll(&key(name), request.token).await.unwrap().outcome, PollOutcome::Gone);
+            assert_eq!(late.store.poll(&key(name), &[request.token]).await.unwrap().outcome[0], PollOutcome::Gone);
             assert_eq!(late.asks(&request).await, AcquireOutcome::Stale);
             let state = other.store.inspect(&key(name)).await.unwrap().outcome;
             assert_eq!((state.holders.len(), state.waiters.len()), (usize::from(is_queued), 0));
@@ -181,9 +181,9 @@ fn an_adoption_that_arrives_after_its_time_changes_nothing() {
         assert!(second.store.adopt(adopt.clone()).await.unwrap_err().is_in_doubt());
         until("it is late", async || second.store.inspect(&key("k")).await.unwrap().time > not_after).await;
         assert_eq!(fake.let_go(), 1);
-        assert_eq!(second.store.poll(&key("k"), to).await.unwrap().outcome, PollOutcome::Gone);
+        assert_eq!(second.store.poll(&key("k"), &[to]).await.unwrap().outcome[0], PollOutcome::Gone);
         assert_eq!(second.store.adopt(adopt).await.unwrap().outcome, AdoptOutcome::Stale);
-        let polled = first.store.poll(&key("k"), request.token).await.unwrap().outcome;
+        let polled = first.store.poll(&key("k"), &[request.token]).await.unwrap().outcome[0];
         assert!(matches!(polled, PollOutcome::Granted(_)), "it is still the first one's: {polled:?}");
     });
 }
@@ -393,7 +393,7 @@ fn the_clients_clock_decides_nothing() {
         assert_eq!(beaten, BeatOutcome::Alive { lost: vec![] }, "nor has the session's");
         // An hour passes for the service alone.
         fake.set_clock_off_by(3_600);
-        assert_eq!(two.store.poll(&key("k"), held.token).await.unwrap().outcome, PollOutcome::Gone);
+        assert_eq!(two.store.poll(&key("k"), &[held.token]).await.unwrap().outcome[0], PollOutcome::Gone);
         assert_eq!(two.store.beat(two.session).await.unwrap().outcome, BeatOutcome::Gone);
         let third = Client::open(&url, MINUTE).await;
         let taken = AcquireRequest { not_after: third.opened.after(MINUTE), ..third.request("k") };

@@ -284,7 +284,7 @@ fn an_acquire_that_cannot_be_taken_back_is_in_doubt() {
         fake.let_go();
         let fault = asking.await.unwrap();
         assert!(fault.kind() == ErrorKind::RateLimited && fault.is_in_doubt(), "{fault:?}");
-        let polled = client.store.poll(&key("k"), request.token).await.unwrap().outcome;
+        let polled = client.store.poll(&key("k"), &[request.token]).await.unwrap().outcome[0];
         assert!(matches!(polled, PollOutcome::Granted(_)), "it was entered: {polled:?}");
     });
 }
@@ -320,7 +320,7 @@ fn what_called_a_hold_goes_with_it() {
             let waiting = AcquireRequest { term, ..second.request("k") };
             assert!(matches!(second.asks(&waiting).await, AcquireOutcome::Queued(_)));
             first.store.release(&key("k"), held.token, None).await.unwrap();
-            let polled = second.store.poll(&key("k"), waiting.token).await.unwrap().outcome;
+            let polled = second.store.poll(&key("k"), &[waiting.token]).await.unwrap().outcome[0];
             assert!(matches!(polled, PollOutcome::Granted(_)), "{polled:?}");
             until("its time is over", async || first.holders("k").await.is_empty()).await;
             let ended = second.store.release(&key("k"), waiting.token, None).await.unwrap().outcome;

@@ -120,7 +120,7 @@ fn questions_for_a_key_that_a_transaction_keeps_hold_up_no_steps() {
         let asking: Vec<_> = (0..40)
             .map(|_| {
                 let (store, key) = (store.clone(), held.key().clone());
-                tokio::spawn(async move { store.poll(&key, TokenId::random().unwrap()).await })
+                tokio::spawn(async move { store.poll(&key, &[TokenId::random().unwrap()]).await })
             })
             .collect();
         until("some wait", async || connections(&server, "wait_event_type = 'Lock'") >= 4).await;

@@ -168,7 +168,7 @@ fn a_closed_handle_leaves_nothing() {
         assert_eq!(other.list("").await.unwrap().len(), 0, "after {:?}", start.elapsed());
         drop(guards);
         let (token, store) = (stanchion::TokenId::random().unwrap(), store(server.port()).open());
-        assert_eq!(store.poll(&key("k0"), token).await.unwrap().outcome, PollOutcome::Gone);
+        assert_eq!(store.poll(&key("k0"), &[token]).await.unwrap().outcome[0], PollOutcome::Gone);
     });
 }
 

@@ -258,8 +258,8 @@ impl Inner {
 
     /// Whether what was written late was there before.
     async fn was_entered(&self, request: &AcquireRequest, wanted: &Wanted) -> Result<bool> {
-        let poll = self.step(&request.key, wanted, |step| step.poll(request.token)).await?;
-        Ok(poll.outcome != PollOutcome::Gone)
+        let poll = self.step(&request.key, wanted, |step| step.poll(&[request.token])).await?;
+        Ok(poll.outcome != [PollOutcome::Gone])
     }
 
     /// Ends what entered a session that was closed while it was on its way: what was settled then did not have it yet.

@@ -258,10 +258,10 @@ impl Store for Firestore {
         .await
     }
 
-    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
-        let key = key.clone();
+    async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
+        let (key, tokens) = (key.clone(), tokens.to_vec());
         self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
-            inner.step(&key, &wanted, |step| step.poll(token)).await
+            inner.step(&key, &wanted, |step| step.poll(&tokens)).await
         })
         .await
     }
@@ -294,8 +294,8 @@ impl Store for Firestore {
             }
             if matches!(done.outcome, AdoptOutcome::Adopted { .. }) && done.time > request.not_after {
                 // It was committed too late, or was adopted before and is asked for again.
-                let poll = inner.step(&request.key, &wanted, |step| step.poll(request.to)).await?;
-                if poll.outcome == PollOutcome::Gone {
+                let poll = inner.step(&request.key, &wanted, |step| step.poll(&[request.to])).await?;
+                if poll.outcome == [PollOutcome::Gone] {
                     return Ok(Reply { time: poll.time, outcome: AdoptOutcome::Stale });
                 }
             }

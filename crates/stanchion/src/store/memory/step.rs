@@ -200,6 +200,23 @@ impl Step<'_> {
         Some(Queued { ahead: u32::try_from(ahead).unwrap_or(u32::MAX), check_in: self.check_in(record) })
     }
 
+    pub(super) fn poll(&self, record: &Record, tokens: &[TokenId]) -> Vec<PollOutcome> {
+        let mut outcomes: HashMap<TokenId, PollOutcome> =
+            tokens.iter().map(|token| (*token, PollOutcome::Gone)).collect();
+        for hold in &record.holds {
+            if let Some(outcome) = outcomes.get_mut(&hold.token) {
+                *outcome = PollOutcome::Granted(hold.granted(self.now));
+            }
+        }
+        let check_in = self.check_in(record);
+        for (ahead, waiter) in (0..).zip(&record.queue) {
+            if let Some(outcome) = outcomes.get_mut(&waiter.token) {
+                *outcome = PollOutcome::Queued(Queued { ahead, check_in });
+            }
+        }
+        tokens.iter().map(|token| outcomes.get(token).copied().unwrap_or(PollOutcome::Gone)).collect()
+    }
+
     pub(super) fn acquire(&mut self, record: &mut Record, request: AcquireRequest) -> AcquireOutcome {
         if !self.lives(request.session) {
             return AcquireOutcome::SessionGone;

@@ -389,17 +389,25 @@ impl Store for Postgres {
         Ok(Reply { time: time(&row)?, outcome })
     }
 
-    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
-        let token = (Box::new(token.as_bytes().to_vec()) as _, Type::BYTEA);
-        let rows = self.inner.looked("poll", vec![text(key.as_encoded()), token]).await?;
-        let row = rows.first().ok_or_else(malformed)?;
-        let outcome = match column(row, "outcome")? {
-            "granted" => PollOutcome::Granted(granted(row)?),
-            "queued" => PollOutcome::Queued(Queued { ahead: number(row)?, check_in: self.inner.check_in(row)? }),
-            "gone" => PollOutcome::Gone,
-            _ => return Err(malformed()),
-        };
-        Ok(Reply { time: time(row)?, outcome })
+    async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
+        let asked: Vec<Vec<u8>> = tokens.iter().map(|token| token.as_bytes().to_vec()).collect();
+        let parameters = vec![text(key.as_encoded()), (Box::new(asked) as _, Type::BYTEA_ARRAY)];
+        let rows = self.inner.looked("poll_many", parameters).await?;
+        let (first, rows) = rows.split_first().ok_or_else(malformed)?;
+        if rows.len() != tokens.len() {
+            return Err(malformed());
+        }
+        let check_in = self.inner.check_in(first)?;
+        let outcomes = rows.iter().map(|row| {
+            if column::<Option<i64>>(row, "fence")?.is_some() {
+                return Ok(PollOutcome::Granted(granted(row)?));
+            }
+            if column::<Option<i64>>(row, "number")?.is_some() {
+                return Ok(PollOutcome::Queued(Queued { ahead: number(row)?, check_in }));
+            }
+            Ok(PollOutcome::Gone)
+        });
+        Ok(Reply { time: time(first)?, outcome: outcomes.collect::<Result<_>>()? })
     }
 
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {

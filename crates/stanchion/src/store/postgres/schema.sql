@@ -18,7 +18,7 @@ BEGIN
   END IF;
   IF to_regclass('@schema@.meta') IS NOT NULL THEN
     SELECT version INTO found FROM @schema@.meta;
-    IF found > 3 THEN
+    IF found > 4 THEN
       RAISE EXCEPTION 'the schema is of version %, newer than this program: update the program', found
         USING ERRCODE = 'SF003';
     END IF;
@@ -356,52 +356,79 @@ BEGIN
   PERFORM @schema@.put(rec);
 END $$;
 
-CREATE OR REPLACE FUNCTION @schema@.poll(
-  wanted text, asked_token bytea,
-  OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+-- How many are before each of these tokens in the queue of a key; NULL for a token that does not wait. Many are counted in
+-- one pass over the queue: counting for each those before it again and again takes too long.
+CREATE OR REPLACE FUNCTION @schema@.places(wanted text, asked bytea[], at bigint) RETURNS bigint[]
+LANGUAGE plpgsql STABLE AS $$
+#variable_conflict use_variable
+BEGIN
+  IF cardinality(asked) <= 8 THEN
+    RETURN ARRAY(
+      SELECT (SELECT @schema@.ahead(wanted, q.place) FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
+              WHERE q.key = wanted AND q.token = a.token AND s.expires > at)
+      FROM unnest(asked) WITH ORDINALITY a (token, nth) ORDER BY a.nth);
+  END IF;
+  RETURN ARRAY(
+    SELECT w.ahead FROM unnest(asked) WITH ORDINALITY a (token, nth)
+    LEFT JOIN (
+      SELECT q.token, q.session, row_number() OVER (ORDER BY q.place) - 1 AS ahead
+      FROM @schema@.queue q WHERE q.key = wanted
+    ) w ON w.token = a.token AND EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = w.session AND s.expires > at)
+    ORDER BY a.nth);
+END $$;
+
+-- What became of tokens of a key. The first row has the time, and when to ask again; then comes a row for each token, in
+-- their order: with a fence it is held, with a number it waits.
+CREATE OR REPLACE FUNCTION @schema@.poll_many(wanted text, asked bytea[])
+RETURNS TABLE (at bigint, check_in bigint, fence bigint, remaining bigint, number bigint)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
   SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
+  now bigint := @schema@.clock();
   rec @schema@.keys;
-  hold @schema@.holds;
-  place bigint;
+  aheads bigint[];
 BEGIN
   -- A look without a lock, for the many that hold or wait: is it as it was?
-  at := @schema@.clock();
   SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted;
-  IF rec.token = asked_token AND @schema@.lives(rec.session, at) THEN
-    outcome := 'granted';
-    fence := rec.fence;
+  IF asked = ARRAY[rec.token] AND @schema@.lives(rec.session, now) THEN
+    RETURN QUERY VALUES (now, NULL::bigint, NULL::bigint, NULL::bigint, NULL::bigint),
+      (NULL, NULL, rec.fence, NULL, NULL);
     RETURN;
   END IF;
-  SELECT q.place INTO place FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
-    WHERE q.key = wanted AND q.token = asked_token AND s.expires > at;
-  IF place IS NULL OR rec.closed_until <= at OR rec.token IS NOT NULL
-    OR NOT EXISTS (SELECT FROM @schema@.holds h WHERE h.key = wanted) AND rec.closed_until IS NULL
-    OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = wanted
-               AND (h.deadline <= at OR h.bound AND NOT EXISTS
-                 (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > at)))
-    OR NOT @schema@.lives((SELECT q.session FROM @schema@.queue q WHERE q.key = wanted ORDER BY q.place LIMIT 1), at)
+  aheads := @schema@.places(wanted, asked, now);
+  IF array_position(aheads, NULL) IS NULL AND rec.token IS NULL AND (rec.closed_until <= now) IS NOT TRUE
+    AND (rec.closed_until IS NOT NULL OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = wanted))
+    AND NOT EXISTS (SELECT FROM @schema@.holds h WHERE h.key = wanted
+                    AND (h.deadline <= now OR h.bound AND NOT EXISTS
+                      (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > now)))
+    AND @schema@.lives((SELECT q.session FROM @schema@.queue q WHERE q.key = wanted ORDER BY q.place LIMIT 1), now)
   THEN
-    rec := @schema@.take(wanted);
-    at := @schema@.clock();
-    SELECT * INTO hold FROM @schema@.holds h WHERE h.key = wanted AND h.token = asked_token;
-    SELECT q.place INTO place FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
-      WHERE q.key = wanted AND q.token = asked_token AND s.expires > at;
-    PERFORM @schema@.put(rec);
+    RETURN QUERY SELECT now, @schema@.check_in(rec, now), NULL::bigint, NULL::bigint, NULL::bigint;
+    RETURN QUERY SELECT NULL::bigint, NULL::bigint, NULL::bigint, NULL::bigint, a.ahead FROM unnest(aheads) a (ahead);
+    RETURN;
   END IF;
-  IF hold.token IS NOT NULL THEN
-    outcome := 'granted';
-    fence := hold.fence;
-    remaining := hold.deadline - at;
-  ELSIF place IS NOT NULL THEN
-    outcome := 'queued';
-    number := @schema@.ahead(wanted, place);
-    check_in := @schema@.check_in(rec, at);
-  ELSE
-    outcome := 'gone';
-  END IF;
+  rec := @schema@.take(wanted);
+  now := @schema@.clock();
+  aheads := @schema@.places(wanted, asked, now);
+  RETURN QUERY SELECT now, @schema@.check_in(rec, now), NULL::bigint, NULL::bigint, NULL::bigint;
+  RETURN QUERY SELECT NULL::bigint, NULL::bigint, h.fence, h.deadline - now, a.ahead
+    FROM unnest(asked, aheads) WITH ORDINALITY a (token, ahead, nth)
+    LEFT JOIN @schema@.holds h ON h.key = wanted AND h.token = a.token
+    ORDER BY a.nth;
+  PERFORM @schema@.put(rec);
+END $$;
+
+-- For a program of version 3 that is still running: it polls one token at a time.
+CREATE OR REPLACE FUNCTION @schema@.poll(
+  wanted text, asked_token bytea,
+  OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
+#variable_conflict use_variable
+BEGIN
+  SELECT max(p.at), max(p.check_in), max(p.fence), max(p.remaining), max(p.number)
+  INTO at, check_in, fence, remaining, number FROM @schema@.poll_many(wanted, ARRAY[asked_token]) p;
+  outcome := CASE WHEN fence IS NOT NULL THEN 'granted' WHEN number IS NOT NULL THEN 'queued' ELSE 'gone' END;
 END $$;
 
 CREATE OR REPLACE FUNCTION @schema@.finish(
@@ -872,10 +899,10 @@ BEGIN
     SELECT a.grantee FROM pg_proc p, aclexplode(p.proacl) a
     WHERE p.oid = '@schema@.beat(bytea)'::regprocedure AND a.privilege_type = 'EXECUTE' AND a.grantee <> p.proowner
   LOOP
-    EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives, @schema@.together TO %s', who);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives, @schema@.together, @schema@.poll_many TO %s', who);
   END LOOP;
 END $$;
 
-INSERT INTO @schema@.meta (version) VALUES (3) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
+INSERT INTO @schema@.meta (version) VALUES (4) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
 
 COMMIT;

@@ -31,6 +31,7 @@ use self::sessions::{Known, Sessions};
 use super::*;
 use crate::clock::Clock;
 use crate::error::{ErrorKind, Result};
+use crate::fence::Fence;
 use crate::key::Key;
 use crate::token::{SessionId, TokenId};
 
@@ -359,41 +360,52 @@ impl Store for Redis {
         Err(error(ErrorKind::Unavailable, "sessions die faster than they can be buried").in_doubt(true))
     }
 
-    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
+    async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
         let inner = &self.inner;
         let names = inner.names.lock(key);
+        let arguments: Vec<_> = tokens.iter().map(|token| token.to_hex()).collect();
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
         for round in 0..MOST_BURIALS {
-            let answer = inner.on_key(&names, &scripts::POLL, &[&token.to_hex()]).await?;
-            let (outcome, in_the_way) = match answer.word() {
-                "granted" => {
-                    let session = answer.session(2)?;
-                    match session {
-                        Some(session) => inner.sessions.holds(session, token, key, inner.clock.now()),
-                        None => drop(inner.sessions.lets_go(token, inner.clock.now())),
+            let answer = inner.on_key(&names, &scripts::POLL, &arguments).await?;
+            let check_in = answer.span(1)?;
+            // Those that the answer depends on: whether those who wait go on, and whether what is held is held.
+            let mut in_the_way = answer.sessions(2)?;
+            let mut outcomes = Vec::with_capacity(tokens.len());
+            let mut rows = answer.rows(0)?;
+            for token in tokens {
+                let row = rows.next().ok_or_else(malformed)?;
+                let (outcome, session) = match row.len() {
+                    3 => {
+                        let session = SessionId::from_hex(row.text(2)?);
+                        match session {
+                            Some(session) => inner.sessions.holds(session, *token, key, inner.clock.now()),
+                            None => drop(inner.sessions.lets_go(*token, inner.clock.now())),
+                        }
+                        let granted = Granted { fence: Fence::new(row.number(0)?), remaining: row.span(1)? };
+                        (PollOutcome::Granted(granted), session)
                     }
-                    (PollOutcome::Granted(answer.granted()?), session.into_iter().collect())
-                }
-                "queued" => {
-                    let mut sessions = answer.sessions(2)?;
-                    let check_in = answer.span(1)?;
                     // A waiter whose own session is dead is gone.
-                    sessions.extend(inner.sessions.holder(token));
-                    (PollOutcome::Queued(Queued { ahead: answer.number(0)?, check_in }), sessions)
-                }
-                "gone" => (PollOutcome::Gone, Vec::new()),
-                _ => return Err(malformed()),
-            };
+                    1 => {
+                        let queued = Queued { ahead: row.number(0)?, check_in };
+                        (PollOutcome::Queued(queued), inner.sessions.holder(*token))
+                    }
+                    0 => (PollOutcome::Gone, None),
+                    _ => return Err(malformed()),
+                };
+                outcomes.push(outcome);
+                in_the_way.extend(session.filter(|session| !in_the_way.contains(session)));
+            }
             if inner.bury_the_dead(key, &in_the_way).await? {
                 inner.bury_the_others(round, key).await?;
                 continue;
             }
-            let outcome = match outcome {
-                PollOutcome::Queued(queued) => {
-                    PollOutcome::Queued(Queued { check_in: inner.check_in(queued.check_in, &in_the_way), ..queued })
+            let check_in = inner.check_in(check_in, &in_the_way);
+            for outcome in &mut outcomes {
+                if let PollOutcome::Queued(queued) = outcome {
+                    queued.check_in = check_in;
                 }
-                other => other,
-            };
-            return Ok(Reply { time: answer.time, outcome });
+            }
+            return Ok(Reply { time: answer.time, outcome: outcomes });
         }
         Err(error(ErrorKind::Unavailable, "sessions die faster than they can be buried"))
     }

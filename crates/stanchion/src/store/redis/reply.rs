@@ -137,6 +137,11 @@ impl Answer {
 pub(super) struct Row<'a>(&'a [Value]);
 
 impl<'a> Row<'a> {
+    /// The number of its fields.
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     pub(super) fn text(&self, index: usize) -> Result<&'a str> {
         text(self.0.get(index).ok_or_else(malformed)?)
     }

@@ -207,8 +207,8 @@ impl Store for Sqlite {
         ask!(self, Step::Acquire(request), Answer::Acquire(outcome) => outcome)
     }
 
-    async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
-        ask!(self, Step::Poll { key: key.clone(), token }, Answer::Poll(outcome) => outcome)
+    async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
+        ask!(self, Step::Poll { key: key.clone(), tokens: tokens.to_vec() }, Answer::Poll(outcomes) => outcomes)
     }
 
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
@@ -259,8 +259,8 @@ mod tests {
         let key = Key::new("", "job").unwrap();
         let token = TokenId::from_bytes([1; 16]);
         let step = tokio::spawn(async move {
-            let queued = store.poll(&key, token).await.unwrap_err();
-            let refused = store.poll(&key, token).await.unwrap_err();
+            let queued = store.poll(&key, &[token]).await.unwrap_err();
+            let refused = store.poll(&key, &[token]).await.unwrap_err();
             (queued.kind(), refused.kind())
         });
         tokio::task::yield_now().await;

@@ -3,6 +3,7 @@
 //! Each tells `None` if it has met something that has to be settled first; it has noted then what that is, and is
 //! repeated in a write transaction after that was settled.
 
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, SystemTime};
 
 use rusqlite::{Row, params};
@@ -23,6 +24,19 @@ const UNWATCHED: Duration = Duration::from_millis(50);
 const NEAR_THE_FRONT: u32 = 16;
 /// So many holders are probed for every waiter that asks, more of them only for the head of the queue.
 const FEW_HOLDERS: i64 = 4;
+/// Up to this number of tokens are looked up one by one, more of them in one pass over the queue.
+const FEW_TOKENS: usize = 8;
+
+/// A place in a queue.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    /// The number of waiters before it.
+    pub(super) ahead: u32,
+    /// The session of the waiter.
+    pub(super) session: SessionId,
+    /// The session of the waiter before it.
+    pub(super) before: Option<SessionId>,
+}
 
 impl Tx<'_> {
     /// Answers a reading step, or tells `None`: something is to be settled first.
@@ -30,32 +44,25 @@ impl Tx<'_> {
         match step {
             Step::Beat(session) => Ok(self.beat(*session)?.map(Answer::Beat)),
             Step::Lives(session) => Ok(Some(Answer::Lives(self.is_open(*session)?))),
-            Step::Poll { key, token } => Ok(self.poll(key, *token)?.map(Answer::Poll)),
+            Step::Poll { key, tokens } => Ok(self.poll(key, tokens)?.map(Answer::Poll)),
             Step::Inspect(key) => Ok(self.inspect(key)?.map(Answer::Inspect)),
             Step::List { prefix, after, limit } => Ok(self.list(prefix, after.as_ref(), *limit)?.map(Answer::List)),
             _ => Ok(None),
         }
     }
 
-    /// The answer to a waiter, and its watch on those that it depends on. `ahead` if that is known.
-    pub(super) fn queued(&mut self, row: &KeyRow, waiter: &WaiterRow, ahead: Option<i64>) -> Result<Queued> {
-        let ahead = match ahead {
-            Some(ahead) => ahead,
-            None => {
-                let sql = "SELECT count(*) FROM waiters INDEXED BY waiters_by_key WHERE key_id = ?1 AND seq < ?2";
-                self.first(sql, [row.id, waiter.seq], |found| found.get(0))?.unwrap_or(0)
-            }
-        };
-        let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
+    /// The answer to a waiter, and its watch on the processes that it depends on.
+    pub(super) fn queued(&mut self, row: &KeyRow, token: TokenId, place: Place) -> Result<Queued> {
+        let Place { ahead, session, before } = place;
         let mut check_in = if ahead < NEAR_THE_FRONT { self.check_in(row) } else { None };
-        if self.is_own(waiter.session) {
-            let depends_on = match self.session_before(row.id, waiter.seq)? {
+        if self.is_own(session) {
+            let depends_on = match before {
                 Some(before) => vec![before],
                 None => self.holding_sessions(row)?,
             };
             let processes = self.processes(&depends_on)?;
             let local = &mut *self.local;
-            if !local.predecessors.watch(&mut local.watcher, waiter.session, waiter.token, &processes) {
+            if !local.predecessors.watch(&mut local.watcher, session, token, &processes) {
                 check_in = Some(check_in.map_or(UNWATCHED, |span| span.min(UNWATCHED)));
             }
         }
@@ -104,34 +111,73 @@ impl Tx<'_> {
         Ok(Some(BeatOutcome::Alive { lost: lost.collect::<Result<_>>()? }))
     }
 
-    fn poll(&mut self, key: &Key, token: TokenId) -> Result<Option<PollOutcome>> {
-        let Some(row) = self.find_key(key)? else { return Ok(Some(PollOutcome::Gone)) };
+    fn poll(&mut self, key: &Key, tokens: &[TokenId]) -> Result<Option<Vec<PollOutcome>>> {
+        let Some(row) = self.find_key(key)? else { return Ok(Some(vec![PollOutcome::Gone; tokens.len()])) };
         if !self.is_settled(&row) {
             return Ok(None);
         }
-        if let Some(hold) = self.find_hold(&row, token)? {
-            if hold.session_bound && !self.is_alive(hold.session)? {
-                return Ok(None);
+        let places = self.places(&row, tokens)?;
+        let mut all_alive = true;
+        for place in places.values() {
+            all_alive &= self.is_alive(place.session)?;
+            if let Some(before) = place.before {
+                all_alive &= self.is_alive(before)?;
             }
-            self.forget_waiter(token);
-            return Ok(Some(PollOutcome::Granted(hold.granted(self.now))));
         }
-        let Some(waiter) = self.find_waiter(&row, token)? else {
-            self.forget_waiter(token);
-            return Ok(Some(PollOutcome::Gone));
-        };
-        let before = self.session_before(row.id, waiter.seq)?;
-        let mut all_alive = self.is_alive(waiter.session)?;
-        if let Some(before) = before {
-            all_alive &= self.is_alive(before)?;
-        }
-        if before.is_none() || row.holders <= FEW_HOLDERS {
+        let has_head = places.values().any(|place| place.before.is_none());
+        if has_head || !places.is_empty() && row.holders <= FEW_HOLDERS {
             all_alive &= !self.probe_holders(&row)?;
         }
-        if !all_alive {
-            return Ok(None);
+        let mut outcomes = Vec::with_capacity(tokens.len());
+        for token in tokens {
+            if let Some(place) = places.get(token) {
+                // A watch is set only where nothing has to be settled first.
+                if all_alive {
+                    outcomes.push(PollOutcome::Queued(self.queued(&row, *token, *place)?));
+                }
+                continue;
+            }
+            let hold = self.find_hold(&row, *token)?;
+            if let Some(hold) = hold.filter(|hold| hold.session_bound) {
+                all_alive &= self.is_alive(hold.session)?;
+            }
+            self.forget_waiter(*token);
+            outcomes.push(hold.map_or(PollOutcome::Gone, |hold| PollOutcome::Granted(hold.granted(self.now))));
         }
-        Ok(Some(PollOutcome::Queued(self.queued(&row, &waiter, None)?)))
+        Ok(all_alive.then_some(outcomes))
+    }
+
+    /// The places that tokens have in the queue of a key. A token that does not wait has none.
+    fn places(&self, row: &KeyRow, tokens: &[TokenId]) -> Result<HashMap<TokenId, Place>> {
+        let mut places = HashMap::new();
+        if tokens.len() <= FEW_TOKENS {
+            for token in tokens {
+                if let Some(waiter) = self.find_waiter(row, *token)? {
+                    places.insert(*token, self.place_of(row, &waiter)?);
+                }
+            }
+            return Ok(places);
+        }
+        // One pass over the queue: a look for each token would count those before it again and again.
+        let wanted: HashSet<TokenId> = tokens.iter().copied().collect();
+        let sql = "SELECT token, session FROM waiters INDEXED BY waiters_by_key WHERE key_id = ?1 ORDER BY seq";
+        let queue = self.all(sql, [row.id], |found| Ok((token_of(found, 0)?, session_of(found, 1)?)))?;
+        let mut before = None;
+        for (ahead, (token, session)) in (0..).zip(queue) {
+            if wanted.contains(&token) {
+                places.insert(token, Place { ahead, session, before });
+            }
+            before = Some(session);
+        }
+        Ok(places)
+    }
+
+    /// The place of one waiter.
+    pub(super) fn place_of(&self, row: &KeyRow, waiter: &WaiterRow) -> Result<Place> {
+        let sql = "SELECT count(*) FROM waiters INDEXED BY waiters_by_key WHERE key_id = ?1 AND seq < ?2";
+        let ahead: i64 = self.first(sql, [row.id, waiter.seq], |found| found.get(0))?.unwrap_or(0);
+        let before = if ahead > 0 { self.session_before(row.id, waiter.seq)? } else { None };
+        Ok(Place { ahead: u32::try_from(ahead).unwrap_or(u32::MAX), session: waiter.session, before })
     }
 
     fn inspect(&mut self, key: &Key) -> Result<Option<KeyState>> {

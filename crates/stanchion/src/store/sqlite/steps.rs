@@ -3,6 +3,7 @@
 use rusqlite::params;
 
 use super::error::error;
+use super::read::Place;
 use super::rows::{KeyRow, NewHold, WaiterRow, read_hold};
 use super::session;
 use super::tx::{Tx, micros};
@@ -26,7 +27,7 @@ pub(super) enum Step {
     Acquire(AcquireRequest),
     Poll {
         key: Key,
-        token: TokenId,
+        tokens: Vec<TokenId>,
     },
     End {
         key: Key,
@@ -58,7 +59,7 @@ pub(super) enum Answer {
     Done,
     Lives(bool),
     Acquire(AcquireOutcome),
-    Poll(PollOutcome),
+    Poll(Vec<PollOutcome>),
     End(EndOutcome),
     Extend(ExtendOutcome),
     Adopt(AdoptOutcome),
@@ -167,7 +168,8 @@ impl Tx<'_> {
             return Ok(AcquireOutcome::Granted(hold.granted(self.now)));
         }
         if let Some(waiter) = self.find_waiter(&row, request.token)? {
-            return Ok(AcquireOutcome::Queued(self.queued(&row, &waiter, None)?));
+            let place = self.place_of(&row, &waiter)?;
+            return Ok(AcquireOutcome::Queued(self.queued(&row, waiter.token, place)?));
         }
         if self.time() > request.not_after {
             return Ok(AcquireOutcome::Stale);
@@ -231,12 +233,14 @@ impl Tx<'_> {
             ],
         )?;
         let waiter = WaiterRow { seq: self.db.last_insert_rowid(), ..waiter };
-        let ahead = row.waiting;
+        let ahead = u32::try_from(row.waiting).unwrap_or(u32::MAX);
+        let before = self.session_before(row.id, waiter.seq)?;
         row.set_capacity(i64::from(request.demand.capacity()));
         row.waiting += 1;
         row.touched = self.now;
         self.save(row)?;
-        Ok(AcquireOutcome::Queued(self.queued(row, &waiter, Some(ahead))?))
+        let place = Place { ahead, session: waiter.session, before };
+        Ok(AcquireOutcome::Queued(self.queued(row, waiter.token, place)?))
     }
 
     fn end(&mut self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<EndOutcome> {

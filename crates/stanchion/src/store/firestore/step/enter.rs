@@ -1,5 +1,6 @@
 //! What enters a key: an acquire, an adoption; and what became of them.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
@@ -9,7 +10,7 @@ use super::super::document::{Names, Only};
 use super::super::record::{Entry, Former, Hold, KeyRecord, Page, PageName};
 use super::write::{key_document, sessions};
 use super::{Leaf, Step};
-use crate::store::{AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, MAX_WAITERS, PollOutcome};
+use crate::store::{AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, MAX_WAITERS, PollOutcome, Queued};
 use crate::token::TokenId;
 
 /// So many waiters, and so many bytes of them, are in one document.
@@ -80,16 +81,25 @@ impl Step<'_> {
         }
     }
 
-    pub(crate) fn poll(&self, token: TokenId) -> PollOutcome {
-        if let Some(hold) = self.held(token) {
-            return PollOutcome::Granted(hold.granted(self.now));
+    pub(crate) fn poll(&self, tokens: &[TokenId]) -> Vec<PollOutcome> {
+        let mut outcomes: HashMap<&[u8], PollOutcome> =
+            tokens.iter().map(|token| (token.as_bytes().as_slice(), PollOutcome::Gone)).collect();
+        for hold in &self.record.holds {
+            if let Some(outcome) = outcomes.get_mut(hold.entry.token.as_slice()) {
+                *outcome = PollOutcome::Granted(hold.granted(self.now));
+            }
         }
-        // A waiter whose session is dead is not there, wherever it stands.
-        let waiter = self.waiters().find(|waiter| waiter.token == token.as_bytes());
-        if waiter.is_some_and(|waiter| !self.lives_still(&waiter.session, waiter.session_lives)) {
-            return PollOutcome::Gone;
+        let check_in = self.check_in();
+        for (ahead, waiter) in (0..).zip(self.waiters()) {
+            // A waiter whose session is dead is not there, wherever it stands.
+            if let Some(outcome) = outcomes.get_mut(waiter.token.as_slice())
+                && self.lives_still(&waiter.session, waiter.session_lives)
+            {
+                *outcome = PollOutcome::Queued(Queued { ahead, check_in });
+            }
         }
-        self.queued(token).map_or(PollOutcome::Gone, PollOutcome::Queued)
+        let outcome = |token: &TokenId| outcomes.get(token.as_bytes().as_slice()).copied();
+        tokens.iter().map(|token| outcome(token).unwrap_or(PollOutcome::Gone)).collect()
     }
 
     pub(crate) fn adopt(&mut self, request: &AdoptRequest) -> AdoptOutcome {

@@ -131,11 +131,16 @@ local function capacity()
   return first and first.capacity
 end
 
+-- The holder has learned of its hold.
+local function saw(hold)
+  if hold.unseen then hold.unseen, changed = nil, true end
+end
+
 -- The hold of a token, for whoever has the token: its holder has seen it then.
 local function find(token)
   for at, hold in ipairs(state.holds) do
     if hold.token == token then
-      if hold.unseen then hold.unseen, changed = nil, true end
+      saw(hold)
       return hold, at
     end
   end
@@ -228,14 +233,18 @@ end
 -- Who waits has those who hold the key told again that they do. A failover may forget a release: nobody would end that hold,
 -- because the session that has it lives. The head does it each time it asks; those behind it now and then, because a failover
 -- may have forgotten that the head has gone, too.
-local function queued(token)
-  local ahead = call('ZRANK', KEYS[2], token)
+local function tell_holders(ahead)
   local tells = ahead == 0 or tonumber(string.sub(now, -4)) % (ahead + 1) == 0
   for _, hold in ipairs(state.holds) do
     if tells and hold.kind == 'S' and plus(hold.at, '1000000') <= now then
       redis.pcall('PUBLISH', PREFIX .. 'session:{' .. hold.session .. '}', 'G' .. hold.token .. hold.fence .. SUBJECT)
     end
   end
+end
+
+local function queued(token)
+  local ahead = call('ZRANK', KEYS[2], token)
+  tell_holders(ahead)
   return in_the_way({ 'queued', now, tostring(ahead), check_in() })
 end
 

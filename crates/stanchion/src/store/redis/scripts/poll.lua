@@ -1,13 +1,25 @@
 settle()
-local token, answer = ARGV[1], nil
-local hold = find(token)
-if hold then
-  answer = granted(hold)
-  if hold.kind == 'S' then answer[5] = hold.session end
-elseif state.queued and call('ZSCORE', KEYS[2], token) then
-  answer = queued(token)
-else
-  answer = { 'gone', now }
+local held = {}
+for _, hold in ipairs(state.holds) do held[hold.token] = hold end
+-- For each token: what it holds, or how many are before it, or nothing.
+local rows, front = {}, nil
+for at, token in ipairs(ARGV) do
+  local hold, ahead = held[token], nil
+  if not hold and state.queued then ahead = call('ZRANK', KEYS[2], token) end
+  if hold then
+    saw(hold)
+    rows[at] = { hold.fence, remaining(hold), hold.kind == 'S' and hold.session or '' }
+  elseif ahead then
+    rows[at] = { tostring(ahead) }
+    if not front or ahead < front then front = ahead end
+  else
+    rows[at] = {}
+  end
+end
+local answer = { 'polled', now, rows, check_in() }
+if front then
+  tell_holders(front)
+  in_the_way(answer)
 end
 save()
 return answer
