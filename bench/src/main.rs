@@ -1,6 +1,7 @@
 //! What stanchion costs, measured. Figures drift with the machine: compare those of one run.
 //!
-//! `cargo run --release -p stanchion-bench [WHAT…]` with `pairs`, `handoff`, `processes`, `redis`, `postgres`, `firestore`, `held`;
+//! `cargo run --release -p stanchion-bench [WHAT…]` with `pairs`, `handoff`, `processes`, `redis`, `postgres`, `firestore`, `held`,
+//! `waiters`;
 //! all by default.
 #![allow(
     clippy::disallowed_methods,
@@ -13,6 +14,7 @@
 mod firestore;
 mod postgres;
 mod redis;
+mod waiters;
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -36,6 +38,9 @@ fn main() {
     }
     if let Ok(order) = std::env::var(redis::WAITER) {
         return runtime.block_on(redis::waiter(&order));
+    }
+    if let Ok(order) = std::env::var(waiters::ORDER) {
+        return runtime.block_on(waiters::sleep(&order));
     }
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let wants = |what: &str| wanted.is_empty() || wanted.iter().any(|one| one == what);
@@ -65,6 +70,9 @@ fn main() {
         }
         if wants("held") {
             held(folder.path()).await;
+        }
+        if wants("waiters") {
+            waiters::all(folder.path()).await;
         }
     });
 }

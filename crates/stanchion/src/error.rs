@@ -179,6 +179,21 @@ impl Error {
         self
     }
 
+    /// The same for another who is told of it. Of the cause the text is left.
+    pub(crate) fn duplicate(&self) -> Self {
+        let Inner { kind, message, in_doubt, retry_after, key, token, store, source } = &*self.0;
+        Self(Box::new(Inner {
+            kind: *kind,
+            message: message.clone(),
+            in_doubt: *in_doubt,
+            retry_after: *retry_after,
+            key: key.clone(),
+            token: token.clone(),
+            store: *store,
+            source: source.as_ref().map(|source| source.to_string().into()),
+        }))
+    }
+
     /// What went wrong, without the names of the key and the store.
     pub(crate) fn message(&self) -> &str {
         &self.0.message

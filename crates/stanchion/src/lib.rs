@@ -45,6 +45,7 @@ mod keeper;
 mod key;
 mod locks;
 mod on_lost;
+mod polls;
 mod primitives;
 mod request;
 mod retry;

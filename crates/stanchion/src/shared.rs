@@ -16,8 +16,9 @@ use crate::fence::Fence;
 use crate::keeper::Command;
 use crate::key::Key;
 use crate::on_lost::{Losses, OnLost};
+use crate::polls::Polls;
 use crate::retry::{Repeated, RetryPolicy, repeat};
-use crate::store::{Capabilities, PollOutcome, Reply, Store, StoreTime};
+use crate::store::{Capabilities, Granted, PollOutcome, Reply, Store, StoreTime};
 use crate::telemetry::{ShownKeys, Telemetry};
 use crate::token::{IdMap, SessionId, TokenId};
 
@@ -51,6 +52,8 @@ pub(crate) struct Shared {
     /// The session that was asked for last, answered or not.
     asked_session: Mutex<Option<SessionId>>,
     registry: Mutex<IdMap<TokenId, Entry>>,
+    /// What the keeper polls for those who wait.
+    pub(crate) polls: Polls,
     /// Tokens that are not in the registry and must stay as they are in the store: detached ones, and those that are
     /// lost and wait for their grace to be over. With the session all go.
     kept: Mutex<IdMap<TokenId, Kept>>,
@@ -103,15 +106,35 @@ pub(crate) struct WaitCell {
     pub(crate) key: Key,
     /// What it is granted ends with the session.
     pub(crate) session_bound: bool,
-    signal: Mutex<Option<Signal>>,
+    pub(crate) signal: Mutex<Option<Signal>>,
     notify: Notify,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Signal {
-    Granted(Fence),
     /// Something may have changed: ask.
     Recheck,
+    /// The keeper's polls failed, and this call is to give up.
+    Failed(Error),
+    /// A grant was pushed.
+    Granted(Fence),
+    /// A poll that was sent at this time told of the grant.
+    Polled(Granted, BootTime),
+    /// A poll told that there is nothing of the token.
+    Gone,
+}
+
+impl Signal {
+    /// One that says more is not replaced by one that says less; of two that say as much the later one counts.
+    fn rank(&self) -> u8 {
+        match self {
+            Self::Recheck => 0,
+            Self::Failed(_) => 1,
+            Self::Granted(_) => 2,
+            // There was a grant, and it is over: it was granted before it was polled.
+            Self::Polled(..) | Self::Gone => 3,
+        }
+    }
 }
 
 impl WaitCell {
@@ -121,8 +144,7 @@ impl WaitCell {
 
     pub(crate) fn tell(&self, signal: Signal) {
         let mut current = self.signal.lock().unwrap_or_else(PoisonError::into_inner);
-        // A grant says more than a hint.
-        if !matches!(*current, Some(Signal::Granted(_))) {
+        if current.as_ref().is_none_or(|current| current.rank() <= signal.rank()) {
             *current = Some(signal);
         }
         drop(current);
@@ -160,6 +182,7 @@ impl Shared {
             session: watch::Sender::new(SessionView::Opening(None)),
             asked_session: Mutex::default(),
             registry: Mutex::default(),
+            polls: Polls::new(capabilities.push),
             kept: Mutex::default(),
             most_kept: AtomicUsize::new(MANY_KEPT),
             ending: Mutex::default(),

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::belief::{Hold, NewHold, SessionBelief};
-use crate::clock::{BootTime, Clock, jitter};
+use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::guard::Guard;
@@ -20,6 +20,7 @@ use crate::keeper::Command;
 use crate::key::Key;
 use crate::locks::{DURATIONS, Locks};
 use crate::on_lost::OnLost;
+use crate::polls::{LONG_SILENCE, Trouble};
 use crate::request::LockRequest;
 use crate::shared::{End, Entry, Shared, Signal, WaitCell};
 use crate::store::{
@@ -29,15 +30,6 @@ use crate::token::{Token, TokenId};
 
 /// How long a request may be on its way. Shorter where the session or the term is short.
 const LONGEST_WINDOW: Duration = Duration::from_secs(5);
-
-/// How often a waiter asks although nobody called it: a lost push costs so much.
-const PACE: Duration = Duration::from_secs(1);
-
-/// The same in a store that does not push.
-const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
-
-/// A question without an answer for so long is told as the reason when the wait limit comes.
-const LONG_SILENCE: Duration = Duration::from_millis(500);
 
 /// So many grants may come with no time left until a call gives up.
 const MOST_LATE: u32 = 5;
@@ -153,7 +145,7 @@ struct Call<'a> {
     started: BootTime,
     enqueue: bool,
     /// The fault of the last question, until one is answered. The caller looks at it when the wait limit comes.
-    trouble: &'a Mutex<Option<(ErrorKind, String)>>,
+    trouble: &'a Mutex<Trouble>,
     /// How many grants came with no time left.
     late: u32,
     /// How many questions came too late, one after the other.
@@ -170,7 +162,7 @@ enum Round {
 
 /// Dropped with its question unanswered, it says so, if that took long.
 struct Silence<'a> {
-    trouble: &'a Mutex<Option<(ErrorKind, String)>>,
+    trouble: &'a Mutex<Trouble>,
     clock: &'a Clock,
     since: BootTime,
 }
@@ -283,22 +275,26 @@ impl Call<'_> {
     }
 
     /// In the queue: until a push, a poll or the end of the session says how it went on.
-    async fn wait(&mut self, pending: Pending, mut queued: Queued) -> Result<Round> {
+    async fn wait(&mut self, pending: Pending, queued: Queued) -> Result<Round> {
         let shared = self.shared().clone();
-        let mut has_failed = false;
+        let _waiting = Waiting::new(&shared, &pending, queued, self.trouble);
         loop {
-            let nap = nap(&shared, queued);
-            tokio::select! {
+            let signal = tokio::select! {
                 biased;
                 () = pending.session.over().cancelled() => return Ok(Round::Again),
-                signal = pending.cell.next() => if let Signal::Granted(fence) = signal
-                    // A deadline's start is known only to the store: confirm it.
-                    && self.term.length().is_none()
-                {
+                signal = pending.cell.next() => signal,
+            };
+            match signal {
+                // A deadline's start is known only to the store: confirm it.
+                Signal::Granted(fence) if self.term.length().is_none() => {
                     let granted = Granted { fence, remaining: None };
                     return Ok(self.granted(pending, granted, shared.clock.now()));
-                },
-                () = shared.clock.sleep(nap) => {}
+                }
+                Signal::Polled(granted, asked) => return Ok(self.granted(pending, granted, asked)),
+                // Something of it may still be on its way, if an answer was missing: the keeper sees to it.
+                Signal::Gone => return Ok(Round::Again),
+                Signal::Failed(error) => return Err(error),
+                Signal::Granted(_) | Signal::Recheck => {}
             }
             let mut asked = self.started;
             let step = shared.step(|| {
@@ -308,15 +304,11 @@ impl Call<'_> {
             match step.await.result {
                 Ok(reply) => match reply.outcome {
                     PollOutcome::Granted(granted) => return Ok(self.granted(pending, granted, asked)),
-                    PollOutcome::Queued(still) => {
-                        has_failed = false;
-                        queued = still;
-                    }
-                    // Something of it may still be on its way, if an answer was missing: the keeper sees to it.
+                    PollOutcome::Queued(still) => shared.polls.learned(self.key, still, shared.clock.now()),
                     PollOutcome::Gone => return Ok(Round::Again),
                 },
-                // Its place in the queue is worth one more round of attempts.
-                Err(error) if error.is_transient() && !has_failed => has_failed = true,
+                // The keeper goes on polling.
+                Err(error) if error.is_transient() => {}
                 Err(error) => return Err(error),
             }
         }
@@ -348,14 +340,26 @@ impl Call<'_> {
     }
 }
 
-/// How long until the next question.
-fn nap(shared: &Shared, queued: Queued) -> Duration {
-    let pace = if shared.capabilities.push { PACE } else { PACE_WITHOUT_PUSH };
-    let pace = jitter(pace);
-    match queued.check_in {
-        // Those behind come a little later: the head's question settles the key for all.
-        Some(check_in) => pace.min(check_in + Duration::from_millis(1 + u64::from(queued.ahead.min(100)))),
-        None => pace,
+/// A call whose token the keeper polls, as long as this is there.
+struct Waiting<'a> {
+    shared: &'a Shared,
+    key: Key,
+    token: TokenId,
+    trouble: &'a Mutex<Trouble>,
+}
+
+impl<'a> Waiting<'a> {
+    fn new(shared: &'a Shared, pending: &Pending, queued: Queued, trouble: &'a Mutex<Trouble>) -> Self {
+        shared.polls.enter(pending.token, &pending.cell, queued, shared.clock.now());
+        Self { shared, key: pending.key.clone(), token: pending.token, trouble }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let polls = self.shared.polls.leave(&self.key, self.token, self.shared.clock.now());
+        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        *trouble = trouble.take().or(polls);
     }
 }
 

@@ -105,7 +105,7 @@ async fn step(shared: &Shared, end: &End) -> Result<StoreTime> {
 }
 
 /// A panic of the store is a fault like any other: what has to be ended is not forgotten for it.
-async fn surviving<T>(step: impl Future<Output = Result<T>>) -> Result<T> {
+pub(super) async fn surviving<T>(step: impl Future<Output = Result<T>>) -> Result<T> {
     let mut step = pin!(step);
     std::future::poll_fn(|context| {
         catch_unwind(AssertUnwindSafe(|| step.as_mut().poll(context)))

@@ -14,6 +14,7 @@
 
 mod cleanup;
 mod deadlines;
+mod polling;
 mod session;
 
 use std::sync::{Arc, mpsc as std_mpsc};
@@ -146,6 +147,7 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
     let mut ends = JoinSet::new();
     let mut deadlines = Deadlines::default();
     let mut pushes = None;
+    let polling = tokio::spawn(polling::poll_keys(shared.clone()));
     {
         let drive = clock.drive(LONGEST_NAP);
         let sessions = session::keep_one(shared.clone());
@@ -176,6 +178,7 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
             }
         }
     }
+    polling.abort();
     // The session's task has stopped: nothing renews from here on.
     tokio::select! {
         () = close(&shared, &mut inbox, ends) => {}
@@ -274,19 +277,13 @@ fn receive(shared: &Arc<Shared>, push: Push) {
                 cell.tell(Signal::Recheck);
             }
         }
-        Push::RecheckAll => recheck_all(shared),
+        Push::RecheckAll => shared.polls.poll_all(shared.clock.now()),
         Push::VerifyAll => {
             shared.back.notify_waiters();
-            recheck_all(shared);
+            shared.polls.poll_all(shared.clock.now());
             tokio::spawn(verify_all(shared.clone()));
         }
         Push::Warning(message) => shared.warn(message),
-    }
-}
-
-fn recheck_all(shared: &Shared) {
-    for (_, cell) in shared.waiting() {
-        cell.tell(Signal::Recheck);
     }
 }
 

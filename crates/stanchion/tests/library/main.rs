@@ -11,3 +11,4 @@ mod sqlite_steps;
 mod sqlite_support;
 mod support;
 mod tower;
+mod waiting;

@@ -1,0 +1,165 @@
+//! What many waiting calls of one process cost: the processor time of their process and of the server while nothing happens,
+//! and the time that serving them takes.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use stanchion::store::{Memory, Postgres};
+use stanchion::{Locks, store::Sqlite};
+use stanchion_testkit::servers::{FirestoreFake, Postgres as PostgresKind, PostgresServer, Redis, RedisServer};
+
+/// `URL WAITERS KEYS`: this process has the waiters.
+pub(crate) const ORDER: &str = "STANCHION_BENCH_SLEEPERS";
+
+const WAITERS: usize = 1_000;
+const SERVED: usize = 300;
+/// How long everybody waits before the processor time is taken, and how long it is taken.
+const SETTLED_AFTER: Duration = Duration::from_secs(5);
+const MEASURED: Duration = Duration::from_secs(20);
+
+/// Processor time of a process, in hundredths of a second.
+fn ticks(pid: &str) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
+    fields.skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+}
+
+pub(crate) async fn all(folder: &std::path::Path) {
+    let only = std::env::var("WAITERS_ONLY").unwrap_or_default();
+    let wants = |name: &str| only.is_empty() || only.split(',').any(|one| one == name);
+    if wants("memory") {
+        sleep_beside("memory:", &[]).await;
+    }
+    if wants("sqlite") {
+        let store = folder.join("waiters");
+        sleep_beside(&format!("sqlite:{}", store.display()), &[]).await;
+        serve("sqlite", Locks::with_store(Sqlite::open(store).unwrap()).await.unwrap()).await;
+    }
+    if wants("redis") {
+        let server = RedisServer::start(Redis::Redis7);
+        let url = format!("redis://127.0.0.1:{}", server.port());
+        sleep_beside(&url, &[server.process().unwrap().pid()]).await;
+        serve("redis", Locks::open(&url).await.unwrap()).await;
+    }
+    if wants("postgres") {
+        let server = PostgresServer::with(PostgresKind::V15, &[("fsync", "off")]);
+        server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
+        sleep_beside(&server.url(), &server.processes()).await;
+        serve("postgres", Locks::open(&server.url()).await.unwrap()).await;
+    }
+    if wants("firestore") {
+        let fake = FirestoreFake::start();
+        sleep_beside(&fake.url(), &[]).await;
+    }
+}
+
+async fn sleep_beside(url: &str, servers: &[i32]) {
+    for keys in [1, WAITERS] {
+        let holder = if url == "memory:" { None } else { Some(Locks::open(url).await.unwrap()) };
+        let mut held = Vec::new();
+        if let Some(holder) = &holder {
+            for key in 0..keys {
+                held.push(holder.lock(format!("k{key}")).await.unwrap());
+            }
+        }
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .env(ORDER, format!("{url} {WAITERS} {keys}"))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let (said, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        std::thread::spawn(move || {
+            while let Some(Ok(line)) = lines.next() {
+                let _over = said.send(line);
+            }
+        });
+        heard.recv().await.unwrap();
+        let pids = |pids: &[i32]| pids.iter().map(|pid| ticks(&pid.to_string())).sum::<u64>();
+        // Connections of PostgreSQL are processes that came since.
+        let family = |servers: &[i32]| {
+            let mut all = servers.to_vec();
+            for pid in servers {
+                let of = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+                all.extend(of.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+            }
+            all.sort_unstable();
+            all.dedup();
+            all
+        };
+        let all = family(servers);
+        let before = pids(&all);
+        let here = heard.recv().await.unwrap();
+        let server = pids(&all) - before;
+        let percent = |ticks: u64| ticks as f64 / MEASURED.as_secs_f64();
+        println!(
+            "waiters    {}, {WAITERS} on {keys} key(s): {:.2} % of a core in their process, {:.2} % in the server",
+            url.split(':').next().unwrap(),
+            percent(here.parse().unwrap()),
+            percent(server)
+        );
+        child.kill().unwrap();
+        child.wait().unwrap();
+        drop(held);
+        if let Some(holder) = holder {
+            holder.close().await.unwrap();
+        }
+    }
+}
+
+/// The process with the waiters.
+pub(crate) async fn sleep(order: &str) {
+    let words: Vec<_> = order.split(' ').collect();
+    let (url, waiters, keys) = (words[0], words[1].parse::<usize>().unwrap(), words[2].parse::<usize>().unwrap());
+    let mut held = Vec::new();
+    let locks = if url == "memory:" {
+        let store = Memory::new();
+        let holder = Locks::with_store(store.clone()).await.unwrap();
+        for key in 0..keys {
+            held.push(holder.lock(format!("k{key}")).await.unwrap());
+        }
+        Locks::with_store(store).await.unwrap()
+    } else {
+        Locks::open(url).await.unwrap()
+    };
+    for waiter in 0..waiters {
+        let locks = locks.clone();
+        tokio::spawn(async move {
+            let _held = locks.lock(format!("k{}", waiter % keys)).await.unwrap();
+            std::future::pending::<()>().await;
+        });
+    }
+    tokio::time::sleep(SETTLED_AFTER).await;
+    let before = ticks("self");
+    println!("begin");
+    std::io::stdout().flush().unwrap();
+    tokio::time::sleep(MEASURED).await;
+    println!("{}", ticks("self") - before);
+    std::io::stdout().flush().unwrap();
+    std::future::pending::<()>().await;
+}
+
+/// From the release of a key until all who waited for it have had it, one after the other.
+async fn serve(name: &str, locks: Locks) {
+    for _ in 0..3 {
+        let held = locks.lock("served").await.unwrap();
+        let waiting: Vec<_> = (0..SERVED)
+            .map(|_| {
+                let locks = locks.clone();
+                tokio::spawn(async move { locks.lock("served").await.unwrap().release().await.unwrap() })
+            })
+            .collect();
+        while locks.inspect("served").await.unwrap().waiters.len() < SERVED {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let start = Instant::now();
+        held.release().await.unwrap();
+        for waiter in waiting {
+            waiter.await.unwrap();
+        }
+        let each = start.elapsed() / u32::try_from(SERVED).unwrap();
+        println!("waiters    {name}, {SERVED} served one after the other: {each:.2?} each");
+    }
+    locks.close().await.unwrap();
+}

@@ -1,0 +1,383 @@
+//! What the keeper polls: the keys that calls of a handle wait for, and when each is polled next.
+//!
+//! All calls that wait for one key share its polls, so they cost one request a second however many they are. A call that
+//! sleeps here is woken only if there is something to do.
+//!
+//! # Invariants
+//! 1. A key is here exactly as long as a call waits for it. Then it has a time at which it is polled, or a poll is on its way.
+//! 2. A call that left is told nothing: whatever its token was granted meanwhile is ended by its `Pending`.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use crate::clock::{BootTime, jitter};
+use crate::error::{Error, ErrorKind};
+use crate::key::Key;
+use crate::shared::{Signal, WaitCell};
+use crate::store::{PollOutcome, Queued};
+use crate::token::{IdMap, TokenId};
+
+/// Interval between two polls of a key that nothing was pushed for: a lost push costs so much.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// The same in a store that does not push.
+const INTERVAL_WITHOUT_PUSH: Duration = Duration::from_millis(50);
+
+/// Time after which a poll without an answer is reported as the reason when the wait limit comes.
+pub(crate) const LONG_SILENCE: Duration = Duration::from_millis(500);
+
+/// The last fault of a question, until one is answered.
+pub(crate) type Trouble = Option<(ErrorKind, String)>;
+
+#[derive(Debug)]
+pub(crate) struct Polls {
+    keys: Mutex<Keys>,
+    /// Told when a key is to be polled before the keeper would look.
+    earlier: Notify,
+    interval: Duration,
+}
+
+#[derive(Debug)]
+struct Keys {
+    waited_for: HashMap<Key, WaitedFor>,
+    /// The keeper looks again then.
+    next_look: BootTime,
+}
+
+/// A key that somebody waits for.
+#[derive(Debug, Default)]
+struct WaitedFor {
+    waiters: IdMap<TokenId, Waiter>,
+    due: Due,
+    is_taken: bool,
+    /// When the request was sent that has not been answered.
+    sent_at: Option<BootTime>,
+    trouble: Trouble,
+}
+
+impl WaitedFor {
+    /// A request without an answer is a fault too, if that has taken long. One before it may have told more.
+    fn heed_silence(&mut self, now: BootTime) {
+        let silent = self.sent_at.map(|sent_at| now.since(sent_at)).filter(|silent| *silent >= LONG_SILENCE);
+        if let (Some(silent), None) = (silent, &self.trouble) {
+            self.trouble = Some((ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}")));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Waiter {
+    cell: Arc<WaitCell>,
+    has_failed: bool,
+}
+
+/// When a key is polled.
+#[derive(Clone, Copy, Debug)]
+struct Due {
+    /// Not later than this.
+    by: BootTime,
+    /// Together with other keys, not earlier than this: so the keys of a handle come to be polled at one time.
+    from: BootTime,
+}
+
+impl Default for Due {
+    fn default() -> Self {
+        Self { by: BootTime::NEVER, from: BootTime::NEVER }
+    }
+}
+
+impl Due {
+    fn or(self, other: Self) -> Self {
+        Self { by: self.by.min(other.by), from: self.from.min(other.from) }
+    }
+}
+
+impl Polls {
+    pub(crate) fn new(has_push: bool) -> Self {
+        Self {
+            keys: Mutex::new(Keys { waited_for: HashMap::new(), next_look: BootTime::NEVER }),
+            earlier: Notify::new(),
+            interval: if has_push { INTERVAL } else { INTERVAL_WITHOUT_PUSH },
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Keys> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A call waits for a key from now on.
+    pub(crate) fn enter(&self, token: TokenId, cell: &Arc<WaitCell>, queued: Queued, now: BootTime) {
+        let waiter = Waiter { cell: cell.clone(), has_failed: false };
+        let mut keys = self.lock();
+        keys.waited_for.entry(cell.key.clone()).or_default().waiters.insert(token, waiter);
+        self.plan(keys, &cell.key, self.due(now, queued));
+    }
+
+    /// The call waits no more. Returns why it has heard nothing, if that is so.
+    pub(crate) fn leave(&self, key: &Key, token: TokenId, now: BootTime) -> Trouble {
+        let mut keys = self.lock();
+        let waited_for = keys.waited_for.get_mut(key)?;
+        waited_for.waiters.remove(&token);
+        waited_for.heed_silence(now);
+        let trouble = waited_for.trouble.clone();
+        if waited_for.waiters.is_empty() {
+            keys.waited_for.remove(key);
+        }
+        trouble
+    }
+
+    /// A waiter has polled its token by itself and learned this.
+    pub(crate) fn learned(&self, key: &Key, queued: Queued, now: BootTime) {
+        self.plan(self.lock(), key, self.due(now, queued));
+    }
+
+    /// Something may have changed for every key.
+    pub(crate) fn poll_all(&self, now: BootTime) {
+        let mut keys = self.lock();
+        for waited_for in keys.waited_for.values_mut() {
+            waited_for.due = Due { by: now, from: now };
+        }
+        keys.next_look = BootTime::NEVER;
+        drop(keys);
+        self.earlier.notify_one();
+    }
+
+    /// Waits until a key is to be polled before the time that [`take_due`](Self::take_due) gave.
+    pub(crate) async fn earlier(&self) {
+        self.earlier.notified().await;
+    }
+
+    /// Takes the keys that are to be polled now, and tells when to look again. Each is given back by
+    /// [`answered`](Self::answered) or [`failed`](Self::failed).
+    pub(crate) fn take_due(&self, now: BootTime) -> (Vec<Key>, BootTime) {
+        let mut keys = self.lock();
+        let mut taken = Vec::new();
+        let waiting = |keys: &Keys| keys.waited_for.values().filter(|key| !key.is_taken).map(|key| key.due.by).min();
+        // Nobody wakes for those that may come along.
+        if waiting(&keys).is_some_and(|by| by <= now) {
+            for (key, waited_for) in &mut keys.waited_for {
+                if !waited_for.is_taken && waited_for.due.from <= now {
+                    (waited_for.is_taken, waited_for.due) = (true, Due::default());
+                    taken.push(key.clone());
+                }
+            }
+        }
+        keys.next_look = waiting(&keys).unwrap_or(BootTime::NEVER);
+        (taken, keys.next_look)
+    }
+
+    /// The tokens to ask for, in a request that is sent now. None are left if all who waited have gone.
+    pub(crate) fn begin(&self, key: &Key, now: BootTime) -> Vec<TokenId> {
+        let mut keys = self.lock();
+        let Some(waited_for) = keys.waited_for.get_mut(key) else { return Vec::new() };
+        waited_for.heed_silence(now);
+        waited_for.sent_at = Some(now);
+        waited_for.waiters.keys().copied().collect()
+    }
+
+    /// The request was answered by an error; another one may follow.
+    pub(crate) fn attempt_failed(&self, key: &Key, error: &Error) {
+        if let Some(waited_for) = self.lock().waited_for.get_mut(key) {
+            waited_for.sent_at = None;
+            waited_for.trouble = Some((error.kind(), error.message().to_owned()));
+        }
+    }
+
+    /// Passes on what a poll told.
+    pub(crate) fn answered(
+        &self,
+        key: &Key,
+        asked: BootTime,
+        outcomes: impl IntoIterator<Item = (TokenId, PollOutcome)>,
+        now: BootTime,
+    ) {
+        let mut keys = self.lock();
+        let Some(waited_for) = keys.waited_for.get_mut(key) else { return };
+        (waited_for.sent_at, waited_for.trouble) = (None, None);
+        // When the key is polled again is for the first of them: it settles the key for all.
+        let mut front = Queued { ahead: u32::MAX, check_in: None };
+        let mut told = Vec::new();
+        for (token, outcome) in outcomes {
+            let Some(waiter) = waited_for.waiters.get_mut(&token) else { continue };
+            match outcome {
+                PollOutcome::Queued(queued) => {
+                    waiter.has_failed = false;
+                    front.ahead = front.ahead.min(queued.ahead);
+                    front.check_in = [front.check_in, queued.check_in].into_iter().flatten().min();
+                }
+                PollOutcome::Granted(granted) => told.push((waiter.cell.clone(), Signal::Polled(granted, asked))),
+                PollOutcome::Gone => told.push((waiter.cell.clone(), Signal::Gone)),
+            }
+        }
+        waited_for.is_taken = false;
+        self.plan(keys, key, self.due(now, front));
+        // No lock is held while somebody is woken.
+        for (cell, signal) in told {
+            cell.tell(signal);
+        }
+    }
+
+    /// A poll failed with all its attempts. A place in the queue is worth one more round of them.
+    pub(crate) fn failed(&self, key: &Key, error: &Error, now: BootTime) {
+        let mut keys = self.lock();
+        let Some(waited_for) = keys.waited_for.get_mut(key) else { return };
+        waited_for.sent_at = None;
+        waited_for.trouble = Some((error.kind(), error.message().to_owned()));
+        let mut told = Vec::new();
+        for waiter in waited_for.waiters.values_mut() {
+            if std::mem::replace(&mut waiter.has_failed, true) || !error.is_transient() {
+                told.push(waiter.cell.clone());
+            }
+        }
+        waited_for.is_taken = false;
+        self.plan(keys, key, self.due(now, Queued { ahead: u32::MAX, check_in: None }));
+        for cell in told {
+            cell.tell(Signal::Failed(error.duplicate()));
+        }
+    }
+
+    /// When a key is polled whose foremost waiter was told this.
+    fn due(&self, now: BootTime, front: Queued) -> Due {
+        let interval = jitter(self.interval);
+        let by = now.after(interval);
+        // Those behind come a little later: the head's poll settles the key for all.
+        let later = Duration::from_millis(1 + u64::from(front.ahead.min(100)));
+        match front.check_in.map(|check_in| now.after(check_in + later)) {
+            Some(at) if at < by => Due { by: at, from: at },
+            _ => Due { by, from: now.after(interval / 2) },
+        }
+    }
+
+    fn plan(&self, mut keys: MutexGuard<'_, Keys>, key: &Key, due: Due) {
+        let Some(waited_for) = keys.waited_for.get_mut(key) else { return };
+        waited_for.due = waited_for.due.or(due);
+        let (by, is_taken) = (waited_for.due.by, waited_for.is_taken);
+        if by < keys.next_look && !is_taken {
+            // Once: until it has looked.
+            keys.next_look = by;
+            drop(keys);
+            self.earlier.notify_one();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const QUEUED: Queued = Queued { ahead: 0, check_in: None };
+
+    struct Bench {
+        polls: Polls,
+        now: BootTime,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            Self { polls: Polls::new(true), now: BootTime::from_nanos(0) }
+        }
+
+        fn enter(&self, key: &Key) -> (TokenId, Arc<WaitCell>) {
+            let (token, cell) = (TokenId::random().unwrap(), Arc::new(WaitCell::new(key.clone(), true)));
+            self.polls.enter(token, &cell, QUEUED, self.now);
+            (token, cell)
+        }
+
+        fn pass(&mut self, span: Duration) {
+            self.now = self.now.after(span);
+        }
+
+        /// Polls what is due, and answers that all wait.
+        fn poll(&self, queued: Queued) -> usize {
+            let (taken, _) = self.polls.take_due(self.now);
+            for key in &taken {
+                let tokens = self.polls.begin(key, self.now);
+                let outcomes = tokens.into_iter().map(|token| (token, PollOutcome::Queued(queued)));
+                self.polls.answered(key, self.now, outcomes, self.now);
+            }
+            taken.len()
+        }
+    }
+
+    fn key(name: &str) -> Key {
+        Key::new("", name).unwrap()
+    }
+
+    #[test]
+    fn keys_come_to_be_polled_at_one_time() {
+        let mut bench = Bench::new();
+        let mut cells = Vec::new();
+        for number in 0..100 {
+            cells.push(bench.enter(&key(&number.to_string())));
+            bench.pass(Duration::from_millis(7));
+            bench.poll(QUEUED);
+        }
+        for _ in 0..300 {
+            bench.pass(Duration::from_millis(10));
+            bench.poll(QUEUED);
+        }
+        let mut times = 0;
+        for _ in 0..1_000 {
+            bench.pass(Duration::from_millis(10));
+            let polled = bench.poll(QUEUED);
+            assert!(polled == 0 || polled == 100, "{polled}");
+            times += usize::from(polled > 0);
+        }
+        assert!((8..=13).contains(&times), "{times} in ten seconds");
+    }
+
+    #[test]
+    fn deadline_of_a_key_is_polled_when_it_comes() {
+        let mut bench = Bench::new();
+        let (_token, _cell) = bench.enter(&key("k"));
+        bench.pass(Duration::from_secs(2));
+        assert_eq!(bench.poll(Queued { ahead: 0, check_in: Some(Duration::from_millis(300)) }), 1);
+        bench.pass(Duration::from_millis(300));
+        assert_eq!(bench.poll(QUEUED), 0);
+        bench.pass(Duration::from_millis(1));
+        assert_eq!(bench.poll(QUEUED), 1);
+    }
+
+    #[test]
+    fn call_that_came_during_a_poll_is_polled_next() {
+        let mut bench = Bench::new();
+        let (first, _cell) = bench.enter(&key("k"));
+        bench.pass(Duration::from_secs(2));
+        let (taken, _) = bench.polls.take_due(bench.now);
+        assert_eq!(bench.polls.begin(&taken[0], bench.now), [first]);
+        let (second, cell) = bench.enter(&key("k"));
+        bench.pass(Duration::from_secs(2));
+        assert!(bench.polls.take_due(bench.now).0.is_empty(), "one poll of a key at a time");
+        bench.polls.leave(&key("k"), first, bench.now);
+        // The answer is for one that has gone.
+        bench.polls.answered(&taken[0], bench.now, [(first, PollOutcome::Gone)], bench.now);
+        let (taken, _) = bench.polls.take_due(bench.now);
+        assert_eq!(bench.polls.begin(&taken[0], bench.now), [second]);
+        assert!(cell.signal.lock().unwrap().is_none());
+        bench.polls.leave(&key("k"), second, bench.now);
+        assert!(bench.polls.lock().waited_for.is_empty());
+    }
+
+    #[test]
+    fn second_failure_in_a_row_is_told() {
+        let mut bench = Bench::new();
+        let (token, cell) = bench.enter(&key("k"));
+        let error = Error::new(ErrorKind::Unavailable, "away");
+        let told = |cell: &WaitCell| matches!(*cell.signal.lock().unwrap(), Some(Signal::Failed(_)));
+        for answer in [false, true, false, false] {
+            assert!(!told(&cell));
+            bench.pass(Duration::from_secs(2));
+            if answer {
+                assert_eq!(bench.poll(QUEUED), 1);
+            } else {
+                assert_eq!(bench.polls.take_due(bench.now).0.len(), 1);
+                bench.polls.failed(&key("k"), &error, bench.now);
+            }
+        }
+        assert!(told(&cell));
+        bench.polls.leave(&key("k"), token, bench.now);
+    }
+}

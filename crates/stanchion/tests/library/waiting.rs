@@ -1,0 +1,126 @@
+//! Many calls that wait, and what they ask the store for meanwhile.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "tests wait on the real clock, and may panic"
+)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::support::until;
+use stanchion::store::{Fault, Faulty, Memory, Observed, Step};
+use stanchion::{ErrorKind, Locks, VirtualClock};
+
+const WAITERS: usize = 1_000;
+
+#[tokio::test]
+async fn waiters_of_a_key_share_its_polls() {
+    let time = VirtualClock::new();
+    let memory = Memory::with_clock(time.clock());
+    let polls = Arc::new(AtomicU64::new(0));
+    let store = Observed::new(Faulty::with_clock(memory.clone(), &time), {
+        let polls = polls.clone();
+        move |done| {
+            polls.fetch_add(u64::from(done.step == Step::Poll), Ordering::Relaxed);
+        }
+    });
+    let holder = Locks::builder_with_store(memory).clock(time.clock()).open().await.unwrap();
+    let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
+    let held = holder.lock("k").await.unwrap();
+    let waiting: Vec<_> = (0..WAITERS)
+        .map(|_| {
+            let locks = locks.clone();
+            tokio::spawn(async move { locks.lock("k").await.unwrap().release().await.unwrap() })
+        })
+        .collect();
+    until("all wait", async || holder.inspect("k").await.unwrap().waiters.len() == WAITERS).await;
+    for _ in 0..100 {
+        time.advance(Duration::from_millis(50));
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    until("it is polled", async || polls.load(Ordering::Relaxed) > 0).await;
+    // One a second. A slow machine makes them fewer, never more.
+    let polled = polls.load(Ordering::Relaxed);
+    assert!(polled <= 10, "{polled} polls in five seconds");
+    drop(held);
+    for waiter in waiting {
+        waiter.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn lost_pushes_of_many_waiters_cost_time_only() {
+    let time = VirtualClock::new();
+    let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
+    let faults = store.faults();
+    let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
+    let held = locks.lock("k").await.unwrap();
+    faults.lose_pushes(true);
+    let waiting: Vec<_> = (0..5)
+        .map(|number| {
+            let locks = locks.clone();
+            tokio::spawn(async move {
+                let request = locks.lock("k");
+                // A pushed grant of a fixed term is confirmed by a poll; here the poll is all there is.
+                let request = if number % 2 == 0 { request.ttl(Duration::from_secs(60)) } else { request };
+                request.await.unwrap().release().await.unwrap()
+            })
+        })
+        .collect();
+    until("all wait", async || locks.inspect("k").await.unwrap().waiters.len() == 5).await;
+    drop(held);
+    until("all were served", async || {
+        time.advance(Duration::from_millis(50));
+        waiting.iter().all(tokio::task::JoinHandle::is_finished)
+    })
+    .await;
+    for waiter in waiting {
+        waiter.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn panicking_poll_fails_the_call_alone() {
+    let time = VirtualClock::new();
+    let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
+    let faults = store.faults();
+    let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
+    let held = locks.lock("k").await.unwrap();
+    faults.next(Step::Poll, Fault::Panic);
+    let waiting = tokio::spawn({
+        let locks = locks.clone();
+        async move { locks.lock("k").await.map(drop) }
+    });
+    until("it has failed", async || {
+        time.advance(Duration::from_millis(20));
+        waiting.is_finished()
+    })
+    .await;
+    assert_eq!(waiting.await.unwrap().unwrap_err().kind(), ErrorKind::Internal);
+    assert!(held.is_held());
+    until("nobody waits", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
+    held.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn silent_polls_are_the_reason_at_the_limit() {
+    let time = VirtualClock::new();
+    let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
+    let faults = store.faults();
+    let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
+    let _held = locks.lock("k").await.unwrap();
+    faults.always(Step::Poll, Fault::Delay(Duration::from_secs(3_600)));
+    let waiting = tokio::spawn({
+        let locks = locks.clone();
+        async move { locks.lock("k").wait(Duration::from_secs(3)).await.map(drop) }
+    });
+    until("the limit has come", async || {
+        time.advance(Duration::from_millis(20));
+        waiting.is_finished()
+    })
+    .await;
+    assert_eq!(waiting.await.unwrap().unwrap_err().kind(), ErrorKind::NetworkTimeout);
+}
