@@ -101,7 +101,7 @@ use crate::token::{SessionId, TokenId};
 /// | try a key that is held | 1 | | |
 /// | begin to wait | 1 | 1 | |
 /// | the first who waits for a holder, beside that | 1 | 1 | 1 |
-/// | an hour of waiting (asking once a second, in case a call was lost) | 3,600 | | |
+/// | an hour of waiting for a key, in one process (a poll a second, in case a call was lost) | 3,600 | | |
 /// | a hand-off, with the call, where the holder knows who is next | 1 | 2 | |
 /// | the same where somebody came to wait since it was told | 2 | 2 | |
 /// | an hour of holding what somebody waits for (whether the next one lives) | 600 | | |
