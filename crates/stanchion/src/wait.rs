@@ -357,6 +357,10 @@ impl<'a> Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
+        // In a forked child somebody may hold these locks for ever.
+        if !self.shared.is_own_process() {
+            return;
+        }
         let polls = self.shared.polls.leave(&self.key, self.token, self.shared.clock.now());
         let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
         *trouble = trouble.take().or(polls);

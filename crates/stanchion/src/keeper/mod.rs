@@ -1,6 +1,7 @@
 //! The keeper: one OS thread per handle, with a runtime of its own.
 //!
-//! It keeps the session alive, receives grants, finishes what dropped futures and guards left, and publishes losses.
+//! It keeps the session alive, receives grants, polls for the calls that wait, finishes what dropped futures and guards left,
+//! and publishes losses.
 //! User code that blocks every thread of its own executor does not reach it.
 //!
 //! # Invariants

@@ -357,24 +357,30 @@ BEGIN
 END $$;
 
 -- How many are before each of these tokens in the queue of a key; NULL for a token that does not wait. Many are counted in
--- one pass over the queue: counting for each those before it again and again takes too long.
-CREATE OR REPLACE FUNCTION @schema@.places(wanted text, asked bytea[], at bigint) RETURNS bigint[]
-LANGUAGE plpgsql STABLE AS $$
+-- one pass over the queue: counting for each those before it again and again takes too long, and so does comparing each token
+-- with each waiter, which is what is planned for tables of unknown size.
+CREATE OR REPLACE FUNCTION @schema@.places_of_many(wanted text, asked bytea[], at bigint) RETURNS bigint[]
+LANGUAGE plpgsql STABLE SET enable_nestloop = off AS $$
 #variable_conflict use_variable
 BEGIN
-  IF cardinality(asked) <= 8 THEN
-    RETURN ARRAY(
-      SELECT (SELECT @schema@.ahead(wanted, q.place) FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
-              WHERE q.key = wanted AND q.token = a.token AND s.expires > at)
-      FROM unnest(asked) WITH ORDINALITY a (token, nth) ORDER BY a.nth);
-  END IF;
   RETURN ARRAY(
     SELECT w.ahead FROM unnest(asked) WITH ORDINALITY a (token, nth)
     LEFT JOIN (
       SELECT q.token, q.session, row_number() OVER (ORDER BY q.place) - 1 AS ahead
       FROM @schema@.queue q WHERE q.key = wanted
-    ) w ON w.token = a.token AND EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = w.session AND s.expires > at)
+    ) w ON w.token = a.token AND @schema@.lives(w.session, at)
     ORDER BY a.nth);
+END $$;
+
+CREATE OR REPLACE FUNCTION @schema@.places(wanted text, asked bytea[], at bigint) RETURNS bigint[]
+LANGUAGE plpgsql STABLE AS $$
+#variable_conflict use_variable
+BEGIN
+  IF cardinality(asked) > 8 THEN RETURN @schema@.places_of_many(wanted, asked, at); END IF;
+  RETURN ARRAY(
+    SELECT (SELECT @schema@.ahead(wanted, q.place) FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
+            WHERE q.key = wanted AND q.token = a.token AND s.expires > at)
+    FROM unnest(asked) WITH ORDINALITY a (token, nth) ORDER BY a.nth);
 END $$;
 
 -- What became of tokens of a key. The first row has the time, and when to ask again; then comes a row for each token, in
