@@ -34,6 +34,8 @@ pub struct Faults {
     strandings: AtomicU64,
     lost: AtomicU64,
     connections: AtomicU64,
+    /// Redis commands that the server is not asked to do, in capitals, and what is answered to each.
+    refused: Mutex<Vec<(String, String)>>,
     random: Mutex<Random>,
     ended: AtomicBool,
 }
@@ -72,6 +74,11 @@ impl Faults {
     /// Answers come so much later.
     pub fn delay_answers(&self, by: Duration) {
         self.delay.store(by.as_millis() as u64, Ordering::SeqCst);
+    }
+
+    /// New connections, to a Redis server, get this error for this command, as from a proxy or a managed service that lacks it.
+    pub fn refuse_command(&self, name: &str, error: &str) {
+        self.refused.lock().unwrap().push((name.to_uppercase(), error.to_owned()));
     }
 
     /// Breaks all connections there are.
@@ -128,6 +135,7 @@ impl Proxy {
             strandings: AtomicU64::new(0),
             lost: AtomicU64::new(0),
             connections: AtomicU64::new(0),
+            refused: Mutex::default(),
             random: Mutex::new(Random::new(seed)),
             ended: AtomicBool::new(false),
         });
@@ -188,6 +196,8 @@ fn pass(mut from: TcpStream, mut to: TcpStream, is_request: bool, faults: &Fault
     let _without_these_it_is_slower = (from.set_nodelay(true), to.set_nodelay(true));
     let _looked_at_often = from.set_read_timeout(Some(LOOK * 10));
     let mut buffer = vec![0; 64 * 1024];
+    let mut filter = CommandFilter { refused: faults.refused.lock().unwrap().clone(), ..CommandFilter::default() };
+    filter.refused.retain(|_| is_request);
     loop {
         let length = match from.read(&mut buffer) {
             Ok(0) => break,
@@ -211,9 +221,65 @@ fn pass(mut from: TcpStream, mut to: TcpStream, is_request: bool, faults: &Fault
         while is_held() && !is_cut() {
             std::thread::sleep(LOOK);
         }
-        if is_cut() || faults.loses(per_mille) || to.write_all(&buffer[..length]).is_err() {
+        if is_cut() || faults.loses(per_mille) || to.write_all(filter.pass(&buffer[..length])).is_err() {
             break;
         }
     }
     let _closed = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+}
+
+/// Has commands of Redis refused: the server gets a script in their place that answers the error, so that answers stay in order.
+#[derive(Debug, Default)]
+struct CommandFilter {
+    refused: Vec<(String, String)>,
+    /// What came of a command that has not come whole yet.
+    begun: Vec<u8>,
+    passed: Vec<u8>,
+}
+
+impl CommandFilter {
+    fn pass<'a>(&'a mut self, bytes: &'a [u8]) -> &'a [u8] {
+        if self.refused.is_empty() {
+            return bytes;
+        }
+        self.begun.extend_from_slice(bytes);
+        self.passed.clear();
+        let mut rest = self.begun.as_slice();
+        while let Some((name, length)) = command(rest) {
+            match self.refused.iter().find(|(refused, _)| *refused == name) {
+                Some((_, error)) => self.passed.extend_from_slice(&refusal(error)),
+                None => self.passed.extend_from_slice(&rest[..length]),
+            }
+            rest = &rest[length..];
+        }
+        self.begun = rest.to_vec();
+        &self.passed
+    }
+}
+
+/// The name in capitals of the command that the bytes begin with, and its length, if it is there whole.
+fn command(bytes: &[u8]) -> Option<(String, usize)> {
+    let line = |at: usize| {
+        let length = bytes.get(at..)?.windows(2).position(|two| two == b"\r\n")?;
+        let number: usize = std::str::from_utf8(&bytes[at + 1..at + length]).unwrap().parse().unwrap();
+        Some((number, at + length + 2))
+    };
+    let (count, mut at) = line(0)?;
+    let mut name = None;
+    for _ in 0..count {
+        let (length, start) = line(at)?;
+        let word = bytes.get(start..start + length)?;
+        name.get_or_insert_with(|| String::from_utf8_lossy(word).to_uppercase());
+        at = start + length + 2;
+    }
+    (at <= bytes.len()).then_some((name?, at))
+}
+
+fn refusal(error: &str) -> Vec<u8> {
+    let words = ["EVAL", "return redis.error_reply(ARGV[1])", "0", error];
+    let mut command = format!("*{}\r\n", words.len());
+    for word in words {
+        command += &format!("${}\r\n{word}\r\n", word.len());
+    }
+    command.into_bytes()
 }

@@ -3,8 +3,9 @@
 use std::sync::OnceLock;
 
 use stanchion::store::{Prefixed, Redis};
+use stanchion_testkit::proxy::Proxy;
 use stanchion_testkit::servers::{Redis as Kind, RedisCluster, RedisSentinel, RedisServer, certificates};
-use stanchion_testkit::{Environment, conformance};
+use stanchion_testkit::{Environment, Fixture, Need, conformance};
 
 use crate::environments::redis_at as fresh;
 
@@ -85,3 +86,48 @@ fn with_few_rights() -> Environment<Redis> {
     fresh(&format!("redis://locker:pw@127.0.0.1:{}", server.port()))
 }
 conformance!(dynamic least_rights, with_few_rights);
+
+/// A managed service or a proxy that lacks one command each.
+fn refusing(refused: &'static [&'static str]) -> (RedisServer, Proxy) {
+    let server = RedisServer::start(Kind::Redis7);
+    let proxy = Proxy::start(server.port(), 1);
+    for command in refused {
+        proxy.faults().refuse_command(command, &format!("ERR unknown command '{command}', with args beginning with: "));
+    }
+    (server, proxy)
+}
+
+macro_rules! refusing {
+    ($($name:ident [$($command:literal)+]),* $(,)?) => {
+        $(fn $name() -> Environment<Redis> {
+            static SERVERS: OnceLock<(RedisServer, Proxy)> = OnceLock::new();
+            let (_, proxy) = SERVERS.get_or_init(|| refusing(&[$($command),+]));
+            fresh(&format!("redis://127.0.0.1:{}", proxy.port()))
+        })*
+    };
+}
+
+refusing!(
+    without_role ["ROLE"],
+    without_settings ["CONFIG" "INFO" "CLIENT" "SCRIPT" "HELLO"],
+    without_subscribing ["SUBSCRIBE"],
+);
+conformance!(dynamic role_refused, without_role);
+conformance!(dynamic settings_refused, without_settings);
+
+/// Without messages everything is found by asking.
+mod subscribing_refused {
+    use super::*;
+
+    macro_rules! without_push {
+        ($($subject:ident :: $case:ident $([$($need:ident),+])?),* $(,)?) => {
+            $(#[test] fn $case() {
+                let needs: &[Need] = &[$($(Need::$need),+)?];
+                if !needs.contains(&Need::Push) {
+                    stanchion_testkit::erased::$case(&Fixture::fresh_erased(&without_subscribing));
+                }
+            })*
+        };
+    }
+    stanchion_testkit::for_every_case!(without_push);
+}

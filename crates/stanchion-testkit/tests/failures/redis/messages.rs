@@ -244,3 +244,37 @@ fn reconnecting_is_no_storm() {
         until("it works again", async || locks.lock("k0").wait(SECOND).await.is_ok()).await;
     });
 }
+
+/// Whoever may publish can send anything to a session: it renews all the same, and hears what is meant for it.
+#[test]
+fn a_flood_of_messages_delays_no_renewal() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let ttl = 2 * SECOND;
+        let locks = Locks::builder(&url(server.port())).session_ttl(ttl).open().await.unwrap();
+        let other = super::locks(server.port()).await;
+        let guard = locks.lock("held").await.unwrap();
+        let wanted = other.lock("wanted").await.unwrap();
+        let waiting = tokio::spawn(locks.lock("wanted").into_future());
+        until("queued", async || other.inspect("wanted").await.unwrap().waiters.len() == 1).await;
+        let session = locks.session();
+        let channel = format!("stanchion:session:{{{}}}", session.unwrap().to_hex());
+        let flood = "for at = 1, 10000 do redis.call('PUBLISH', KEYS[1], ARGV[1]) end return 'OK'";
+        let forged = format!("G{}{:016}stanchion:{{:x}}", stanchion::TokenId::random().unwrap().to_hex(), 7);
+        let start = Instant::now();
+        let others_words = ["x", "", "G1234", &"y".repeat(1_000), "F0:", &"\u{e9}".repeat(40)];
+        for turn in 0..20 {
+            let message = if turn < 10 { others_words[turn % others_words.len()] } else { &forged };
+            assert_eq!(server.command(&["EVAL", flood, "1", &channel, message]), "OK");
+        }
+        println!("200,000 messages sent in {:?}", start.elapsed());
+        while start.elapsed() < 2 * ttl {
+            guard.check().unwrap();
+            assert_eq!(locks.session(), session);
+            tokio::time::sleep(ttl / 20).await;
+        }
+        wanted.release().await.unwrap();
+        waiting.await.unwrap().unwrap().release().await.unwrap();
+        guard.release().await.unwrap();
+    });
+}

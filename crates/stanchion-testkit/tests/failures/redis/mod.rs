@@ -8,6 +8,8 @@ use stanchion::{Key, Locks};
 use stanchion_testkit::Environment;
 
 mod clusters;
+mod commands;
+mod damage;
 mod failovers;
 mod forgetting;
 mod messages;

@@ -172,6 +172,182 @@ fn a_closed_handle_leaves_nothing() {
     });
 }
 
+/// Also where they share requests, and where some of them are left alone by those.
+#[test]
+fn calls_of_a_process_are_served_in_order() {
+    const CALLS: usize = 200;
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let locks = locks(server.port()).await;
+        locks.lock("k").await.unwrap().release().await.unwrap();
+        // Others keep the requests full.
+        let busy: Vec<_> = (0..24)
+            .map(|task| {
+                let locks = locks.clone();
+                tokio::spawn(async move {
+                    loop {
+                        locks.lock(format!("busy {task}")).await.unwrap().release().await.unwrap();
+                    }
+                })
+            })
+            .collect();
+        for round in 0..20 {
+            let held = if round % 2 == 0 { Some(locks.lock("k").await.unwrap()) } else { None };
+            let begun = Arc::new(AtomicU64::new(0));
+            let mut calls = Vec::new();
+            for call in 0..CALLS {
+                let (locks, begun) = (locks.clone(), begun.clone());
+                calls.push(tokio::spawn(async move {
+                    let place = begun.fetch_add(1, Ordering::SeqCst);
+                    let guard = match call % 7 {
+                        // One that is never sent with others.
+                        6 => locks.lock("k").max_hold(600 * SECOND).await.unwrap(),
+                        _ => locks.lock("k").await.unwrap(),
+                    };
+                    let fence = guard.fence();
+                    guard.release().await.unwrap();
+                    (fence, place)
+                }));
+                // A part of them begins later, when the first are on their way.
+                if call % 50 == 49 {
+                    tokio::task::yield_now().await;
+                }
+            }
+            if let Some(held) = held {
+                until("all wait", async || locks.inspect("k").await.unwrap().waiters.len() == CALLS).await;
+                held.release().await.unwrap();
+            }
+            let mut served = Vec::new();
+            for call in calls {
+                served.push(call.await.unwrap());
+            }
+            served.sort_unstable();
+            let places: Vec<_> = served.into_iter().map(|(_, place)| place).collect();
+            assert_eq!(places, (0..CALLS as u64).collect::<Vec<_>>(), "round {round}");
+        }
+        busy.iter().for_each(tokio::task::JoinHandle::abort);
+        assert!(server.command(&["INFO", "commandstats"]).contains("cmdstat_mget:"), "requests were shared");
+    });
+}
+
+/// Callers that give up in the queue of their own process leave the others their places.
+#[test]
+fn calls_that_are_dropped_leave_the_order_of_the_rest() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let environment = store(server.port());
+        let actor = environment.actor().await;
+        actor.takes(&key("warm")).await;
+        for round in 0..20 {
+            let name = key(&format!("k{round}"));
+            let requests: Vec<_> = (0..100).map(|_| actor.request(&name)).collect();
+            let mut calls: Vec<_> =
+                requests.iter().map(|request| Some(Box::pin(actor.store.acquire(request.clone())))).collect();
+            for call in calls.iter_mut().flatten() {
+                let begun = std::future::poll_fn(|context| std::task::Poll::Ready(call.as_mut().poll(context)));
+                assert!(begun.await.is_pending());
+            }
+            // Some that are sent alone, the first that is collected, and some behind it.
+            for place in (0..100).filter(|place| place % 3 == 2) {
+                calls[place] = None;
+            }
+            let mut kept = Vec::new();
+            for (request, call) in requests.iter().zip(calls) {
+                if let Some(call) = call {
+                    call.await.unwrap();
+                    kept.push(request.token);
+                }
+            }
+            for request in &requests {
+                if !kept.contains(&request.token) {
+                    actor.store.abandon(&name, request.token).await.unwrap();
+                }
+            }
+            for token in kept {
+                assert!(actor.granted(&name, token).await.is_some(), "in the order of the questions");
+                assert_eq!(actor.releases(&name, token).await, EndOutcome::Released);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_renewal_passes_queued_releases() {
+    const RELEASES: usize = 100_000;
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let environment = store(server.port());
+        let actor = Arc::new(environment.actor().await);
+        let ended = Arc::new(AtomicU64::new(0));
+        let start = Instant::now();
+        let releases: Vec<_> = (0..RELEASES)
+            .map(|release| {
+                let (actor, ended) = (actor.clone(), ended.clone());
+                tokio::spawn(async move {
+                    let token = stanchion::TokenId::random().unwrap();
+                    let key = key(&format!("k{}", release % 1_000));
+                    assert_eq!(actor.releases(&key, token).await, EndOutcome::Nothing);
+                    ended.fetch_add(1, Ordering::SeqCst);
+                })
+            })
+            .collect();
+        // Spawned last, it begins when all of them have begun.
+        let renewal = tokio::spawn({
+            let (actor, ended) = (actor.clone(), ended.clone());
+            async move {
+                let before = ended.load(Ordering::SeqCst);
+                actor.store.beat(actor.session).await.unwrap();
+                ended.load(Ordering::SeqCst) - before
+            }
+        });
+        let before = renewal.await.unwrap();
+        println!("renewed after {before} releases, {:?}", start.elapsed());
+        assert!(before < RELEASES as u64 / 10, "renewed after {before} releases");
+        for release in releases {
+            release.await.unwrap();
+        }
+        println!("{RELEASES} releases in {:?}", start.elapsed());
+    });
+}
+
+/// Closing gives many holds back in one request; those whom somebody waits for are handed on.
+#[test]
+fn closing_with_many_holds_takes_few_requests() {
+    const HOLDS: usize = 50_000;
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let (locks, other) = (locks(server.port()).await, super::locks(server.port()).await);
+        let mut guards = Vec::new();
+        for some in 0..HOLDS / 1_000 {
+            let calls = (0..1_000).map(|at| locks.lock(format!("k{}", some * 1_000 + at)).into_future());
+            guards.extend(futures_util::future::try_join_all(calls).await.unwrap());
+        }
+        // The other process believes that the session lives.
+        assert!(other.try_lock("k7").await.unwrap().is_none());
+        let waiting: Vec<_> =
+            (0..50).map(|at| tokio::spawn(other.lock(format!("k{}", at * 999)).into_future())).collect();
+        until("queued", async || other.inspect(format!("k{}", 49 * 999)).await.unwrap().waiters.len() == 1).await;
+        let requests = || -> usize {
+            let stats = server.command(&["INFO", "commandstats"]);
+            let line = stats.lines().find_map(|line| line.strip_prefix("cmdstat_evalsha:calls=")).unwrap().to_owned();
+            line.split(',').next().unwrap().parse().unwrap()
+        };
+        let (before, start) = (requests(), Instant::now());
+        locks.close().await.unwrap();
+        let (requests, took) = (requests() - before, start.elapsed());
+        println!("closed {HOLDS} holds in {took:?}, {requests} requests");
+        assert!(requests < HOLDS / 10, "{requests} requests");
+        for at in [1, 7, 20_001, HOLDS - 1] {
+            assert!(other.try_lock(format!("k{at}")).await.unwrap().is_some(), "free at once");
+        }
+        for waiting in waiting {
+            waiting.await.unwrap().unwrap().release().await.unwrap();
+        }
+        drop(guards);
+        until("nothing is left", async || server.command(&["KEYS", "stanchion:*:queue"]).is_empty()).await;
+    });
+}
+
 struct Unpark(std::thread::Thread);
 impl std::task::Wake for Unpark {
     fn wake(self: Arc<Self>) {

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::{join, join_all};
+use futures_util::future::{OptionFuture, join_all, join4};
 use tokio::task::JoinSet;
 
 use super::Inner;
@@ -32,10 +32,20 @@ impl Inner {
             return Ok(());
         }
         let own = self.links.target(&self.names.session(session));
-        let warnings = match &own {
+        let mut warnings = match &own {
             Target::Slot(slot) if self.links.is_cluster() => self.audit_all(*slot).await?,
             _ => self.audit_one(&own).await?,
         };
+        if self.links.hides_role() {
+            warnings.push(
+                "the server does not say whether it is a primary (ROLE is refused): a replica is noticed only when it \
+                 refuses a write"
+                    .into(),
+            );
+        }
+        if let Some(address) = self.links.config.sends_password_to(&self.links.servers().await?) {
+            warnings.push(format!("the password goes to {address} unencrypted: use `rediss` in the URL"));
+        }
         for warning in warnings {
             if let Some(pushes) = self.sessions.wants_listener(session) {
                 pushes.send(Push::Warning(warning));
@@ -95,11 +105,20 @@ impl Inner {
         });
         let mut about_replicas = redis::cmd("INFO");
         about_replicas.arg("replication");
-        let (settings, about_replicas) = join(
-            join_all(settings.iter().map(|command| self.links.ask(target.clone(), command))),
-            self.links.ask(target.clone(), &about_replicas),
+        let mut listing = redis::cmd("SCAN");
+        listing.arg("0").arg("COUNT").arg(1);
+        let mut waiting = redis::cmd("WAIT");
+        waiting.arg(0).arg(0);
+        let ask = |command| self.links.ask(target.clone(), command);
+        let (settings, about_replicas, listing, waiting) = join4(
+            join_all(settings.iter().map(ask)),
+            ask(&about_replicas),
+            ask(&listing),
+            OptionFuture::from((self.min_replicas > 0).then(|| ask(&waiting))),
         )
         .await;
+        // Without it every grant would be in doubt.
+        waiting.transpose()?;
         let mut known = HashMap::new();
         let mut unknown = false;
         for (name, answer) in SETTINGS.into_iter().zip(settings) {
@@ -119,10 +138,20 @@ impl Inner {
                 let text: String = redis::from_redis_value(answer).unwrap_or_default();
                 text.lines().find_map(|line| line.strip_prefix("connected_slaves:")?.trim().parse().ok()).unwrap_or(0)
             }
-            Err(fault) if !fault.is_transient() => 0,
+            Err(fault) if !fault.is_transient() => {
+                unknown = true;
+                0
+            }
             Err(fault) => return Err(fault),
         };
-        let found = findings(&known, replicas, unknown);
+        let mut found = findings(&known, replicas, unknown);
+        match (&mut found, listing) {
+            (Ok(found), Err(fault)) if !fault.is_transient() => {
+                found.push(format!("keys cannot be listed (SCAN): {}", fault.message()));
+            }
+            (Ok(_), Err(fault)) => return Err(fault),
+            _ => {}
+        }
         match target {
             Target::Server(server) => {
                 found.map_err(|fault| error(fault.kind(), format!("{server}: {}", fault.message())))

@@ -1,6 +1,7 @@
 //! Where the store is: its URL and its options.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use redis::{Client, ClientTlsConfig, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo, TlsCertificates};
@@ -40,6 +41,19 @@ impl std::fmt::Display for Address {
             Self::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "{host}:{port}"),
             Self::Unix(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+impl Address {
+    /// Whether a network leads to it: it is neither a socket in the file system nor on this machine by its address.
+    fn is_remote(&self) -> bool {
+        match self {
+            Self::Unix(_) => false,
+            Self::Tcp { host, .. } => match host.parse::<IpAddr>() {
+                Ok(address) => !address.to_canonical().is_loopback(),
+                Err(_) => !host.eq_ignore_ascii_case("localhost"),
+            },
         }
     }
 }
@@ -202,7 +216,22 @@ impl Config {
         self.client(address, authenticated(RedisConnectionInfo::default(), user, password))
     }
 
+    /// The first of these servers, or of the sentinels, to which a password goes unencrypted over a network.
+    pub(super) fn sends_password_to<'a>(&'a self, servers: &'a [Address]) -> Option<&'a Address> {
+        if self.tls {
+            return None;
+        }
+        let sentinels = match &self.layout {
+            Layout::Sentinel { sentinels, .. } if self.sentinel_password.is_some() => sentinels.as_slice(),
+            _ => &[],
+        };
+        let servers = if self.password.is_some() { servers } else { &[] };
+        sentinels.iter().chain(servers).find(|address| address.is_remote())
+    }
+
     fn client(&self, address: &Address, settings: RedisConnectionInfo) -> Result<Client> {
+        // `CLIENT SETINFO` would be one more command that a proxy or a user without rights may refuse.
+        let settings = settings.set_skip_set_lib_name();
         let address = match address {
             Address::Unix(path) => ConnectionAddr::Unix(path.clone()),
             Address::Tcp { host, port } if self.tls => {
@@ -311,6 +340,36 @@ mod tests {
             Layout::Sentinel { sentinels: vec![tcp("a", 26379), tcp("b", 1)], service: "main".into() }
         );
         assert_eq!(read("rediss+cluster://a,b:1").layout, Layout::Cluster { seeds: vec![tcp("a", 6379), tcp("b", 1)] });
+    }
+
+    #[test]
+    fn passwords_in_the_clear_are_noticed() {
+        let told = |url: &str| {
+            let config = Config::from_url(url).unwrap();
+            let servers = match &config.layout {
+                Layout::Single(address) => vec![address.clone()],
+                Layout::Sentinel { .. } => vec![tcp("10.0.0.9", 1)],
+                Layout::Cluster { seeds } => seeds.clone(),
+            };
+            config.sends_password_to(&servers).map(ToString::to_string)
+        };
+        assert_eq!(told("redis://:secret@10.0.0.1:7").as_deref(), Some("10.0.0.1:7"));
+        assert_eq!(told("redis://user:secret@db.example").as_deref(), Some("db.example:6379"));
+        assert_eq!(told("redis+cluster://:secret@127.0.0.1,10.0.0.2").as_deref(), Some("10.0.0.2:6379"));
+        assert_eq!(told("redis+sentinel://:secret@127.0.0.1/main").as_deref(), Some("10.0.0.9:1"));
+        assert_eq!(told("redis+sentinel://h/main?sentinel_password=secret").as_deref(), Some("h:26379"));
+        for url in [
+            "redis://10.0.0.1",
+            "rediss://:secret@10.0.0.1",
+            "redis://:secret@127.0.0.1",
+            "redis://:secret@127.9.9.9",
+            "redis://:secret@localhost",
+            "redis://:secret@[::1]",
+            "redis://:secret@[::ffff:127.0.0.1]",
+            "redis+sentinel://10.0.0.1/main",
+        ] {
+            assert_eq!(told(url), None, "{url}");
+        }
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub(super) struct Links {
     /// One for each runtime; few, and looked for with every step.
     locals: Mutex<Vec<(Id, Arc<Local>)>>,
     saw_primary: AtomicBool,
+    /// A server did not say whether it is a primary.
+    hides_role: AtomicBool,
     pub(super) clock: Clock,
 }
 
@@ -90,7 +92,14 @@ impl Links {
             }
             Layout::Cluster { seeds } => Topology::Cluster(SlotMap::new(seeds.clone())),
         };
-        Self { config, topology, locals: Mutex::default(), saw_primary: AtomicBool::new(false), clock: Clock::system() }
+        Self {
+            config,
+            topology,
+            locals: Mutex::default(),
+            saw_primary: AtomicBool::new(false),
+            hides_role: AtomicBool::new(false),
+            clock: Clock::system(),
+        }
     }
 
     /// Where a key of this name is.
@@ -372,14 +381,18 @@ impl Links {
         answer.map_err(|fault| while_connecting(address, &fault))
     }
 
-    /// Whether locks can be kept in a server that says this of its role.
-    pub(super) fn accepts(&self, address: &Address, role: &str) -> Result<()> {
+    /// Whether locks can be kept in a server that says this of its role, or nothing.
+    pub(super) fn accepts(&self, address: &Address, role: Option<&str>) -> Result<()> {
         match role {
-            "master" => {
+            None => {
+                self.hides_role.store(true, Ordering::Relaxed);
+                Ok(())
+            }
+            Some("master") => {
                 self.saw_primary.store(true, Ordering::Relaxed);
                 Ok(())
             }
-            "active-replica" => Err(error(
+            Some("active-replica") => Err(error(
                 ErrorKind::Misconfigured,
                 format!("{address} is an active replica: two servers would grant the same key; use one primary"),
             )),
@@ -392,6 +405,11 @@ impl Links {
             }
             _ => Err(error(ErrorKind::Unavailable, format!("{address} is a replica now"))),
         }
+    }
+
+    /// Whether a server did not say what it is.
+    pub(super) fn hides_role(&self) -> bool {
+        self.hides_role.load(Ordering::Relaxed)
     }
 
     /// A connection that does nothing but listen.

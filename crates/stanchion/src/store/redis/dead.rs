@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::task::JoinSet;
 
+use super::batch::{MOST_STEPS, Step, together};
 use super::reply::Answer;
 use super::scripts::{self, LockNames};
 use super::sessions::Known;
@@ -13,6 +15,9 @@ use crate::error::Result;
 use crate::key::Key;
 use crate::store::{Reply, StoreTime};
 use crate::token::{SessionId, TokenId};
+
+/// Maximum number of requests of several steps on their way while a session is ended: at the server that is three milliseconds.
+const SHARED_AT_ONCE: usize = 16;
 
 impl Inner {
     /// Those of the sessions that are dead. Asks for those that are not known to live.
@@ -107,13 +112,38 @@ impl Inner {
         ends.chain(by_time).min()
     }
 
-    /// Ends what a session has that is known here: its waiters and the holds that depend on it.
-    pub(super) async fn bury_all(self: &Arc<Self>, session: SessionId, keys: Vec<Key>) -> Result<()> {
-        all_at_once(keys, |key| {
+    /// Ends what a dead session has that is known here: its waiters and the holds that depend on it. Repeated after a fault
+    /// it goes on where it was.
+    pub(super) async fn bury_all(self: &Arc<Self>, session: SessionId) -> Result<()> {
+        let held = self.sessions.held(session);
+        // In a cluster a request has one slot.
+        let (at_once, some) = if self.links.is_cluster() { (AT_ONCE, 1) } else { (SHARED_AT_ONCE, MOST_STEPS) };
+        let chunks: Vec<_> = held.chunks(some).map(<[_]>::to_vec).collect();
+        all_at_once(chunks, at_once, |some| {
             let inner = self.clone();
-            async move { inner.bury(&inner.names.lock(&key), &[session]).await }
+            async move { inner.bury_some(session, &some).await }
         })
         .await
+    }
+
+    /// Gives back the mutexes that nobody waits for in one request, and ends the rest key by key, which hands them on.
+    async fn bury_some(&self, session: SessionId, held: &[(TokenId, Key)]) -> Result<()> {
+        let step = |(token, key): &(TokenId, Key)| Step {
+            script: &scripts::END,
+            names: self.names.lock(key),
+            arguments: vec![token.to_hex()],
+        };
+        let mut rest: Vec<_> = held.iter().collect();
+        if !self.links.is_cluster() {
+            let steps: Vec<_> = held.iter().map(step).collect();
+            let (_, done) = together(&self.links, steps.iter()).await?;
+            let mut done = done.into_iter();
+            rest.retain(|_| done.next() != Some(b'+'));
+        }
+        let buried = join_all(rest.iter().map(|(_, key)| async { self.bury(&self.names.lock(key), &[session]).await }));
+        buried.await.into_iter().collect::<Result<()>>()?;
+        self.sessions.ended_of(session, held.iter().map(|(token, _)| *token));
+        Ok(())
     }
 
     /// The store's time if the session is dead.
@@ -125,15 +155,15 @@ impl Inner {
     }
 }
 
-/// Does this for each, many at a time, in tasks of this runtime. The first fault, if there was one.
-pub(super) async fn all_at_once<T, F>(each: Vec<T>, work: impl Fn(T) -> F) -> Result<()>
+/// Does this for each, so many at a time, in tasks of this runtime. The first fault, if there was one.
+pub(super) async fn all_at_once<T, F>(each: Vec<T>, at_once: usize, work: impl Fn(T) -> F) -> Result<()>
 where
     F: Future<Output = Result<()>> + Send + 'static,
 {
     let mut tasks = JoinSet::new();
     let mut outcome = Ok(());
     for one in each {
-        if tasks.len() >= AT_ONCE
+        if tasks.len() >= at_once
             && let Some(done) = tasks.join_next().await
         {
             outcome = outcome.and(done.unwrap_or(Ok(())));

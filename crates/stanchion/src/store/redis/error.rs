@@ -59,10 +59,57 @@ fn is_elsewhere(fault: &RedisError) -> bool {
     text(fault).contains("READONLY") || matches!(fault.code(), Some("MASTERDOWN" | "UNBLOCKED"))
 }
 
+/// Whether the server answers, and does not do this command for us: it lacks the command, or the user lacks the right. A proxy
+/// and a managed service have words of their own for that, mostly behind `ERR`.
+pub(super) fn is_refused(fault: &RedisError) -> bool {
+    let kinds = [ErrorKind::Unauthorized, ErrorKind::Unsupported, ErrorKind::Internal];
+    matches!(fault.code(), Some("NOPERM" | "ERR"))
+        && kinds.contains(&kind_of(fault).0)
+        && !text(fault).contains("Authentication required")
+}
+
+/// The command that a refusal names: the first word in quotes.
+fn named_command(text: &str) -> Option<&str> {
+    let (_, rest) = text.split_once(['\'', '`'])?;
+    let (command, _) = rest.split_once(['\'', '`'])?;
+    let is_command = |c: char| c.is_ascii_alphanumeric() || matches!(c, '|' | '_' | '-' | '.');
+    (!command.is_empty() && command.chars().all(is_command)).then_some(command)
+}
+
+/// What to do where a command that this library cannot do without is refused.
+fn advice(kind: ErrorKind, text: &str) -> String {
+    match (kind, named_command(text)) {
+        (ErrorKind::Unauthorized, Some(command)) if text.contains("permissions to run") => {
+            format!("; grant it: `ACL SETUSER <user> +{}`", command.to_lowercase())
+        }
+        // Redis 7.0 does not say which one it was.
+        (ErrorKind::Unauthorized, _) if text.contains("can't run this command") => {
+            let list: Vec<_> = include_str!("access_list.txt").lines().skip(1).collect();
+            format!("; grant it what its scripts use: `ACL SETUSER <user> {}`", list.join(" "))
+        }
+        (ErrorKind::Unsupported, Some(command)) => format!("; this library needs {}", command.to_uppercase()),
+        _ => String::new(),
+    }
+}
+
 /// Code and detail: before Redis 7 what fails in a script comes as `ERR`, with the real code inside.
 fn text(fault: &RedisError) -> String {
     format!("{} {}", fault.code().unwrap_or_default(), fault.detail().unwrap_or_default())
 }
+
+/// How a script fails on a record that has not the form it expects.
+const DAMAGED: &[&str] = &[
+    "Bad data format",
+    "Missing bytes in input",
+    "attempt to index",
+    "attempt to compare",
+    "attempt to perform arithmetic",
+    "attempt to concatenate",
+    "attempt to get length",
+    "bad argument #",
+    "must be strings or integers",
+    "invalid value (",
+];
 
 fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
     if fault.code().is_none() {
@@ -114,20 +161,21 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
             ErrorKind::Misconfigured,
             "a key of ours was written by something else; use another `prefix`",
         ),
+        (DAMAGED, ErrorKind::Misconfigured, "a key of ours is damaged or was written by something else"),
         (
             &["FENCE "],
             ErrorKind::Misconfigured,
             "the key has the highest fence there is: the server's clock was far ahead once",
         ),
         (
-            &["unknown command", "NOPROTO"],
+            &["unknown command", "Unknown Redis command", "NOPROTO"],
             ErrorKind::Unsupported,
-            "the server lacks a command; Redis 6.2 or later is needed",
+            "the server or a proxy before it lacks a command; Redis 6.2 or later is needed",
         ),
     ];
     for (marks, kind, what) in table {
         if marks.iter().any(|mark| text.contains(mark)) {
-            return (*kind, format!("{what} ({})", text.trim()));
+            return (*kind, format!("{what} ({}){}", text.trim(), advice(*kind, &text)));
         }
     }
     let kind = match fault.kind() {
@@ -184,6 +232,9 @@ mod tests {
             ("MOVED 3999 127.0.0.1:6381", Misconfigured),
             ("WRONGTYPE Operation against a key holding the wrong kind of value", Misconfigured),
             ("ERR unknown command 'EVALSHA'", Unsupported),
+            ("ERR Unknown Redis command called from script script: 1, on @user_script:1.", Unsupported),
+            ("ERR user_script:9: Bad data format in input. script: 1, on @user_script:9.", Misconfigured),
+            ("ERR user_script:9: attempt to index field 'holds' (a nil value) script: 1", Misconfigured),
             ("CROSSSLOT Keys in request don't hash to the same slot", Internal),
             ("ERR something new", Internal),
         ] {
@@ -193,6 +244,51 @@ mod tests {
             };
             assert_eq!(refused(line), (kind, false, verdict), "{line}");
         }
+    }
+
+    #[test]
+    fn refusals_are_told_from_faults() {
+        let fault = |line: &str| {
+            let (code, detail) = line.split_once(' ').unwrap_or((line, ""));
+            redis::make_extension_error(code.to_owned(), Some(detail.to_owned()))
+        };
+        for line in [
+            "ERR unknown command 'ROLE', with args beginning with: ",
+            "ERR unknown command `ROLE`, with args beginning with: ",
+            "ERR Command is not available: 'ROLE'. See the documentation",
+            "NOPERM this user has no permissions to run the 'role' command",
+            "NOPERM User bob has no permissions to run the 'role' command",
+        ] {
+            assert!(is_refused(&fault(line)), "{line}");
+        }
+        for line in [
+            "NOAUTH Authentication required.",
+            "WRONGPASS invalid username-password pair or user is disabled.",
+            "ERR max number of clients reached",
+            "LOADING Redis is loading the dataset in memory",
+            "MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+            "BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.",
+        ] {
+            assert!(!is_refused(&fault(line)), "{line}");
+        }
+        let broken = RedisError::from(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
+        assert!(!is_refused(&broken));
+    }
+
+    #[test]
+    fn a_refusal_names_the_command_and_the_grant() {
+        let told = |line: &str| {
+            let (code, detail) = line.split_once(' ').unwrap_or((line, ""));
+            kind_of(&redis::make_extension_error(code.to_owned(), Some(detail.to_owned()))).1
+        };
+        let text = told("NOPERM this user has no permissions to run the 'evalsha' command");
+        assert!(text.ends_with("grant it: `ACL SETUSER <user> +evalsha`"), "{text}");
+        let text = told("NOPERM User bob has no permissions to run the 'set' command script: 1, on @user_script:8.");
+        assert!(text.ends_with("grant it: `ACL SETUSER <user> +set`"), "{text}");
+        let text = told("ERR unknown command 'EVALSHA', with args beginning with: '1' '3' ");
+        assert!(text.ends_with("this library needs EVALSHA"), "{text}");
+        let text = told("NOPERM this user has no permissions to access one of the keys used as arguments");
+        assert!(text.ends_with(')'), "{text}");
     }
 
     #[test]

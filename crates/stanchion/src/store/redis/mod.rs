@@ -88,6 +88,24 @@ const AT_ONCE: usize = 256;
 /// `+sentinel|get-master-addr-by-name`; with `+sentinel|master +sentinel|replicas` too, the newest word counts where sentinels
 /// name different servers, and service goes on soon after a failover.
 ///
+/// Managed services and proxies refuse some commands. The commands of scripts and keys are indispensable: an error names the one
+/// that is missing. Without the following ones the store works, and warns ([`Locks::warnings`](crate::Locks::warnings)):
+///
+/// | refused | consequence |
+/// |---|---|
+/// | `ROLE` | a replica is noticed only when it refuses a write |
+/// | `CONFIG`, `INFO` | settings that lose locks are not noticed |
+/// | `SUBSCRIBE`, `PUBLISH` | waiting calls ask once a second |
+/// | `SCAN` | keys cannot be listed |
+///
+/// `SELECT` is needed for a database other than 0, `WAIT` for `min_replicas`, `CLUSTER SLOTS` in a cluster.
+///
+/// # What it trusts
+/// The server. One that is hostile or broken can answer with anything, and its answers are read whole: an answer of some
+/// hundred megabytes needs that much memory for as long as the attempt lasts. Use TLS (`rediss`), so that nobody else can answer in its
+/// place. A password that goes unencrypted to another machine is warned of. Whoever may write keys with the prefix, or
+/// publish to channels with it, can take locks from others and delay them: give a user of its own to each application.
+///
 /// # What it does to a process
 /// It connects once for each Tokio runtime that it is used in, once for the keeper and once for pushes. With TLS it
 /// installs `rustls`' `ring` provider for the process, unless one is installed. In a Tokio runtime that was built without
@@ -192,7 +210,7 @@ impl Inner {
 
     /// Keeps records from being forgotten. Best effort: the next sweep comes long before that.
     async fn touch(self: Arc<Self>, due: Vec<(TokenId, Key)>) {
-        let touched = all_at_once(due, |(token, key)| {
+        let touched = all_at_once(due, AT_ONCE, |(token, key)| {
             let inner = self.clone();
             async move {
                 let answer = inner.on_key(&inner.names.lock(&key), &scripts::TOUCH, &[&token.to_hex()]).await?;
@@ -273,8 +291,8 @@ impl Store for Redis {
         let mut lost = Vec::new();
         for pair in answer.pairs() {
             let (token, what) = pair?;
-            let token = TokenId::from_hex(token).ok_or_else(malformed)?;
-            lost.push(push::read_lost(token, what)?);
+            // What cannot be read is no reason to lose the session.
+            lost.extend(TokenId::from_hex(token).and_then(|token| push::read_lost(token, what)));
         }
         inner.sessions.beaten(session, asked, lost.iter().map(|lost| lost.token).collect());
         if inner.links.is_cluster() {
@@ -294,8 +312,7 @@ impl Store for Redis {
         let memory = millis(memory(inner.sessions.introduced(session).0));
         let answer = inner.on_session(session, &scripts::SESSION_CLOSE, &[&memory]).await?;
         // What another process took up of it, and what is on its way, goes by the word of whoever comes next.
-        let keys = inner.sessions.keys(session);
-        inner.bury_all(session, keys).await?;
+        inner.bury_all(session).await?;
         inner.sessions.ended(session);
         Ok(Reply { time: answer.time, outcome: () })
     }
@@ -559,6 +576,6 @@ impl Inner {
         let command: Cmd = ::redis::cmd("TIME");
         let answer = self.links.ask(Target::Slot(0), &command).await?;
         let (seconds, micros): (u64, u64) = ::redis::from_redis_value(answer).map_err(|_| malformed())?;
-        Ok(StoreTime::from_micros(seconds * 1_000_000 + micros))
+        Ok(StoreTime::from_micros(seconds.saturating_mul(1_000_000).saturating_add(micros)))
     }
 }

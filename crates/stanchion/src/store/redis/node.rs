@@ -10,7 +10,7 @@ use redis::{AsyncConnectionConfig, Client, RedisError, Value};
 
 use super::config::Address;
 use super::connect::{Links, Local, lock};
-use super::error::{error, while_connecting};
+use super::error::{error, is_refused, while_connecting};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -133,7 +133,7 @@ impl Node {
             let _one_at_a_time = one_at_a_time;
             let connected = connect(&client).await.map_err(|fault| while_connecting(&node.address, &fault));
             let connected = connected.and_then(|(connection, role)| {
-                links.accepts(&node.address, &role)?;
+                links.accepts(&node.address, role.as_deref())?;
                 Ok(connection)
             });
             match connected {
@@ -240,12 +240,16 @@ pub(super) async fn connect_to_any(client: &Client) -> Result<MultiplexedConnect
     client.get_multiplexed_async_connection_with_config(&options).await
 }
 
-/// A connection and what the server is: primary or replica.
-pub(super) async fn connect(client: &Client) -> Result<(MultiplexedConnection, String), RedisError> {
+/// A connection and what the server is: primary or replica. `None` if the server does not say: a managed service, a proxy, or
+/// a user without that right. A replica is then told by the first write, which it refuses.
+pub(super) async fn connect(client: &Client) -> Result<(MultiplexedConnection, Option<String>), RedisError> {
     let connected = async {
         let mut connection = connect_to_any(client).await?;
-        let answer: Value = redis::cmd("ROLE").query_async(&mut connection).await?;
-        let role = redis::from_redis_value::<String>(role_in(answer)).map_err(RedisError::from)?;
+        let role = match redis::cmd("ROLE").query_async::<Value>(&mut connection).await {
+            Ok(answer) => Some(redis::from_redis_value::<String>(role_in(answer)).map_err(RedisError::from)?),
+            Err(fault) if is_refused(&fault) => None,
+            Err(fault) => return Err(fault),
+        };
         Ok((connection, role))
     };
     within(CONNECT_WITHIN, connected).await.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN)))
@@ -305,7 +309,7 @@ mod tests {
             let role = redis::from_redis_value::<String>(role_in(answer)).unwrap();
             let links = Links::new(config);
             let address = links.known_route(0).unwrap();
-            links.accepts(&address, &role)
+            links.accepts(&address, Some(&role))
         };
         accepts(Value::Array(vec![bulk("master"), Value::Int(0), Value::Array(Vec::new())])).unwrap();
         for (answer, says) in [

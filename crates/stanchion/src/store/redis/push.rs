@@ -6,9 +6,8 @@ use std::time::Duration;
 use futures_util::StreamExt;
 
 use super::Inner;
-use super::reply::malformed;
+use super::scripts::PUBLISH;
 use crate::clock::jitter;
-use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{LostToken, Push, PushSender};
@@ -20,6 +19,9 @@ pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// What was refused is allowed when somebody changes the server's settings.
 const REFUSED_PAUSE: Duration = Duration::from_secs(3);
+
+/// Maximum length of a message, in bytes: a key of 512 bytes, of which each may be escaped as three, and a reason.
+const LONGEST_MESSAGE: usize = 64 * 1024;
 
 /// After a recovery what is waited for is asked for again, after these pauses: whoever has to answer to a waiter's question
 /// may hear again a little later.
@@ -55,13 +57,15 @@ pub(super) async fn listen(
                 is_first = false;
                 pause = FIRST_PAUSE;
                 let channel = names.session(session);
-                let key_of = |name: &str| names.key_of(name).unwrap_or_else(|| Err(malformed()));
+                let key_of = |name: &str| names.key_of(name)?.ok();
                 let messages = pubsub.on_message().for_each(async |message| {
                     // What cannot be read is somebody else's.
-                    if let Ok(push) = read(message.get_payload_bytes(), key_of) {
+                    if let Some(push) = read(message.get_payload_bytes(), key_of) {
                         pushes.send(push);
                     }
                 });
+                // The client's queue has no bound: whatever it has read is taken at once, so that a flood waits at the server.
+                let messages = tokio::task::unconstrained(messages);
                 tokio::select! {
                     () = messages => {}
                     () = links.tell_recoveries(&channel, || tell_recovery(&pushes)) => {}
@@ -97,12 +101,14 @@ fn tell_recovery(pushes: &PushSender) {
     });
 }
 
-/// Messages to itself are sent by other processes' users too, most likely with the same rights.
+/// Sends a message to itself, from a script as all messages are. Other processes' users have most likely the same rights.
 async fn tell_unless_publishing_works(inner: &Inner, session: SessionId, pushes: &PushSender) {
     let channel = inner.names.session(session);
-    let answer = inner.links.ask(inner.links.target(&channel), redis::cmd("PUBLISH").arg(&channel).arg("")).await;
+    let mut command = PUBLISH.by_hash(1);
+    command.arg(&channel);
+    let answer = inner.links.run(inner.links.target(&channel), &PUBLISH, command).await;
     if let Err(error) = answer
-        && error.kind() == ErrorKind::Unauthorized
+        && !error.is_transient()
     {
         let message = format!("no pushes can be sent, waiting calls ask once a second: {}", error.message());
         pushes.send(Push::Warning(message));
@@ -115,17 +121,21 @@ pub(super) async fn sleep(pause: Duration) {
 }
 
 /// `G` token fence record, or `F` token and what was lost.
-fn read(payload: &[u8], key_of: impl Fn(&str) -> Result<Key>) -> Result<Push> {
-    let text = std::str::from_utf8(payload).map_err(|_| malformed())?;
-    let token = text.get(1..33).and_then(TokenId::from_hex).ok_or_else(malformed)?;
-    let rest = &text[33..];
-    match text.as_bytes().first() {
-        Some(b'G') => {
-            let fence = rest.get(..16).and_then(|fence| fence.parse().ok()).ok_or_else(malformed)?;
-            Ok(Push::Granted { key: key_of(&rest[16..])?, token, fence: Fence::new(fence) })
+fn read(payload: &[u8], key_of: impl Fn(&str) -> Option<Key>) -> Option<Push> {
+    // No key and no reason is longer.
+    if payload.len() > LONGEST_MESSAGE {
+        return None;
+    }
+    let text = std::str::from_utf8(payload).ok()?;
+    let token = text.get(1..33).and_then(TokenId::from_hex)?;
+    let rest = text.get(33..)?;
+    match text.as_bytes().first()? {
+        b'G' => {
+            let (fence, name) = rest.split_at_checked(16)?;
+            Some(Push::Granted { key: key_of(name)?, token, fence: Fence::new(fence.parse().ok()?) })
         }
-        Some(b'F') => Ok(Push::Forced(read_lost(token, rest)?)),
-        _ => Err(malformed()),
+        b'F' => read_lost(token, rest).map(Push::Forced),
+        _ => None,
     }
 }
 
@@ -135,11 +145,10 @@ pub(super) fn write_lost(key: &Key, reason: &str) -> String {
     format!("{}:{key}{reason}", key.len())
 }
 
-pub(super) fn read_lost(token: TokenId, text: &str) -> Result<LostToken> {
-    let (length, rest) = text.split_once(':').ok_or_else(malformed)?;
-    let length: usize = length.parse().map_err(|_| malformed())?;
-    let key = Key::from_encoded(rest.get(..length).ok_or_else(malformed)?)?;
-    Ok(LostToken { key, token, reason: rest.get(length..).unwrap_or_default().to_owned() })
+pub(super) fn read_lost(token: TokenId, text: &str) -> Option<LostToken> {
+    let (length, rest) = text.split_once(':')?;
+    let (key, reason) = rest.split_at_checked(length.parse().ok()?)?;
+    Some(LostToken { key: Key::from_encoded(key).ok()?, token, reason: reason.to_owned() })
 }
 
 /// Starts listening, and waits until that has succeeded or failed once.
@@ -159,18 +168,20 @@ mod tests {
         let key = Key::new("n", "k:1").unwrap();
         let token = TokenId::random().unwrap();
         let lost = LostToken { key: key.clone(), token, reason: "by: hand".into() };
-        let no_key = |_: &str| Err(malformed());
+        let no_key = |_: &str| None;
         let message = format!("F{}{}", token.to_hex(), write_lost(&key, &lost.reason));
         assert_eq!(read(message.as_bytes(), no_key).unwrap(), Push::Forced(lost));
         let message = format!("G{}{:016}the record", token.to_hex(), 7);
         let push = read(message.as_bytes(), |name| {
             assert_eq!(name, "the record");
-            Ok(key.clone())
+            Some(key.clone())
         });
         assert_eq!(push.unwrap(), Push::Granted { key: key.clone(), token, fence: Fence::new(7) });
         for hostile in ["", "G", "X123", "Gé", &format!("F{}9:x", token.to_hex()), &format!("G{}abc", token.to_hex())]
         {
-            assert!(read(hostile.as_bytes(), no_key).is_err(), "{hostile}");
+            assert!(read(hostile.as_bytes(), no_key).is_none(), "{hostile}");
         }
+        let long = format!("F{}1:k{}", token.to_hex(), "x".repeat(LONGEST_MESSAGE));
+        assert!(read(long.as_bytes(), no_key).is_none());
     }
 }

@@ -76,11 +76,12 @@ impl Links {
 
     async fn is_there(self: &Arc<Self>, local: &Local, server: &Address) -> bool {
         local.node(server).hurry();
-        matches!(within(BACK_WITHIN, self.ping(server)).await, Some(Ok(_)))
+        matches!(within(BACK_WITHIN, self.probe(server)).await, Some(Ok(_)))
     }
 
-    async fn ping(self: &Arc<Self>, server: &Address) -> Result<Value> {
-        self.ask(Target::Server(server.clone()), &redis::cmd("PING")).await
+    /// Sends what every server allows that locks can be kept in: `PING` may be refused.
+    async fn probe(self: &Arc<Self>, server: &Address) -> Result<Value> {
+        self.ask(Target::Server(server.clone()), &redis::cmd("TIME")).await
     }
 
     /// Looks whether the servers of the cluster that this process uses are there. A connection that broke tells more than a
@@ -93,12 +94,12 @@ impl Links {
                 let links = self.clone();
                 // Without an answer it may be the runtime that is busy.
                 looks.spawn(async move {
-                    let _noted = within(CONNECT_WITHIN, links.ask_there(way, &redis::cmd("PING"))).await;
+                    let _noted = within(CONNECT_WITHIN, links.ask_there(way, &redis::cmd("TIME"))).await;
                 });
             }
             let links = self.clone();
             looks.spawn(async move {
-                if within(2 * CONNECT_WITHIN, links.ping(&server)).await.is_none() {
+                if within(2 * CONNECT_WITHIN, links.probe(&server)).await.is_none() {
                     links.forget(&server);
                 }
             });

@@ -45,6 +45,8 @@ pub(super) static EVICT: Script = on_key!("scripts/evict.lua");
 pub(super) static BURY: Script = on_key!("scripts/bury.lua");
 pub(super) static INSPECT: Script = on_key!("scripts/inspect.lua");
 pub(super) static TOUCH: Script = on_key!("scripts/touch.lua");
+/// A message to a session, as scripts send them.
+pub(super) static PUBLISH: Script = Script::new("return redis.call('PUBLISH', KEYS[1], '')");
 pub(super) static SESSION_OPEN: Script = on_session!("scripts/session_open.lua");
 pub(super) static SESSION_BEAT: Script = on_session!("scripts/session_beat.lua");
 pub(super) static SESSION_CLOSE: Script = on_session!("scripts/session_close.lua");

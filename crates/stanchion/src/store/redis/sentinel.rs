@@ -211,7 +211,7 @@ fn chosen(replicas: &[HashMap<String, String>]) -> Option<Address> {
 async fn is_primary(config: &Config, local: &Local, address: &Address) -> bool {
     let Ok(client) = config.server(address) else { return false };
     let role = in_task(local, async move { within(CONNECT_WITHIN, connect(&client)).await });
-    matches!(role.await, Ok(Some(Ok((_, role)))) if role == "master")
+    matches!(role.await, Ok(Some(Ok((_, Some(role))))) if role == "master")
 }
 
 #[cfg(test)]

@@ -113,14 +113,18 @@ impl Sessions {
         own.iter().find(|(_, own)| own.told.contains(&token)).map(|(session, _)| *session)
     }
 
-    /// The keys that it holds or waits for.
-    pub(super) fn keys(&self, session: SessionId) -> Vec<Key> {
+    /// What it holds or waits for.
+    pub(super) fn held(&self, session: SessionId) -> Vec<(TokenId, Key)> {
         let own = lock(&self.own);
         let Some(own) = own.get(&session) else { return Vec::new() };
-        let mut keys: Vec<_> = own.held.values().map(|held| held.key.clone()).collect();
-        keys.sort_unstable();
-        keys.dedup();
-        keys
+        own.held.iter().map(|(token, held)| (*token, held.key.clone())).collect()
+    }
+
+    /// These are over.
+    pub(super) fn ended_of(&self, session: SessionId, tokens: impl Iterator<Item = TokenId>) {
+        if let Some(own) = lock(&self.own).get_mut(&session) {
+            tokens.for_each(|token| drop(own.held.remove(&token)));
+        }
     }
 
     /// It has ended, and nothing of it is left.
@@ -313,9 +317,9 @@ mod tests {
         sessions.died(old);
         assert!(sessions.wants_listener(old).is_none());
         sessions.opened(new, start.after(ttl), ttl, Arc::default());
-        assert_eq!(sessions.keys(old).len(), 1, "it may be closed yet");
+        assert_eq!(sessions.held(old).len(), 1, "it may be closed yet");
         sessions.opened(new, start.after(ttl + LEAST_MEMORY), ttl, Arc::default());
-        assert_eq!((sessions.keys(old).len(), lock(&sessions.own).len()), (0, 1));
+        assert_eq!((sessions.held(old).len(), lock(&sessions.own).len()), (0, 1));
     }
 
     #[test]

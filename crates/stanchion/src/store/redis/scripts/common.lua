@@ -32,6 +32,21 @@ end
 local changed = false
 
 local state
+local function is_record()
+  local form = string.byte(record)
+  if form == 48 then return (#record == 17 or #record == 33) and not string.find(record, '%D') end
+  if form == 49 then
+    return #record >= 98 and not string.find(string.sub(record, 2, 33), '%D')
+      and not string.find(string.sub(record, 34, 97), '%X') and string.find(record, '^[SF]', 98)
+  end
+  if form == 50 then
+    local ok, read = pcall(cmsgpack.unpack, string.sub(record, 2))
+    return ok and type(read) == 'table' and type(read.holds) == 'table' and type(read.forced) == 'table'
+  end
+end
+if record and not is_record() then
+  return redis.error_reply('RECORD the record of this key was not written by this library')
+end
 if not record then
   state = { holds = {}, forced = {} }
 elseif string.byte(record) == 48 then
@@ -44,10 +59,8 @@ elseif string.byte(record) == 49 then
     session = string.sub(record, 66, 97), kind = string.sub(record, 98, 98), texts = string.sub(record, 99),
     units = 1, capacity = 1,
   } } }
-elseif string.byte(record) == 50 then
-  state = cmsgpack.unpack(string.sub(record, 2))
 else
-  return redis.error_reply('RECORD the record of this key was not written by this library')
+  state = cmsgpack.unpack(string.sub(record, 2))
 end
 
 local function next_fence()

@@ -8,10 +8,14 @@ local until_ = string.format('%016.0f', tonumber(now) + tonumber(string.sub(sess
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 redis.call('SET', KEYS[1], until_ .. string.sub(session, 17), 'PX', ARGV[1])
 local answer = { 'alive', now }
-if #session > 32 then
-  for token, what in pairs(cmsgpack.unpack(string.sub(session, 33))) do
-    answer[#answer + 1] = token
-    answer[#answer + 1] = what
+-- What was damaged by others is passed over: the session lives all the same.
+local ok, lost = pcall(cmsgpack.unpack, string.sub(session, 33))
+if #session > 32 and ok and type(lost) == 'table' then
+  for token, what in pairs(lost) do
+    if type(token) == 'string' and type(what) == 'string' then
+      answer[#answer + 1] = token
+      answer[#answer + 1] = what
+    end
   end
 end
 return answer

@@ -1,0 +1,238 @@
+//! Servers, proxies and users that lack a command: what can be done without it is done, and the rest says what it needs.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use stanchion::store::Redis;
+use stanchion::{Error, ErrorKind, Locks, RetryPolicy, Store, TokenId};
+use stanchion_testkit::proxy::Proxy;
+use stanchion_testkit::servers::{Redis as Kind, RedisServer};
+use stanchion_testkit::{Environment, Need, block_on, until};
+
+use super::{SECOND, url};
+
+type Case = (&'static str, &'static [Need], fn(&Environment<Arc<dyn Store>>));
+
+macro_rules! table {
+    ($($subject:ident :: $case:ident $([$($need:ident),+])?),* $(,)?) => {
+        static CASES: &[Case] =
+            &[$((stringify!($case), &[$($(Need::$need),+)?], stanchion_testkit::erased::$case)),*];
+    };
+}
+stanchion_testkit::for_every_case!(table);
+
+/// One case for each kind of operation. Whole suites for the likeliest refusals are in `suite_full`.
+const CHOSEN: &[&str] = &[
+    "opening_a_session_again_is_the_same_session",
+    "a_dead_holder_is_followed_by_the_next_who_asks",
+    "closing_a_session_hands_its_keys_on",
+    "others_see_whether_a_session_lives",
+    "a_free_key_is_granted_and_released",
+    "of_two_who_adopt_one_gets_it",
+    "extending_counts_from_now_keeps_the_fence_and_may_shorten",
+    "a_hand_off_is_found_by_asking_alone",
+    "a_release_hands_the_key_to_the_head_and_tells_it_alone",
+    "a_semaphore_admits_its_capacity_and_no_more",
+    "a_forced_release_is_told_by_push_and_by_every_beat",
+    "listing_goes_by_prefix_and_page",
+    "a_lock_waits_for_the_one_before_it",
+    "waiters_in_threads_never_overlap_and_leave_nothing",
+];
+
+const REFUSED: &[&str] = &[
+    "ROLE",
+    "INFO",
+    "CONFIG",
+    "CLIENT",
+    "HELLO",
+    "SCRIPT",
+    "SUBSCRIBE",
+    "PSUBSCRIBE",
+    "SSUBSCRIBE",
+    "UNSUBSCRIBE",
+    "PUBLISH",
+    "SPUBLISH",
+    "SCAN",
+    "CLUSTER",
+    "WAIT",
+    "PING",
+    "ECHO",
+    "COMMAND",
+    "SELECT",
+    "KEYS",
+    "DBSIZE",
+    "MULTI",
+    "ACL",
+    "OBJECT",
+    "MEMORY",
+];
+
+/// What a server without the command answers, and what one answers whose user lacks the right.
+fn answers(command: &str) -> [String; 2] {
+    let lower = command.to_lowercase();
+    [
+        format!("ERR unknown command '{command}', with args beginning with: "),
+        format!("NOPERM this user has no permissions to run the '{lower}' command"),
+    ]
+}
+
+fn proxy(server: &RedisServer, command: &str, answer: &str) -> Proxy {
+    let proxy = Proxy::start(server.port(), 1);
+    proxy.faults().refuse_command(command, answer);
+    proxy
+}
+
+#[test]
+fn refused_commands_leave_the_suite_whole() {
+    let server = RedisServer::start(Kind::Redis7);
+    let mut runs = Vec::new();
+    for command in REFUSED {
+        for answer in answers(command) {
+            let proxy = Arc::new(proxy(&server, command, &answer));
+            for (name, needs, run) in CASES.iter().filter(|(name, ..)| CHOSEN.contains(name)) {
+                let is_declared = match *command {
+                    "SUBSCRIBE" => needs.contains(&Need::Push),
+                    "SCAN" => name.starts_with("listing") || name.contains("leave_nothing"),
+                    _ => false,
+                };
+                if !is_declared {
+                    runs.push((*command, *name, proxy.clone(), *run));
+                }
+            }
+        }
+    }
+    assert!(runs.len() > REFUSED.len() * 2 * (CHOSEN.len() - 4), "every case that was chosen is there");
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                while let Some((command, name, proxy, run)) = runs.get(next.fetch_add(1, Ordering::SeqCst)) {
+                    let url = format!("{}?prefix={}", url(proxy.port()), TokenId::random().unwrap().to_hex());
+                    let environment = Environment::new(move || Redis::from_url(&url).unwrap()).erase();
+                    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&environment)));
+                    assert!(ended.is_ok(), "{name} without {command}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn refused_commands_are_warned_of() {
+    let server = RedisServer::with(Kind::Redis7, &["--appendonly", "yes", "--appendfsync", "always"]);
+    block_on(async {
+        for (command, says) in [
+            ("ROLE", "ROLE is refused"),
+            ("CONFIG", "settings cannot be read"),
+            ("INFO", "settings cannot be read"),
+            ("SCAN", "keys cannot be listed (SCAN)"),
+            ("SUBSCRIBE", "no pushes, waiting calls ask once a second"),
+        ] {
+            for answer in answers(command) {
+                let proxy = proxy(&server, command, &answer);
+                let locks = Locks::open(&url(proxy.port())).await.unwrap();
+                let says_it = async || locks.warnings().iter().any(|warning| warning.contains(says));
+                until(&format!("{command}: {answer}: {:?}", locks.warnings()), says_it).await;
+                assert_eq!(locks.warnings().len(), 1, "{:?}", locks.warnings());
+                locks.lock("k").await.unwrap().release().await.unwrap();
+            }
+        }
+        // Messages are sent by scripts, so a proxy that refuses them outside of scripts changes nothing.
+        for command in ["PUBLISH", "PING", "CLIENT", "SCRIPT", "HELLO"] {
+            let proxy = proxy(&server, command, &answers(command)[0]);
+            let locks = Locks::open(&url(proxy.port())).await.unwrap();
+            assert_eq!(locks.warnings(), Vec::<String>::new(), "{command}");
+        }
+    });
+    let renamed = RedisServer::with(
+        Kind::Redis7,
+        &["--appendonly", "yes", "--appendfsync", "always", "--rename-command", "PUBLISH", ""],
+    );
+    assert_eq!(server.command(&["ACL", "SETUSER", "quiet", "on", ">pw", "~*", "&*", "+@all", "-publish"]), "OK");
+    block_on(async {
+        for url in [url(renamed.port()), format!("redis://quiet:pw@127.0.0.1:{}", server.port())] {
+            let locks = Locks::open(&url).await.unwrap();
+            let says_it = async || locks.warnings().iter().any(|warning| warning.contains("no pushes can be sent"));
+            until("told that nothing can be sent", says_it).await;
+            let held = locks.lock("k").await.unwrap();
+            let waiting = tokio::spawn(locks.lock("k").into_future());
+            until("queued", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+            held.release().await.unwrap();
+            waiting.await.unwrap().unwrap().release().await.unwrap();
+        }
+    });
+}
+
+async fn refusal_at_open(url: &str) -> Error {
+    let hasty = RetryPolicy { total: SECOND / 2, ..RetryPolicy::default() };
+    Locks::builder(url).retry(hasty).open().await.map(drop).unwrap_err()
+}
+
+#[test]
+fn refused_scripts_name_the_command_and_the_grant() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        for command in ["EVALSHA", "EVAL"] {
+            server.command(&["SCRIPT", "FLUSH"]);
+            let [unknown, forbidden] = answers(command);
+            let error = refusal_at_open(&url(proxy(&server, command, &unknown).port())).await;
+            assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unsupported, false), "{error}");
+            assert!(error.to_string().contains(&format!("needs {command}")), "{error}");
+            let error = refusal_at_open(&url(proxy(&server, command, &forbidden).port())).await;
+            assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unauthorized, false), "{error}");
+            assert!(error.to_string().contains(&format!("+{}`", command.to_lowercase())), "{error}");
+        }
+        // Within scripts too.
+        for command in ["set", "get", "time"] {
+            let user = format!("no-{command}");
+            let right = format!("-{command}");
+            server.command(&["ACL", "SETUSER", &user, "on", ">pw", "~*", "&*", "+@all", &right]);
+            let error = refusal_at_open(&format!("redis://{user}:pw@127.0.0.1:{}", server.port())).await;
+            assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unauthorized, false), "{error}");
+            assert!(error.to_string().contains(&format!("+{command} ")), "{error}");
+        }
+        // A promise that cannot be kept is no warning.
+        for answer in answers("WAIT") {
+            let proxy = proxy(&server, "WAIT", &answer);
+            let error = refusal_at_open(&format!("{}?min_replicas=1", url(proxy.port()))).await;
+            assert!(!error.is_transient() && error.to_string().to_uppercase().contains("WAIT"), "{error}");
+        }
+    });
+}
+
+#[test]
+fn a_replica_without_role_is_told_by_its_refusal() {
+    let primary = RedisServer::start(Kind::Redis7);
+    let replica = RedisServer::with(Kind::Redis7, &["--replicaof", &format!("127.0.0.1 {}", primary.port())]);
+    let proxy = proxy(&replica, "ROLE", &answers("ROLE")[0]);
+    block_on(async {
+        let error = refusal_at_open(&url(proxy.port())).await;
+        assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, false), "{error}");
+        assert!(error.to_string().contains("is a replica"), "{error}");
+        // It becomes a primary, and is used.
+        assert_eq!(replica.command(&["REPLICAOF", "NO", "ONE"]), "OK");
+        let locks = Locks::open(&url(proxy.port())).await.unwrap();
+        locks.lock("k").await.unwrap().release().await.unwrap();
+        // It becomes a replica again while it is used.
+        replica.command(&["REPLICAOF", "127.0.0.1", &primary.port().to_string()]);
+        let error = locks.lock("k").wait(SECOND).await.map(drop).unwrap_err();
+        assert!(error.to_string().contains("is a replica"), "{error}");
+        replica.command(&["REPLICAOF", "NO", "ONE"]);
+        until("a primary again", async || locks.try_lock("k").await.is_ok_and(|guard| guard.is_some())).await;
+    });
+}
+
+#[test]
+fn an_unencrypted_password_is_warned_of() {
+    let more = ["--requirepass", "secret", "--bind", "0.0.0.0", "--appendonly", "yes", "--appendfsync", "always"];
+    let server = RedisServer::with(Kind::Redis7, &more);
+    block_on(async {
+        // An address that is not the loopback's, and leads here all the same.
+        let locks = Locks::open(&format!("redis://:secret@0.0.0.0:{}", server.port())).await.unwrap();
+        let warnings = locks.warnings();
+        assert!(matches!(&warnings[..], [one] if one.contains("unencrypted: use `rediss`")), "{warnings:?}");
+        assert!(!warnings[0].contains("secret"));
+        let locks = Locks::open(&format!("redis://:secret@127.0.0.1:{}", server.port())).await.unwrap();
+        assert_eq!(locks.warnings(), Vec::<String>::new());
+    });
+}

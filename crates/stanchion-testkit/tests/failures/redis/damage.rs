@@ -1,0 +1,191 @@
+//! Records that others wrote or damaged, and fences at their end: no operation panics, each says what is wrong.
+
+use stanchion::store::{
+    AcquireOutcome, AcquireRequest, AdoptRequest, BeatOutcome, Demand, EndOutcome, EvictRequest, PollOutcome,
+};
+use stanchion::{Error, ErrorKind, Fence, Store, TokenId};
+use stanchion_testkit::servers::{Redis as Kind, RedisServer};
+use stanchion_testkit::{Actor, block_on};
+
+use super::{SECOND, key, locks, store};
+
+const RECORD: &str = "stanchion:{:k}";
+
+/// Commands that write what this library does not.
+fn damages() -> Vec<Vec<String>> {
+    let set = |text: &str| vec!["SET".to_owned(), RECORD.to_owned(), text.to_owned()];
+    let packed = |state: &str| {
+        let script = format!("return redis.call('SET', KEYS[1], '2' .. cmsgpack.pack({state}))");
+        vec!["EVAL".to_owned(), script, "1".to_owned(), RECORD.to_owned()]
+    };
+    let digits = "1234567890123456";
+    let hex = "0123456789abcdef0123456789abcdef";
+    vec![
+        set(""),
+        set("hello"),
+        set("0"),
+        set("0123"),
+        set("0 is no number"),
+        set("1"),
+        set(&format!("1{digits}")),
+        set(&format!("1{digits}{digits}{hex}")),
+        set(&format!("1{digits}{digits}{hex}{hex}X")),
+        set(&format!("1{digits}xxxxxxxxxxxxxxxx{hex}{hex}S1:a--")),
+        set(&format!("1{digits}{digits}zzzz{}{hex}S1:a--", &hex[4..])),
+        set(&format!("1{digits}{digits}{hex}{hex}S99:a")),
+        set("2"),
+        set("2garbage"),
+        packed("1"),
+        packed("{}"),
+        packed("{ holds = 1, forced = {} }"),
+        packed("{ holds = { 1 }, forced = {} }"),
+        packed("{ holds = { {} }, forced = {} }"),
+        packed("{ holds = {}, forced = { x = 1 } }"),
+        packed("{ holds = {}, forced = {}, closed = 'x', last = {} }"),
+        packed(
+            "{ holds = { { units = 'x', capacity = {}, token = 1, session = 2, kind = 3, fence = {}, at = 4 } }, forced = {} }",
+        ),
+        vec!["RPUSH".into(), RECORD.into(), "hello".into()],
+    ]
+}
+
+/// Every operation on the key. What it says may be anything but a panic, a wrong kind or a doubt.
+async fn all_operations<S: Store>(actor: &Actor<S>, what: &str) -> u32 {
+    let (store, key, token) = (&actor.store, key("k"), TokenId::random().unwrap());
+    let request = actor.request(&key);
+    let adopt = AdoptRequest {
+        key: key.clone(),
+        from: token,
+        to: TokenId::random().unwrap(),
+        session: actor.session,
+        not_after: request.not_after,
+    };
+    let evict = EvictRequest { key: key.clone(), fence: Fence::new(1), reason: "damaged".into() };
+    let pooled = AcquireRequest { demand: Demand::new(1, 3).unwrap(), enqueue: false, ..actor.request(&key) };
+    let faults: Vec<Option<Error>> = vec![
+        store.acquire(request).await.err(),
+        store.acquire(pooled).await.err(),
+        store.poll(&key, token).await.err(),
+        store.extend(&key, token, SECOND).await.err(),
+        store.adopt(adopt).await.err(),
+        store.evict(evict).await.err(),
+        store.inspect(&key).await.err(),
+        store.release(&key, token, Some(SECOND)).await.err(),
+        store.abandon(&key, token).await.err(),
+    ];
+    let faults: Vec<_> = faults.into_iter().flatten().collect();
+    for fault in &faults {
+        let told = (fault.kind(), fault.is_in_doubt());
+        assert!(matches!(told, (ErrorKind::Misconfigured | ErrorKind::Internal, false)), "{what}: {fault}");
+    }
+    faults.len() as u32
+}
+
+#[test]
+fn damaged_records_panic_in_no_operation() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let environment = store(server.port());
+        let actor = environment.actor().await;
+        let locks = locks(server.port()).await;
+        for damage in damages() {
+            let words: Vec<_> = damage.iter().map(String::as_str).collect();
+            let what = words.join(" ");
+            server.command(&["DEL", RECORD]);
+            let written = server.command(&words);
+            assert!(written == "OK" || written == "1", "{written}");
+            all_operations(&actor, &what).await;
+            server.command(&["DEL", RECORD]);
+            server.command(&words);
+            // What people see names the key.
+            for told in [
+                locks.inspect("k").await.map(drop),
+                locks.try_lock("k").await.map(drop),
+                locks.lock("k").wait(SECOND / 10).await.map(drop),
+                locks.force_release("k", Fence::new(1), "damaged").await.map(drop),
+            ] {
+                if let Err(error) = told {
+                    assert!(error.to_string().contains("key `k` in redis"), "{what}: {error}");
+                }
+            }
+        }
+        server.command(&["DEL", RECORD]);
+        // What is no record of ours is not written over.
+        for text in ["hello", "0 is no number", "2garbage", "1"] {
+            server.command(&["SET", RECORD, text]);
+            assert_eq!(all_operations(&actor, text).await, 9, "{text}");
+            assert_eq!(server.command(&["GET", RECORD]), text);
+        }
+        // The queue, and what waiters ask for.
+        for other in [":queue", ":waiting"] {
+            server.command(&["DEL", RECORD, "stanchion:{:k}:queue", "stanchion:{:k}:waiting"]);
+            actor.takes(&key("k")).await;
+            actor.queues(&key("k")).await;
+            server.command(&["SET", &format!("{RECORD}{other}"), "hello"]);
+            assert!(all_operations(&actor, other).await > 0);
+        }
+    });
+}
+
+#[test]
+fn a_damaged_session_is_told_and_panics_nowhere() {
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let environment = store(server.port());
+        let other = environment.actor().await;
+        for damage in ["", "x", "00", &"x".repeat(32), &"9".repeat(32), &"9".repeat(400)] {
+            let actor = environment.actor().await;
+            actor.takes(&key(damage.get(..1).unwrap_or("empty"))).await;
+            let name = format!("stanchion:session:{{{}}}", actor.session.to_hex());
+            server.command(&["SET", &name, damage]);
+            let beaten = actor.store.beat(actor.session).await;
+            assert!(beaten.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::Misconfigured), "{beaten:?}");
+            let lives = other.store.session_lives(actor.session).await;
+            assert!(lives.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::Misconfigured), "{lives:?}");
+            server.command(&["DEL", &name]);
+            server.command(&["RPUSH", &name, "hello"]);
+            let beaten = actor.store.beat(actor.session).await.unwrap_err();
+            assert_eq!(beaten.kind(), ErrorKind::Misconfigured, "{beaten}");
+            server.command(&["FLUSHALL"]);
+        }
+        // A list of losses that cannot be read is no reason to lose the session.
+        let actor = environment.actor().await;
+        let name = format!("stanchion:session:{{{}}}", actor.session.to_hex());
+        let kept = server.command(&["GETRANGE", &name, "0", "31"]);
+        server.command(&["SET", &name, &format!("{kept}garbage"), "PX", "60000"]);
+        let beaten = actor.store.beat(actor.session).await.unwrap().outcome;
+        assert_eq!(beaten, BeatOutcome::Alive { lost: Vec::new() });
+    });
+}
+
+/// At the highest fence nothing more is granted, by whatever way, and what there is can be given back.
+#[test]
+fn the_highest_fence_is_refused_on_every_way() {
+    const LAST: u64 = 9_007_199_254_740_990;
+    let server = RedisServer::start(Kind::Redis7);
+    block_on(async {
+        let environment = store(server.port());
+        let (holder, next) = (environment.actor().await, environment.actor().await);
+        server.command(&["SET", RECORD, &format!("0{}", LAST - 1)]);
+        let (token, granted) = holder.takes(&key("k")).await;
+        assert_eq!(granted.fence.get(), LAST);
+        let waiting = next.queues(&key("k")).await;
+        // A hand-off.
+        assert_eq!(holder.releases(&key("k"), token).await, EndOutcome::Released);
+        assert_eq!(next.polls(&key("k"), waiting).await, PollOutcome::Gone);
+        // A request of its own, one that is shared, and one with a capacity.
+        let pooled = AcquireRequest { demand: Demand::new(1, 3).unwrap(), ..next.request(&key("k")) };
+        let asking = (0..40).map(|turn| {
+            let request = if turn % 10 == 0 { pooled.clone() } else { next.request(&key("k")) };
+            next.store.acquire(AcquireRequest { token: TokenId::random().unwrap(), ..request })
+        });
+        for asked in futures_util::future::join_all(asking).await {
+            let error = asked.unwrap_err();
+            assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Misconfigured, false), "{error}");
+            assert!(error.to_string().contains("highest fence"), "{error}");
+        }
+        assert_eq!(server.command(&["GET", RECORD]), format!("0{LAST}"));
+        let other = next.ask(&next.request(&key("other"))).await;
+        assert!(matches!(other, AcquireOutcome::Granted(_)), "{other:?}");
+    });
+}
