@@ -29,9 +29,9 @@ use crate::shared::{End, Shared, shrink};
 use crate::store::{EndOutcome, PollOutcome, Reply};
 use crate::token::TokenId;
 
-/// Maximum number of requests that are on their way at the same time. The stores combine what is asked at the same time, so
-/// more of them would not be faster.
-const IN_FLIGHT: usize = 128;
+/// Maximum number of requests that are on their way at the same time. The stores combine what is asked at the same time, in
+/// three calls of up to 64 steps, so more of them would not be faster.
+pub(super) const IN_FLIGHT: usize = 256;
 
 /// Pauses before an end is repeated that may have overtaken a request of its token; after these, every second.
 const REPEATED_AFTER: [Duration; 3] =

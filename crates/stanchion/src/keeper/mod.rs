@@ -71,8 +71,8 @@ impl Asked {
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 const END_WITHIN: Duration = Duration::from_secs(2);
 
-/// Time after which a hold is asked for again because of a message.
-const TOLD_AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// Time after which a hold is asked for again because of a message: of many messages about it few cost a request.
+const TOLD_AGAIN_AFTER: Duration = Duration::from_millis(20);
 
 /// No nap of a timer is longer than this, because the system's timers stop while the machine sleeps.
 const LONGEST_NAP: Duration = Duration::from_millis(500);
@@ -277,11 +277,7 @@ fn receive(shared: &Arc<Shared>, push: Push) {
             Some(Entry::Waiting(cell)) => cell.tell(Signal::Granted(fence)),
             // The call has its grant already, by an answer, unless a failover made another one of it.
             Some(Entry::Held(hold)) if hold.fence == fence => {}
-            Some(Entry::Held(hold)) => {
-                if hold.is_to_be_asked_for(shared.clock.now(), TOLD_AGAIN_AFTER) {
-                    shared.command(Command::Verify(Asked::whether_it_is_there(hold)));
-                }
-            }
+            Some(Entry::Held(hold)) => ask_for(shared, Asked::whether_it_is_there(hold)),
             None if shared.kept().contains_key(&token) => {}
             // The call has ended, or its hold, and a failover forgot that: nobody will use this grant.
             None if shared.has_made(token) => cleanup::end_unknown(shared, key, token),
@@ -289,8 +285,7 @@ fn receive(shared: &Arc<Shared>, push: Push) {
         },
         Push::Forced(lost) => match shared.entry(lost.token) {
             Some(Entry::Held(hold)) if !shared.capabilities.authentic_push => {
-                let reason = Some(lost.reason);
-                shared.command(Command::Verify(Asked { hold, cause: LossCause::Forced, reason }));
+                ask_for(shared, Asked { hold, cause: LossCause::Forced, reason: Some(lost.reason) });
             }
             Some(_) => session::forced_out(shared, lost),
             // The next beat tells of it, if it is true.
@@ -308,6 +303,14 @@ fn receive(shared: &Arc<Shared>, push: Push) {
             shared.command(Command::VerifyAll);
         }
         Push::Warning(message) => shared.warn(message),
+    }
+}
+
+/// A message tells something of a hold. One that is passed over because another came just before is found by the slow round, or
+/// told by the next beat.
+fn ask_for(shared: &Shared, asked: Asked) {
+    if asked.hold.is_to_be_asked_for(shared.clock.now(), TOLD_AGAIN_AFTER) {
+        shared.command(Command::Verify(asked));
     }
 }
 
@@ -822,7 +825,7 @@ mod tests {
         drop(bench.locks.lock("last").await.unwrap());
         bench.until("ending", async || bench.locks.handle.shared.ending().len() == 1_001).await;
         tokio::time::sleep(SECOND / 10).await;
-        assert_eq!(bench.faults.count(Step::Release), 128);
+        assert_eq!(bench.faults.count(Step::Release), cleanup::IN_FLIGHT as u64);
         bench.faults.clear();
         bench
             .until("all are ended", async || {
@@ -836,15 +839,15 @@ mod tests {
     async fn failing_ends_delay_no_others() {
         let bench = Bench::new().await;
         let mut guards = Vec::new();
-        for turn in 0..300 {
+        for turn in 0..600 {
             guards.push(bench.locks.lock(format!("k{turn}")).await.unwrap());
         }
-        for _ in 0..200 {
+        for _ in 0..400 {
             bench.faults.next(Step::Release, Fault::Fail(ErrorKind::Internal));
         }
         drop(guards);
         // No time goes by.
-        bench.until("the others are ended", async || bench.locks.list("").await.unwrap().len() == 200).await;
+        bench.until("the others are ended", async || bench.locks.list("").await.unwrap().len() == 400).await;
         bench
             .until("so are they", async || {
                 bench.time.advance(SECOND / 10);
