@@ -48,6 +48,9 @@ impl Drift {
     }
 }
 
+/// How coarse the remaining time of a term may be that a store tells.
+const TERM_SLACK: Duration = Duration::from_millis(10);
+
 /// The time between "stop" and "others may have it": a quarter of the term, 50 ms to 5 s, never more than half.
 pub(crate) fn grace(term: Duration) -> Duration {
     (term / 4).clamp(Duration::from_millis(50), Duration::from_secs(5)).min(term / 2)
@@ -297,6 +300,12 @@ impl Hold {
         self.until.store(until.as_nanos(), Ordering::Release);
         self.stop.store(stop_by(until, grace(length)).as_nanos(), Ordering::Release);
         true
+    }
+
+    /// Whether the store keeps it for less long than is believed, by an answer that it ends at `ends` by the latest. Not where
+    /// an extension has been answered, or has counted, since the end of its term was `before`.
+    pub(crate) fn has_less(&self, before: BootTime, ends: BootTime) -> bool {
+        before != BootTime::NEVER && self.own_until() == before && ends.after(TERM_SLACK) < before
     }
 
     pub(crate) fn heartbeat(&self, now: BootTime) {

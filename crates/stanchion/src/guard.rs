@@ -11,11 +11,11 @@ use crate::clock::BootTime;
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::fence::Fence;
-use crate::keeper::Command;
+use crate::keeper::{Asked, Command};
 use crate::key::Key;
 use crate::locks::{Locks, check_duration};
 use crate::shared::{End, Shared};
-use crate::store::{EndOutcome, ExtendOutcome, PollOutcome};
+use crate::store::{EndOutcome, ExtendOutcome};
 use crate::token::{Token, TokenId};
 
 /// A hold, as long as it is not dropped. Dropping it releases in the background, from anywhere: without a runtime, after
@@ -195,7 +195,7 @@ impl Guard {
         let now = self.shared().clock.now();
         self.hold.heartbeat(now);
         if self.hold.is_to_be_asked_for(now, self.shared().config.session_ttl) {
-            self.shared().command(Command::Verify(self.hold.clone()));
+            self.confirm_soon();
         }
         if self.shared().draining().is_cancelled() {
             return Err(self.shared().draining_error().with_key(self.key()));
@@ -246,11 +246,14 @@ impl Guard {
         self.check()?;
         let shared = self.shared();
         shared.check_process()?;
-        let reply = shared.step(|| shared.poll(&self.hold.key, self.hold.token)).await.result;
-        if reply.map_err(|error| self.name(error))?.outcome == PollOutcome::Gone {
-            shared.is_missing(&self.hold);
-        }
+        let asked = Asked::whether_it_is_there(self.hold.clone());
+        shared.confirm(&asked).await.map_err(|error| self.name(error))?;
         self.check()
+    }
+
+    /// Has the keeper ask the store for it.
+    pub(crate) fn confirm_soon(&self) {
+        self.shared().command(Command::Verify(Asked::whether_it_is_there(self.hold.clone())));
     }
 
     /// Sets how long the key stays closed after the release, in place of what the request said.
@@ -291,7 +294,7 @@ impl Guard {
             // A request of this token may still come: the keeper ends that too.
             shared.end(End::of_hold(&self.hold, None));
         } else {
-            shared.registry().remove(&self.hold.token);
+            shared.forget(self.hold.token);
         }
         let repeated_in_time = step.unanswered && self.hold.ended(shared.clock.now()).is_none();
         match reply.outcome {
@@ -338,7 +341,7 @@ impl Guard {
             end.spared = Some(self.hold.fence);
             self.shared().end(end);
         } else {
-            self.shared().registry().remove(&self.hold.token);
+            self.shared().forget(self.hold.token);
         }
         Token::new(self.hold.key.clone(), self.hold.token, self.hold.session.id)
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::sync::Notify;
 
-use crate::clock::{Clock, jitter_seed};
+use crate::clock::{Clock, jitter, jitter_seed};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How a step is repeated after a fault that passes: attempts and time are both limited, and the pauses between attempts
@@ -51,6 +51,11 @@ impl RetryPolicy {
     /// Pauses without an end, for work that must be finished.
     pub(crate) fn endless_pauses(&self) -> impl Iterator<Item = Duration> + Send + use<> {
         self.backoff().without_max_times().build()
+    }
+
+    /// The pause after this many failures of work that must be finished, for those who keep no iterator.
+    pub(crate) fn pause_after(&self, failures: u32) -> Duration {
+        jitter(self.pause.saturating_mul(1 << failures.min(20)).min(self.longest_pause * 4 / 5))
     }
 
     fn backoff(&self) -> ExponentialBuilder {

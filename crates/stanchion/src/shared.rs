@@ -13,14 +13,14 @@ use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::{Event, Observer};
 use crate::fence::Fence;
-use crate::keeper::Command;
+use crate::keeper::{Asked, Command};
 use crate::key::Key;
 use crate::on_lost::{Losses, OnLost};
 use crate::polls::Polls;
 use crate::retry::{Repeated, RetryPolicy, repeat};
 use crate::store::{Capabilities, Granted, PollOutcome, Reply, Store, StoreTime};
 use crate::telemetry::{ShownKeys, Telemetry};
-use crate::token::{IdMap, SessionId, TokenId};
+use crate::token::{IdMap, SessionId, TokenId, TokenMaker};
 
 /// What a handle was configured with.
 #[derive(Clone, Debug)]
@@ -51,6 +51,7 @@ pub(crate) struct Shared {
     pub(crate) session: watch::Sender<SessionView>,
     /// The session that was asked for last, answered or not.
     asked_session: Mutex<Option<SessionId>>,
+    tokens: TokenMaker,
     registry: Mutex<IdMap<TokenId, Entry>>,
     /// What the keeper polls for those who wait.
     pub(crate) polls: Polls,
@@ -181,6 +182,7 @@ impl Shared {
             config,
             session: watch::Sender::new(SessionView::Opening(None)),
             asked_session: Mutex::default(),
+            tokens: TokenMaker::default(),
             registry: Mutex::default(),
             polls: Polls::new(capabilities.push),
             kept: Mutex::default(),
@@ -205,6 +207,13 @@ impl Shared {
 
     pub(crate) fn entry(&self, token: TokenId) -> Option<Entry> {
         self.registry().get(&token).cloned()
+    }
+
+    /// The token leaves the registry.
+    pub(crate) fn forget(&self, token: TokenId) {
+        let mut registry = self.registry();
+        registry.remove(&token);
+        shrink(&mut registry);
     }
 
     pub(crate) fn kept(&self) -> MutexGuard<'_, IdMap<TokenId, Kept>> {
@@ -246,6 +255,21 @@ impl Shared {
         *self.asked_session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn new_token(&self, session: SessionId) -> Result<TokenId> {
+        self.tokens.make(session)
+    }
+
+    /// Whether this handle made the token for a call in its current session.
+    pub(crate) fn has_made(&self, token: TokenId) -> bool {
+        self.asked_session().is_some_and(|session| self.tokens.has_made(token, session))
+    }
+
+    /// The tokens of all holds, for the keeper.
+    pub(crate) fn held(&self) -> Vec<TokenId> {
+        let registry = self.registry();
+        registry.iter().filter(|(_, entry)| matches!(entry, Entry::Held(_))).map(|(token, _)| *token).collect()
+    }
+
     /// All waiting calls, for the keeper.
     pub(crate) fn waiting(&self) -> Vec<(TokenId, Arc<WaitCell>)> {
         let registry = self.registry();
@@ -277,7 +301,7 @@ impl Shared {
     /// Has the keeper end a token. What the store tells of it meanwhile is known here already.
     pub(crate) fn end(&self, end: End) {
         self.ending().insert(end.token, ());
-        self.registry().remove(&end.token);
+        self.forget(end.token);
         self.command(Command::End(end));
     }
 
@@ -428,11 +452,32 @@ impl Shared {
         }
     }
 
-    /// The store has nothing of a hold. If its holder gave it up meanwhile, that is why: it is not lost.
-    pub(crate) fn is_missing(&self, hold: &Arc<Hold>) {
-        if !hold.is_let_go() {
-            self.lose(hold, LossCause::Missing, None);
+    /// Asks the store for a hold. Anything but a grant under the believed fence is a loss: a place in the queue or another
+    /// fence is what a store has that forgot the grant, or what somebody made up. Unless its holder gave it up meanwhile:
+    /// then that is why.
+    pub(crate) async fn confirm(&self, asked: &Asked) -> Result<()> {
+        let hold = &asked.hold;
+        let until = hold.own_until();
+        let mut sent = self.clock.now();
+        let poll = self.step(|| {
+            sent = self.clock.now();
+            self.poll(&hold.key, hold.token)
+        });
+        match poll.await.result?.outcome {
+            PollOutcome::Granted(granted) if granted.fence == hold.fence => {
+                if let Some(remaining) = granted.remaining
+                    && hold.has_less(until, self.clock.now().after(remaining))
+                {
+                    // The store forgot an extension.
+                    let ends = sent.after(self.config.drift.shorten(remaining));
+                    hold.extend(self.clock.now(), ends, remaining);
+                    self.command(Command::Watch(hold.clone()));
+                }
+            }
+            _ if hold.is_let_go() => {}
+            _ => self.lose(hold, asked.cause, asked.reason.clone()),
         }
+        Ok(())
     }
 
     /// Ends the belief in a hold, tells everybody, and has its token ended in the store.
@@ -448,7 +493,7 @@ impl Shared {
         if cause.leaves_grace() {
             self.keep(hold);
         }
-        self.registry().remove(&hold.token);
+        self.forget(hold.token);
         self.observer.tell(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
         // With its session a session hold is gone. Everything else has a token that must be ended: where the holder
         // knows first, after the grace in which it stops, or by its guard when that is dropped before.
@@ -474,6 +519,13 @@ pub(crate) fn polled_too_few() -> Error {
     Error::new(ErrorKind::Internal, "the store answered a poll with fewer outcomes than tokens")
 }
 
+/// Gives room back that many entries needed and few do not.
+pub(crate) fn shrink<Id: Eq + std::hash::Hash, Value>(map: &mut IdMap<Id, Value>) {
+    if map.capacity() > 1_024 && map.len() < map.capacity() / 8 {
+        map.shrink_to(map.len() * 2);
+    }
+}
+
 /// A token to be ended in the store, until that is definite.
 #[derive(Debug)]
 pub(crate) struct End {
@@ -495,6 +547,16 @@ pub(crate) struct End {
 }
 
 impl End {
+    /// Whether nothing of the token can be left.
+    pub(crate) fn is_over(&self, now: BootTime) -> bool {
+        now >= self.over_at || self.session.as_ref().is_some_and(|session| session.over().is_cancelled())
+    }
+
+    /// Whether something of it outlives its session.
+    pub(crate) fn stays(&self) -> bool {
+        self.session.is_none() || self.cooldown.is_some()
+    }
+
     /// Of a token of which this process knows nothing but its name.
     pub(crate) fn of_token(key: Key, token: TokenId) -> Self {
         Self {

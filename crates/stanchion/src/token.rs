@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::{BuildHasher as _, BuildHasherDefault, Hasher, RandomState};
 use std::str::FromStr;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -81,6 +81,35 @@ random_id! {
 random_id! {
     /// The identity of a session: one process's proof of life in a store.
     SessionId
+}
+
+/// Makes the tokens of a handle, and recognises them without remembering them: a part of each depends on its session and on
+/// a secret of this handle. A message with a token that others made is told apart by that, without asking anybody, and so
+/// is a token of a session before.
+#[derive(Debug, Default)]
+pub(crate) struct TokenMaker {
+    secret: RandomState,
+}
+
+/// The random bytes of a token; the others are the mark.
+const RANDOM: usize = 12;
+
+impl TokenMaker {
+    pub(crate) fn make(&self, session: SessionId) -> Result<TokenId> {
+        let mut bytes = crate::clock::random_bytes()?;
+        let mark = self.mark(session, &bytes);
+        bytes[RANDOM..].copy_from_slice(&mark);
+        Ok(TokenId(bytes))
+    }
+
+    pub(crate) fn has_made(&self, token: TokenId, session: SessionId) -> bool {
+        token.0[RANDOM..] == self.mark(session, &token.0)
+    }
+
+    fn mark(&self, session: SessionId, bytes: &[u8; 16]) -> [u8; 4] {
+        let [a, b, c, d, ..] = self.secret.hash_one((session, &bytes[..RANDOM])).to_le_bytes();
+        [a, b, c, d]
+    }
 }
 
 /// By token or by session.
@@ -197,6 +226,18 @@ mod tests {
         for bits in [|hash: u64| hash & 127, |hash: u64| hash >> 57] {
             let places: std::collections::HashSet<_> = random.iter().map(|hash| bits(*hash)).collect();
             assert!(places.len() > 100, "{} of 128", places.len());
+        }
+    }
+
+    #[test]
+    fn a_handle_recognises_the_tokens_of_its_session() {
+        let (maker, other) = (TokenMaker::default(), TokenMaker::default());
+        let [session, next] = [(); 2].map(|()| SessionId::random().unwrap());
+        for _ in 0..1_000 {
+            let token = maker.make(session).unwrap();
+            assert!(maker.has_made(token, session));
+            assert!(!maker.has_made(token, next) && !other.has_made(token, session));
+            assert!(!maker.has_made(TokenId::random().unwrap(), session));
         }
     }
 

@@ -288,7 +288,14 @@ impl Call<'_> {
                 // A deadline's start is known only to the store: confirm it.
                 Signal::Granted(fence) if self.term.length().is_none() => {
                     let granted = Granted { fence, remaining: None };
-                    return Ok(self.granted(pending, granted, shared.clock.now()));
+                    let round = self.granted(pending, granted, shared.clock.now());
+                    // Believed at once, because hand-offs are to be fast, and confirmed then.
+                    if let Round::Granted(guard) = &round
+                        && !shared.capabilities.authentic_push
+                    {
+                        guard.confirm_soon();
+                    }
+                    return Ok(round);
                 }
                 Signal::Polled(granted, asked) => return Ok(self.granted(pending, granted, asked)),
                 // Something of it may still be on its way, if an answer was missing: the keeper sees to it.
@@ -404,7 +411,7 @@ struct Grant {
 
 impl Pending {
     fn new(shared: &Arc<Shared>, key: &Key, session: Arc<SessionBelief>, term: Option<Term>) -> Result<Self> {
-        let token = TokenId::random()?;
+        let token = shared.new_token(session.id)?;
         let not_after = shared.store_time().after(window(shared, term));
         let cell = Arc::new(WaitCell::new(key.clone(), matches!(term, Some(Term::Session { .. }))));
         shared.registry().insert(token, Entry::Waiting(cell.clone()));
@@ -433,7 +440,7 @@ impl Pending {
     /// The store answered that it entered nothing, and nothing else of this token is on its way.
     fn nothing_was_created(&mut self) {
         if !self.unanswered {
-            self.shared.registry().remove(&self.token);
+            self.shared.forget(self.token);
             self.spent = true;
         }
     }

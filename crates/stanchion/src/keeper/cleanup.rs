@@ -1,5 +1,16 @@
-//! Ending tokens until the store's answer is definite.
+//! Ends tokens until the store's answer is definite: a bounded number at a time, the others in a queue.
+//!
+//! # Invariants
+//! 1. At most [`IN_FLIGHT`] requests are on their way, and an attempt's time limit counts from when its request is sent.
+//!    A hundred thousand guards that are dropped at once therefore wait here, where they cost memory and nothing else, and
+//!    not in the store's connections, where they would time out and stand before the renewals.
+//! 2. Tokens are ended in the order in which the keeper was told of them. A token that has to wait for a later time, or
+//!    whose attempt failed, takes no place among the requests meanwhile: a key that always fails delays no other.
+//! 3. An end that a request of the same token may overtake is repeated: soon, because that request is most likely on its
+//!    way already, and once more when it can come no more.
 
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
@@ -7,85 +18,229 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use tokio::task::JoinSet;
+
+use crate::clock::BootTime;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::key::Key;
-use crate::retry::{limited, sleep_unless_back};
-use crate::shared::{End, Shared};
-use crate::store::{PollOutcome, StoreTime};
+use crate::retry::limited;
+use crate::shared::{End, Shared, shrink};
+use crate::store::{EndOutcome, PollOutcome, Reply};
 use crate::token::TokenId;
 
-/// Has the store end a token, however long that takes. Gives it back if a request of it may still be on its way.
-pub(super) async fn end(shared: Arc<Shared>, mut end: End) -> Option<End> {
-    tokio::select! {
-        () = shared.clock.sleep_until(end.not_before) => {}
-        () = shared.closing.cancelled() => {}
-    }
-    let reply = ask(&shared, &end).await;
-    // What is told of it from now on is heard.
-    shared.ending().remove(&end.token);
-    if end.spared.is_none() {
-        shared.kept().remove(&end.token);
-    }
-    let reply = reply?;
-    tell_released(&shared, &end);
-    // The hold is released. Whatever comes late is nobody's work: not told, and nothing is closed behind it.
-    end.released = None;
-    (!is_definite(&end, reply)).then_some(end)
+/// Maximum number of requests that are on their way at the same time. The stores combine what is asked at the same time, in
+/// three calls of up to 64 steps, so more of them would not be faster.
+pub(super) const IN_FLIGHT: usize = 256;
+
+/// Pauses before an end is repeated that may have overtaken a request of its token; after these, every second.
+const REPEATED_AFTER: [Duration; 3] =
+    [Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(320)];
+const REPEATED_EVERY: Duration = Duration::from_secs(1);
+
+/// Maximum number of tokens that are being ended when a push may add one.
+const MOST_FOR_PUSHES: usize = 1_024;
+
+/// The tokens to be ended.
+pub(super) struct Cleanup {
+    shared: Arc<Shared>,
+    /// To be asked for, in this order.
+    ready: VecDeque<Job>,
+    /// To be asked for at a later time.
+    later: BinaryHeap<Reverse<Later>>,
+    asking: JoinSet<(Job, Option<Result<Reply<EndOutcome>>>)>,
+    /// Ended once while the handle is being closed, without certainty.
+    indefinite: Vec<End>,
 }
 
-/// Ends a token again when no request of it can come any more. Gives it back if the handle is closed before that.
-pub(super) async fn end_again(shared: Arc<Shared>, end: End) -> Option<End> {
-    loop {
-        let until = end.unanswered_until.unwrap_or(shared.store_time());
+struct Job {
+    end: End,
+    /// Attempts without an answer, since the last answer.
+    failures: u32,
+    /// Answers so far that were not definite.
+    answers: usize,
+    /// Something of the token was found and ended: what may still come is a rare second request.
+    has_found: bool,
+}
+
+struct Later {
+    at: BootTime,
+    job: Job,
+}
+
+impl Cleanup {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            shared,
+            ready: VecDeque::new(),
+            later: BinaryHeap::new(),
+            asking: JoinSet::new(),
+            indefinite: Vec::new(),
+        }
+    }
+
+    /// Enters a token to be ended.
+    pub(super) fn enter(&mut self, end: End) {
+        let at = end.not_before;
+        self.schedule(at, Job { end, failures: 0, answers: 0, has_found: false });
+    }
+
+    fn schedule(&mut self, at: BootTime, job: Job) {
+        let is_due = at <= self.shared.clock.now();
+        // What waits for its holder to stop waits no longer when the handle is closed; what has failed does.
+        if is_due || (self.shared.closing.is_cancelled() && job.failures == 0) {
+            self.ready.push_back(job);
+        } else {
+            self.later.push(Reverse(Later { at, job }));
+        }
+    }
+
+    /// Does what is next: sends requests, or takes an answer. Dropped, it loses nothing.
+    pub(super) async fn progress(&mut self) {
+        self.send();
+        let next = self.later.peek().map_or(BootTime::NEVER, |Reverse(later)| later.at);
         tokio::select! {
-            () = shared.clock.sleep(until.since(shared.store_time()) + Duration::from_millis(1)) => {}
-            () = shared.closing.cancelled() => return Some(end),
-        }
-        match ask(&shared, &end).await {
-            Some(reply) if !is_definite(&end, reply) => {}
-            Some(_) | None => return None,
+            Some(answered) = self.asking.join_next() => if let Ok((job, answer)) = answered {
+                self.answered(job, answer);
+            },
+            () = self.shared.clock.sleep_until(next) => {}
         }
     }
-}
 
-fn is_definite(end: &End, answered: StoreTime) -> bool {
-    end.unanswered_until.is_none_or(|until| answered > until)
-}
+    fn is_empty(&self) -> bool {
+        self.ready.is_empty() && self.later.is_empty() && self.asking.is_empty()
+    }
 
-/// Asks until there is an answer; `None` when nothing of the token can be left.
-async fn ask(shared: &Arc<Shared>, end: &End) -> Option<StoreTime> {
-    let policy = shared.config.retry;
-    let mut pauses = policy.endless_pauses();
-    let mut reported = false;
-    loop {
-        let session_over = end.session.as_ref().is_some_and(|session| session.over().is_cancelled());
-        if session_over || shared.clock.now() >= end.over_at {
-            return None;
+    /// The store is there again: what has failed is tried at once.
+    pub(super) fn retry_now(&mut self) {
+        let (failed, others): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.later).into_iter().partition(|Reverse(later)| later.job.failures > 0);
+        self.later = others.into();
+        self.ready.extend(failed.into_iter().map(|Reverse(later)| later.job));
+    }
+
+    fn send(&mut self) {
+        let now = self.shared.clock.now();
+        while let Some(due) = self.later.peek_mut()
+            && due.0.at <= now
+        {
+            let Reverse(due) = std::collections::binary_heap::PeekMut::pop(due);
+            self.ready.push_back(due.job);
         }
-        let asked = shared.clock.now();
-        match limited(&shared.clock, policy.attempt, surviving(step(shared, end))).await {
-            Ok(time) => {
-                shared.saw_store_time(time, asked);
-                return Some(time);
+        while self.asking.len() < IN_FLIGHT
+            && let Some(job) = self.ready.pop_front()
+        {
+            if job.end.is_over(now) {
+                self.is_over(&job.end);
+            } else {
+                let shared = self.shared.clone();
+                self.asking.spawn(async move {
+                    let answer = ask(&shared, &job.end).await;
+                    (job, answer)
+                });
             }
-            Err(error) => {
-                let error = error.with_key(&end.key).with_store(shared.capabilities.name);
-                if !reported {
-                    let (kind, message) = (error.kind(), error.to_string());
-                    shared.observer.tell(|| Event::Error { kind, key: Some(end.key.clone()), message });
-                    reported = true;
+        }
+        // What came at once leaves its room behind.
+        if self.ready.capacity() > 1_024 && self.ready.len() < self.ready.capacity() / 8 {
+            self.ready.shrink_to(self.ready.len() * 2);
+        }
+        if self.later.capacity() > 1_024 && self.later.len() < self.later.capacity() / 8 {
+            self.later.shrink_to(self.later.len() * 2);
+        }
+    }
+
+    fn answered(&mut self, mut job: Job, answer: Option<Result<Reply<EndOutcome>>>) {
+        let shared = self.shared.clone();
+        let now = shared.clock.now();
+        match answer {
+            None => self.is_over(&job.end),
+            Some(Ok(reply)) => {
+                self.is_over(&job.end);
+                tell_released(&shared, &job.end);
+                // The hold is released. Whatever comes late is nobody's work: not told, and nothing is closed behind it.
+                job.end.released = None;
+                job.has_found |= reply.outcome != EndOutcome::Nothing;
+                let Some(until) = job.end.unanswered_until.filter(|until| reply.time <= *until) else { return };
+                if shared.closing.is_cancelled() {
+                    return self.indefinite.push(job.end);
                 }
-                let pause = pauses.next().unwrap_or(policy.longest_pause);
-                let pause = pause.max(error.retry_after().unwrap_or_default());
-                sleep_unless_back(&shared.clock, pause, &shared.back).await;
+                // By then none can come any more.
+                let last = until.since(shared.store_time()) + Duration::from_millis(1);
+                let soon = REPEATED_AFTER.get(job.answers).copied().unwrap_or(REPEATED_EVERY);
+                let pause = if job.has_found { last } else { last.min(soon) };
+                job.answers += 1;
+                job.failures = 0;
+                self.schedule(now.after(pause), job);
             }
+            Some(Err(error)) => {
+                let error = error.with_key(&job.end.key).with_store(shared.capabilities.name);
+                if job.failures == 0 {
+                    let (kind, message) = (error.kind(), error.to_string());
+                    shared.observer.tell(|| Event::Error { kind, key: Some(job.end.key.clone()), message });
+                }
+                let pause = shared.config.retry.pause_after(job.failures);
+                job.failures += 1;
+                self.schedule(now.after(pause.max(error.retry_after().unwrap_or_default())), job);
+            }
+        }
+    }
+
+    /// What is told of the token from now on is heard.
+    fn is_over(&self, end: &End) {
+        let mut ending = self.shared.ending();
+        ending.remove(&end.token);
+        shrink(&mut ending);
+        drop(ending);
+        if end.spared.is_none() {
+            self.shared.kept().remove(&end.token);
+        }
+    }
+
+    /// The handle is being closed, and its session with it: what ends with the session is left to that, so that closing
+    /// takes one step however many holds there are.
+    pub(super) fn leave_to_session(&mut self) {
+        let later = std::mem::take(&mut self.later).into_iter().map(|Reverse(later)| later.job);
+        for job in std::mem::take(&mut self.ready).into_iter().chain(later) {
+            if !job.end.stays() {
+                tell_released(&self.shared, &job.end);
+            } else if job.answers > 0 {
+                self.indefinite.push(job.end);
+            } else {
+                self.ready.push_back(job);
+            }
+        }
+    }
+
+    /// Ends what is left, without certainty.
+    pub(super) async fn finish(&mut self) {
+        while !self.is_empty() {
+            self.progress().await;
+        }
+    }
+
+    /// With the session ended no late request of its tokens is granted: what such requests got before that is ended.
+    pub(super) fn end_again_what_stays(&mut self) {
+        let indefinite = std::mem::take(&mut self.indefinite);
+        for mut end in indefinite.into_iter().filter(|end| end.session.is_none()) {
+            end.unanswered_until = None;
+            self.enter(end);
         }
     }
 }
 
-/// Gives the store's time of the answer.
-async fn step(shared: &Shared, end: &End) -> Result<StoreTime> {
+/// One attempt; `None` if nothing of the token can be left before there is an answer.
+async fn ask(shared: &Arc<Shared>, end: &End) -> Option<Result<Reply<EndOutcome>>> {
+    let asked = shared.clock.now();
+    let answer = limited(&shared.clock, shared.config.retry.attempt, surviving(step(shared, end))).await;
+    if let Ok(reply) = &answer {
+        shared.saw_store_time(reply.time, asked);
+    } else if end.is_over(shared.clock.now()) {
+        return None;
+    }
+    Some(answer)
+}
+
+async fn step(shared: &Shared, end: &End) -> Result<Reply<EndOutcome>> {
     if let Some(spared) = end.spared {
         let reply = shared.poll(&end.key, end.token).await?;
         let is_other = match reply.outcome {
@@ -94,14 +249,13 @@ async fn step(shared: &Shared, end: &End) -> Result<StoreTime> {
             PollOutcome::Gone => false,
         };
         if !is_other {
-            return Ok(reply.time);
+            return Ok(Reply { time: reply.time, outcome: EndOutcome::Nothing });
         }
     }
-    let reply = match end.released {
+    match end.released {
         Some(_) => shared.store.release(&end.key, end.token, end.cooldown).await,
         None => shared.store.abandon(&end.key, end.token).await,
-    };
-    Ok(reply?.time)
+    }
 }
 
 /// A panic of the store is a fault like any other: what has to be ended is not forgotten for it.
@@ -114,17 +268,44 @@ pub(super) async fn surviving<T>(step: impl Future<Output = Result<T>>) -> Resul
     .await
 }
 
-/// Ends a token of which this process knows nothing but its name.
+/// Ends a token of which this process knows nothing but its name: its session is told of it, and its call is over.
+///
+/// While many tokens are being ended it is dropped. That loses nothing: a forced release is told by every beat until its token
+/// is ended, a grant that a failover restored is published again whenever a waiter of the key asks, and without a waiter
+/// nobody misses the key before the session ends.
 pub(super) fn end_unknown(shared: &Arc<Shared>, key: Key, token: TokenId) {
-    let is_known = shared.ending().contains_key(&token);
-    if !is_known {
+    let is_wanted = {
+        let ending = shared.ending();
+        ending.len() < MOST_FOR_PUSHES && !ending.contains_key(&token)
+    };
+    if is_wanted {
         shared.end(End::of_token(key, token));
     }
 }
 
-pub(super) fn tell_released(shared: &Shared, end: &End) {
+fn tell_released(shared: &Shared, end: &End) {
     if let Some((fence, since)) = end.released {
         let held = shared.clock.now().since(since);
         shared.observer.tell(|| Event::Released { key: end.key.clone(), fence, held });
+    }
+}
+
+impl PartialEq for Later {
+    fn eq(&self, other: &Self) -> bool {
+        self.at == other.at
+    }
+}
+
+impl Eq for Later {}
+
+impl PartialOrd for Later {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Later {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.at.cmp(&other.at)
     }
 }

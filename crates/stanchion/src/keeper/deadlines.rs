@@ -2,11 +2,12 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use crate::belief::Hold;
 use crate::clock::BootTime;
-use crate::shared::Shared;
+use crate::shared::{Entry as Known, Shared};
+use crate::token::TokenId;
 
 /// Holds by the time at which they must be looked at. A hold whose deadline has moved is looked at too early once, and
 /// entered again; one that is gone is dropped then.
@@ -17,18 +18,19 @@ pub(super) struct Deadlines {
 
 struct Entry {
     at: BootTime,
-    hold: Weak<Hold>,
+    token: TokenId,
 }
 
 impl Deadlines {
-    pub(super) fn watch(&mut self, hold: &Arc<Hold>) {
+    pub(super) fn watch(&mut self, hold: &Arc<Hold>, shared: &Shared) {
         let at = hold.look_at();
         if at != BootTime::NEVER {
             // Before it grows: those that are gone, whose deadlines may be days away.
             if self.heap.len() == self.heap.capacity() {
-                self.heap.retain(|Reverse(entry)| entry.hold.strong_count() > 0);
+                let registry = shared.registry();
+                self.heap.retain(|Reverse(entry)| registry.contains_key(&entry.token));
             }
-            self.heap.push(Reverse(Entry { at, hold: Arc::downgrade(hold) }));
+            self.heap.push(Reverse(Entry { at, token: hold.token }));
         }
     }
 
@@ -41,14 +43,11 @@ impl Deadlines {
         let now = shared.clock.now();
         while self.next() <= now {
             let Some(Reverse(entry)) = self.heap.pop() else { return };
-            let Some(hold) = entry.hold.upgrade() else { continue };
             // The guard may have ended it meanwhile.
-            if !shared.registry().contains_key(&hold.token) {
-                continue;
-            }
+            let Some(Known::Held(hold)) = shared.entry(entry.token) else { continue };
             match hold.ended(now) {
                 Some(cause) => shared.lose(&hold, cause, None),
-                None => self.watch(&hold),
+                None => self.watch(&hold, shared),
             }
         }
     }
@@ -81,32 +80,22 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::belief::{NewHold, SessionBelief};
-    use crate::{Fence, Key, SessionId, TokenId};
+    use crate::Locks;
 
-    #[test]
-    fn holds_that_are_gone_are_not_kept_until_their_deadlines() {
-        let session = SessionBelief::new(SessionId::random().unwrap(), Duration::from_secs(10), BootTime::NEVER);
-        let session = Arc::new(session);
+    #[tokio::test]
+    async fn released_holds_leave_no_deadlines() {
+        let locks = Locks::open("memory:").await.unwrap();
+        let shared = &locks.handle.shared;
         let mut deadlines = Deadlines::default();
-        let mut last = None;
-        for turn in 1..=10_000 {
-            let hold = Arc::new(Hold::new(NewHold {
-                key: Key::new("", "k").unwrap(),
-                token: TokenId::random().unwrap(),
-                fence: Fence::new(turn),
-                session: session.clone(),
-                session_bound: true,
-                since: BootTime::from_nanos(1),
-                deadline: Some((BootTime::from_nanos(u64::MAX - 1), Duration::from_secs(10))),
-                heartbeat_within: None,
-                unanswered_until: None,
-                on_lost: None,
-            }));
-            deadlines.watch(&hold);
-            last = Some(hold);
+        for _ in 0..1_000 {
+            let guard = locks.lock("k").ttl(Duration::from_secs(3_600)).await.unwrap();
+            deadlines.watch(&shared.holds()[0], shared);
+            guard.release().await.unwrap();
         }
+        let guard = locks.lock("k").ttl(Duration::from_secs(3_600)).await.unwrap();
+        deadlines.watch(&shared.holds()[0], shared);
         assert!(deadlines.heap.len() < 100, "{}", deadlines.heap.len());
-        assert!(deadlines.heap.iter().any(|Reverse(entry)| entry.hold.ptr_eq(&Arc::downgrade(last.as_ref().unwrap()))));
+        assert!(deadlines.heap.iter().any(|Reverse(entry)| shared.entry(entry.token).is_some()));
+        drop(guard);
     }
 }

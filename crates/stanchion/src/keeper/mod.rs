@@ -17,18 +17,20 @@ mod cleanup;
 mod deadlines;
 mod polling;
 mod session;
+mod verify;
 
 use std::sync::{Arc, mpsc as std_mpsc};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
 
 use crate::belief::Hold;
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::shared::{End, Entry, SessionView, Shared, Signal};
 use crate::store::{GrantStream, PollOutcome, Push};
+use cleanup::Cleanup;
 use deadlines::Deadlines;
+use verify::Verification;
 
 /// What the keeper is asked to do.
 #[derive(Debug)]
@@ -38,7 +40,11 @@ pub(crate) enum Command {
     /// Look at a hold's own deadlines.
     Watch(Arc<Hold>),
     /// Ask the store whether a hold is still there.
-    Verify(Arc<Hold>),
+    Verify(Asked),
+    /// The store may have forgotten something: ask it for every hold.
+    VerifyAll,
+    /// The session was renewed: ask the store for the next few holds.
+    VerifyNext,
     /// Ask the store which of the tokens that must stay it still has.
     AskForKept,
     /// Listen to the pushes of a session.
@@ -47,12 +53,27 @@ pub(crate) enum Command {
     Close,
 }
 
+/// A hold that the store is asked for.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    pub(crate) hold: Arc<Hold>,
+    /// Why it is lost, if it is.
+    pub(crate) cause: LossCause,
+    pub(crate) reason: Option<String>,
+}
+
+impl Asked {
+    pub(crate) fn whether_it_is_there(hold: Arc<Hold>) -> Self {
+        Self { hold, cause: LossCause::Missing, reason: None }
+    }
+}
+
 /// How long closing waits for a store that does not answer, and how much of it for single tokens.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 const END_WITHIN: Duration = Duration::from_secs(2);
 
-/// After a failover every hold is asked for: so many at once.
-const VERIFIED_AT_ONCE: usize = 64;
+/// Time after which a hold is asked for again because of a message: of many messages about it few cost a request.
+const TOLD_AGAIN_AFTER: Duration = Duration::from_millis(20);
 
 /// No nap of a timer is longer than this, because the system's timers stop while the machine sleeps.
 const LONGEST_NAP: Duration = Duration::from_millis(500);
@@ -145,7 +166,8 @@ impl Drop for Unclaimed {
 async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) {
     let _ended = Ended(shared.clone());
     let clock = shared.clock.clone();
-    let mut ends = JoinSet::new();
+    let mut cleanup = Cleanup::new(shared.clone());
+    let mut verification = Verification::new(shared.clone());
     let mut deadlines = Deadlines::default();
     let mut pushes = None;
     let polling = tokio::spawn(polling::poll_keys(shared.clone()));
@@ -156,33 +178,37 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
         loop {
             let next_deadline = deadlines.next();
             tokio::select! {
-                // What must be on time comes first.
+                // What must be on time comes first, what may be much comes last.
                 biased;
                 () = &mut drive => {}
                 () = &mut sessions => {}
                 () = clock.sleep_until(next_deadline) => deadlines.announce(&shared),
-                push = next_push(&mut pushes) => match push {
-                    Some(push) => receive(&shared, push),
-                    None => pushes = None,
-                },
                 command = inbox.recv() => match command {
-                    Some(Command::End(end)) => { ends.spawn(cleanup::end(shared.clone(), end)); }
-                    Some(Command::Watch(hold)) => deadlines.watch(&hold),
-                    Some(Command::Verify(hold)) => { tokio::spawn(verify(shared.clone(), hold)); }
+                    Some(Command::End(end)) => cleanup.enter(end),
+                    Some(Command::Watch(hold)) => deadlines.watch(&hold, &shared),
+                    Some(Command::Verify(asked)) => verification.one(asked),
+                    Some(Command::VerifyNext) => verification.next_part(),
+                    Some(Command::VerifyAll) => {
+                        cleanup.retry_now();
+                        verification.all();
+                    }
                     Some(Command::AskForKept) => { tokio::spawn(forget_what_was_taken_up(shared.clone())); }
                     Some(Command::Listen(stream)) => pushes = Some(stream),
                     Some(Command::Close) | None => break,
                 },
-                Some(ended) = ends.join_next() => if let Ok(Some(end)) = ended {
-                    ends.spawn(cleanup::end_again(shared.clone(), end));
+                push = next_push(&mut pushes) => match push {
+                    Some(push) => receive(&shared, push),
+                    None => pushes = None,
                 },
+                () = cleanup.progress() => {}
+                () = verification.progress() => {}
             }
         }
     }
     polling.abort();
     // The session's task has stopped: nothing renews from here on.
     tokio::select! {
-        () = close(&shared, &mut inbox, ends) => {}
+        () = close(&shared, &mut inbox, cleanup) => {}
         () = clock.drive(LONGEST_NAP) => {}
         () = real_time_limit(CLOSE_WITHIN) => {}
     }
@@ -194,7 +220,7 @@ async fn real_time_limit(limit: Duration) {
     tokio::time::sleep(limit).await;
 }
 
-async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command>, mut ends: JoinSet<Option<End>>) {
+async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command>, mut cleanup: Cleanup) {
     shared.closing.cancel();
     let session = match shared.session.send_replace(SessionView::Closed) {
         SessionView::Open(session) => Some(session),
@@ -203,7 +229,7 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
     for hold in shared.holds() {
         shared.lose(&hold, LossCause::Closed, None);
     }
-    let indefinite = end_what_stays(shared, inbox, &mut ends).await;
+    end_what_stays(inbox, &mut cleanup).await;
     // With the session ended, a late request of any token is refused. Also one that was asked for and not answered yet.
     if let Some(id) = shared.asked_session() {
         session::close(shared, id).await;
@@ -211,48 +237,30 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
     if let Some(session) = session {
         session.end();
     }
-    // What such requests got before that.
-    for end in indefinite.into_iter().filter(|end| end.session.is_none()) {
-        ends.spawn(cleanup::end(shared.clone(), end));
-    }
+    cleanup.end_again_what_stays();
     // What calls got that nobody has polled since they were ended.
     for (token, cell) in shared.waiting() {
         if !cell.session_bound {
-            ends.spawn(cleanup::end(shared.clone(), End::of_token(cell.key.clone(), token)));
+            cleanup.enter(End::of_token(cell.key.clone(), token));
         }
     }
     // What came meanwhile, of calls that were given up because of this.
     inbox.close();
-    end_what_stays(shared, inbox, &mut ends).await;
+    end_what_stays(inbox, &mut cleanup).await;
 }
 
-/// Ends the tokens that do not end with the session: those of fixed terms. Gives back those of which something may still
-/// come.
-async fn end_what_stays(
-    shared: &Arc<Shared>,
-    inbox: &mut mpsc::UnboundedReceiver<Command>,
-    ends: &mut JoinSet<Option<End>>,
-) -> Vec<End> {
+/// Ends the tokens that do not end with the session: those of fixed terms, and those that leave a cooldown.
+async fn end_what_stays(inbox: &mut mpsc::UnboundedReceiver<Command>, cleanup: &mut Cleanup) {
     while let Ok(command) = inbox.try_recv() {
         if let Command::End(end) = command {
-            if end.session.is_none() || end.cooldown.is_some() {
-                ends.spawn(cleanup::end(shared.clone(), end));
-            } else {
-                cleanup::tell_released(shared, &end);
-            }
+            cleanup.enter(end);
         }
     }
-    let mut indefinite = Vec::new();
-    let all_ended = async {
-        while let Some(ended) = ends.join_next().await {
-            indefinite.extend(ended.ok().flatten());
-        }
-    };
+    cleanup.leave_to_session();
     tokio::select! {
-        () = all_ended => {}
+        () = cleanup.finish() => {}
         () = real_time_limit(END_WITHIN) => {}
     }
-    indefinite
 }
 
 async fn next_push(pushes: &mut Option<GrantStream>) -> Option<Push> {
@@ -262,17 +270,28 @@ async fn next_push(pushes: &mut Option<GrantStream>) -> Option<Push> {
     }
 }
 
+/// Takes a message. Where others than the store can send one, it is a hint at most: what it says of a hold is confirmed by a
+/// poll, and tokens that this session did not make are nobody's business here.
 fn receive(shared: &Arc<Shared>, push: Push) {
     match push {
         Push::Granted { key, token, fence } => match shared.entry(token) {
             Some(Entry::Waiting(cell)) => cell.tell(Signal::Granted(fence)),
-            // The call has its grant already, by an answer.
-            Some(Entry::Held(_)) => {}
+            // The call has its grant already, by an answer, unless a failover made another one of it.
+            Some(Entry::Held(hold)) if hold.fence == fence => {}
+            Some(Entry::Held(hold)) => ask_for(shared, Asked::whether_it_is_there(hold)),
             None if shared.kept().contains_key(&token) => {}
             // The call has ended, or its hold, and a failover forgot that: nobody will use this grant.
-            None => cleanup::end_unknown(shared, key, token),
+            None if shared.has_made(token) => cleanup::end_unknown(shared, key, token),
+            None => {}
         },
-        Push::Forced(lost) => session::forced_out(shared, lost),
+        Push::Forced(lost) => match shared.entry(lost.token) {
+            Some(Entry::Held(hold)) if !shared.capabilities.authentic_push => {
+                ask_for(shared, Asked { hold, cause: LossCause::Forced, reason: Some(lost.reason) });
+            }
+            Some(_) => session::forced_out(shared, lost),
+            // The next beat tells of it, if it is true.
+            None => {}
+        },
         Push::Recheck { token } => {
             if let Some(Entry::Waiting(cell)) = shared.entry(token) {
                 cell.tell(Signal::Recheck);
@@ -282,28 +301,17 @@ fn receive(shared: &Arc<Shared>, push: Push) {
         Push::VerifyAll => {
             shared.back.notify_waiters();
             shared.polls.poll_all(shared.clock.now());
-            tokio::spawn(verify_all(shared.clone()));
+            shared.command(Command::VerifyAll);
         }
         Push::Warning(message) => shared.warn(message),
     }
 }
 
-/// Asks for every hold, a few at a time: what the store has forgotten is lost, and its holder is told.
-async fn verify_all(shared: Arc<Shared>) {
-    let mut asking = JoinSet::new();
-    for hold in shared.holds() {
-        if asking.len() >= VERIFIED_AT_ONCE {
-            asking.join_next().await;
-        }
-        asking.spawn(verify(shared.clone(), hold));
-    }
-    while asking.join_next().await.is_some() {}
-}
-
-async fn verify(shared: Arc<Shared>, hold: Arc<Hold>) {
-    let answer = shared.step(|| shared.poll(&hold.key, hold.token)).await.result;
-    if matches!(answer, Ok(reply) if reply.outcome == PollOutcome::Gone) {
-        shared.is_missing(&hold);
+/// A message tells something of a hold. One that is passed over because another came just before is found by the slow round, or
+/// told by the next beat.
+fn ask_for(shared: &Shared, asked: Asked) {
+    if asked.hold.is_to_be_asked_for(shared.clock.now(), TOLD_AGAIN_AFTER) {
+        shared.command(Command::Verify(asked));
     }
 }
 
@@ -353,7 +361,11 @@ mod tests {
 
         /// What a push of the store starts.
         fn verify(&self) -> tokio::task::JoinHandle<()> {
-            tokio::spawn(verify_all(self.locks.handle.shared.clone()))
+            let mut verification = Verification::new(self.locks.handle.shared.clone());
+            tokio::spawn(async move {
+                verification.all();
+                verification.finish().await;
+            })
         }
 
         async fn until(&self, what: &str, mut so: impl AsyncFnMut() -> bool) {
@@ -593,7 +605,7 @@ mod tests {
         let key = crate::Key::new("", "k").unwrap();
         for _ in 0..50 {
             let lost = crate::store::LostToken { key: key.clone(), token, reason: String::new() };
-            receive(&bench.locks.handle.shared, Push::Forced(lost));
+            session::forced_out(&bench.locks.handle.shared, lost);
         }
         bench.until("tried", async || bench.faults.count(Step::Abandon) > 0).await;
         // Whatever was told before this has been tried by now.
@@ -798,5 +810,203 @@ mod tests {
             told += usize::from(matches!(event, Event::Released { .. }));
         }
         assert_eq!(told, 1);
+    }
+
+    #[tokio::test]
+    async fn ends_in_flight_are_limited() {
+        let bench = Bench::new().await;
+        let mut guards = Vec::new();
+        for turn in 0..1_000 {
+            guards.push(bench.locks.lock(format!("k{turn}")).await.unwrap());
+        }
+        bench.faults.always(Step::Release, Fault::DelayReply(3_600 * SECOND));
+        drop(guards);
+        bench.until("some are on their way", async || bench.faults.count(Step::Release) > 0).await;
+        // The keeper has taken all of them by then.
+        drop(bench.locks.lock("last").await.unwrap());
+        bench.until("ending", async || bench.locks.handle.shared.ending().len() == 1_001).await;
+        tokio::time::sleep(SECOND / 10).await;
+        assert_eq!(bench.faults.count(Step::Release), cleanup::IN_FLIGHT as u64);
+        bench.faults.clear();
+        bench
+            .until("all are ended", async || {
+                bench.time.advance(SECOND);
+                bench.locks.list("").await.unwrap().is_empty()
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn failing_ends_delay_no_others() {
+        let bench = Bench::new().await;
+        let mut guards = Vec::new();
+        for turn in 0..600 {
+            guards.push(bench.locks.lock(format!("k{turn}")).await.unwrap());
+        }
+        for _ in 0..400 {
+            bench.faults.next(Step::Release, Fault::Fail(ErrorKind::Internal));
+        }
+        drop(guards);
+        // No time goes by.
+        bench.until("the others are ended", async || bench.locks.list("").await.unwrap().len() == 400).await;
+        bench
+            .until("so are they", async || {
+                bench.time.advance(SECOND / 10);
+                bench.locks.list("").await.unwrap().is_empty()
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn an_overtaken_question_is_ended_soon() {
+        let bench = Bench::new().await;
+        bench.faults.next(Step::Acquire, Fault::Hold);
+        let mut asking = Box::pin(bench.locks.lock("k").into_future());
+        tokio::select! {
+            biased;
+            _ = &mut asking => unreachable!(),
+            () = bench.until("asked", async || bench.faults.count(Step::Acquire) == 1) => {}
+        }
+        drop(asking);
+        bench.until("ended once", async || bench.faults.count(Step::Abandon) == 1).await;
+        assert_eq!(bench.faults.deliver().await, 1);
+        assert!(bench.locks.is_locked("k").await.unwrap(), "the late question made a hold");
+        let shared = &bench.locks.handle.shared;
+        bench.until("that was answered", async || shared.ending().is_empty()).await;
+        bench.time.advance(SECOND / 50);
+        bench.until_free().await;
+        // It found something: the last one alone remains.
+        bench.time.advance(4 * SECOND);
+        tokio::time::sleep(SECOND / 20).await;
+        assert_eq!(bench.faults.count(Step::Abandon), 2);
+        bench
+            .until("the last one", async || {
+                bench.time.advance(SECOND / 10);
+                bench.faults.count(Step::Abandon) == 3
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn closing_leaves_holds_to_the_session() {
+        let bench = Bench::new().await;
+        let mut guards = Vec::new();
+        for turn in 0..1_000 {
+            guards.push(bench.locks.lock(format!("k{turn}")).await.unwrap());
+        }
+        let fixed = bench.locks.lock("fixed").ttl(60 * SECOND).await.unwrap();
+        bench.locks.close().await.unwrap();
+        assert_eq!((bench.faults.count(Step::Release), bench.faults.count(Step::Abandon)), (0, 1));
+        assert!(!fixed.is_held() && guards.iter().all(|guard| !guard.is_held()));
+        assert!(bench.memory.list("", None, 10).await.unwrap().outcome.is_empty());
+    }
+
+    /// The store forgot the grant of `k`, and gave the key to another one.
+    async fn forget_grant(bench: &Bench) -> (crate::Guard, crate::TokenId, Locks, crate::Guard) {
+        let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
+        let other = builder.open().await.unwrap();
+        let guard = bench.locks.lock("k").await.unwrap();
+        let token = bench.locks.handle.shared.held()[0];
+        bench.memory.release(guard.key(), token, None).await.unwrap();
+        let holder = other.lock("k").await.unwrap();
+        let shared = &bench.locks.handle.shared;
+        let request = crate::store::AcquireRequest {
+            key: guard.key().clone(),
+            token,
+            session: bench.locks.session().unwrap(),
+            demand: crate::store::Demand::MUTEX,
+            term: crate::store::Term::Session { max_hold: None },
+            enqueue: true,
+            not_after: shared.store_time().after(SECOND),
+            metadata: None,
+            trace: None,
+        };
+        bench.memory.acquire(request).await.unwrap();
+        (guard, token, other, holder)
+    }
+
+    #[tokio::test]
+    async fn a_hold_that_is_only_queued_is_lost() {
+        for way in ["a failover", "the guard"] {
+            let bench = Bench::new().await;
+            let (guard, _, other, _holder) = forget_grant(&bench).await;
+            match way {
+                "the guard" => assert!(guard.verify().await.is_err()),
+                _ => bench.verify().await.unwrap(),
+            }
+            assert_eq!(guard.loss(), Some(LossCause::Missing));
+            bench.until("its place is given up", async || other.inspect("k").await.unwrap().waiters.is_empty()).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_grant_under_another_fence_is_a_loss() {
+        let bench = Bench::new().await;
+        let (guard, token, other, holder) = forget_grant(&bench).await;
+        let fence = crate::Fence::new(guard.fence().get() + 1);
+        holder.release().await.unwrap();
+        bench.time.advance(SECOND);
+        // The store tells of it, or whoever can send messages: it is only asked.
+        receive(&bench.locks.handle.shared, Push::Granted { key: guard.key().clone(), token, fence });
+        bench.until("lost", async || guard.loss() == Some(LossCause::Missing)).await;
+        bench.until("ended", async || !other.is_locked("k").await.unwrap()).await;
+    }
+
+    #[tokio::test]
+    async fn a_forgotten_extension_counts_no_longer() {
+        let bench = Bench::new().await;
+        let guard = bench.locks.lock("k").ttl(10 * SECOND).await.unwrap();
+        let token = bench.locks.handle.shared.held()[0];
+        guard.extend(60 * SECOND).await.unwrap();
+        guard.verify().await.unwrap();
+        assert!(guard.valid_for().unwrap() > 58 * SECOND);
+        bench.memory.extend(guard.key(), token, 10 * SECOND).await.unwrap();
+        guard.verify().await.unwrap();
+        assert!(guard.valid_for().unwrap() <= 10 * SECOND);
+    }
+
+    #[tokio::test]
+    async fn a_deleted_hold_is_a_loss_within_some_beats() {
+        let bench = Bench::new().await;
+        let mut guards = Vec::new();
+        for turn in 0..100 {
+            guards.push(bench.locks.lock(format!("k{turn}")).await.unwrap());
+        }
+        let token = match bench.locks.handle.shared.holds().iter().find(|hold| hold.fence == guards[50].fence()) {
+            Some(hold) if hold.key == *guards[50].key() => hold.token,
+            _ => bench.locks.handle.shared.holds().iter().find(|hold| hold.key == *guards[50].key()).unwrap().token,
+        };
+        bench.memory.release(guards[50].key(), token, None).await.unwrap();
+        let mut beats = 0;
+        while guards[50].is_held() {
+            assert!(beats < 20);
+            let before = (bench.faults.count(Step::Beat), bench.faults.count(Step::Poll));
+            bench.time.advance(2 * SECOND);
+            bench.until("renewed", async || bench.faults.count(Step::Beat) > before.0).await;
+            tokio::time::sleep(SECOND / 20).await;
+            assert!(bench.faults.count(Step::Poll) - before.1 <= 16);
+            beats += 1;
+        }
+        assert_eq!(guards[50].loss(), Some(LossCause::Missing));
+        assert!(guards.iter().filter(|guard| guard.is_held()).count() == 99);
+    }
+
+    #[tokio::test]
+    async fn grants_of_foreign_tokens_are_ignored() {
+        let bench = Bench::new().await;
+        let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
+        let other = builder.open().await.unwrap();
+        let guard = other.lock("k").await.unwrap();
+        let token = other.handle.shared.held()[0];
+        receive(&bench.locks.handle.shared, Push::Granted { key: guard.key().clone(), token, fence: guard.fence() });
+        assert!(bench.locks.handle.shared.ending().is_empty());
+        // A token of its own that nobody has any more is ended.
+        let own = bench.locks.handle.shared.new_token(bench.locks.session().unwrap()).unwrap();
+        receive(
+            &bench.locks.handle.shared,
+            Push::Granted { key: guard.key().clone(), token: own, fence: guard.fence() },
+        );
+        bench.until("ended", async || bench.faults.count(Step::Abandon) == 1).await;
+        guard.check().unwrap();
     }
 }

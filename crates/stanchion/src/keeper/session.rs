@@ -10,20 +10,18 @@ use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::retry::{limited, sleep_unless_back};
 use crate::shared::{Entry, SessionView, Shared};
-use crate::store::{BeatOutcome, Liveness, LostToken, OpenOutcome, OpenSession, PollOutcome};
+use crate::store::{BeatOutcome, Liveness, LostToken, OpenOutcome, OpenSession};
 use crate::token::SessionId;
 
 /// Beats per session ttl: 2 s for the default of 10 s.
-const BEATS_PER_TTL: u32 = 5;
+pub(super) const BEATS_PER_TTL: u32 = 5;
 
 /// Keeps one session open, and another one when it is lost. Never returns.
 pub(super) async fn keep_one(shared: Arc<Shared>) {
-    let mut is_first = true;
     loop {
         let (session, opened) = open(&shared).await;
         shared.session.send_replace(SessionView::Open(session.clone()));
-        beat(&shared, &session, opened, is_first).await;
-        is_first = false;
+        beat(&shared, &session, opened).await;
         session.end();
         shared.session.send_replace(SessionView::Opening(None));
         shared.observer.tell(|| Event::SessionLost { session: session.id });
@@ -104,7 +102,7 @@ fn valid_until(shared: &Shared, asked: BootTime) -> BootTime {
 }
 
 /// Beats until the session is over.
-async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime, is_first: bool) {
+async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime) {
     let interval = shared.config.session_ttl / BEATS_PER_TTL;
     let mut next = opened.after(interval);
     loop {
@@ -136,9 +134,7 @@ async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime, i
                         for lost in lost {
                             forced_out(shared, lost);
                         }
-                        if !is_first {
-                            ask_for_survivors(shared, session.id);
-                        }
+                        shared.command(Command::VerifyNext);
                     }
                     BeatOutcome::Gone => return session.gone(shared.clock.now()),
                 }
@@ -151,22 +147,6 @@ async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime, i
                 next = shared.clock.now().after((interval / 4).max(Duration::from_millis(10)));
             }
         }
-    }
-}
-
-/// Fixed terms outlive the session that asked for them, and then no beat tells that they were released by force: they
-/// are asked for, one by one. There are some only after a session was lost.
-fn ask_for_survivors(shared: &Arc<Shared>, current: SessionId) {
-    let survivors = shared.holds().into_iter().filter(|hold| !hold.session_bound && hold.session.id != current);
-    for hold in survivors {
-        let shared = shared.clone();
-        tokio::spawn(async move {
-            let poll = shared.poll(&hold.key, hold.token);
-            let answer = limited(&shared.clock, shared.config.retry.attempt, poll).await;
-            if matches!(answer, Ok(reply) if reply.outcome == PollOutcome::Gone) {
-                shared.is_missing(&hold);
-            }
-        });
     }
 }
 

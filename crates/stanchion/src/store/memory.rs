@@ -64,7 +64,7 @@ impl Default for Memory {
 #[deny(clippy::missing_trait_methods)]
 impl Store for Memory {
     fn capabilities(&self) -> Capabilities {
-        Capabilities::new("memory")
+        Capabilities::new("memory").with_authentic_push()
     }
 
     async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {

@@ -9,14 +9,15 @@
 //!    waiters whose session is dead are gone, and while the head of the queue fits, and the key is not closed by a
 //!    cooldown, it is granted. A grant made this way is told to its session by a [`Push`].
 //! 3. Only [`acquire`](Store::acquire) may create a hold or a queue entry; only until `not_after`; never for a session
-//!    that is dead or for a token that was forced out.
+//!    that is dead, or for a token that was forced out and has not been ended.
 //! 4. A dead session never lives again; a session that a beat names and that is not there is [`BeatOutcome::Gone`].
 //! 5. Fences of a key strictly increase over all grants, also over those of deleted or forgotten records. The fence is
 //!    minted in the step that grants.
 //! 6. Times are the store's: the client's clock decides nothing.
-//! 7. One call, one request: a store and its driver never send a request again by themselves. The caller counts which of
-//!    its requests were answered, and when all were, one answer ends a token. A repeat that it does not know of would
-//!    create the hold anew.
+//! 7. A store and its driver never send a request again after its answer was lost. The caller counts which of its calls
+//!    were answered, and when all were, one answer ends a token. A repeat that it does not know of would create the hold
+//!    again. One call may ask twice if the first answer says that nothing was entered (`Redis` does, after it has reaped a
+//!    dead session): if that call is given up, the second request may come after an end that found the first one's hold.
 
 use std::fmt;
 use std::sync::Arc;

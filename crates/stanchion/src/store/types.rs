@@ -56,12 +56,22 @@ pub struct Capabilities {
     pub fair: bool,
     /// A grant is pushed to a waiter. Without it waiters poll.
     pub push: bool,
+    /// Only the store itself can send a push to a session. Without it a pushed grant is confirmed by a poll after it was
+    /// believed, so that one who may only send messages gives nobody a lock.
+    pub authentic_push: bool,
 }
 
 impl Capabilities {
-    /// The capabilities of a fair store with push and sessions that must beat.
+    /// The capabilities of a fair store with sessions that must beat, and with pushes that others may send too.
     pub const fn new(name: &'static str) -> Self {
-        Self { name, liveness: Liveness::Beat, fair: true, push: true }
+        Self { name, liveness: Liveness::Beat, fair: true, push: true, authentic_push: false }
+    }
+
+    /// The same with pushes that only the store can send.
+    #[must_use]
+    pub const fn with_authentic_push(mut self) -> Self {
+        self.authentic_push = true;
+        self
     }
 
     /// The same with this kind of liveness.

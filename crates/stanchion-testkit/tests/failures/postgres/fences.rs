@@ -1,5 +1,7 @@
 //! Fences that are checked in the user's transactions, and races for a hold.
 
+use std::task::Poll;
+
 use super::*;
 
 #[allow(dead_code, reason = "its main is for a shell")]
@@ -130,7 +132,7 @@ fn questions_for_a_key_that_a_transaction_keeps_hold_up_no_steps() {
         assert!(transaction.try_wait().unwrap().is_none(), "the transaction lasts");
         assert!(transaction.wait().unwrap().success());
         for one in asking {
-            assert_eq!(one.await.unwrap().unwrap().outcome, [PollOutcome::Gone]);
+            assert_eq!(one.await.unwrap().unwrap().outcome, PollOutcome::Gone);
         }
     });
 }
@@ -171,9 +173,8 @@ fn a_question_that_nobody_looks_at_holds_up_nothing() {
         let locks = locks(&server).await;
         let held = locks.lock("k").await.unwrap();
         let mut forgotten = Box::pin(locks.lock("k").into_future());
-        let is_pending =
-            std::future::poll_fn(|context| std::task::Poll::Ready(forgotten.as_mut().poll(context).is_pending()));
-        assert!(is_pending.await);
+        let first = std::future::poll_fn(|context| Poll::Ready(forgotten.as_mut().poll(context).is_pending()));
+        assert!(first.await);
         assert!(locks.try_lock("k").await.unwrap().is_none());
         assert_eq!(held.release().await.unwrap(), Released::Now);
         drop(forgotten.await.unwrap());

@@ -1,6 +1,7 @@
 //! PostgreSQL where something goes wrong, and what it costs. Real servers.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs, reason = "test code")]
 
+mod bulk;
 mod connections;
 mod costs;
 mod fences;

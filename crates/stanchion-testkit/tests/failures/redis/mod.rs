@@ -7,6 +7,7 @@ use stanchion::store::Redis;
 use stanchion::{Key, Locks};
 use stanchion_testkit::Environment;
 
+mod bulk;
 mod clusters;
 mod commands;
 mod damage;

@@ -197,7 +197,8 @@ impl Firestore {
 #[deny(clippy::missing_trait_methods)]
 impl Store for Firestore {
     fn capabilities(&self) -> Capabilities {
-        Capabilities::new(NAME)
+        // A session reads a document of its own; one who may write that may write the locks too.
+        Capabilities::new(NAME).with_authentic_push()
     }
 
     async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {

@@ -184,7 +184,8 @@ macro_rules! ask {
 #[deny(clippy::missing_trait_methods)]
 impl Store for Sqlite {
     fn capabilities(&self) -> Capabilities {
-        Capabilities::new(error::NAME).with_liveness(Liveness::Process)
+        // Its sockets are in a folder that nobody else can enter.
+        Capabilities::new(error::NAME).with_liveness(Liveness::Process).with_authentic_push()
     }
 
     async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {
