@@ -10,6 +10,7 @@ use stanchion_testkit::Environment;
 mod clusters;
 mod failovers;
 mod forgetting;
+mod listing;
 mod messages;
 mod processes;
 mod refusals;
