@@ -27,10 +27,9 @@ JSON (--json), a stable contract: fields are added, never changed or removed. On
 `watch --json` prints instead: time, event (held, acquired, released, waiting, stopped_waiting,
 closed, opened), key, and as they apply fence, owner, closed_for_ms.
 Fences are numbers below 2^53, exact in every JSON reader. Fields that end in _ms are whole
-milliseconds; since, began and time are RFC 3339 in UTC; what is before 1970 or after 9999 is shown as the nearest time.
-Text is what was given; characters that are invisible or steer a terminal are written as \\uXXXX.
-
-`ls` skips entries that it cannot read, names each on stderr, and ends with 65.
+milliseconds; since, began and time are RFC 3339 in UTC (before 1970 and after 9999: the nearest time
+that can be written). Text is what was given; characters that are invisible or steer a terminal are
+written as \\uXXXX. `ls` skips entries that it cannot read, names each on stderr, and ends with 65.
 
 Exit codes: 0; 64 wrong usage; 65 damaged entries (`ls`); 69 store unavailable; 70 internal; 77 not permitted;
 78 misconfigured.";

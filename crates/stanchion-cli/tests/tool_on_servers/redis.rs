@@ -26,8 +26,11 @@ fn damaged_entries_are_named_and_end_ls_with_65() {
     server.command(&["LPUSH", "stanchion:{:list}", "x"]);
     let out = world.stanchion(["ls", "--store", &url]).finish();
     assert!(out.stdout.contains("good  held"), "{out:?}");
-    out.code(65)
-        .says(&[r"damaged entry `bad\u{1b}`: the record was not written by this library", "damaged entry `list`: "]);
+    let said: Vec<_> = out.stderr.lines().collect();
+    assert_eq!(said.len(), 2, "{out:?}");
+    assert!(said[0].ends_with(r"damaged entry `bad\u{1b}`: the record was not written by this library"), "{out:?}");
+    assert!(said[1].starts_with("stanchion: damaged entry `list`: "), "{out:?}");
+    out.code(65);
     let inspected = world.stanchion(["inspect", "--store", &url, "bad\u{1b}"]).finish();
     inspected.code(78).says(&[r"key `bad\u{1b}` in redis: the record was not written by this library"]);
     holder.send(rustix::process::Signal::TERM);
