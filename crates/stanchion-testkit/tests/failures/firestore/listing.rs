@@ -8,7 +8,7 @@ fn damaged_documents_are_named_and_skipped() {
     let fake = FirestoreFake::start();
     let url = fake.url();
     block_on(async {
-        let (good, bad) = (Client::open(&url, MINUTE).await, Client::open(&url, MINUTE).await);
+        let (good, bad) = (Client::open(&url, MINUTE).await, Client::open(&url, SHORT).await);
         good.gets(&good.request("good")).await;
         good.gets(&good.request("bad")).await;
         bad.gets(&bad.request("of whom")).await;
@@ -20,6 +20,8 @@ fn damaged_documents_are_named_and_skipped() {
         // Another handle knows nothing of the session without asking.
         fake.spoil(&session);
         let observer = Firestore::from_url(&url).unwrap();
+        // The session is looked at when the time is over for which it lives in any case.
+        until("its session is looked at", async || read_pages(&observer, ":", 2).await.1.len() == 2).await;
         let (pages, damaged) = read_pages(&observer, ":", 2).await;
         let keys: Vec<_> = pages.iter().flat_map(|page| &page.keys).map(|state| state.key.name()).collect();
         assert_eq!(keys, ["bad", "good"]);
