@@ -116,7 +116,7 @@ impl Tx<'_> {
     /// A reading step has found something to settle: settles it and reads again.
     fn settle_and_read(&mut self, step: &Step) -> Result<Answer> {
         // Each round settles what the one before it has met.
-        for _ in 0..1_000 {
+        for _ in 0..100_000 {
             if let Some(answer) = self.read(step)? {
                 return Ok(answer);
             }
