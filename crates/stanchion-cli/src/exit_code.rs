@@ -11,6 +11,8 @@ pub(crate) const OK: u8 = 0;
 pub(crate) const NO_SUCH_HOLD: u8 = 1;
 /// The arguments are wrong: an unknown option, an invalid key, a duration out of range.
 pub(crate) const USAGE: u8 = 64;
+/// `ls`: the store holds entries that cannot be read. They were named and skipped.
+pub(crate) const DAMAGED: u8 = 65;
 /// The store cannot be reached, or cannot serve now.
 pub(crate) const UNAVAILABLE: u8 = 69;
 /// A defect of stanchion, damaged data in the store, or the system refused something that stanchion needs.
@@ -36,6 +38,7 @@ Exit codes:
   0      it went well; a skipped `once`
   1      break: no hold has this fence
   64     wrong usage: an unknown option, an invalid key or duration
+  65     ls: entries of the store are damaged; they were named and skipped
   69     the store cannot be reached or cannot serve now
   70     an internal error, or the system refused something stanchion needs
   75     the key was not obtained within the limit (-E changes it)
@@ -102,6 +105,7 @@ mod tests {
             OK,
             NO_SUCH_HOLD,
             USAGE,
+            DAMAGED,
             UNAVAILABLE,
             INTERNAL,
             NOT_OBTAINED,

@@ -66,7 +66,7 @@ impl From<stanchion::Error> for Failure {
 /// The text in one line, with no control characters and no password in it.
 pub(crate) fn one_line(text: &str) -> String {
     let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    crate::output::escape(&without_passwords(&lines.join(" ")))
+    crate::output::visible(&without_passwords(&lines.join(" ")))
 }
 
 /// Replaces the user and password of every URL in the text.

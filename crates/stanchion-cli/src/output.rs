@@ -1,11 +1,12 @@
 //! Data for stdout: JSON, tables, and text that cannot fool a terminal.
 
+use std::borrow::Cow;
 use std::io::{self, Write as _};
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
-use stanchion::Run;
 use stanchion::store::{HolderState, KeyState, WaiterState};
+use stanchion::{Run, is_printable};
 
 use crate::exit_code;
 use crate::message::Failure;
@@ -26,9 +27,12 @@ JSON (--json), a stable contract: fields are added, never changed or removed. On
 `watch --json` prints instead: time, event (held, acquired, released, waiting, stopped_waiting,
 closed, opened), key, and as they apply fence, owner, closed_for_ms.
 Fences are numbers below 2^53, exact in every JSON reader. Fields that end in _ms are whole
-milliseconds; since, began and time are RFC 3339 in UTC. Text is what was given: escape it before you show it.
+milliseconds; since, began and time are RFC 3339 in UTC (before 1970 and after 9999: the nearest time
+that can be written). Text is what was given; characters that are invisible or steer a terminal are
+written as \\uXXXX. `ls` skips entries that it cannot read, names each on stderr, and ends with 65.
 
-Exit codes: 0; 64 wrong usage; 69 store unavailable; 70 internal; 77 not permitted; 78 misconfigured.";
+Exit codes: 0; 64 wrong usage; 65 damaged entries (`ls`); 69 store unavailable; 70 internal; 77 not permitted;
+78 misconfigured.";
 
 /// A key, as `--json` shows it.
 #[derive(Debug, Serialize)]
@@ -137,9 +141,14 @@ pub(crate) fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// RFC 3339 in UTC, to the millisecond.
+/// The first time that has no name in RFC 3339: the year 10000.
+const BEYOND: Duration = Duration::from_secs(253_402_300_800);
+
+/// RFC 3339 in UTC, to the millisecond. A time that cannot be written so is shown as the nearest one that can.
 pub(crate) fn wall_time(time: SystemTime) -> String {
-    humantime::format_rfc3339_millis(time).to_string()
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let since = since.min(BEYOND - Duration::from_millis(1));
+    humantime::format_rfc3339_millis(SystemTime::UNIX_EPOCH + since).to_string()
 }
 
 /// A span as people read it: its two largest units, `4m 20s`, `3d`, `150ms`.
@@ -155,21 +164,77 @@ pub(crate) fn for_people(span: Duration) -> String {
     text.split(' ').take(2).collect::<Vec<_>>().join(" ")
 }
 
-/// One line of JSON.
+/// One line of JSON. What is not printable is in texts alone, and escaped there.
 pub(crate) fn json_line(record: &impl Serialize) -> Result<String, Failure> {
     let refused = |error| Failure::new(exit_code::INTERNAL, format!("cannot write JSON: {error}"));
-    serde_json::to_string(record).map(|line| line + "\n").map_err(refused)
+    let json = serde_json::to_string(record).map_err(refused)?;
+    let mut line = String::with_capacity(json.len() + 1);
+    for c in json.chars() {
+        if is_printable(c) {
+            line.push(c);
+        } else {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                line.push_str(&format!("\\u{unit:04x}"));
+            }
+        }
+    }
+    Ok(line + "\n")
 }
 
-/// The text without characters that would steer a terminal or turn the line round: they are shown as `\u{…}`.
+/// A message as it may be shown: characters that are not printable are written as `\u{…}`.
+pub(crate) fn visible(text: &str) -> String {
+    text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
+        if is_printable(c) {
+            out.push(c)
+        } else {
+            out.extend(c.escape_default())
+        }
+        out
+    })
+}
+
+/// Text of a user within a line of ours. No two texts look the same: characters that are not printable and the backslash are
+/// escaped, and so is a space at the beginning, at the end and after a space, because two of them separate columns.
 pub(crate) fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        let steers = c.is_control()
-            || matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
-        if steers { out.extend(c.escape_default()) } else { out.push(c) }
+    pieces(text).collect()
+}
+
+/// Maximum width of a cell of a table. `--json` and `inspect` show all.
+const CELL: usize = 80;
+
+/// The same for a cell of a table, with an ellipsis if it is too long.
+pub(crate) fn cell(text: &str) -> String {
+    let mut out = String::new();
+    let (mut width, mut fits) = (0, 0);
+    for piece in pieces(text) {
+        width += piece.chars().count();
+        if width > CELL {
+            out.truncate(fits);
+            return out + "…";
+        }
+        out.push_str(&piece);
+        if width < CELL {
+            fits = out.len();
+        }
     }
     out
+}
+
+fn pieces(text: &str) -> impl Iterator<Item = Cow<'_, str>> {
+    let mut after_space = true;
+    text.char_indices().map(move |(at, c)| {
+        let end = at + c.len_utf8();
+        let is_space = c == ' ';
+        let fakes = is_space && (after_space || end == text.len());
+        after_space = is_space;
+        if fakes {
+            "\\u{20}".into()
+        } else if is_printable(c) && c != '\\' {
+            text[at..end].into()
+        } else {
+            c.escape_default().to_string().into()
+        }
+    })
 }
 
 /// A table with aligned columns, two spaces between them.
@@ -217,10 +282,63 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_cannot_steer_a_terminal() {
-        assert_eq!(escape("a\u{1b}[31m\tb\r\n"), "a\\u{1b}[31m\\tb\\r\\n");
-        assert_eq!(escape("\u{202e}txt\u{9b}1m\u{7f}"), "\\u{202e}txt\\u{9b}1m\\u{7f}");
-        assert_eq!(escape("größe 漢字 {} ‘x’"), "größe 漢字 {} ‘x’");
+    fn escaped_text_fools_nobody() {
+        let table = [
+            ("a\u{1b}[31m\tb\r\n", "a\\u{1b}[31m\\tb\\r\\n"),
+            ("\u{202e}txt\u{9b}1m\u{7f}", "\\u{202e}txt\\u{9b}1m\\u{7f}"),
+            ("größe 漢字 {} ‘x’", "größe 漢字 {} ‘x’"),
+            (
+                "a\u{ad}b\u{e0041}\u{fff9}\u{3164}\u{115f}\u{180e}",
+                "a\\u{ad}b\\u{e0041}\\u{fff9}\\u{3164}\\u{115f}\\u{180e}",
+            ),
+            (r"a\nb", r"a\\nb"),
+            (r"\u{1b}", r"\\u{1b}"),
+            ("a b  held   9", "a b \\u{20}held \\u{20}\\u{20}9"),
+            (" a ", "\\u{20}a\\u{20}"),
+            (" ", "\\u{20}"),
+            ("a\u{3000}b\u{a0}c", "a\\u{3000}b\\u{a0}c"),
+        ];
+        for (text, shown) in table {
+            assert_eq!(escape(text), shown);
+            assert_eq!(visible(shown), shown, "shown once more it stays");
+        }
+    }
+
+    #[test]
+    fn json_escapes_what_cannot_be_seen() {
+        let text = "\u{7f}\u{9b}\u{202e}\u{200b}\u{e0041}\u{1b}é漢\\\"  x";
+        let line = json_line(&text).unwrap();
+        let expected = r#""\u007f\u009b\u202e\u200b\udb40\udc41\u001bé漢\\\"  x""#;
+        assert_eq!(line.trim_end(), expected);
+        assert_eq!(serde_json::from_str::<String>(&line).unwrap(), text);
+    }
+
+    #[test]
+    fn long_cells_are_cut_between_characters() {
+        assert_eq!(cell(&"é".repeat(80)), "é".repeat(80));
+        assert_eq!(cell(&"é".repeat(81)), "é".repeat(79) + "…");
+        assert_eq!(cell(&("x".repeat(76) + "\u{1b}yyy")), "x".repeat(76) + "…", "no half of an escape");
+        // The formatter takes no width above this.
+        let rows = [vec![cell(&"y".repeat(70_000)), "z".into()]];
+        assert_eq!(table(&["KEY", "X"], &rows).lines().count(), 2);
+    }
+
+    #[test]
+    fn every_time_can_be_written() {
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let table = [
+            (at(0), "1970-01-01T00:00:00.000Z"),
+            (at(253_402_300_799), "9999-12-31T23:59:59.000Z"),
+            (at(253_402_300_800), "9999-12-31T23:59:59.999Z"),
+            (at(u64::MAX / 1_000_000), "9999-12-31T23:59:59.999Z"),
+            (SystemTime::UNIX_EPOCH - Duration::from_secs(1), "1970-01-01T00:00:00.000Z"),
+        ];
+        for (time, text) in table {
+            assert_eq!(wall_time(time), text);
+        }
+        for span in [Duration::MAX, Duration::from_micros(u64::MAX)] {
+            assert!(!for_people(span).is_empty());
+        }
     }
 
     #[test]

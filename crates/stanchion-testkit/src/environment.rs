@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, Demand, EndOutcome, GrantStream, Granted, KeyState, Liveness, OpenOutcome,
-    OpenSession, PollOutcome, Prefixed, Push, Queued, StoreTime, Term,
+    AcquireOutcome, AcquireRequest, DamagedEntry, Demand, EndOutcome, GrantStream, Granted, KeyState, Listing,
+    Liveness, OpenOutcome, OpenSession, PollOutcome, Prefixed, Push, Queued, StoreTime, Term,
 };
 use stanchion::{Builder, Clock, Key, Locks, MAX_NAMESPACE_BYTES, SessionId, Store, TokenId, VirtualClock};
 
@@ -225,6 +225,11 @@ impl<S: Store> Actor<S> {
         self.store.inspect(key).await.unwrap().outcome
     }
 
+    /// All keys that begin so, over all pages.
+    pub async fn lists(&self, prefix: &str) -> Vec<KeyState> {
+        list_all(&self.store, prefix).await
+    }
+
     /// Whether somebody holds the key.
     pub async fn sees_held(&self, key: &Key) -> bool {
         !self.sees(key).await.holders.is_empty()
@@ -254,6 +259,30 @@ impl<S: Store> Actor<S> {
 /// A key of this name.
 pub(crate) fn key(name: &str) -> Key {
     Key::new("", name).unwrap()
+}
+
+/// All keys of a store that begin so, in order, over pages of about 50.
+pub async fn list_all<S: Store + ?Sized>(store: &S, prefix: &str) -> Vec<KeyState> {
+    let (pages, damaged) = read_pages(store, prefix, 50).await;
+    assert_eq!(damaged, []);
+    Listing::merge(pages).keys
+}
+
+/// The pages of a listing, of about so many keys each, and the damaged entries on them.
+pub async fn read_pages<S: Store + ?Sized>(store: &S, prefix: &str, limit: usize) -> (Vec<Listing>, Vec<DamagedEntry>) {
+    let mut pages: Vec<Listing> = Vec::new();
+    loop {
+        let cursor = pages.last().and_then(|page| page.next.as_ref());
+        let page = store.list(prefix, cursor, limit).await.unwrap().outcome;
+        let is_last = page.next.is_none();
+        assert!(is_last || page.next.as_ref() != cursor, "a page goes on where it began");
+        pages.push(page);
+        if is_last {
+            break;
+        }
+    }
+    let damaged = pages.iter().flat_map(|page| page.damaged.clone()).collect();
+    (pages, damaged)
 }
 
 /// Waits until something is so, generously.

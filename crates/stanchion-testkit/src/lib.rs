@@ -45,7 +45,7 @@ pub mod servers;
 use stanchion::Store;
 use stanchion::store::{Capabilities, Liveness};
 
-pub use environment::{Actor, Environment, Fixture, block_on, seed, until};
+pub use environment::{Actor, Environment, Fixture, block_on, list_all, read_pages, seed, until};
 
 /// A case of the suite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use unicode_normalization::{UnicodeNormalization, is_nfc};
 
 use crate::error::{Error, ErrorKind};
+use crate::printable::is_printable;
 
 /// The name of a thing that one at a time may do, with its namespace.
 ///
@@ -158,10 +159,10 @@ fn invalid(message: String) -> Error {
 }
 
 impl fmt::Display for Key {
-    /// The name, with control characters escaped so that a terminal or a log is not fooled.
+    /// The name, with everything escaped that a terminal, a log or a reader is fooled by, and the backslash.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for c in self.name().chars() {
-            if c.is_control() { write!(f, "{}", c.escape_default())? } else { write!(f, "{c}")? }
+            if is_printable(c) && c != '\\' { write!(f, "{c}")? } else { write!(f, "{}", c.escape_default())? }
         }
         Ok(())
     }
@@ -246,6 +247,10 @@ mod tests {
 
     #[test]
     fn a_key_is_printed_without_control_characters() {
-        assert_eq!(Key::new("", "a\u{1b}[2Jb").unwrap().to_string(), "a\\u{1b}[2Jb");
+        for (name, shown) in
+            [("a\u{1b}[2Jb", "a\\u{1b}[2Jb"), ("\u{202e}\\n\u{ad}", "\\u{202e}\\\\n\\u{ad}"), ("鍵 é", "鍵 é")]
+        {
+            assert_eq!(Key::new("", name).unwrap().to_string(), shown);
+        }
     }
 }

@@ -47,6 +47,7 @@ mod locks;
 mod on_lost;
 mod polls;
 mod primitives;
+mod printable;
 mod request;
 mod retry;
 mod shared;
@@ -71,6 +72,8 @@ pub use primitives::{
     Election, Guards, Leader, Leadership, LockAllRequest, Observation, OnceRequest, Outcome, OwnerStatus, Run, Turn,
     Wanted,
 };
+#[doc(hidden)]
+pub use printable::is_printable;
 pub use request::LockRequest;
 pub use retry::RetryPolicy;
 pub use store::{Demand, Store};

@@ -13,7 +13,7 @@ use crate::key::{Key, namespace_prefix, normal};
 use crate::primitives::{Election, LockAllRequest, OnceRequest, OwnerStatus, Run, Wanted};
 use crate::request::LockRequest;
 use crate::shared::{SessionView, Shared};
-use crate::store::{Capabilities, Demand, EvictOutcome, EvictRequest, KeyState, PollOutcome, Store};
+use crate::store::{Capabilities, Cursor, Demand, EvictOutcome, EvictRequest, KeyState, Listing, PollOutcome, Store};
 use crate::token::{SessionId, Token};
 use crate::wait;
 
@@ -307,29 +307,46 @@ impl Locks {
         step.result.map(|reply| reply.outcome).map_err(|error| error.with_key(&key))
     }
 
-    /// The keys of this handle's namespace that are held, waited for or closed and begin with `prefix`, in order. About
-    /// the past, and not one snapshot.
+    /// Returns the keys of this handle's namespace that are held, waited for or closed and begin with `prefix`, each once
+    /// and in order, with the entries there that cannot be read. About the past, and not one snapshot.
+    ///
+    /// It reads page after page; [`list_page`](Self::list_page) gives each as it comes.
     ///
     /// # Errors
-    /// The store's faults.
+    /// The store's faults. That an entry is damaged is none.
     ///
     /// # Cancel safety
     /// Reads only.
-    pub async fn list(&self, prefix: &str) -> Result<Vec<KeyState>> {
-        const PAGE: usize = 500;
+    pub async fn list(&self, prefix: &str) -> Result<Listing> {
+        let mut pages: Vec<Listing> = Vec::new();
+        loop {
+            let cursor = pages.last().and_then(|page| page.next.as_ref());
+            let page = self.list_page(prefix, cursor).await?;
+            let is_last = page.next.is_none();
+            pages.push(page);
+            if is_last {
+                return Ok(Listing::merge(pages));
+            }
+        }
+    }
+
+    /// Returns a page of [`list`](Self::list): the first one without a cursor, and the one at [`Listing::next`] with it.
+    ///
+    /// Pages come in the store's order, and a store may repeat a key. A page may be empty and not be the last one.
+    ///
+    /// # Errors
+    /// The store's faults; [`ErrorKind::InvalidArgument`] for a cursor that another store made.
+    ///
+    /// # Cancel safety
+    /// Reads only.
+    pub async fn list_page(&self, prefix: &str, cursor: Option<&Cursor>) -> Result<Listing> {
+        /// Number of keys that a page looks at, about: some milliseconds of the store's time.
+        const PAGE: usize = 1_000;
         let shared = &self.handle.shared;
         shared.check_process()?;
         let prefix = namespace_prefix(&shared.config.namespace) + &normal(prefix);
-        let mut keys: Vec<KeyState> = Vec::new();
-        loop {
-            let after = keys.last().map(|state| state.key.clone());
-            let page = shared.step(|| shared.store.list(&prefix, after.as_ref(), PAGE)).await.result?.outcome;
-            let is_last = page.len() < PAGE;
-            keys.extend(page);
-            if is_last {
-                return Ok(keys);
-            }
-        }
+        let page = shared.step(|| shared.store.list(&prefix, cursor, PAGE)).await;
+        page.result.map(|reply| reply.outcome)
     }
 
     /// Whether somebody held the key a moment ago. Do not decide on it: ask for the lock.

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
-use stanchion::store::KeyState;
+use stanchion::store::{KeyState, Listing};
 use stanchion::{Clock, Locks};
 
 use crate::arguments::Watch;
 use crate::exit_code;
-use crate::message::Failure;
+use crate::message::{Failure, Verbosity};
 use crate::output::{Printed, escape, for_people, json_line, millis, print, wall_time};
 use crate::store::StoreChoice;
 
@@ -55,15 +55,20 @@ impl What {
     }
 }
 
-pub(super) fn execute(watch: &Watch, store: &StoreChoice) -> Result<u8, Failure> {
-    store.ask(async |locks| Ok(look_for_ever(watch, locks).await))?
+pub(super) fn execute(watch: &Watch, store: &StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
+    store.ask(async |locks| Ok(look_for_ever(watch, locks, verbosity).await))?
 }
 
-async fn look_for_ever(watch: &Watch, locks: &Locks) -> Result<u8, Failure> {
+async fn look_for_ever(watch: &Watch, locks: &Locks, verbosity: Verbosity) -> Result<u8, Failure> {
     let clock = Clock::system();
     let mut before: Option<Vec<KeyState>> = None;
+    let mut damaged = Vec::new();
     loop {
-        let now = locks.list(&watch.prefix).await?;
+        let Listing { keys: now, damaged: found, .. } = locks.list(&watch.prefix).await?;
+        if found != damaged {
+            super::ls::tell_damaged(&found, verbosity);
+            damaged = found;
+        }
         let time = wall_time(clock.wall());
         let mut text = String::new();
         for change in changes(before.as_deref(), &now, &time) {

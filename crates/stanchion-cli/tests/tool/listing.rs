@@ -113,6 +113,70 @@ fn watch_ends_when_nobody_reads_also_without_a_change() {
 }
 
 #[test]
+fn damaged_entries_are_named_and_end_ls_with_65() {
+    let world = World::new();
+    let _scene = scene(&world);
+    let bad = world.stanchion(["run", "bad", "-c", "touch $D/bad; exec sleep 600"]).start();
+    world.until_file("bad");
+    let long = world.stanchion(["run", "long", "-c", "touch $D/long; exec sleep 600"]).start();
+    world.until_file("long");
+    let db = rusqlite::Connection::open(world.path("state/stanchion/locks.db")).unwrap();
+    // By hand: what no program of ours writes.
+    db.execute_batch(
+        "UPDATE holds SET units = -1 WHERE key_id = (SELECT id FROM keys WHERE name = ':bad');
+         UPDATE holds SET granted_wall = 9223372036854775807, metadata = printf('%.70000c', 'x')
+             WHERE key_id = (SELECT id FROM keys WHERE name = ':long');
+         INSERT INTO keys SELECT NULL, ':', fence, used, holders, waiting, capacity, next_deadline, closed_until,
+             closed_until_wall, touched FROM keys WHERE name = ':long';",
+    )
+    .unwrap();
+    let out = world.stanchion(["ls"]).finish();
+    let keys: Vec<_> = out.stdout.lines().skip(1).map(|line| line.split("  ").next().unwrap().to_owned()).collect();
+    assert_eq!(keys, ["closed", "job 1", "long"], "{out:?}");
+    assert!(out.stdout.lines().all(|line| line.chars().count() < 300), "{out:?}");
+    let said: Vec<_> = out.stderr.lines().collect();
+    assert_eq!(said.len(), 2, "{out:?}");
+    assert!(
+        said[0].starts_with("stanchion: damaged entry `:`: ")
+            && said[1].starts_with("stanchion: damaged entry `bad`: ")
+    );
+    out.code(65);
+    // A pipe that nobody reads before the end has room for less.
+    db.execute_batch("UPDATE holds SET metadata = printf('%.9000c', 'x') WHERE length(metadata) > 9000").unwrap();
+    let json = world.stanchion(["ls", "--json"]).finish();
+    let lines: Vec<Value> = json.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 3);
+    assert_eq!(lines[2]["holders"][0]["since"], "9999-12-31T23:59:59.999Z");
+    assert_eq!(lines[2]["holders"][0]["metadata"].as_str().unwrap().len(), 9_000);
+    json.code(65);
+    world.stanchion(["ls", "job"]).finish().code(0);
+    world.stanchion(["inspect", "long"]).finish().code(0);
+    world.stanchion(["inspect", "bad"]).finish().code(70).says(&["key `bad` in sqlite: ", "cannot be read"]);
+    bad.send(Signal::KILL);
+    long.send(Signal::KILL);
+}
+
+#[test]
+fn text_of_others_fakes_neither_columns_nor_escapes() {
+    let world = World::new();
+    let key = "a  held  7\u{ad}\\n\u{202e}";
+    let holder =
+        world.stanchion(["run", key, "--metadata", "\u{200b}\u{7f}", "-c", "touch $D/held; exec sleep 600"]).start();
+    world.until_file("held");
+    let shown = r"a \u{20}held \u{20}7\u{ad}\\n\u{202e}";
+    let text = world.stanchion(["ls"]).finish().ok();
+    assert!(text.contains(shown) && text.contains(r"\u{200b}\u{7f}"), "{text}");
+    let json = world.stanchion(["ls", "--json"]).finish().ok();
+    assert!(json.contains(r#""a  held  7\u00ad\\n\u202e""#) && json.contains(r#""\u200b\u007f""#), "{json}");
+    let parsed: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(parsed["key"], key);
+    let busy = world.stanchion(["run", "-n", key, "--", "true"]).finish();
+    assert!(busy.stderr.contains(shown), "{busy:?}");
+    busy.code(75);
+    holder.send(Signal::KILL);
+}
+
+#[test]
 fn watch_tells_each_change_once() {
     let world = World::new();
     let _before = world.stanchion(["run", "job 0", "-c", "touch $D/before; exec sleep 600"]).start();

@@ -16,6 +16,27 @@ impl crate::on_a_server::Server for RedisServer {
 on_a_server!(|| RedisServer::with(Redis::Redis7, &["--requirepass", "hunter2"]));
 
 #[test]
+fn damaged_entries_are_named_and_end_ls_with_65() {
+    let server = RedisServer::start(Redis::Redis7);
+    let world = World::new();
+    let url = format!("redis://127.0.0.1:{}", server.port());
+    let holder = world.stanchion(["run", "--store", &url, "good", "-c", "touch $D/held; exec sleep 600"]).start();
+    world.until_file("held");
+    server.command(&["SET", "stanchion:{:bad\u{1b}}", "rubbish"]);
+    server.command(&["LPUSH", "stanchion:{:list}", "x"]);
+    let out = world.stanchion(["ls", "--store", &url]).finish();
+    assert!(out.stdout.contains("good  held"), "{out:?}");
+    let said: Vec<_> = out.stderr.lines().collect();
+    assert_eq!(said.len(), 2, "{out:?}");
+    assert!(said[0].ends_with(r"damaged entry `bad\u{1b}`: the record was not written by this library"), "{out:?}");
+    assert!(said[1].starts_with("stanchion: damaged entry `list`: "), "{out:?}");
+    out.code(65);
+    let inspected = world.stanchion(["inspect", "--store", &url, "bad\u{1b}"]).finish();
+    inspected.code(78).says(&[r"key `bad\u{1b}` in redis: the record was not written by this library"]);
+    holder.send(rustix::process::Signal::TERM);
+}
+
+#[test]
 fn a_server_that_is_away_is_code_69_and_one_that_would_lose_locks_78() {
     let world = World::new();
     let gone = world.stanchion(["run", "-w", "1s", "--store", "redis://127.0.0.1:1", "k", "--", "true"]).finish();

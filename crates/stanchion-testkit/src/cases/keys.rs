@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use stanchion::Store;
-use stanchion::store::{AcquireRequest, Demand, Term};
+use stanchion::store::{AcquireRequest, Demand, Listing, Term};
 use stanchion::{Key, MAX_KEY_BYTES};
 
-use crate::environment::{Environment, key};
+use crate::environment::{Environment, key, read_pages};
 
 fn odd_names() -> Vec<String> {
     let mut names: Vec<String> = [
@@ -89,11 +89,7 @@ pub async fn keys_of_any_content_are_apart_and_read_back_whole<S: Store>(env: &E
         assert_eq!(state.key, *key);
         assert_eq!(state.holders[0].fence, granted.fence);
     }
-    let mut listed: Vec<Key> =
-        actor.store.list("", None, 1_000).await.unwrap().outcome.into_iter().map(|state| state.key).collect();
-    let ordered = listed.clone();
-    listed.sort_by(|a, b| a.as_encoded().cmp(b.as_encoded()));
-    assert_eq!(ordered, listed, "in order");
+    let listed: Vec<Key> = actor.lists("").await.into_iter().map(|state| state.key).collect();
     let mut expected = keys.clone();
     expected.sort_by(|a, b| a.as_encoded().cmp(b.as_encoded()));
     assert_eq!(listed, expected);
@@ -115,10 +111,7 @@ pub async fn an_unknown_key_is_free_and_not_listed<S: Store>(env: &Environment<S
     assert_eq!((state.holders.len(), state.waiters.len(), state.closed_for), (0, 0, None));
     let (token, _) = actor.takes(&key("past")).await;
     actor.releases(&key("past"), token).await;
-    assert!(
-        actor.store.list("", None, 10).await.unwrap().outcome.is_empty(),
-        "only what is held, waited for or closed"
-    );
+    assert!(actor.lists("").await.is_empty(), "only what is held, waited for or closed");
 }
 
 pub async fn what_is_seen_of_holders_and_waiters<S: Store>(env: &Environment<S>) {
@@ -178,22 +171,16 @@ pub async fn listing_goes_by_prefix_and_page<S: Store>(env: &Environment<S>) {
         actor.takes(&key(name)).await;
     }
     actor.takes(&Key::new("other", "a00").unwrap()).await;
-    let mut seen: Vec<String> = Vec::new();
-    let mut after = None;
-    loop {
-        let page = actor.store.list(":a", after.as_ref(), 7).await.unwrap().outcome;
-        assert!(page.len() <= 7);
-        seen.extend(page.iter().map(|state| state.key.name().to_owned()));
-        let Some(last) = page.last() else { break };
-        after = Some(last.key.clone());
-    }
+    let (pages, damaged) = read_pages(&actor.store, ":a", 7).await;
+    assert_eq!(damaged, []);
+    let seen = Listing::merge(pages).keys;
+    let seen: Vec<&str> = seen.iter().map(|state| state.key.name()).collect();
     let mut expected: Vec<String> =
         (0..25).map(|i| format!("a{i:02}")).chain(["a", "aa%", "a_"].map(str::to_owned)).collect();
     expected.sort();
     assert_eq!(seen, expected);
-    let all = actor.store.list("", None, 1_000).await.unwrap().outcome;
-    assert_eq!(all.len(), 30);
-    assert!(actor.store.list(":nothing", None, 10).await.unwrap().outcome.is_empty());
+    assert_eq!(actor.lists("").await.len(), 30);
+    assert!(actor.lists(":nothing").await.is_empty());
 }
 
 pub async fn what_has_ended_is_not_listed<S: Store>(env: &Environment<S>) {
@@ -205,7 +192,7 @@ pub async fn what_has_ended_is_not_listed<S: Store>(env: &Environment<S>) {
     actor.store.release(&key("cooling"), token, Some(Duration::from_secs(1))).await.unwrap();
     actor.takes(&key("held")).await;
     let names = async || -> Vec<String> {
-        let listed = actor.store.list("", None, 100).await.unwrap().outcome;
+        let listed = actor.lists("").await;
         listed.iter().map(|state| state.key.name().to_owned()).collect()
     };
     assert_eq!(names().await, ["cooling", "dead", "expired", "held"]);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use stanchion::{Error, ErrorKind, Event, Fence, Locks, LossCause, Outcome, OwnerStatus, Released, Store, Wanted};
 
-use crate::environment::{Environment, Random, seed, until};
+use crate::environment::{Environment, Random, list_all, seed, until};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -298,7 +298,7 @@ pub async fn what_was_run_once_is_not_run_again_for_its_cooldown<S: Store>(env: 
     assert_eq!(bad.kind(), ErrorKind::InvalidArgument);
     let store = env.open();
     let records = async || -> usize {
-        let keys = store.list("", None, 10).await.unwrap().outcome;
+        let keys = list_all(&store, "").await;
         keys.iter().map(|key| key.holders.len()).sum()
     };
     until("the former records are gone", async || records().await == 1).await;

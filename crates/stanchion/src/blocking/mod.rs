@@ -37,7 +37,7 @@ use crate::builder::Builder;
 use crate::error::{Error, Result};
 use crate::event::{Event, EventStream};
 use crate::fence::Fence;
-use crate::store::{Capabilities, EvictOutcome, KeyState, Store};
+use crate::store::{Capabilities, Cursor, EvictOutcome, KeyState, Listing, Store};
 use crate::token::{SessionId, Token};
 use driver::Driver;
 
@@ -169,13 +169,21 @@ impl Locks {
         self.driver.call(self.locks.inspect(key))
     }
 
-    /// The keys of this handle's namespace that are held, waited for or closed and begin with `prefix`, in order. About
-    /// the past, and not one snapshot.
+    /// Returns the keys of this handle's namespace that are held, waited for or closed and begin with `prefix`, each once
+    /// and in order, with the entries there that cannot be read. About the past, and not one snapshot.
     ///
     /// # Errors
-    /// The store's faults.
-    pub fn list(&self, prefix: &str) -> Result<Vec<KeyState>> {
+    /// The store's faults. That an entry is damaged is none.
+    pub fn list(&self, prefix: &str) -> Result<Listing> {
         self.driver.call(self.locks.list(prefix))
+    }
+
+    /// Returns a page of [`list`](Self::list): the first one without a cursor, and the one at [`Listing::next`] with it.
+    ///
+    /// # Errors
+    /// As [`stanchion::Locks::list_page`](crate::Locks::list_page).
+    pub fn list_page(&self, prefix: &str, cursor: Option<&Cursor>) -> Result<Listing> {
+        self.driver.call(self.locks.list_page(prefix, cursor))
     }
 
     /// Whether somebody held the key a moment ago. Do not decide on it: ask for the lock.

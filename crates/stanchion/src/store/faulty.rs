@@ -423,10 +423,10 @@ impl<S: Store> Store for Faulty<S> {
         self.faults.meet(Step::Inspect, again).await
     }
 
-    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
+    async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
         let again = || {
-            let (inner, prefix, after) = (self.inner.clone(), prefix.to_owned(), after.cloned());
-            async move { inner.list(&prefix, after.as_ref(), limit).await }
+            let (inner, prefix, cursor) = (self.inner.clone(), prefix.to_owned(), cursor.cloned());
+            async move { inner.list(&prefix, cursor.as_ref(), limit).await }
         };
         self.faults.meet(Step::List, again).await
     }

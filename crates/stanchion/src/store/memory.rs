@@ -220,25 +220,26 @@ impl Store for Memory {
         step.reply(state)
     }
 
-    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
+    async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
         let mut step = self.step();
-        let from = after.map_or(prefix, |after| after.as_encoded().max(prefix)).to_owned();
-        let mut listed = Vec::new();
+        let mut listing = Listing::default();
+        let after = cursor.map_or("", Cursor::as_str);
         // Settling may drop a record, so keys are taken one by one.
-        let mut keys: Vec<Key> = step.state.keys.range(from..).map(|(_, record)| record.key.clone()).collect();
-        keys.retain(|key| Some(key) != after);
+        let within = step.state.keys.range(after.max(prefix).to_owned()..).map(|(_, record)| record.key.clone());
+        let within = within.take_while(|key| key.as_encoded().starts_with(prefix));
+        let keys: Vec<Key> = within.filter(|key| key.as_encoded() != after).take(limit.max(1)).collect();
+        if keys.len() == limit.max(1) {
+            listing.next = keys.last().map(|key| Cursor::new(key.as_encoded()));
+        }
         for key in keys {
-            if listed.len() >= limit || !key.as_encoded().starts_with(prefix) {
-                break;
-            }
             let record = step.take(&key);
             let idle = record.holds.is_empty() && record.queue.is_empty() && record.closed_until.is_none();
             if !idle {
-                listed.push(step.state_of(&record));
+                listing.keys.push(step.state_of(&record));
             }
             step.put(record);
         }
-        step.reply(listed)
+        step.reply(listing)
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {

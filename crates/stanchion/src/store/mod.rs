@@ -120,9 +120,18 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// What is known of one key. Stale when read.
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>>;
 
-    /// Keys that are held, waited for or closed, in order of [`Key::as_encoded`], that begin with `prefix` and come
-    /// after `after`; at most `limit`. Not one snapshot over several pages.
-    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>>;
+    /// Returns a page of the keys that are held, waited for or closed and whose [`Key::as_encoded`] begins with `prefix`.
+    ///
+    /// - The listing begins without a cursor, goes on with [`Listing::next`], and is over when there is none. A page may
+    ///   find nothing and have a next one all the same.
+    /// - A page does a bounded amount of work, whatever it finds: it looks at about `limit` keys, at one or more of them,
+    ///   and may return a few more than that.
+    /// - Keys come in the store's order. A key that is in use during the whole listing is on a page; a store may repeat it on
+    ///   a later one. Several pages are no snapshot.
+    /// - It reads only, so it need not keep rule 2, but it leaves out what is over: holds and waiters whose session is dead,
+    ///   holds whose deadline has passed.
+    /// - What cannot be read is named in [`Listing::damaged`] and ends nothing.
+    async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>>;
 
     /// The push stream of a session. Called once per session, before it is opened. Pushes are hints: a lost one costs
     /// time, never correctness. The stream may end early; then the caller lives by polling.
@@ -172,8 +181,8 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
         (**self).inspect(key).await
     }
-    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
-        (**self).list(prefix, after, limit).await
+    async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
+        (**self).list(prefix, cursor, limit).await
     }
     fn grants(&self, session: SessionId) -> GrantStream {
         (**self).grants(session)

@@ -129,8 +129,8 @@ impl<S: Store> Store for Observed<S> {
         observe!(self, Inspect, Some(key.clone()), self.inner.inspect(key))
     }
 
-    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
-        observe!(self, List, None, self.inner.list(prefix, after, limit))
+    async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
+        observe!(self, List, None, self.inner.list(prefix, cursor, limit))
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {

@@ -135,25 +135,15 @@ impl<S: Store> Store for Prefixed<S> {
         Ok(reply)
     }
 
-    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
-        let prefix = namespace_prefix(&self.prefix) + prefix;
-        let mut after = after.map(|after| self.within(after));
-        let mut states = Vec::new();
-        loop {
-            let Reply { time, outcome: page } = self.inner.list(&prefix, after.as_ref(), limit).await?;
-            let is_last = page.len() < limit;
-            after = page.last().map(|state| state.key.clone());
-            for state in page {
-                if let Ok(key) = state.key.without(&self.prefix) {
-                    states.push(KeyState { key, ..state });
-                }
-            }
-            // A page that is shorter than asked for would be taken for the last one.
-            if is_last || states.len() >= limit {
-                states.truncate(limit);
-                return Ok(Reply { time, outcome: states });
-            }
+    async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
+        let own = namespace_prefix(&self.prefix);
+        let Reply { time, mut outcome } = self.inner.list(&(own.clone() + prefix), cursor, limit).await?;
+        let within = |state: KeyState| Some(KeyState { key: state.key.without(&self.prefix).ok()?, ..state });
+        outcome.keys = outcome.keys.into_iter().filter_map(within).collect();
+        for entry in &mut outcome.damaged {
+            entry.name = entry.name.strip_prefix(&own).unwrap_or(&entry.name).to_owned();
         }
+        Ok(Reply { time, outcome })
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {
@@ -185,14 +175,14 @@ mod tests {
         let locks = Locks::with_store(prefixed.clone()).await.unwrap();
         let _own = locks.lock_all(["x", "y"]).await.unwrap();
         for limit in 1..4 {
-            let (mut after, mut found) = (None, Vec::new());
+            let (mut cursor, mut found) = (None, Vec::new());
             loop {
-                let page = prefixed.list("", after.as_ref(), limit).await.unwrap().outcome;
-                assert!(page.len() <= limit);
-                found.extend(page.iter().map(|state| state.key.name().to_owned()));
-                match page.last() {
-                    Some(last) if page.len() == limit => after = Some(last.key.clone()),
-                    _ => break,
+                let page = prefixed.list("", cursor.as_ref(), limit).await.unwrap().outcome;
+                assert!(page.len() <= limit && page.damaged.is_empty());
+                found.extend(page.keys.iter().map(|state| state.key.name().to_owned()));
+                cursor = page.next;
+                if cursor.is_none() {
+                    break;
                 }
             }
             assert_eq!(found, ["x", "y"], "{limit} at a time");

@@ -425,3 +425,80 @@ pub struct WaiterState {
     /// Where the call came from.
     pub trace: Option<String>,
 }
+
+/// Keys that a listing found: a page of them, or all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listing {
+    /// Keys that are held, waited for or closed.
+    pub keys: Vec<KeyState>,
+    /// Entries that the store holds and this program cannot read.
+    pub damaged: Vec<DamagedEntry>,
+    /// The cursor of the next page, or `None` after the last one.
+    pub next: Option<Cursor>,
+}
+
+impl Listing {
+    /// Returns all of these pages as one listing: each key once, in order, and without a next page.
+    #[must_use]
+    pub fn merge(pages: impl IntoIterator<Item = Self>) -> Self {
+        let mut all = Self::default();
+        for mut page in pages {
+            all.keys.append(&mut page.keys);
+            all.damaged.append(&mut page.damaged);
+        }
+        // A store has an order of its own, and may repeat a key.
+        all.keys.sort_by(|one, other| one.key.cmp(&other.key));
+        all.keys.dedup_by(|one, other| one.key == other.key);
+        all.damaged.sort();
+        all.damaged.dedup();
+        all
+    }
+
+    /// Returns whether nothing was found, neither a key nor a damaged entry.
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty() && self.damaged.is_empty()
+    }
+
+    /// Returns the number of keys, damaged entries not included.
+    pub fn len(&self) -> usize {
+        self.keys.len()
+    }
+}
+
+/// An entry of a store that cannot be read: somebody else wrote it, or it is broken.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DamagedEntry {
+    /// The name under which the store keeps it: [`Key::as_encoded`] if it is the name of a key. Bytes that are not UTF-8 are
+    /// replaced.
+    pub name: String,
+    /// A lowercase fragment that says what is wrong with it.
+    pub problem: String,
+}
+
+impl DamagedEntry {
+    /// An entry of this name with this problem.
+    pub fn new(name: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self { name: name.into(), problem: problem.into() }
+    }
+}
+
+/// The place at which a listing goes on. Opaque: only the store that made it can read it, for the same prefix.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Cursor(String);
+
+impl Cursor {
+    /// A cursor with this text, for authors of stores.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    /// Returns the text that the store gave it.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Maximum number of holds and waiters on one page, a last key with many of them aside: a page is answered within the time
+/// of one request.
+#[cfg(any(feature = "firestore", feature = "redis", feature = "sqlite"))]
+pub(crate) const MAX_ROWS_PER_PAGE: usize = 20_000;

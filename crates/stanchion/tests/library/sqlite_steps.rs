@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::sqlite_support::{Handle, SESSION, folder, granted, key, queued, until, within};
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Demand, EndOutcome, EvictOutcome,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Cursor, Demand, EndOutcome, EvictOutcome,
     EvictRequest, ExtendOutcome, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, PollOutcome, Prefixed, Push, Sqlite,
     Store, StoreTime, Term,
 };
@@ -174,7 +174,7 @@ async fn a_cooldown_closes_the_key_and_its_end_is_told() {
     b.store.release(&job, waiting, Some(60 * SECOND)).await.unwrap();
     assert_eq!(a.store.list("", None, 9).await.unwrap().outcome.len(), 1);
     time.advance(60 * SECOND);
-    assert_eq!(a.store.list("", None, 9).await.unwrap().outcome, []);
+    assert!(a.store.list("", None, 9).await.unwrap().outcome.is_empty());
     a.hold(&job).await;
 }
 
@@ -499,16 +499,65 @@ async fn list_pages_through_keys_in_order() {
     }
     let (token, _) = a.hold(&key("b:0")).await;
     a.release(&key("b:0"), token).await;
-    let names = async |prefix: &str, after: Option<&str>, limit| {
-        let after = after.map(key);
-        let listed = a.store.list(prefix, after.as_ref(), limit).await.unwrap().outcome;
-        listed.into_iter().map(|state| state.key.name().to_owned()).collect::<Vec<_>>()
+    let page = async |prefix: &str, cursor: Option<Cursor>, limit| {
+        let listed = a.store.list(prefix, cursor.as_ref(), limit).await.unwrap().outcome;
+        let names: Vec<_> = listed.keys.iter().map(|state| state.key.name().to_owned()).collect();
+        (names, listed.next)
     };
-    assert_eq!(names("", None, 10).await, ["a:1", "b:1", "b:2", "b:3", "c:1"]);
-    assert_eq!(names(":b:", None, 2).await, ["b:1", "b:2"]);
-    assert_eq!(names(":b:", Some("b:2"), 10).await, ["b:3"]);
-    assert_eq!(names(":b:", Some("c:1"), 10).await, [] as [&str; 0]);
-    assert_eq!(names("", None, 0).await, [] as [&str; 0]);
+    assert_eq!(page("", None, 10).await.0, ["a:1", "b:1", "b:2", "b:3", "c:1"]);
+    let (names, next) = page(":b:", None, 2).await;
+    assert_eq!(names, ["b:1", "b:2"]);
+    assert_eq!(page(":b:", next, 10).await, (vec!["b:3".to_owned()], None));
+}
+
+#[tokio::test]
+async fn damaged_rows_are_named_and_skipped() {
+    let (_temp, folder) = folder();
+    let a = Handle::open(&folder).await;
+    for name in ["good", "far", "negative", "foreign"] {
+        a.hold(&key(name)).await;
+    }
+    let db = rusqlite::Connection::open(folder.join("locks.db")).unwrap();
+    db.execute_batch(
+        "UPDATE holds SET granted_wall = 9223372036854775807, granted = -9223372036854775808
+             WHERE key_id = (SELECT id FROM keys WHERE name = ':far');
+         UPDATE holds SET units = -1 WHERE key_id = (SELECT id FROM keys WHERE name = ':negative');
+         UPDATE holds SET session = x'00' WHERE key_id = (SELECT id FROM keys WHERE name = ':foreign');
+         INSERT INTO keys SELECT NULL, 'no key', fence, used, holders, waiting, capacity, next_deadline, closed_until,
+             closed_until_wall, touched FROM keys WHERE name = ':good';
+         INSERT INTO keys SELECT NULL, CAST(x'3aff' AS TEXT), fence, used, holders, waiting, capacity, next_deadline,
+             closed_until, closed_until_wall, touched FROM keys WHERE name = ':good';",
+    )
+    .unwrap();
+    let listing = a.store.list("", None, 100).await.unwrap().outcome;
+    assert_eq!(listing.keys.iter().map(|state| state.key.name()).collect::<Vec<_>>(), ["far", "good"]);
+    let damaged: Vec<_> = listing.damaged.iter().map(|entry| &*entry.name).collect();
+    assert_eq!(damaged, [":foreign", ":negative", ":\u{fffd}", "no key"]);
+    assert!(a.store.inspect(&key("negative")).await.unwrap_err().to_string().contains("cannot be read"));
+    // The page goes on behind a name that is no text.
+    let mut cursor = None;
+    for _ in 0..10 {
+        let page = a.store.list("", cursor.as_ref(), 1).await.unwrap().outcome;
+        cursor = page.next;
+        if cursor.is_none() {
+            return;
+        }
+    }
+    panic!("the listing has no end");
+}
+
+#[tokio::test]
+async fn listing_keys_of_the_dead_writes_nothing() {
+    let (_temp, folder) = folder();
+    let (a, b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    for at in 0..200 {
+        a.hold(&key(&format!("k{at}"))).await;
+    }
+    // Nobody holds this file any more, as if the process of its session had been killed.
+    std::fs::remove_file(folder.join("sessions").join(format!("{}.lock", a.session.to_hex()))).unwrap();
+    let before = b.store.write_transactions();
+    assert!(b.store.list("", None, 1_000).await.unwrap().outcome.is_empty());
+    assert_eq!(b.store.write_transactions(), before);
 }
 
 #[tokio::test]

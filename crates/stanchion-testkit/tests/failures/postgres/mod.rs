@@ -6,6 +6,7 @@ mod connections;
 mod costs;
 mod fences;
 mod isolation;
+mod listing;
 mod settings;
 
 use std::sync::Arc;

@@ -13,6 +13,7 @@ mod commands;
 mod damage;
 mod failovers;
 mod forgetting;
+mod listing;
 mod messages;
 mod processes;
 mod refusals;

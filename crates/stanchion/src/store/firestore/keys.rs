@@ -70,7 +70,7 @@ impl Inner {
     }
 
     /// Reads all of a key, as it was at this time.
-    async fn load(&self, key: &Key) -> Result<(Loaded, u64)> {
+    pub(super) async fn load(&self, key: &Key) -> Result<(Loaded, u64)> {
         // A queue that changes between the two requests is read again.
         for round in rounds() {
             round.pause().await;

@@ -1,110 +1,154 @@
-//! Listing keys: by a query, in order, and as every other step would see them.
+//! Lists keys by a query, in order, a page at a time. Nothing is written: what is over is left out.
 
-use std::collections::BTreeSet;
+use std::collections::HashSet;
+use std::sync::Arc;
 
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use googleapis_tonic_google_firestore_v1::google::firestore::v1::structured_query::field_filter::Operator;
 
-use super::connect::{Lane, Wanted};
+use super::connect::Lane;
 use super::document::{query, text, text_of};
-use super::step::Step;
+use super::record::{KeyRecord, session_of};
+use super::step::{Life, Loaded, Step};
 use super::{Inner, reply};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
-use crate::store::{KeyState, Reply};
+use crate::store::{Cursor, DamagedEntry, Listing, MAX_ROWS_PER_PAGE, Reply};
+use crate::token::SessionId;
+
+/// Maximum number of documents that one query reads.
+const MAX_DOCUMENTS: usize = 300;
+
+/// Number of waiters on a page of a queue, about.
+const WAITERS_PER_LEAF: usize = 200;
 
 impl Inner {
-    pub(super) async fn list(
+    pub(super) async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
+        let condition = match cursor.map(Cursor::as_str).filter(|after| *after >= prefix) {
+            Some(after) => (Operator::GreaterThan, text(after)),
+            None => (Operator::GreaterThanOrEqual, text(prefix)),
+        };
+        let limit = limit.clamp(1, MAX_DOCUMENTS);
+        let page = query(self.names.keys(), "key", vec![condition], true, limit);
+        let (documents, now) = self.service.ask(Lane::Steps, self.names.root(), page).await?;
+        self.tell(now);
+        let mut listing = Listing::default();
+        let (mut found, mut rows, mut last) = (Vec::new(), 0, None);
+        let mut is_last = documents.len() < limit;
+        for document in &documents {
+            // The query gives only those that have it, as a text.
+            let name = text_of(document, "key")?;
+            if !name.starts_with(prefix) {
+                is_last = true;
+                break;
+            }
+            match self.read_listed(document, name, &mut rows, last.is_none()).await? {
+                Ok(Some(loaded)) => found.push(loaded),
+                Ok(None) => {
+                    is_last = false;
+                    break;
+                }
+                Err(problem) => listing.damaged.push(DamagedEntry::new(name, problem)),
+            }
+            last = Some(name);
+        }
+        listing.next = last.filter(|_| !is_last).map(Cursor::new);
+        self.show(found, now, &mut listing).await?;
+        Ok(reply(now, listing))
+    }
+
+    /// All of a listed key, or what is wrong with it. None: the page has no room for it.
+    async fn read_listed(
         &self,
-        prefix: &str,
-        after: Option<&Key>,
-        limit: usize,
-        wanted: &Wanted,
-    ) -> Result<Reply<Vec<KeyState>>> {
-        let mut listed = Vec::new();
-        let mut after = after.map(|after| after.as_encoded().to_owned());
-        loop {
-            let mut conditions = vec![(Operator::GreaterThanOrEqual, text(prefix))];
-            if let Some(after) = after.as_deref().filter(|after| *after >= prefix) {
-                conditions = vec![(Operator::GreaterThan, text(after))];
-            }
-            let wanted_now = (limit - listed.len()).clamp(1, 300);
-            let page = query(self.names.keys(), "key", conditions, true, wanted_now);
-            let (documents, now) = self.service.ask(Lane::Steps, self.names.root(), page).await?;
-            self.tell(now);
-            let is_last = documents.len() < wanted_now;
-            let keys = documents.iter().map(|document| Key::from_encoded(text_of(document, "key")?));
-            let keys = keys.collect::<Result<Vec<_>>>()?;
-            let within = keys.iter().take_while(|key| key.as_encoded().starts_with(prefix)).count();
-            let states = self.states(&documents[..within], &keys[..within], now, wanted).await?;
-            let room = limit - listed.len();
-            listed.extend(states.into_iter().take(room));
-            after = keys.last().map(|key| key.as_encoded().to_owned());
-            if is_last || within < keys.len() || listed.len() >= limit {
-                return Ok(reply(now, listed));
-            }
+        document: &api::Document,
+        name: &str,
+        rows: &mut usize,
+        is_first: bool,
+    ) -> Result<std::result::Result<Option<(Key, Loaded)>, String>> {
+        let read = Key::from_encoded(name).and_then(|key| Ok((key, KeyRecord::read(document)?.0)));
+        let (key, record) = match read {
+            Ok(read) => read,
+            Err(problem) => return Ok(Err(problem.message().to_owned())),
+        };
+        if document.name != self.names.key(&key) {
+            return Ok(Err("its document is not where that of this key is looked for".into()));
+        }
+        *rows += record.holds.len() + record.front.len() + record.pages.len() * WAITERS_PER_LEAF;
+        if *rows > MAX_ROWS_PER_PAGE && !is_first {
+            return Ok(Ok(None));
+        }
+        let loaded = match self.load_rest(document).await {
+            // It changes just now.
+            Ok(None) => self.load(&key).await.map(|(loaded, _)| loaded),
+            loaded => loaded.map(|loaded| loaded.map(|(loaded, _)| loaded).unwrap_or_default()),
+        };
+        match loaded {
+            Ok(loaded) => Ok(Ok(Some((key, loaded)))),
+            Err(fault) if is_damage(&fault) => Ok(Err(fault.message().to_owned())),
+            Err(fault) => Err(fault),
         }
     }
 
-    /// What is known of keys whose documents are at hand. Those that are not idle.
-    async fn states(
-        &self,
-        documents: &[api::Document],
-        keys: &[Key],
-        now: u64,
-        wanted: &Wanted,
-    ) -> Result<Vec<KeyState>> {
-        let mut loaded = Vec::new();
-        for document in documents {
-            loaded.push(self.load_rest(document).await?);
-        }
-        let mut lives = self.sessions.known();
-        let mut states = Vec::new();
-        let mut now = now;
+    /// Lists what is neither over nor of a dead session.
+    async fn show(&self, found: Vec<(Key, Loaded)>, now: u64, listing: &mut Listing) -> Result<()> {
+        let (mut lives, mut now) = (self.sessions.known(), now);
+        let mut unreadable = HashSet::new();
         loop {
-            let mut unknown = BTreeSet::new();
-            states.clear();
-            for (key, loaded) in keys.iter().zip(&loaded) {
-                let Some((loaded, _)) = loaded else {
-                    states.push((key, None));
-                    continue;
-                };
+            let (mut keys, mut damaged, mut unknown) = (Vec::new(), Vec::new(), HashSet::new());
+            for (key, loaded) in &found {
                 let mut step = Step::new(key, &self.names, loaded, &lives, now);
-                step.settle();
+                step.end_what_is_over();
                 step.settle_all();
-                step.settle();
                 unknown.extend(step.unknown());
-                let (state, is_idle) = (step.state(), step.is_idle());
-                let is_settled = unknown.is_empty() && step.writes()?.0.is_empty();
-                states.push((key, is_settled.then_some((state, is_idle))));
+                if step.sessions().any(|session| session_of(session).is_ok_and(|it| unreadable.contains(&it))) {
+                    let problem = "the session of a holder or of a waiter cannot be read";
+                    damaged.push(DamagedEntry::new(key.as_encoded(), problem));
+                } else if !step.is_idle() {
+                    keys.push(step.state());
+                }
             }
             if unknown.is_empty() {
-                break;
+                listing.keys = keys;
+                listing.damaged.append(&mut damaged);
+                return Ok(());
             }
-            let unknown: Vec<_> = unknown.into_iter().collect();
-            let (read, later) = self.sessions.read(&self.service, &self.names, &unknown).await?;
+            let unknown: Vec<SessionId> = unknown.into_iter().collect();
+            let (read, later) = match self.sessions.read(&self.service, &self.names, &unknown).await {
+                Err(fault) if is_damage(&fault) => self.read_each(&unknown, &mut unreadable, now).await?,
+                read => read?,
+            };
             lives.extend(read);
             now = now.max(later);
         }
-        let mut seen = Vec::new();
-        for (key, state) in states {
-            let (state, is_idle) = match state {
-                Some(state) => state,
-                // Something is over, or changes just now.
-                None => {
-                    self.step(key, wanted, |step| {
-                        step.settle_all();
-                        step.settle();
-                        (step.state(), step.is_idle())
-                    })
-                    .await?
-                    .outcome
+    }
+
+    /// Reads sessions one by one, because one of them cannot be read.
+    async fn read_each(
+        &self,
+        sessions: &[SessionId],
+        unreadable: &mut HashSet<SessionId>,
+        now: u64,
+    ) -> Result<(Vec<(SessionId, Life)>, u64)> {
+        let (mut lives, mut now) = (Vec::new(), now);
+        for session in sessions {
+            match self.sessions.read(&self.service, &self.names, std::slice::from_ref(session)).await {
+                Ok((read, later)) => {
+                    lives.extend(read);
+                    now = now.max(later);
                 }
-            };
-            if !is_idle {
-                seen.push(state);
+                Err(fault) if is_damage(&fault) => {
+                    unreadable.insert(*session);
+                    // As if it lived: the keys that it has are named.
+                    lives.push((*session, Life { ends: u64::MAX, owner: Arc::default(), document: None }));
+                }
+                Err(fault) => return Err(fault),
             }
         }
-        Ok(seen)
+        Ok((lives, now))
     }
+}
+
+/// A fault that is one of the data and not of the service.
+fn is_damage(fault: &Error) -> bool {
+    matches!(fault.kind(), ErrorKind::Internal | ErrorKind::Misconfigured)
 }

@@ -49,9 +49,9 @@ use crate::clock::{BootTime, Clock};
 use crate::error::Result;
 use crate::key::Key;
 use crate::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, EndOutcome, EvictOutcome,
-    EvictRequest, ExtendOutcome, GrantStream, KeyState, OpenOutcome, OpenSession, PollOutcome, Reply, Store, StoreTime,
-    push_channel,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, Cursor, EndOutcome,
+    EvictOutcome, EvictRequest, ExtendOutcome, GrantStream, KeyState, Listing, OpenOutcome, OpenSession, PollOutcome,
+    Reply, Store, StoreTime, push_channel,
 };
 use crate::token::{SessionId, TokenId};
 
@@ -333,12 +333,9 @@ impl Store for Firestore {
         .await
     }
 
-    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
-        let (prefix, after) = (prefix.to_owned(), after.cloned());
-        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
-            inner.list(&prefix, after.as_ref(), limit, &wanted).await
-        })
-        .await
+    async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
+        let (prefix, cursor) = (prefix.to_owned(), cursor.cloned());
+        self.run(async move |inner: Arc<Inner>, _| inner.list(&prefix, cursor.as_ref(), limit).await).await
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {

@@ -23,18 +23,18 @@ use tokio_postgres::{Row, Transaction};
 use self::borrowed::UsersPool;
 use self::config::Config;
 use self::connect::{Parameter, Pool, lock, within};
-use self::error::{NAME, from_answer, malformed};
-use self::rows::{column, granted, micros, not_after, number, parameters, span, states, time};
+use self::error::{NAME, error, from_answer, malformed};
+use self::rows::{column, granted, listing, micros, not_after, number, parameters, span, time};
 use self::together::{Step, Together};
 use crate::clock::{BootTime, Clock, jitter};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::streams::Streams;
 use crate::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, EndOutcome, EvictOutcome,
-    EvictRequest, ExtendOutcome, GrantStream, KeyState, LostToken, OpenOutcome, OpenSession, PollOutcome, Queued,
-    Reply, Store,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, Cursor, EndOutcome,
+    EvictOutcome, EvictRequest, ExtendOutcome, GrantStream, KeyState, Listing, LostToken, OpenOutcome, OpenSession,
+    PollOutcome, Queued, Reply, Store,
 };
 use crate::token::{SessionId, TokenId};
 
@@ -46,6 +46,9 @@ const TIDY_EVERY: Duration = Duration::from_secs(10);
 
 /// A session is opened while its first attempt to listen goes on, if that takes longer.
 const TRIED_WITHIN: Duration = Duration::from_millis(500);
+
+/// Maximum number of keys on one page of a listing.
+const MAX_KEYS_PER_PAGE: usize = 10_000;
 
 /// How often a waiter asks where no push comes.
 const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
@@ -469,7 +472,10 @@ impl Store for Postgres {
 
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
         let rows = self.inner.looked("inspect", vec![text(key.as_encoded())]).await?;
-        let Reply { time, outcome } = states(&rows)?;
+        let Reply { time, outcome: Listing { keys, damaged, .. } } = listing(&rows)?;
+        if let Some(entry) = damaged.into_iter().next() {
+            return Err(error(ErrorKind::Internal, entry.problem));
+        }
         let nothing = KeyState {
             key: key.clone(),
             capacity: None,
@@ -478,15 +484,18 @@ impl Store for Postgres {
             last_fence: None,
             closed_for: None,
         };
-        Ok(Reply { time, outcome: outcome.into_iter().next().unwrap_or(nothing) })
+        Ok(Reply { time, outcome: keys.into_iter().next().unwrap_or(nothing) })
     }
 
-    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
-        let after = after.map_or("", Key::as_encoded);
-        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
+        let after = cursor.map_or("", Cursor::as_str);
+        let limit = i64::try_from(limit.clamp(1, MAX_KEYS_PER_PAGE)).unwrap_or(1);
         let parameters = vec![text(prefix), text(after), (Box::new(limit) as _, Type::INT8)];
-        let rows = self.inner.looked("list", parameters).await?;
-        states(&rows)
+        let mut page = listing(&self.inner.looked("list_page", parameters).await?)?;
+        let is_used =
+            |state: &KeyState| !(state.holders.is_empty() && state.waiters.is_empty() && state.closed_for.is_none());
+        page.outcome.keys.retain(is_used);
+        Ok(page)
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {

@@ -9,7 +9,7 @@ use super::error::malformed;
 use crate::error::Result;
 use crate::fence::Fence;
 use crate::key::Key;
-use crate::store::{Granted, HolderState, KeyState, Reply, StoreTime, WaiterState};
+use crate::store::{Cursor, DamagedEntry, Granted, HolderState, KeyState, Listing, Reply, StoreTime, WaiterState};
 
 /// The parameters of a call, with their types.
 macro_rules! parameters {
@@ -56,51 +56,113 @@ pub(super) fn number(row: &Row) -> Result<u32> {
     u32::try_from(number.unwrap_or_default()).map_err(|_| malformed())
 }
 
-/// The keys that rows tell of, in order.
-pub(super) fn states(rows: &[Row]) -> Result<Reply<Vec<KeyState>>> {
-    let mut states: Vec<KeyState> = Vec::new();
-    let mut answered = None;
-    for row in rows {
-        let now: i64 = column(row, "now_is")?;
-        let kind: &str = column(row, "kind")?;
-        if kind == "time" {
-            answered = Some(StoreTime::from_micros(u64::try_from(now).map_err(|_| malformed())?));
-            continue;
-        }
-        let remaining: Option<Duration> = column::<Option<i64>>(row, "remaining")?.map(span);
-        if kind == "key" {
-            let last_fence = column::<Option<i64>>(row, "fence")?.map(|_| fence(row)).transpose()?;
-            states.push(KeyState {
-                key: Key::from_encoded(column(row, "of_key")?)?,
-                capacity: None,
-                holders: Vec::new(),
-                waiters: Vec::new(),
-                last_fence,
-                closed_for: remaining,
-            });
-            continue;
-        }
-        let state = states.last_mut().ok_or_else(malformed)?;
-        let whole = |name| column::<i32>(row, name).and_then(|number| u32::try_from(number).map_err(|_| malformed()));
-        state.capacity.get_or_insert(whole("capacity")?);
-        let since: i64 = column(row, "since")?;
-        let (owner, units, age) = (column(row, "owner")?, whole("units")?, span(now - since));
-        let (metadata, trace) = (column(row, "metadata")?, column(row, "trace")?);
-        if kind == "hold" {
-            state.holders.push(HolderState {
-                fence: fence(row)?,
-                owner,
-                units,
-                session_bound: column(row, "bound")?,
-                age,
-                since: SystemTime::UNIX_EPOCH + span(since),
-                remaining,
-                metadata,
-                trace,
-            });
-        } else {
-            state.waiters.push(WaiterState { owner, units, age, metadata, trace });
+/// Why a key that rows tell of cannot be shown.
+type Problem = String;
+
+/// The keys that the rows of `inspect` and `list_page` tell of, in order.
+pub(super) fn listing(rows: &[Row]) -> Result<Reply<Listing>> {
+    let (first, rows) = rows.split_first().ok_or_else(malformed)?;
+    let now: i64 = column(first, "now_is")?;
+    let time = StoreTime::from_micros(u64::try_from(now).map_err(|_| malformed())?);
+    let mut listing =
+        Listing { next: column::<Option<String>>(first, "of_key")?.map(Cursor::new), ..Listing::default() };
+    for rows in rows.chunk_by(|one, next| is_of_key(one, next)) {
+        match state(rows) {
+            Ok(state) => listing.keys.push(state),
+            Err(problem) => {
+                let name = rows.first().and_then(|row| row.try_get(OF_KEY).ok()).unwrap_or("?");
+                listing.damaged.push(DamagedEntry::new(name, problem));
+            }
         }
     }
-    Ok(Reply { time: answered.ok_or_else(malformed)?, outcome: states })
+    Ok(Reply { time, outcome: listing })
+}
+
+// The columns of `inspect` and `list_page`, by their place: a listing reads many rows.
+const NOW_IS: usize = 0;
+const KIND: usize = 1;
+const OF_KEY: usize = 2;
+const FENCE: usize = 3;
+const OWNER: usize = 4;
+const UNITS: usize = 5;
+const CAPACITY: usize = 6;
+const BOUND: usize = 7;
+const SINCE: usize = 8;
+const REMAINING: usize = 9;
+const METADATA: usize = 10;
+const TRACE: usize = 11;
+
+fn is_of_key(one: &Row, next: &Row) -> bool {
+    let of_key = |row: &Row| row.try_get::<_, &str>(OF_KEY).ok().map(str::to_owned);
+    of_key(one) == of_key(next)
+}
+
+/// What the rows of one key tell.
+fn state(rows: &[Row]) -> Result<KeyState, Problem> {
+    let (first, others) = rows.split_first().ok_or("its row is missing")?;
+    let kind: &str = cell(first, KIND, "kind")?;
+    if !matches!(kind, "key" | "held") {
+        return Err("its row is missing".into());
+    }
+    let key = Key::from_encoded(cell(first, OF_KEY, "key")?).map_err(|problem| problem.message().to_owned())?;
+    let mut state = KeyState {
+        key,
+        capacity: None,
+        holders: Vec::new(),
+        waiters: Vec::new(),
+        last_fence: fence_of(first)?,
+        closed_for: cell::<Option<i64>>(first, REMAINING, "closed_until")?.map(span),
+    };
+    if kind == "held" {
+        state.capacity = Some(1);
+        state.holders.push(holder(first, None)?);
+    }
+    for row in others {
+        state.capacity.get_or_insert(whole(row, CAPACITY, "capacity")?);
+        if cell::<&str>(row, KIND, "kind")? == "hold" {
+            let remaining = cell::<Option<i64>>(row, REMAINING, "deadline")?.map(span);
+            state.holders.push(holder(row, remaining)?);
+        } else {
+            state.waiters.push(WaiterState {
+                owner: cell(row, OWNER, "owner")?,
+                units: whole(row, UNITS, "units")?,
+                age: age(row)?,
+                metadata: cell(row, METADATA, "metadata")?,
+                trace: cell(row, TRACE, "trace")?,
+            });
+        }
+    }
+    Ok(state)
+}
+
+fn holder(row: &Row, remaining: Option<Duration>) -> Result<HolderState, Problem> {
+    Ok(HolderState {
+        fence: fence_of(row)?.ok_or("a hold has no fence")?,
+        owner: cell(row, OWNER, "owner")?,
+        units: whole(row, UNITS, "units")?,
+        session_bound: cell(row, BOUND, "bound")?,
+        age: age(row)?,
+        since: SystemTime::UNIX_EPOCH + span(cell(row, SINCE, "at")?),
+        remaining,
+        metadata: cell(row, METADATA, "metadata")?,
+        trace: cell(row, TRACE, "trace")?,
+    })
+}
+
+fn cell<'a, T: FromSql<'a>>(row: &'a Row, place: usize, name: &str) -> Result<T, Problem> {
+    row.try_get(place).map_err(|_| format!("`{name}` is missing"))
+}
+
+fn whole(row: &Row, place: usize, name: &str) -> Result<u32, Problem> {
+    u32::try_from(cell::<i32>(row, place, name)?).map_err(|_| format!("`{name}` is negative"))
+}
+
+fn fence_of(row: &Row) -> Result<Option<Fence>, Problem> {
+    let fence = cell::<Option<i64>>(row, FENCE, "fence")?.map(u64::try_from).transpose();
+    fence.map(|fence| fence.map(Fence::new)).map_err(|_| "the fence is negative".into())
+}
+
+fn age(row: &Row) -> Result<Duration, Problem> {
+    let (now, since): (i64, i64) = (cell(row, NOW_IS, "now_is")?, cell(row, SINCE, "at")?);
+    Ok(span(now.saturating_sub(since)))
 }

@@ -787,34 +787,67 @@ BEGIN
   RETURN QUERY SELECT * FROM @schema@.state_of(wanted, @schema@.clock());
 END $$;
 
--- Keys that are held, waited for or closed, in order.
-CREATE OR REPLACE FUNCTION @schema@.list(beginning text, after text, most bigint)
+-- A page of the keys that are held, waited for or closed, in order: what `state_of` gives for each, but that a key and the hold
+-- in its row are one row of the kind `held`. The first row tells of the key behind which the next page begins, if there is
+-- one. A page looks at ten rows for each key that it may list, and ends with the key that makes its holds and waiters 20,000.
+-- It reads only. Each row is looked up by its key (OFFSET 0 keeps the planner from another way), so that a page takes as
+-- long as its rows, whatever the statistics say.
+DROP FUNCTION IF EXISTS @schema@.list(text, text, bigint);
+CREATE OR REPLACE FUNCTION @schema@.list_page(beginning text, after text, most bigint)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
   bound boolean, since bigint, remaining bigint, metadata text, trace text)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
-  listed bigint := 0;
-  one text;
+  one record;
+  looked bigint := 0;
+  rows bigint := 0;
+  listed text[] := '{}';
+  crowded text[] := '{}';
+  next_is text;
 BEGIN
-  RETURN QUERY SELECT now, 'time'::text, ''::text, NULL::bigint, NULL::text, NULL::integer, NULL::integer,
-    NULL::boolean, NULL::bigint, NULL::bigint, NULL::text, NULL::text;
   FOR one IN
-    SELECT k.key FROM @schema@.keys k
-    WHERE k.key >= beginning AND k.key > after AND starts_with(k.key, beginning)
-      AND k.key < beginning || chr(1114111)
-      AND (k.busy OR k.token IS NOT NULL AND @schema@.lives(k.session, now))
+    SELECT k.key, k.busy, k.waiting, k.token IS NOT NULL AS is_held FROM @schema@.keys k
+    WHERE k.key >= beginning AND k.key > after AND k.key < beginning || repeat(chr(1114111), 200)
     ORDER BY k.key
   LOOP
-    EXIT WHEN listed >= most;
-    now := @schema@.clock();
-    IF EXISTS (SELECT FROM @schema@.state_of(one, now) s WHERE s.kind <> 'key' OR s.remaining IS NOT NULL) THEN
-      RETURN QUERY SELECT * FROM @schema@.state_of(one, now);
-      listed := listed + 1;
+    looked := looked + 1;
+    IF one.busy OR one.is_held THEN listed := listed || one.key; END IF;
+    IF one.busy THEN
+      crowded := crowded || one.key;
+      rows := rows + one.waiting + (SELECT count(*) FROM @schema@.holds h WHERE h.key = one.key);
+    END IF;
+    IF cardinality(listed) = most OR looked = most * 10 OR rows >= 20000 THEN
+      next_is := one.key;
+      EXIT;
     END IF;
   END LOOP;
+  RETURN QUERY SELECT now, 'time'::text, next_is, NULL::bigint, NULL::text, NULL::integer, NULL::integer,
+    NULL::boolean, NULL::bigint, NULL::bigint, NULL::text, NULL::text;
+  RETURN QUERY SELECT now, r.kind, r.of_key, r.fence, r.owner, r.units, r.capacity, r.bound, r.since, r.remaining, r.metadata,
+    r.trace
+  FROM (
+    SELECT 1 AS part, 0::bigint AS place, CASE WHEN s.id IS NULL THEN 'key' ELSE 'held' END AS kind, k.key AS of_key,
+      nullif(k.fence, 0) AS fence, s.owner, 1 AS units, 1 AS capacity, true AS bound, k.at AS since,
+      CASE WHEN k.closed_until > now THEN k.closed_until - now END AS remaining, k.metadata, k.trace
+    FROM unnest(listed) l (key)
+    CROSS JOIN LATERAL (SELECT * FROM @schema@.keys k WHERE k.key = l.key OFFSET 0) k
+    LEFT JOIN LATERAL (SELECT * FROM @schema@.sessions s WHERE s.id = k.session OFFSET 0) s
+      ON k.token IS NOT NULL AND s.expires > now
+    UNION ALL
+    SELECT 2, h.fence, 'hold', h.key, h.fence, h.owner, h.units, h.capacity, h.bound, h.at, h.deadline - now, h.metadata, h.trace
+    FROM unnest(crowded) l (key)
+    CROSS JOIN LATERAL (SELECT * FROM @schema@.holds h WHERE h.key = l.key OFFSET 0) h
+    WHERE (h.deadline IS NULL OR h.deadline > now)
+      AND (NOT h.bound OR EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > now))
+    UNION ALL
+    SELECT 3, q.place, 'waiter', q.key, NULL, s.owner, q.units, q.capacity, q.bound, q.at, NULL, q.metadata, q.trace
+    FROM unnest(crowded) l (key)
+    CROSS JOIN LATERAL (SELECT * FROM @schema@.queue q WHERE q.key = l.key OFFSET 0) q
+    CROSS JOIN LATERAL (SELECT * FROM @schema@.sessions s WHERE s.id = q.session AND s.expires > now OFFSET 0) s
+  ) r ORDER BY r.of_key COLLATE "C", r.part, r.place;
 END $$;
 
 -- For your own transactions: goes on only if the hold of `key` with this fence is live, and keeps it from being given to
@@ -905,7 +938,8 @@ BEGIN
     SELECT a.grantee FROM pg_proc p, aclexplode(p.proacl) a
     WHERE p.oid = '@schema@.beat(bytea)'::regprocedure AND a.privilege_type = 'EXECUTE' AND a.grantee <> p.proowner
   LOOP
-    EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives, @schema@.together, @schema@.poll_many TO %s', who);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives, @schema@.together, @schema@.poll_many,
+      @schema@.list_page TO %s', who);
   END LOOP;
 END $$;
 

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redis::aio::MultiplexedConnection;
-use redis::{Cmd, RedisError, Value};
+use redis::{Cmd, Pipeline, RedisError, Value};
 use tokio::runtime::{Handle, Id};
 
 use super::batch::Batch;
@@ -19,6 +19,7 @@ use super::cluster::{SlotMap, is_recent, redirected, slot_of};
 use super::config::{Address, Config, Layout};
 use super::error::{Verdict, error, from_answer, while_connecting};
 use super::node::{CONNECT_WITHIN, Link, Node, SUSPECT_AFTER, Suspicion, connect_to_any, in_task, too_slow, within};
+use super::reply::malformed;
 use super::scripts::Script;
 use super::sentinel::Group;
 use crate::clock::Clock;
@@ -174,15 +175,57 @@ impl Links {
         if let Some(local) = local {
             return self.send_from(local, target, command).await;
         }
+        let (target, command) = (target.clone(), command.clone());
+        self.at_home(move |links, local| async move { links.send_from(&local, &target, &command).await }).await
+    }
+
+    /// Sends commands to this server in one piece and returns their answers, of which each may be an error of the server.
+    pub(super) async fn ask_all(self: &Arc<Self>, address: &Address, commands: Pipeline) -> Result<Vec<Value>> {
+        if let Some(local) = self.local() {
+            return self.ask_all_from(&local, address, commands).await;
+        }
+        let address = address.clone();
+        self.at_home(move |links, local| async move { links.ask_all_from(&local, &address, commands).await }).await
+    }
+
+    async fn ask_all_from(
+        self: &Arc<Self>,
+        local: &Local,
+        address: &Address,
+        mut commands: Pipeline,
+    ) -> Result<Vec<Value>> {
+        commands.ignore_errors();
+        let node = local.node(address);
+        let mut link = node.link(self, local).await.inspect_err(|_| self.forget(address))?;
+        let suspicion = Suspicion::new(&node, &link, &self.clock);
+        let answers: Result<Value, RedisError> = commands.query_async(&mut link.connection).await;
+        suspicion.answered();
+        match answers {
+            Ok(Value::Array(answers)) => Ok(answers),
+            Ok(_) => Err(malformed()),
+            Err(fault) => Err(self.fault(&node, link.generation, &fault)),
+        }
+    }
+
+    /// Does this in the keeper's runtime, with the connections there.
+    async fn at_home<T, E, F>(
+        self: &Arc<Self>,
+        work: impl FnOnce(Arc<Self>, Arc<Local>) -> F + Send + 'static,
+    ) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<Error> + Send + 'static,
+        F: Future<Output = Result<T, E>> + Send,
+    {
         let Some(home) = self.locals().into_iter().find(|local| local.is_home.load(Ordering::Relaxed)) else {
             let message = "no runtime to do I/O in; open a handle of the library, which brings one";
             return Err(error(ErrorKind::Unsupported, message).into());
         };
-        let (links, target, command) = (self.clone(), target.clone(), command.clone());
+        let links = self.clone();
         let task = home.runtime.spawn(async move {
             let local =
                 links.local().ok_or_else(|| error(ErrorKind::Internal, "the keeper's runtime cannot do I/O"))?;
-            links.send_from(&local, &target, &command).await
+            work(links, local).await
         });
         task.await.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the keeper has ended").in_doubt(true).into()))
     }

@@ -40,7 +40,7 @@ impl Inner {
     }
 
     /// Asks for sessions that are in one slot. Those that are dead, and the time at which they are.
-    async fn look_at(&self, sessions: &[SessionId]) -> Result<(Vec<SessionId>, StoreTime)> {
+    pub(super) async fn look_at(&self, sessions: &[SessionId]) -> Result<(Vec<SessionId>, StoreTime)> {
         let names: Vec<_> = sessions.iter().map(|session| self.names.session(*session)).collect();
         let mut command = scripts::SESSION_LOOK.by_hash(names.len());
         command.arg(&names);

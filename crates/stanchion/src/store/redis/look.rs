@@ -1,11 +1,9 @@
-//! Looking at keys, one or all.
+//! Looks at one key, settled.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
-use super::connect::Target;
 use super::error::error;
-use super::reply::{Answer, malformed, read_texts};
+use super::reply::{Answer, read_texts};
 use super::scripts::{self, LockNames};
 use super::{Inner, MOST_BURIALS};
 use crate::error::{ErrorKind, Result};
@@ -34,32 +32,6 @@ impl Inner {
             }
         }
         Err(error(ErrorKind::Unavailable, "sessions die faster than they can be buried"))
-    }
-
-    /// All keys with a record whose encoded form begins so, in order.
-    pub(super) async fn keys(&self, prefix: &str) -> Result<Vec<Key>> {
-        let pattern = self.names.pattern(prefix);
-        let mut found = BTreeMap::new();
-        for server in self.links.servers().await? {
-            let mut cursor = "0".to_owned();
-            loop {
-                let mut command = redis::cmd("SCAN");
-                command.arg(&cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(1_000);
-                let page = self.links.ask(Target::Server(server.clone()), &command).await?;
-                let (next, names): (String, Vec<String>) = redis::from_redis_value(page).map_err(|_| malformed())?;
-                for key in names.iter().filter_map(|name| self.names.key_of(name)) {
-                    let key = key?;
-                    if key.as_encoded().starts_with(prefix) {
-                        found.insert(key.as_encoded().to_owned(), key);
-                    }
-                }
-                if next == "0" {
-                    break;
-                }
-                cursor = next;
-            }
-        }
-        Ok(found.into_values().collect())
     }
 }
 

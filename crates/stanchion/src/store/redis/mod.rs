@@ -19,7 +19,6 @@ use std::time::Duration;
 
 use ::redis::{Cmd, Value};
 use async_trait::async_trait;
-use futures_util::future::join_all;
 
 use self::config::Config;
 use self::connect::{Links, Target, Way};
@@ -42,9 +41,11 @@ mod config;
 mod connect;
 mod dead;
 mod error;
+mod list;
 mod look;
 mod node;
 mod push;
+mod record;
 mod recovery;
 mod reply;
 mod scripts;
@@ -500,36 +501,19 @@ impl Store for Redis {
     }
 
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
-        self.inner.settled(key, &self.inner.names.lock(key)).await
+        let inner = &self.inner;
+        let fault = match inner.settled(key, &inner.names.lock(key)).await {
+            Err(fault) if list::is_damage(&fault) => fault,
+            seen => return seen,
+        };
+        match inner.problem_of(key).await {
+            Some(problem) => Err(fault.restate(ErrorKind::Misconfigured, problem)),
+            None => Err(fault),
+        }
     }
 
-    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
-        let inner = &self.inner;
-        let keys = inner.keys(prefix).await?;
-        let from = after.map_or(0, |after| keys.partition_point(|key| key.as_encoded() <= after.as_encoded()));
-        let mut states = Vec::new();
-        let mut time = None;
-        for some in keys.get(from..).unwrap_or_default().chunks(AT_ONCE) {
-            // No tasks: there may be no runtime to have them in.
-            let looks = some.iter().map(async |key| inner.settled(key, &inner.names.lock(key)).await);
-            for state in join_all(looks).await {
-                let state = state?;
-                time = time.max(Some(state.time));
-                let state = state.outcome;
-                if !(state.holders.is_empty() && state.waiters.is_empty() && state.closed_for.is_none()) {
-                    states.push(state);
-                }
-            }
-            if states.len() >= limit {
-                states.truncate(limit);
-                break;
-            }
-        }
-        let time = match time {
-            Some(time) => time,
-            None => inner.time().await?,
-        };
-        Ok(Reply { time, outcome: states })
+    async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
+        self.inner.list(prefix, cursor, limit).await
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {

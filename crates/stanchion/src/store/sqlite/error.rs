@@ -50,9 +50,16 @@ pub(super) fn from_sqlite(what: &str, file: &Path, cause: rusqlite::Error) -> Er
         Some((ErrorCode::PermissionDenied | ErrorCode::ReadOnly | ErrorCode::AuthorizationForStatementDenied, _)) => {
             (ErrorKind::Unauthorized, format!("{what}: no right to write {file}"))
         }
+        None if is_of_the_row(&cause) => (ErrorKind::Internal, format!("{what}: a row of {file} cannot be read")),
         _ => (ErrorKind::Internal, format!("{what}: unexpected failure of SQLite on {file}")),
     };
     error(kind, message).with_source(cause)
+}
+
+/// A fault of what is in a row, and not of the database.
+pub(super) fn is_of_the_row(cause: &rusqlite::Error) -> bool {
+    use rusqlite::Error::{FromSqlConversionFailure, IntegralValueOutOfRange, InvalidColumnType, Utf8Error};
+    matches!(cause, FromSqlConversionFailure(..) | IntegralValueOutOfRange(..) | InvalidColumnType(..) | Utf8Error(..))
 }
 
 /// A failure of a system call on `path` while it did `what`.

@@ -16,6 +16,7 @@ mod config;
 mod connect;
 mod error;
 mod folder;
+mod list;
 mod message;
 mod predecessors;
 mod read;
@@ -42,9 +43,9 @@ use self::folder::Folder;
 use self::steps::{Answer, Step};
 use self::worker::{Job, Shared, Worker};
 use super::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, EndOutcome, EvictOutcome,
-    EvictRequest, ExtendOutcome, GrantStream, KeyState, Liveness, OpenOutcome, OpenSession, PollOutcome, Reply, Store,
-    push_channel,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, Cursor, EndOutcome,
+    EvictOutcome, EvictRequest, ExtendOutcome, GrantStream, KeyState, Listing, Liveness, OpenOutcome, OpenSession,
+    PollOutcome, Reply, Store, push_channel,
 };
 use crate::clock::Clock;
 use crate::error::{ErrorKind, Result};
@@ -236,8 +237,8 @@ impl Store for Sqlite {
         ask!(self, Step::Inspect(key.clone()), Answer::Inspect(outcome) => outcome)
     }
 
-    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Reply<Vec<KeyState>>> {
-        let step = Step::List { prefix: prefix.to_owned(), after: after.cloned(), limit };
+    async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
+        let step = Step::List { prefix: prefix.to_owned(), cursor: cursor.cloned(), limit };
         ask!(self, step, Answer::List(outcome) => outcome)
     }
 

@@ -4,18 +4,17 @@
 //! repeated in a write transaction after that was settled.
 
 use std::collections::{HashMap, HashSet};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use rusqlite::{Row, params};
+use rusqlite::Row;
 
 use super::rows::{KeyRow, WaiterRow};
 use super::session;
 use super::steps::{Answer, Step};
 use super::tx::{Tx, session_of, token_of, until};
 use crate::error::{Error, Result};
-use crate::fence::Fence;
 use crate::key::Key;
-use crate::store::{BeatOutcome, HolderState, KeyState, LostToken, PollOutcome, Queued, WaiterState};
+use crate::store::{BeatOutcome, KeyState, LostToken, PollOutcome, Queued};
 use crate::token::{SessionId, TokenId};
 
 /// How soon a waiter asks again if nobody can tell it of the end of the process that it depends on.
@@ -46,7 +45,9 @@ impl Tx<'_> {
             Step::Lives(session) => Ok(Some(Answer::Lives(self.is_open(*session)?))),
             Step::Poll { key, tokens } => Ok(self.poll(key, tokens)?.map(Answer::Poll)),
             Step::Inspect(key) => Ok(self.inspect(key)?.map(Answer::Inspect)),
-            Step::List { prefix, after, limit } => Ok(self.list(prefix, after.as_ref(), *limit)?.map(Answer::List)),
+            Step::List { prefix, cursor, limit } => {
+                Ok(Some(Answer::List(self.list(prefix, cursor.as_ref(), *limit)?)))
+            }
             _ => Ok(None),
         }
     }
@@ -194,27 +195,6 @@ impl Tx<'_> {
         }
     }
 
-    fn list(&mut self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Option<Vec<KeyState>>> {
-        let (mut listed, mut unsettled) = (Vec::new(), 0);
-        let mut from = after.map_or_else(String::new, |after| after.as_encoded().to_owned());
-        while listed.len() + unsettled < limit {
-            // Idle rows are passed over inside SQLite; each key that is found is read by itself.
-            let sql = "SELECT id, name FROM keys WHERE name > ?1 AND name >= ?2
-                 AND (holders > 0 OR waiting > 0 OR closed_until > ?3) ORDER BY name LIMIT 1";
-            let next =
-                self.first(sql, params![from, prefix, self.now], |row| Ok((row.get(0)?, row.get::<_, String>(1)?)))?;
-            let Some((id, name)) = next.filter(|(_, name)| name.starts_with(prefix)) else { break };
-            if let Some(row) = self.find_key_by_id(id)? {
-                match self.state_of(row)? {
-                    Some(state) => listed.push(state),
-                    None => unsettled += 1,
-                }
-            }
-            from = name;
-        }
-        Ok((unsettled == 0).then_some(listed))
-    }
-
     /// Whether time has changed nothing; notes the key otherwise.
     fn is_settled(&mut self, row: &KeyRow) -> bool {
         let is_open_late = row.closed_until.is_some() && !row.is_closed(self.now) && row.waiting > 0;
@@ -235,50 +215,6 @@ impl Tx<'_> {
         if !self.is_settled(&row) || !all_alive {
             return Ok(None);
         }
-        let now = self.now;
-        let age = |since: i64| until(since, now);
-        let capacity = row.capacity().and_then(|capacity| u32::try_from(capacity).ok());
-        let holders = self.all(
-            "SELECT fence, ifnull(holds.owner, ifnull(sessions.owner, '')), units, session_bound, granted, granted_wall,
-                 deadline, metadata, trace FROM holds LEFT JOIN sessions ON sessions.id = holds.session
-             WHERE key_id = ?1 ORDER BY fence",
-            [row.id],
-            |found| {
-                Ok(HolderState {
-                    fence: Fence::new(found.get::<_, i64>(0)?.unsigned_abs()),
-                    owner: found.get(1)?,
-                    units: found.get(2)?,
-                    session_bound: found.get(3)?,
-                    age: age(found.get(4)?),
-                    since: SystemTime::UNIX_EPOCH + Duration::from_micros(found.get::<_, i64>(5)?.unsigned_abs()),
-                    remaining: found.get::<_, Option<i64>>(6)?.map(|deadline| until(now, deadline)),
-                    metadata: found.get(7)?,
-                    trace: found.get(8)?,
-                })
-            },
-        )?;
-        let waiters = self.all(
-            "SELECT ifnull(sessions.owner, ''), units, entered, metadata, trace
-             FROM waiters INDEXED BY waiters_by_key LEFT JOIN sessions ON sessions.id = waiters.session
-             WHERE key_id = ?1 ORDER BY seq",
-            [row.id],
-            |found| {
-                Ok(WaiterState {
-                    owner: found.get(0)?,
-                    units: found.get(1)?,
-                    age: age(found.get(2)?),
-                    metadata: found.get(3)?,
-                    trace: found.get(4)?,
-                })
-            },
-        )?;
-        Ok(Some(KeyState {
-            capacity,
-            holders,
-            waiters,
-            last_fence: Some(Fence::new(row.fence.unsigned_abs())),
-            closed_for: row.closed_until.filter(|end| *end > now).map(|end| until(now, end)),
-            key: row.key,
-        }))
+        self.read_state(&row).map(Some).map_err(|problem| problem.into_error(self))
     }
 }

@@ -126,6 +126,10 @@ pub(super) struct NewHold<'a> {
     pub(super) trace: Option<&'a str>,
 }
 
+/// In the order of `read_key`.
+pub(super) const KEY_COLUMNS: &str =
+    "id, fence, used, holders, waiting, capacity, next_deadline, closed_until, closed_until_wall, touched";
+
 // The order of the columns is that of `read_key`.
 const KEY_BY_NAME: &str = "SELECT id, fence, used, holders, waiting, capacity, next_deadline, closed_until,
      closed_until_wall, touched FROM keys WHERE name = ?1";
@@ -320,7 +324,7 @@ impl Tx<'_> {
     }
 }
 
-fn read_key(row: &Row<'_>, key: Key) -> rusqlite::Result<KeyRow> {
+pub(super) fn read_key(row: &Row<'_>, key: Key) -> rusqlite::Result<KeyRow> {
     Ok(KeyRow {
         id: row.get(0)?,
         key,

@@ -11,8 +11,9 @@ use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, EndOutcome, EvictOutcome, EvictRequest,
-    ExtendOutcome, KeyState, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, PollOutcome, Push,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Cursor, EndOutcome, EvictOutcome,
+    EvictRequest, ExtendOutcome, KeyState, Listing, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, PollOutcome,
+    Push,
 };
 use crate::token::{SessionId, TokenId};
 use std::time::Duration;
@@ -44,7 +45,7 @@ pub(super) enum Step {
     Inspect(Key),
     List {
         prefix: String,
-        after: Option<Key>,
+        cursor: Option<Cursor>,
         limit: usize,
     },
     /// A watched process has ended.
@@ -65,7 +66,7 @@ pub(super) enum Answer {
     Adopt(AdoptOutcome),
     Evict(EvictOutcome),
     Inspect(KeyState),
-    List(Vec<KeyState>),
+    List(Listing),
 }
 
 impl Step {
@@ -114,7 +115,7 @@ impl Tx<'_> {
 
     /// A reading step has found something to settle: settles it and reads again.
     fn settle_and_read(&mut self, step: &Step) -> Result<Answer> {
-        // Each round settles what the one before it has met. A page of keys meets one after the other.
+        // Each round settles what the one before it has met.
         for _ in 0..100_000 {
             if let Some(answer) = self.read(step)? {
                 return Ok(answer);

@@ -103,7 +103,7 @@ impl<'a> Tx<'a> {
         from_sqlite("a step", self.path(), cause)
     }
 
-    fn statement(&self, sql: &str) -> Result<CachedStatement<'a>> {
+    pub(super) fn statement(&self, sql: &str) -> Result<CachedStatement<'a>> {
         self.db.prepare_cached(sql).map_err(|cause| self.failed(cause))
     }
 

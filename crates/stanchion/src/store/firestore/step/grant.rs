@@ -36,6 +36,23 @@ impl Step<'_> {
 
     /// What is over is gone, and those at the head that fit are granted.
     pub(crate) fn settle(&mut self) {
+        self.end_what_is_over();
+        while let Some(head) = self.record.front.first() {
+            if !self.lives_still(&head.session, head.session_lives) {
+                // The next ones are asked for with it: a crowd of the dead takes two reads, not one for each.
+                self.settle_all();
+            } else if self.unknown.borrow().is_empty() && self.fits(head.units, head.capacity) {
+                let waiter = self.record.front.remove(0);
+                self.draw_up();
+                self.grant(waiter, true);
+            } else {
+                break;
+            }
+        }
+    }
+
+    /// Ends the holds and the cooldown that time or death has ended. Grants nothing.
+    pub(crate) fn end_what_is_over(&mut self) {
         for hold in std::mem::take(&mut self.record.holds) {
             if hold.deadline.is_some_and(|deadline| deadline <= self.now) {
                 // What calls those of the dead is swept with their sessions; this session may live on for weeks.
@@ -53,18 +70,6 @@ impl Step<'_> {
             self.record.closed_until = 0;
         }
         self.draw_up();
-        while let Some(head) = self.record.front.first() {
-            if !self.lives_still(&head.session, head.session_lives) {
-                // The next ones are asked for with it: a crowd of the dead takes two reads, not one for each.
-                self.settle_all();
-            } else if self.unknown.borrow().is_empty() && self.fits(head.units, head.capacity) {
-                let waiter = self.record.front.remove(0);
-                self.draw_up();
-                self.grant(waiter, true);
-            } else {
-                break;
-            }
-        }
     }
 
     /// All the dead are gone from the queue, not those at its head alone.

@@ -209,6 +209,12 @@ impl<'a> Step<'a> {
 
     // What is there.
 
+    /// The sessions of its holders that depend on one, and of its waiters.
+    pub(super) fn sessions(&self) -> impl Iterator<Item = &[u8]> {
+        let bound = self.record.holds.iter().map(|hold| &hold.entry).filter(|entry| entry.session_bound);
+        bound.chain(self.waiters()).map(|entry| &*entry.session)
+    }
+
     fn held(&self, token: TokenId) -> Option<&Hold> {
         self.record.holds.iter().find(|hold| hold.entry.token == token.as_bytes())
     }

@@ -1,0 +1,169 @@
+//! Lists keys, a page at a time, and reads what there is to show of one. Nothing is settled: what is over is left out.
+
+use std::time::{Duration, SystemTime};
+
+use rusqlite::{Row, params};
+
+use super::error::{error, is_of_the_row};
+use super::rows::{KEY_COLUMNS, KeyRow, read_key};
+use super::tx::{Tx, session_of, until};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fence::Fence;
+use crate::key::Key;
+use crate::store::{Cursor, DamagedEntry, HolderState, KeyState, Listing, MAX_ROWS_PER_PAGE, WaiterState};
+
+/// A page looks at so many rows for each key that it may list: rows of idle keys are many at times.
+const ROWS_PER_KEY: usize = 10;
+
+/// The cursor behind the row of this name: in hexadecimal, because what somebody else wrote need not be UTF-8.
+fn write_cursor(name: &[u8]) -> Cursor {
+    Cursor::new(name.iter().fold(String::with_capacity(2 * name.len()), |hex, byte| hex + &format!("{byte:02x}")))
+}
+
+fn read_cursor(cursor: &Cursor) -> Option<Vec<u8>> {
+    let pairs = cursor.as_str().as_bytes().chunks(2);
+    pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
+}
+
+/// Why a key cannot be shown.
+#[derive(Debug)]
+pub(super) enum Unreadable {
+    /// Its entry is damaged in this way.
+    Entry(String),
+    Database(rusqlite::Error),
+    Store(Error),
+}
+
+impl From<rusqlite::Error> for Unreadable {
+    fn from(cause: rusqlite::Error) -> Self {
+        if is_of_the_row(&cause) { Self::Entry(cause.to_string()) } else { Self::Database(cause) }
+    }
+}
+
+impl From<Error> for Unreadable {
+    fn from(fault: Error) -> Self {
+        Self::Store(fault)
+    }
+}
+
+impl Unreadable {
+    /// The error of a step that needs this key.
+    pub(super) fn into_error(self, tx: &Tx<'_>) -> Error {
+        match self {
+            Self::Entry(problem) => error(ErrorKind::Internal, format!("its row cannot be read: {problem}")),
+            Self::Database(cause) => tx.failed(cause),
+            Self::Store(fault) => fault,
+        }
+    }
+}
+
+impl Tx<'_> {
+    pub(super) fn list(&mut self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Listing> {
+        let mut listing = Listing::default();
+        let (limit, mut looked, mut shown) = (limit.max(1), 0, 0);
+        let after = cursor.map_or(Some(Vec::new()), read_cursor);
+        let after = after.ok_or_else(|| error(ErrorKind::InvalidArgument, "the cursor is of another store"))?;
+        let sql =
+            format!("SELECT {KEY_COLUMNS}, name FROM keys WHERE name > CAST(?1 AS TEXT) AND name >= ?2 ORDER BY name");
+        let mut statement = self.statement(&sql)?;
+        let mut rows = statement.query(params![after, prefix]).map_err(|cause| self.failed(cause))?;
+        while let Some(row) = rows.next().map_err(|cause| self.failed(cause))? {
+            let bytes = row.get_ref(10).ok().and_then(|name| name.as_bytes().ok()).unwrap_or_default();
+            let name = String::from_utf8_lossy(bytes);
+            if !name.starts_with(prefix) {
+                break;
+            }
+            looked += 1;
+            match self.listed(row, &name) {
+                Ok(Some(state)) => {
+                    shown += state.holders.len() + state.waiters.len();
+                    listing.keys.push(state);
+                }
+                Ok(None) => {}
+                Err(Unreadable::Entry(problem)) => listing.damaged.push(DamagedEntry::new(&*name, problem)),
+                Err(fault) => return Err(fault.into_error(self)),
+            }
+            let found = listing.keys.len() + listing.damaged.len();
+            if found >= limit || looked >= limit.saturating_mul(ROWS_PER_KEY) || shown >= MAX_ROWS_PER_PAGE {
+                listing.next = Some(write_cursor(bytes));
+                break;
+            }
+        }
+        Ok(listing)
+    }
+
+    /// The state of a key's row; none if the key is idle.
+    fn listed(&mut self, row: &Row<'_>, name: &str) -> std::result::Result<Option<KeyState>, Unreadable> {
+        let key = Key::from_encoded(name).map_err(|problem| Unreadable::Entry(problem.message().to_owned()))?;
+        let row = read_key(row, key)?;
+        if row.holders == 0 && row.waiting == 0 && !row.is_closed(self.now) {
+            return Ok(None);
+        }
+        let state = self.read_state(&row)?;
+        let idle = state.holders.is_empty() && state.waiters.is_empty() && state.closed_for.is_none();
+        Ok((!idle).then_some(state))
+    }
+
+    /// What is known of a key, without what is over or of a process that is dead.
+    pub(super) fn read_state(&mut self, row: &KeyRow) -> std::result::Result<KeyState, Unreadable> {
+        let now = self.now;
+        let age = |since: i64| until(since, now);
+        let (mut holders, mut waiters): (Vec<HolderState>, Vec<WaiterState>) = (Vec::new(), Vec::new());
+        if row.holders > 0 {
+            let mut statement = self.db.prepare_cached(
+                "SELECT fence, ifnull(holds.owner, ifnull(sessions.owner, '')), units, session_bound, granted, granted_wall,
+                     deadline, metadata, trace, holds.session FROM holds LEFT JOIN sessions ON sessions.id = holds.session
+                 WHERE key_id = ?1 ORDER BY fence",
+            )?;
+            let mut found = statement.query([row.id])?;
+            while let Some(hold) = found.next()? {
+                let deadline = hold.get::<_, Option<i64>>(6)?;
+                let session_bound = hold.get(3)?;
+                let is_over = deadline.is_some_and(|deadline| deadline <= now);
+                if is_over || session_bound && !self.is_alive(session_of(hold, 9)?)? {
+                    continue;
+                }
+                holders.push(HolderState {
+                    fence: Fence::new(hold.get::<_, i64>(0)?.unsigned_abs()),
+                    owner: hold.get(1)?,
+                    units: hold.get(2)?,
+                    session_bound,
+                    age: age(hold.get(4)?),
+                    since: SystemTime::UNIX_EPOCH + Duration::from_micros(hold.get::<_, i64>(5)?.unsigned_abs()),
+                    remaining: deadline.map(|deadline| until(now, deadline)),
+                    metadata: hold.get(7)?,
+                    trace: hold.get(8)?,
+                });
+            }
+        }
+        if row.waiting > 0 {
+            let mut statement = self.db.prepare_cached(
+                "SELECT ifnull(sessions.owner, ''), units, entered, metadata, trace, waiters.session
+                 FROM waiters INDEXED BY waiters_by_key LEFT JOIN sessions ON sessions.id = waiters.session
+                 WHERE key_id = ?1 ORDER BY seq",
+            )?;
+            let mut found = statement.query([row.id])?;
+            while let Some(waiter) = found.next()? {
+                if !self.is_alive(session_of(waiter, 5)?)? {
+                    continue;
+                }
+                waiters.push(WaiterState {
+                    owner: waiter.get(0)?,
+                    units: waiter.get(1)?,
+                    age: age(waiter.get(2)?),
+                    metadata: waiter.get(3)?,
+                    trace: waiter.get(4)?,
+                });
+            }
+        }
+        let in_use = !(holders.is_empty() && waiters.is_empty());
+        Ok(KeyState {
+            capacity: row.capacity().filter(|_| in_use).and_then(|capacity| u32::try_from(capacity).ok()),
+            holders,
+            waiters,
+            last_fence: Some(Fence::new(row.fence.unsigned_abs())),
+            closed_for: row.closed_until.filter(|end| *end > now).map(|end| until(now, end)),
+            key: row.key.clone(),
+        })
+    }
+}
