@@ -24,7 +24,7 @@ use self::borrowed::UsersPool;
 use self::config::Config;
 use self::connect::{Parameter, Pool, lock, within};
 use self::error::{NAME, error, from_answer, malformed};
-use self::rows::{column, granted, listing, micros, not_after, number, parameters, span, time};
+use self::rows::{column, granted, in_use, listing, micros, not_after, number, parameters, span, time};
 use self::together::{Step, Together};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{ErrorKind, Result};
@@ -264,6 +264,10 @@ impl Inner {
         self.rows(function, parameters).await?.into_iter().next().ok_or_else(malformed)
     }
 
+    fn queued(&self, row: &Row) -> Result<Queued> {
+        Ok(Queued { ahead: number(row)?, check_in: self.check_in(row)?, in_use: in_use(row)? })
+    }
+
     /// When to ask again.
     fn check_in(&self, row: &Row) -> Result<Option<Duration>> {
         let told = column::<Option<i64>>(row, "check_in")?.map(span);
@@ -380,12 +384,14 @@ impl Store for Postgres {
         let row = together::step(&self.inner, Step::Acquire(request)).await?;
         let outcome = match column(&row, "outcome")? {
             "granted" => AcquireOutcome::Granted(granted(&row)?),
-            "queued" => AcquireOutcome::Queued(Queued { ahead: number(&row)?, check_in: self.inner.check_in(&row)? }),
-            "busy" => AcquireOutcome::Busy { check_in: column::<Option<i64>>(&row, "check_in")?.map(span) },
+            "queued" => AcquireOutcome::Queued(self.inner.queued(&row)?),
+            "busy" => {
+                let check_in = column::<Option<i64>>(&row, "check_in")?.map(span);
+                AcquireOutcome::Busy { check_in, in_use: in_use(&row)? }
+            }
             "stale" => AcquireOutcome::Stale,
             "forced" => AcquireOutcome::Forced,
             "session_gone" => AcquireOutcome::SessionGone,
-            "mismatch" => AcquireOutcome::CapacityMismatch { in_use: number(&row)? },
             "full" => AcquireOutcome::QueueFull { limit: number(&row)? },
             _ => return Err(malformed()),
         };
@@ -400,13 +406,13 @@ impl Store for Postgres {
         if rows.len() != tokens.len() {
             return Err(malformed());
         }
-        let check_in = self.inner.check_in(first)?;
+        let (check_in, in_use) = (self.inner.check_in(first)?, in_use(first)?);
         let outcomes = rows.iter().map(|row| {
             if column::<Option<i64>>(row, "fence")?.is_some() {
                 return Ok(PollOutcome::Granted(granted(row)?));
             }
             if column::<Option<i64>>(row, "number")?.is_some() {
-                return Ok(PollOutcome::Queued(Queued { ahead: number(row)?, check_in }));
+                return Ok(PollOutcome::Queued(Queued { ahead: number(row)?, check_in, in_use }));
             }
             Ok(PollOutcome::Gone)
         });
@@ -478,7 +484,6 @@ impl Store for Postgres {
         }
         let nothing = KeyState {
             key: key.clone(),
-            capacity: None,
             holders: Vec::new(),
             waiters: Vec::new(),
             last_fence: None,

@@ -56,6 +56,11 @@ pub(super) fn number(row: &Row) -> Result<u32> {
     u32::try_from(number.unwrap_or_default()).map_err(|_| malformed())
 }
 
+pub(super) fn in_use(row: &Row) -> Result<Option<u32>> {
+    let capacity: Option<i32> = column(row, "in_use")?;
+    capacity.map(|capacity| u32::try_from(capacity).map_err(|_| malformed())).transpose()
+}
+
 /// Why a key that rows tell of cannot be shown.
 type Problem = String;
 
@@ -107,18 +112,15 @@ fn state(rows: &[Row]) -> Result<KeyState, Problem> {
     let key = Key::from_encoded(cell(first, OF_KEY, "key")?).map_err(|problem| problem.message().to_owned())?;
     let mut state = KeyState {
         key,
-        capacity: None,
         holders: Vec::new(),
         waiters: Vec::new(),
         last_fence: fence_of(first)?,
         closed_for: cell::<Option<i64>>(first, REMAINING, "closed_until")?.map(span),
     };
     if kind == "held" {
-        state.capacity = Some(1);
         state.holders.push(holder(first, None)?);
     }
     for row in others {
-        state.capacity.get_or_insert(whole(row, CAPACITY, "capacity")?);
         if cell::<&str>(row, KIND, "kind")? == "hold" {
             let remaining = cell::<Option<i64>>(row, REMAINING, "deadline")?.map(span);
             state.holders.push(holder(row, remaining)?);
@@ -126,6 +128,7 @@ fn state(rows: &[Row]) -> Result<KeyState, Problem> {
             state.waiters.push(WaiterState {
                 owner: cell(row, OWNER, "owner")?,
                 units: whole(row, UNITS, "units")?,
+                capacity: whole(row, CAPACITY, "capacity")?,
                 age: age(row)?,
                 metadata: cell(row, METADATA, "metadata")?,
                 trace: cell(row, TRACE, "trace")?,
@@ -140,6 +143,7 @@ fn holder(row: &Row, remaining: Option<Duration>) -> Result<HolderState, Problem
         fence: fence_of(row)?.ok_or("a hold has no fence")?,
         owner: cell(row, OWNER, "owner")?,
         units: whole(row, UNITS, "units")?,
+        capacity: whole(row, CAPACITY, "capacity")?,
         session_bound: cell(row, BOUND, "bound")?,
         age: age(row)?,
         since: SystemTime::UNIX_EPOCH + span(cell(row, SINCE, "at")?),

@@ -280,13 +280,13 @@ impl Inner {
             if holds.is_empty() && waiters.is_empty() && closed_for.is_none() {
                 continue;
             }
-            let capacity = holds.first().map(|hold| hold.capacity).or(waiters.first().map(|waiter| waiter.capacity));
             let holders = holds.into_iter().map(|hold| {
                 let [owner, metadata, trace] = hold.texts;
                 HolderState {
                     fence: hold.fence,
                     owner: owner.unwrap_or_default(),
                     units: hold.units,
+                    capacity: hold.capacity,
                     session_bound: hold.is_session_bound,
                     age: now.since(hold.at),
                     since: SystemTime::UNIX_EPOCH + Duration::from_micros(hold.at.as_micros()),
@@ -298,10 +298,10 @@ impl Inner {
             let waiters = waiters.into_iter().map(|waiter| {
                 let [owner, metadata, trace] = waiter.texts;
                 let (owner, age) = (owner.unwrap_or_default(), now.since(waiter.at));
-                WaiterState { owner, units: waiter.units, age, metadata, trace }
+                WaiterState { owner, units: waiter.units, capacity: waiter.capacity, age, metadata, trace }
             });
             let (holders, waiters) = (holders.collect(), waiters.collect());
-            listing.keys.push(KeyState { key, capacity, holders, waiters, last_fence: record.last, closed_for });
+            listing.keys.push(KeyState { key, holders, waiters, last_fence: record.last, closed_for });
         }
         Ok(())
     }

@@ -112,7 +112,7 @@ impl Tx<'_> {
         if row.holders > 0 {
             let mut statement = self.db.prepare_cached(
                 "SELECT fence, ifnull(holds.owner, ifnull(sessions.owner, '')), units, session_bound, granted, granted_wall,
-                     deadline, metadata, trace, holds.session FROM holds LEFT JOIN sessions ON sessions.id = holds.session
+                     deadline, metadata, trace, holds.session, capacity FROM holds LEFT JOIN sessions ON sessions.id = holds.session
                  WHERE key_id = ?1 ORDER BY fence",
             )?;
             let mut found = statement.query([row.id])?;
@@ -127,6 +127,7 @@ impl Tx<'_> {
                     fence: Fence::new(hold.get::<_, i64>(0)?.unsigned_abs()),
                     owner: hold.get(1)?,
                     units: hold.get(2)?,
+                    capacity: hold.get(10)?,
                     session_bound,
                     age: age(hold.get(4)?),
                     since: SystemTime::UNIX_EPOCH + Duration::from_micros(hold.get::<_, i64>(5)?.unsigned_abs()),
@@ -138,7 +139,7 @@ impl Tx<'_> {
         }
         if row.waiting > 0 {
             let mut statement = self.db.prepare_cached(
-                "SELECT ifnull(sessions.owner, ''), units, entered, metadata, trace, waiters.session
+                "SELECT ifnull(sessions.owner, ''), units, entered, metadata, trace, waiters.session, capacity
                  FROM waiters INDEXED BY waiters_by_key LEFT JOIN sessions ON sessions.id = waiters.session
                  WHERE key_id = ?1 ORDER BY seq",
             )?;
@@ -150,15 +151,14 @@ impl Tx<'_> {
                 waiters.push(WaiterState {
                     owner: waiter.get(0)?,
                     units: waiter.get(1)?,
+                    capacity: waiter.get(6)?,
                     age: age(waiter.get(2)?),
                     metadata: waiter.get(3)?,
                     trace: waiter.get(4)?,
                 });
             }
         }
-        let in_use = !(holders.is_empty() && waiters.is_empty());
         Ok(KeyState {
-            capacity: row.capacity().filter(|_| in_use).and_then(|capacity| u32::try_from(capacity).ok()),
             holders,
             waiters,
             last_fence: Some(Fence::new(row.fence.unsigned_abs())),

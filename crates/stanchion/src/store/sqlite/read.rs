@@ -67,7 +67,7 @@ impl Tx<'_> {
                 check_in = Some(check_in.map_or(UNWATCHED, |span| span.min(UNWATCHED)));
             }
         }
-        Ok(Queued { ahead, check_in })
+        Ok(Queued { ahead, check_in, in_use: row.in_use() })
     }
 
     /// When time alone may change something: a deadline, the end of a cooldown.
@@ -186,7 +186,6 @@ impl Tx<'_> {
             Some(row) => self.state_of(row),
             None => Ok(Some(KeyState {
                 key: key.clone(),
-                capacity: None,
                 holders: Vec::new(),
                 waiters: Vec::new(),
                 last_fence: None,
