@@ -1,5 +1,10 @@
 //! Limits of calls while the store is away, and what opening does where the system has nothing left.
-#![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "tests wait on the real clock, print and may panic"
+)]
 
 use std::process::Command;
 use std::time::{Duration, Instant};
