@@ -169,10 +169,17 @@ pub(crate) struct Run {
     #[arg(value_name = "KEY")]
     pub(crate) key: String,
     /// Do not wait: give up at once if the key is taken
-    #[arg(short, long, conflicts_with = "wait")]
+    ///
+    /// A store that does not answer within about a second is unavailable (exit 69). For a store
+    /// that is slower than that, use --wait.
+    #[arg(verbatim_doc_comment, short, long, conflicts_with = "wait")]
     pub(crate) no_wait: bool,
     /// Wait no longer than this; 0 is one attempt
-    #[arg(short, long, value_name = "DUR", value_parser = span_or_zero, allow_hyphen_values = true)]
+    ///
+    /// The limit covers opening the store too. While the store is away, stanchion keeps trying
+    /// until the limit (exit 69 then). Without a limit it gives up after 10 seconds if the store is
+    /// away at the start, and waits through any outage once it is in the queue.
+    #[arg(verbatim_doc_comment, short, long, value_name = "DUR", value_parser = span_or_zero, allow_hyphen_values = true)]
     pub(crate) wait: Option<Duration>,
     /// Share the key with others that say --shared
     #[arg(short, long, conflicts_with = "permits")]

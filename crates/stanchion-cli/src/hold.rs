@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, Sender};
 use std::time::Duration;
 
 use stanchion::store::{Demand, KeyState};
-use stanchion::{ErrorKind, EventStream, Fence, Guard, LossCause, Outcome, Turn};
+use stanchion::{BootTime, Clock, ErrorKind, EventStream, Fence, Guard, LossCause, Outcome, Turn};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
@@ -14,7 +14,13 @@ use crate::child::{Event, Loss, Obtained, Refusal, Released};
 use crate::exit_code;
 use crate::message::Failure;
 use crate::output::{escape, for_people, limits_differ};
-use crate::store::{Opened, StoreChoice};
+use crate::store::{Opened, StoreChoice, close, silent, within};
+
+/// Maximum time for contact with the store where the key is not waited for, opening included.
+const NO_WAIT_WITHIN: Duration = Duration::from_millis(900);
+
+/// Maximum time for finding out who has the key, once it was not obtained.
+const LOOK_WITHIN: Duration = Duration::from_millis(200);
 
 /// What to hold, and how.
 #[derive(Debug)]
@@ -38,6 +44,17 @@ pub(crate) struct HoldPlan {
 pub(crate) struct Schedule {
     pub(crate) every: Option<Duration>,
     pub(crate) slot: Option<u64>,
+}
+
+impl HoldPlan {
+    /// How long opening the store may take: `None` for the library's default. A wait limit covers it; a very short one, or
+    /// none at all, leaves time for a store that works.
+    fn open_within(&self) -> Option<Duration> {
+        match (self.once, self.wait) {
+            (Some(_), _) => None,
+            (None, wait) => wait.map(|limit| limit.max(NO_WAIT_WITHIN)),
+        }
+    }
 }
 
 /// What is held.
@@ -123,16 +140,17 @@ async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedRec
         // The main thread has ended: so does this process.
         let _ended = events.send(event);
     };
+    let started = Clock::system().now();
     let opened = tokio::select! {
         biased;
         () = cancel.cancelled() => return tell(Event::NotObtained(Refusal::Cancelled)),
-        opened = plan.store.open(Some(&plan.owner), plan.ttl) => match opened {
+        opened = plan.store.open(Some(&plan.owner), plan.ttl, plan.open_within()) => match opened {
             Ok(opened) => opened,
             Err(failure) => return tell(Event::NotObtained(Refusal::Failed(failure))),
         },
     };
     let mut happenings = opened.locks.events();
-    match obtain(&plan, &cancel, &opened, &mut happenings, &tell).await {
+    match obtain(&plan, started, &cancel, &opened, &mut happenings, &tell).await {
         Ok(held) => {
             let fence = held.guard().fence();
             tell(Event::Obtained(Obtained {
@@ -149,7 +167,8 @@ async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedRec
             tell(Event::Released(released));
         }
         Err(refusal) => {
-            let _closed = opened.locks.close().await;
+            let is_store_away = matches!(&refusal, Refusal::Failed(failure) if failure.code == exit_code::UNAVAILABLE);
+            close(&opened, is_store_away).await;
             tell(Event::NotObtained(refusal));
         }
     }
@@ -157,6 +176,7 @@ async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedRec
 
 async fn obtain(
     plan: &HoldPlan,
+    started: BootTime,
     cancel: &CancellationToken,
     opened: &Opened,
     happenings: &mut EventStream,
@@ -172,11 +192,13 @@ async fn obtain(
     if let Some(text) = &plan.metadata {
         request = request.metadata(text.as_str());
     }
+    let passed = Clock::system().now().since(started);
+    let left = |limit: Duration| limit.saturating_sub(passed);
     let attempt = async {
-        match plan.wait {
-            Some(Duration::ZERO) => request.try_acquire().await,
-            Some(limit) => request.wait(limit).await.map(Some),
-            None => request.await.map(Some),
+        match plan.wait.map(left) {
+            Some(Duration::ZERO) => within(left(NO_WAIT_WITHIN), request.try_acquire()).await,
+            Some(limit) => Some(request.wait(limit).await.map(Some)),
+            None => Some(request.await.map(Some)),
         }
     };
     let mut attempt = pin!(attempt);
@@ -193,6 +215,7 @@ async fn obtain(
             }
         }
     };
+    let Some(answer) = answer else { return Err(Refusal::Failed(silent(NO_WAIT_WITHIN))) };
     match answer {
         Ok(Some(guard)) => Ok(Held::Lock(guard)),
         Ok(None) => Err(Refusal::Busy(busy(plan, opened).await)),
@@ -296,9 +319,9 @@ async fn busy(plan: &HoldPlan, opened: &Opened) -> String {
         None | Some(Duration::ZERO) => String::new(),
         Some(limit) => format!(" within {}", for_people(limit)),
     };
-    let why = match opened.locks.inspect(plan.key.as_str()).await {
-        Ok(state) => reason(&state, plan.demand),
-        Err(_) => "it is taken".to_owned(),
+    let why = match within(LOOK_WITHIN, opened.locks.inspect(plan.key.as_str())).await {
+        Some(Ok(state)) => reason(&state, plan.demand),
+        Some(Err(_)) | None => "it is taken".to_owned(),
     };
     format!("key `{}` was not obtained{limit}: {why}", escape(&plan.key))
 }

@@ -5,12 +5,22 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use stanchion::Locks;
 use stanchion::store::{Postgres, Sqlite};
+use stanchion::{BootTime, Clock, Locks};
 
 use crate::arguments::Common;
 use crate::message::Failure;
+use crate::output::for_people;
 use crate::{environment, exit_code};
+
+/// Maximum time for ending the session in a store that did not answer before.
+const CLOSE_AWAY_WITHIN: Duration = Duration::from_millis(100);
+
+/// Interval between attempts to open the embedded store.
+const OPEN_EVERY: Duration = Duration::from_millis(100);
+
+/// Time within which the library reports why a store could not be opened, once its limit has come.
+const TOLD_WITHIN: Duration = Duration::from_millis(20);
 
 /// The store that was asked for. `Debug` does not show the URL: it may hold a password.
 pub(crate) struct StoreChoice {
@@ -112,11 +122,31 @@ fn holds_password(url: &str) -> bool {
 }
 
 impl StoreChoice {
-    /// Opens it.
-    pub(crate) async fn open(&self, owner: Option<&str>, ttl: Option<Duration>) -> Result<Opened, Failure> {
+    /// Opens it within `limit`; without one, within the library's default.
+    pub(crate) async fn open(
+        &self,
+        owner: Option<&str>,
+        ttl: Option<Duration>,
+        limit: Option<Duration>,
+    ) -> Result<Opened, Failure> {
+        match limit {
+            Some(limit) => {
+                within(limit, self.open_with(owner, ttl, Some(limit))).await.unwrap_or_else(|| Err(silent(limit)))
+            }
+            None => self.open_with(owner, ttl, None).await,
+        }
+    }
+
+    async fn open_with(
+        &self,
+        owner: Option<&str>,
+        ttl: Option<Duration>,
+        limit: Option<Duration>,
+    ) -> Result<Opened, Failure> {
+        let started = Clock::system().now();
         let (mut builder, embedded) = if self.url.starts_with("sqlite:") {
             // The handle is kept for its descriptors.
-            let store = Arc::new(Sqlite::from_url(&self.url)?);
+            let store = Arc::new(self.embedded(started.after(limit.unwrap_or_default())).await?);
             (Locks::builder_with_store(store.clone()), Some(store))
         } else {
             (Locks::builder(&self.url), None)
@@ -127,7 +157,28 @@ impl StoreChoice {
         if let Some(ttl) = ttl {
             builder = builder.session_ttl(ttl);
         }
+        if let Some(limit) = limit {
+            // A little less than the whole: the library's error says why the store is away.
+            let left = limit.saturating_sub(Clock::system().now().since(started));
+            builder = builder.open_within(left.saturating_sub(TOLD_WITHIN));
+        }
         Ok(Opened { locks: builder.open().await?, embedded })
+    }
+
+    /// Opens the embedded store, again after transient faults until `give_up_at`.
+    async fn embedded(&self, give_up_at: BootTime) -> stanchion::Result<Sqlite> {
+        let clock = Clock::system();
+        loop {
+            let fault = match Sqlite::connect(&self.url).await {
+                Err(fault) if fault.is_transient() => fault,
+                done => return done,
+            };
+            let left = give_up_at.since(clock.now()).saturating_sub(TOLD_WITHIN);
+            if left.is_zero() {
+                return Err(fault);
+            }
+            let _passed = within(left.min(OPEN_EVERY), std::future::pending::<()>()).await;
+        }
     }
 
     /// The database that a schema is for.
@@ -141,19 +192,44 @@ impl StoreChoice {
 
     /// Waits for something in a runtime of its own.
     pub(crate) fn run<T>(&self, work: impl AsyncFnOnce() -> stanchion::Result<T>) -> Result<T, Failure> {
-        Ok(runtime()?.block_on(work())?)
+        let runtime = runtime()?;
+        let done = runtime.block_on(work());
+        runtime.shutdown_background();
+        Ok(done?)
     }
 
     /// Opens it, asks it something, and closes it.
     pub(crate) fn ask<T>(&self, question: impl AsyncFnOnce(&Locks) -> stanchion::Result<T>) -> Result<T, Failure> {
-        runtime()?.block_on(async {
-            let opened = self.open(None, None).await?;
+        let runtime = runtime()?;
+        let answer = runtime.block_on(async {
+            let opened = self.open(None, None, None).await?;
             let answer = question(&opened.locks).await;
-            // What could not be ended dies with the session.
-            let _closed = opened.locks.close().await;
+            close(&opened, answer.as_ref().is_err_and(stanchion::Error::is_transient)).await;
             Ok(answer?)
-        })
+        });
+        // A name that is still being resolved is not waited for.
+        runtime.shutdown_background();
+        answer
     }
+}
+
+/// Ends the session. What could not be ended dies with it by itself: a store that did not answer is not waited for.
+pub(crate) async fn close(opened: &Opened, is_store_away: bool) {
+    if is_store_away {
+        let _closed = within(CLOSE_AWAY_WITHIN, opened.locks.close()).await;
+    } else {
+        let _closed = opened.locks.close().await;
+    }
+}
+
+/// The outcome, if it comes in time.
+pub(crate) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+    tokio::time::timeout(limit, work).await.ok()
+}
+
+/// The store has not answered.
+pub(crate) fn silent(limit: Duration) -> Failure {
+    Failure::new(exit_code::UNAVAILABLE, format!("the store did not answer within {}", for_people(limit)))
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {

@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 /// How much a clock may be wrong in rate, and how coarse a store's time may be.
 ///
-/// A hold of `ttl` is believed for `ttl − ttl × rate − fixed`. The default is 1 % and 2 ms.
+/// A term of `ttl` in the store is believed for `ttl − ttl × rate − fixed`. The default is 1 % and 2 ms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drift {
     /// Parts of a thousand.
@@ -46,6 +46,30 @@ impl Drift {
         let rate = Duration::from_nanos((ttl.as_nanos() as u64 / 1_000).saturating_mul(u64::from(self.per_mille)));
         ttl.saturating_sub(rate).saturating_sub(self.fixed)
     }
+
+    /// The term to ask the store for, so that the holder can use all of `ttl` and has the grace after it.
+    pub(crate) fn lengthen(self, ttl: Duration) -> Duration {
+        let needed = ttl + grace(ttl) + self.fixed;
+        let rate = needed.as_micros() * u128::from(self.per_mille) / u128::from(1_000 - self.per_mille.min(999));
+        // Stores count in milliseconds: the next whole one.
+        let millis = (needed.as_micros() + rate).div_ceil(1_000) + 1;
+        let lengthened = Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX));
+        lengthened.min(LONGEST_IN_STORE).max(ttl)
+    }
+
+    /// How much of a term with so much left in the store a holder can use: [`lengthen`](Self::lengthen) gives the term of
+    /// which that is left.
+    pub(crate) fn usable(self, remaining: Duration) -> Duration {
+        let believed = self.shorten(remaining);
+        // The longest that leaves its own grace, piece by piece as that is defined.
+        let of_each = [
+            believed * 2 / 3,
+            believed.saturating_sub(MOST_GRACE),
+            believed * 4 / 5,
+            believed.saturating_sub(LEAST_GRACE),
+        ];
+        of_each.into_iter().filter(|part| *part + grace(*part) <= believed).max().unwrap_or_default()
+    }
 }
 
 /// How coarse the remaining time of a term may be that a store tells.
@@ -53,8 +77,14 @@ const TERM_SLACK: Duration = Duration::from_millis(10);
 
 /// The time between "stop" and "others may have it": a quarter of the term, 50 ms to 5 s, never more than half.
 pub(crate) fn grace(term: Duration) -> Duration {
-    (term / 4).clamp(Duration::from_millis(50), Duration::from_secs(5)).min(term / 2)
+    (term / 4).clamp(LEAST_GRACE, MOST_GRACE).min(term / 2)
 }
+
+const LEAST_GRACE: Duration = Duration::from_millis(50);
+const MOST_GRACE: Duration = Duration::from_secs(5);
+
+/// The longest term that a store is asked for: the longest duration there is, with what belongs to it at the usual drift.
+const LONGEST_IN_STORE: Duration = Duration::from_secs(30 * 24 * 60 * 60 / 100 * 102);
 
 /// The belief in a session.
 #[derive(Debug)]
@@ -369,6 +399,35 @@ mod tests {
     fn a_term_of_ten_seconds_is_believed_one_percent_and_two_milliseconds_less() {
         assert_eq!(Drift::default().shorten(Duration::from_secs(10)), Duration::from_millis(9_898));
         assert_eq!(Drift::default().shorten(Duration::from_millis(1)), Duration::ZERO);
+    }
+
+    #[test]
+    fn holder_can_use_all_that_it_asked_for() {
+        let month = Duration::from_secs(30 * 24 * 60 * 60);
+        let mut spans: Vec<_> = (10..3_000).map(Duration::from_millis).collect();
+        spans.extend((3..100).map(Duration::from_secs));
+        spans.extend([Duration::from_secs(3_600), month / 2, month]);
+        for drift in [Drift::default(), Drift { per_mille: 0, fixed: Duration::ZERO }] {
+            for asked in &spans {
+                let in_store = drift.lengthen(*asked);
+                let (own, used) = (drift.shorten(in_store), drift.usable(in_store));
+                assert!(own >= *asked + grace(*asked), "{asked:?}: {in_store:?} in the store are {own:?}");
+                assert!(
+                    used >= *asked && used <= *asked + asked.mul_f64(0.03) + Duration::from_millis(5),
+                    "{asked:?}: {used:?}"
+                );
+                assert!(in_store <= asked.mul_f64(1.55) + Duration::from_millis(6) && in_store <= LONGEST_IN_STORE);
+            }
+        }
+    }
+
+    #[test]
+    fn usable_part_leaves_its_grace() {
+        for millis in 0..60_000 {
+            let remaining = Duration::from_millis(millis);
+            let used = Drift::default().usable(remaining);
+            assert!(used + grace(used) <= Drift::default().shorten(remaining), "{remaining:?}: {used:?}");
+        }
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! How to open a handle: its settings, and the store that a URL names.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::belief::Drift;
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
-use crate::keeper::KeeperThread;
+use crate::keeper;
 use crate::key::{check_namespace, normal};
 use crate::locks::{Handle, Locks, MAX_OWNER_BYTES, check_duration};
 use crate::on_lost::OnLost;
@@ -25,6 +25,7 @@ pub struct Builder {
     session_ttl: Duration,
     drift: Drift,
     retry: RetryPolicy,
+    open_within: Option<Duration>,
     clock: Clock,
     on_lost: OnLost,
     shown_keys: ShownKeys,
@@ -62,6 +63,7 @@ impl Builder {
             session_ttl: Duration::from_secs(10),
             drift: Drift::default(),
             retry: RetryPolicy::default(),
+            open_within: None,
             clock: Clock::system(),
             on_lost: OnLost::default(),
             shown_keys: ShownKeys::default(),
@@ -99,6 +101,22 @@ impl Builder {
         self
     }
 
+    /// Limits how long [`open`](Builder::open) may take, all attempts included. Default: the retry policy's
+    /// [`total`](RetryPolicy::total), 10 s.
+    ///
+    /// ```no_run
+    /// # async fn open() -> stanchion::Result<()> {
+    /// use std::time::Duration;
+    /// use stanchion::Locks;
+    ///
+    /// let locks = Locks::builder("redis://127.0.0.1").open_within(Duration::from_secs(1)).open().await?;
+    /// # Ok(()) }
+    /// ```
+    pub fn open_within(mut self, limit: Duration) -> Self {
+        self.open_within = Some(limit);
+        self
+    }
+
     /// What happens when a hold of this handle is lost, beside the signal. Default: nothing more.
     pub fn on_lost(mut self, policy: OnLost) -> Self {
         self.on_lost = policy;
@@ -119,8 +137,12 @@ impl Builder {
 
     /// Opens the handle: the store is reached and the session is open.
     ///
+    /// Transient faults are repeated until [`open_within`](Builder::open_within) is over. A definite refusal, such as a
+    /// wrong password, fails at once.
+    ///
     /// # Errors
-    /// As [`Locks::open`]; [`ErrorKind::InvalidArgument`] for settings out of range.
+    /// As [`Locks::open`]; [`ErrorKind::InvalidArgument`] for settings out of range; [`ErrorKind::Internal`] if the system
+    /// has no thread or descriptor left.
     ///
     /// # Cancel safety
     /// As [`Locks::open`].
@@ -147,19 +169,35 @@ impl Builder {
             shown_keys: self.shown_keys,
         };
         let (source, clock) = (self.source, self.clock);
-        let (thread, shared) = KeeperThread::start(move |commands| async move {
-            let store = match source {
-                Source::Url(url) => open_store(&url).await?,
-                Source::Store(store) => store,
-            };
-            Ok(Shared::new(store, clock, config, commands))
+        let limit = self.open_within.unwrap_or(config.retry.total);
+        let give_up_at = clock.now().after(limit);
+        let fault = Arc::new(Mutex::new(None));
+        let (thread, opened) = keeper::start(clock.clone(), {
+            let (clock, fault) = (clock.clone(), fault.clone());
+            move |commands| async move {
+                let store = match source {
+                    Source::Url(url) => open_until_given_up(&url, &config.retry, &clock, &fault).await?,
+                    Source::Store(store) => store,
+                };
+                Ok(Shared::new(store, clock, config, commands))
+            }
         })?;
         let ended = || Error::new(ErrorKind::Internal, "the keeper ended while it was opening the store");
-        let shared = shared.await.map_err(|_| ended())??.claim().ok_or_else(ended)?;
-        let locks = Locks { handle: Arc::new(Handle::new(shared, thread)) };
-        // An error drops the handle, which ends the keeper.
-        locks.handle.shared.believed_session().await?;
-        Ok(locks)
+        let opened = tokio::select! {
+            biased;
+            opened = opened => opened.map_err(|_| ended())??,
+            () = clock.sleep_until(give_up_at) => {
+                let late = || {
+                    let message = format!("the store could not be opened within {limit:.1?}");
+                    Error::new(ErrorKind::Unavailable, message)
+                };
+                return Err(fault.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_else(late));
+            }
+        };
+        // After an error, or if this future is dropped, the keeper ends by itself, and nobody waits for that.
+        opened.shared().ok_or_else(ended)?.believed_session_by(give_up_at).await?;
+        let shared = opened.claim().ok_or_else(ended)?;
+        Ok(Locks { handle: Arc::new(Handle::new(shared, thread)) })
     }
 }
 
@@ -167,12 +205,29 @@ fn scheme(url: &str) -> &str {
     url.split_once(':').map_or("", |(scheme, _)| scheme)
 }
 
+/// Opens the store, again and again after transient faults. The last one is left in `last`.
+async fn open_until_given_up(
+    url: &str,
+    policy: &RetryPolicy,
+    clock: &Clock,
+    last: &Mutex<Option<Error>>,
+) -> Result<Arc<dyn Store>> {
+    let mut pauses = policy.endless_pauses();
+    loop {
+        match open_store(url).await {
+            Err(fault) if fault.is_transient() => *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(fault),
+            done => return done,
+        }
+        clock.sleep(pauses.next().unwrap_or(policy.longest_pause)).await;
+    }
+}
+
 async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
     match scheme(url) {
         "memory" if url == "memory:" => Ok(Arc::new(crate::store::Memory::new())),
         "memory" => Err(Error::new(ErrorKind::InvalidArgument, "the memory store's URL is `memory:` and nothing more")),
         #[cfg(feature = "sqlite")]
-        "sqlite" => Ok(Arc::new(crate::store::Sqlite::from_url(url)?)),
+        "sqlite" => Ok(Arc::new(crate::store::Sqlite::connect(url).await?)),
         #[cfg(not(feature = "sqlite"))]
         "sqlite" => Err(not_built("sqlite")),
         #[cfg(feature = "redis")]

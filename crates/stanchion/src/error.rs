@@ -148,7 +148,7 @@ impl Error {
         Self(Box::new(Inner {
             kind,
             message: message.into(),
-            in_doubt: matches!(kind, ErrorKind::NetworkTimeout | ErrorKind::Indeterminate),
+            in_doubt: kind == ErrorKind::NetworkTimeout,
             retry_after: None,
             key: None,
             token: None,
@@ -200,8 +200,16 @@ impl Error {
     }
 
     /// Whether the request may have taken effect although it failed.
+    ///
+    /// Always for [`ErrorKind::Indeterminate`]; for other kinds it depends on what became of the request.
+    ///
+    /// ```
+    /// use stanchion::{Error, ErrorKind};
+    /// assert!(Error::new(ErrorKind::Indeterminate, "the connection broke").is_in_doubt());
+    /// assert!(!Error::new(ErrorKind::Unavailable, "connection refused").is_in_doubt());
+    /// ```
     pub fn is_in_doubt(&self) -> bool {
-        self.0.in_doubt
+        self.0.in_doubt || self.0.kind == ErrorKind::Indeterminate
     }
 
     /// The key the call was about.
@@ -260,7 +268,8 @@ impl Error {
         self
     }
 
-    /// States whether the request may have taken effect. Stores set it where the kind alone does not tell.
+    /// States whether the request may have taken effect. Stores set it where the kind alone does not tell; that an
+    /// [`ErrorKind::Indeterminate`] may have, its kind says already.
     #[must_use]
     pub fn in_doubt(mut self, in_doubt: bool) -> Self {
         self.0.in_doubt = in_doubt;
@@ -290,7 +299,7 @@ impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let inner = &self.0;
         let mut out = f.debug_struct("Error");
-        out.field("kind", &inner.kind).field("message", &inner.message).field("in_doubt", &inner.in_doubt);
+        out.field("kind", &inner.kind).field("message", &inner.message).field("in_doubt", &self.is_in_doubt());
         out.field("key", &inner.key).field("store", &inner.store).field("source", &inner.source).finish()
     }
 }
@@ -312,26 +321,45 @@ mod tests {
         assert_eq!(error.to_string(), "key `invoice:42` in sqlite: not obtained within 5s");
     }
 
+    const ALL: [ErrorKind; 14] = [
+        ErrorKind::Timeout,
+        ErrorKind::Cancelled,
+        ErrorKind::Draining,
+        ErrorKind::Lost(LossCause::Forced),
+        ErrorKind::Busy,
+        ErrorKind::InvalidArgument,
+        ErrorKind::Unauthorized,
+        ErrorKind::Unavailable,
+        ErrorKind::RateLimited,
+        ErrorKind::NetworkTimeout,
+        ErrorKind::Indeterminate,
+        ErrorKind::Unsupported,
+        ErrorKind::Misconfigured,
+        ErrorKind::Internal,
+    ];
+
+    /// Whether an error is in doubt as it is made, after a store said that it is, and after a store said that it is not.
+    #[test]
+    fn kind_and_doubt_agree() {
+        for kind in ALL {
+            let made = Error::new(kind, "x").is_in_doubt();
+            let [yes, no] = [true, false].map(|told| Error::new(kind, "x").in_doubt(told).is_in_doubt());
+            let expected = match kind {
+                ErrorKind::Indeterminate => (true, true, true),
+                ErrorKind::NetworkTimeout => (true, true, false),
+                _ => (false, true, false),
+            };
+            assert_eq!((made, yes, no), expected, "{kind:?}");
+            // Whatever it was before.
+            let restated = Error::new(kind, "x").in_doubt(false).restate(ErrorKind::Indeterminate, "y".into());
+            assert!(restated.is_in_doubt() && format!("{restated:?}").contains("in_doubt: true"), "{kind:?}");
+        }
+    }
+
     #[test]
     fn only_faults_that_pass_are_transient() {
         use ErrorKind::*;
-        let all = [
-            Timeout,
-            Cancelled,
-            Draining,
-            Lost(LossCause::Forced),
-            Busy,
-            InvalidArgument,
-            Unauthorized,
-            Unavailable,
-            RateLimited,
-            NetworkTimeout,
-            Indeterminate,
-            Unsupported,
-            Misconfigured,
-            Internal,
-        ];
-        let transient: Vec<_> = all.into_iter().filter(|kind| Error::new(*kind, "x").is_transient()).collect();
+        let transient: Vec<_> = ALL.into_iter().filter(|kind| Error::new(*kind, "x").is_transient()).collect();
         assert_eq!(transient, [Unavailable, RateLimited, NetworkTimeout, Indeterminate]);
     }
 }

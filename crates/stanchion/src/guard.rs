@@ -61,14 +61,18 @@ impl Guard {
         self.hold.fence
     }
 
-    /// Whether the lock is still believed to be held. Local.
+    /// Whether the lock is still believed to be held. Local. `false` in a forked child: the hold is its parent's.
     pub fn is_held(&self) -> bool {
-        self.loss().is_none()
+        self.shared().is_own_process() && self.loss().is_none()
     }
 
     /// Why the hold is lost, if it is. Local.
     pub fn loss(&self) -> Option<LossCause> {
         let cause = self.hold.ended(self.shared().clock.now())?;
+        if !self.shared().is_own_process() {
+            // The parent announces it. A forked child shares its connections and must not act on them.
+            return Some(cause);
+        }
         // Who looks first announces it: lost is final from here on, whether or not the keeper has come to it.
         self.shared().lose(&self.hold, cause, None);
         Some(cause)
@@ -88,7 +92,7 @@ impl Guard {
     }
 
     fn until(&self, end: BootTime) -> Option<Duration> {
-        if self.loss().is_some() {
+        if !self.is_held() {
             return Some(Duration::ZERO);
         }
         (end != BootTime::NEVER).then(|| end.since(self.shared().clock.now()))
@@ -97,8 +101,9 @@ impl Guard {
     /// An error if the hold is lost. Local.
     ///
     /// # Errors
-    /// [`ErrorKind::Lost`].
+    /// [`ErrorKind::Lost`]; [`ErrorKind::Unsupported`] in a forked child, because the hold is its parent's.
     pub fn check(&self) -> Result<()> {
+        self.shared().check_process().map_err(|error| self.name(error))?;
         self.loss().map_or(Ok(()), |cause| Err(self.lost_error(cause)))
     }
 
@@ -130,7 +135,8 @@ impl Guard {
         self.locks.draining()
     }
 
-    /// Sets the remaining time of a fixed term, or of `max_hold`, to `ttl` from now; shorter than before, if so wished.
+    /// Sets the remaining time of a fixed term, or of `max_hold`, to `ttl` from now; shorter than before, if so wished. The
+    /// holder has all of that time, as with [`ttl`](crate::LockRequest::ttl), whatever the request said.
     ///
     /// # Errors
     /// [`ErrorKind::Lost`] if the hold is lost, also when the store says so; [`ErrorKind::InvalidArgument`] if the hold
@@ -151,17 +157,19 @@ impl Guard {
         shared.check_process()?;
         let _one_at_a_time = self.hold.extending.lock().await;
         let mut asked = shared.clock.now();
-        let before = self.hold.extension_asked(ttl);
+        let drift = shared.config.drift;
+        let in_store = drift.lengthen(ttl);
+        let before = self.hold.extension_asked(in_store);
         // A shorter term may count before its answer comes.
-        let at_least = asked.after(shared.config.drift.shorten(ttl));
+        let at_least = asked.after(drift.shorten(in_store));
         if at_least < self.hold.own_until() {
             self.hold.extend(asked, at_least, ttl);
             shared.command(Command::Watch(self.hold.clone()));
         }
         let step = shared.step(|| {
             asked = shared.clock.now();
-            self.hold.may_last_until(asked.after(ttl));
-            shared.store.extend(&self.hold.key, self.hold.token, ttl)
+            self.hold.may_last_until(asked.after(in_store));
+            shared.store.extend(&self.hold.key, self.hold.token, in_store)
         });
         let step = step.await;
         if !step.unanswered {
@@ -170,7 +178,7 @@ impl Guard {
         let reply = step.result.map_err(|error| self.name(error))?;
         match reply.outcome {
             ExtendOutcome::Extended => {
-                let until = asked.after(shared.config.drift.shorten(self.hold.believable(ttl)));
+                let until = asked.after(drift.shorten(self.hold.believable(in_store)));
                 if !self.hold.extend(shared.clock.now(), until, ttl) {
                     return self.check();
                 }
@@ -323,7 +331,8 @@ impl Guard {
 
     /// Lets go of the hold without releasing it: [`Locks::adopt`] takes it up again with the token.
     ///
-    /// A fixed term runs on, and outlives this process. A hold bound to the session lives as long as that does.
+    /// A fixed term runs on, and outlives this process: by default for a little longer than its ttl
+    /// ([`LockRequest::expires_after`](crate::LockRequest::expires_after) is for an exact time). A hold bound to the session lives as long as that does.
     /// `max_hold` still counts in the store; `heartbeat_within` ends with the guard.
     ///
     /// A child that was forked has its parent's guards, and holds nothing: what it detaches is nobody's, and cannot be taken

@@ -53,6 +53,7 @@ mod retry;
 mod shared;
 pub mod store;
 mod telemetry;
+mod thread;
 mod token;
 #[cfg(feature = "tower")]
 pub mod tower;

@@ -8,12 +8,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, EventStream};
 use crate::fence::Fence;
 use crate::guard::Guard;
-use crate::keeper::{Command, KeeperThread};
+use crate::keeper::Command;
 use crate::key::{Key, namespace_prefix, normal};
 use crate::primitives::{Election, LockAllRequest, OnceRequest, OwnerStatus, Run, Wanted};
 use crate::request::LockRequest;
 use crate::shared::{SessionView, Shared};
 use crate::store::{Capabilities, Cursor, Demand, EvictOutcome, EvictRequest, KeyState, Listing, PollOutcome, Store};
+use crate::thread::Ending;
 use crate::token::{SessionId, Token};
 use crate::wait;
 
@@ -27,12 +28,16 @@ pub const MAX_OWNER_BYTES: usize = 128;
 /// The longest metadata and the longest trace of a request, in bytes.
 pub const MAX_METADATA_BYTES: usize = 4_096;
 
+/// Maximum time for which the drop of the last handle waits for its session to end.
+const DROP_WITHIN: Duration = Duration::from_secs(1);
+
 /// A handle on the locks of one store: cheap to clone, one session for all clones.
 ///
 /// Open one per process and store. It owns a thread, the keeper, that keeps the session alive whatever the user's
-/// executor does, so it works in every runtime and in none. When the last clone and the last guard are gone, the session
-/// ends; that takes one round trip, for which the last drop waits, one second at most. [`Locks::close`] does it without
-/// blocking.
+/// executor does, so it works in every runtime and in none. When the last clone and the last guard are gone, the keeper
+/// ends the session; that takes one round trip. Inside a tokio runtime the last drop does not block: the round trip goes on
+/// in the background, and if the runtime ends before it is done, the end of the runtime waits, one second at most. Elsewhere
+/// the last drop itself waits, one second at most. [`Locks::close`] ends the session and waits for it without blocking.
 ///
 /// ```
 /// use stanchion::Locks;
@@ -53,15 +58,15 @@ pub struct Locks {
 #[derive(Debug)]
 pub(crate) struct Handle {
     pub(crate) shared: Arc<Shared>,
-    thread: Mutex<KeeperThread>,
+    thread: Mutex<Option<Ending>>,
 }
 
 impl Handle {
-    pub(crate) fn new(shared: Arc<Shared>, thread: KeeperThread) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, thread: Ending) -> Self {
         let mut handles = handles();
         handles.retain(|handle| handle.strong_count() > 0);
         handles.push(Arc::downgrade(&shared));
-        Self { shared, thread: Mutex::new(thread) }
+        Self { shared, thread: Mutex::new(Some(thread)) }
     }
 }
 
@@ -97,8 +102,10 @@ impl Drop for Handle {
         }
         self.shared.drain("the handle was dropped");
         self.shared.command(Command::Close);
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
-        thread.join_within(Duration::from_secs(1));
+        // So that the session has ended when the process exits after this.
+        if let Some(thread) = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            thread.wait(DROP_WITHIN);
+        }
     }
 }
 
@@ -167,7 +174,10 @@ impl Locks {
     /// One attempt: `None` if another holds the key or waits for it.
     ///
     /// # Errors
-    /// As [`LockRequest`] when awaited, but for the wait limit.
+    /// As [`LockRequest`] when awaited, but for the wait limit. A store that does not answer within
+    /// [`RetryPolicy::no_wait`](crate::RetryPolicy::no_wait), 1 s by default, is a transient fault
+    /// ([`ErrorKind::Unavailable`], [`ErrorKind::NetworkTimeout`] or [`ErrorKind::Indeterminate`]), whether or not the key is
+    /// free.
     ///
     /// # Cancel safety
     /// A dropped future leaves no hold behind: the keeper ends what it may have got.

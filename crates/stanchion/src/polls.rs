@@ -71,7 +71,6 @@ impl WaitedFor {
 #[derive(Debug)]
 struct Waiter {
     cell: Arc<WaitCell>,
-    has_failed: bool,
 }
 
 /// When a key is polled.
@@ -110,7 +109,7 @@ impl Polls {
 
     /// A call waits for a key from now on.
     pub(crate) fn enter(&self, token: TokenId, cell: &Arc<WaitCell>, queued: Queued, now: BootTime) {
-        let waiter = Waiter { cell: cell.clone(), has_failed: false };
+        let waiter = Waiter { cell: cell.clone() };
         let mut keys = self.lock();
         keys.waited_for.entry(cell.key.clone()).or_default().waiters.insert(token, waiter);
         self.plan(keys, &cell.key, self.due(now, queued));
@@ -204,7 +203,6 @@ impl Polls {
             let Some(waiter) = waited_for.waiters.get_mut(&token) else { continue };
             match outcome {
                 PollOutcome::Queued(queued) => {
-                    waiter.has_failed = false;
                     front.ahead = front.ahead.min(queued.ahead);
                     front.check_in = [front.check_in, queued.check_in].into_iter().flatten().min();
                 }
@@ -220,17 +218,15 @@ impl Polls {
         }
     }
 
-    /// A poll failed with all its attempts. A place in the queue is worth one more round of them.
+    /// A poll failed with all its attempts. Calls that wait live through an outage: only what does not pass ends them.
     pub(crate) fn failed(&self, key: &Key, error: &Error, now: BootTime) {
         let mut keys = self.lock();
         let Some(waited_for) = keys.waited_for.get_mut(key) else { return };
         waited_for.sent_at = None;
         waited_for.trouble = Some((error.kind(), error.message().to_owned()));
         let mut told = Vec::new();
-        for waiter in waited_for.waiters.values_mut() {
-            if std::mem::replace(&mut waiter.has_failed, true) || !error.is_transient() {
-                told.push(waiter.cell.clone());
-            }
+        if !error.is_transient() {
+            told.extend(waited_for.waiters.values().map(|waiter| waiter.cell.clone()));
         }
         waited_for.is_taken = false;
         self.plan(keys, key, self.due(now, Queued { ahead: u32::MAX, check_in: None, in_use: None }));
@@ -362,20 +358,16 @@ mod tests {
     }
 
     #[test]
-    fn second_failure_in_a_row_is_told() {
+    fn only_a_lasting_failure_ends_a_wait() {
         let mut bench = Bench::new();
         let (token, cell) = bench.enter(&key("k"));
-        let error = Error::new(ErrorKind::Unavailable, "away");
         let told = |cell: &WaitCell| matches!(*cell.signal.lock().unwrap(), Some(Signal::Failed(_)));
-        for answer in [false, true, false, false] {
+        for kind in [ErrorKind::Unavailable, ErrorKind::NetworkTimeout, ErrorKind::Unavailable, ErrorKind::Unauthorized]
+        {
             assert!(!told(&cell));
             bench.pass(Duration::from_secs(2));
-            if answer {
-                assert_eq!(bench.poll(QUEUED), 1);
-            } else {
-                assert_eq!(bench.polls.take_due(bench.now).0.len(), 1);
-                bench.polls.failed(&key("k"), &error, bench.now);
-            }
+            assert_eq!(bench.polls.take_due(bench.now).0.len(), 1);
+            bench.polls.failed(&key("k"), &Error::new(kind, "away"), bench.now);
         }
         assert!(told(&cell));
         bench.polls.leave(&key("k"), token, bench.now);

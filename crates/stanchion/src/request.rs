@@ -38,6 +38,8 @@ pub struct LockRequest {
     pub(crate) key: String,
     pub(crate) wait: Option<Duration>,
     pub(crate) ttl: Option<Duration>,
+    /// The ttl is the store's time, and not the holder's.
+    pub(crate) is_exact: bool,
     pub(crate) max_hold: Option<Duration>,
     pub(crate) heartbeat_within: Option<Duration>,
     pub(crate) cooldown: Option<Duration>,
@@ -56,6 +58,7 @@ impl LockRequest {
             key,
             wait: None,
             ttl: None,
+            is_exact: false,
             max_hold: None,
             heartbeat_within: None,
             cooldown: None,
@@ -70,19 +73,49 @@ impl LockRequest {
 
     /// Waits no longer than this, then [`ErrorKind::Timeout`]. Zero: one attempt, then [`ErrorKind::Busy`]. Default: no
     /// limit.
+    ///
+    /// While the store is away, the call keeps trying until the limit, and fails with the store's fault then. Without a limit
+    /// the [`RetryPolicy`](crate::RetryPolicy) limits the call until the store has answered it once; from then on it waits
+    /// through an outage of any length.
     pub fn wait(mut self, limit: Duration) -> Self {
         self.wait = Some(limit);
         self
     }
 
-    /// A fixed term: the hold lasts this long from the grant, whatever becomes of this process, moved only by
-    /// [`extend`](Guard::extend). Default: as long as the session lives and the guard is not dropped.
+    /// A fixed term: the hold lasts this long, whatever becomes of this process, moved only by [`extend`](Guard::extend).
+    /// Default: as long as the session lives and the guard is not dropped.
+    ///
+    /// The holder has all of this time, counted from before the request. Others get the key a little later if it is not
+    /// released: the store keeps it for the time in which the holder stops as well ([`Guard::valid_for`]), a quarter of the
+    /// term and 5 s at most, and for the [`Drift`](crate::Drift) of clocks. For a hold that is left to expire after an exact
+    /// time see [`expires_after`](LockRequest::expires_after).
     pub fn ttl(mut self, ttl: Duration) -> Self {
-        self.ttl = Some(ttl);
+        (self.ttl, self.is_exact) = (Some(ttl), false);
         self
     }
 
-    /// The hold is lost after this time, however lively the session is: for work that may hang.
+    /// A fixed term that ends in the store exactly this long after the grant: for a rate limit, whose hold is detached and
+    /// left to expire. In place of [`ttl`](LockRequest::ttl).
+    ///
+    /// The guard itself is lost earlier, by the time that a holder has to stop: after about three quarters of a short term.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// // At most one call a minute.
+    /// if let Some(guard) = locks.lock("call").expires_after(Duration::from_secs(60)).try_acquire().await? {
+    ///     guard.detach();
+    /// }
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
+    pub fn expires_after(mut self, ttl: Duration) -> Self {
+        (self.ttl, self.is_exact) = (Some(ttl), true);
+        self
+    }
+
+    /// The hold is lost after this time, however lively the session is: for work that may hang. The holder has all of it, as
+    /// with [`ttl`](LockRequest::ttl).
     pub fn max_hold(mut self, longest: Duration) -> Self {
         self.max_hold = Some(longest);
         self

@@ -6,17 +6,24 @@ use std::time::Duration;
 use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::sync::Notify;
 
-use crate::clock::{Clock, jitter, jitter_seed};
+use crate::clock::{BootTime, Clock, jitter, jitter_seed};
 use crate::error::{Error, ErrorKind, Result};
 
-/// How a step is repeated after a fault that passes: attempts and time are both limited, and the pauses between attempts
-/// double, with jitter. Contention is not a fault.
+/// Limits how a step is repeated after a transient fault: attempts and time are both limited, and the pauses between
+/// attempts double, with jitter. Contention is not a fault.
+///
+/// A call that waits for a key goes by its wait limit instead of [`attempts`](Self::attempts) and [`total`](Self::total):
+/// it keeps trying until that limit. Without a wait limit the policy applies until the store has answered the call once;
+/// from then on the call waits through an outage of any length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
     /// The most attempts of one step, the first included. Default: 8.
     pub attempts: u32,
-    /// The longest time for one step with all its attempts. Default: 10 s.
+    /// The longest time for one step with all its attempts, and for opening a handle. Default: 10 s.
     pub total: Duration,
+    /// The longest time for a call that does not wait for its key ([`try_lock`](crate::Locks::try_lock)), with all its
+    /// attempts. Default: 1 s. Raise it for a store that is slower than that.
+    pub no_wait: Duration,
     /// The longest time for the answer to one attempt. Default: 2 s.
     pub attempt: Duration,
     /// The first pause. Default: 20 ms.
@@ -30,6 +37,7 @@ impl Default for RetryPolicy {
         Self {
             attempts: 8,
             total: Duration::from_secs(10),
+            no_wait: Duration::from_secs(1),
             attempt: Duration::from_secs(2),
             pause: Duration::from_millis(20),
             longest_pause: Duration::from_secs(1),
@@ -77,35 +85,50 @@ pub(crate) struct Repeated<T> {
     pub(crate) unanswered: bool,
 }
 
-/// Repeats a step after faults that pass, within the policy.
+/// How long a step is repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Persistence {
+    /// As long as the policy says.
+    Policy,
+    /// Until its caller drops it: the caller has a limit of its own, or none.
+    Endless,
+}
+
+/// Repeats a step after transient faults.
 ///
 /// `attempt` must be idempotent. `back` ends a pause: the store is there again.
 pub(crate) async fn repeat<T, F>(
     clock: &Clock,
     policy: &RetryPolicy,
+    persistence: Persistence,
     back: &Notify,
     mut attempt: impl FnMut() -> F,
 ) -> Repeated<T>
 where
     F: Future<Output = Result<T>>,
 {
-    let give_up_at = clock.now().after(policy.total);
+    let is_endless = persistence == Persistence::Endless;
+    let give_up_at = if is_endless { BootTime::NEVER } else { clock.now().after(policy.total) };
+    let mut left = if is_endless { u32::MAX } else { policy.attempts };
     let mut pauses = None;
     let mut unanswered = false;
     loop {
-        let error = match limited(clock, policy.attempt, attempt()).await {
+        // The last attempt gets what is left of the time, and not more.
+        let limit = policy.attempt.min(give_up_at.since(clock.now()));
+        let error = match limited(clock, limit, attempt()).await {
             Ok(value) => return Repeated { result: Ok(value), unanswered },
             Err(error) => error,
         };
         unanswered |= error.is_in_doubt();
-        let pause = pauses.get_or_insert_with(|| policy.pauses()).next();
-        let pause = pause.map(|pause| pause.max(error.retry_after().unwrap_or_default()));
-        match pause {
-            Some(pause) if error.is_transient() && clock.now().after(pause) < give_up_at => {
-                sleep_unless_back(clock, pause, back).await;
-            }
-            _ => return Repeated { result: Err(error), unanswered },
+        left = left.saturating_sub(1);
+        let pause = pauses.get_or_insert_with(|| policy.endless_pauses()).next().unwrap_or(policy.longest_pause);
+        let pause = pause.max(error.retry_after().unwrap_or_default());
+        if left == 0 || !error.is_transient() || clock.now().after(pause) >= give_up_at {
+            // The last attempt may have done nothing where one before it may have.
+            let result = Err(if unanswered { error.in_doubt(true) } else { error });
+            return Repeated { result, unanswered };
         }
+        sleep_unless_back(clock, pause, back).await;
     }
 }
 
@@ -123,7 +146,7 @@ pub(crate) async fn limited<T>(clock: &Clock, limit: Duration, attempt: impl Fut
         biased;
         result = attempt => result,
         () = clock.sleep(limit) => {
-            Err(Error::new(ErrorKind::NetworkTimeout, format!("no answer within {limit:?}")))
+            Err(Error::new(ErrorKind::NetworkTimeout, format!("no answer within {limit:.1?}")))
         }
     }
 }
@@ -160,7 +183,7 @@ mod tests {
         {
             let count = Cell::new(0);
             let (policy, never) = (policy(), Notify::new());
-            let work = repeat(&clock, &policy, &never, || {
+            let work = repeat(&clock, &policy, Persistence::Policy, &never, || {
                 count.set(count.get() + 1);
                 async move { Err::<(), _>(Error::new(kind, "x")) }
             });
@@ -178,7 +201,7 @@ mod tests {
         let policy = RetryPolicy { attempts: 2, attempt: Duration::from_millis(50), ..policy() };
         let start = clock.now();
         let never = Notify::new();
-        let work = repeat(&clock, &policy, &never, std::future::pending::<Result<()>>);
+        let work = repeat(&clock, &policy, Persistence::Policy, &never, std::future::pending::<Result<()>>);
         let repeated = skipping_time(&time, work).await;
         assert_eq!(repeated.result.unwrap_err().kind(), ErrorKind::NetworkTimeout);
         assert!(repeated.unanswered);
@@ -197,7 +220,7 @@ mod tests {
         let back = Notify::new();
         let tried = Cell::new(0);
         let policy = RetryPolicy::default();
-        let work = repeat(&clock, &policy, &back, || {
+        let work = repeat(&clock, &policy, Persistence::Policy, &back, || {
             tried.set(tried.get() + 1);
             let answer = if tried.get() < 3 { Err(Error::new(ErrorKind::Unavailable, "x")) } else { Ok(()) };
             async move { answer }
@@ -218,8 +241,52 @@ mod tests {
         let policy = RetryPolicy { attempts: 1_000, total: Duration::from_millis(40), ..policy() };
         let start = clock.now();
         let never = Notify::new();
-        let work = repeat(&clock, &policy, &never, || async { Err::<(), _>(Error::new(ErrorKind::Unavailable, "x")) });
+        let work = repeat(&clock, &policy, Persistence::Policy, &never, || async {
+            Err::<(), _>(Error::new(ErrorKind::Unavailable, "x"))
+        });
         assert!(skipping_time(&time, work).await.result.is_err());
         assert!(clock.now().since(start) <= Duration::from_millis(41));
+    }
+
+    #[tokio::test]
+    async fn lost_answer_leaves_the_step_in_doubt() {
+        let time = VirtualClock::new();
+        for last in [ErrorKind::Unavailable, ErrorKind::Unauthorized] {
+            let (tried, never, policy) = (Cell::new(0), Notify::new(), policy());
+            let clock = time.clock();
+            let work = repeat(&clock, &policy, Persistence::Policy, &never, || {
+                tried.set(tried.get() + 1);
+                let kind = if tried.get() == 1 { ErrorKind::NetworkTimeout } else { last };
+                async move { Err::<(), _>(Error::new(kind, "x")) }
+            });
+            let error = skipping_time(&time, work).await.result.unwrap_err();
+            assert!(error.kind() == last && error.is_in_doubt(), "{error:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn last_attempt_ends_with_the_total_time() {
+        let time = VirtualClock::new();
+        let clock = time.clock();
+        let policy = RetryPolicy { total: Duration::from_millis(150), attempt: Duration::from_millis(100), ..policy() };
+        let start = clock.now();
+        let never = Notify::new();
+        let work = repeat(&clock, &policy, Persistence::Policy, &never, std::future::pending::<Result<()>>);
+        assert!(skipping_time(&time, work).await.result.is_err());
+        assert!(clock.now().since(start) <= Duration::from_millis(151), "{:?}", clock.now().since(start));
+    }
+
+    #[tokio::test]
+    async fn endless_step_outlives_the_policy() {
+        let time = VirtualClock::new();
+        let clock = time.clock();
+        let policy = RetryPolicy { attempts: 2, total: Duration::from_millis(10), ..policy() };
+        let (tried, never) = (Cell::new(0), Notify::new());
+        let work = repeat(&clock, &policy, Persistence::Endless, &never, || {
+            tried.set(tried.get() + 1);
+            let answer = if tried.get() < 100 { Err(Error::new(ErrorKind::Unavailable, "x")) } else { Ok(()) };
+            async move { answer }
+        });
+        assert!(skipping_time(&time, work).await.result.is_ok());
     }
 }

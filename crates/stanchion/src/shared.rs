@@ -17,7 +17,7 @@ use crate::keeper::{Asked, Command};
 use crate::key::Key;
 use crate::on_lost::{Losses, OnLost};
 use crate::polls::Polls;
-use crate::retry::{Repeated, RetryPolicy, repeat};
+use crate::retry::{Persistence, Repeated, RetryPolicy, repeat};
 use crate::store::{Capabilities, Granted, PollOutcome, Reply, Store, StoreTime};
 use crate::telemetry::{ShownKeys, Telemetry};
 use crate::token::{IdMap, SessionId, TokenId, TokenMaker};
@@ -339,7 +339,19 @@ impl Shared {
     }
 
     /// Repeats a step after faults, learns the store's time from its answer, and names the store in its error.
-    pub(crate) async fn step<T, F>(&self, mut attempt: impl FnMut() -> F) -> Repeated<Reply<T>>
+    pub(crate) async fn step<T, F>(&self, attempt: impl FnMut() -> F) -> Repeated<Reply<T>>
+    where
+        F: Future<Output = Result<Reply<T>>>,
+    {
+        self.step_with(Persistence::Policy, attempt).await
+    }
+
+    /// The same, repeated for as long as `persistence` says.
+    pub(crate) async fn step_with<T, F>(
+        &self,
+        persistence: Persistence,
+        mut attempt: impl FnMut() -> F,
+    ) -> Repeated<Reply<T>>
     where
         F: Future<Output = Result<Reply<T>>>,
     {
@@ -350,7 +362,7 @@ impl Shared {
         };
         let mut repeated = tokio::select! {
             biased;
-            repeated = repeat(&self.clock, &self.config.retry, &self.back, attempt) => repeated,
+            repeated = repeat(&self.clock, &self.config.retry, persistence, &self.back, attempt) => repeated,
             () = self.closed.cancelled() => Repeated { result: Err(self.draining_error()), unanswered: true },
         };
         repeated.result = repeated.result.map_err(|error| error.with_store(self.capabilities.name));
@@ -408,15 +420,20 @@ impl Shared {
         self.error(ErrorKind::Draining, format!("the handle takes no new holds: {reason}"))
     }
 
-    /// A session that is believed now. Waits for the keeper to open one, within the retry policy.
+    /// Returns a session that is believed now. Waits for the keeper to open one, within the retry policy.
     pub(crate) async fn believed_session(&self) -> Result<Arc<SessionBelief>> {
+        self.believed_session_by(self.clock.now().after(self.config.retry.total)).await
+    }
+
+    /// The same, with a time after which it gives up.
+    pub(crate) async fn believed_session_by(&self, give_up_at: BootTime) -> Result<Arc<SessionBelief>> {
         if let SessionView::Open(session) = &*self.session.borrow()
             && session.is_believed(self.clock.now())
         {
             return Ok(session.clone());
         }
         let mut views = self.session.subscribe();
-        let give_up_at = self.clock.now().after(self.config.retry.total);
+        let started = self.clock.now();
         loop {
             match &*views.borrow_and_update() {
                 SessionView::Open(session) if session.is_believed(self.clock.now()) => return Ok(session.clone()),
@@ -432,8 +449,9 @@ impl Shared {
                     return Err(self.error(ErrorKind::Internal, "the keeper has ended"));
                 },
                 () = self.clock.sleep_until(give_up_at) => {
-                    let unknown = || self.error(ErrorKind::Unavailable, "no session could be opened");
-                    return Err(self.session_fault().unwrap_or_else(unknown));
+                    let waited = self.clock.now().since(started);
+                    let silent = || self.error(ErrorKind::Unavailable, format!("the store did not answer within {waited:.1?}"));
+                    return Err(self.session_fault().unwrap_or_else(silent));
                 },
             }
         }
@@ -447,7 +465,7 @@ impl Shared {
     /// Why there is no session, if that is so.
     pub(crate) fn session_fault(&self) -> Option<Error> {
         match &*self.session.borrow() {
-            SessionView::Opening(Some((kind, message))) => Some(self.error(*kind, message.clone())),
+            SessionView::Opening(Some((kind, message))) => Some(self.error(*kind, message.clone()).in_doubt(false)),
             _ => None,
         }
     }

@@ -22,6 +22,7 @@ use crate::locks::{DURATIONS, Locks};
 use crate::on_lost::OnLost;
 use crate::polls::{LONG_SILENCE, Trouble};
 use crate::request::LockRequest;
+use crate::retry::Persistence;
 use crate::shared::{End, Entry, Shared, Signal, WaitCell};
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Demand, Granted, PollOutcome, Queued, StoreTime, Term,
@@ -47,9 +48,11 @@ async fn acquire_key(request: &LockRequest, key: Key) -> Result<Option<Guard>> {
     let shared = &locks.handle.shared;
     let name = |error: Error| error.with_key(&key).with_store(shared.capabilities.name);
     let (term, demand) = request.check().map_err(name)?;
+    let in_store = if request.is_exact { term } else { term.map(|length| shared.config.drift.lengthen(length)) };
     let started = shared.clock.now();
     let enqueue = request.wait != Some(Duration::ZERO);
-    let limit = request.wait.filter(|_| enqueue).map_or(BootTime::NEVER, |wait| started.after(wait));
+    let limit = if enqueue { request.wait } else { Some(shared.config.retry.no_wait) };
+    let limit_at = limit.map_or(BootTime::NEVER, |limit| started.after(limit));
     let cancelled = async {
         match &request.cancel {
             Some(token) => token.cancelled().await,
@@ -62,9 +65,11 @@ async fn acquire_key(request: &LockRequest, key: Key) -> Result<Option<Guard>> {
         key: &key,
         request,
         term,
+        in_store,
         demand,
         started,
         enqueue,
+        answered: false,
         trouble: &trouble,
         late: 0,
         stale: 0,
@@ -72,24 +77,23 @@ async fn acquire_key(request: &LockRequest, key: Key) -> Result<Option<Guard>> {
     };
     let ended = tokio::select! {
         biased;
-        () = cancelled => Err(Error::new(ErrorKind::Cancelled, "the caller cancelled the wait")),
-        () = shared.draining().cancelled() => Err(shared.draining_error()),
-        result = call.ask() => result,
-        () = shared.clock.sleep_until(limit) => Ok(None),
+        () = cancelled => Some(Err(Error::new(ErrorKind::Cancelled, "the caller cancelled the wait"))),
+        () = shared.draining().cancelled() => Some(Err(shared.draining_error())),
+        result = call.ask() => Some(result),
+        () = shared.clock.sleep_until(limit_at) => None,
     };
-    match ended.map_err(name)? {
-        Some(guard) => Ok(Some(guard)),
-        None if !enqueue => Ok(None),
-        // The limit came while the store was failing: say that, not that the key was busy.
-        None => {
-            let trouble = trouble.into_inner().unwrap_or_else(PoisonError::into_inner);
-            let fault = trouble.map(|(kind, message)| Error::new(kind, message));
-            Err(name(fault.or_else(|| shared.session_fault()).unwrap_or_else(|| {
-                let message = format!("not obtained within {:?}", request.wait.unwrap_or_default());
-                Error::new(ErrorKind::Timeout, message)
-            })))
-        }
-    }
+    ended.unwrap_or_else(|| Err(limit_error(shared, &trouble, enqueue, limit.unwrap_or_default()))).map_err(name)
+}
+
+/// The error of a call whose limit has come: the store's fault if it was failing, else that the key was busy.
+fn limit_error(shared: &Shared, trouble: &Mutex<Trouble>, waits: bool, limit: Duration) -> Error {
+    let trouble = trouble.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let fault = trouble.map(|(kind, message)| Error::new(kind, message));
+    let fault = fault.or_else(|| shared.session_fault());
+    fault.unwrap_or_else(|| match waits {
+        true => Error::new(ErrorKind::Timeout, format!("not obtained within {limit:?}")),
+        false => Error::new(ErrorKind::Unavailable, format!("the store did not answer within {limit:?}")),
+    })
 }
 
 /// Takes up a detached hold.
@@ -127,7 +131,7 @@ pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
                 asked,
                 session_bound,
                 heartbeat_within: None,
-                length: granted.remaining,
+                length: granted.remaining.map(|remaining| shared.config.drift.usable(remaining)),
                 on_lost: None,
             };
             pending.hold(locks, term, None).ok_or_else(|| {
@@ -151,10 +155,15 @@ struct Call<'a> {
     locks: &'a Locks,
     key: &'a Key,
     request: &'a LockRequest,
+    /// The term that the caller asked for.
     term: Term,
+    /// The term that the store is asked for: longer by what the holder may not use.
+    in_store: Term,
     demand: Demand,
     started: BootTime,
     enqueue: bool,
+    /// The store has answered this call: from then on it waits through outages.
+    answered: bool,
     /// The fault of the last question, until one is answered. The caller looks at it when the wait limit comes.
     trouble: &'a Mutex<Trouble>,
     /// How many grants came with no time left.
@@ -206,6 +215,23 @@ impl Call<'_> {
         answer
     }
 
+    /// How long a step of this call is repeated: until the wait limit if there is one, and else within the policy until
+    /// the store has answered once.
+    fn persistence(&self) -> Persistence {
+        if self.enqueue && (self.answered || self.request.wait.is_some()) {
+            Persistence::Endless
+        } else {
+            Persistence::Policy
+        }
+    }
+
+    async fn session(&self) -> Result<Arc<SessionBelief>> {
+        match self.persistence() {
+            Persistence::Policy => self.shared().believed_session().await,
+            Persistence::Endless => self.shared().believed_session_by(BootTime::NEVER).await,
+        }
+    }
+
     async fn ask(&mut self) -> Result<Option<Guard>> {
         loop {
             match self.round().await {
@@ -224,21 +250,21 @@ impl Call<'_> {
     /// One token, from the first question to its end.
     async fn round(&mut self) -> Result<Round> {
         let shared = self.shared().clone();
-        let session = shared.believed_session().await?;
-        let mut pending = Pending::new(&shared, self.key, session, Some(self.term))?;
+        let session = self.session().await?;
+        let mut pending = Pending::new(&shared, self.key, session, Some(self.in_store))?;
         let request = AcquireRequest {
             key: self.key.clone(),
             token: pending.token,
             session: pending.session.id,
             demand: self.demand,
-            term: self.term,
+            term: self.in_store,
             enqueue: self.enqueue,
             not_after: pending.not_after,
             metadata: self.request.metadata.clone(),
             trace: self.request.trace.clone(),
         };
         let mut asked = self.started;
-        let step = shared.step(|| {
+        let step = shared.step_with(self.persistence(), || {
             asked = shared.clock.now();
             self.heeding(asked, shared.store.acquire(request.clone()))
         });
@@ -248,6 +274,7 @@ impl Call<'_> {
             Ok(reply) => reply,
             Err(error) => return Err(pending.in_doubt(error)),
         };
+        self.answered = true;
         self.stale = if reply.outcome == AcquireOutcome::Stale { self.stale + 1 } else { 0 };
         match reply.outcome {
             AcquireOutcome::Granted(granted) => Ok(self.granted(pending, granted, asked)),
@@ -323,7 +350,7 @@ impl Call<'_> {
                 Signal::Granted(_) | Signal::Recheck => {}
             }
             let mut asked = self.started;
-            let step = shared.step(|| {
+            let step = shared.step_with(self.persistence(), || {
                 asked = shared.clock.now();
                 self.heeding(asked, shared.poll(self.key, pending.token))
             });
@@ -426,7 +453,7 @@ struct Grant {
     asked: BootTime,
     session_bound: bool,
     heartbeat_within: Option<Duration>,
-    /// The length of the term, if it has a deadline.
+    /// The length of the holder's own part of the term, if it has a deadline.
     length: Option<Duration>,
     on_lost: Option<OnLost>,
 }

@@ -81,6 +81,14 @@ impl World {
         Invocation { command, input: None }
     }
 
+    /// A line for the shell, in a mount namespace of its own.
+    pub fn unshared(&self, script: &str) -> Invocation {
+        let mut command = Command::new("unshare");
+        command.args(["-rm", "sh", "-c", script]);
+        self.prepare(&mut command);
+        Invocation { command, input: None }
+    }
+
     /// Gives a command this world's environment.
     pub fn prepare(&self, command: &mut Command) {
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -353,5 +361,27 @@ impl Random {
     pub fn below(&mut self, limit: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % limit
+    }
+}
+
+/// Time by which a limit may be missed on a busy machine. A wrong mechanism takes ten seconds.
+const SLACK: Duration = Duration::from_secs(4);
+
+/// Runs the tool with `-n` and with `-w`, and checks the code and the time.
+#[track_caller]
+pub fn limits_are_kept(what: &str, run: impl Fn(&[&str]) -> Invocation) {
+    let second = Duration::from_secs(1);
+    for (options, least, limit) in [
+        (&["-n"][..], Duration::ZERO, second),
+        (&["-w", "100ms"], Duration::ZERO, second),
+        (&["-w", "2s"], 2 * second - second / 10, 2 * second),
+    ] {
+        let start = now();
+        let finished = run(options).finish();
+        // Where a script prepares the store, it prints the milliseconds of the tool alone.
+        let took = finished.stdout.trim().parse().map_or(now().since(start), Duration::from_millis);
+        eprintln!("{what} {options:?}: {took:.2?}: {}", finished.stderr.trim());
+        finished.code(69).says(&[]);
+        assert!(took >= least && took < limit + SLACK, "{what} {options:?}: {took:?}");
     }
 }

@@ -1,5 +1,6 @@
 //! The tool as its users meet it: real processes, real terminals, the embedded store.
 
+mod away;
 mod bad_input;
 mod common;
 mod death;

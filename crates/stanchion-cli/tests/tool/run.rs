@@ -176,7 +176,7 @@ fn quiet_says_nothing_and_verbose_says_what_happens() {
     assert!(lines[0].starts_with("stanchion: key `k` obtained after ") && lines[0].contains("fence "), "{lines:?}");
     assert_eq!(lines[1..], ["stanchion: key released"]);
     let holder = hold(&world, &[]);
-    let waiter = world.stanchion(["run", "k", "-v", "-w", "0.1", "--", "true"]).finish().code(75);
+    let waiter = world.stanchion(["run", "k", "-v", "-w", "2", "--", "true"]).finish().code(75);
     assert!(waiter.stderr.contains("stanchion: waiting; 0 before us in the queue\n"), "{waiter:?}");
     drop(holder);
 }

@@ -39,3 +39,14 @@ fn what_cannot_be_used_has_its_code() {
     run("firestore://p?colour=red").code(64).says(&["the options are `collection` and `emulator`"]);
     run("firestore://").code(64).says(&["firestore://PROJECT"]);
 }
+
+#[test]
+fn limits_hold_while_the_server_is_away() {
+    let world = World::new();
+    for away in stanchion_testkit::servers::Away::all() {
+        let url = format!("firestore://project?emulator={}", away.address);
+        limits_are_kept(away.name, |options| {
+            world.stanchion([&["run"], options, &["--store", &url, "k", "--", "true"]].concat())
+        });
+    }
+}

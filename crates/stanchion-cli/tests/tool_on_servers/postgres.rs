@@ -75,3 +75,14 @@ fn the_schema_is_printed_and_can_be_applied_by_psql() {
     let url = format!("{}?schema=locks", server.url());
     world.stanchion(["run", "--store", &url, "k", "--", "true"]).finish().code(0);
 }
+
+#[test]
+fn limits_hold_while_the_server_is_away() {
+    let world = World::new();
+    for away in stanchion_testkit::servers::Away::all() {
+        let url = format!("postgres://me@{}/app?sslmode=disable", away.address);
+        limits_are_kept(away.name, |options| {
+            world.stanchion([&["run"], options, &["--store", &url, "k", "--", "true"]].concat())
+        });
+    }
+}

@@ -46,3 +46,14 @@ fn a_server_that_is_away_is_code_69_and_one_that_would_lose_locks_78() {
     let refused = world.stanchion(["run", "--store", &url, "k", "--", "true"]).finish();
     refused.code(78).says(&["set `maxmemory-policy noeviction`"]);
 }
+
+#[test]
+fn limits_hold_while_the_server_is_away() {
+    let world = World::new();
+    for away in stanchion_testkit::servers::Away::all() {
+        let url = format!("redis://{}", away.address);
+        limits_are_kept(away.name, |options| {
+            world.stanchion([&["run"], options, &["--store", &url, "k", "--", "true"]].concat())
+        });
+    }
+}

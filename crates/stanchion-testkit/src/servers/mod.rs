@@ -8,11 +8,13 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+mod away;
 mod firestore;
 mod firestore_fake;
 mod postgres;
 mod redis;
 
+pub use away::Away;
 pub use firestore::{FirestoreEmulator, firestore_emulator};
 pub use firestore_fake::{CommitFault, FirestoreFake};
 pub use postgres::{PgBouncer, Postgres, PostgresServer};

@@ -8,9 +8,9 @@ use std::task::{Context, Poll, Wake};
 use std::thread::Thread;
 
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::thread::RuntimeThread;
 
 /// Where the connections of blocking calls live: a thread with a runtime, started by the first call. Clones share it; it
 /// ends with the last of them.
@@ -19,13 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// running (ADR 16). It is not the keeper's either: that one ends when the handle is closed, and then whatever waits for a
 /// timer of it panics.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Driver(Arc<OnceLock<Running>>);
-
-#[derive(Debug)]
-struct Running {
-    runtime: Handle,
-    _lives: oneshot::Sender<()>,
-}
+pub(super) struct Driver(Arc<OnceLock<RuntimeThread>>);
 
 impl Driver {
     /// Runs a call of the library to its end.
@@ -39,7 +33,7 @@ impl Driver {
         let running = match self.0.get() {
             Some(running) => running,
             None => {
-                let started = Running::start().map_err(|fault| {
+                let started = RuntimeThread::start("stanchion-blocking").map_err(|fault| {
                     let message = "the thread of the blocking calls cannot start";
                     Error::new(ErrorKind::Internal, message).with_source(fault)
                 })?;
@@ -48,17 +42,6 @@ impl Driver {
             }
         };
         Ok(&running.runtime)
-    }
-}
-
-impl Running {
-    fn start() -> std::io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let handle = runtime.handle().clone();
-        let (lives, ends) = oneshot::channel::<()>();
-        let drive = move || drop(runtime.block_on(ends));
-        std::thread::Builder::new().name("stanchion-blocking".into()).spawn(drive)?;
-        Ok(Self { runtime: handle, _lives: lives })
     }
 }
 

@@ -40,6 +40,12 @@ impl LockRequest {
         self.with(|request| request.ttl(ttl))
     }
 
+    /// A fixed term that ends in the store exactly this long after the grant: as
+    /// [`stanchion::LockRequest::expires_after`](crate::LockRequest::expires_after).
+    pub fn expires_after(self, ttl: Duration) -> Self {
+        self.with(|request| request.expires_after(ttl))
+    }
+
     /// The hold is lost after this time, however lively the session is: for work that may hang.
     pub fn max_hold(self, longest: Duration) -> Self {
         self.with(|request| request.max_hold(longest))

@@ -170,7 +170,8 @@ pub(super) async fn close(shared: &Arc<Shared>, session: SessionId) {
         let error = error.with_store(shared.capabilities.name);
         let (kind, message) = (error.kind(), error.to_string());
         shared.observer.tell(|| Event::Error { kind, key: None, message });
-        let Some(pause) = pauses.next() else { return };
+        // What does not pass is not waited for.
+        let Some(pause) = pauses.next().filter(|_| kind.is_transient()) else { return };
         shared.clock.sleep(pause).await;
     }
 }

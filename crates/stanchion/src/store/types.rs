@@ -218,6 +218,14 @@ pub enum Term {
 }
 
 impl Term {
+    /// The same term with another length, if it has one.
+    pub(crate) fn map(self, change: impl FnOnce(Duration) -> Duration) -> Self {
+        match self {
+            Self::Session { max_hold } => Self::Session { max_hold: max_hold.map(change) },
+            Self::Fixed(ttl) => Self::Fixed(change(ttl)),
+        }
+    }
+
     /// The length of the term from its grant, if it has a deadline.
     pub fn length(self) -> Option<Duration> {
         match self {
@@ -430,7 +438,8 @@ pub struct HolderState {
     pub age: Duration,
     /// The wall clock at its grant, for display.
     pub since: SystemTime,
-    /// What is left of its term, if it has a deadline.
+    /// What is left of its term in the store, if it has a deadline. Longer than what its holder may still use by the time
+    /// that the holder has to stop.
     pub remaining: Option<Duration>,
     /// Text of the holder.
     pub metadata: Option<String>,

@@ -183,9 +183,9 @@ async fn options_reach_the_request() {
     let closed = service.locks.inspect("cool").await.unwrap().closed_for.unwrap();
     assert!(closed > Duration::from_secs(60) && closed <= Duration::from_secs(120), "{closed:?}");
     let longest = service.longest().await.unwrap();
-    assert!(longest > Duration::from_secs(60) && longest <= Duration::from_secs(120), "{longest:?}");
+    assert!(longest > Duration::from_secs(60) && longest <= Duration::from_secs(130), "{longest:?}");
     let valid = service.term().await.unwrap();
-    assert!(valid > Duration::from_secs(120) && valid <= Duration::from_secs(180), "{valid:?}");
+    assert!(valid > Duration::from_secs(120) && valid <= Duration::from_secs(190), "{valid:?}");
     service.read().await.unwrap();
     service.write().await.unwrap();
 }

@@ -1,6 +1,7 @@
 //! The library's surface, on the stores that need no server.
 
 mod handle;
+mod limits;
 mod locked;
 mod losses;
 mod primitives;

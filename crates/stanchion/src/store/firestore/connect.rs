@@ -25,6 +25,7 @@ use super::config::Config;
 use super::document::micros_of;
 use super::error::{Does, error, from_status, malformed};
 use crate::error::{Error, ErrorKind, Result};
+use crate::thread::RuntimeThread;
 
 const SERVICE: &str = "https://firestore.googleapis.com";
 const SCOPE: &str = "https://www.googleapis.com/auth/datastore";
@@ -52,28 +53,10 @@ pub(super) enum Lane {
 #[derive(Debug)]
 pub(super) struct Service {
     pub(super) config: Config,
-    /// Started with the first request.
-    driver: Mutex<Option<Driver>>,
+    /// Drives the connections. Started with the first request.
+    driver: Mutex<Option<RuntimeThread>>,
     lanes: [Mutex<Option<Channel>>; 2],
     credentials: Mutex<Option<Credentials>>,
-}
-
-/// The thread that drives connections. It ends when this is dropped, and its connections with it.
-#[derive(Debug)]
-struct Driver {
-    runtime: Handle,
-    _lives: oneshot::Sender<()>,
-}
-
-impl Driver {
-    fn start() -> std::io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let handle = runtime.handle().clone();
-        let (lives, ends) = oneshot::channel::<()>();
-        let drive = move || drop(runtime.block_on(ends));
-        std::thread::Builder::new().name("stanchion-firestore".into()).spawn(drive)?;
-        Ok(Self { runtime: handle, _lives: lives })
-    }
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -116,7 +99,7 @@ impl Service {
         match &*driver {
             Some(driver) => Ok(driver.runtime.clone()),
             None => {
-                let started = Driver::start().map_err(|fault| {
+                let started = RuntimeThread::start("stanchion-firestore").map_err(|fault| {
                     error(ErrorKind::Unavailable, format!("no thread for the connections: {fault}"))
                 })?;
                 let runtime = started.runtime.clone();

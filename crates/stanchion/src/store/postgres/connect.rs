@@ -25,6 +25,7 @@ use super::error::{OTHER_ISOLATION, error, from_answer, while_connecting};
 use super::together;
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{Error, ErrorKind, Result};
+use crate::thread::RuntimeThread;
 
 /// After a fault nobody connects for so long, doubled with each further one: a thousand tasks are no storm.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
@@ -51,8 +52,8 @@ pub(super) type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 #[derive(Debug)]
 pub(super) struct Pool {
     pub(super) config: Config,
-    /// Started with the first connection.
-    driver: Mutex<Option<Driver>>,
+    /// Drives the connections. Started with the first connection.
+    driver: Mutex<Option<RuntimeThread>>,
     idle: Mutex<Vec<Client>>,
     /// Where connections for steps on keys come from, if they are not our own.
     users: Option<UsersPool>,
@@ -68,24 +69,6 @@ pub(super) struct Pool {
     /// The default isolation was seen to be another one: connections are made with an option against it.
     sets_isolation: AtomicBool,
     clock: Clock,
-}
-
-/// The thread that drives connections. It ends when this is dropped, and its connections with it.
-#[derive(Debug)]
-struct Driver {
-    runtime: Handle,
-    _lives: oneshot::Sender<()>,
-}
-
-impl Driver {
-    fn start() -> std::io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let handle = runtime.handle().clone();
-        let (lives, ends) = oneshot::channel::<()>();
-        let drive = move || drop(runtime.block_on(ends));
-        std::thread::Builder::new().name("stanchion-postgres".into()).spawn(drive)?;
-        Ok(Self { runtime: handle, _lives: lives })
-    }
 }
 
 /// Not before `next` is another connection made.
@@ -136,7 +119,7 @@ impl Pool {
         match &*driver {
             Some(driver) => Ok(driver.runtime.clone()),
             None => {
-                let started = Driver::start().map_err(|fault| {
+                let started = RuntimeThread::start("stanchion-postgres").map_err(|fault| {
                     error(ErrorKind::Unavailable, format!("no thread for the connections: {fault}"))
                 })?;
                 let runtime = started.runtime.clone();

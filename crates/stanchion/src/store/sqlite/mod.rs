@@ -33,7 +33,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -48,14 +47,15 @@ use super::{
     PollOutcome, Reply, Store, push_channel,
 };
 use crate::clock::Clock;
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
+use crate::thread::Ending;
 use crate::token::{SessionId, TokenId};
 
 /// Locks in a folder of this machine, shared by the processes of one user. Needs no server.
 ///
 /// A process that ends, however it ends, frees what it held at once; one that is stopped keeps it. Dropping the store
-/// closes the sessions that it has opened, and waits for that, a second at most.
+/// closes the sessions that it has opened, and waits for that, a second at most, as [`Locks`](crate::Locks) does.
 ///
 /// ```
 /// use stanchion::store::{Sqlite, Store};
@@ -70,8 +70,7 @@ pub struct Sqlite {
     jobs: Sender<Job>,
     shared: Arc<Shared>,
     folder: PathBuf,
-    /// Disconnected when the thread has ended.
-    ended: Mutex<mpsc::Receiver<()>>,
+    thread: Mutex<Option<Ending>>,
 }
 
 /// How long a drop waits for its sessions to be closed.
@@ -87,7 +86,7 @@ impl Sqlite {
     /// program's, or a newer stanchion's; [`ErrorKind::Unauthorized`] without the right to use it;
     /// [`ErrorKind::Unavailable`] if the system cannot serve it now. Nothing that is found there is overwritten.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
-        Self::start(folder.as_ref(), Clock::system(), connect::boot_id()?)
+        Self::open_here(folder.as_ref(), Clock::system(), connect::boot_id()?)
     }
 
     /// Opens the store that a URL names: `sqlite:FOLDER`, `sqlite:///ABSOLUTE/FOLDER`, or `sqlite:` for the
@@ -97,6 +96,20 @@ impl Sqlite {
     /// [`ErrorKind::InvalidArgument`] if the URL is not of this form or has options, and those of [`Sqlite::open`].
     pub fn from_url(url: &str) -> Result<Self> {
         Self::open(config::folder_of_url(url)?)
+    }
+
+    /// Opens the store that a URL names, as [`from_url`](Self::from_url) does, without blocking the caller's thread.
+    ///
+    /// # Errors
+    /// Those of [`Sqlite::from_url`].
+    ///
+    /// # Cancel safety
+    /// A dropped future leaves nothing behind but, until the file system has answered, a thread.
+    pub async fn connect(url: &str) -> Result<Self> {
+        let (tell, opened) = oneshot::channel();
+        let tell = |outcome| drop(tell.send(outcome));
+        let thread = Self::start(config::folder_of_url(url)?, Clock::system(), connect::boot_id()?, tell)?;
+        opened.await.map_err(|_| ended())?.map(|store| store.with_thread(thread))
     }
 
     /// The user's own folder: `stanchion` in `XDG_STATE_HOME`, or in `~/.local/state` where that is not set.
@@ -126,7 +139,7 @@ impl Sqlite {
     /// Those of [`Sqlite::open`].
     #[doc(hidden)]
     pub fn open_with(folder: impl AsRef<Path>, clock: Clock, boot_id: &str) -> Result<Self> {
-        Self::start(folder.as_ref(), clock, boot_id.to_owned())
+        Self::open_here(folder.as_ref(), clock, boot_id.to_owned())
     }
 
     /// How many write transactions this handle has begun. For tests.
@@ -135,37 +148,62 @@ impl Sqlite {
         self.shared.write_transactions.load(Ordering::Relaxed)
     }
 
-    fn start(path: &Path, clock: Clock, boot_id: String) -> Result<Self> {
+    fn open_here(path: &Path, clock: Clock, boot_id: String) -> Result<Self> {
+        let (tell, opened) = mpsc::channel();
+        let thread = Self::start(path.to_owned(), clock, boot_id, move |outcome| drop(tell.send(outcome)))?;
+        opened.recv().map_err(|_| ended())?.map(|store| store.with_thread(thread))
+    }
+
+    /// Starts the thread, which opens the database and tells the outcome. If nobody takes that, the thread ends.
+    fn start(
+        path: PathBuf,
+        clock: Clock,
+        boot_id: String,
+        tell: impl FnOnce(Result<Self>) + Send + 'static,
+    ) -> Result<Ending> {
+        let run = move || match Self::prepare(&path, clock, &boot_id) {
+            Ok((store, worker)) => {
+                tell(Ok(store));
+                worker.run();
+            }
+            Err(fault) => tell(Err(fault)),
+        };
+        crate::thread::spawn("stanchion-sqlite", run).map_err(|cause| {
+            error::error(ErrorKind::Unavailable, "the system has no thread for the store").with_source(cause)
+        })
+    }
+
+    fn prepare(path: &Path, clock: Clock, boot_id: &str) -> Result<(Self, Worker)> {
         let folder = Folder::prepare(path)?;
         let place = folder.database.parent().unwrap_or(path).to_owned();
-        let (worker, jobs) = Worker::open(folder, clock, &boot_id)?;
+        let (worker, jobs) = Worker::open(folder, clock, boot_id)?;
         let shared = worker.shared.clone();
-        let (ended_when_dropped, ended) = mpsc::channel();
-        let thread = thread::Builder::new().name("stanchion-sqlite".into()).spawn(move || {
-            let _ended_when_dropped = ended_when_dropped;
-            worker.run();
-        });
-        thread.map_err(|cause| {
-            error::error(ErrorKind::Unavailable, "the system has no thread for the store").with_source(cause)
-        })?;
-        Ok(Self { jobs, shared, folder: place, ended: Mutex::new(ended) })
+        Ok((Self { jobs, shared, folder: place, thread: Mutex::default() }, worker))
+    }
+
+    fn with_thread(self, thread: Ending) -> Self {
+        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        self
     }
 
     async fn ask(&self, step: Step) -> Result<Reply<Answer>> {
-        let ended = || error::error(ErrorKind::Internal, "the store's thread has ended").in_doubt(true);
         let (reply, answer) = oneshot::channel();
         self.jobs.send(Job::Step { step, reply }).map_err(|_| ended())?;
         answer.await.map_err(|_| ended())?
     }
 }
 
+fn ended() -> Error {
+    error::error(ErrorKind::Internal, "the store's thread has ended").in_doubt(true)
+}
+
 impl Drop for Sqlite {
     fn drop(&mut self) {
         let _has_ended = self.jobs.send(Job::Stop);
         // The thread closes the sessions that are still open. A process that ended meanwhile would leave their files.
-        if !self.shared.sessions().is_empty() {
-            let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-            let _ended_or_late = ended.recv_timeout(DROP_WITHIN);
+        let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread.filter(|_| !self.shared.sessions().is_empty()) {
+            thread.wait(DROP_WITHIN);
         }
     }
 }
@@ -256,8 +294,7 @@ mod tests {
     #[tokio::test]
     async fn without_its_thread_every_step_fails_and_none_hangs() {
         let (jobs, queue) = mpsc::channel();
-        let store =
-            Sqlite { jobs, shared: Arc::default(), folder: PathBuf::new(), ended: Mutex::new(mpsc::channel().1) };
+        let store = Sqlite { jobs, shared: Arc::default(), folder: PathBuf::new(), thread: Mutex::default() };
         let key = Key::new("", "job").unwrap();
         let token = TokenId::from_bytes([1; 16]);
         let step = tokio::spawn(async move {
