@@ -311,7 +311,8 @@ mod tests {
             bench.pass(Duration::from_millis(7));
             bench.poll(QUEUED);
         }
-        for _ in 0..300 {
+        // By chance, so it takes a few rounds; from then on they stay together.
+        for _ in 0..10_000 {
             bench.pass(Duration::from_millis(10));
             bench.poll(QUEUED);
         }
@@ -322,7 +323,7 @@ mod tests {
             assert!(polled == 0 || polled == 100, "{polled}");
             times += usize::from(polled > 0);
         }
-        assert!((8..=13).contains(&times), "{times} in ten seconds");
+        assert!((8..=16).contains(&times), "{times} in ten seconds");
     }
 
     #[test]
