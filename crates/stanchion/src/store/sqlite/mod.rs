@@ -17,6 +17,7 @@ mod connect;
 mod error;
 mod folder;
 mod message;
+mod parents;
 mod predecessors;
 mod read;
 mod rows;

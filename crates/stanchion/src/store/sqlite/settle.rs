@@ -59,7 +59,7 @@ impl Tx<'_> {
                 continue;
             }
             // The dead go during a cooldown too: else they would decide the capacity of the key.
-            if row.is_closed(self.now) {
+            if row.is_closed(self.now) || self.next_fence(row).is_none() {
                 break;
             }
             if !row.has_room(head.units) {
