@@ -6,10 +6,10 @@ use std::time::Duration;
 use rustix::process::{Signal, getpid, kill_current_process_group, kill_process};
 use stanchion::Clock;
 
-use crate::child::{self, ChildPlan, Event, Exit, NotStarted, Obtained, Ran, Refusal, Released, Supervisor};
+use crate::child::{self, ChildPlan, Event, Exit, Left, NotStarted, Obtained, Ran, Refusal, Released, Supervisor};
 use crate::exit_code;
 use crate::hold::{Hold, HoldPlan};
-use crate::message::{Failure, Verbosity};
+use crate::message::{Failure, Verbosity, quoted_key};
 use crate::output::{for_people, limits_differ};
 
 /// The most time a release may take once the command has ended. What is not released then is freed by the store.
@@ -45,7 +45,12 @@ pub(crate) fn execute(plan: Plan) -> Result<u8, Failure> {
     let asked = clock.now();
     let obtained = match wait(&hold, &events, verbosity) {
         Waited::Obtained(obtained) => obtained,
-        Waited::Signal(signal) => return Ok(exit_code::of_signal(signal)),
+        Waited::Signal(signal) => {
+            if signal == libc::SIGINT {
+                die_of_interrupt();
+            }
+            return Ok(exit_code::of_signal(signal));
+        }
         Waited::Refused(Refusal::Failed(failure)) => return Err(failure),
         Waited::Refused(Refusal::Busy(message)) => {
             if busy.is_a_problem {
@@ -59,7 +64,8 @@ pub(crate) fn execute(plan: Plan) -> Result<u8, Failure> {
     };
     let start = clock.now();
     let waited = for_people(start.since(asked));
-    verbosity.note(format_args!("key `{}` obtained after {waited}, fence {}", obtained.key, obtained.fence));
+    let key = quoted_key(&obtained.key);
+    verbosity.note(format_args!("key `{key}` obtained after {waited}, fence {}", obtained.fence));
 
     let channel: (&Sender<Event>, &Receiver<Event>) = (&sender, &events);
     let ran = match Supervisor::start(&child, &hold, &obtained, inherited, channel, verbosity) {
@@ -70,7 +76,7 @@ pub(crate) fn execute(plan: Plan) -> Result<u8, Failure> {
                 NotStarted::Signal(signal) => Ok(exit_code::of_signal(signal)),
                 NotStarted::Lost(loss) => Err(Failure::new(
                     exit_code::LOST,
-                    format!("key `{}` was lost before the command started: {}", obtained.key, loss.cause),
+                    format!("key `{key}` was lost before the command started: {}", loss.cause),
                 )),
                 NotStarted::Failed(failure) => Err(failure),
             };
@@ -92,6 +98,7 @@ fn wait(hold: &Hold, events: &Receiver<Event>, verbosity: Verbosity) -> Waited {
         // The signals' thread and ours have a sender: the channel does not end.
         let Ok(event) = events.recv() else { return Waited::Refused(Refusal::Cancelled) };
         match (event, given_up) {
+            (Event::Signal(libc::SIGCHLD), _) => child::reap_orphans(&[]),
             (Event::Signal(libc::SIGTSTP), _) if child::has_a_job_shell() => {
                 let _stopped_here = kill_process(getpid(), Signal::STOP);
             }
@@ -127,12 +134,21 @@ fn end(
 ) -> Result<u8, Failure> {
     let released = release(hold, (cooldown, ran.exit == Exit::Code(0)), events, clock, verbosity);
     ran.guardian.dismiss();
-    let key = &obtained.key;
+    let key = quoted_key(&obtained.key);
     if let Some(loss) = ran.lost {
         let said = released.said.map(|reason| format!(" ({reason})")).unwrap_or_default();
-        let message =
-            format!("key `{key}` was lost while the command ran: {}{said}; the command was ended", loss.cause);
-        return Err(Failure::new(exit_code::LOST, message));
+        let (code, became) = match ran.left {
+            Left::Nothing => (exit_code::LOST, "the command was ended"),
+            Left::RanOn => {
+                (exit_code::LOST, "the command could not be ended and ran on; another may have run beside it")
+            }
+            Left::RunsOn => (
+                exit_code::NOT_PERMITTED,
+                "processes of the command could not be ended and run on; another command may run beside them",
+            ),
+        };
+        let message = format!("key `{key}` was lost while the command ran: {}{said}; {became}", loss.cause);
+        return Err(Failure::new(code, message));
     }
     if released.was_lost {
         let message = format!("key `{key}` was found lost when the command had ended; another may have run beside it");
@@ -142,12 +158,20 @@ fn end(
         // The Ctrl-C was for everything in the foreground, and only the command has seen it. A shell that runs a script
         // goes by whether we died of it.
         let _told = kill_current_process_group(Signal::INT);
-        let _unreachable = signal_hook::low_level::emulate_default_handler(libc::SIGINT);
+        die_of_interrupt();
     }
     Ok(match ran.exit {
         Exit::Code(code) => code,
         Exit::Signal(signal) => exit_code::of_signal(signal),
     })
+}
+
+/// Dies of SIGINT, because a shell that runs a script goes on with the next line after a command that only exits with 130.
+/// Comes back in the first process of a container: it cannot die of a signal.
+fn die_of_interrupt() {
+    if std::process::id() != 1 {
+        let _unreachable = signal_hook::low_level::emulate_default_handler(libc::SIGINT);
+    }
 }
 
 /// Releases the key.

@@ -19,9 +19,10 @@ pub(crate) const UNAVAILABLE: u8 = 69;
 pub(crate) const INTERNAL: u8 = 70;
 /// The key was not obtained: held by another with `--no-wait`, or not free within `--wait`. `-E` changes it.
 pub(crate) const NOT_OBTAINED: u8 = 75;
-/// The key was lost while the command ran; the command was ended.
+/// The key was lost while the command ran; all of the command has ended.
 pub(crate) const LOST: u8 = 76;
-/// The store or the file system refused the rights.
+/// The store or the file system refused the rights. Or the key was lost, and the system did not let the command be ended:
+/// it runs on as another user.
 pub(crate) const NOT_PERMITTED: u8 = 77;
 /// The store cannot be used as it is: the message says what to change.
 pub(crate) const MISCONFIGURED: u8 = 78;
@@ -43,7 +44,8 @@ Exit codes:
   70     an internal error, or the system refused something stanchion needs
   75     the key was not obtained within the limit (-E changes it)
   76     the key was lost while the command ran, and the command was ended
-  77     not permitted by the store or the file system
+  77     not permitted by the store or the file system; or the key was lost, and the command
+         runs on as another user and could not be ended
   78     the store is misconfigured; the message says what to change
   126    the command could not be executed
   127    the command was not found";

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::child::{Event, Loss, Obtained, Refusal, Released};
 use crate::exit_code;
-use crate::message::Failure;
+use crate::message::{Failure, quoted_key};
 use crate::output::{escape, for_people, limits_differ};
 use crate::store::{Opened, StoreChoice, close, silent, within};
 
@@ -153,6 +153,8 @@ async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedRec
     match obtain(&plan, started, &cancel, &opened, &mut happenings, &tell).await {
         Ok(held) => {
             let fence = held.guard().fence();
+            // From here on a warning is about this hold.
+            let _ = what_was_said(fence, &mut happenings).await;
             tell(Event::Obtained(Obtained {
                 key: held.guard().key().name().to_owned(),
                 fence: fence.get(),
@@ -253,7 +255,7 @@ async fn begin(
             let again = last.closed_still_for().map(|left| format!(", and not again for another {}", for_people(left)));
             let (age, owner) = (for_people(last.age), escape(&last.owner));
             let again = again.unwrap_or_default();
-            Err(Refusal::Busy(format!("key `{}` was done by {owner} {age} ago{again}", escape(&plan.key))))
+            Err(Refusal::Busy(format!("key `{}` was done by {owner} {age} ago{again}", quoted_key(&plan.key))))
         }
         Ok(_) => Err(Refusal::Busy(busy(plan, opened).await)),
         Err(error) if error.kind() == ErrorKind::Cancelled => Err(Refusal::Cancelled),
@@ -298,17 +300,22 @@ async fn keep(held: Held, inbox: &mut UnboundedReceiver<Command>, tell: &impl Fn
     }
 }
 
-/// The reason that came with a forced release of this hold, among what has happened so far.
+/// The reason of a loss, among what has happened so far: that of a forced release, or else the newest warning of the store.
 async fn what_was_said(fence: Fence, happenings: &mut EventStream) -> Option<String> {
+    let mut warning = None;
     loop {
         let happening = tokio::select! {
             biased;
-            happening = happenings.next() => happening?,
-            () = std::future::ready(()) => return None,
+            happening = happenings.next() => happening,
+            () = std::future::ready(()) => None,
         };
         match happening {
-            stanchion::Event::Lost { fence: lost, reason: Some(reason), .. } if lost == fence => return Some(reason),
-            _ => {}
+            Some(stanchion::Event::Lost { fence: lost, reason: Some(reason), .. }) if lost == fence => {
+                return Some(reason);
+            }
+            Some(stanchion::Event::Warning { message }) => warning = Some(message),
+            Some(_) => {}
+            None => return warning,
         }
     }
 }
@@ -323,7 +330,7 @@ async fn busy(plan: &HoldPlan, opened: &Opened) -> String {
         Some(Ok(state)) => reason(&state, plan.demand),
         Some(Err(_)) | None => "it is taken".to_owned(),
     };
-    format!("key `{}` was not obtained{limit}: {why}", escape(&plan.key))
+    format!("key `{}` was not obtained{limit}: {why}", quoted_key(&plan.key))
 }
 
 fn reason(state: &KeyState, demand: Demand) -> String {

@@ -10,6 +10,7 @@ mod environment;
 mod execution;
 mod exit_code;
 mod hold;
+mod limits;
 mod message;
 mod output;
 mod store;
@@ -38,7 +39,7 @@ fn main() -> ExitCode {
         (_, true) => Verbosity::Verbose,
         _ => Verbosity::Normal,
     };
-    ExitCode::from(commands::execute(arguments, verbosity).unwrap_or_else(|failure| {
+    ExitCode::from(limits::check().and_then(|()| commands::execute(arguments, verbosity)).unwrap_or_else(|failure| {
         verbosity.problem(failure.message);
         failure.code
     }))

@@ -69,21 +69,28 @@ pub(crate) fn one_line(text: &str) -> String {
     crate::output::visible(&without_passwords(&lines.join(" ")))
 }
 
-/// Replaces the user and password of every URL in the text.
+/// A text of the user's, as messages quote it: a path, a program. It may be a URL in the wrong place.
+pub(crate) fn quoted(text: &str) -> String {
+    crate::output::escape(&stanchion::store::redacted(text))
+}
+
+/// A key, as messages quote it. A key such as `user:ann@example.com` is shown, one with `://` is taken for a URL.
+pub(crate) fn quoted_key(key: &str) -> String {
+    if key.contains("://") { quoted(key) } else { crate::output::escape(key) }
+}
+
+/// Redacts what looks like a URL in a message of a library. Messages of our own quote with [`quoted`]: only there it is
+/// known where a URL with blanks ends.
 fn without_passwords(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
     while let Some(at) = rest.find("://") {
-        let (before, after) = rest.split_at(at + 3);
-        out.push_str(before);
-        let url = &after[..after.find([' ', '\'', '"', '`']).unwrap_or(after.len())];
-        rest = match url.rfind('@') {
-            Some(end) => {
-                out.push_str("***");
-                &after[end..]
-            }
-            None => after,
-        };
+        let is_delimiter = |c: char| c.is_whitespace() || "'\"`()".contains(c);
+        let start = rest[..at].rfind(is_delimiter).map_or(0, |before| before + 1);
+        let end = rest[at..].find(is_delimiter).map_or(rest.len(), |length| at + length);
+        out.push_str(&rest[..start]);
+        out.push_str(&stanchion::store::redacted(&rest[start..end]));
+        rest = &rest[end..];
     }
     out + rest
 }
@@ -98,6 +105,7 @@ mod tests {
         assert_eq!(one_line("a\n  b\n\nc\u{1b}[2J"), "a b c\\u{1b}[2J");
         assert_eq!(one_line("no 'redis://u:se@cret@h:1/0' here"), "no 'redis://***@h:1/0' here");
         assert_eq!(one_line("redis://h and pg://:x@y"), "redis://h and pg://***@y");
+        assert_eq!(quoted("redis://u:s e'c\"ret@h"), "redis://***@h");
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Which store, and opening it.
 
+use std::io::Read as _;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +11,7 @@ use stanchion::store::{Postgres, Sqlite};
 use stanchion::{BootTime, Clock, Locks};
 
 use crate::arguments::Common;
-use crate::message::Failure;
+use crate::message::{Failure, quoted};
 use crate::output::for_people;
 use crate::{environment, exit_code};
 
@@ -80,14 +82,36 @@ pub(crate) fn resolve(common: &Common) -> Result<StoreChoice, Failure> {
 }
 
 fn from_file(path: &Path, named_by: &str) -> Result<StoreChoice, Failure> {
-    let text = std::fs::read_to_string(path).map_err(|error| {
+    let shown = quoted(&path.to_string_lossy());
+    let failed = |error: std::io::Error| {
         let code = match error.kind() {
             std::io::ErrorKind::PermissionDenied => exit_code::NOT_PERMITTED,
             _ => exit_code::MISCONFIGURED,
         };
-        Failure::new(code, format!("cannot read `{}` (of {named_by}): {error}", path.display()))
-    })?;
+        Failure::new(code, format!("cannot read `{shown}` (of {named_by}): {error}"))
+    };
+    let mut file = std::fs::File::open(path).map_err(failed)?;
+    let state = file.metadata().map_err(failed)?;
+    if let Some(why) = insecure(state.uid(), state.mode(), rustix::process::geteuid().as_raw(), &shown) {
+        return Err(Failure::new(exit_code::MISCONFIGURED, format!("`{shown}` (of {named_by}) {why}")));
+    }
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(failed)?;
     choose(text.lines().next().unwrap_or_default().trim(), named_by)
+}
+
+/// Why a file that may hold a password is refused. The rules are those of libpq: a file of this user is for this user
+/// alone, and root may let a group read a file of root's.
+fn insecure(owner: u32, mode: u32, user: u32, path: &str) -> Option<String> {
+    match owner {
+        0 if mode & 0o037 == 0 => None,
+        _ if owner == user && mode & 0o077 == 0 => None,
+        _ if owner == user => Some(format!("may be used by others, and may hold a password: run `chmod 600 {path}`")),
+        0 => Some("may be used by everybody, and may hold a password: use a file that is yours alone".to_owned()),
+        _ => Some(format!(
+            "belongs to user {owner}, this process is user {user}: use a file that is yours alone, or root's"
+        )),
+    }
 }
 
 /// Checks what the library need not: that it is a URL at all, and of a store that other processes can share.
@@ -242,6 +266,20 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn insecure_store_files_are_refused() {
+        let why = |owner, mode| insecure(owner, mode, 1000, "f");
+        for (owner, mode) in [(1000, 0o100_600), (1000, 0o100_400), (0, 0o100_600), (0, 0o100_640), (1000, 0o010_600)] {
+            assert_eq!(why(owner, mode), None, "{owner} {mode:o}");
+        }
+        for mode in [0o640, 0o604, 0o620, 0o602, 0o666] {
+            assert!(why(1000, mode).unwrap().contains("chmod 600 f"), "{mode:o}");
+        }
+        for (owner, mode) in [(1001, 0o600), (0, 0o644), (0, 0o660)] {
+            assert!(!why(owner, mode).unwrap().contains("chmod"), "{owner} {mode:o}");
+        }
+    }
 
     #[test]
     fn a_password_in_a_url_is_seen_wherever_it_is() {

@@ -1,4 +1,4 @@
-//! The only file with unsafe code: signal dispositions, process groups, and the step between fork and exec.
+//! The only file with unsafe code: signal dispositions, process groups, descriptors, and the step between fork and exec.
 #![allow(unsafe_code, reason = "the standard library and rustix have no safe form of these calls")]
 
 use std::io;
@@ -20,6 +20,36 @@ pub(crate) fn is_ignored(signal: i32) -> bool {
 pub(crate) fn ignore(signal: i32) {
     // SAFETY: SIG_IGN runs no code of ours.
     unsafe { libc::signal(signal, libc::SIG_IGN) };
+}
+
+/// Closes every descriptor above the standard streams: what the caller of this program left open is not for a helper.
+pub(crate) fn close_inherited_descriptors() {
+    // SAFETY: no object of this program owns a descriptor yet: the caller does this first.
+    #[cfg(target_os = "linux")]
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) } == 0;
+    #[cfg(not(target_os = "linux"))]
+    let closed = false;
+    if !closed {
+        // An older kernel, or another system.
+        for descriptor in 3..1024 {
+            // SAFETY: as above; a number that is not open is an error without effect.
+            unsafe { libc::close(descriptor) };
+        }
+    }
+}
+
+/// The process id of a child that has ended and that nobody has reaped, if there is one. Reaps nothing.
+pub(crate) fn ended_child() -> Option<i32> {
+    let mut found = MaybeUninit::<libc::siginfo_t>::zeroed();
+    let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: the kernel fills a struct of the right type that is valid when zeroed, as it stays if no child has ended.
+    let pid = unsafe {
+        if libc::waitid(libc::P_ALL, 0, found.as_mut_ptr(), options) != 0 {
+            return None;
+        }
+        found.assume_init().si_pid()
+    };
+    (pid > 0).then_some(pid)
 }
 
 /// Does something while the signal is ignored. Safe between fork and exec if `step` is.

@@ -2,8 +2,9 @@
 
 use std::ffi::OsString;
 
-use clap::CommandFactory as _;
 use clap::error::ErrorKind;
+use clap::{CommandFactory as _, Parser as _};
+use stanchion::store::redacted;
 
 use crate::arguments::Arguments;
 use crate::exit_code;
@@ -23,11 +24,26 @@ pub(crate) fn answer(error: &clap::Error) -> u8 {
             );
             exit_code::USAGE
         }
-        kind => {
-            let text = error.render().to_string();
-            Verbosity::Normal.problem(message(kind, &text, &command_of(std::env::args_os().skip(1))));
+        _ => {
+            Verbosity::Normal.problem(explain(std::env::args_os().skip(1)));
             exit_code::USAGE
         }
+    }
+}
+
+/// What is wrong with these arguments. They are parsed as they may be shown, because clap quotes them, and one may be a URL
+/// with a password.
+fn explain(arguments: impl Iterator<Item = OsString>) -> String {
+    let shown: Vec<OsString> = arguments
+        .map(|argument| match argument.into_string() {
+            Ok(text) => redacted(&text).into_owned().into(),
+            Err(bytes) => bytes,
+        })
+        .collect();
+    let command = command_of(shown.iter().cloned());
+    match Arguments::try_parse_from(std::iter::once("stanchion".into()).chain(shown)) {
+        Err(error) => message(error.kind(), &error.render().to_string(), &command),
+        Ok(_) => format!("an argument is wrong, and holds what may be a password; `{command} --help` explains it"),
     }
 }
 
@@ -61,12 +77,9 @@ fn command_of(arguments: impl Iterator<Item = OsString>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser as _;
 
     fn said(arguments: &[&str]) -> String {
-        let error =
-            Arguments::try_parse_from(std::iter::once("stanchion").chain(arguments.iter().copied())).unwrap_err();
-        message(error.kind(), &error.render().to_string(), &command_of(arguments.iter().map(OsString::from)))
+        explain(arguments.iter().map(OsString::from))
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::BootTime;
-use crate::error::LossCause;
+use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::on_lost::OnLost;
@@ -22,6 +22,9 @@ use crate::store::StoreTime;
 use crate::token::{SessionId, TokenId};
 
 use std::sync::Arc;
+
+/// Renewals of a session within its ttl: one every 2 s for the default of 10 s.
+pub(crate) const BEATS_PER_TTL: u32 = 5;
 
 /// How much a clock may be wrong in rate, and how coarse a store's time may be.
 ///
@@ -41,6 +44,22 @@ impl Default for Drift {
 }
 
 impl Drift {
+    /// Refuses a drift that leaves too little of a session's `ttl`: it would be lost before its first renewal.
+    pub(crate) fn check(self, ttl: Duration) -> Result<()> {
+        let usable = self.shorten(ttl).saturating_sub(grace(ttl));
+        if usable > ttl / BEATS_PER_TTL {
+            return Ok(());
+        }
+        let message = format!(
+            "a drift of {} parts of a thousand and {:?} leaves {usable:?} of the session ttl of {ttl:?}, and a session is \
+             renewed every {:?}; lower the drift, or use a longer session ttl",
+            self.per_mille,
+            self.fixed,
+            ttl / BEATS_PER_TTL
+        );
+        Err(Error::new(ErrorKind::InvalidArgument, message))
+    }
+
     /// How long a term of `ttl` may be believed.
     pub(crate) fn shorten(self, ttl: Duration) -> Duration {
         let rate = Duration::from_nanos((ttl.as_nanos() as u64 / 1_000).saturating_mul(u64::from(self.per_mille)));

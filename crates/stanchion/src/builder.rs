@@ -40,7 +40,7 @@ impl std::fmt::Debug for Source {
     /// Without the URL, which may hold a password.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Url(url) => write!(f, "Url({}:…)", scheme(url)),
+            Self::Url(url) => write!(f, "Url({}:…)", shown_scheme(url).unwrap_or_default()),
             Self::Store(store) => write!(f, "Store({})", store.capabilities().name),
         }
     }
@@ -153,6 +153,7 @@ impl Builder {
             let message = "drift must be below 500 parts of a thousand, and a step needs one attempt or more";
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
+        self.drift.check(self.session_ttl)?;
         let owner = self.owner.unwrap_or_else(default_owner);
         if owner.len() > MAX_OWNER_BYTES {
             let message =
@@ -222,6 +223,13 @@ async fn open_until_given_up(
     }
 }
 
+/// The scheme, if it is certain to be one: a URL without its scheme begins with the user.
+fn shown_scheme(url: &str) -> Option<&str> {
+    let (scheme, rest) = url.split_once(':')?;
+    let is_scheme = scheme.len() <= 32 && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
+    (is_scheme && (rest.starts_with("//") || !rest.contains('@'))).then_some(scheme)
+}
+
 async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
     match scheme(url) {
         "memory" if url == "memory:" => Ok(Arc::new(crate::store::Memory::new())),
@@ -246,9 +254,9 @@ async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
             let message = format!("a store's URL begins with its scheme: one of {}", stores());
             Err(Error::new(ErrorKind::InvalidArgument, message))
         }
-        unknown => {
-            let unknown: String = unknown.chars().filter(|c| !c.is_control()).take(32).collect();
-            let message = format!("there is no store for `{unknown}:` URLs; the schemes are {}", stores());
+        _ => {
+            let urls = shown_scheme(url).map_or("such URLs".to_owned(), |scheme| format!("`{scheme}:` URLs"));
+            let message = format!("there is no store for {urls}; the schemes are {}", stores());
             Err(Error::new(ErrorKind::InvalidArgument, message))
         }
     }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::error::{Error, ErrorKind};
+
 /// A fencing token: strictly increasing over all grants of one key.
 ///
 /// Send it with every side effect, and let the resource refuse a number below the highest it has seen: then a holder
@@ -32,15 +34,27 @@ impl Fence {
         self.0
     }
 
-    /// The fence of a grant made when the store's clock shows `clock_us` and `last` was the newest fence of the key.
+    /// Returns the fence of a grant made when the store's clock shows `clock_us` and `last` was the newest fence of the
+    /// key; `None` if there is no higher number. Then a store grants the key no more, because a fence that repeats or
+    /// falls is worse than no lock.
     ///
     /// For store authors: one rule in one place, so that all stores count alike.
     #[must_use]
-    pub const fn next(last: Option<Self>, clock_us: u64) -> Self {
+    pub const fn next(last: Option<Self>, clock_us: u64) -> Option<Self> {
         match last {
-            Some(Self(last)) if last >= clock_us => Self(last + 1),
-            _ => Self(clock_us),
+            Some(Self(last)) if last >= clock_us => match last.checked_add(1) {
+                Some(next) => Some(Self(next)),
+                None => None,
+            },
+            _ => Some(Self(clock_us)),
         }
+    }
+
+    /// The error of a key whose newest fence is the highest number that its store has.
+    pub(crate) fn used_up() -> Error {
+        let message = "the newest fence of this key is the highest number there is, so nobody can be granted the key; \
+                       its record is damaged: delete it while nothing uses the key";
+        Error::new(ErrorKind::Internal, message)
     }
 }
 
@@ -76,10 +90,14 @@ mod tests {
 
     #[test]
     fn the_next_fence_is_higher_than_the_last_and_not_behind_the_clock() {
-        assert_eq!(Fence::next(None, 5), Fence::new(5));
-        assert_eq!(Fence::next(Some(Fence::new(4)), 5), Fence::new(5));
-        assert_eq!(Fence::next(Some(Fence::new(5)), 5), Fence::new(6));
-        assert_eq!(Fence::next(Some(Fence::new(9)), 5), Fence::new(10), "a clock that stepped back changes nothing");
+        let next = |last: Option<u64>, clock| Fence::next(last.map(Fence::new), clock).map(Fence::get);
+        assert_eq!(next(None, 5), Some(5));
+        assert_eq!(next(Some(4), 5), Some(5));
+        assert_eq!(next(Some(5), 5), Some(6));
+        assert_eq!(next(Some(9), 5), Some(10), "a clock that stepped back changes nothing");
+        assert_eq!(next(Some(u64::MAX - 1), 5), Some(u64::MAX));
+        assert_eq!(next(Some(u64::MAX), 5), None, "no fence is repeated, and none falls");
+        assert_eq!(next(Some(u64::MAX), u64::MAX), None);
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //! this process has died: then the guardian kills the group. It ends in both cases.
 //!
 //! It is this same program, started with an argument that is in no help text. It gets no lock descriptor, no store, no
-//! environment, and no standard streams but the pipe.
+//! environment, and no standard streams but the pipe. It closes every other descriptor, because those of the caller may be
+//! locks or pipes whose end somebody waits for.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -59,6 +60,11 @@ impl Guardian {
         self.pipe.as_fd()
     }
 
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// The child has ended. Called before it is reaped: until then its id is not another's.
     pub(crate) fn all_is_well(&self) {
         // It can only fail when the guardian is dead, and then there is nobody to tell.
@@ -83,6 +89,7 @@ pub(crate) fn register(pipe: &OwnedFd, group: Pid) -> std::io::Result<()> {
 
 /// The guardian's life.
 pub(crate) fn guard() {
+    sys::close_inherited_descriptors();
     // A session of its own: no terminal, no group of ours. And no signal but KILL ends it before the time.
     let _leader_already = rustix::process::setsid();
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2] {
@@ -96,8 +103,14 @@ pub(crate) fn guard() {
     }
     let mut word = [0];
     let all_is_well = matches!(pipe.read(&mut word), Ok(1)) && word[0] == DONE;
-    if let (false, Some(group)) = (all_is_well, Pid::from_raw(i32::from_ne_bytes(number))) {
-        let _gone_already = kill_process_group(group, Signal::KILL);
+    let group = i32::from_ne_bytes(number);
+    // To the system, group 1 is every process there is, and a number below 0 is one process.
+    if !all_is_well
+        && group > 1
+        && let Some(group) = Pid::from_raw(group)
+    {
+        // Nobody is left to be told of a group that is gone or that may not be killed.
+        let _ = kill_process_group(group, Signal::KILL);
     }
 }
 

@@ -3,7 +3,8 @@
 //! # Invariants
 //! 1. A command is started only after the key was obtained, and never once a signal has asked to stop.
 //! 2. While the key is held for it, the command is alive or being waited for; the key is released after its end.
-//! 3. When the key is lost, the whole process group is dead before another may have the key.
+//! 3. When the key is lost, the whole process group is dead before another may have the key. If the system does not allow
+//!    that (the command has become another user), the user is told at once.
 //! 4. When this process dies, whatever the way, the whole process group dies: the kernel kills the child, the guardian
 //!    the rest.
 //!
@@ -25,13 +26,14 @@ use stanchion::LossCause;
 use crate::message::Failure;
 
 pub(crate) use signals::{ends_the_wait, listen};
-pub(crate) use supervise::{NotStarted, Ran, Supervisor};
+pub(crate) use spawn::reap_orphans;
+pub(crate) use supervise::{Left, NotStarted, Ran, Supervisor};
 pub(crate) use terminal::has_a_job_shell;
 
 /// What can happen.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// This process got a signal.
+    /// This process got a signal. SIGCHLD: a process has ended that is perhaps nobody else's to reap.
     Signal(i32),
     /// Others are before us.
     Waiting {

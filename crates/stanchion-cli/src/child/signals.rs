@@ -33,17 +33,15 @@ pub(crate) struct Inherited {
 /// A signal that is ignored or blocked at the start stays so, here and in the child: whoever started us wanted that. Only
 /// SIGCHLD must not be ignored, or the exit code of the child would be thrown away; the child gets it back ignored.
 pub(crate) fn listen(events: Sender<Event>) -> Result<Inherited, Failure> {
+    let inherited = Inherited { ignores_chld: sys::is_ignored(SIGCHLD) };
     let mut wanted: Vec<i32> =
         ENDING.iter().chain(&OTHERS).copied().filter(|signal| !sys::is_ignored(*signal)).collect();
-    let inherited = Inherited { ignores_chld: sys::is_ignored(SIGCHLD) };
-    if inherited.ignores_chld {
-        wanted.push(SIGCHLD);
-    }
+    wanted.push(SIGCHLD);
     let refused = |error| Failure::new(exit_code::INTERNAL, format!("the system refused to pass on signals: {error}"));
     let mut signals = Signals::new(&wanted).map_err(refused)?;
     let forward = move || {
         for signal in signals.forever() {
-            if signal != SIGCHLD && events.send(Event::Signal(signal)).is_err() {
+            if events.send(Event::Signal(signal)).is_err() {
                 break;
             }
         }

@@ -12,8 +12,12 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, getpid, getppid, waiti
 
 use super::terminal::put_in_foreground;
 use super::{ChildPlan, Event, Exit, Obtained, guardian};
-use crate::message::Failure;
+use crate::message::{Failure, quoted};
 use crate::{environment, exit_code, sys};
+
+/// The least number of the child's copy of the lock descriptor. Scripts use low numbers and round ones as they please (200
+/// is the one of flock(1)'s man page), and would close it.
+const LEAST_DESCRIPTOR: i32 = 873;
 
 /// What the child needs besides its command.
 pub(crate) struct Surroundings<'a> {
@@ -42,7 +46,6 @@ pub(crate) fn spawn(plan: &ChildPlan, with: &Surroundings<'_>) -> Result<Pid, Fa
     };
     let registration = with.registration.try_clone_to_owned().map_err(refused)?;
     let terminal = with.terminal.map(|device| device.try_clone_to_owned()).transpose().map_err(refused)?;
-    // A high number: scripts use the low ones as they please.
     let descriptor = with.obtained.descriptor.as_ref().map(high_copy).transpose().map_err(refused)?;
     let wrapper = getpid();
     let ignores_chld = with.ignores_chld;
@@ -100,13 +103,23 @@ pub(crate) fn watch(child: Pid, events: Sender<Event>) -> Result<(), Failure> {
     })
 }
 
+/// Reaps the processes of others that were left to this one, as they are to the first process of a container.
+pub(crate) fn reap_orphans(own: &[Pid]) {
+    while let Some(orphan) = sys::ended_child().and_then(Pid::from_raw).filter(|ended| !own.contains(ended)) {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        if rustix::io::retry_on_intr(|| waitid(WaitId::Pid(orphan), options)).is_err() {
+            break;
+        }
+    }
+}
+
 /// Takes the ended child's exit code from the kernel: from now on its id may become another's.
 pub(crate) fn reap(child: Pid) {
     let _reaped = rustix::io::retry_on_intr(|| waitid(WaitId::Pid(child), WaitIdOptions::EXITED));
 }
 
 fn high_copy(descriptor: &OwnedFd) -> io::Result<OwnedFd> {
-    match rustix::io::fcntl_dupfd_cloexec(descriptor, 200) {
+    match rustix::io::fcntl_dupfd_cloexec(descriptor, LEAST_DESCRIPTOR) {
         Ok(copy) => Ok(copy),
         // Fewer descriptors are allowed.
         Err(rustix::io::Errno::INVAL | rustix::io::Errno::MFILE) => descriptor.try_clone(),
@@ -129,5 +142,5 @@ fn cannot_run(program: &OsStr, error: &io::Error) -> Failure {
 }
 
 fn name_of(program: &OsStr) -> String {
-    program.to_string_lossy().into_owned()
+    quoted(&program.to_string_lossy())
 }

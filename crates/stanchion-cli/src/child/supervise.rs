@@ -3,7 +3,10 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, getpid, kill_current_process_group, kill_process, kill_process_group};
+use rustix::io::Errno;
+use rustix::process::{
+    Pid, Signal, getpid, kill_current_process_group, kill_process, kill_process_group, test_kill_process_group,
+};
 use stanchion::{BootTime, Clock, LossCause};
 
 use super::guardian::Guardian;
@@ -16,6 +19,9 @@ use crate::message::{Failure, Verbosity};
 
 /// The child is killed this long before another may have the key, or earlier.
 const LEAST_MARGIN: Duration = Duration::from_millis(20);
+
+/// The most time that processes which were sent SIGKILL are given to be gone.
+const LONGEST_DEATH: Duration = Duration::from_secs(2);
 
 /// Timers stop while the machine sleeps: then the clock is looked at again after this time.
 const LONGEST_NAP: Duration = Duration::from_secs(1);
@@ -42,6 +48,16 @@ pub(crate) struct Supervisor<'a> {
     asked_to_end: bool,
     lost: Option<Loss>,
     kill_at: Option<BootTime>,
+    refused: Refused,
+}
+
+/// What the system does not let this process do to the command.
+#[derive(Clone, Copy, Debug, Default)]
+struct Refused {
+    /// A signal could not be sent, and that was reported.
+    signal: bool,
+    /// The command could not be ended after the loss, and that was reported.
+    end: bool,
 }
 
 /// Why no child was started.
@@ -64,10 +80,23 @@ impl From<Failure> for NotStarted {
 pub(crate) struct Ran {
     pub(crate) exit: Exit,
     pub(crate) lost: Option<Loss>,
+    /// What the loss could not end.
+    pub(crate) left: Left,
     /// It died of a Ctrl-C at a terminal that was its own.
     pub(crate) interrupted: bool,
     /// To be dismissed when everything else is done.
     pub(crate) guardian: Guardian,
+}
+
+/// What is left of a command that was to be ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// Nothing: it was ended.
+    Nothing,
+    /// Nothing now. It could not be ended, and ran to its own end.
+    RanOn,
+    /// Processes that could not be ended run on.
+    RunsOn,
 }
 
 impl<'a> Supervisor<'a> {
@@ -113,7 +142,7 @@ impl<'a> Supervisor<'a> {
                 return Err(failure.into());
             }
         };
-        let supervisor = Self {
+        let mut supervisor = Self {
             plan,
             hold,
             events,
@@ -129,6 +158,7 @@ impl<'a> Supervisor<'a> {
             asked_to_end: false,
             lost: None,
             kill_at: None,
+            refused: Refused::default(),
         };
         if let Err(failure) = spawn::watch(child, sender.clone()) {
             supervisor.signal(Signal::KILL);
@@ -183,6 +213,7 @@ impl<'a> Supervisor<'a> {
 
     fn on_signal(&mut self, signal: i32) {
         match signal {
+            libc::SIGCHLD => spawn::reap_orphans(&self.own_processes()),
             libc::SIGCONT => self.resume(),
             libc::SIGTSTP if self.own_stops > 0 => self.own_stops -= 1,
             libc::SIGTSTP => {
@@ -295,6 +326,11 @@ impl<'a> Supervisor<'a> {
         }
         self.guardian.all_is_well();
         spawn::reap(self.child);
+        let left = match self.lost {
+            Some(_) if self.runs_on() => Left::RunsOn,
+            Some(_) if self.refused.end => Left::RanOn,
+            _ => Left::Nothing,
+        };
         let mut interrupted = false;
         if let Some(terminal) = &mut self.terminal {
             interrupted = terminal.is_given() && exit == Exit::Signal(libc::SIGINT);
@@ -304,14 +340,68 @@ impl<'a> Supervisor<'a> {
                 terminal.restore_modes();
             }
         }
-        Ran { exit, lost: self.lost, interrupted, guardian: self.guardian }
+        Ran { exit, lost: self.lost, left, interrupted, guardian: self.guardian }
     }
 
     /// Sends the signal to the whole group.
-    fn signal(&self, signal: Signal) {
-        // It fails when nobody is left there.
-        let _nobody = kill_process_group(self.child, signal);
+    fn signal(&mut self, signal: Signal) {
+        match kill_process_group(self.child, signal) {
+            // An error says that nobody is left there.
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(cause) => self.on_refusal(cause),
+        }
     }
+
+    /// The system refuses to send the command a signal: it runs as another user, as after sudo.
+    fn on_refusal(&mut self, cause: Errno) {
+        let lost = self.lost.filter(|_| !self.refused.end);
+        if let Some(loss) = lost {
+            self.refused.end = true;
+            self.verbosity.problem(format_args!(
+                "the key was lost ({}) and the command cannot be ended, because it runs as another user: {cause}; \
+                 another command may run beside it",
+                loss.cause
+            ));
+        } else if self.lost.is_none() && !self.refused.signal {
+            self.refused.signal = true;
+            self.verbosity.problem(format_args!(
+                "signals cannot be passed on to the command, because it runs as another user: {cause}"
+            ));
+        }
+    }
+
+    /// Whether something of the group lives on, after SIGKILL was sent and the child was reaped.
+    fn runs_on(&self) -> bool {
+        let until = self.clock.now().after(LONGEST_DEATH);
+        loop {
+            match test_kill_process_group(self.child) {
+                Err(Errno::SRCH) => return false,
+                Err(_) => return true,
+                // They die, or are dead and not reaped yet. A leftover that is another user's may stand behind these.
+                Ok(()) if !group_lives(self.child) => return false,
+                Ok(()) if self.clock.now() >= until => return true,
+                Ok(()) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
+    /// The children of this process that have an owner here.
+    fn own_processes(&self) -> [Pid; 2] {
+        let guardian = i32::try_from(self.guardian.id()).ok().and_then(Pid::from_raw);
+        [self.child, guardian.unwrap_or(self.child)]
+    }
+}
+
+/// Whether a process of the group lives; the dead that nobody has reaped do not count. Yes if there is no telling.
+fn group_lives(group: Pid) -> bool {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return true };
+    entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).any(|pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // The name of the program, in brackets, may hold anything.
+        let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace();
+        let is_dead = fields.next().is_none_or(|state| matches!(state, "Z" | "X"));
+        !is_dead && fields.nth(1).and_then(|number| number.parse().ok()) == Some(group.as_raw_pid())
+    })
 }
 
 /// The time between TERM and KILL.

@@ -5,15 +5,14 @@ use stanchion::store::EvictOutcome;
 
 use crate::arguments::Break;
 use crate::exit_code;
-use crate::message::{Failure, Verbosity};
-use crate::output::escape;
+use crate::message::{Failure, Verbosity, quoted_key};
 use crate::store::StoreChoice;
 
 pub(super) fn execute(hold: &Break, store: &StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
     super::check_key(&hold.key)?;
     let fence = Fence::new(hold.fence);
     let outcome = store.ask(async |locks| locks.force_release(hold.key.as_str(), fence, hold.reason.as_str()).await)?;
-    let key = escape(&hold.key);
+    let key = quoted_key(&hold.key);
     match outcome {
         EvictOutcome::Evicted => {
             verbosity.note(format_args!("the hold of key `{key}` with fence {} was ended", hold.fence));

@@ -8,7 +8,7 @@ use clap_mangen::Man;
 
 use crate::arguments::Arguments;
 use crate::exit_code;
-use crate::message::Failure;
+use crate::message::{Failure, quoted};
 use crate::output::print;
 
 pub(super) fn execute(folder: Option<&Path>) -> Result<u8, Failure> {
@@ -27,7 +27,10 @@ pub(super) fn execute(folder: Option<&Path>) -> Result<u8, Failure> {
                     io::ErrorKind::PermissionDenied => exit_code::NOT_PERMITTED,
                     _ => exit_code::INTERNAL,
                 };
-                Failure::new(code, format!("cannot write man pages into `{}`: {error}", folder.display()))
+                Failure::new(
+                    code,
+                    format!("cannot write man pages into `{}`: {error}", quoted(&folder.to_string_lossy())),
+                )
             })?;
         }
     }

@@ -14,6 +14,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use stanchion::Key;
+use stanchion::store::redacted;
 
 use crate::arguments::{Arguments, Child, Command};
 use crate::child::ChildPlan;
@@ -58,8 +59,10 @@ fn child_plan(child: &Child) -> Result<ChildPlan, Failure> {
 
 /// Who holds the key, for people: the program's name, the machine, this process. Not its arguments: they may be secret.
 fn owner(command: &[std::ffi::OsString]) -> String {
-    let program =
-        command.first().map(Path::new).and_then(Path::file_name).map(OsStr::to_string_lossy).unwrap_or_default();
+    let program = command.first().map(|program| program.to_string_lossy()).unwrap_or_default();
+    // A URL in the place of the command must not get into the store.
+    let program = redacted(&program);
+    let program = Path::new(&*program).file_name().map(OsStr::to_string_lossy).unwrap_or_default();
     let program: String = program.chars().take(30).collect();
     let host = rustix::system::uname().nodename().to_string_lossy().chars().take(60).collect::<String>();
     let label = format!("{program}@{host}/{}", std::process::id());

@@ -70,7 +70,7 @@ fn bad_keys_and_durations_are_wrong_usage() {
 fn bad_stores_say_what_would_be_right() {
     let world = World::new();
     std::fs::write(world.path("file"), "").unwrap();
-    std::fs::write(world.path("empty"), "").unwrap();
+    world.write_store_file("empty", "");
     let file = format!("sqlite:{}", world.path("file").display());
     let table: [(&[&str], i32, &[&str]); 6] = [
         (&["--store", "frob:x"], 64, &["there is no store for `frob:` URLs"]),
@@ -155,4 +155,60 @@ fn a_full_disk_is_a_store_that_cannot_serve() {
     let script = "$S run k -- true; fill; $S run k -q -- touch $D/started; rm $D/state/fill; exec $S run k -w 20 -- touch $D/again";
     assert_eq!(on_a_full_disk(&world, script), (Some(0), String::new()));
     assert!(world.path("again").exists() && !world.path("started").exists());
+}
+
+/// Descriptors and threads are refused at every point of the start: an error with its cause, no panic, no command beside it.
+#[test]
+fn low_limits_are_errors_with_a_cause() {
+    let world = World::new();
+    world.stanchion(["run", "k", "--", "true"]).finish().code(0);
+    let mut succeeded = 0;
+    for limit in (3..72).chain([100, 1_000]) {
+        for arguments in [&["run", "k", "-w", "5", "--", "true"][..], &["ls"]] {
+            let mut command = std::process::Command::new("prlimit");
+            command.arg(format!("--nofile={limit}")).arg(env!("CARGO_BIN_EXE_stanchion")).args(arguments);
+            world.prepare(&mut command);
+            let finished = Running::of(command).finish();
+            // The system itself cannot start a program with fewer.
+            let Some(code) = finished.code else { panic!("{limit}: {finished:?}") };
+            if finished.stderr.contains("error while loading shared libraries") {
+                continue;
+            }
+            assert!([0, 69, 70, 126, 78].contains(&code), "{limit}: {finished:?}");
+            assert!(!finished.stderr.contains("panicked"), "{limit}: {finished:?}");
+            assert!(code == 0 || finished.stderr.starts_with("stanchion: "), "{limit}: {finished:?}");
+            succeeded += usize::from(code == 0);
+        }
+    }
+    assert!(succeeded > 0);
+    world.assert_free("k");
+}
+
+#[test]
+#[ignore = "`Locks::open` panics without a thread until that is mended in the library"]
+fn low_thread_limits_are_errors_with_a_cause() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("NOT TESTED: only root can be another user, whose threads are counted");
+    }
+    let world = World::new();
+    let user = 1_000_000_000 + std::process::id();
+    std::os::unix::fs::chown(world.path("state"), Some(user), Some(user)).unwrap();
+    std::fs::set_permissions(world.path("."), PermissionsExt::from_mode(0o755)).unwrap();
+    let copied =
+        std::process::Command::new("cp").arg(env!("CARGO_BIN_EXE_stanchion")).arg(world.path("stanchion")).status();
+    assert!(copied.unwrap().success());
+    let mut codes = Vec::new();
+    for limit in 1..16 {
+        let mut command = std::process::Command::new("prlimit");
+        command.arg(format!("--nproc={limit}")).arg("setpriv");
+        command.args([format!("--reuid={user}"), format!("--regid={user}"), "--clear-groups".to_owned()]);
+        command.args(["./stanchion", "run", "k", "-w", "5", "--", "true"]);
+        world.prepare(&mut command);
+        let finished = Running::of(command).finish();
+        assert!(!finished.stderr.contains("panicked"), "{limit}: {finished:?}");
+        let code = finished.code.unwrap_or_else(|| panic!("{limit}: {finished:?}"));
+        assert!([0, 69, 70, 126].contains(&code), "{limit}: {finished:?}");
+        codes.push(code);
+    }
+    assert!(codes.contains(&0) && codes.iter().any(|code| *code != 0), "{codes:?}");
 }

@@ -58,6 +58,14 @@ impl World {
         self.folder.path().join(name)
     }
 
+    /// A file with a store's URL, for its owner alone.
+    pub fn write_store_file(&self, name: &str, url: &str) {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let mut file =
+            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(self.path(name)).unwrap();
+        file.write_all(url.as_bytes()).unwrap();
+    }
+
     pub fn read(&self, name: &str) -> String {
         fs::read_to_string(self.path(name)).unwrap_or_default()
     }
@@ -158,6 +166,39 @@ impl Drop for World {
     }
 }
 
+/// A world for the user `nobody`, with copies of the tool and of `setpriv`; the latter, named `become`, is root's and setuid.
+/// None where that cannot be: only root can make it, and a file system may ignore setuid.
+pub fn world_of_nobody() -> Option<World> {
+    use std::os::unix::fs::{PermissionsExt as _, chown};
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("NOT TESTED: only root can make a program that becomes another user");
+        return None;
+    }
+    let world = World::new();
+    fs::set_permissions(world.path("."), fs::Permissions::from_mode(0o755)).unwrap();
+    chown(world.path("state"), Some(65534), Some(65534)).unwrap();
+    // Another process copies them: what this one has open for writing, a child that another test starts has open as well for
+    // a moment, and nobody can run it meanwhile.
+    for (from, to) in [(env!("CARGO_BIN_EXE_stanchion"), "stanchion"), ("/usr/bin/setpriv", "become")] {
+        assert!(Command::new("cp").arg(from).arg(world.path(to)).status().unwrap().success());
+    }
+    fs::set_permissions(world.path("become"), fs::Permissions::from_mode(0o4755)).unwrap();
+    let mut probe = as_nobody(&world, &["./become", "--reuid=0", "id", "-ru"]);
+    if probe.output().unwrap().stdout != b"0\n" {
+        eprintln!("NOT TESTED: this system does not let a setuid program become root");
+        return None;
+    }
+    Some(world)
+}
+
+/// A command that `nobody` runs.
+pub fn as_nobody(world: &World, command: &[&str]) -> Command {
+    let mut setpriv = Command::new("setpriv");
+    setpriv.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).args(command);
+    world.prepare(&mut setpriv);
+    setpriv
+}
+
 pub struct Invocation {
     command: Command,
     input: Option<Vec<u8>>,
@@ -221,6 +262,11 @@ impl Running {
     /// Its standard output, to be read while it runs.
     pub fn stdout(&mut self) -> std::process::ChildStdout {
         self.child.as_mut().unwrap().stdout.take().unwrap()
+    }
+
+    /// What it has written to standard error since this was last asked.
+    pub fn stderr_so_far(&mut self) -> String {
+        drain(self.child.as_mut().unwrap().stderr.as_mut().unwrap())
     }
 
     pub fn has_ended(&mut self) -> bool {

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 use crate::common::*;
+use rustix::process::Signal;
 
 /// A command that does not end when asked, and whose child does not either.
 const STUBBORN: &str =
@@ -60,4 +61,90 @@ fn a_broken_hold_ends_its_command_at_once() {
         .code(1)
         .says(&["nobody holds it now"]);
     world.assert_free("k");
+}
+
+const CANNOT_BE_ENDED: &str = "the command cannot be ended, because it runs as another user";
+
+#[test]
+fn command_of_another_user_is_reported() {
+    let Some(world) = world_of_nobody() else { return };
+    let script = "echo $$ > /proc/self/fd/3; exec sleep 600";
+    let command = format!("exec ./become --reuid=0 sh -c '{script}' 3> state/pid");
+    let arguments = ["./stanchion", "run", "k", "--max-hold", "1s", "--kill-after", "0", "-c", &command];
+    let mut running = Running::of(as_nobody(&world, &arguments));
+    let pid = pid_in(&world, "state/pid");
+    let mut said = String::new();
+    until("the report", || {
+        said += &running.stderr_so_far();
+        said.contains(CANNOT_BE_ENDED)
+    });
+    assert!(said.contains("another command may run beside it"), "{said}");
+    // It does not say that the command was ended, and does not end before the command.
+    assert!(is_alive(pid) && !running.has_ended(), "{said}");
+    kill(pid, Signal::KILL);
+    let finished = running.finish().code(76);
+    assert!(finished.stderr.contains("ran on") && !finished.stderr.contains("was ended"), "{finished:?}");
+}
+
+#[test]
+fn process_of_another_user_is_reported() {
+    let Some(world) = world_of_nobody() else { return };
+    let script = "echo $$ > /proc/self/fd/3; exec sleep 600";
+    let command = format!("./become --reuid=0 sh -c '{script}' 3> state/pid; true");
+    let arguments = ["./stanchion", "run", "k", "--max-hold", "1s", "--kill-after", "0", "-c", &command];
+    let running = Running::of(as_nobody(&world, &arguments));
+    let pid = pid_in(&world, "state/pid");
+    let finished = running.finish().code(77);
+    assert!(
+        finished.stderr.contains("could not be ended and run on; another command may run beside them"),
+        "{finished:?}"
+    );
+    assert!(is_alive(pid), "{finished:?}");
+    kill(pid, Signal::KILL);
+}
+
+#[test]
+fn signals_to_another_user_are_reported() {
+    let Some(world) = world_of_nobody() else { return };
+    let script = "echo $$ > /proc/self/fd/3; exec sleep 600";
+    let command = format!("exec ./become --reuid=0 sh -c '{script}' 3> state/pid");
+    let mut running = Running::of(as_nobody(&world, &["./stanchion", "run", "k", "-c", &command]));
+    let pid = pid_in(&world, "state/pid");
+    running.send(Signal::TERM);
+    let mut said = String::new();
+    until("the report", || {
+        said += &running.stderr_so_far();
+        said.contains("signals cannot be passed on to the command, because it runs as another user")
+    });
+    kill(pid, Signal::KILL);
+    running.finish().code(137);
+}
+
+#[test]
+fn deleted_store_files_are_a_loss_with_that_reason() {
+    for name in ["", "locks.db", "locks.db-wal", "locks.db-shm", "gate", "sessions"] {
+        let world = World::new();
+        let running = world.stanchion(["run", "k", "-c", "touch $D/ready; exec sleep 600"]).start();
+        world.until_file("ready");
+        let path = world.path("state/stanchion").join(name);
+        let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        removed.unwrap();
+        let finished = running.finish().code(76);
+        finished.says(&["key `k` was lost while the command ran", "was deleted or replaced while it was in use"]);
+        world.until_nothing_runs();
+        world.stanchion(["run", "k", "--", "true"]).finish().code(0).silent();
+    }
+}
+
+/// Only the database is gone: the next one does not start beside a command that has not heard of it yet.
+#[test]
+fn new_database_waits_for_the_command_of_the_old_one() {
+    let world = World::new();
+    let script = "echo $$ > $D/pid; touch $D/ready; exec sleep 600";
+    let running = world.stanchion(["run", "k", "-c", script]).start();
+    world.until_file("ready");
+    std::fs::remove_file(world.path("state/stanchion/locks.db")).unwrap();
+    let look = "kill -0 $(cat $D/pid) 2> /dev/null && exit 9; exit 0";
+    world.stanchion(["run", "k", "-w", "20", "-c", look]).finish().code(0);
+    running.finish().code(76);
 }

@@ -22,7 +22,7 @@ fn a_password_in_an_argument_is_refused_with_the_alternatives() {
 #[test]
 fn a_url_is_in_no_message() {
     let world = World::new();
-    std::fs::write(world.path("url"), "frob://u:s3ntinel@h:1/0\n").unwrap();
+    world.write_store_file("url", "frob://u:s3ntinel@h:1/0\n");
     let url = "frob://u:s3ntinel@h:1/0";
     for invocation in [
         world.stanchion(["run", "k", "-v", "--", "true"]).env("STANCHION_STORE", url),
@@ -45,7 +45,7 @@ fn a_url_is_in_no_message() {
 fn the_command_learns_the_key_and_the_fence_and_nothing_of_the_store() {
     let world = World::new();
     let store = format!("sqlite:{}", world.path("elsewhere").display());
-    std::fs::write(world.path("url"), &store).unwrap();
+    world.write_store_file("url", &store);
     let text = world
         .stanchion(["run", "caf\u{e9} 1", "--", "env"])
         .env("STANCHION_STORE", &store)
@@ -66,7 +66,7 @@ fn the_store_of_the_options_goes_before_that_of_the_environment() {
     let world = World::new();
     let (here, there) =
         (format!("sqlite:{}", world.path("here").display()), format!("sqlite:{}", world.path("there").display()));
-    std::fs::write(world.path("url"), format!("{here}\nmore\n")).unwrap();
+    world.write_store_file("url", &format!("{here}\nmore\n"));
     world
         .stanchion(["run", "k", "--store", &here, "--", "true"])
         .env("STANCHION_STORE", &there)
@@ -90,6 +90,93 @@ fn the_command_gets_the_lock_descriptor_and_no_other_of_ours() {
     let text = world.stanchion(["run", "k", "--", "ls", "-l", "/proc/self/fd"]).finish().ok();
     let state = world.path("state").display().to_string();
     let ours: Vec<_> = text.lines().filter(|line| line.contains(&state)).collect();
-    assert!(matches!(ours.as_slice(), [one] if one.contains("/sessions/") && one.contains(" 200 -> ")), "{text}");
+    assert!(matches!(ours.as_slice(), [one] if one.contains("/sessions/") && one.contains(" 873 -> ")), "{text}");
     assert!(!text.contains("socket:") && !text.contains("eventfd") && !text.contains("eventpoll"), "{text}");
+}
+
+/// Malformed in every way that a person may write it.
+const URLS: [&str; 22] = [
+    "redis://u:s3cr3t@h:x/0",
+    "redis://u:s3cr3t @h:x",
+    "redis://u:s3 cr3t'x@h:x",
+    "redis://u:x\"y s3cr3t@h:x",
+    "redis://u:a@s3cr3t@h:y",
+    "redis://u:a/s3cr3t?x#y@h",
+    "redis://u:`s3cr3t`@h:x",
+    "redis://u:a\ts3cr3t\n@h:x",
+    "redis://:s3cr3t",
+    "redis://u:s3cr3t/0",
+    "redis:u:s3cr3t@h",
+    "redis:/u:s3cr3t@h",
+    "redis//u:s3cr3t@h",
+    "u:s3cr3t@h:6379",
+    "s3cr3t:x@h",
+    "postgres://u:s3cr3t@h:x/db",
+    "postgres://u:s3 cr3t'@h/db?sslmode=frob",
+    "postgres://h/db?password=s3cr3t&x=y",
+    "frob://u:s3cr3t@h",
+    "sqlite://u:s3cr3t@h/x",
+    "sqlite:?u:s3cr3t@h",
+    "firestore://u:s3cr3t@h/d",
+];
+
+#[test]
+fn malformed_urls_are_in_no_message() {
+    let world = World::new();
+    for (number, url) in URLS.into_iter().enumerate() {
+        let file = format!("url{number}");
+        world.write_store_file(&file, url);
+        // With a value that is wrong: some would be keys, and fine.
+        for invocation in [
+            world.stanchion(["ls"]).env("STANCHION_STORE", url),
+            world.stanchion(["run", "k", "-v", "--", "true"]).env("STANCHION_STORE", url),
+            world.stanchion(["schema"]).env("STANCHION_STORE", url),
+            world.stanchion(["ls", "--store-file", &file]),
+            world.stanchion(["ls", "--store-file", url]),
+            world.stanchion(["ls", "--store", url]),
+            world.stanchion(["ls", &format!("--stroe={url}")]),
+            world.stanchion(["ls", &format!("--stroe {url}")]),
+            world.stanchion(["run", "k", url, "--", "true"]),
+            world.stanchion(["run", "k", "-w", url, "--", "true"]),
+            world.stanchion(["run", "k", "--permits", url, "--", "true"]),
+            world.stanchion(["run", "k", "--", url]),
+            // A key is shown, unless it is certain to be a URL.
+            world.stanchion(["run", if url.contains("://") { url } else { "k" }, "-v", "--", "false"]),
+            world.stanchion(["break", if url.contains("://") { url } else { "k" }, "--fence", "1", "--reason", "x"]),
+            world.stanchion(["break", "k", "--fence", url, "--reason", "x"]),
+            world.stanchion(["completions", url]),
+            world.stanchion([url]),
+        ] {
+            let finished = invocation.finish();
+            let text = finished.stderr.replace(&world.path("").display().to_string(), "");
+            assert!(!text.contains("cr3t"), "{url:?}: {finished:?}");
+            assert!(finished.code != Some(0) && finished.code != Some(101), "{url:?}: {finished:?}");
+        }
+    }
+}
+
+#[test]
+fn insecure_store_files_are_refused() {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    let world = World::new();
+    let set_mode = |mode| std::fs::set_permissions(world.path("url"), PermissionsExt::from_mode(mode)).unwrap();
+    world.write_store_file("url", "sqlite:");
+    for mode in [0o604, 0o606, 0o660, 0o666, 0o602] {
+        set_mode(mode);
+        for invocation in [
+            world.stanchion(["ls", "--store-file", "url"]),
+            world.stanchion(["run", "k", "--", "touch", "started"]).env("STANCHION_STORE_FILE", "url"),
+        ] {
+            invocation.finish().code(78).says(&["`url` (of ", "may hold a password", "chmod 600 url"]);
+        }
+    }
+    set_mode(0o600);
+    world.stanchion(["ls", "--store-file", "url"]).finish().code(0);
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("NOT TESTED: only root can give a file to another user");
+    }
+    chown(world.path("url"), Some(64_000), None).unwrap();
+    let finished = world.stanchion(["ls", "--store-file", "url"]).finish().code(78);
+    finished.says(&["belongs to user 64000"]);
+    assert!(!world.path("started").exists());
 }

@@ -95,7 +95,10 @@ fn a_signal_ends_the_wait_and_leaves_nothing_in_the_queue() {
         let waiter = world.stanchion(["run", "k", "--", "touch", "started"]).start();
         world.until_waiting("k", 1);
         waiter.send(signal);
-        waiter.finish().code(code).silent();
+        let finished = waiter.finish().silent();
+        // A shell that runs a script goes on after 130: a Ctrl-C has to be died of.
+        let expected = if signal == Signal::INT { (None, Some(2)) } else { (Some(code), None) };
+        assert_eq!((finished.code, finished.signal), expected);
         world.until_waiting("k", 0);
     }
     holder.send(Signal::TERM);
@@ -136,6 +139,59 @@ fn a_stop_in_a_container_does_not_stop_the_command() {
         return eprintln!("not tested: this system does not let a user have process ids of their own");
     }
     contained(&["env", "--default-signal", "sh", "-c", &script]).code(5).silent();
+}
+
+/// Runs a command as the first process of process ids of its own. None where the system does not allow that.
+fn first_process(world: &World, command: &[&str]) -> Option<Finished> {
+    let contained = |command: &[&str]| {
+        let mut unshare = std::process::Command::new("unshare");
+        unshare.args(["--map-root-user", "--pid", "--mount-proc", "--fork", "--kill-child"]).args(command);
+        world.prepare(&mut unshare);
+        unshare.env("S", env!("CARGO_BIN_EXE_stanchion"));
+        Running::of(unshare).finish()
+    };
+    if contained(&["true"]).code != Some(0) {
+        // As in most containers.
+        eprintln!("NOT TESTED: this system does not let a user have process ids of their own");
+        return None;
+    }
+    Some(contained(command))
+}
+
+#[test]
+fn first_process_reaps_orphans() {
+    let world = World::new();
+    // The orphans' parent is the tool. Neither a living nor a dead one is there in the end.
+    let script = "for i in 1 2 3 4 5; do (sleep 0.0$i &); done
+                  while grep -qs '^Name:.sleep$' /proc/[0-9]*/status; do
+                      i=$((i + 1)); test $i -lt 5000 || { cat /proc/[0-9]*/status; exit 9; }
+                  done";
+    let arguments = [env!("CARGO_BIN_EXE_stanchion"), "run", "k", "-c", script];
+    let Some(finished) = first_process(&world, &arguments) else { return };
+    finished.code(0).silent();
+    // While it waits, too: another process of the container leaves them.
+    let script = "trap 'exit 7' USR1; (exec $S run k -c ': > $D/held; sleep 600' &)
+                  while [ ! -e $D/held ]; do sleep 0.01; done
+                  (trap '' USR1; sleep 0.2; for i in 1 2 3; do (sleep 0.0$i &); done
+                   while grep -qs '^Name:.sleep$' /proc/[0-9]*/status; do
+                       i=$((i + 1)); test $i -lt 5000 || exit 9
+                   done; : > $D/reaped; kill -TERM 1) & exec $S run k -- true";
+    let script = script.replace("sleep 600", "tail -f /dev/null");
+    let arguments = ["env", "--default-signal", "sh", "-c", &script];
+    let Some(finished) = first_process(&world, &arguments) else { return };
+    finished.code(143);
+    assert!(world.path("reaped").exists());
+}
+
+/// To the system, process group 1 is every process. Tried where there are few.
+#[test]
+fn guardian_refuses_group_numbers_of_all() {
+    let world = World::new();
+    for number in [r"\1\0\0\0", r"\377\377\377\377", r"\0\0\0\0", r"\376\377\377\377"] {
+        let script = format!("tail -f /dev/null & printf '{number}' | $S __guardian; kill -0 $! && exit 5");
+        let Some(finished) = first_process(&world, &["sh", "-c", &script]) else { return };
+        finished.code(5).silent();
+    }
 }
 
 #[test]

@@ -137,10 +137,14 @@ fn ctrl_c_ends_the_wait() {
     let holder = world.stanchion(["run", "k", "--", "sh", "-c", "touch $D/held; exec sleep 600"]).start();
     world.until_file("held");
     let mut screen = Screen::shell(&world);
-    screen.types("$S run k -- echo ran; echo code $?\n");
+    // The shell goes by the signal that it died of: the rest of the script is not run.
+    screen.types("sh -c '$S run k -- echo ran; echo went on'\n");
     world.until_waiting("k", 1);
     screen.types("\x03");
+    screen.shows("$ ");
+    screen.types("echo code $?\n");
     screen.shows("code 130");
+    assert!(!screen.shown.lock().unwrap().contains("\nwent on"));
     holder.send(Signal::TERM);
     holder.finish().code(143);
 }

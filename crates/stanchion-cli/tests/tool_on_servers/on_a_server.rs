@@ -14,7 +14,7 @@ pub(crate) trait Server {
 /// A world whose store is this server.
 fn world(server: &impl Server) -> World {
     let world = World::new();
-    std::fs::write(world.path("url"), format!("{}\n", server.url("hunter2"))).unwrap();
+    world.write_store_file("url", &format!("{}\n", server.url("hunter2")));
     world
 }
 
@@ -61,7 +61,7 @@ pub(crate) fn the_password_reaches_neither_the_child_nor_a_message(server: impl 
     let refused = world.stanchion(["run", "--store", &server.url("hunter2"), "k", "--", "true"]).finish();
     assert!(!refused.stderr.contains("hunter2"), "{refused:?}");
     refused.code(64).says(&["a password in an argument can be read"]);
-    std::fs::write(world.path("url"), server.url("wrong-one")).unwrap();
+    world.write_store_file("url", &server.url("wrong-one"));
     let wrong = run(&world, &["run", "k", "--", "true"]).finish();
     assert!(!wrong.stderr.contains("wrong-one") && !wrong.stderr.contains("panicked"), "{wrong:?}");
     wrong.code(77);

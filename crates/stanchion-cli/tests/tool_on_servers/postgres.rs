@@ -26,7 +26,7 @@ fn server() -> PostgresServer {
 fn apply(server: &PostgresServer) {
     let world = World::new();
     let url = world.path("url");
-    std::fs::write(&url, server.url()).unwrap();
+    world.write_store_file("url", &server.url());
     world.stanchion(["schema", "--apply", "--store-file", url.to_str().unwrap()]).finish().code(0).silent();
 }
 
@@ -37,7 +37,7 @@ fn an_older_schema_is_brought_up_for_those_who_had_rights() {
     let server = server();
     let world = World::new();
     let url = world.path("url");
-    std::fs::write(&url, crate::on_a_server::Server::url(&server, "hunter2")).unwrap();
+    world.write_store_file("url", &crate::on_a_server::Server::url(&server, "hunter2"));
     let run = || world.stanchion(["run", "--store-file", url.to_str().unwrap(), "k", "--", "true"]).finish();
     run().code(0);
     let fence = || server.psql("SELECT fence FROM stanchion.keys").parse::<u64>().unwrap();

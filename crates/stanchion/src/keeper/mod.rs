@@ -192,7 +192,15 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                         verification.all();
                     }
                     Some(Command::AskForKept) => { tokio::spawn(forget_what_was_taken_up(shared.clone())); }
-                    Some(Command::Listen(stream)) => pushes = Some(stream),
+                    Some(Command::Listen(stream)) => {
+                        let mut old = pushes.replace(stream);
+                        while let Some(push) = push_that_is_there(&mut old).await {
+                            // The store may have sent why it ended the session.
+                            if matches!(push, Push::Warning(_)) {
+                                receive(&shared, push);
+                            }
+                        }
+                    }
                     Some(Command::Close) | None => break,
                 },
                 push = next_push(&mut pushes) => match push {
@@ -210,6 +218,15 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
         () = close(&shared, &mut inbox, cleanup) => {}
         () = clock.drive(LONGEST_NAP) => {}
         () = real_time_limit(CLOSE_WITHIN) => {}
+    }
+}
+
+/// Returns a push that has arrived already, without waiting.
+async fn push_that_is_there(pushes: &mut Option<GrantStream>) -> Option<Push> {
+    tokio::select! {
+        biased;
+        push = next_push(pushes) => push,
+        () = std::future::ready(()) => None,
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Command, cleanup};
-use crate::belief::SessionBelief;
+use crate::belief::{BEATS_PER_TTL, SessionBelief};
 use crate::clock::BootTime;
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
@@ -12,9 +12,6 @@ use crate::retry::{limited, sleep_unless_back};
 use crate::shared::{Entry, SessionView, Shared};
 use crate::store::{BeatOutcome, Liveness, LostToken, OpenOutcome, OpenSession};
 use crate::token::SessionId;
-
-/// Beats per session ttl: 2 s for the default of 10 s.
-pub(super) const BEATS_PER_TTL: u32 = 5;
 
 /// Keeps one session open, and another one when it is lost. Never returns.
 pub(super) async fn keep_one(shared: Arc<Shared>) {

@@ -53,7 +53,7 @@ impl Verification {
         let current = self.shared.asked_session();
         let now = self.shared.clock.now();
         // Every second beat.
-        let pace = self.shared.config.session_ttl * 3 / (2 * super::session::BEATS_PER_TTL);
+        let pace = self.shared.config.session_ttl * 3 / (2 * crate::belief::BEATS_PER_TTL);
         let mut left = ROUND_AT_ONCE;
         while left > 0
             && let Some(token) = self.round.pop()

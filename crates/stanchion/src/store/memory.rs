@@ -127,15 +127,17 @@ impl Store for Memory {
         let mut record = step.take(&request.key);
         let outcome = step.acquire(&mut record, request);
         step.put(record);
-        step.reply(outcome)
+        step.reply(outcome?)
     }
 
     async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
         let mut step = self.step();
         let record = step.take(key);
         let outcomes = step.poll(&record, tokens);
+        let waits = outcomes.iter().any(|outcome| matches!(outcome, PollOutcome::Queued(_)));
+        let is_used_up = waits && step.next_fence(&record).is_none();
         step.put(record);
-        step.reply(outcomes)
+        if is_used_up { Err(Fence::used_up()) } else { step.reply(outcomes) }
     }
 
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
@@ -196,7 +198,8 @@ impl Store for Memory {
         let outcome = match record.holds.iter().position(|hold| hold.fence == request.fence) {
             Some(at) => {
                 let hold = record.holds.remove(at);
-                record.last = Some(Fence::next(record.last, step.wall_micros));
+                // Nothing is granted after the highest fence, so it need not be raised.
+                record.last = Fence::next(record.last, step.wall_micros).or(record.last);
                 let lost = LostToken { key: request.key.clone(), token: hold.token, reason: request.reason };
                 if let Some(push) = step.state.pushes.get(&hold.session) {
                     push.send(Push::Forced(lost.clone()));

@@ -45,7 +45,6 @@ mod sqlite;
 #[cfg(feature = "postgres")]
 mod streams;
 mod types;
-#[cfg(any(feature = "firestore", feature = "postgres", feature = "redis", feature = "sqlite"))]
 mod url;
 
 #[cfg(feature = "firestore")]
@@ -62,6 +61,7 @@ pub use push::{GrantStream, Push, PushSender, push_channel};
 #[cfg(feature = "sqlite")]
 pub use sqlite::Sqlite;
 pub use types::*;
+pub use url::redacted;
 
 /// A store: single atomic steps on keys, holds, queues and sessions.
 ///

@@ -490,3 +490,62 @@ fn requests_and_guards_can_be_sent() {
     };
     let _never_called = check;
 }
+
+#[tokio::test]
+async fn drift_that_leaves_nothing_is_rejected() {
+    let open = async |per_mille, fixed, ttl| {
+        let drift = stanchion::Drift { per_mille, fixed };
+        Locks::builder("memory:").drift(drift).session_ttl(ttl).open().await.map(drop)
+    };
+    let (ms, s) = (Duration::from_millis, Duration::from_secs);
+    for (per_mille, fixed, ttl) in [
+        (10, Duration::MAX, s(10)),
+        (10, s(10), s(10)),
+        (10, s(8), s(10)),
+        (10, s(6), s(10)),
+        (10, ms(3), ms(10)),
+        (499, ms(2), ms(10)),
+    ] {
+        let error = open(per_mille, fixed, ttl).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{fixed:?} of {ttl:?}");
+        assert!(error.to_string().contains("lower the drift, or use a longer session ttl"), "{error}");
+    }
+    for (per_mille, fixed, ttl) in
+        [(10, ms(2), s(10)), (10, ms(2), ms(10)), (499, Duration::ZERO, s(10)), (10, s(1), s(10)), (0, s(60), s(3600))]
+    {
+        open(per_mille, fixed, ttl).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn malformed_urls_show_no_secret() {
+    for url in [
+        "u:s3cr3t@h",
+        "s3cr3t:x@h",
+        "s3cr3t@h:1",
+        "frob://u:s3cr3t@h",
+        "frob:u:s3cr3t@h",
+        "redis:/u:s3cr3t@h",
+        "memory:u:s3cr3t@h",
+        "memory://s3cr3t@h",
+        "sqlite://u:s3cr3t@h",
+        "sqlite:?u:s3cr3t@h",
+        "sqlite:/a%?s3cr3t@h",
+        "sqlite:/%u:s3cr3t@h",
+        "s3cr3t",
+        ":s3cr3t@h",
+        "redis://u:s3 cr3t'\"@h:x",
+    ] {
+        let builder = Locks::builder(url);
+        let shown = format!("{builder:?}");
+        assert!(!shown.contains("cr3t"), "{url}: {shown}");
+        let shown = builder.open().await.map(|_| ()).unwrap_err();
+        assert!(!format!("{shown} {shown:?}").contains("cr3t"), "{url}: {shown:?}");
+    }
+    for url in
+        ["redis://u:s3cr3t@h", "u:s3cr3t@h", "frob", "sqlite:/a?k=s3cr3t@", "sqlite://u:s3cr3t@h", "sqlite:/%s3cr3t"]
+    {
+        let error = stanchion::store::Sqlite::from_url(url).unwrap_err();
+        assert!(!format!("{error} {error:?}").contains("cr3t"), "{url}: {error:?}");
+    }
+}

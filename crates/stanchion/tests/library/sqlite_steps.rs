@@ -342,7 +342,8 @@ async fn dropping_a_store_closes_its_sessions() {
     let Handle { store, mut grants, .. } = a;
     drop(store);
     assert!(matches!(b.push().await, Push::Granted { token, .. } if token == waiting));
-    assert_eq!(within(grants.next()).await, None, "its stream ends");
+    let ended = async { while grants.next().await.is_some() {} };
+    within(ended).await; // its stream ends
 }
 
 #[tokio::test]
@@ -479,6 +480,136 @@ async fn a_folder_that_is_deleted_ends_its_sessions() {
     let b = Handle::open(&folder).await;
     b.hold(&key("job")).await;
     assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone);
+}
+
+/// The files that all must have in common: one that is exchanged alone splits the users as well.
+#[tokio::test]
+async fn deleted_and_replaced_files_end_sessions() {
+    let lock_of = |a: &Handle| format!("sessions/{}.lock", a.session.to_hex());
+    for name in ["gate", "locks.db", "locks.db-wal", "locks.db-shm", "sessions"] {
+        for is_replaced in [false, true] {
+            let (_temp, folder) = folder();
+            let mut a = Handle::open(&folder).await;
+            let job = key("job");
+            a.hold(&job).await;
+            let path = folder.join(name);
+            std::fs::rename(&path, folder.join("away")).unwrap();
+            if is_replaced && name == "sessions" {
+                std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&path).unwrap();
+            } else if is_replaced {
+                std::fs::copy(folder.join("away"), &path).unwrap();
+            }
+            if !is_replaced || name != "gate" {
+                // A step that writes sees it first, or the renewal does.
+                let refused = a.store.acquire(a.request(&key("other"))).await;
+                let is_refused = match &refused {
+                    Ok(reply) => reply.outcome == AcquireOutcome::SessionGone,
+                    Err(error) => {
+                        error.kind() == ErrorKind::Unavailable
+                            && error.to_string().contains("was deleted or replaced while it was in use")
+                    }
+                };
+                assert!(is_refused, "{name}: {refused:?}");
+            }
+            assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone, "{name}");
+            let file = if name == "sessions" { lock_of(&a) } else { name.to_owned() };
+            let expected = format!("{} was deleted or replaced while it was in use", folder.join(file).display());
+            assert!(matches!(a.push().await, Push::Warning(message) if message == expected), "{name}");
+            drop(a);
+            // In one process SQLite shares what it has open.
+            until("everything is closed", async || {
+                let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+                !links.filter_map(|link| std::fs::read_link(link.path()).ok()).any(|link| link.starts_with(&folder))
+            })
+            .await;
+            let b = Handle::open(&folder).await;
+            b.hold(&job).await;
+        }
+    }
+}
+
+/// A process whose database was deleted believes in its holds until it looks. Nobody is granted anything before that.
+#[tokio::test]
+async fn new_database_waits_for_holders_of_the_old_one() {
+    let (_temp, folder) = folder();
+    let a = Handle::open(&folder).await;
+    a.hold(&key("job")).await;
+    std::fs::remove_file(folder.join("locks.db")).unwrap();
+    let error = Sqlite::open(&folder).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(
+        error.to_string().contains("deleted or replaced while it was in use, and a process still holds"),
+        "{error}"
+    );
+    let opens = std::thread::spawn({
+        let folder = folder.clone();
+        move || Sqlite::open(folder)
+    });
+    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone);
+    let b = Handle::on(opens.join().unwrap().unwrap()).await;
+    b.hold(&key("job")).await;
+}
+
+#[tokio::test]
+async fn old_files_look_used_and_folders_are_locked() {
+    let (_temp, folder) = folder();
+    let time = VirtualClock::new();
+    let a = Handle::on(Sqlite::open_with(&folder, time.clock(), "boot").unwrap()).await;
+    let lock = format!("sessions/{}.lock", a.session.to_hex());
+    let names = ["gate", "locks.db", "locks.db-wal", "locks.db-shm", &lock];
+    let long_ago = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+    let is_old = |name: &&&str| std::fs::metadata(folder.join(name)).unwrap().modified().unwrap() == long_ago;
+    a.store.beat(a.session).await.unwrap();
+    for name in names {
+        let file = std::fs::File::open(folder.join(name)).unwrap();
+        file.set_times(std::fs::FileTimes::new().set_modified(long_ago).set_accessed(long_ago)).unwrap();
+    }
+    a.store.beat(a.session).await.unwrap();
+    assert_eq!(names.iter().filter(is_old).count(), names.len(), "not at each renewal");
+    time.advance(Duration::from_secs(600));
+    a.store.beat(a.session).await.unwrap();
+    assert_eq!(names.iter().filter(is_old).count(), 0);
+    // As systemd-tmpfiles asks before it looks into a folder.
+    for locked in [folder.clone(), folder.join("sessions")] {
+        let dir = std::fs::File::open(&locked).unwrap();
+        assert!(dir.try_lock().is_err(), "{locked:?}");
+    }
+}
+
+/// The highest number that the database has is granted once.
+#[tokio::test]
+async fn highest_fence_is_granted_once() {
+    let (_temp, folder) = folder();
+    let a = Handle::open(&folder).await;
+    let job = key("job");
+    let (token, _) = a.hold(&job).await;
+    let db = rusqlite::Connection::open(folder.join("locks.db")).unwrap();
+    db.execute("UPDATE keys SET fence = ?1", [i64::MAX - 2]).unwrap();
+    let mut b = Handle::open(&folder).await;
+    let mut c = Handle::open(&folder).await;
+    let mut waiting = Vec::new();
+    for handle in [&b, &b, &c] {
+        waiting.push(handle.queue(&job).await.0);
+    }
+    assert_eq!(a.release(&job, token).await, EndOutcome::Released);
+    assert_eq!(b.granted(&job, waiting[0]).await.fence.get(), i64::MAX as u64 - 1);
+    assert_eq!(b.release(&job, waiting[0]).await, EndOutcome::Released);
+    assert_eq!(b.granted(&job, waiting[1]).await.fence.get(), i64::MAX as u64);
+    let used_up = |error: stanchion::Error| {
+        assert_eq!(error.kind(), ErrorKind::Internal, "{error}");
+        assert!(error.to_string().contains("the highest number there is"), "{error}");
+    };
+    used_up(a.store.acquire(a.request(&job)).await.unwrap_err());
+    used_up(c.store.poll(&job, &[waiting[2]]).await.unwrap_err());
+    assert_eq!(b.release(&job, waiting[1]).await, EndOutcome::Released, "it can be given back");
+    used_up(c.store.poll(&job, &[waiting[2]]).await.unwrap_err());
+    used_up(a.store.acquire(AcquireRequest { enqueue: false, ..a.request(&job) }).await.unwrap_err());
+    assert_eq!(c.release(&job, waiting[2]).await, EndOutcome::Dequeued);
+    a.hold(&key("another")).await;
+    // Not after a restart of the machine either.
+    let d = Handle::on(Sqlite::open_with(&folder, stanchion::Clock::system(), "next boot").unwrap()).await;
+    used_up(d.store.acquire(d.request(&job)).await.unwrap_err());
+    drop((&mut b, &mut c));
 }
 
 #[tokio::test]

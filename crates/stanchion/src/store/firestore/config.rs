@@ -57,7 +57,9 @@ impl Config {
             let message = "`collection` has 1 to 100 letters, digits, `-`, `_`, and does not begin with `_`";
             return Err(invalid(message));
         }
-        if emulator.as_ref().is_some_and(|host| format!("http://{host}").parse::<http::Uri>().is_err()) {
+        // A host with a user before it: there are no credentials for an emulator, and none may be shown.
+        let fits_host = |host: &String| !host.contains('@') && format!("http://{host}").parse::<http::Uri>().is_ok();
+        if emulator.as_ref().is_some_and(|host| !fits_host(host)) {
             return Err(invalid("an emulator is `host:port`"));
         }
         Ok(Self { database: format!("projects/{project}/databases/{database}"), collection, emulator })
@@ -114,6 +116,7 @@ mod tests {
             "firestore://p?collection=__x__",
             "firestore://p?collections=x",
             "firestore://p?emulator=a%20b",
+            "firestore://p?emulator=u:s3ntinel%40h:1",
             "firestore://p%",
         ] {
             assert_eq!(Config::read(url, None).unwrap_err().kind(), ErrorKind::InvalidArgument, "{url}");

@@ -140,6 +140,9 @@ impl Inner {
                 step.settle();
                 let unknown = step.unknown();
                 if unknown.is_empty() {
+                    if step.is_used_up() {
+                        return Err(Fence::used_up());
+                    }
                     let (writes, after) = step.writes()?;
                     break (writes, after, outcome);
                 }

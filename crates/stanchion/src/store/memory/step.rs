@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, SystemTime};
 
+use crate::error::Result;
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::*;
@@ -147,10 +148,12 @@ impl Step<'_> {
         while let Some(head) = record.queue.front() {
             if !self.lives(head.session) {
                 record.queue.pop_front();
-            } else if record.fits(head.demand, now) {
+            } else if record.fits(head.demand, now)
+                && let Some(fence) = self.next_fence(record)
+            {
                 let Some(waiter) = record.queue.pop_front() else { break };
                 let (session, token) = (waiter.session, waiter.token);
-                let granted = self.grant(record, waiter);
+                let granted = self.grant(record, waiter, fence);
                 if let Some(push) = self.state.pushes.get(&session) {
                     push.send(Push::Granted { key: record.key.clone(), token, fence: granted.fence });
                 }
@@ -160,8 +163,12 @@ impl Step<'_> {
         }
     }
 
-    pub(super) fn grant(&self, record: &mut Record, waiter: Waiter) -> Granted {
-        let fence = Fence::next(record.last, self.wall_micros);
+    /// The fence of the next grant, if there is one.
+    pub(super) fn next_fence(&self, record: &Record) -> Option<Fence> {
+        Fence::next(record.last, self.wall_micros)
+    }
+
+    fn grant(&self, record: &mut Record, waiter: Waiter, fence: Fence) -> Granted {
         record.last = Some(fence);
         let hold = Hold {
             token: waiter.token,
@@ -215,25 +222,26 @@ impl Step<'_> {
         tokens.iter().map(|token| outcomes.get(token).copied().unwrap_or(PollOutcome::Gone)).collect()
     }
 
-    pub(super) fn acquire(&mut self, record: &mut Record, request: AcquireRequest) -> AcquireOutcome {
+    pub(super) fn acquire(&mut self, record: &mut Record, request: AcquireRequest) -> Result<AcquireOutcome> {
         if !self.lives(request.session) {
-            return AcquireOutcome::SessionGone;
+            return Ok(AcquireOutcome::SessionGone);
         }
         if self.state.forced.contains_key(&request.token) {
-            return AcquireOutcome::Forced;
+            return Ok(AcquireOutcome::Forced);
         }
         if let Some(hold) = record.hold(request.token) {
-            return AcquireOutcome::Granted(hold.granted(self.now));
+            return Ok(AcquireOutcome::Granted(hold.granted(self.now)));
         }
         if let Some(queued) = self.queued(record, request.token) {
-            return AcquireOutcome::Queued(queued);
+            return Ok(AcquireOutcome::Queued(queued));
         }
         if self.now > request.not_after {
-            return AcquireOutcome::Stale;
+            return Ok(AcquireOutcome::Stale);
         }
+        let fence = self.next_fence(record).ok_or_else(Fence::used_up)?;
         let goes_now = record.queue.is_empty() && record.fits(request.demand, self.now);
         if !goes_now && !request.enqueue {
-            return AcquireOutcome::Busy { check_in: self.check_in(record), in_use: record.in_use() };
+            return Ok(AcquireOutcome::Busy { check_in: self.check_in(record), in_use: record.in_use() });
         }
         let owner = self.state.sessions.get(&request.session).map(|session| session.owner.clone()).unwrap_or_default();
         let waiter = Waiter {
@@ -247,19 +255,19 @@ impl Step<'_> {
             trace: request.trace,
         };
         if goes_now {
-            return AcquireOutcome::Granted(self.grant(record, waiter));
+            return Ok(AcquireOutcome::Granted(self.grant(record, waiter, fence)));
         }
         if record.queue.len() >= MAX_WAITERS as usize {
             record.queue.retain(|waiter| self.lives(waiter.session));
         }
         if record.queue.len() >= MAX_WAITERS as usize {
-            return AcquireOutcome::QueueFull { limit: MAX_WAITERS };
+            return Ok(AcquireOutcome::QueueFull { limit: MAX_WAITERS });
         }
         record.queue.push_back(waiter);
-        match self.queued(record, request.token) {
+        Ok(match self.queued(record, request.token) {
             Some(queued) => AcquireOutcome::Queued(queued),
             None => AcquireOutcome::Busy { check_in: None, in_use: None },
-        }
+        })
     }
 
     pub(super) fn end(&mut self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> EndOutcome {
@@ -316,5 +324,44 @@ impl Step<'_> {
             last_fence: record.last,
             closed_for: record.closed_until.map(|until| until.since(self.now)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Memory;
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[tokio::test]
+    async fn highest_fence_is_granted_once() {
+        let store = Memory::new();
+        let session = SessionId::random().unwrap();
+        let open = OpenSession { session, ttl: Duration::from_secs(10), owner: "test".into() };
+        store.open_session(open).await.unwrap();
+        let key = Key::new("", "job").unwrap();
+        let request = || AcquireRequest {
+            key: key.clone(),
+            token: TokenId::random().unwrap(),
+            session,
+            demand: Demand::MUTEX,
+            term: Term::Session { max_hold: None },
+            enqueue: true,
+            not_after: StoreTime::from_micros(u64::MAX),
+            metadata: None,
+            trace: None,
+        };
+        store.step().state.fence_floor = Some(Fence::new(u64::MAX - 1));
+        let (first, second) = (request(), request());
+        let (held, waiting) = (first.token, second.token);
+        let outcome = store.acquire(first).await.unwrap().outcome;
+        assert!(matches!(outcome, AcquireOutcome::Granted(granted) if granted.fence.get() == u64::MAX), "{outcome:?}");
+        assert_eq!(store.acquire(second).await.unwrap_err().kind(), ErrorKind::Internal);
+        let evict = EvictRequest { key: key.clone(), fence: Fence::new(u64::MAX), reason: "test".into() };
+        assert_eq!(store.evict(evict).await.unwrap().outcome, EvictOutcome::Evicted);
+        assert_eq!(store.poll(&key, &[held]).await.unwrap().outcome, [PollOutcome::Gone]);
+        assert_eq!(store.poll(&key, &[waiting]).await.unwrap().outcome, [PollOutcome::Gone]);
+        let refused = store.acquire(request()).await.unwrap_err();
+        assert!(refused.to_string().contains("the highest number there is"), "{refused}");
     }
 }

@@ -18,15 +18,16 @@ pub(super) fn default_folder() -> Result<PathBuf> {
 ///
 /// `%XX` stands for a byte, so that a `?` or a `%` in a path can be written.
 pub(super) fn folder_of_url(url: &str) -> Result<PathBuf> {
-    let invalid = |why: &str| error(ErrorKind::InvalidArgument, format!("`{url}`: {why}"));
+    // Without the URL: one that was meant for another store may hold a password.
+    let invalid = |why: &str| error(ErrorKind::InvalidArgument, why.to_owned());
     let rest =
         url.strip_prefix("sqlite:").ok_or_else(|| invalid("the URL of the embedded store begins with `sqlite:`"))?;
     let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
     if let Some(option) = query.split('&').find(|option| !option.is_empty()) {
         let name = option.split('=').next().unwrap_or(option);
-        return Err(invalid(&format!(
-            "the embedded store has no option `{name}`; write %3F for a question mark in a path"
-        )));
+        let is_name = !url.contains('@') && name.chars().all(|c| c.is_ascii_lowercase() || c == '_');
+        let shown = if is_name { format!("option `{name}`") } else { "options".to_owned() };
+        return Err(invalid(&format!("the embedded store has no {shown}; write %3F for a question mark in a path")));
     }
     let path = match path.strip_prefix("//") {
         None => path,

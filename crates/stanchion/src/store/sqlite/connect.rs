@@ -3,7 +3,6 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,11 +10,11 @@ use rusqlite::{Connection, OpenFlags, TransactionBehavior, params};
 use rustix::fs::{CWD, FlockOperation, Mode, OFlags, flock, openat};
 use rustix::io::Errno;
 
-use super::error::{from_sqlite, from_system, misconfigured};
-use super::folder::{Folder, check_file, open_plain_file};
+use super::error::{error, from_sqlite, from_system, misconfigured};
+use super::folder::{Folder, SharedFiles, check_file, open_plain_file, was_deleted, with_ending};
 use super::session;
 use crate::clock::Clock;
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::token::SessionId;
 
 /// "stan" in ASCII: marks the file as ours.
@@ -27,6 +26,9 @@ const VERSION: i32 = 2;
 const FENCE_STEP_AT_BOOT: i64 = 600_000_000;
 /// Files of nobody that are let be: a process that was killed while it opened its session leaves two.
 const ORPHANS: usize = 16;
+/// How long the opening of a new database waits for the processes that have an old one open. They look for it five times
+/// in the ttl of their sessions, which is 10 s if nobody says otherwise.
+const LONGEST_SURVIVAL: Duration = Duration::from_secs(5);
 /// The longest duration there is: what a cooldown can have left at most.
 const LONGEST_COOLDOWN: i64 = 30 * 24 * 3600 * 1_000_000;
 
@@ -35,8 +37,7 @@ const LONGEST_COOLDOWN: i64 = 30 * 24 * 3600 * 1_000_000;
 pub(super) struct Connected {
     pub(super) db: Connection,
     pub(super) gate: Gate,
-    /// Device and inode of the database file.
-    pub(super) identity: (u64, u64),
+    pub(super) files: SharedFiles,
 }
 
 /// The file whose kernel lock queues the writers of all processes: SQLite's own waiting has no queue and starves.
@@ -72,7 +73,7 @@ pub(super) fn connect(folder: &Folder, clock: &Clock, boot_id: &str) -> Result<C
     let path = &folder.database;
     let failed = |cause| from_sqlite("opening the store", path, cause);
     // Under the gate: no two make the tables, and none opens while the last one before it is closing.
-    let entered = gate.enter(folder)?;
+    let entered = enter_without_survivors(&gate, folder)?;
     make_file(path)?;
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
     let mut db = Connection::open_with_flags(path, flags).map_err(failed)?;
@@ -112,14 +113,39 @@ pub(super) fn connect(folder: &Folder, clock: &Clock, boot_id: &str) -> Result<C
             db.query_row(sql, [session.as_bytes()], |row| row.get(0)).map_err(failed)
         })?;
     }
+    let files = SharedFiles::of(folder)?;
+    files.touch();
     drop(entered);
-    let identity = identity(path).map_err(|cause| from_system("opening the store", path, cause))?;
-    Ok(Connected { db, gate, identity })
+    Ok(Connected { db, gate, files })
 }
 
-/// Device and inode of what is at `path`.
-pub(super) fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    fs::symlink_metadata(path).map(|state| (state.dev(), state.ino()))
+/// Waits for the gate, and, if files of the database were deleted, for the end of the sessions that were open then: a process
+/// finds the loss out when it renews its session, and believes in its holds until then.
+fn enter_without_survivors<'a>(gate: &'a Gate, folder: &Folder) -> Result<Entered<'a>> {
+    let clock = Clock::system();
+    let until = clock.now().after(LONGEST_SURVIVAL);
+    let is_there = |ending| fs::symlink_metadata(with_ending(&folder.database, ending)).is_ok();
+    loop {
+        let entered = gate.enter(folder)?;
+        // The index of a log without the log: SQLite removes them in the other order.
+        let is_orphan_index = is_there("-shm") && !is_there("-wal");
+        if is_there("") && !is_orphan_index {
+            return Ok(entered);
+        }
+        if !session::any_is_alive(folder)? {
+            // What is left of an old database says nothing of a new one, and SQLite fails over it.
+            for ending in if is_there("") { &["-shm"][..] } else { &["-wal", "-shm"] } {
+                let _ = fs::remove_file(with_ending(&folder.database, ending)); // it may not be there
+            }
+            return Ok(entered);
+        }
+        drop(entered);
+        if clock.now() >= until {
+            let message = format!("{}, and a process still holds locks of it", was_deleted(&folder.database));
+            return Err(error(ErrorKind::Unavailable, message));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// The identity of this boot of the machine.
@@ -133,13 +159,8 @@ pub(super) fn boot_id() -> Result<String> {
 /// The identity of this boot of the machine.
 #[cfg(not(target_os = "linux"))]
 pub(super) fn boot_id() -> Result<String> {
-    use super::error::error;
-    let unknown = || {
-        error(
-            crate::error::ErrorKind::Unsupported,
-            "this system does not tell one boot from the next; use another store",
-        )
-    };
+    let unknown =
+        || error(ErrorKind::Unsupported, "this system does not tell one boot from the next; use another store");
     let output = std::process::Command::new("/usr/sbin/sysctl").args(["-n", "kern.bootsessionuuid"]).output();
     let text = output.ok().and_then(|output| String::from_utf8(output.stdout).ok()).ok_or_else(unknown)?;
     let text = text.trim();
@@ -154,14 +175,12 @@ fn make_file(path: &Path) -> Result<()> {
         Ok(_) | Err(Errno::EXIST) => {}
         Err(cause) => return Err(from_system("making the database", path, cause)),
     }
-    for suffix in ["", "-wal", "-shm"] {
-        let mut name = path.as_os_str().to_owned();
-        name.push(suffix);
-        let path = Path::new(&name);
-        match fs::symlink_metadata(path) {
-            Ok(state) => check_file(path, &state)?,
+    for ending in ["", "-wal", "-shm"] {
+        let path = with_ending(path, ending);
+        match fs::symlink_metadata(&path) {
+            Ok(state) => check_file(&path, &state)?,
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
-            Err(cause) => return Err(from_system("looking at the database", path, cause)),
+            Err(cause) => return Err(from_system("looking at the database", &path, cause)),
         }
     }
     Ok(())
@@ -198,7 +217,8 @@ fn end_earlier_boot(db: &Connection, clock: &Clock, boot_id: &str) -> rusqlite::
     let wall = i64::try_from(clock.wall_micros()).unwrap_or(i64::MAX);
     db.execute_batch("DELETE FROM holds; DELETE FROM waiters; DELETE FROM forced; DELETE FROM sessions")?;
     db.execute(
-        "UPDATE meta SET boot_id = ?1, fence_floor = max(fence_floor, (SELECT ifnull(max(fence), 0) FROM keys)) + ?2",
+        "UPDATE meta SET boot_id = ?1, fence_floor = ?2 +
+             min(9223372036854775807 - ?2, max(fence_floor, (SELECT ifnull(max(fence), 0) FROM keys)))",
         params![boot_id, FENCE_STEP_AT_BOOT],
     )?;
     // Where a cooldown runs the row stays; every other key is unknown now, and counts on from the floor.
@@ -215,9 +235,10 @@ fn end_earlier_boot(db: &Connection, clock: &Clock, boot_id: &str) -> rusqlite::
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
     use crate::clock::VirtualClock;
-    use crate::error::ErrorKind;
 
     fn open(path: &Path, boot_id: &str) -> Result<Connected> {
         connect(&Folder::prepare(path)?, &VirtualClock::new().clock(), boot_id)

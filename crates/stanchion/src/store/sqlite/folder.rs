@@ -1,7 +1,7 @@
 //! The store's folder: made, checked, and refused where locks would not be safe in it.
 //!
-//! Whoever can write in the folder can take any lock, and whoever can rename it can split its users into two groups
-//! that do not see each other. So it belongs to one user, alone, on a file system whose locks the kernel keeps.
+//! A user who can write in the folder can take any lock. For that reason it belongs to one user alone, on a file system
+//! whose locks the kernel keeps, below folders that nobody else can exchange ([`parents`]).
 
 use std::fs::{self, DirBuilder, Metadata};
 use std::io;
@@ -10,12 +10,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, OFlags, fstat, openat};
+use rustix::fs::{
+    AtFlags, CWD, FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, flock, fstat, openat, utimensat,
+};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
-use super::error::{from_system, misconfigured};
-use crate::error::Result;
+use super::error::{error, from_system, misconfigured};
+use super::parents;
+use crate::error::{ErrorKind, Result};
 
 /// SQLite's own limit of 512 bytes, less the longest ending it adds to the name.
 const LONGEST_PATH: usize = 512 - 8;
@@ -31,6 +34,8 @@ pub(super) struct Folder {
     pub(super) sessions: PathBuf,
     /// The same, open.
     pub(super) sessions_dir: OwnedFd,
+    /// The folder itself, open.
+    dir: OwnedFd,
 }
 
 impl Folder {
@@ -44,8 +49,7 @@ impl Folder {
         make(&path)?;
         let state = fs::symlink_metadata(&path).map_err(|cause| from_system("looking at the folder", &path, cause))?;
         check_folder(&path, &state)?;
-        let path = fs::canonicalize(&path).map_err(|cause| from_system("looking at the folder", &path, cause))?;
-        check_parents(&path)?;
+        let path = parents::resolve(&path)?;
         let database = path.join("locks.db");
         if database.as_os_str().len() > LONGEST_PATH {
             let length = database.as_os_str().len();
@@ -59,8 +63,78 @@ impl Folder {
         let sessions = path.join("sessions");
         make(&sessions)?;
         let sessions_dir = open_dir(&sessions)?;
-        Ok(Self { database, gate: path.join("gate"), sessions, sessions_dir })
+        let folder = Self { database, gate: path.join("gate"), sessions, sessions_dir, dir };
+        folder.keep_cleaners_away();
+        Ok(folder)
     }
+
+    /// Has programs that delete old files pass over this folder. systemd-tmpfiles leaves a folder alone that somebody has
+    /// locked.
+    pub(super) fn keep_cleaners_away(&self) {
+        for dir in [&self.dir, &self.sessions_dir] {
+            // A cleaner that is at work here right now has it. The next call tries again.
+            let _ = flock(dir, FlockOperation::NonBlockingLockShared);
+        }
+    }
+
+    /// Whether the system may delete old files in the folder.
+    pub(super) fn is_cleaned(&self) -> bool {
+        ["/tmp", "/var/tmp", "/private/tmp", "/private/var/tmp"]
+            .iter()
+            .any(|cleaned| self.database.starts_with(cleaned))
+    }
+}
+
+/// The files that all users of the folder must have in common, and what was there when they were opened.
+#[derive(Debug)]
+pub(super) struct SharedFiles(Vec<(PathBuf, (u64, u64))>);
+
+impl SharedFiles {
+    /// The files as they are now.
+    pub(super) fn of(folder: &Folder) -> Result<Self> {
+        let with_identity = |path: PathBuf| match fs::symlink_metadata(&path) {
+            Ok(state) => Ok((path, (state.dev(), state.ino()))),
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
+                Err(error(ErrorKind::Unavailable, was_deleted(&path)))
+            }
+            Err(cause) => Err(from_system("looking at a file of the store", &path, cause)),
+        };
+        let mut paths = vec![folder.gate.clone(), folder.database.clone()];
+        paths.extend(["-wal", "-shm"].map(|ending| with_ending(&folder.database, ending)));
+        paths.into_iter().map(with_identity).collect::<Result<_>>().map(Self)
+    }
+
+    /// A file that was deleted or replaced since. Others do not see what is done with the one that this process has open.
+    pub(super) fn missing(&self) -> Option<&Path> {
+        let is_there = |path: &Path, identity| {
+            fs::symlink_metadata(path).is_ok_and(|state| (state.dev(), state.ino()) == identity)
+        };
+        self.0.iter().find(|(path, identity)| !is_there(path, *identity)).map(|(path, _)| path.as_path())
+    }
+
+    /// Makes the files look used, for programs that delete old ones.
+    pub(super) fn touch(&self) {
+        self.0.iter().for_each(|(path, _)| touch(path));
+    }
+}
+
+/// Makes a file look used. One that cannot be touched is only more likely to be deleted.
+pub(super) fn touch(path: &Path) {
+    let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+    let times = Timestamps { last_access: now, last_modification: now };
+    let _ = utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW);
+}
+
+/// What an operation fails with after a file of the store has disappeared.
+pub(super) fn was_deleted(path: &Path) -> String {
+    format!("{} was deleted or replaced while it was in use", path.display())
+}
+
+/// The path of a file beside the database.
+pub(super) fn with_ending(database: &Path, ending: &str) -> PathBuf {
+    let mut name = database.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
 }
 
 /// Opens or makes a plain file that only its owner may use.
@@ -92,12 +166,8 @@ fn make(path: &Path) -> Result<()> {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
         Err(cause) => return Err(from_system("looking at the folder", path, cause)),
     }
-    // Before anything is made below a parent that anybody could exchange.
-    let existing = path.ancestors().skip(1).find(|parent| parent.exists()).unwrap_or(Path::new("/"));
-    let existing = if existing.as_os_str().is_empty() { Path::new(".") } else { existing };
-    let existing = fs::canonicalize(existing).map_err(|cause| from_system("looking at the folder", existing, cause))?;
-    check_world_writable(&existing)?;
-    check_parents(&existing)?;
+    // Before anything is made below a parent that another user could exchange.
+    parents::resolve(path)?;
     match DirBuilder::new().recursive(true).mode(0o700).create(path) {
         Err(cause) if cause.kind() != io::ErrorKind::AlreadyExists => {
             Err(from_system("making the folder", path, cause))
@@ -115,10 +185,27 @@ fn check_folder(path: &Path, state: &Metadata) -> Result<()> {
         return Err(misconfigured(format!("{shown} is not a folder; the embedded store needs a folder of its own")));
     }
     check_owner(path, state.uid())?;
-    if state.mode() & 0o077 != 0 {
-        return Err(misconfigured(format!("others may enter {shown}; run `chmod 700 {shown}`")));
+    check_mode(path, state.mode())
+}
+
+/// A folder of ours that others may enter. The cure is not told of one that has something else in it: to close that may
+/// close a system's `/tmp` or `/etc`.
+fn check_mode(path: &Path, mode: u32) -> Result<()> {
+    if mode & 0o077 == 0 {
+        return Ok(());
     }
-    Ok(())
+    let is_of_the_store = |name: &std::ffi::OsStr| {
+        name.to_str().is_some_and(|name| name == "gate" || name == "sessions" || name.starts_with("locks.db"))
+    };
+    let has_others =
+        fs::read_dir(path).map_or(true, |entries| entries.flatten().any(|entry| !is_of_the_store(&entry.file_name())));
+    let shown = path.display();
+    let cure = if has_others && !path.ends_with("sessions") || mode & 0o1000 != 0 {
+        format!("name a folder of its own inside it, such as {}", path.join("stanchion").display())
+    } else {
+        format!("run `chmod 700 {shown}`")
+    };
+    Err(misconfigured(format!("others may enter {shown}; {cure}")))
 }
 
 fn check_owner(path: &Path, owner: u32) -> Result<()> {
@@ -128,22 +215,6 @@ fn check_owner(path: &Path, owner: u32) -> Result<()> {
     }
     let shown = path.display();
     Err(misconfigured(format!("{shown} belongs to user {owner}, this process is user {own}; use a folder of your own")))
-}
-
-/// In a folder in which everybody may write, and that is not sticky, everybody may exchange our folder.
-fn check_parents(path: &Path) -> Result<()> {
-    path.ancestors().skip(1).try_for_each(check_world_writable)
-}
-
-fn check_world_writable(parent: &Path) -> Result<()> {
-    let state = fs::metadata(parent).map_err(|cause| from_system("looking at a parent folder", parent, cause))?;
-    if state.mode() & 0o1002 == 0o002 {
-        let shown = parent.display();
-        return Err(misconfigured(format!(
-            "everybody may exchange folders in {shown}; run `chmod o-w {shown}`, or `chmod +t {shown}`, or choose another folder"
-        )));
-    }
-    Ok(())
 }
 
 fn open_dir(path: &Path) -> Result<OwnedFd> {
@@ -160,10 +231,7 @@ fn open_dir(path: &Path) -> Result<OwnedFd> {
     };
     let state = fstat(&dir).map_err(failed)?;
     check_owner(path, state.st_uid)?;
-    if state.st_mode & 0o077 != 0 {
-        let shown = path.display();
-        return Err(misconfigured(format!("others may enter {shown}; run `chmod 700 {shown}`")));
-    }
+    check_mode(path, state.st_mode)?;
     Ok(dir)
 }
 
@@ -213,7 +281,7 @@ fn network_file_system(magic: u32) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::{Error, ErrorKind};
+    use crate::error::Error;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     fn refused(path: &Path) -> Error {
@@ -257,6 +325,10 @@ mod tests {
         let error = refused(&path).to_string();
         assert!(error.contains(&format!("chmod 700 {}", path.display())), "{error}");
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o755, "it is refused, not changed");
+        // What else is in it may have to be open.
+        fs::write(path.join("motd"), "").unwrap();
+        let error = refused(&path).to_string();
+        assert!(!error.contains("chmod") && error.contains("name a folder of its own inside it"), "{error}");
     }
 
     #[test]
@@ -285,7 +357,7 @@ mod tests {
         fs::create_dir(&parent).unwrap();
         set_mode(&parent, 0o777);
         let error = refused(&parent.join("locks")).to_string();
-        assert!(error.contains("chmod o-w"), "{error}");
+        assert!(error.contains("chmod go-w"), "{error}");
         assert!(!parent.join("locks").exists(), "nothing is made there");
         set_mode(&parent, 0o1777);
         Folder::prepare(&parent.join("locks")).unwrap();

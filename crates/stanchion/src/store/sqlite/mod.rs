@@ -18,6 +18,7 @@ mod error;
 mod folder;
 mod list;
 mod message;
+mod parents;
 mod predecessors;
 mod read;
 mod rows;

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use rusqlite::Row;
 
+use super::error::NAME;
 use super::rows::{KeyRow, WaiterRow};
-use super::session;
 use super::steps::{Answer, Step};
 use super::tx::{Tx, session_of, token_of, until};
 use crate::error::{Error, Result};
@@ -90,15 +90,8 @@ impl Tx<'_> {
 
     fn beat(&mut self, session: SessionId) -> Result<Option<BeatOutcome>> {
         let known = self.first("SELECT 1 FROM sessions WHERE id = ?1", [session.as_bytes()], |_| Ok(()))?.is_some();
-        let local = &*self.local;
-        // Whoever comes now meets at another database file: nothing in this one counts.
-        if !known || !local.is_database_in_place() {
+        if !known {
             return Ok(Some(BeatOutcome::Gone));
-        }
-        // Others find it dead without its file, so it is dead for itself too.
-        if local.own.get(&session).is_some_and(|own| !session::is_in_place(&local.folder, session, own)) {
-            self.dead.push(session);
-            return Ok(None);
         }
         if !self.is_alive(session)? {
             return Ok(None);
@@ -144,6 +137,9 @@ impl Tx<'_> {
             }
             self.forget_waiter(*token);
             outcomes.push(hold.map_or(PollOutcome::Gone, |hold| PollOutcome::Granted(hold.granted(self.now))));
+        }
+        if all_alive && !places.is_empty() && self.next_fence(&row).is_none() {
+            return Err(Fence::used_up().with_store(NAME));
         }
         Ok(all_alive.then_some(outcomes))
     }

@@ -215,11 +215,15 @@ impl Tx<'_> {
         Ok(())
     }
 
+    /// The fence of the next grant; `None` if the database has no higher number.
+    pub(super) fn next_fence(&self, row: &KeyRow) -> Option<i64> {
+        let next = Fence::next(Some(Fence::new(row.fence.unsigned_abs())), self.wall.unsigned_abs())?;
+        i64::try_from(next.get()).ok()
+    }
+
     /// Mints a fence and enters a hold. The caller saves the key's row.
     pub(super) fn grant(&self, row: &mut KeyRow, hold: &NewHold<'_>) -> Result<HoldRow> {
-        let last = Some(Fence::new(row.fence.unsigned_abs()));
-        let fence = Fence::next(last, self.wall.unsigned_abs());
-        row.fence = i64::try_from(fence.get()).unwrap_or(i64::MAX);
+        row.fence = self.next_fence(row).ok_or_else(Fence::used_up)?;
         let StoredDemand { units, capacity } = hold.demand;
         row.capacity = if row.holders == 0 { capacity } else { row.capacity.min(capacity) };
         row.used += units;

@@ -17,7 +17,7 @@ use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, flock, fstat, openat, st
 use rustix::io::Errno;
 
 use super::error::{from_system, misconfigured};
-use super::folder::Folder;
+use super::folder::{self, Folder};
 use super::message;
 use crate::error::Result;
 use crate::store::Push;
@@ -81,10 +81,38 @@ pub(super) fn is_alive(folder: &Folder, session: SessionId) -> Result<bool> {
     }
 }
 
+/// Whether a session of anybody lives.
+pub(super) fn any_is_alive(folder: &Folder) -> Result<bool> {
+    for session in sessions_with_files(folder)? {
+        if is_alive(folder, session)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn sessions_with_files(folder: &Folder) -> Result<impl Iterator<Item = SessionId>> {
+    let entries = fs::read_dir(&folder.sessions)
+        .map_err(|cause| from_system("looking for left sessions", &folder.sessions, cause))?;
+    Ok(entries.flatten().filter_map(|entry| SessionId::from_hex(entry.file_name().to_str()?.split_once('.')?.0)))
+}
+
+/// Makes the files of a session look used, for programs that delete old ones.
+pub(super) fn touch_files(folder: &Folder, session: SessionId) {
+    for name in [lock_name(session), socket_name(session)] {
+        folder::touch(&folder.sessions.join(name));
+    }
+}
+
+/// Returns the path of a session's lock file.
+pub(super) fn lock_path(folder: &Folder, session: SessionId) -> PathBuf {
+    folder.sessions.join(lock_name(session))
+}
+
 /// Whether the file that this handle has locked is still the one that others probe.
 pub(super) fn is_in_place(folder: &Folder, session: SessionId, own: &OwnSession) -> bool {
     // By its path, not by the open folder: that may have been renamed, and others meet at the path.
-    match fs::symlink_metadata(folder.sessions.join(lock_name(session))) {
+    match fs::symlink_metadata(lock_path(folder, session)) {
         Ok(state) => {
             use std::os::unix::fs::MetadataExt;
             (state.dev(), state.ino()) == own.identity
@@ -102,17 +130,8 @@ pub(super) fn remove_files(folder: &Folder, session: SessionId) {
 
 /// Removes files that no living process has, and for which `is_known` knows no session. Only under the gate.
 pub(super) fn remove_orphans(folder: &Folder, is_known: impl Fn(SessionId) -> Result<bool>) -> Result<()> {
-    let entries = match fs::read_dir(&folder.sessions) {
-        Ok(entries) => entries,
-        Err(cause) => return Err(from_system("looking for left sessions", &folder.sessions, cause)),
-    };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let id = name.to_str().and_then(|name| name.split_once('.')).and_then(|(id, _)| SessionId::from_hex(id));
-        if let Some(session) = id
-            && !is_known(session)?
-            && !is_alive(folder, session)?
-        {
+    for session in sessions_with_files(folder)? {
+        if !is_known(session)? && !is_alive(folder, session)? {
             remove_files(folder, session);
         }
     }

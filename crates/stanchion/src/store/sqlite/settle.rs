@@ -60,7 +60,7 @@ impl Tx<'_> {
                 continue;
             }
             // The dead go during a cooldown too.
-            if row.is_closed(self.now) {
+            if row.is_closed(self.now) || self.next_fence(row).is_none() {
                 break;
             }
             if !row.has_room(head.demand) {

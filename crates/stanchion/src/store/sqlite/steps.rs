@@ -2,7 +2,7 @@
 
 use rusqlite::params;
 
-use super::error::error;
+use super::error::{NAME, error};
 use super::read::Place;
 use super::rows::{KeyRow, NewHold, WaiterRow, read_hold};
 use super::session;
@@ -172,6 +172,9 @@ impl Tx<'_> {
         }
         if self.time() > request.not_after {
             return Ok(AcquireOutcome::Stale);
+        }
+        if self.next_fence(&row).is_none() {
+            return Err(Fence::used_up().with_store(NAME));
         }
         if fits(self, &row) {
             let hold = NewHold {
@@ -351,8 +354,8 @@ impl Tx<'_> {
             return Ok(EvictOutcome::NoSuchHold { live: holds.iter().map(|hold| fence_of(hold.fence)).collect() });
         };
         self.remove_hold(&mut row, hold)?;
-        let next = Fence::next(Some(fence_of(row.fence)), self.wall.unsigned_abs());
-        row.fence = i64::try_from(next.get()).unwrap_or(i64::MAX);
+        // Nothing is granted after the highest fence, so it need not be raised.
+        row.fence = self.next_fence(&row).unwrap_or(row.fence);
         self.save(&mut row)?;
         if self.is_open(hold.session)? {
             self.execute(

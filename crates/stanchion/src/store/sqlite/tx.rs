@@ -2,16 +2,17 @@
 
 use std::collections::{HashMap, HashSet};
 use std::os::unix::net::UnixDatagram;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rusqlite::{CachedStatement, Connection, OptionalExtension, Params, Row};
 
 use super::error::from_sqlite;
-use super::folder::Folder;
+use super::folder::{Folder, SharedFiles, was_deleted};
 use super::predecessors::{Predecessors, Process};
 use super::session::{self, OwnSession};
 use super::watch::Watcher;
+use crate::clock::BootTime;
 use crate::error::Result;
 use crate::store::{Push, StoreTime};
 use crate::token::{SessionId, TokenId};
@@ -20,8 +21,11 @@ use crate::token::{SessionId, TokenId};
 #[derive(Debug)]
 pub(super) struct Local {
     pub(super) folder: Folder,
-    /// Device and inode of the database file that is open.
-    pub(super) identity: (u64, u64),
+    pub(super) files: SharedFiles,
+    /// A file of the store that was deleted or replaced: from then on nothing that is done here counts.
+    pub(super) missing: Option<PathBuf>,
+    /// When the files are touched next, so that they are not deleted as old.
+    pub(super) touch_at: BootTime,
     pub(super) own: HashMap<SessionId, OwnSession>,
     /// Sessions of this handle that have ended: an id is used once.
     pub(super) ended: HashSet<SessionId>,
@@ -34,11 +38,30 @@ pub(super) struct Local {
 }
 
 impl Local {
-    /// Whether the database file that is open is the one that others find.
-    pub(super) fn is_database_in_place(&self) -> bool {
-        super::connect::identity(&self.folder.database).ok() == Some(self.identity)
+    /// Whether the files that are open are the ones that others find. Once they are not, they never are again.
+    pub(super) fn are_files_in_place(&mut self) -> bool {
+        if self.missing.is_none() {
+            self.missing = self.files.missing().map(Path::to_owned);
+        }
+        self.missing.is_none()
+    }
+
+    /// Keeps programs that delete old files away, now and then.
+    pub(super) fn look_used(&mut self, now: BootTime) {
+        if now < self.touch_at {
+            return;
+        }
+        self.touch_at = now.after(TOUCH_EVERY);
+        self.folder.keep_cleaners_away();
+        self.files.touch();
+        for session in self.own.keys() {
+            session::touch_files(&self.folder, *session);
+        }
     }
 }
+
+/// Interval between two touches. Programs that delete old files think in days.
+const TOUCH_EVERY: Duration = Duration::from_secs(600);
 
 /// What follows from steps once they are committed.
 #[derive(Debug, Default)]
@@ -139,11 +162,26 @@ impl<'a> Tx<'a> {
         self.local.own.contains_key(&session) || self.effects.opened.iter().any(|(opened, _)| *opened == session)
     }
 
+    /// Whether others find the file of a session of this handle. Without it they take the session for dead, so it is.
+    fn is_in_place(&mut self, session: SessionId) -> bool {
+        let local = &*self.local;
+        let is_in_place = local.own.get(&session).is_none_or(|own| session::is_in_place(&local.folder, session, own));
+        if !is_in_place {
+            let path = session::lock_path(&local.folder, session);
+            self.push(session, Push::Warning(was_deleted(&path)));
+        }
+        is_in_place
+    }
+
     /// Whether the process of a session lives. One of the dead is noted for [`settle_rest`](Self::settle_rest).
     pub(super) fn is_alive(&mut self, session: SessionId) -> Result<bool> {
         let alive = match self.probed.get(&session) {
             Some(alive) => *alive,
-            None if self.is_own(session) => true,
+            None if self.is_own(session) => {
+                let alive = self.is_in_place(session);
+                self.probed.insert(session, alive);
+                alive
+            }
             None => {
                 let alive = session::is_alive(&self.local.folder, session)?;
                 self.probed.insert(session, alive);

@@ -14,19 +14,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rusqlite::Connection;
+use rusqlite::config::DbConfig;
 use tokio::sync::oneshot;
 
 use super::connect::{Gate, connect};
 use super::error::error;
-use super::folder::Folder;
+use super::folder::{Folder, was_deleted};
 use super::predecessors::Predecessors;
 use super::session::{self, OwnSession};
 use super::steps::{Answer, Step};
 use super::tx::{Effects, Local, Tx};
 use super::watch::Watcher;
-use crate::clock::{Clock, jitter_seed};
+use crate::clock::{BootTime, Clock, jitter_seed};
 use crate::error::{ErrorKind, Result};
-use crate::store::{Push, PushSender, Reply};
+use crate::store::{BeatOutcome, Push, PushSender, Reply, StoreTime};
 use crate::token::SessionId;
 
 /// The most steps in one transaction.
@@ -131,7 +132,9 @@ impl Worker {
         let (jobs, queue) = mpsc::channel();
         let local = Local {
             folder,
-            identity: connected.identity,
+            files: connected.files,
+            missing: None,
+            touch_at: BootTime::from_nanos(0),
             own: HashMap::new(),
             ended: HashSet::new(),
             predecessors: Predecessors::new(),
@@ -179,6 +182,15 @@ impl Worker {
         asked.retain(|asked| {
             !matches!(&asked.step, Step::Acquire(_)) || !asked.reply.as_ref().is_some_and(|r| r.is_closed())
         });
+        if asked.iter().any(|asked| matches!(asked.step, Step::Beat(_))) {
+            self.local.look_used(self.clock.now());
+            self.local.are_files_in_place();
+        }
+        if let Some(path) = &self.local.missing {
+            let why = was_deleted(path);
+            self.serve_without_files(asked, &why);
+            return go_on;
+        }
         if asked.iter().any(|asked| asked.step.is_reading()) {
             asked = self.read(asked);
         }
@@ -186,6 +198,29 @@ impl Worker {
             self.write(asked);
         }
         go_on
+    }
+
+    /// Ends the sessions of this handle, because what is in its files counts for nobody any more, and answers accordingly.
+    fn serve_without_files(&mut self, asked: Vec<Asked>, why: &str) {
+        for (session, _) in mem::take(&mut self.local.own) {
+            if let Some(sender) = self.shared.senders().remove(&session) {
+                sender.send(Push::Warning(why.to_owned()));
+            }
+            self.local.predecessors.forget_session(&mut self.local.watcher, session);
+            self.local.watcher.remove_socket(session);
+            self.shared.sessions().remove(&session);
+            session::remove_files(&self.local.folder, session);
+        }
+        let time = StoreTime::from_micros(self.clock.now().as_nanos() / 1_000);
+        for asked in asked {
+            let outcome = match &asked.step {
+                Step::Beat(_) => Ok(Answer::Beat(BeatOutcome::Gone)),
+                Step::Lives(_) => Ok(Answer::Lives(false)),
+                Step::Close(_) => Ok(Answer::Done),
+                _ => Err(error(ErrorKind::Unavailable, format!("{why}; open the store again"))),
+            };
+            answer(asked, outcome.map(|outcome| Reply { time, outcome }));
+        }
     }
 
     /// Answers the reading steps that have nothing to settle; gives the others back.
@@ -233,6 +268,10 @@ impl Worker {
                     answer(asked, result);
                 }
             }
+            Err(_) if let Some(path) = &self.local.missing => {
+                let why = was_deleted(path);
+                self.serve_without_files(asked, &why);
+            }
             // Steps can be repeated: each by itself, so that each has its own answer.
             Err(_) if asked.len() > 1 => asked.into_iter().for_each(|asked| self.write(vec![asked])),
             Err(cause) => {
@@ -245,12 +284,9 @@ impl Worker {
 
     fn transact(&mut self, asked: &[Asked]) -> Result<(Vec<Result<Reply<Answer>>>, Effects)> {
         let entered = self.gate.enter(&self.local.folder)?;
-        if !self.local.is_database_in_place() {
-            let path = &self.local.folder.database;
-            return Err(error(
-                ErrorKind::Unavailable,
-                format!("{} was deleted or replaced while it was in use; open the store anew", path.display()),
-            ));
+        if !self.local.are_files_in_place() {
+            // The caller sees that, and answers.
+            return Err(error(ErrorKind::Unavailable, "a file of the store is missing"));
         }
         let mut tx = Tx::new(&self.db, &mut self.local);
         tx.execute("BEGIN IMMEDIATE", [])?;
@@ -278,6 +314,12 @@ impl Worker {
     fn follow_up(&mut self, effects: Effects) {
         for (session, own) in effects.opened {
             let sender = self.shared.senders().get(&session).cloned();
+            if let (true, Some(sender)) = (self.local.folder.is_cleaned(), &sender) {
+                sender.send(Push::Warning(format!(
+                    "{} is in a folder in which the system deletes old files, and locks with them; use another folder",
+                    self.local.folder.database.display()
+                )));
+            }
             if let Some(socket) = &own.socket {
                 self.local.watcher.add_socket(session, socket.clone(), sender);
             }
@@ -330,6 +372,10 @@ impl Worker {
         }
         // Under the gate: nobody opens the database while its last user closes it.
         let entered = self.gate.enter(&self.local.folder);
+        if !self.local.are_files_in_place() {
+            // SQLite would write its log, which others do not have, into a database that others use.
+            let _ = self.db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true);
+        }
         drop(self.db);
         drop(entered);
     }
@@ -402,7 +448,7 @@ mod tests {
     use super::*;
     use crate::clock::VirtualClock;
     use crate::key::Key;
-    use crate::store::{AcquireOutcome, AcquireRequest, Demand, OpenSession, StoreTime, Term};
+    use crate::store::{AcquireOutcome, AcquireRequest, Demand, OpenSession, Term};
     use crate::token::TokenId;
 
     /// A worker without its thread, with a session.

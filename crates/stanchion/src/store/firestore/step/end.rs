@@ -77,7 +77,8 @@ impl Step<'_> {
             };
         };
         let hold = self.record.holds.remove(at);
-        self.next_fence();
+        // Nothing is granted after the highest fence, so it need not be raised.
+        self.record.last_fence = self.next_fence().unwrap_or(self.record.last_fence);
         let Ok(session) = session_of(&hold.entry.session) else { return EvictOutcome::Evicted };
         if self.lives(session)
             && let Some((record, written)) = self.document_of(session)

@@ -38,6 +38,10 @@ impl Step<'_> {
         if self.is_missing() {
             return None;
         }
+        let Some(fence) = self.next_fence() else {
+            self.is_used_up.set(true);
+            return Some(AcquireOutcome::Busy { check_in: None, in_use: None });
+        };
         let goes_now = self.record.front.is_empty() && self.fits(request.demand);
         if !goes_now && !request.enqueue {
             return Some(AcquireOutcome::Busy { check_in: self.check_in(), in_use: self.in_use() });
@@ -45,7 +49,7 @@ impl Step<'_> {
         let lives = self.lives.get(&request.session).map_or(0, |life| life.ends);
         let entry = entry(request, self.owner_of(request.session), lives, self.now);
         if goes_now {
-            self.grant(entry, false);
+            self.grant(entry, fence, false);
             return self.held(request.token).map(|hold| AcquireOutcome::Granted(hold.granted(self.now)));
         }
         if self.waiters().count() >= MAX_WAITERS as usize {
@@ -94,6 +98,8 @@ impl Step<'_> {
                 *outcome = PollOutcome::Queued(Queued { ahead, check_in, in_use });
             }
         }
+        let waits = outcomes.values().any(|outcome| matches!(outcome, PollOutcome::Queued(_)));
+        self.is_used_up.set(waits && self.next_fence().is_none());
         let outcome = |token: &TokenId| outcomes.get(token.as_bytes().as_slice()).copied();
         tokens.iter().map(|token| outcome(token).unwrap_or(PollOutcome::Gone)).collect()
     }

@@ -42,10 +42,13 @@ impl Step<'_> {
             if !self.lives_still(&head.session, head.session_lives) {
                 // The next ones are asked for with it: a crowd of the dead takes two reads, not one for each.
                 self.settle_all();
-            } else if self.unknown.borrow().is_empty() && self.fits(head.demand()) {
+            } else if self.unknown.borrow().is_empty()
+                && self.fits(head.demand())
+                && let Some(fence) = self.next_fence()
+            {
                 let waiter = self.record.front.remove(0);
                 self.draw_up();
-                self.grant(waiter, true);
+                self.grant(waiter, fence, true);
             } else {
                 break;
             }
@@ -87,14 +90,14 @@ impl Step<'_> {
         }
     }
 
-    pub(super) fn next_fence(&mut self) -> u64 {
+    /// The fence of the next grant, if there is one.
+    pub(super) fn next_fence(&self) -> Option<u64> {
         let last = (self.record.last_fence != 0).then(|| Fence::new(self.record.last_fence));
-        self.record.last_fence = Fence::next(last, self.now).get();
-        self.record.last_fence
+        Fence::next(last, self.now).map(Fence::get)
     }
 
-    pub(super) fn grant(&mut self, mut entry: Entry, is_called: bool) {
-        let fence = self.next_fence();
+    pub(super) fn grant(&mut self, mut entry: Entry, fence: u64, is_called: bool) {
+        self.record.last_fence = fence;
         let called = is_called && self.call(&entry.session, &entry.token, Some(fence), None);
         let mut deadline = None;
         entry.at = if self.from_the_commit { 0 } else { self.now };

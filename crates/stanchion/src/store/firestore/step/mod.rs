@@ -8,7 +8,7 @@ mod enter;
 mod grant;
 mod write;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -74,6 +74,8 @@ pub(super) struct Step<'a> {
     from_the_commit: bool,
     /// Also if nothing changes.
     is_written_anew: bool,
+    /// There is no fence for what was asked: the step fails, and writes nothing.
+    is_used_up: Cell<bool>,
 }
 
 impl Loaded {
@@ -117,7 +119,13 @@ impl<'a> Step<'a> {
             calls: Vec::new(),
             from_the_commit: false,
             is_written_anew: false,
+            is_used_up: Cell::new(false),
         }
+    }
+
+    /// Whether the step fails because the key's fences are used up.
+    pub(super) fn is_used_up(&self) -> bool {
+        self.is_used_up.get()
     }
 
     /// What the document says beside its record may be old: it is written though the record stays as it is.

@@ -115,8 +115,9 @@ mod tests {
 
     use super::super::super::document::Names;
     use super::super::super::record::{Hold, Page, PageName};
+    use super::super::Life;
     use super::*;
-    use crate::store::{EndOutcome, MAX_WAITERS};
+    use crate::store::{AcquireOutcome, EndOutcome, MAX_WAITERS};
     use crate::token::TokenId;
 
     /// What a document may have.
@@ -139,6 +140,41 @@ mod tests {
             session_lives: u64::MAX,
             ..Entry::default()
         }
+    }
+
+    /// As a damaged document may have it.
+    #[test]
+    fn highest_fence_is_granted_once() {
+        let (names, key) = (Names::new("projects/p/databases/d", "stanchion"), Key::new("", "job").unwrap());
+        let mut loaded = Loaded { written: Some(prost_types::Timestamp::default()), ..Loaded::default() };
+        loaded.record.last_fence = u64::MAX - 1;
+        let session = crate::token::SessionId::from_bytes([0; 16]);
+        let alive = Life { ends: u64::MAX, owner: "o".into(), document: None };
+        let lives = HashMap::from([(session, alive)]);
+        let request = |number| crate::store::AcquireRequest {
+            key: key.clone(),
+            token: TokenId::from_bytes([number; 16]),
+            session,
+            demand: crate::store::Demand::MUTEX,
+            term: crate::store::Term::Session { max_hold: None },
+            enqueue: true,
+            not_after: crate::store::StoreTime::from_micros(u64::MAX),
+            metadata: None,
+            trace: None,
+        };
+        let mut step = Step::new(&key, &names, &loaded, &lives, 1);
+        let outcome = step.acquire(&request(1)).unwrap();
+        assert!(matches!(outcome, AcquireOutcome::Granted(granted) if granted.fence.get() == u64::MAX), "{outcome:?}");
+        assert!(!step.is_used_up());
+        step.acquire(&request(2));
+        assert!(step.is_used_up() && step.record.front.is_empty());
+        // One that waited before.
+        step.record.front.push(Entry { token: vec![3; 16], session: vec![0; 16], ..entry(0) });
+        assert_eq!(step.end(TokenId::from_bytes([1; 16]), None), EndOutcome::Released);
+        step.settle();
+        assert!(step.record.holds.is_empty() && step.record.front.len() == 1);
+        let step = Step::new(&key, &names, &loaded, &lives, 1);
+        assert!(!step.is_used_up());
     }
 
     #[test]
