@@ -23,6 +23,15 @@ impl Term {
     }
 }
 
+/// How much of the key a call takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Demand {
+    /// What it takes.
+    pub units: u8,
+    /// What it says the key has. A call that takes all of it is exclusive.
+    pub capacity: u8,
+}
+
 /// The bounds of one run. All times are ticks.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
@@ -44,8 +53,8 @@ pub struct Config {
     pub window: u8,
     /// No tick after this time.
     pub last_tick: u8,
-    /// How many holds the key has room for.
-    pub capacity: usize,
+    /// How much each client takes. The last one is for what is detached, too.
+    pub demands: [Demand; 3],
     /// How often a call sends `acquire` (or `adopt`).
     pub asks: u8,
     /// How often a call sends `poll`.
@@ -88,10 +97,20 @@ pub struct Config {
 }
 
 impl Config {
+    /// What the client takes.
+    pub fn demand(&self, client: u8) -> Demand {
+        self.demands[usize::from(client).min(2)]
+    }
+
     /// The term that the extension of this number asks for, counted from one.
     pub fn extension(&self, nth: u8) -> u8 {
         self.extend_by[usize::from(nth > 1)]
     }
+}
+
+/// `units` of a key of `capacity`.
+pub const fn of(units: u8, capacity: u8) -> Demand {
+    Demand { units, capacity }
 }
 
 /// The smallest run, on which the others are built.
@@ -105,7 +124,7 @@ pub const BASE: Config = Config {
     fixed_ttl: 2,
     window: 1,
     last_tick: 3,
-    capacity: 1,
+    demands: [of(1, 1); 3],
     asks: 1,
     polls: 0,
     ends: 1,

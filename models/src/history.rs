@@ -29,6 +29,8 @@ pub struct History {
     pub bad_token: bool,
     /// The resource accepted a write below one before it.
     pub bad_write: bool,
+    /// A call was granted before another that had asked earlier.
+    pub bad_order: bool,
 }
 
 impl History {

@@ -6,7 +6,7 @@
 //! first. Requests and answers overtake each other, come late or never; pushes come late, never, or many times. A pause
 //! of a client is time that passes while it takes no step. Time is ticks of one clock that all share.
 //!
-//! Sessions with beats and a local deadline; session and fixed terms, and those that end with either; `acquire` with
+//! Mutexes, readers and permits, with limits that differ. Sessions with beats and a local deadline; session and fixed terms, and those that end with either; `acquire` with
 //! `not_after`, repeated with the same token; a queue; `poll`; hand-off with a push; `release` and `abandon`, repeated until
 //! definite; `extend`, also to a shorter term, of which a client waits for the newest alone; forced release; takeover, in
 //! the lock's own step or by a step of its own; the loss of all records of the key; a failover to a store that lacks the
@@ -15,7 +15,7 @@
 //!
 //! # What is not modelled
 //! Drift and steps of clocks, failover to a store that lacks the newest beats, several keys, cooldown, limits of the
-//! queue, units above one, read and write modes, a second session of the same client. The model has no code in common
+//! queue, a second session of the same client. The model has no code in common
 //! with the library: that the library keeps the rules is shown elsewhere.
 //!
 //! # Liveness
@@ -30,10 +30,11 @@
 //! # Properties
 //! - `I1` no more believers than the key has room. `I2` who believes has a live record with its token and fence. Beliefs
 //!   in a fence that was forced out, or whose record the store lost, are excused from both.
-//! - `I3` no more records than the key has room.
+//! - `I3` no more records than the key has room: who takes all is alone, and nobody's limit is exceeded.
 //! - `I4` fences strictly increase over all grants. `I5` the resource accepts nothing below what it accepted.
 //! - `I7` a lost hold is never believed again. `I8` a token is granted once while its call and its session live.
 //! - `I9` a dead session stays dead. `I10` what is detached or in its grace stays in the store while its session lives.
+//!   `I11` nobody is granted before a call that waits longer.
 //! - `L1` the key becomes free. `L2` every waiter whose session lives is served. `L3` no hold and no queue entry stays.
 //!   `L4` who was forced out learns it by its next beat, if its session lives.
 #![allow(clippy::unwrap_used, clippy::expect_used)]

@@ -123,7 +123,8 @@ impl Protocol {
             store.sessions.push(Session { expires: u8::MAX, forced: Vec::new() });
             history.issued = 1;
             store.last = 1;
-            store.holds.push(Hold { token: DETACHED, fence: 1, session, expires, is_bound });
+            let demand = config.demand(session);
+            store.holds.push(Hold { token: DETACHED, fence: 1, session, expires, is_bound, demand });
         }
         State { now, store, clients: (0..config.clients).map(client).collect(), net: Vec::new(), history, copy: None }
     }

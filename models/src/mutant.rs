@@ -90,6 +90,16 @@ pub enum Break {
     OpenCountsAgain,
     /// A repeated question opens a session that has ended.
     OpenRevives,
+    /// A request looks at its own capacity alone.
+    OwnLimitCounts,
+    /// A request looks at the capacities of the holds alone, if there are any.
+    HeldLimitCounts,
+    /// A request looks at the capacity of the oldest hold alone, if there is one.
+    OldestLimitCounts,
+    /// A request that fits passes those that wait.
+    QueuePassed,
+    /// The first of the queue that fits is granted, not the head alone.
+    QueueSearched,
 }
 
 /// A mutant and what kills it.
@@ -164,6 +174,11 @@ pub fn all() -> Vec<Mutant> {
         mutant("adopt-no-not-after", AdoptNoNotAfter, run("adopt-session"), Some("L3")),
         mutant("poll-creates", PollCreates, waiter, Some("L3")),
         mutant("no-not-after", NoNotAfter, run("base"), Some("L3")),
+        mutant("own-limit-counts", OwnLimitCounts, run("limits"), Some("I3")),
+        mutant("held-limit-counts", HeldLimitCounts, run("kinds"), Some("I3")),
+        mutant("oldest-limit-counts", OldestLimitCounts, run("limits"), Some("I3")),
+        mutant("queue-passed", QueuePassed, run("kinds"), Some("I11")),
+        mutant("queue-searched", QueueSearched, run("limits"), Some("I11")),
     ]
 }
 

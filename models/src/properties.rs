@@ -1,10 +1,12 @@
 //! What must always be so, and what must happen in some run, or the runs prove little.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 
 use stateright::Property;
 
 use crate::client::{Call, Phase};
+use crate::config::Demand;
 use crate::message::Msg;
 use crate::model::{Protocol, State};
 use crate::settle::{L1, L2, L3, L4};
@@ -14,19 +16,26 @@ pub fn all() -> Vec<Property<Protocol>> {
     vec![
         Property::always("I1", believers_fit),
         Property::always("I2", belief_has_record),
-        Property::always("I3", |model: &Protocol, state: &State| state.store.holds.len() <= model.config.capacity),
+        Property::always("I3", |_, state: &State| {
+            fit_together(&state.store.holds.iter().map(|hold| hold.demand).collect::<Vec<_>>())
+        }),
         Property::always("I4", |_, state: &State| !state.history.bad_fence),
         Property::always("I5", |_, state: &State| !state.history.bad_write),
         Property::always("I7", lost_is_final),
         Property::always("I8", |_, state: &State| !state.history.bad_token),
         Property::always("I9", dead_stays_dead),
         Property::always("I10", kept_stays),
+        Property::always("I11", |_, state: &State| !state.history.bad_order),
         Property::always("L1", |model: &Protocol, state: &State| continued(model, state) & L1 == 0),
         Property::always("L2", |model: &Protocol, state: &State| continued(model, state) & L2 == 0),
         Property::always("L3", |model: &Protocol, state: &State| continued(model, state) & L3 == 0),
         Property::always("L4", |model: &Protocol, state: &State| continued(model, state) & L4 == 0),
         Property::sometimes("two calls held", |_, state: &State| calls(state).filter(|call| call.held).count() > 1),
         Property::sometimes("two believe", |model: &Protocol, state: &State| believed(model, state).len() > 1),
+        Property::sometimes("one believes with another limit than another", |model: &Protocol, state: &State| {
+            let limits = believed(model, state).into_iter().map(|(token, _)| model.config.demand(token / 16).capacity);
+            limits.collect::<BTreeSet<_>>().len() > 1
+        }),
         Property::sometimes("a hold was lost", |_, state: &State| calls(state).any(|call| call.lost)),
         Property::sometimes("a hold was forced out", |_, state: &State| !state.history.forced.is_empty()),
         Property::sometimes("a grant after the loss of records", |_, state: &State| {
@@ -84,7 +93,15 @@ fn believed(model: &Protocol, state: &State) -> Vec<(u8, u16)> {
 }
 
 fn believers_fit(model: &Protocol, state: &State) -> bool {
-    believed(model, state).len() <= model.config.capacity
+    let demand = |(token, _): (u8, u16)| model.config.demand(token / 16);
+    fit_together(&believed(model, state).into_iter().map(demand).collect::<Vec<_>>())
+}
+
+/// Who takes all is alone, and nobody's limit is exceeded.
+fn fit_together(all: &[Demand]) -> bool {
+    let units: u8 = all.iter().map(|one| one.units).sum();
+    let is_exclusive = |one: &Demand| one.units == one.capacity;
+    (all.len() <= 1 || !all.iter().any(is_exclusive)) && all.iter().all(|one| units <= one.capacity)
 }
 
 fn belief_has_record(model: &Protocol, state: &State) -> bool {

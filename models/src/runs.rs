@@ -1,6 +1,6 @@
 //! The runs of the protocol as it stands. Each visits all its states.
 
-use crate::config::{BASE, Config, Term::Both, Term::Fixed, Term::Session};
+use crate::config::{BASE, Config, Term::Both, Term::Fixed, Term::Session, of};
 
 /// All runs of the protocol as it stands.
 pub fn all() -> Vec<Config> {
@@ -178,11 +178,33 @@ pub fn all() -> Vec<Config> {
             name: "room-for-two",
             about: "capacity 2, three clients",
             clients: 3,
-            capacity: 2,
+            demands: [of(1, 2); 3],
             beats: 0,
             last_tick: 3,
             give_up: false,
             floor: 31_000,
+            ..BASE
+        },
+        Config {
+            name: "kinds",
+            about: "a mutex, a reader and a permit",
+            clients: 3,
+            demands: [of(1, 1), of(1, 9), of(1, 2)],
+            beats: 0,
+            last_tick: 3,
+            give_up: false,
+            floor: 20_000,
+            ..BASE
+        },
+        Config {
+            name: "limits",
+            about: "permits of different limits",
+            clients: 3,
+            demands: [of(1, 2), of(2, 3), of(1, 3)],
+            beats: 0,
+            last_tick: 3,
+            give_up: false,
+            floor: 25_000,
             ..BASE
         },
         Config {

@@ -135,7 +135,8 @@ impl Protocol {
         if !state.store.holds.is_empty() || !state.store.queue.is_empty() {
             bad |= L3;
         }
-        if state.store.holds.len() >= self.config.capacity || !state.store.queue.is_empty() {
+        // Whoever comes takes the whole key.
+        if !state.store.holds.is_empty() || !state.store.queue.is_empty() {
             bad |= L1;
         }
         bad

@@ -1,6 +1,6 @@
 //! The store: one atomic step for each request.
 
-use crate::config::{Config, Term};
+use crate::config::{Config, Demand, Term};
 use crate::history::History;
 use crate::message::{Msg, Outcome, Token};
 use crate::mutant::Break;
@@ -30,6 +30,8 @@ pub struct Hold {
     pub expires: Option<u8>,
     /// Whether it ends with its session.
     pub is_bound: bool,
+    /// How much it takes.
+    pub demand: Demand,
 }
 
 /// A place in the queue.
@@ -41,6 +43,8 @@ pub struct Place {
     pub session: u8,
     /// What it asks for.
     pub term: Term,
+    /// How much it takes.
+    pub demand: Demand,
 }
 
 /// The store's records.
@@ -93,14 +97,37 @@ impl Step<'_> {
         }
     }
 
-    fn grant(&mut self, place: &Place) -> (u16, Option<u8>) {
+    /// Whether a request fits beside the holds: all units together, and the smallest capacity of all.
+    pub fn fits(&self, demand: Demand) -> bool {
+        let used: u8 = self.store.holds.iter().map(|hold| hold.demand.units).sum();
+        let mut held = self.store.holds.iter().map(|hold| hold.demand.capacity);
+        let capacity = if self.broken(Break::OwnLimitCounts) {
+            demand.capacity
+        } else if self.broken(Break::OldestLimitCounts) {
+            held.next().unwrap_or(demand.capacity)
+        } else {
+            let own = if self.broken(Break::HeldLimitCounts) { u8::MAX } else { demand.capacity };
+            held.min().unwrap_or(demand.capacity).min(own)
+        };
+        used + demand.units <= capacity
+    }
+
+    /// The place in the queue that is to be granted now.
+    fn next(&self) -> Option<usize> {
+        let places = if self.broken(Break::QueueSearched) { self.store.queue.len() } else { 1 };
+        self.store.queue.iter().take(places).position(|place| self.fits(place.demand))
+    }
+
+    fn grant(&mut self, place: &Place, ahead: usize) -> (u16, Option<u8>) {
+        self.history.bad_order |= ahead > 0;
         let clock = u16::from(self.now) * self.config.fences_per_tick;
         let clock = if self.broken(Break::PlainCounter) { 0 } else { clock };
         let fence = (self.store.last + 1).max(clock);
         self.store.last = fence;
         let expires = place.term.has_deadline().then(|| self.now + self.config.fixed_ttl);
         let is_bound = place.term.is_bound();
-        self.store.holds.push(Hold { token: place.token, fence, session: place.session, expires, is_bound });
+        let (token, session, demand) = (place.token, place.session, place.demand);
+        self.store.holds.push(Hold { token, fence, session, expires, is_bound, demand });
         self.history.granted(place.token, fence, self.live.contains(&place.token));
         (fence, expires)
     }
@@ -115,16 +142,16 @@ impl Step<'_> {
             hold.expires.is_none_or(|expires| now < expires) && (!hold.is_bound || keep || lives(hold.session))
         });
         self.store.queue.retain(|place| lives(place.session));
-        while self.store.holds.len() < self.config.capacity && !self.store.queue.is_empty() {
-            let head = self.store.queue[0].clone();
+        while let Some(at) = self.next() {
+            let head = self.store.queue[at].clone();
             if self.broken(Break::HeadNotPopped) {
                 if self.store.holds.iter().any(|hold| hold.token == head.token) {
                     break;
                 }
             } else {
-                self.store.queue.remove(0);
+                self.store.queue.remove(at);
             }
-            let (fence, _) = self.grant(&head);
+            let (fence, _) = self.grant(&head, at);
             self.out.push(Msg::PushGranted { token: head.token, fence });
         }
     }
@@ -229,9 +256,10 @@ impl Step<'_> {
         if not_after.is_some_and(|until| self.now > until) && !self.broken(Break::NoNotAfter) {
             return Outcome::Stale;
         }
-        let place = Place { token, session: by, term };
-        if self.store.queue.is_empty() && self.store.holds.len() < self.config.capacity {
-            let (fence, expires) = self.grant(&place);
+        let place = Place { token, session: by, term, demand: self.config.demand(by) };
+        let ahead = self.store.queue.len();
+        if (ahead == 0 || self.broken(Break::QueuePassed)) && self.fits(place.demand) {
+            let (fence, expires) = self.grant(&place, ahead);
             return Outcome::Granted { fence, remaining: expires.map(|expires| expires - self.now) };
         }
         self.store.queue.push(place);
@@ -257,7 +285,8 @@ impl Step<'_> {
             return true;
         }
         if self.broken(Break::ExtendCreates) {
-            self.store.holds.push(Hold { token, fence, session: by, expires: Some(expires), is_bound: false });
+            let demand = self.config.demand(by);
+            self.store.holds.push(Hold { token, fence, session: by, expires: Some(expires), is_bound: false, demand });
             return true;
         }
         false

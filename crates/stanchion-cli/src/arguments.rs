@@ -177,10 +177,10 @@ pub(crate) struct Run {
     /// Share the key with others that say --shared
     #[arg(short, long, conflicts_with = "permits")]
     pub(crate) shared: bool,
-    /// Hold alone a key that others use with --shared
+    /// Hold the key alone: the default
     #[arg(short = 'x', long, conflicts_with_all = ["permits", "shared"])]
     pub(crate) exclusive: bool,
-    /// Let this many hold the key at a time; all users of the key must agree
+    /// Let this many hold the key at a time; where users differ, the smaller number counts
     #[arg(long, value_name = "N", value_parser = permits, allow_hyphen_values = true)]
     pub(crate) permits: Option<u32>,
     /// Keep the key closed for this long after the end

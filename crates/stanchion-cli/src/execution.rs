@@ -10,7 +10,7 @@ use crate::child::{self, ChildPlan, Event, Exit, NotStarted, Obtained, Ran, Refu
 use crate::exit_code;
 use crate::hold::{Hold, HoldPlan};
 use crate::message::{Failure, Verbosity};
-use crate::output::for_people;
+use crate::output::{for_people, limits_differ};
 
 /// The most time a release may take once the command has ended. What is not released then is freed by the store.
 const LONGEST_RELEASE: Duration = Duration::from_secs(10);
@@ -102,6 +102,9 @@ fn wait(hold: &Hold, events: &Receiver<Event>, verbosity: Verbosity) -> Waited {
             // The second one does not wait for the store: what is left in the queue dies with the session.
             (Event::Signal(signal), Some(first)) if child::ends_the_wait(signal) => return Waited::Signal(first),
             (Event::Waiting { ahead }, None) => verbosity.note(format_args!("waiting; {ahead} before us in the queue")),
+            (Event::LimitsDiffer { in_use, asked }, None) => {
+                verbosity.problem(limits_differ(in_use, asked));
+            }
             (Event::Obtained(obtained), None) => return Waited::Obtained(obtained),
             // Granted and given up at the same moment.
             (Event::Obtained(_), Some(_)) => hold.release(None, false),

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::child::{Event, Loss, Obtained, Refusal, Released};
 use crate::exit_code;
 use crate::message::Failure;
-use crate::output::{escape, for_people};
+use crate::output::{escape, for_people, limits_differ};
 use crate::store::{Opened, StoreChoice};
 
 /// What to hold, and how.
@@ -185,8 +185,10 @@ async fn obtain(
             biased;
             answer = &mut attempt => break answer,
             Some(happening) = happenings.next() => {
-                if let stanchion::Event::Contended { ahead, .. } = happening {
-                    tell(Event::Waiting { ahead });
+                match happening {
+                    stanchion::Event::Contended { ahead, .. } => tell(Event::Waiting { ahead }),
+                    stanchion::Event::LimitsDiffer { in_use, asked, .. } => tell(Event::LimitsDiffer { in_use, asked }),
+                    _ => {}
                 }
             }
         }
@@ -295,13 +297,13 @@ async fn busy(plan: &HoldPlan, opened: &Opened) -> String {
         Some(limit) => format!(" within {}", for_people(limit)),
     };
     let why = match opened.locks.inspect(plan.key.as_str()).await {
-        Ok(state) => reason(&state),
+        Ok(state) => reason(&state, plan.demand),
         Err(_) => "it is taken".to_owned(),
     };
     format!("key `{}` was not obtained{limit}: {why}", escape(&plan.key))
 }
 
-fn reason(state: &KeyState) -> String {
+fn reason(state: &KeyState, demand: Demand) -> String {
     match (state.holders.first(), state.closed_for) {
         (Some(holder), _) => {
             let others = match state.holders.len() {
@@ -309,7 +311,10 @@ fn reason(state: &KeyState) -> String {
                 more => format!(" and {} more", more - 1),
             };
             let (owner, age) = (escape(&holder.owner), for_people(holder.age));
-            format!("held by {owner}{others} for {age}, fence {}", holder.fence.get())
+            let limits = state.capacity().filter(|_| holder.units < holder.capacity && !demand.is_exclusive());
+            let limits = limits.filter(|in_use| *in_use != demand.capacity());
+            let limits = limits.map(|in_use| format!("; {}", limits_differ(in_use, demand.capacity())));
+            format!("held by {owner}{others} for {age}, fence {}{}", holder.fence.get(), limits.unwrap_or_default())
         }
         (None, Some(left)) => format!("it stays closed for another {}", for_people(left)),
         (None, None) => "it was taken, and has become free since".to_owned(),

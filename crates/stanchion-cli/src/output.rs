@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use stanchion::Run;
-use stanchion::store::{HolderState, KeyState, WaiterState};
+use stanchion::store::{Demand, HolderState, KeyState, WaiterState};
 
 use crate::exit_code;
 use crate::message::Failure;
@@ -14,10 +14,11 @@ use crate::message::Failure;
 pub(crate) const JSON_HELP: &str = "\
 JSON (--json), a stable contract: fields are added, never changed or removed. One object per line:
   key              the key
-  capacity         how many units fit (1: one at a time), or null if it is not in use
-  holders          oldest first: fence, owner, units, session_bound, age_ms, since, remaining_ms,
-                   metadata, trace
-  waiters          head of the queue first: owner, units, age_ms, metadata, trace
+  capacity         the limit that counts: how many units fit (1: one at a time), the smallest that a
+                   holder requested; or null if it is not in use
+  holders          oldest first: fence, owner, units, capacity, session_bound, age_ms, since,
+                   remaining_ms, metadata, trace
+  waiters          head of the queue first: owner, units, capacity, age_ms, metadata, trace
   last_fence       the newest fence of the key, or null
   closed_for_ms    how long a cooldown still keeps the key closed, or null
 `inspect --json` adds:
@@ -46,6 +47,7 @@ struct HolderRecord<'a> {
     fence: u64,
     owner: &'a str,
     units: u32,
+    capacity: u32,
     session_bound: bool,
     age_ms: u64,
     since: String,
@@ -58,6 +60,7 @@ struct HolderRecord<'a> {
 struct WaiterRecord<'a> {
     owner: &'a str,
     units: u32,
+    capacity: u32,
     age_ms: u64,
     metadata: Option<&'a str>,
     trace: Option<&'a str>,
@@ -67,7 +70,7 @@ impl<'a> From<&'a KeyState> for KeyRecord<'a> {
     fn from(state: &'a KeyState) -> Self {
         Self {
             key: state.key.name(),
-            capacity: state.capacity,
+            capacity: state.capacity(),
             holders: state.holders.iter().map(HolderRecord::from).collect(),
             waiters: state.waiters.iter().map(WaiterRecord::from).collect(),
             last_fence: state.last_fence.map(stanchion::Fence::get),
@@ -82,6 +85,7 @@ impl<'a> From<&'a HolderState> for HolderRecord<'a> {
             fence: holder.fence.get(),
             owner: &holder.owner,
             units: holder.units,
+            capacity: holder.capacity,
             session_bound: holder.session_bound,
             age_ms: millis(holder.age),
             since: wall_time(holder.since),
@@ -97,6 +101,7 @@ impl<'a> From<&'a WaiterState> for WaiterRecord<'a> {
         Self {
             owner: &waiter.owner,
             units: waiter.units,
+            capacity: waiter.capacity,
             age_ms: millis(waiter.age),
             metadata: waiter.metadata.as_deref(),
             trace: waiter.trace.as_deref(),
@@ -153,6 +158,23 @@ pub(crate) fn for_people(span: Duration) -> String {
     };
     let text = humantime::format_duration(whole).to_string();
     text.split(' ').take(2).collect::<Vec<_>>().join(" ")
+}
+
+/// Says that the holders of a key have another limit than a request.
+pub(crate) fn limits_differ(in_use: u32, asked: u32) -> String {
+    let (in_use, asked) = (limit(in_use), limit(asked));
+    format!(
+        "the key is in use with {in_use}, this request says {asked}: the smaller limit holds until the holders of the \
+         other are gone"
+    )
+}
+
+/// A limit as people read it.
+pub(crate) fn limit(capacity: u32) -> String {
+    match capacity {
+        Demand::MAX => "no limit (--shared)".to_owned(),
+        limit => format!("a limit of {limit}"),
+    }
 }
 
 /// One line of JSON.

@@ -24,7 +24,7 @@ use proc_macro::TokenStream;
 /// | `cooldown = "5m"` | the key stays closed for so long after the release |
 /// | `max_hold = "1m"` | the lock is lost after this time |
 /// | `ttl = "1m"` | a fixed term, whatever becomes of the process |
-/// | `read`, `write` | shared with other readers; alone, on a key that has readers. Default: a mutex |
+/// | `read`, `write` | shared with other readers; alone, which is the default |
 /// | `guard = NAME` | the body has the `&Guard` under this name: its fence, `check`, `heartbeat`, `set_cooldown` |
 ///
 /// Different arguments must make different keys: with `"{a}:{b}"`, a `:` inside of one of them would not.

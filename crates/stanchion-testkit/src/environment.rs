@@ -13,7 +13,7 @@ use stanchion::store::{
 use stanchion::{Builder, Clock, Key, Locks, MAX_NAMESPACE_BYTES, SessionId, Store, TokenId, VirtualClock};
 
 /// How long a condition may take to come true before a test fails.
-const GENEROUS: Duration = Duration::from_secs(30);
+pub(crate) const GENEROUS: Duration = Duration::from_secs(30);
 
 /// A session that outlives every test.
 const LONG: Duration = Duration::from_secs(3_600);

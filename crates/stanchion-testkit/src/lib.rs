@@ -40,6 +40,7 @@ pub mod cases;
 mod environment;
 pub mod history;
 pub mod proxy;
+pub mod reference;
 pub mod servers;
 
 use stanchion::Store;

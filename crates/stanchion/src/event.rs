@@ -34,6 +34,16 @@ pub enum Event {
         /// How many wait before it.
         ahead: u32,
     },
+    /// A call has to wait, or is refused, while the holders share the key with another limit than the call says. The smaller
+    /// limit holds until the holders of the other are gone.
+    LimitsDiffer {
+        /// The key.
+        key: Key,
+        /// The smallest limit of the holders. Readers count as [`Demand::MAX`](crate::store::Demand::MAX).
+        in_use: u32,
+        /// The limit of the call.
+        asked: u32,
+    },
     /// A hold's deadline was set anew.
     Extended {
         /// The key.

@@ -175,8 +175,8 @@ impl Locks {
         self.lock(key).try_acquire().await
     }
 
-    /// Asks for a key that others may read at the same time. Readers and writers queue in one line, so neither starves.
-    /// All who use the key must ask with [`read`](Locks::read) or [`write`](Locks::write).
+    /// Asks for a key that others may read at the same time. A [`lock`](Locks::lock) or [`write`](Locks::write) of the key
+    /// excludes readers. All of them wait in one queue, so neither readers nor writers starve.
     ///
     /// ```
     /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
@@ -189,13 +189,16 @@ impl Locks {
         self.lock(key).demand(Demand::READ)
     }
 
-    /// Asks for a key alone that others [`read`](Locks::read).
+    /// Asks for a key alone, the same as [`lock`](Locks::lock). Reads well beside [`read`](Locks::read).
     pub fn write(&self, key: impl Into<String>) -> LockRequest {
         self.lock(key).demand(Demand::WRITE)
     }
 
-    /// Asks for one of `limit` permits of a key, or for several of them at once ([`LockRequest::permits`]). All who use
-    /// the key must agree on the limit.
+    /// Asks for one of `limit` permits of a key, or for several of them at once ([`LockRequest::permits`]).
+    ///
+    /// Calls with another limit are welcome, as in a rolling deploy that changes the limit: the smaller limit holds until the
+    /// holders of the other are gone, and [`Event::LimitsDiffer`](crate::Event::LimitsDiffer) reports it. A call for all
+    /// permits is exclusive, as a [`lock`](Locks::lock) is. A reader of the key counts as one permit.
     ///
     /// ```
     /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {

@@ -198,7 +198,7 @@ impl Polls {
         let Some(waited_for) = keys.waited_for.get_mut(key) else { return };
         (waited_for.sent_at, waited_for.trouble) = (None, None);
         // When the key is polled again is for the first of them: it settles the key for all.
-        let mut front = Queued { ahead: u32::MAX, check_in: None };
+        let mut front = Queued { ahead: u32::MAX, check_in: None, in_use: None };
         let mut told = Vec::new();
         for (token, outcome) in outcomes {
             let Some(waiter) = waited_for.waiters.get_mut(&token) else { continue };
@@ -233,7 +233,7 @@ impl Polls {
             }
         }
         waited_for.is_taken = false;
-        self.plan(keys, key, self.due(now, Queued { ahead: u32::MAX, check_in: None }));
+        self.plan(keys, key, self.due(now, Queued { ahead: u32::MAX, check_in: None, in_use: None }));
         for cell in told {
             cell.tell(Signal::Failed(error.duplicate()));
         }
@@ -268,7 +268,7 @@ impl Polls {
 mod tests {
     use super::*;
 
-    const QUEUED: Queued = Queued { ahead: 0, check_in: None };
+    const QUEUED: Queued = Queued { ahead: 0, check_in: None, in_use: None };
 
     struct Bench {
         polls: Polls,
@@ -334,7 +334,7 @@ mod tests {
         let mut bench = Bench::new();
         let (_token, _cell) = bench.enter(&key("k"));
         bench.pass(Duration::from_secs(2));
-        assert_eq!(bench.poll(Queued { ahead: 0, check_in: Some(Duration::from_millis(300)) }), 1);
+        assert_eq!(bench.poll(Queued { ahead: 0, check_in: Some(Duration::from_millis(300)), in_use: None }), 1);
         bench.pass(Duration::from_millis(300));
         assert_eq!(bench.poll(QUEUED), 0);
         bench.pass(Duration::from_millis(1));

@@ -17,7 +17,7 @@ use crate::wait;
 ///
 /// # Errors
 /// When awaited: [`ErrorKind::Timeout`] at the wait limit, [`ErrorKind::Busy`] if that is zero, [`ErrorKind::Cancelled`], [`ErrorKind::Draining`],
-/// [`ErrorKind::InvalidArgument`] for a key or an option out of range or a capacity that others do not share,
+/// [`ErrorKind::InvalidArgument`] for a key or an option out of range,
 /// [`ErrorKind::Indeterminate`] if the store's answer was lost and could not be had again, and the store's faults. After
 /// every error nothing is held: what the request may have got is cleaned up.
 ///
@@ -118,7 +118,7 @@ impl LockRequest {
         self
     }
 
-    /// Takes so much of the key: default [`Demand::MUTEX`]. All who use a key must agree on its capacity.
+    /// Takes so much of the key: default [`Demand::MUTEX`].
     pub fn demand(mut self, demand: Demand) -> Self {
         (self.units, self.capacity) = (demand.units(), demand.capacity());
         self

@@ -103,6 +103,9 @@ impl Telemetry {
             Event::Contended { key, ahead } => {
                 debug!(name: "stanchion.contended", store, key = self.shown(key), ahead, "it has to wait");
             }
+            Event::LimitsDiffer { key, in_use, asked } => {
+                warn!(name: "stanchion.limits_differ", store, key = self.shown(key), in_use, asked, "the holders have another limit: the smaller one holds until the holders of the other are gone");
+            }
             Event::Extended { key, fence, ttl } => {
                 debug!(name: "stanchion.extended", store, key = self.shown(key), fence = fence.get(), ttl_seconds = ttl.as_secs_f64(), "extended");
             }
@@ -142,6 +145,7 @@ impl Telemetry {
                 counter!("stanchion_contended_total", "store" => store).increment(1);
                 histogram!("stanchion_queue_ahead", "store" => store).record(f64::from(*ahead));
             }
+            Event::LimitsDiffer { .. } => counter!("stanchion_limits_differ_total", "store" => store).increment(1),
             Event::Extended { .. } => counter!("stanchion_extended_total", "store" => store).increment(1),
             Event::Released { held, .. } => {
                 counter!("stanchion_released_total", "store" => store).increment(1);

@@ -57,8 +57,19 @@ async fn acquire_key(request: &LockRequest, key: Key) -> Result<Option<Guard>> {
         }
     };
     let trouble = Mutex::new(None);
-    let mut call =
-        Call { locks, key: &key, request, term, demand, started, enqueue, trouble: &trouble, late: 0, stale: 0 };
+    let mut call = Call {
+        locks,
+        key: &key,
+        request,
+        term,
+        demand,
+        started,
+        enqueue,
+        trouble: &trouble,
+        late: 0,
+        stale: 0,
+        other_limit: None,
+    };
     let ended = tokio::select! {
         biased;
         () = cancelled => Err(Error::new(ErrorKind::Cancelled, "the caller cancelled the wait")),
@@ -150,6 +161,8 @@ struct Call<'a> {
     late: u32,
     /// How many questions came too late, one after the other.
     stale: u32,
+    /// The limit of other users that was last reported because it is not the limit of this call.
+    other_limit: Option<u32>,
 }
 
 /// How one token ended.
@@ -240,10 +253,12 @@ impl Call<'_> {
             AcquireOutcome::Granted(granted) => Ok(self.granted(pending, granted, asked)),
             AcquireOutcome::Queued(queued) => {
                 shared.observer.tell(|| Event::Contended { key: self.key.clone(), ahead: queued.ahead });
+                self.compare_limits(queued.in_use);
                 Box::pin(self.wait(pending, queued)).await
             }
-            AcquireOutcome::Busy { .. } => {
+            AcquireOutcome::Busy { in_use, .. } => {
                 pending.nothing_was_created();
+                self.compare_limits(in_use);
                 Ok(Round::Busy)
             }
             // The window was missed, or the session ended under the question: the keeper opens another one.
@@ -252,16 +267,20 @@ impl Call<'_> {
                 self.session_change(&pending).await;
                 Ok(Round::Again)
             }
-            AcquireOutcome::CapacityMismatch { in_use } => {
-                pending.nothing_was_created();
-                let asked = self.demand.capacity();
-                let message = format!("the key is in use with a capacity of {in_use}, this request says {asked}");
-                Err(Error::new(ErrorKind::InvalidArgument, message))
-            }
             AcquireOutcome::QueueFull { limit } => {
                 pending.nothing_was_created();
                 Err(Error::new(ErrorKind::RateLimited, format!("{limit} wait for the key already")))
             }
+        }
+    }
+
+    /// Reports it, once, if the holders share the key with another limit than this call says.
+    fn compare_limits(&mut self, in_use: Option<u32>) {
+        let asked = self.demand.capacity();
+        let is_news = in_use != self.other_limit && !self.demand.is_exclusive();
+        if let Some(in_use) = in_use.filter(|in_use| *in_use != asked && is_news) {
+            self.other_limit = Some(in_use);
+            self.shared().observer.tell(|| Event::LimitsDiffer { key: self.key.clone(), in_use, asked });
         }
     }
 
@@ -311,7 +330,10 @@ impl Call<'_> {
             match step.await.result {
                 Ok(reply) => match reply.outcome {
                     PollOutcome::Granted(granted) => return Ok(self.granted(pending, granted, asked)),
-                    PollOutcome::Queued(still) => shared.polls.learned(self.key, still, shared.clock.now()),
+                    PollOutcome::Queued(still) => {
+                        self.compare_limits(still.in_use);
+                        shared.polls.learned(self.key, still, shared.clock.now());
+                    }
                     PollOutcome::Gone => return Ok(Round::Again),
                 },
                 // The keeper goes on polling.

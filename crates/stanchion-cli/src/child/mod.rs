@@ -38,6 +38,13 @@ pub(crate) enum Event {
         /// How many.
         ahead: u32,
     },
+    /// The holders share the key with another limit than ours.
+    LimitsDiffer {
+        /// Theirs, the smallest.
+        in_use: u32,
+        /// Ours.
+        asked: u32,
+    },
     /// The key is held.
     Obtained(Obtained),
     /// The key is not held and will not be.

@@ -151,7 +151,13 @@ impl<'a> Supervisor<'a> {
                 Some(Event::Stopped(signal)) => self.on_stop(signal),
                 Some(Event::Lost(loss)) => self.on_loss(loss),
                 Some(Event::Exited(exit)) => return self.finish(exit),
-                Some(Event::Waiting { .. } | Event::Obtained(_) | Event::NotObtained(_) | Event::Released(_)) => {}
+                Some(
+                    Event::Waiting { .. }
+                    | Event::LimitsDiffer { .. }
+                    | Event::Obtained(_)
+                    | Event::NotObtained(_)
+                    | Event::Released(_),
+                ) => {}
             }
         }
     }

@@ -1,15 +1,16 @@
 //! `inspect`: all that is known of one key.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use serde::Serialize;
 use stanchion::Run;
-use stanchion::store::KeyState;
+use stanchion::store::{Demand, KeyState};
 
 use crate::arguments::Inspect;
 use crate::exit_code;
 use crate::message::Failure;
-use crate::output::{KeyRecord, RunRecord, escape, for_people, json_line, print, wall_time};
+use crate::output::{KeyRecord, RunRecord, escape, for_people, json_line, limit, print, wall_time};
 use crate::store::StoreChoice;
 
 pub(super) fn execute(inspect: &Inspect, store: &StoreChoice) -> Result<u8, Failure> {
@@ -60,10 +61,18 @@ fn write_all(state: &KeyState, out: &mut String) -> std::fmt::Result {
         (true, None) => "free".to_owned(),
     };
     writeln!(out, "state    {word}")?;
-    if let Some(capacity) = state.capacity.filter(|capacity| *capacity > 1) {
-        let capacity =
-            if capacity == i32::MAX as u32 { "shared or exclusive".to_owned() } else { capacity.to_string() };
+    if let Some(capacity) = state.capacity().filter(|capacity| *capacity > 1) {
+        let capacity = if capacity == Demand::MAX { "shared".to_owned() } else { capacity.to_string() };
         writeln!(out, "capacity {capacity}")?;
+    }
+    // An exclusive request takes the whole key, whatever its limit.
+    let holders = state.holders.iter().map(|holder| (holder.units, holder.capacity));
+    let all = holders.chain(state.waiters.iter().map(|waiter| (waiter.units, waiter.capacity)));
+    let limits: BTreeSet<_> = all.filter(|(units, capacity)| units < capacity).map(|(_, capacity)| capacity).collect();
+    if limits.len() > 1 {
+        let limits: Vec<_> = limits.into_iter().map(limit).collect();
+        writeln!(out, "limits   differ: {}", limits.join(", "))?;
+        writeln!(out, "           the smaller one holds until the holders of the other are gone")?;
     }
     if let Some(fence) = state.last_fence {
         writeln!(out, "fence    {} (the newest)", fence.get())?;

@@ -130,6 +130,18 @@ impl World {
     }
 }
 
+impl World {
+    /// Waits until that many processes hold the key.
+    #[track_caller]
+    pub fn until_holding(&self, key: &str, count: usize) {
+        until("holders", || {
+            let json = self.stanchion(["inspect", key, "--json"]).finish().ok();
+            let (holders, _) = json.split_once(r#""waiters":["#).expect("both are there");
+            holders.matches(r#""owner":"#).count() == count
+        });
+    }
+}
+
 impl Drop for World {
     fn drop(&mut self) {
         for pid in self.processes() {

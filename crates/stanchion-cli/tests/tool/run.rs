@@ -105,22 +105,49 @@ fn a_key_that_is_taken_gives_75_and_names_the_holder() {
 fn shared_holders_share_and_exclusive_ones_do_not() {
     let world = World::new();
     let readers = [hold(&world, &["--shared"]), hold(&world, &["-s"])];
-    world.stanchion(["run", "k", "-n", "-x", "--", "true"]).finish().code(75).says(&["and 1 more"]);
-    world.stanchion(["run", "k", "-n", "--", "true"]).finish().code(64).says(&["capacity"]);
+    world.until_holding("k", 2);
+    for options in [&["-x"][..], &[]] {
+        let arguments = ["run", "k", "-n"].iter().chain(options).chain(&["--", "true"]);
+        world.stanchion(arguments).finish().code(75).says(&["and 1 more"]);
+    }
+    let plain = world.stanchion(["run", "k", "--", "sh", "-c", "touch $D/alone; exec sleep 600"]).start();
+    world.until_waiting("k", 1);
     for reader in readers {
+        assert!(!world.path("alone").exists());
         reader.send(Signal::TERM);
         reader.finish().code(143);
     }
+    world.until_file("alone");
+    for options in [&["-x"][..], &["-s"], &[], &["--permits", "3"]] {
+        let arguments = ["run", "k", "-n"].iter().chain(options).chain(&["--", "true"]);
+        world.stanchion(arguments).finish().code(75).says(&["held by"]);
+    }
+    plain.send(Signal::TERM);
+    plain.finish().code(143);
     world.stanchion(["run", "k", "-n", "-x", "--", "true"]).finish().code(0).silent();
 }
 
 #[test]
 fn as_many_as_there_are_permits_hold_the_key() {
     let world = World::new();
-    let holders = [hold(&world, &["--permits", "2"]), hold(&world, &["--permits", "2"])];
-    world.stanchion(["run", "k", "-n", "--permits", "2", "--", "true"]).finish().code(75).says(&["and 1 more"]);
-    world.stanchion(["run", "k", "-n", "--permits", "3", "--", "true"]).finish().code(64).says(&["2", "3"]);
-    drop(holders);
+    let [first, second] = [hold(&world, &["--permits", "2"]), hold(&world, &["--permits", "2"])];
+    world.until_holding("k", 2);
+    let refused = world.stanchion(["run", "k", "-n", "--permits", "2", "--", "true"]).finish().code(75);
+    assert!(refused.says(&["and 1 more"]).stderr.matches("limit").count() == 0);
+    let differ = "in use with a limit of 2, this request says a limit of 3";
+    world.stanchion(["run", "k", "-n", "--permits", "3", "--", "true"]).finish().code(75).says(&[differ]);
+    // A rolling deploy that raises the limit: those that come wait, and nobody fails.
+    let raised = world.stanchion(["run", "k", "--permits", "3", "--", "true"]).start();
+    world.until_waiting("k", 1);
+    let inspected = world.stanchion(["inspect", "k"]).finish().code(0).stdout;
+    assert!(
+        inspected.contains("capacity 2\n") && inspected.contains("differ: a limit of 2, a limit of 3"),
+        "{inspected}"
+    );
+    first.send(Signal::TERM);
+    first.finish().code(143);
+    raised.finish().code(0).says(&[differ]);
+    drop(second);
 }
 
 #[test]

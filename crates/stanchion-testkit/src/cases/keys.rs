@@ -140,7 +140,7 @@ pub async fn what_is_seen_of_holders_and_waiters<S: Store>(env: &Environment<S>)
     waiter.waits(&waiting).await;
     env.pass(Duration::from_millis(50)).await;
     let state = waiter.sees(&key("k")).await;
-    assert_eq!((state.capacity, state.last_fence), (Some(3), Some(granted.fence)));
+    assert_eq!((state.capacity(), state.last_fence), (Some(3), Some(granted.fence)));
     let seen = &state.holders[0];
     assert_eq!((seen.fence, seen.units, seen.session_bound), (granted.fence, 2, false));
     assert_eq!((&seen.metadata, &seen.trace), (&request.metadata, &request.trace));

@@ -172,7 +172,7 @@ pub async fn the_death_of_a_session_leaves_its_fixed_permit<S: Store>(env: &Envi
     assert!(holders.len() == 2 && holders.contains(&fence), "{holders:?}, the fixed one is {fence:?}");
 }
 
-pub async fn a_dead_waiter_does_not_decide_the_capacity_of_a_closed_key<S: Store>(env: &Environment<S>) {
+pub async fn dead_waiter_is_gone_from_a_closed_key<S: Store>(env: &Environment<S>) {
     let (holder, dying, other) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     dying.waits(&dying.request(&key("k"))).await;
@@ -181,6 +181,8 @@ pub async fn a_dead_waiter_does_not_decide_the_capacity_of_a_closed_key<S: Store
     let of_three = Demand::new(1, 3).unwrap();
     let request = AcquireRequest { demand: of_three, enqueue: false, ..other.request(&key("k")) };
     until("busy with a cooldown", async || matches!(other.ask(&request).await, AcquireOutcome::Busy { .. })).await;
-    assert!(other.sees(&key("k")).await.closed_for.is_some(), "the cooldown stays");
+    let state = other.sees(&key("k")).await;
+    assert!(state.closed_for.is_some(), "the cooldown stays");
+    assert_eq!((state.waiters.len(), state.capacity()), (0, None));
     other.waits(&AcquireRequest { demand: of_three, ..other.request(&key("k")) }).await;
 }

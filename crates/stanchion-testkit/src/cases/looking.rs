@@ -35,7 +35,7 @@ pub async fn two_who_look_see_the_same<S: Store>(env: &Environment<S>) {
     one.queues(&key("k")).await;
     let still = |state: KeyState| {
         let fences: Vec<_> = state.holders.iter().map(|holder| (holder.fence, holder.since)).collect();
-        (state.key, state.capacity, fences, state.waiters.len(), state.last_fence)
+        (state.key.clone(), state.capacity(), fences, state.waiters.len(), state.last_fence)
     };
     let (a, b) = (one.sees(&key("k")).await, two.sees(&key("k")).await);
     assert_eq!(a.last_fence, Some(granted.fence));

@@ -9,6 +9,7 @@ pub mod handoff;
 pub mod holds;
 pub mod keys;
 pub mod library;
+pub mod limits;
 pub mod liveness;
 pub mod looking;
 pub mod messages;
@@ -38,7 +39,7 @@ macro_rules! for_every_case {
             sessions::a_waiter_for_a_fixed_term_dies_with_its_session,
             sessions::a_fixed_term_that_the_dead_were_granted_keeps_nobody_out,
             sessions::a_fixed_term_that_its_holder_has_seen_outlives_the_session,
-            sessions::the_dead_need_not_agree_on_a_capacity,
+            sessions::dead_holder_limits_nobody,
             sessions::many_dead_sessions_do_not_keep_a_key_from_others,
             sessions::others_see_whether_a_session_lives,
             sessions::looking_at_a_session_renews_nothing [Beat],
@@ -71,12 +72,18 @@ macro_rules! for_every_case {
             queue::the_end_of_a_term_serves_the_waiter_when_it_asks,
             queue::a_semaphore_admits_its_capacity_and_no_more [Fair],
             queue::readers_share_and_a_writer_waits_for_those_before_it_alone [Fair],
-            queue::users_of_a_key_must_agree_on_its_capacity,
             queue::a_cooldown_keeps_the_key_closed_and_then_serves_the_waiter,
             queue::a_cooldown_ends_without_a_waiter_too,
             queue::a_full_queue_refuses_and_enters_nothing [Fair],
             queue::a_push_names_key_token_and_fence [Push],
             queue::a_waiter_in_another_process_is_called [Push, Fair],
+            limits::exclusive_excludes_readers_and_permits,
+            limits::one_queue_serves_every_kind_in_order [Fair],
+            limits::smaller_limit_holds_until_its_holders_go,
+            limits::raised_limit_counts_once_old_holders_go [Fair],
+            limits::lowered_limit_waits_for_old_holders [Fair],
+            limits::forced_out_holder_limits_nobody,
+            limits::random_limits_agree_with_a_reference [Fair],
             messages::every_answer_tells_a_time_that_does_not_run_back,
             messages::an_acquire_that_comes_too_late_changes_nothing,
             messages::an_acquire_that_comes_after_its_end_is_ended_again,
@@ -100,7 +107,7 @@ macro_rules! for_every_case {
             liveness::a_beat_keeps_its_own_session_alone [Beat],
             liveness::asking_is_no_beat [Beat],
             liveness::the_death_of_a_session_leaves_its_fixed_permit,
-            liveness::a_dead_waiter_does_not_decide_the_capacity_of_a_closed_key,
+            liveness::dead_waiter_is_gone_from_a_closed_key,
             liveness::the_end_of_a_session_is_told_to_the_waiter_beforehand [Beat],
             liveness::asking_for_a_session_that_was_never_opened_enters_nothing,
             liveness::closing_a_session_that_is_not_there_is_nothing,
@@ -192,6 +199,7 @@ macro_rules! for_every_case {
             library::bad_arguments_are_refused_and_leave_nothing,
             primitives::readers_share_and_a_writer_is_alone,
             primitives::permits_are_given_up_to_the_limit,
+            primitives::differing_limits_are_told_and_refuse_nobody,
             primitives::several_keys_are_taken_all_or_nothing,
             primitives::a_wait_for_several_keys_has_one_limit_and_keeps_nothing,
             primitives::a_crowd_over_sets_of_keys_neither_dead_locks_nor_leaves_anything,

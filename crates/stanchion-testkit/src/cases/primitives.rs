@@ -5,9 +5,11 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use stanchion::{Error, ErrorKind, Event, Fence, Locks, LossCause, Outcome, OwnerStatus, Released, Store, Wanted};
+use stanchion::{
+    Error, ErrorKind, Event, EventStream, Fence, Locks, LossCause, Outcome, OwnerStatus, Released, Store, Wanted,
+};
 
-use crate::environment::{Environment, Random, seed, until};
+use crate::environment::{Environment, GENEROUS, Random, seed, until};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -21,8 +23,7 @@ pub async fn readers_share_and_a_writer_is_alone<S: Store>(env: &Environment<S>)
     let writer = two.write("k").await.unwrap();
     assert!(one.read("k").try_acquire().await.unwrap().is_none());
     assert!(one.write("k").try_acquire().await.unwrap().is_none());
-    let error = one.lock("k").try_acquire().await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::InvalidArgument, "a mutex is another thing: {error}");
+    assert!(one.lock("k").try_acquire().await.unwrap().is_none(), "a lock is a writer");
     writer.release().await.unwrap();
 }
 
@@ -31,9 +32,7 @@ pub async fn permits_are_given_up_to_the_limit<S: Store>(env: &Environment<S>) {
     let both = one.semaphore("k", 3).permits(2).await.unwrap();
     let third = two.semaphore("k", 3).await.unwrap();
     assert!(one.semaphore("k", 3).try_acquire().await.unwrap().is_none());
-    let error = one.semaphore("k", 4).try_acquire().await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
-    assert!(error.to_string().contains('3') && error.to_string().contains('4'), "both numbers: {error}");
+    assert!(one.semaphore("k", 4).try_acquire().await.unwrap().is_none(), "the smaller limit holds");
     drop(both);
     until("both permits are back", async || two.semaphore("k", 3).permits(2).try_acquire().await.unwrap().is_some())
         .await;
@@ -42,6 +41,44 @@ pub async fn permits_are_given_up_to_the_limit<S: Store>(env: &Environment<S>) {
         assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{limit} {permits}");
     }
     third.release().await.unwrap();
+}
+
+pub async fn differing_limits_are_told_and_refuse_nobody<S: Store>(env: &Environment<S>) {
+    let (old, new) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
+    let held = old.semaphore("k", 3).permits(2).await.unwrap();
+    let mut events = new.events();
+    let told = async |events: &mut EventStream| {
+        let mut next = async || loop {
+            if let Event::LimitsDiffer { key, in_use, asked } = events.next().await.expect("a handle that lives") {
+                return (key.name().to_owned(), in_use, asked);
+            }
+        };
+        tokio::time::timeout(GENEROUS, next()).await.expect("the limits differ")
+    };
+    assert!(new.semaphore("k", 5).permits(4).try_acquire().await.unwrap().is_none());
+    assert_eq!(told(&mut events).await, ("k".into(), 3, 5));
+    let waiting = tokio::spawn({
+        let new = new.clone();
+        async move { new.semaphore("k", 5).permits(4).await }
+    });
+    assert_eq!(told(&mut events).await, ("k".into(), 3, 5));
+    held.release().await.unwrap();
+    let guard = tokio::time::timeout(GENEROUS, waiting).await.expect("it is served").unwrap().unwrap();
+    // An exclusive request takes the whole key: no limit concerns it.
+    assert!(old.lock("k").try_acquire().await.unwrap().is_none());
+    guard.release().await.unwrap();
+    let exclusive = old.lock("k").await.unwrap();
+    assert!(new.read("k").try_acquire().await.unwrap().is_none());
+    exclusive.release().await.unwrap();
+    new.drain("done");
+    loop {
+        match events.next().await {
+            Some(Event::Draining { .. }) => break,
+            event => {
+                assert!(!matches!(event, Some(Event::LimitsDiffer { .. }) | None), "nothing more to tell: {event:?}")
+            }
+        }
+    }
 }
 
 pub async fn several_keys_are_taken_all_or_nothing<S: Store>(env: &Environment<S>) {

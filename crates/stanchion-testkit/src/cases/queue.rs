@@ -176,19 +176,6 @@ pub async fn readers_share_and_a_writer_waits_for_those_before_it_alone<S: Store
     assert!(actor.granted(&key("k"), four.token).await.is_some());
 }
 
-pub async fn users_of_a_key_must_agree_on_its_capacity<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
-    let held = demanding(&actor, Demand::new(1, 3).unwrap());
-    actor.gets(&held).await;
-    for demand in [Demand::MUTEX, Demand::READ, Demand::new(1, 4).unwrap()] {
-        let outcome = actor.ask(&demanding(&actor, demand)).await;
-        assert_eq!(outcome, AcquireOutcome::CapacityMismatch { in_use: 3 });
-    }
-    assert_eq!(actor.sees(&key("k")).await.capacity, Some(3));
-    actor.releases(&key("k"), held.token).await;
-    actor.takes(&key("k")).await;
-}
-
 pub async fn a_cooldown_keeps_the_key_closed_and_then_serves_the_waiter<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
@@ -198,7 +185,7 @@ pub async fn a_cooldown_keeps_the_key_closed_and_then_serves_the_waiter<S: Store
     assert_eq!(released, EndOutcome::Released);
     let busy = AcquireRequest { enqueue: false, ..holder.request(&key("k")) };
     match holder.ask(&busy).await {
-        AcquireOutcome::Busy { check_in } => assert!(check_in.unwrap() <= SHORT),
+        AcquireOutcome::Busy { check_in, .. } => assert!(check_in.unwrap() <= SHORT),
         other => panic!("closed, but {other:?}"),
     }
     let PollOutcome::Queued(queued) = waiter.polls(&key("k"), request.token).await else { panic!("not waiting") };

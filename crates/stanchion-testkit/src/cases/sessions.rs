@@ -170,14 +170,15 @@ pub async fn a_fixed_term_that_its_holder_has_seen_outlives_the_session<S: Store
     assert_eq!(next.granted(&key("k"), request.token).await.unwrap().fence, granted.fence);
 }
 
-pub async fn the_dead_need_not_agree_on_a_capacity<S: Store>(env: &Environment<S>) {
+pub async fn dead_holder_limits_nobody<S: Store>(env: &Environment<S>) {
     let (dying, next) = (env.mortal(SHORT).await, env.actor().await);
-    let of = |capacity| Demand::new(1, capacity).unwrap();
-    let request = AcquireRequest { demand: of(5), ..dying.request(&key("k")) };
-    dying.gets(&request).await;
+    let of = |units, capacity| Demand::new(units, capacity).unwrap();
+    dying.gets(&AcquireRequest { demand: of(1, 2), ..dying.request(&key("k")) }).await;
+    next.gets(&AcquireRequest { demand: of(1, 5), ..next.request(&key("k")) }).await;
+    let waiting = AcquireRequest { demand: of(4, 5), ..next.request(&key("k")) };
+    next.waits(&waiting).await;
     env.dies(dying).await;
-    let request = AcquireRequest { demand: of(6), ..next.request(&key("k")) };
-    until("a limit of its own", async || matches!(next.ask(&request).await, AcquireOutcome::Granted(_))).await;
+    until("its limit is gone with it", async || next.granted(&key("k"), waiting.token).await.is_some()).await;
 }
 
 pub async fn many_dead_sessions_do_not_keep_a_key_from_others<S: Store>(env: &Environment<S>) {

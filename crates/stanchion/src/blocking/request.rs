@@ -70,7 +70,7 @@ impl LockRequest {
         self.with(|request| request.cancel(token))
     }
 
-    /// Takes so much of the key: default [`Demand::MUTEX`]. All who use a key must agree on its capacity.
+    /// Takes so much of the key: default [`Demand::MUTEX`].
     pub fn demand(self, demand: Demand) -> Self {
         self.with(|request| request.demand(demand))
     }

@@ -6,8 +6,8 @@
 //! # Rules that every step keeps
 //! 1. A step is atomic, and steps on one key are linearizable. Its answer tells the store's time.
 //! 2. Before a step looks at a key it settles it: holds whose session is dead or whose deadline has passed are gone,
-//!    waiters whose session is dead are gone, and while the head of the queue fits, and the key is not closed by a
-//!    cooldown, it is granted. A grant made this way is told to its session by a [`Push`].
+//!    waiters whose session is dead are gone, and while the head of the queue fits ([`Demand::fits`]), and the key is not
+//!    closed by a cooldown, it is granted. Nobody passes the head. A grant made this way is told to its session by a [`Push`].
 //! 3. Only [`acquire`](Store::acquire) may create a hold or a queue entry; only until `not_after`; never for a session
 //!    that is dead, or for a token that was forced out and has not been ended.
 //! 4. A dead session never lives again; a session that a beat names and that is not there is [`BeatOutcome::Gone`].

@@ -135,14 +135,19 @@ pub struct LostToken {
     pub reason: String,
 }
 
-/// How much of a key a hold takes. A request fits when the units of the live holds and its own are at most `capacity`.
+/// How much of a key a hold takes.
 ///
 /// | primitive | units | capacity |
 /// |---|---|---|
-/// | mutex | 1 | 1 |
+/// | lock, write | 1 | 1 |
 /// | semaphore of n, taking k | k | n |
 /// | read | 1 | [`Demand::MAX`] |
-/// | write | [`Demand::MAX`] | [`Demand::MAX`] |
+///
+/// A request fits when the units of the live holds plus its own are at most the smallest capacity among the live holds and
+/// its own ([`Demand::fits`]). Two rules follow from this one:
+/// - A request for the whole of its capacity is exclusive ([`Demand::is_exclusive`]), whatever that capacity is. It fits only
+///   when nobody holds the key, and nothing fits beside it.
+/// - Users of a key need not agree on its capacity. The smaller one holds until the holders of the other are gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Demand {
     units: u32,
@@ -156,8 +161,8 @@ impl Demand {
     pub const MUTEX: Self = Self { units: 1, capacity: 1 };
     /// Shared with other readers.
     pub const READ: Self = Self { units: 1, capacity: Self::MAX };
-    /// Alone, on a key that readers share.
-    pub const WRITE: Self = Self { units: Self::MAX, capacity: Self::MAX };
+    /// One at a time, the same as [`MUTEX`](Self::MUTEX): an exclusive request excludes readers too.
+    pub const WRITE: Self = Self::MUTEX;
 
     /// `units` of a key of `capacity`.
     ///
@@ -184,6 +189,19 @@ impl Demand {
     /// The capacity it expects the key to have.
     pub const fn capacity(self) -> u32 {
         self.capacity
+    }
+
+    /// Returns whether it takes the whole key, whatever the capacity of other users is.
+    pub const fn is_exclusive(self) -> bool {
+        self.units == self.capacity
+    }
+
+    /// Returns whether a request fits beside these live holds. A store's rule, as code.
+    pub fn fits(self, held: impl IntoIterator<Item = Self>) -> bool {
+        let add =
+            |(used, capacity): (u64, u32), hold: Self| (used + u64::from(hold.units), capacity.min(hold.capacity));
+        let (used, capacity) = held.into_iter().fold((u64::from(self.units), self.capacity), add);
+        used <= u64::from(capacity)
     }
 }
 
@@ -249,6 +267,9 @@ pub struct Queued {
     /// Ask again after this time, because then something may have changed that nobody would push: a deadline passes, a
     /// cooldown ends. `None`: at the waiter's own pace.
     pub check_in: Option<Duration>,
+    /// Smallest capacity of the live holds, if they share the key. If it is not the capacity of the request, the limits of
+    /// the users differ.
+    pub in_use: Option<u32>,
 }
 
 /// The answer to [`Store::acquire`](crate::Store::acquire).
@@ -262,6 +283,8 @@ pub enum AcquireOutcome {
     Busy {
         /// How long until a deadline or a cooldown may free the key, if one will.
         check_in: Option<Duration>,
+        /// As [`Queued::in_use`].
+        in_use: Option<u32>,
     },
     /// The store's time is past `not_after`. Nothing was changed.
     Stale,
@@ -269,11 +292,6 @@ pub enum AcquireOutcome {
     Forced,
     /// The session is dead. Nothing was entered.
     SessionGone,
-    /// The key is in use with another capacity. Nothing was entered.
-    CapacityMismatch {
-        /// The capacity that the holds and waiters of the key have.
-        in_use: u32,
-    },
     /// The queue is full. Nothing was entered.
     QueueFull {
         /// The most waiters that a key may have.
@@ -376,8 +394,6 @@ pub enum EvictOutcome {
 pub struct KeyState {
     /// The key.
     pub key: Key,
-    /// The capacity that its holds and waiters have, if there are any.
-    pub capacity: Option<u32>,
     /// Live holds, oldest grant first.
     pub holders: Vec<HolderState>,
     /// The queue, head first.
@@ -386,6 +402,15 @@ pub struct KeyState {
     pub last_fence: Option<Fence>,
     /// How long a cooldown still keeps the key closed.
     pub closed_for: Option<Duration>,
+}
+
+impl KeyState {
+    /// Returns the limit that counts: the smallest capacity of the live holds or, without holds, the capacity of the head of
+    /// the queue. `None` if nobody holds the key or waits for it.
+    pub fn capacity(&self) -> Option<u32> {
+        let of_holds = self.holders.iter().map(|holder| holder.capacity).min();
+        of_holds.or_else(|| self.waiters.first().map(|waiter| waiter.capacity))
+    }
 }
 
 /// What is known of a hold.
@@ -397,6 +422,8 @@ pub struct HolderState {
     pub owner: String,
     /// How many units it takes.
     pub units: u32,
+    /// The capacity it was requested with.
+    pub capacity: u32,
     /// Whether it ends with its session.
     pub session_bound: bool,
     /// The time since its grant.
@@ -418,6 +445,8 @@ pub struct WaiterState {
     pub owner: String,
     /// How many units it asks for.
     pub units: u32,
+    /// The capacity it was requested with.
+    pub capacity: u32,
     /// The time since it entered the queue.
     pub age: Duration,
     /// Text of the waiter.

@@ -17,17 +17,23 @@ fn a_schema_can_be_applied_by_ten_at_once_and_again() {
         }
         drop(locks(&server).await.lock("k").await.unwrap());
         // An older one is named with what to run, and becomes this one.
-        server.psql("UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.together");
+        server.psql(
+            "CREATE ROLE service; GRANT EXECUTE ON FUNCTION stanchion.beat, stanchion.acquire TO service; \
+             UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.together",
+        );
         let error = Locks::open(&server.url()).await.unwrap_err();
         assert!(error.to_string().contains("stanchion schema --apply"), "{error}");
         Postgres::from_url(&server.url()).unwrap().apply_schema().await.unwrap();
         drop(locks(&server).await.lock("k").await.unwrap());
+        let rights = "SELECT count(*) FROM unnest('{session_lives,acquire,poll_many,together}'::text[]) f (name) \
+                      JOIN pg_proc p ON p.proname = f.name WHERE has_function_privilege('service', p.oid, 'EXECUTE')";
+        assert_eq!(server.psql(rights), "4", "functions that were replaced keep their rights");
         // A program that is running meanwhile goes on: it does not say whether it waits.
         let old = "SELECT count(*) FROM stanchion.together('{a}', '{x}', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, \
                    ARRAY[NULL]::bigint[])";
         assert_eq!(server.psql(old), "1");
         // A newer one is not touched, and not used.
-        server.psql("UPDATE stanchion.meta SET version = 4");
+        server.psql("UPDATE stanchion.meta SET version = 6");
         let store = Postgres::from_url(&server.url()).unwrap();
         assert_eq!(store.apply_schema().await.unwrap_err().kind(), ErrorKind::Misconfigured);
         let error = Locks::open(&server.url()).await.unwrap_err();

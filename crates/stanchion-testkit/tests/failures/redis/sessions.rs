@@ -131,7 +131,7 @@ fn nobody_is_taken_to_live_for_longer_than_a_ttl() {
         let ahead = Clock::system().wall_micros() + 3_600_000_000;
         server.command(&["SET", &session, &format!("{ahead:016}{:016}", 20_000_000), "PX", "100000"]);
         let asked = AcquireRequest { enqueue: false, ..other.request(&key("k")) };
-        let AcquireOutcome::Busy { check_in: Some(check_in) } = other.ask(&asked).await else {
+        let AcquireOutcome::Busy { check_in: Some(check_in), .. } = other.ask(&asked).await else {
             panic!("it is held");
         };
         assert!(check_in <= 20 * SECOND, "{check_in:?}");

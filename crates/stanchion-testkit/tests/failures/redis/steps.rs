@@ -133,7 +133,7 @@ fn steps_that_share_a_request_change_nothing_that_is_not_theirs() {
                     0 => assert_eq!(actor.releases(&key("k"), stranger).await, EndOutcome::Nothing),
                     1 => assert_eq!(actor.ask(&late).await, AcquireOutcome::Stale),
                     2 => assert!(matches!(actor.ask(&at_once).await, AcquireOutcome::Busy { .. })),
-                    _ => assert!(matches!(actor.ask(&shut).await, AcquireOutcome::Busy { check_in: Some(_) })),
+                    _ => assert!(matches!(actor.ask(&shut).await, AcquireOutcome::Busy { check_in: Some(_), .. })),
                 }
             }));
         }

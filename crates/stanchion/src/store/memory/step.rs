@@ -65,18 +65,15 @@ pub(super) struct Waiter {
 }
 
 impl Record {
-    pub(super) fn capacity(&self) -> Option<u32> {
-        self.holds
-            .first()
-            .map(|hold| hold.demand)
-            .or(self.queue.front().map(|waiter| waiter.demand))
-            .map(Demand::capacity)
+    /// The smallest capacity of the holds, if they share the key.
+    fn in_use(&self) -> Option<u32> {
+        let shared = self.holds.iter().map(|hold| hold.demand).filter(|demand| !demand.is_exclusive());
+        shared.map(Demand::capacity).min()
     }
 
     pub(super) fn fits(&self, demand: Demand, now: StoreTime) -> bool {
-        let used: u64 = self.holds.iter().map(|hold| u64::from(hold.demand.units())).sum();
         let open = self.closed_until.is_none_or(|until| until <= now);
-        open && used + u64::from(demand.units()) <= u64::from(demand.capacity())
+        open && demand.fits(self.holds.iter().map(|hold| hold.demand))
     }
 
     pub(super) fn hold(&self, token: TokenId) -> Option<&Hold> {
@@ -197,7 +194,8 @@ impl Step<'_> {
 
     pub(super) fn queued(&self, record: &Record, token: TokenId) -> Option<Queued> {
         let ahead = record.queue.iter().position(|waiter| waiter.token == token)?;
-        Some(Queued { ahead: u32::try_from(ahead).unwrap_or(u32::MAX), check_in: self.check_in(record) })
+        let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
+        Some(Queued { ahead, check_in: self.check_in(record), in_use: record.in_use() })
     }
 
     pub(super) fn poll(&self, record: &Record, tokens: &[TokenId]) -> Vec<PollOutcome> {
@@ -208,10 +206,10 @@ impl Step<'_> {
                 *outcome = PollOutcome::Granted(hold.granted(self.now));
             }
         }
-        let check_in = self.check_in(record);
+        let (check_in, in_use) = (self.check_in(record), record.in_use());
         for (ahead, waiter) in (0..).zip(&record.queue) {
             if let Some(outcome) = outcomes.get_mut(&waiter.token) {
-                *outcome = PollOutcome::Queued(Queued { ahead, check_in });
+                *outcome = PollOutcome::Queued(Queued { ahead, check_in, in_use });
             }
         }
         tokens.iter().map(|token| outcomes.get(token).copied().unwrap_or(PollOutcome::Gone)).collect()
@@ -233,12 +231,9 @@ impl Step<'_> {
         if self.now > request.not_after {
             return AcquireOutcome::Stale;
         }
-        if let Some(in_use) = record.capacity().filter(|in_use| *in_use != request.demand.capacity()) {
-            return AcquireOutcome::CapacityMismatch { in_use };
-        }
         let goes_now = record.queue.is_empty() && record.fits(request.demand, self.now);
         if !goes_now && !request.enqueue {
-            return AcquireOutcome::Busy { check_in: self.check_in(record) };
+            return AcquireOutcome::Busy { check_in: self.check_in(record), in_use: record.in_use() };
         }
         let owner = self.state.sessions.get(&request.session).map(|session| session.owner.clone()).unwrap_or_default();
         let waiter = Waiter {
@@ -263,7 +258,7 @@ impl Step<'_> {
         record.queue.push_back(waiter);
         match self.queued(record, request.token) {
             Some(queued) => AcquireOutcome::Queued(queued),
-            None => AcquireOutcome::Busy { check_in: None },
+            None => AcquireOutcome::Busy { check_in: None, in_use: None },
         }
     }
 
@@ -289,7 +284,6 @@ impl Step<'_> {
     pub(super) fn state_of(&self, record: &Record) -> KeyState {
         KeyState {
             key: record.key.clone(),
-            capacity: record.capacity(),
             holders: record
                 .holds
                 .iter()
@@ -297,6 +291,7 @@ impl Step<'_> {
                     fence: hold.fence,
                     owner: hold.owner.to_string(),
                     units: hold.demand.units(),
+                    capacity: hold.demand.capacity(),
                     session_bound: hold.session_bound,
                     age: self.now.since(hold.at),
                     since: hold.since,
@@ -312,6 +307,7 @@ impl Step<'_> {
                 .map(|waiter| WaiterState {
                     owner: waiter.owner.to_string(),
                     units: waiter.demand.units(),
+                    capacity: waiter.demand.capacity(),
                     age: self.now.since(waiter.at),
                     metadata: waiter.metadata.clone(),
                     trace: waiter.trace.clone(),

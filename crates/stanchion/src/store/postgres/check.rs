@@ -11,7 +11,7 @@ use crate::store::Push;
 use crate::token::SessionId;
 
 /// The version of the schema that this program speaks.
-const VERSION: i32 = 4;
+const VERSION: i32 = 5;
 
 impl Inner {
     /// Looks once whether the database can be used, and whether it would lose locks.

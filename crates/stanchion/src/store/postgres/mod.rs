@@ -24,7 +24,7 @@ use self::borrowed::UsersPool;
 use self::config::Config;
 use self::connect::{Parameter, Pool, lock, within};
 use self::error::{NAME, from_answer, malformed};
-use self::rows::{column, granted, micros, not_after, number, parameters, span, states, time};
+use self::rows::{column, granted, in_use, micros, not_after, number, parameters, span, states, time};
 use self::together::{Step, Together};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::Result;
@@ -261,6 +261,10 @@ impl Inner {
         self.rows(function, parameters).await?.into_iter().next().ok_or_else(malformed)
     }
 
+    fn queued(&self, row: &Row) -> Result<Queued> {
+        Ok(Queued { ahead: number(row)?, check_in: self.check_in(row)?, in_use: in_use(row)? })
+    }
+
     /// When to ask again.
     fn check_in(&self, row: &Row) -> Result<Option<Duration>> {
         let told = column::<Option<i64>>(row, "check_in")?.map(span);
@@ -377,12 +381,14 @@ impl Store for Postgres {
         let row = together::step(&self.inner, Step::Acquire(request)).await?;
         let outcome = match column(&row, "outcome")? {
             "granted" => AcquireOutcome::Granted(granted(&row)?),
-            "queued" => AcquireOutcome::Queued(Queued { ahead: number(&row)?, check_in: self.inner.check_in(&row)? }),
-            "busy" => AcquireOutcome::Busy { check_in: column::<Option<i64>>(&row, "check_in")?.map(span) },
+            "queued" => AcquireOutcome::Queued(self.inner.queued(&row)?),
+            "busy" => {
+                let check_in = column::<Option<i64>>(&row, "check_in")?.map(span);
+                AcquireOutcome::Busy { check_in, in_use: in_use(&row)? }
+            }
             "stale" => AcquireOutcome::Stale,
             "forced" => AcquireOutcome::Forced,
             "session_gone" => AcquireOutcome::SessionGone,
-            "mismatch" => AcquireOutcome::CapacityMismatch { in_use: number(&row)? },
             "full" => AcquireOutcome::QueueFull { limit: number(&row)? },
             _ => return Err(malformed()),
         };
@@ -397,13 +403,13 @@ impl Store for Postgres {
         if rows.len() != tokens.len() {
             return Err(malformed());
         }
-        let check_in = self.inner.check_in(first)?;
+        let (check_in, in_use) = (self.inner.check_in(first)?, in_use(first)?);
         let outcomes = rows.iter().map(|row| {
             if column::<Option<i64>>(row, "fence")?.is_some() {
                 return Ok(PollOutcome::Granted(granted(row)?));
             }
             if column::<Option<i64>>(row, "number")?.is_some() {
-                return Ok(PollOutcome::Queued(Queued { ahead: number(row)?, check_in }));
+                return Ok(PollOutcome::Queued(Queued { ahead: number(row)?, check_in, in_use }));
             }
             Ok(PollOutcome::Gone)
         });
@@ -470,14 +476,8 @@ impl Store for Postgres {
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
         let rows = self.inner.looked("inspect", vec![text(key.as_encoded())]).await?;
         let Reply { time, outcome } = states(&rows)?;
-        let nothing = KeyState {
-            key: key.clone(),
-            capacity: None,
-            holders: Vec::new(),
-            waiters: Vec::new(),
-            last_fence: None,
-            closed_for: None,
-        };
+        let nothing =
+            KeyState { key: key.clone(), holders: Vec::new(), waiters: Vec::new(), last_fence: None, closed_for: None };
         Ok(Reply { time, outcome: outcome.into_iter().next().unwrap_or(nothing) })
     }
 

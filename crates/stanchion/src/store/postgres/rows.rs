@@ -56,6 +56,11 @@ pub(super) fn number(row: &Row) -> Result<u32> {
     u32::try_from(number.unwrap_or_default()).map_err(|_| malformed())
 }
 
+pub(super) fn in_use(row: &Row) -> Result<Option<u32>> {
+    let capacity: Option<i32> = column(row, "in_use")?;
+    capacity.map(|capacity| u32::try_from(capacity).map_err(|_| malformed())).transpose()
+}
+
 /// The keys that rows tell of, in order.
 pub(super) fn states(rows: &[Row]) -> Result<Reply<Vec<KeyState>>> {
     let mut states: Vec<KeyState> = Vec::new();
@@ -72,7 +77,6 @@ pub(super) fn states(rows: &[Row]) -> Result<Reply<Vec<KeyState>>> {
             let last_fence = column::<Option<i64>>(row, "fence")?.map(|_| fence(row)).transpose()?;
             states.push(KeyState {
                 key: Key::from_encoded(column(row, "of_key")?)?,
-                capacity: None,
                 holders: Vec::new(),
                 waiters: Vec::new(),
                 last_fence,
@@ -82,15 +86,16 @@ pub(super) fn states(rows: &[Row]) -> Result<Reply<Vec<KeyState>>> {
         }
         let state = states.last_mut().ok_or_else(malformed)?;
         let whole = |name| column::<i32>(row, name).and_then(|number| u32::try_from(number).map_err(|_| malformed()));
-        state.capacity.get_or_insert(whole("capacity")?);
         let since: i64 = column(row, "since")?;
-        let (owner, units, age) = (column(row, "owner")?, whole("units")?, span(now - since));
+        let (owner, units, capacity) = (column(row, "owner")?, whole("units")?, whole("capacity")?);
+        let age = span(now - since);
         let (metadata, trace) = (column(row, "metadata")?, column(row, "trace")?);
         if kind == "hold" {
             state.holders.push(HolderState {
                 fence: fence(row)?,
                 owner,
                 units,
+                capacity,
                 session_bound: column(row, "bound")?,
                 age,
                 since: SystemTime::UNIX_EPOCH + span(since),
@@ -99,7 +104,7 @@ pub(super) fn states(rows: &[Row]) -> Result<Reply<Vec<KeyState>>> {
                 trace,
             });
         } else {
-            state.waiters.push(WaiterState { owner, units, age, metadata, trace });
+            state.waiters.push(WaiterState { owner, units, capacity, age, metadata, trace });
         }
     }
     Ok(Reply { time: answered.ok_or_else(malformed)?, outcome: states })

@@ -18,9 +18,13 @@ BEGIN
   END IF;
   IF to_regclass('@schema@.meta') IS NOT NULL THEN
     SELECT version INTO found FROM @schema@.meta;
-    IF found > 4 THEN
+    IF found > 5 THEN
       RAISE EXCEPTION 'the schema is of version %, newer than this program: update the program', found
         USING ERRCODE = 'SF003';
+    END IF;
+    IF found < 5 THEN
+      -- Their answers have another form now.
+      DROP FUNCTION IF EXISTS @schema@.acquire, @schema@.poll_many, @schema@.together;
     END IF;
   END IF;
 END $$;
@@ -135,12 +139,28 @@ BEGIN
   END IF;
 END $$;
 
+-- Whether a request fits beside the holds of a key: all units together, and the smallest capacity of all.
+CREATE OR REPLACE FUNCTION @schema@.fits(wanted text, units integer, capacity integer) RETURNS boolean
+LANGUAGE plpgsql STABLE AS $$
+#variable_conflict use_variable
+BEGIN
+  -- Without holds `min` is null, which `least` ignores.
+  RETURN (SELECT coalesce(sum(h.units), 0) + units <= least(capacity, min(h.capacity))
+          FROM @schema@.holds h WHERE h.key = wanted);
+END $$;
+
+-- The smallest capacity of the holds of a key, if they share it.
+CREATE OR REPLACE FUNCTION @schema@.in_use(wanted text) RETURNS integer LANGUAGE plpgsql STABLE AS $$
+#variable_conflict use_variable
+BEGIN
+  RETURN (SELECT min(h.capacity) FROM @schema@.holds h WHERE h.key = wanted AND h.units < h.capacity);
+END $$;
+
 -- Ends what time and death have ended, and gives the key to the head of the queue for as long as that fits.
 CREATE OR REPLACE FUNCTION @schema@.settle(INOUT rec @schema@.keys) LANGUAGE plpgsql AS $$
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
-  used bigint;
   first @schema@.queue;
   dropped integer;
 BEGIN
@@ -161,8 +181,7 @@ BEGIN
       CONTINUE;
     END IF;
     EXIT WHEN rec.closed_until IS NOT NULL;
-    SELECT coalesce(sum(h.units), 0) INTO used FROM @schema@.holds h WHERE h.key = rec.key;
-    EXIT WHEN used + first.units > first.capacity;
+    EXIT WHEN NOT @schema@.fits(rec.key, first.units, first.capacity);
     DELETE FROM @schema@.queue q WHERE q.key = rec.key AND q.place = first.place;
     rec.waiting := rec.waiting - 1;
     rec.fence := @schema@.next_fence(rec.fence);
@@ -260,15 +279,14 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.acquire(
   wanted text, asked_token bytea, asked_session bytea, asked_units integer, asked_capacity integer, asked_bound boolean,
   asked_term bigint, enqueue boolean, not_after bigint, asked_metadata text, asked_trace text,
-  OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint
+  OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint,
+  OUT in_use integer
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
   SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
   hold @schema@.holds;
-  used bigint;
-  in_use integer;
   place bigint;
   dropped integer;
 BEGIN
@@ -297,10 +315,6 @@ BEGIN
   rec := @schema@.take(wanted);
   at := @schema@.clock();
   SELECT * INTO hold FROM @schema@.holds h WHERE h.key = wanted AND h.token = asked_token;
-  SELECT h.capacity INTO in_use FROM @schema@.holds h WHERE h.key = wanted LIMIT 1;
-  IF in_use IS NULL THEN
-    SELECT q.capacity INTO in_use FROM @schema@.queue q WHERE q.key = wanted ORDER BY q.place LIMIT 1;
-  END IF;
   SELECT q.place INTO place FROM @schema@.queue q WHERE q.key = wanted AND q.token = asked_token;
   IF NOT @schema@.lives(asked_session, at) THEN
     outcome := 'session_gone';
@@ -315,44 +329,38 @@ BEGIN
     number := @schema@.ahead(wanted, place);
   ELSIF at > not_after THEN
     outcome := 'stale';
-  ELSIF in_use <> asked_capacity THEN
-    outcome := 'mismatch';
-    number := in_use;
+  ELSIF rec.closed_until IS NULL AND rec.waiting = 0 AND @schema@.fits(wanted, asked_units, asked_capacity) THEN
+    rec.fence := @schema@.next_fence(rec.fence);
+    INSERT INTO @schema@.holds
+      SELECT wanted, asked_token, asked_session, asked_bound, at + asked_term, rec.fence, asked_units, asked_capacity,
+             s.owner, at, asked_metadata, asked_trace
+      FROM @schema@.sessions s WHERE s.id = asked_session;
+    outcome := 'granted';
+    fence := rec.fence;
+    remaining := asked_term;
+  ELSIF NOT enqueue THEN
+    outcome := 'busy';
   ELSE
-    SELECT coalesce(sum(h.units), 0) INTO used FROM @schema@.holds h WHERE h.key = wanted;
-    IF rec.closed_until IS NULL AND used + asked_units <= asked_capacity
-      AND rec.waiting = 0
-    THEN
-      rec.fence := @schema@.next_fence(rec.fence);
-      INSERT INTO @schema@.holds
-        SELECT wanted, asked_token, asked_session, asked_bound, at + asked_term, rec.fence, asked_units, asked_capacity,
-               s.owner, at, asked_metadata, asked_trace
-        FROM @schema@.sessions s WHERE s.id = asked_session;
-      outcome := 'granted';
-      fence := rec.fence;
-      remaining := asked_term;
-    ELSIF NOT enqueue THEN
-      outcome := 'busy';
-      check_in := @schema@.check_in(rec, at);
+    outcome := 'queued';
+    IF rec.waiting >= 10000 THEN
+      DELETE FROM @schema@.queue q WHERE q.key = wanted AND NOT @schema@.lives(q.session, at);
+      GET DIAGNOSTICS dropped = ROW_COUNT;
+      rec.waiting := rec.waiting - dropped;
+    END IF;
+    number := rec.waiting;
+    IF number >= 10000 THEN
+      outcome := 'full';
     ELSE
-      outcome := 'queued';
-      IF rec.waiting >= 10000 THEN
-        DELETE FROM @schema@.queue q WHERE q.key = wanted AND NOT @schema@.lives(q.session, at);
-        GET DIAGNOSTICS dropped = ROW_COUNT;
-        rec.waiting := rec.waiting - dropped;
-      END IF;
-      number := rec.waiting;
-      IF number >= 10000 THEN
-        outcome := 'full';
-      ELSE
-        INSERT INTO @schema@.queue (key, token, session, bound, term, units, capacity, at, metadata, trace)
-          VALUES (wanted, asked_token, asked_session, asked_bound, asked_term, asked_units, asked_capacity, at,
-                  asked_metadata, asked_trace);
-        rec.waiting := rec.waiting + 1;
-      END IF;
+      INSERT INTO @schema@.queue (key, token, session, bound, term, units, capacity, at, metadata, trace)
+        VALUES (wanted, asked_token, asked_session, asked_bound, asked_term, asked_units, asked_capacity, at,
+                asked_metadata, asked_trace);
+      rec.waiting := rec.waiting + 1;
     END IF;
   END IF;
-  IF outcome = 'queued' THEN check_in := @schema@.check_in(rec, at); END IF;
+  IF outcome IN ('queued', 'busy') THEN
+    check_in := @schema@.check_in(rec, at);
+    in_use := @schema@.in_use(wanted);
+  END IF;
   PERFORM @schema@.put(rec);
 END $$;
 
@@ -386,7 +394,7 @@ END $$;
 -- What became of tokens of a key. The first row has the time, and when to ask again; then comes a row for each token, in
 -- their order: with a fence it is held, with a number it waits.
 CREATE OR REPLACE FUNCTION @schema@.poll_many(wanted text, asked bytea[])
-RETURNS TABLE (at bigint, check_in bigint, fence bigint, remaining bigint, number bigint)
+RETURNS TABLE (at bigint, check_in bigint, in_use integer, fence bigint, remaining bigint, number bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
   SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
@@ -398,8 +406,8 @@ BEGIN
   -- A look without a lock, for the many that hold or wait: is it as it was?
   SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted;
   IF asked = ARRAY[rec.token] AND @schema@.lives(rec.session, now) THEN
-    RETURN QUERY VALUES (now, NULL::bigint, NULL::bigint, NULL::bigint, NULL::bigint),
-      (NULL, NULL, rec.fence, NULL, NULL);
+    RETURN QUERY VALUES (now, NULL::bigint, NULL::integer, NULL::bigint, NULL::bigint, NULL::bigint),
+      (NULL, NULL, NULL, rec.fence, NULL, NULL);
     RETURN;
   END IF;
   aheads := @schema@.places(wanted, asked, now);
@@ -410,15 +418,17 @@ BEGIN
                       (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > now)))
     AND @schema@.lives((SELECT q.session FROM @schema@.queue q WHERE q.key = wanted ORDER BY q.place LIMIT 1), now)
   THEN
-    RETURN QUERY SELECT now, @schema@.check_in(rec, now), NULL::bigint, NULL::bigint, NULL::bigint;
-    RETURN QUERY SELECT NULL::bigint, NULL::bigint, NULL::bigint, NULL::bigint, a.ahead FROM unnest(aheads) a (ahead);
+    RETURN QUERY SELECT now, @schema@.check_in(rec, now), @schema@.in_use(wanted), NULL::bigint, NULL::bigint,
+      NULL::bigint;
+    RETURN QUERY SELECT NULL::bigint, NULL::bigint, NULL::integer, NULL::bigint, NULL::bigint, a.ahead
+      FROM unnest(aheads) a (ahead);
     RETURN;
   END IF;
   rec := @schema@.take(wanted);
   now := @schema@.clock();
   aheads := @schema@.places(wanted, asked, now);
-  RETURN QUERY SELECT now, @schema@.check_in(rec, now), NULL::bigint, NULL::bigint, NULL::bigint;
-  RETURN QUERY SELECT NULL::bigint, NULL::bigint, h.fence, h.deadline - now, a.ahead
+  RETURN QUERY SELECT now, @schema@.check_in(rec, now), @schema@.in_use(wanted), NULL::bigint, NULL::bigint, NULL::bigint;
+  RETURN QUERY SELECT NULL::bigint, NULL::bigint, NULL::integer, h.fence, h.deadline - now, a.ahead
     FROM unnest(asked, aheads) WITH ORDINALITY a (token, ahead, nth)
     LEFT JOIN @schema@.holds h ON h.key = wanted AND h.token = a.token
     ORDER BY a.nth;
@@ -511,15 +521,13 @@ END $$;
 -- Many steps at once, for many callers of one process: `finish` where there is no session, `acquire` elsewhere. It waits for
 -- nobody's turn, unless it is for one key alone (`waits`): then the first step is done in any case. The answer has a row for
 -- each step that was done; what had to wait, or would take too long, is left alone.
-DROP FUNCTION IF EXISTS @schema@.together(text[], bytea[], bytea[], integer[], integer[], boolean[], bigint[], boolean[],
-  bigint[], text[], text[], bigint[]);
 CREATE OR REPLACE FUNCTION @schema@.together(
   keys text[], tokens bytea[], sessions bytea[], units integer[], capacities integer[], bounds boolean[], terms bigint[],
   enqueues boolean[], latest bigint[], metadata text[], traces text[], cooldowns bigint[],
   -- A program of version 2 does not say it.
   waits boolean DEFAULT false
 ) RETURNS TABLE (
-  place bigint, outcome text, at bigint, fence bigint, remaining bigint, number bigint, check_in bigint
+  place bigint, outcome text, at bigint, fence bigint, remaining bigint, number bigint, check_in bigint, in_use integer
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
   SET enable_bitmapscan = off AS $$
 #variable_conflict use_column
@@ -580,11 +588,12 @@ BEGIN
     EXIT WHEN @schema@.clock() > until AND NOT (waits AND place = 1);
     CONTINUE WHEN NOT pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(keys[place]));
     IF sessions[place] IS NULL THEN
-      SELECT f.outcome, f.at, NULL, NULL, NULL, NULL INTO outcome, at, fence, remaining, number, check_in
+      SELECT f.outcome, f.at, NULL, NULL, NULL, NULL, NULL
+      INTO outcome, at, fence, remaining, number, check_in, in_use
       FROM @schema@.finish(keys[place], tokens[place], cooldowns[place]) f;
     ELSE
-      SELECT a.outcome, a.at, a.fence, a.remaining, a.number, a.check_in
-      INTO outcome, at, fence, remaining, number, check_in
+      SELECT a.outcome, a.at, a.fence, a.remaining, a.number, a.check_in, a.in_use
+      INTO outcome, at, fence, remaining, number, check_in, in_use
       FROM @schema@.acquire(keys[place], tokens[place], sessions[place], units[place], capacities[place], bounds[place],
         terms[place], enqueues[place], latest[place], metadata[place], traces[place]) a;
     END IF;
@@ -905,10 +914,11 @@ BEGIN
     SELECT a.grantee FROM pg_proc p, aclexplode(p.proacl) a
     WHERE p.oid = '@schema@.beat(bytea)'::regprocedure AND a.privilege_type = 'EXECUTE' AND a.grantee <> p.proowner
   LOOP
-    EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives, @schema@.together, @schema@.poll_many TO %s', who);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives, @schema@.acquire, @schema@.together, '
+      '@schema@.poll_many TO %s', who);
   END LOOP;
 END $$;
 
-INSERT INTO @schema@.meta (version) VALUES (4) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
+INSERT INTO @schema@.meta (version) VALUES (5) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
 
 COMMIT;

@@ -19,12 +19,12 @@ impl Inner {
         for _ in 0..MOST_BURIALS {
             let answer = self.on_key(names, &scripts::INSPECT, &[]).await?;
             let mut sessions = Vec::new();
-            for hold in answer.rows(3)? {
+            for hold in answer.rows(2)? {
                 if !hold.text(7)?.is_empty() {
                     sessions.push(hold.session(3)?);
                 }
             }
-            for waiter in answer.rows(4)? {
+            for waiter in answer.rows(3)? {
                 sessions.push(waiter.session(1)?);
             }
             sessions.sort_unstable();
@@ -67,12 +67,13 @@ fn state_of(key: &Key, answer: &Answer) -> Result<KeyState> {
     let age = |since: StoreTime| answer.time.since(since);
     let wall = |time: StoreTime| SystemTime::UNIX_EPOCH + Duration::from_micros(time.as_micros());
     let mut holders = Vec::new();
-    for hold in answer.rows(3)? {
+    for hold in answer.rows(2)? {
         let [owner, metadata, trace] = read_texts(hold.text(6)?)?;
         holders.push(HolderState {
             fence: Fence::new(hold.number(0)?),
             owner: owner.unwrap_or_default(),
             units: hold.number(1)?,
+            capacity: hold.number(8)?,
             session_bound: hold.text(2)? == "S",
             age: age(hold.time(4)?),
             since: wall(hold.time(4)?),
@@ -82,17 +83,22 @@ fn state_of(key: &Key, answer: &Answer) -> Result<KeyState> {
         });
     }
     let mut waiters = Vec::new();
-    for waiter in answer.rows(4)? {
+    for waiter in answer.rows(3)? {
         let [owner, metadata, trace] = read_texts(waiter.text(3)?)?;
-        let owner = owner.unwrap_or_default();
-        waiters.push(WaiterState { owner, units: waiter.number(0)?, age: age(waiter.time(2)?), metadata, trace });
+        waiters.push(WaiterState {
+            owner: owner.unwrap_or_default(),
+            units: waiter.number(0)?,
+            capacity: waiter.number(4)?,
+            age: age(waiter.time(2)?),
+            metadata,
+            trace,
+        });
     }
     Ok(KeyState {
         key: key.clone(),
-        capacity: if answer.text(0)?.is_empty() { None } else { Some(answer.number(0)?) },
         holders,
         waiters,
-        last_fence: if answer.text(1)?.is_empty() { None } else { Some(answer.fence(1)?) },
-        closed_for: answer.span(2)?,
+        last_fence: answer.option(0)?.map(Fence::new),
+        closed_for: answer.span(1)?,
     })
 }

@@ -345,15 +345,15 @@ impl Store for Redis {
                 }
                 "queued" => {
                     inner.sessions.holds(session, request.token, &request.key, asked);
-                    let sessions = answer.sessions(2)?;
-                    let queued = Queued { ahead: answer.number(0)?, check_in: answer.span(1)? };
-                    (AcquireOutcome::Queued(queued), sessions)
+                    (AcquireOutcome::Queued(answer.queued()?), answer.sessions(3)?)
                 }
-                "busy" => (AcquireOutcome::Busy { check_in: answer.span(0)? }, answer.sessions(1)?),
+                "busy" => {
+                    let busy = AcquireOutcome::Busy { check_in: answer.span(0)?, in_use: answer.option(1)? };
+                    (busy, answer.sessions(2)?)
+                }
                 "full" => (AcquireOutcome::QueueFull { limit: answer.number(0)? }, answer.sessions(1)?),
                 "stale" => (AcquireOutcome::Stale, Vec::new()),
                 "forced" => (AcquireOutcome::Forced, Vec::new()),
-                "mismatch" => (AcquireOutcome::CapacityMismatch { in_use: answer.number(0)? }, answer.sessions(1)?),
                 _ => return Err(malformed()),
             };
             // What was entered stays entered, whatever becomes of the dead.
@@ -367,8 +367,8 @@ impl Store for Redis {
                 AcquireOutcome::Queued(queued) => {
                     AcquireOutcome::Queued(Queued { check_in: inner.check_in(queued.check_in, &in_the_way), ..queued })
                 }
-                AcquireOutcome::Busy { check_in } => {
-                    AcquireOutcome::Busy { check_in: inner.check_in(check_in, &in_the_way) }
+                AcquireOutcome::Busy { check_in, in_use } => {
+                    AcquireOutcome::Busy { check_in: inner.check_in(check_in, &in_the_way), in_use }
                 }
                 other => other,
             };
@@ -384,9 +384,9 @@ impl Store for Redis {
         let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
         for round in 0..MOST_BURIALS {
             let answer = inner.on_key(&names, &scripts::POLL, &arguments).await?;
-            let check_in = answer.span(1)?;
+            let (check_in, in_use) = (answer.span(1)?, answer.option(2)?);
             // Those that the answer depends on: whether those who wait go on, and whether what is held is held.
-            let mut in_the_way = answer.sessions(2)?;
+            let mut in_the_way = answer.sessions(3)?;
             let mut outcomes = Vec::with_capacity(tokens.len());
             let mut rows = answer.rows(0)?;
             for token in tokens {
@@ -403,7 +403,7 @@ impl Store for Redis {
                     }
                     // A waiter whose own session is dead is gone.
                     1 => {
-                        let queued = Queued { ahead: row.number(0)?, check_in };
+                        let queued = Queued { ahead: row.number(0)?, check_in, in_use };
                         (PollOutcome::Queued(queued), inner.sessions.holder(*token))
                     }
                     0 => (PollOutcome::Gone, None),

@@ -7,7 +7,7 @@ use redis::Value;
 use super::error::error;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::Fence;
-use crate::store::{Granted, StoreTime};
+use crate::store::{Granted, Queued, StoreTime};
 use crate::token::{SessionId, TokenId};
 
 /// The answer of a script: what happened, when, and what else is told.
@@ -77,6 +77,11 @@ impl Answer {
         number(self.at(index)?)
     }
 
+    /// A number; none if the text is empty.
+    pub(super) fn option<T: std::str::FromStr>(&self, index: usize) -> Result<Option<T>> {
+        if self.text(index)?.is_empty() { Ok(None) } else { self.number(index).map(Some) }
+    }
+
     /// A span in µs; none if the text is empty.
     pub(super) fn span(&self, index: usize) -> Result<Option<Duration>> {
         span(self.at(index)?)
@@ -91,6 +96,10 @@ impl Answer {
             return Ok(Granted { fence: Fence::new(self.time.as_micros()), remaining: None });
         }
         Ok(Granted { fence: self.fence(0)?, remaining: self.span(1)? })
+    }
+
+    pub(super) fn queued(&self) -> Result<Queued> {
+        Ok(Queued { ahead: self.number(0)?, check_in: self.span(1)?, in_use: self.option(2)? })
     }
 
     pub(super) fn session(&self, index: usize) -> Result<Option<SessionId>> {

@@ -20,7 +20,7 @@ use crate::token::SessionId;
 
 /// "stan" in ASCII: marks the file as ours.
 const APPLICATION_ID: i32 = 0x7374_616e;
-const VERSION: i32 = 1;
+const VERSION: i32 = 2;
 
 /// How far fences are raised after a restart of the machine, in µs of the clock that they follow. With
 /// `synchronous=NORMAL` a loss of power may undo the last commits; fences that were given out in them must not come back.
@@ -182,7 +182,8 @@ fn check_content(db: &Connection, path: &Path) -> Result<bool> {
              update this program, or give it a folder of its own"
         ))),
         (APPLICATION_ID, version) => Err(misconfigured(format!(
-            "{shown} has version {version} of the tables, which no stanchion has made; move its folder away"
+            "{shown} has version {version} of the tables, which this program does not read (it knows {VERSION}); \
+             move its folder away while nobody uses it"
         ))),
         _ => Err(misconfigured(format!("{shown} is the database of another program; choose another folder"))),
     }
@@ -258,8 +259,13 @@ mod tests {
 
         let (folder, file) = fresh("newer");
         drop(open(&folder, "boot").unwrap());
-        Connection::open(&file).unwrap().execute_batch("PRAGMA user_version = 2").unwrap();
+        Connection::open(&file).unwrap().pragma_update(None, "user_version", VERSION + 1).unwrap();
         assert!(refused(&folder).contains("newer stanchion"));
+
+        let (folder, file) = fresh("older");
+        drop(open(&folder, "boot").unwrap());
+        Connection::open(&file).unwrap().pragma_update(None, "user_version", VERSION - 1).unwrap();
+        assert!(refused(&folder).contains("does not read"));
 
         let (folder, file) = fresh("text");
         make_file(&file).unwrap();

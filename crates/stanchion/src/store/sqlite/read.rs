@@ -66,7 +66,7 @@ impl Tx<'_> {
                 check_in = Some(check_in.map_or(UNWATCHED, |span| span.min(UNWATCHED)));
             }
         }
-        Ok(Queued { ahead, check_in })
+        Ok(Queued { ahead, check_in, in_use: row.in_use() })
     }
 
     /// When time alone may change something: a deadline, the end of a cooldown.
@@ -185,7 +185,6 @@ impl Tx<'_> {
             Some(row) => self.state_of(row),
             None => Ok(Some(KeyState {
                 key: key.clone(),
-                capacity: None,
                 holders: Vec::new(),
                 waiters: Vec::new(),
                 last_fence: None,
@@ -237,10 +236,9 @@ impl Tx<'_> {
         }
         let now = self.now;
         let age = |since: i64| until(since, now);
-        let capacity = row.capacity().and_then(|capacity| u32::try_from(capacity).ok());
         let holders = self.all(
             "SELECT fence, ifnull(holds.owner, ifnull(sessions.owner, '')), units, session_bound, granted, granted_wall,
-                 deadline, metadata, trace FROM holds LEFT JOIN sessions ON sessions.id = holds.session
+                 deadline, metadata, trace, capacity FROM holds LEFT JOIN sessions ON sessions.id = holds.session
              WHERE key_id = ?1 ORDER BY fence",
             [row.id],
             |found| {
@@ -254,11 +252,12 @@ impl Tx<'_> {
                     remaining: found.get::<_, Option<i64>>(6)?.map(|deadline| until(now, deadline)),
                     metadata: found.get(7)?,
                     trace: found.get(8)?,
+                    capacity: found.get(9)?,
                 })
             },
         )?;
         let waiters = self.all(
-            "SELECT ifnull(sessions.owner, ''), units, entered, metadata, trace
+            "SELECT ifnull(sessions.owner, ''), units, entered, metadata, trace, capacity
              FROM waiters INDEXED BY waiters_by_key LEFT JOIN sessions ON sessions.id = waiters.session
              WHERE key_id = ?1 ORDER BY seq",
             [row.id],
@@ -269,11 +268,11 @@ impl Tx<'_> {
                     age: age(found.get(2)?),
                     metadata: found.get(3)?,
                     trace: found.get(4)?,
+                    capacity: found.get(5)?,
                 })
             },
         )?;
         Ok(Some(KeyState {
-            capacity,
             holders,
             waiters,
             last_fence: Some(Fence::new(row.fence.unsigned_abs())),

@@ -27,9 +27,10 @@ pub(super) struct KeyRow {
 }
 
 impl KeyRow {
-    /// The capacity of its holds and waiters, if it has any.
-    pub(super) fn capacity(&self) -> Option<i64> {
-        (self.holders > 0 || self.waiting > 0).then_some(self.capacity)
+    /// The smallest capacity of its holds, if they share the key. Exact once the key is settled.
+    pub(super) fn in_use(&self) -> Option<u32> {
+        let is_exclusive = self.holders == 1 && self.used == self.capacity;
+        (self.holders > 0 && !is_exclusive).then(|| u32::try_from(self.capacity).unwrap_or(u32::MAX))
     }
 
     /// Not later than the earliest deadline of a hold.
@@ -47,19 +48,9 @@ impl KeyRow {
         self.closed_until.is_some_and(|end| end > now)
     }
 
-    /// Whether so many units are free.
-    pub(super) fn has_room(&self, units: i64) -> bool {
-        self.holders == 0 || self.used + units <= self.capacity
-    }
-
-    /// A request of another capacity cannot share the key.
-    pub(super) fn expects(&self, demand: Demand) -> bool {
-        self.capacity().is_none_or(|capacity| capacity == i64::from(demand.capacity()))
-    }
-
-    /// It has holds or waiters of this capacity from now on.
-    pub(super) fn set_capacity(&mut self, capacity: i64) {
-        self.capacity = capacity;
+    /// Whether a request fits beside its holds.
+    pub(super) fn has_room(&self, demand: StoredDemand) -> bool {
+        self.holders == 0 || self.used + demand.units <= self.capacity.min(demand.capacity)
     }
 
     /// A hold has got this deadline.
@@ -97,8 +88,21 @@ pub(super) struct WaiterRow {
     pub(super) seq: i64,
     pub(super) token: TokenId,
     pub(super) session: SessionId,
-    pub(super) units: i64,
+    pub(super) demand: StoredDemand,
     pub(super) term: StoredTerm,
+}
+
+/// A demand as the rows have it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StoredDemand {
+    pub(super) units: i64,
+    pub(super) capacity: i64,
+}
+
+impl From<Demand> for StoredDemand {
+    fn from(demand: Demand) -> Self {
+        Self { units: demand.units().into(), capacity: demand.capacity().into() }
+    }
 }
 
 /// A term as the rows have it.
@@ -119,8 +123,7 @@ impl From<Term> for StoredTerm {
 pub(super) struct NewHold<'a> {
     pub(super) token: TokenId,
     pub(super) session: SessionId,
-    pub(super) units: i64,
-    pub(super) capacity: i64,
+    pub(super) demand: StoredDemand,
     pub(super) term: StoredTerm,
     pub(super) metadata: Option<&'a str>,
     pub(super) trace: Option<&'a str>,
@@ -213,8 +216,9 @@ impl Tx<'_> {
         let last = Some(Fence::new(row.fence.unsigned_abs()));
         let fence = Fence::next(last, self.wall.unsigned_abs());
         row.fence = i64::try_from(fence.get()).unwrap_or(i64::MAX);
-        row.capacity = hold.capacity;
-        row.used += hold.units;
+        let StoredDemand { units, capacity } = hold.demand;
+        row.capacity = if row.holders == 0 { capacity } else { row.capacity.min(capacity) };
+        row.used += units;
         row.holders += 1;
         row.touched = self.now;
         let deadline = hold.term.length.map(|length| self.now.saturating_add(length));
@@ -228,13 +232,14 @@ impl Tx<'_> {
             self.save(row)?;
         }
         self.execute(
-            "INSERT INTO holds (key_id, token, fence, units, session, session_bound, deadline, granted, granted_wall,
-                 metadata, trace) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+            "INSERT INTO holds (key_id, token, fence, units, capacity, session, session_bound, deadline, granted,
+                 granted_wall, metadata, trace) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
             params![
                 row.id,
                 hold.token.as_bytes(),
                 row.fence,
-                hold.units,
+                units,
+                capacity,
                 hold.session.as_bytes(),
                 hold.term.session_bound,
                 deadline,
@@ -247,11 +252,25 @@ impl Tx<'_> {
         Ok(HoldRow {
             token: hold.token,
             fence: row.fence,
-            units: hold.units,
+            units,
             session: hold.session,
             session_bound: hold.term.session_bound,
             deadline,
         })
+    }
+
+    /// Makes the capacity of the row exact: after a hold has gone it is a lower bound. Returns whether it changed; then the
+    /// caller saves the row.
+    pub(super) fn refresh_capacity(&self, row: &mut KeyRow) -> Result<bool> {
+        // A hold of capacity 1 is alone.
+        if row.holders == 0 || row.capacity == 1 {
+            return Ok(false);
+        }
+        let sql = "SELECT capacity FROM holds INDEXED BY shared_by_capacity
+             WHERE key_id = ?1 AND units < capacity ORDER BY capacity LIMIT 1";
+        // None: an exclusive one, whose capacity the row has.
+        let smallest = self.first(sql, [row.id], |found| found.get(0))?.unwrap_or(row.capacity);
+        Ok(std::mem::replace(&mut row.capacity, smallest) != smallest)
     }
 
     /// The hold of a token.
@@ -280,7 +299,8 @@ impl Tx<'_> {
             return Ok(None);
         }
         self.first(
-            "SELECT seq, token, session, units, session_bound, term FROM waiters WHERE token = ?2 AND key_id = ?1",
+            "SELECT seq, token, session, units, capacity, session_bound, term FROM waiters
+             WHERE token = ?2 AND key_id = ?1",
             params![row.id, token.as_bytes()],
             read_waiter,
         )
@@ -294,7 +314,7 @@ impl Tx<'_> {
     /// Who stands behind this place in the queue.
     pub(super) fn waiter_after(&self, key_id: i64, seq: i64) -> Result<Option<WaiterRow>> {
         self.first(
-            "SELECT seq, token, session, units, session_bound, term FROM waiters INDEXED BY waiters_by_key
+            "SELECT seq, token, session, units, capacity, session_bound, term FROM waiters INDEXED BY waiters_by_key
              WHERE key_id = ?1 AND seq > ?2 ORDER BY seq LIMIT 1",
             [key_id, seq],
             read_waiter,
@@ -352,7 +372,7 @@ fn read_waiter(row: &Row<'_>) -> rusqlite::Result<WaiterRow> {
         seq: row.get(0)?,
         token: token_of(row, 1)?,
         session: session_of(row, 2)?,
-        units: row.get(3)?,
-        term: StoredTerm { session_bound: row.get(4)?, length: row.get(5)? },
+        demand: StoredDemand { units: row.get(3)?, capacity: row.get(4)? },
+        term: StoredTerm { session_bound: row.get(5)?, length: row.get(6)? },
     })
 }

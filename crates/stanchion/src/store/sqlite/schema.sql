@@ -1,4 +1,4 @@
--- The embedded store, version 1. Times are µs: of the boot-time clock, `_wall` columns since 1970.
+-- The embedded store, version 2. Times are µs: of the boot-time clock, `_wall` columns since 1970.
 
 -- One row. The floor is the fence from which an unknown key counts on: no forgotten fence comes back.
 CREATE TABLE meta (
@@ -25,7 +25,7 @@ CREATE TABLE keys (
     used INTEGER NOT NULL,
     holders INTEGER NOT NULL,
     waiting INTEGER NOT NULL,
-    -- Of the holds and waiters; means nothing while there are none.
+    -- Not above the smallest capacity of a hold; means nothing while there are none.
     capacity INTEGER NOT NULL,
     -- Not later than the earliest deadline of a hold; means nothing while there are none.
     next_deadline INTEGER,
@@ -40,6 +40,7 @@ CREATE TABLE holds (
     token BLOB NOT NULL,
     fence INTEGER NOT NULL,
     units INTEGER NOT NULL,
+    capacity INTEGER NOT NULL,
     session BLOB NOT NULL,
     session_bound INTEGER NOT NULL,
     deadline INTEGER,
@@ -52,6 +53,8 @@ CREATE TABLE holds (
     PRIMARY KEY (key_id, token)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX holds_by_session ON holds (session);
+-- An exclusive hold is alone: it costs nothing here.
+CREATE INDEX shared_by_capacity ON holds (key_id, capacity) WHERE units < capacity;
 
 -- The queue of a key is its waiters in order of `seq`.
 CREATE TABLE waiters (
@@ -60,6 +63,7 @@ CREATE TABLE waiters (
     token BLOB NOT NULL,
     session BLOB NOT NULL,
     units INTEGER NOT NULL,
+    capacity INTEGER NOT NULL,
     session_bound INTEGER NOT NULL,
     term INTEGER,
     entered INTEGER NOT NULL,

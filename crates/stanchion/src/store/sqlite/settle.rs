@@ -34,6 +34,7 @@ impl Tx<'_> {
             self.drop_expired(row)?;
             changed = true;
         }
+        changed |= self.refresh_capacity(row)?;
         if row.closed_until.is_some() && !row.is_closed(self.now) {
             (row.closed_until, row.closed_until_wall) = (None, None);
             changed = true;
@@ -58,11 +59,11 @@ impl Tx<'_> {
                 self.reap_found(row)?;
                 continue;
             }
-            // The dead go during a cooldown too: else they would decide the capacity of the key.
+            // The dead go during a cooldown too.
             if row.is_closed(self.now) {
                 break;
             }
-            if !row.has_room(head.units) {
+            if !row.has_room(head.demand) {
                 if probed {
                     break;
                 }
@@ -151,6 +152,9 @@ impl Tx<'_> {
         }
         if let Some(fresh) = self.find_key_by_id(row.id)? {
             *row = fresh;
+        }
+        if self.refresh_capacity(row)? {
+            self.save(row)?;
         }
         Ok(())
     }
@@ -257,13 +261,11 @@ impl Tx<'_> {
             Ok((found.get::<_, Option<String>>(0)?, found.get::<_, Option<String>>(1)?))
         })?;
         let (metadata, trace) = texts.unwrap_or_default();
-        let capacity = row.capacity().unwrap_or(waiter.units);
         self.remove_waiter(row, waiter)?;
         let hold = NewHold {
             token: waiter.token,
             session: waiter.session,
-            units: waiter.units,
-            capacity,
+            demand: waiter.demand,
             term: waiter.term,
             metadata: metadata.as_deref(),
             trace: trace.as_deref(),

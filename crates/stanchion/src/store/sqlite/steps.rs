@@ -156,10 +156,8 @@ impl Tx<'_> {
             return Ok(AcquireOutcome::Forced);
         }
         let mut row = self.key_or_new(&request.key)?;
-        let units = i64::from(request.demand.units());
-        let fits = |tx: &Self, row: &KeyRow| {
-            row.waiting == 0 && !row.is_closed(tx.now) && row.expects(request.demand) && row.has_room(units)
-        };
+        let demand = request.demand.into();
+        let fits = |tx: &Self, row: &KeyRow| row.waiting == 0 && !row.is_closed(tx.now) && row.has_room(demand);
         // In the common case there is nothing to settle: the dead among other holders do not matter to who fits.
         if row.is_due(self.now) || !fits(self, &row) {
             self.settle(&mut row, true)?;
@@ -174,15 +172,11 @@ impl Tx<'_> {
         if self.time() > request.not_after {
             return Ok(AcquireOutcome::Stale);
         }
-        if let Some(in_use) = row.capacity().filter(|_| !row.expects(request.demand)) {
-            return Ok(AcquireOutcome::CapacityMismatch { in_use: u32::try_from(in_use).unwrap_or(u32::MAX) });
-        }
         if fits(self, &row) {
             let hold = NewHold {
                 token: request.token,
                 session: request.session,
-                units,
-                capacity: i64::from(request.demand.capacity()),
+                demand,
                 term: request.term.into(),
                 metadata: request.metadata.as_deref(),
                 trace: request.trace.as_deref(),
@@ -198,7 +192,7 @@ impl Tx<'_> {
             return Ok(AcquireOutcome::Granted(hold.granted(self.now)));
         }
         if !request.enqueue {
-            return Ok(AcquireOutcome::Busy { check_in: self.check_in(&row) });
+            return Ok(AcquireOutcome::Busy { check_in: self.check_in(&row), in_use: row.in_use() });
         }
         if row.waiting >= i64::from(MAX_WAITERS) {
             self.reap_dead_waiters(&mut row)?;
@@ -214,17 +208,18 @@ impl Tx<'_> {
             seq: 0,
             token: request.token,
             session: request.session,
-            units: i64::from(request.demand.units()),
+            demand: request.demand.into(),
             term: request.term.into(),
         };
         self.execute(
-            "INSERT INTO waiters (key_id, token, session, units, session_bound, term, entered, metadata, trace)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+            "INSERT INTO waiters (key_id, token, session, units, capacity, session_bound, term, entered, metadata, trace)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
             params![
                 row.id,
                 waiter.token.as_bytes(),
                 waiter.session.as_bytes(),
-                waiter.units,
+                waiter.demand.units,
+                waiter.demand.capacity,
                 waiter.term.session_bound,
                 waiter.term.length,
                 self.now,
@@ -235,7 +230,6 @@ impl Tx<'_> {
         let waiter = WaiterRow { seq: self.db.last_insert_rowid(), ..waiter };
         let ahead = u32::try_from(row.waiting).unwrap_or(u32::MAX);
         let before = self.session_before(row.id, waiter.seq)?;
-        row.set_capacity(i64::from(request.demand.capacity()));
         row.waiting += 1;
         row.touched = self.now;
         self.save(row)?;

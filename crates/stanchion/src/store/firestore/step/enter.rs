@@ -35,16 +35,12 @@ impl Step<'_> {
         if self.now > request.not_after.as_micros() {
             return Some(AcquireOutcome::Stale);
         }
-        if let Some(in_use) = self.demand_in_use().filter(|in_use| *in_use != request.demand.capacity()) {
-            return Some(AcquireOutcome::CapacityMismatch { in_use });
-        }
         if self.is_missing() {
             return None;
         }
-        let (units, capacity) = (request.demand.units(), request.demand.capacity());
-        let goes_now = self.record.front.is_empty() && self.fits(units, capacity);
+        let goes_now = self.record.front.is_empty() && self.fits(request.demand);
         if !goes_now && !request.enqueue {
-            return Some(AcquireOutcome::Busy { check_in: self.check_in() });
+            return Some(AcquireOutcome::Busy { check_in: self.check_in(), in_use: self.in_use() });
         }
         let lives = self.lives.get(&request.session).map_or(0, |life| life.ends);
         let entry = entry(request, self.owner_of(request.session), lives, self.now);
@@ -89,13 +85,13 @@ impl Step<'_> {
                 *outcome = PollOutcome::Granted(hold.granted(self.now));
             }
         }
-        let check_in = self.check_in();
+        let (check_in, in_use) = (self.check_in(), self.in_use());
         for (ahead, waiter) in (0..).zip(self.waiters()) {
             // A waiter whose session is dead is not there, wherever it stands.
             if let Some(outcome) = outcomes.get_mut(waiter.token.as_slice())
                 && self.lives_still(&waiter.session, waiter.session_lives)
             {
-                *outcome = PollOutcome::Queued(Queued { ahead, check_in });
+                *outcome = PollOutcome::Queued(Queued { ahead, check_in, in_use });
             }
         }
         let outcome = |token: &TokenId| outcomes.get(token.as_bytes().as_slice()).copied();

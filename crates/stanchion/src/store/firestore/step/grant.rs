@@ -9,6 +9,7 @@ use super::super::document::{Fields, Only, bytes, delete, fields, put, text, tim
 use super::super::record::{Entry, Hold, session_of, token_of};
 use super::{KEPT_AFTER, Step};
 use crate::fence::Fence;
+use crate::store::Demand;
 
 /// So many bytes of holds are in a key's document, which may have 1 MiB. There is no more room for a hold then: it waits.
 pub(super) const HOLDS_BYTES: usize = 600_000;
@@ -28,10 +29,10 @@ pub(super) struct Call {
 }
 
 impl Step<'_> {
-    pub(super) fn fits(&self, units: u32, capacity: u32) -> bool {
-        let used: u64 = self.record.holds.iter().map(|hold| u64::from(hold.entry.units)).sum();
+    pub(super) fn fits(&self, demand: Demand) -> bool {
+        let held = self.record.holds.iter().map(|hold| hold.entry.demand());
         let has_room = || self.record.holds.iter().map(prost::Message::encoded_len).sum::<usize>() <= HOLDS_BYTES;
-        self.record.closed_until <= self.now && used + u64::from(units) <= u64::from(capacity) && has_room()
+        self.record.closed_until <= self.now && demand.fits(held) && has_room()
     }
 
     /// What is over is gone, and those at the head that fit are granted.
@@ -57,7 +58,7 @@ impl Step<'_> {
             if !self.lives_still(&head.session, head.session_lives) {
                 // The next ones are asked for with it: a crowd of the dead takes two reads, not one for each.
                 self.settle_all();
-            } else if self.unknown.borrow().is_empty() && self.fits(head.units, head.capacity) {
+            } else if self.unknown.borrow().is_empty() && self.fits(head.demand()) {
                 let waiter = self.record.front.remove(0);
                 self.draw_up();
                 self.grant(waiter, true);

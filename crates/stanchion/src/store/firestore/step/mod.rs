@@ -22,7 +22,7 @@ use super::document::Names;
 use super::record::{Entry, Hold, KeyRecord, Page, PageName, SessionRecord, session_of};
 use crate::fence::Fence;
 use crate::key::Key;
-use crate::store::{HolderState, KeyState, Queued, WaiterState};
+use crate::store::{Demand, HolderState, KeyState, Queued, WaiterState};
 use crate::token::{SessionId, TokenId};
 
 /// When a document holds nothing that can matter any more, it may be deleted this much later.
@@ -213,9 +213,10 @@ impl<'a> Step<'a> {
         self.record.holds.iter().find(|hold| hold.entry.token == token.as_bytes())
     }
 
-    fn demand_in_use(&self) -> Option<u32> {
-        let held = self.record.holds.first().map(|hold| hold.entry.capacity);
-        held.or_else(|| self.record.front.first().map(|waiter| waiter.capacity))
+    /// The smallest capacity of the holds, if they share the key.
+    fn in_use(&self) -> Option<u32> {
+        let shared = self.record.holds.iter().map(|hold| hold.entry.demand()).filter(|demand| !demand.is_exclusive());
+        shared.map(Demand::capacity).min()
     }
 
     /// When time alone may change something for a waiter.
@@ -231,7 +232,8 @@ impl<'a> Step<'a> {
 
     fn queued(&self, token: TokenId) -> Option<Queued> {
         let ahead = self.place(token)?;
-        Some(Queued { ahead: u32::try_from(ahead).unwrap_or(u32::MAX), check_in: self.check_in() })
+        let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
+        Some(Queued { ahead, check_in: self.check_in(), in_use: self.in_use() })
     }
 
     /// One holds it, whose document time alone does not end.
@@ -247,13 +249,13 @@ impl<'a> Step<'a> {
     pub(super) fn state(&self) -> KeyState {
         KeyState {
             key: self.key.clone(),
-            capacity: self.demand_in_use(),
             holders: self.record.holds.iter().map(|hold| self.holder(hold)).collect(),
             waiters: self
                 .waiters()
                 .map(|waiter| WaiterState {
                     owner: waiter.owner.clone(),
                     units: waiter.units,
+                    capacity: waiter.capacity,
                     age: span(self.now.saturating_sub(waiter.at)),
                     metadata: waiter.metadata.clone(),
                     trace: waiter.trace.clone(),
@@ -270,6 +272,7 @@ impl<'a> Step<'a> {
             fence: Fence::new(hold.fence),
             owner: hold.entry.owner.clone(),
             units: hold.entry.units,
+            capacity: hold.entry.capacity,
             session_bound: hold.entry.session_bound,
             age: span(self.now.saturating_sub(hold.entry.at)),
             since: SystemTime::UNIX_EPOCH + span(hold.entry.at),

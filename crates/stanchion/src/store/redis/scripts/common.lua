@@ -73,10 +73,18 @@ local function next_fence()
   return fence
 end
 
-local function in_use()
-  local units = 0
-  for _, hold in ipairs(state.holds) do units = units + hold.units end
-  return units
+-- The units of all holds, and their smallest capacity.
+local function taken()
+  local units, capacity = 0, math.huge
+  for _, hold in ipairs(state.holds) do
+    units, capacity = units + hold.units, math.min(capacity, hold.capacity)
+  end
+  return units, capacity
+end
+
+-- Whether a request fits beside holds of so many units and this smallest capacity.
+local function fits(asked, units, capacity)
+  return units + asked.units <= math.min(capacity, asked.capacity)
 end
 
 -- Makes a hold of what was asked for. Nothing, if there is no higher fence.
@@ -123,12 +131,13 @@ local function settle()
     if plus(forced.at, FORCED) <= now then state.forced[token], changed = nil, true end
   end
   local first = not state.closed and head()
-  local used = first and in_use()
-  while first and used + first.units <= first.capacity do
+  local units, capacity
+  if first then units, capacity = taken() end
+  while first and fits(first, units, capacity) do
     dequeue(first.token)
     local hold = grant(first)
     if hold then
-      used = used + hold.units
+      units, capacity = units + hold.units, math.min(capacity, hold.capacity)
       -- It outlives its session from when its holder has learned of it. Until then nobody believes it.
       if hold.kind == 'F' then hold.unseen = true end
       -- A hint: without the right to publish it is found by asking.
@@ -138,10 +147,13 @@ local function settle()
   end
 end
 
-local function capacity()
-  if state.holds[1] then return state.holds[1].capacity end
-  local first = head()
-  return first and first.capacity
+-- The smallest capacity of the holds, if they share the key.
+local function in_use()
+  local capacity
+  for _, hold in ipairs(state.holds) do
+    if hold.units < hold.capacity and (not capacity or hold.capacity < capacity) then capacity = hold.capacity end
+  end
+  return capacity and tostring(capacity) or ''
 end
 
 -- The holder has learned of its hold.
@@ -258,7 +270,7 @@ end
 local function queued(token)
   local ahead = call('ZRANK', KEYS[2], token)
   tell_holders(ahead)
-  return in_the_way({ 'queued', now, tostring(ahead), check_in() })
+  return in_the_way({ 'queued', now, tostring(ahead), check_in(), in_use() })
 end
 
 local OUT_OF_FENCES = redis.error_reply('FENCE this key has the highest fence there is')

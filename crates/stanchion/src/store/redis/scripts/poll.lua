@@ -16,7 +16,7 @@ for at, token in ipairs(ARGV) do
     rows[at] = {}
   end
 end
-local answer = { 'polled', now, rows, check_in() }
+local answer = { 'polled', now, rows, check_in(), in_use() }
 if front then
   tell_holders(front)
   in_the_way(answer)
