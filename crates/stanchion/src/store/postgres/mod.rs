@@ -517,13 +517,8 @@ impl Store for Postgres {
         if let Some(entry) = damaged.into_iter().next() {
             return Err(error(ErrorKind::Internal, entry.problem));
         }
-        let nothing = KeyState {
-            key: key.clone(),
-            holders: Vec::new(),
-            waiters: Vec::new(),
-            last_fence: None,
-            closed_for: None,
-        };
+        let nothing =
+            KeyState { key: key.clone(), holders: Vec::new(), waiters: Vec::new(), last_fence: None, closed_for: None };
         Ok(Reply { time, outcome: keys.into_iter().next().unwrap_or(nothing) })
     }
 

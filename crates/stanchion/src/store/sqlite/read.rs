@@ -13,6 +13,7 @@ use super::rows::{KeyRow, WaiterRow};
 use super::steps::{Answer, Step};
 use super::tx::{Tx, session_of, token_of, until};
 use crate::error::{Error, Result};
+use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{BeatOutcome, KeyState, LostToken, PollOutcome, Queued};
 use crate::token::{SessionId, TokenId};
