@@ -1,4 +1,5 @@
 //! The tool as its users meet it: real processes, real terminals, the embedded store.
+#![allow(clippy::expect_used, clippy::unwrap_used, reason = "test code")]
 
 mod away;
 mod bad_input;

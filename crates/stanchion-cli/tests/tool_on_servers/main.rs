@@ -1,4 +1,5 @@
 //! The tool on stores that need a server.
+#![allow(clippy::expect_used, clippy::unwrap_used, reason = "test code")]
 
 #[path = "../tool/common.rs"]
 mod common;

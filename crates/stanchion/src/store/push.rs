@@ -89,14 +89,12 @@ impl PushSender {
     /// Sends a push, from any thread, without blocking. Whether somebody still listens does not matter.
     pub fn send(&self, push: Push) {
         let mut push = push;
-        if push.is_about_a_token() {
-            if self.load.waiting.fetch_add(1, Ordering::SeqCst) >= MOST_WAITING {
-                self.load.waiting.fetch_sub(1, Ordering::SeqCst);
-                if self.load.has_dropped.swap(true, Ordering::SeqCst) {
-                    return;
-                }
-                push = Push::RecheckAll;
+        if push.is_about_a_token() && self.load.waiting.fetch_add(1, Ordering::SeqCst) >= MOST_WAITING {
+            self.load.waiting.fetch_sub(1, Ordering::SeqCst);
+            if self.load.has_dropped.swap(true, Ordering::SeqCst) {
+                return;
             }
+            push = Push::RecheckAll;
         }
         let _nobody_listens = self.pushes.send(push);
     }

@@ -1,4 +1,10 @@
 //! The library's surface, on the stores that need no server.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "tests wait on the real clock, and may panic"
+)]
 
 mod handle;
 mod limits;

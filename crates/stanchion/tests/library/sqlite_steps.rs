@@ -609,7 +609,7 @@ async fn highest_fence_is_granted_once() {
     // Not after a restart of the machine either.
     let d = Handle::on(Sqlite::open_with(&folder, stanchion::Clock::system(), "next boot").unwrap()).await;
     used_up(d.store.acquire(d.request(&job)).await.unwrap_err());
-    drop((&mut b, &mut c));
+    let _ = (&mut b, &mut c);
 }
 
 #[tokio::test]

@@ -1,4 +1,10 @@
 //! The embedded store between processes. The other processes are this test binary again.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "tests wait on the real clock, and may panic"
+)]
 #![cfg(all(feature = "sqlite", target_os = "linux"))]
 
 mod embedded;

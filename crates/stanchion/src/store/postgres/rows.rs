@@ -76,7 +76,7 @@ pub(super) fn listing(rows: &[Row]) -> Result<Reply<Listing>> {
     let time = StoreTime::from_micros(u64::try_from(now).map_err(|_| malformed())?);
     let mut listing =
         Listing { next: column::<Option<String>>(first, "of_key")?.map(Cursor::new), ..Listing::default() };
-    for rows in rows.chunk_by(|one, next| is_of_key(one, next)) {
+    for rows in rows.chunk_by(is_of_key) {
         match state(rows) {
             Ok(state) => listing.keys.push(state),
             Err(problem) => {
