@@ -8,7 +8,9 @@ use crate::store::StoreChoice;
 pub(super) fn execute(apply: bool, store: &StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
     let database = store.database()?;
     if apply {
-        store.run(async || database.apply_schema().await)?;
+        for warning in store.run(async || database.apply_schema().await)? {
+            verbosity.problem(warning);
+        }
         verbosity.note("the schema is there");
     } else {
         print(&database.schema_sql())?;

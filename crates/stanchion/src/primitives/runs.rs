@@ -89,7 +89,9 @@ impl Run {
             slot => Some(slot.parse().ok()?),
         };
         let mut micros = || next()?.parse().ok().map(Duration::from_micros);
-        let (began, took, closed_for) = (SystemTime::UNIX_EPOCH + micros()?, micros()?, micros()?);
+        let (began, took) = (SystemTime::UNIX_EPOCH.checked_add(micros()?)?, micros()?);
+        // Another program wrote it, and nobody is to be kept out for longer than a call can ask for.
+        let closed_for = micros()?.min(*DURATIONS.end());
         let fence = Fence::new(next()?.parse().ok()?);
         let token = TokenId::from_hex(next()?)?;
         let owner = next()?.to_owned();
@@ -201,6 +203,9 @@ mod tests {
             };
             assert_eq!(Run::read(&run.write(token), run.age), Some((run, token)));
         }
+        let endless = format!("1 succeeded - 1 2 {} 4 {} x", u64::MAX, token.to_hex());
+        let (run, _) = Run::read(&endless, Duration::ZERO).unwrap();
+        assert_eq!(run.closed_for, *DURATIONS.end(), "nobody is kept out for longer than a call can ask for");
         for text in ["", "1", "2 succeeded - 1 2 3 4 00000000000000000000000000000000 x", "1 succeeded - 1 2 3 4 zz x"]
         {
             assert_eq!(Run::read(text, Duration::ZERO), None, "{text:?}");

@@ -106,14 +106,15 @@ fn a_step_that_was_given_up_holds_up_nothing() {
 }
 
 pub(super) fn of_users(
-    server: &PostgresServer,
+    port: u16,
+    size: usize,
     database: &str,
     url: &str,
 ) -> stanchion::Result<(Postgres, deadpool_postgres::Pool)> {
-    let mut settings: tokio_postgres::Config = server.url().parse().unwrap();
-    settings.dbname(database);
+    let mut settings = tokio_postgres::Config::new();
+    settings.user("postgres").host("127.0.0.1").port(port).dbname(database);
     let manager = deadpool_postgres::Manager::new(settings, tokio_postgres::NoTls);
-    let pool = deadpool_postgres::Pool::builder(manager).max_size(2).build().unwrap();
+    let pool = deadpool_postgres::Pool::builder(manager).max_size(size).build().unwrap();
     let get = {
         let pool = pool.clone();
         move || {
@@ -129,7 +130,7 @@ pub(super) fn of_users(
 fn a_pool_that_is_used_up_ends_no_session() {
     let server = server();
     block_on(async {
-        let (store, pool) = of_users(&server, "postgres", &server.url()).unwrap();
+        let (store, pool) = of_users(server.port(), 2, "postgres", &server.url()).unwrap();
         let locks = Locks::builder_with_store(store).session_ttl(2 * SECOND).open().await.unwrap();
         let (held, waited_for) = (locks.lock("held").await.unwrap(), locks.lock("waited").await.unwrap());
         let waiting = {
@@ -156,18 +157,18 @@ fn a_pool_of_another_database_is_refused() {
     let server = server();
     server.psql("CREATE DATABASE other");
     block_on(async {
-        let (store, _pool) = of_users(&server, "other", &server.url()).unwrap();
+        let (store, _pool) = of_users(server.port(), 2, "other", &server.url()).unwrap();
         let fault = Locks::with_store(store).await.unwrap_err();
         assert_eq!(fault.kind(), ErrorKind::Misconfigured, "without a schema: {fault}");
         let url = format!("{}other", server.url().strip_suffix("postgres").unwrap());
         server.psql_in("other", &Postgres::from_url(&url).unwrap().schema_sql());
-        let (store, _pool) = of_users(&server, "other", &server.url()).unwrap();
+        let (store, _pool) = of_users(server.port(), 2, "other", &server.url()).unwrap();
         let fault = Locks::with_store(store).await.unwrap_err();
         assert!(fault.to_string().contains("another database"), "{fault}");
-        let (store, _pool) = of_users(&server, "other", &url).unwrap();
+        let (store, _pool) = of_users(server.port(), 2, "other", &url).unwrap();
         Locks::with_store(store).await.unwrap().lock("k").await.unwrap().release().await.unwrap();
     });
-    let outside = of_users(&server, "postgres", &server.url()).unwrap_err();
+    let outside = of_users(server.port(), 2, "postgres", &server.url()).unwrap_err();
     assert_eq!(outside.kind(), ErrorKind::InvalidArgument);
 }
 

@@ -132,7 +132,7 @@ fn questions_for_a_key_that_a_transaction_keeps_hold_up_no_steps() {
         assert!(transaction.try_wait().unwrap().is_none(), "the transaction lasts");
         assert!(transaction.wait().unwrap().success());
         for one in asking {
-            assert_eq!(one.await.unwrap().unwrap().outcome, PollOutcome::Gone);
+            assert_eq!(one.await.unwrap().unwrap().outcome, [PollOutcome::Gone]);
         }
     });
 }

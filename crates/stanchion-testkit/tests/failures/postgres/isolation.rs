@@ -43,7 +43,7 @@ fn repeatable_read_by_the_url_makes_no_second_holder() {
 fn a_pool_of_another_isolation_is_refused() {
     let server = server();
     block_on(async {
-        let (store, pool) = of_users(&server, "postgres", &server.url()).unwrap();
+        let (store, pool) = of_users(server.port(), 2, "postgres", &server.url()).unwrap();
         let locks = Locks::with_store(store).await.unwrap();
         let held = locks.lock("held").await.unwrap();
         locks.lock("free").await.unwrap().release().await.unwrap();
@@ -60,7 +60,7 @@ fn a_pool_of_another_isolation_is_refused() {
         }
         held.check().unwrap();
         server.psql("ALTER ROLE postgres SET default_transaction_isolation = 'serializable'");
-        let (store, _pool) = of_users(&server, "postgres", &server.url()).unwrap();
+        let (store, _pool) = of_users(server.port(), 2, "postgres", &server.url()).unwrap();
         let fault = Locks::with_store(store).await.unwrap_err();
         assert!(is_refused(&fault), "{fault:?}");
     });

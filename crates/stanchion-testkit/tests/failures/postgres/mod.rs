@@ -1,11 +1,14 @@
 //! PostgreSQL where something goes wrong, and what it costs. Real servers.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs, reason = "test code")]
 
+mod adoption;
 mod bulk;
 mod connections;
 mod costs;
+mod failover;
 mod fences;
 mod isolation;
+mod limits;
 mod settings;
 
 use std::sync::Arc;

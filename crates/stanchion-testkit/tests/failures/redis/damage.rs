@@ -65,7 +65,7 @@ async fn all_operations<S: Store>(actor: &Actor<S>, what: &str) -> u32 {
     let faults: Vec<Option<Error>> = vec![
         store.acquire(request).await.err(),
         store.acquire(pooled).await.err(),
-        store.poll(&key, token).await.err(),
+        store.poll(&key, &[token]).await.err(),
         store.extend(&key, token, SECOND).await.err(),
         store.adopt(adopt).await.err(),
         store.evict(evict).await.err(),

@@ -133,8 +133,11 @@ fn connection(url: &str, whole: &str) -> Result<tokio_postgres::Config> {
     if config.get_hosts().is_empty() {
         return Err(invalid("a host is missing: `postgres://host:5432/database`".into()));
     }
-    if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
-        return Err(invalid(format!("a host has no `@`: {SPECIAL}")));
+    // A `/`, `?` or `@` of a password ends it, and its rest is taken for a host or a database.
+    let has_rest = url.split('?').next().is_some_and(|base| base.matches('@').count() > 1)
+        || url.split_once("://").and_then(|(_, rest)| rest.split_once('/')).is_some_and(|(_, path)| path.contains('@'));
+    if has_rest || config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
+        return Err(invalid(format!("a host and a database have no `@`: {SPECIAL}")));
     }
     let hosts = u32::try_from(config.get_hosts().len()).unwrap_or(u32::MAX);
     if hosts > 1 {
@@ -149,14 +152,15 @@ fn connection(url: &str, whole: &str) -> Result<tokio_postgres::Config> {
     Ok(config)
 }
 
-/// Nothing of it leaves this machine.
+/// Whether nothing leaves this machine. `hostaddr` is where the client connects to, whatever the name of the host is.
 fn is_near(config: &tokio_postgres::Config) -> bool {
-    config.get_hosts().iter().all(|host| match host {
+    let is_near = |host: &Host| match host {
         Host::Unix(_) => true,
         Host::Tcp(name) => {
             name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
         }
-    })
+    };
+    config.get_hosts().iter().all(is_near) && config.get_hostaddrs().iter().all(std::net::IpAddr::is_loopback)
 }
 
 /// Whether connections are encrypted. Those that are, are verified.
@@ -277,6 +281,10 @@ mod tests {
             "postgres://me:a@b@hunter/app",
             "postgres://h/app?host=a%40hunter2",
             "postgres://h/app?hunter2=1",
+            "postgres://me:a@b/hunter2@h/app",
+            "postgres://hunter2:pass@h:x/app",
+            "postgres://hunter2/pass@h/app",
+            "postgres://hunter2@h/app?pool=0",
             "postgres://h/app?listen=postgres%3A%2F%2Fme%3Aa%40b%3Fhunter2%40h%2Fapp",
             "postgres://h/app?listen=postgres%3A%2F%2Fme%3Aa%40hunter2%40h%2Fapp",
         ] {
@@ -295,6 +303,24 @@ mod tests {
             !is_encrypted("postgres://db.example/app?sslmode=disable") && !is_encrypted("postgres:///app?host=/run")
         );
         assert!(is_encrypted("postgres://localhost,db.example/app"), "one of them is elsewhere");
+        for (address, encrypts) in [
+            ("localhost/app?hostaddr=192.0.2.7", true),
+            ("127.0.0.1/app?hostaddr=192.0.2.7", true),
+            ("[::1]/app?hostaddr=2001:db8::7", true),
+            ("localhost,localhost/app?hostaddr=127.0.0.1,192.0.2.7", true),
+            ("db.example/app?hostaddr=127.0.0.1", true),
+            ("localhost/app?hostaddr=127.0.0.1", false),
+            ("localhost/app?hostaddr=::1", false),
+            ("/app?host=/run&hostaddr=192.0.2.7", true),
+        ] {
+            let url = format!("postgres://{address}");
+            let steps = Config::from_url(&url).unwrap().steps;
+            assert_eq!(matches!(steps.tls, Tls::Verified(_)), encrypts, "{address}");
+            let listen =
+                format!("postgres%3A%2F%2F{}", address.replace('/', "%2F").replace('?', "%3F").replace('&', "%26"));
+            let config = Config::from_url(&format!("postgres://localhost/app?listen={listen}")).unwrap();
+            assert_eq!(matches!(config.listen.unwrap().tls, Tls::Verified(_)), encrypts, "listen: {address}");
+        }
         let both = Config::from_url("postgres://localhost/app?listen=postgres%3A%2F%2Fdb.example%2Fapp").unwrap();
         assert!(matches!((both.steps.tls, both.listen.unwrap().tls), (Tls::None, Tls::Verified(_))));
     }

@@ -21,7 +21,8 @@ use tokio_postgres::{Client, Connection, NoTls, Row, Socket};
 
 use super::borrowed::{Borrowed, UsersPool};
 use super::config::{CONNECT_WITHIN, Config, Place, Tls};
-use super::error::{OTHER_ISOLATION, error, from_answer, while_connecting};
+use super::error::{OTHER_ISOLATION, Verdict, error, from_answer, malformed, verdict, while_connecting};
+use super::server::{Server, Watch, takes_writes};
 use super::together;
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{Error, ErrorKind, Result};
@@ -37,9 +38,20 @@ const LOOKS: usize = 4;
 /// used by nobody else meanwhile, and never again without that answer.
 const SETTLED_WITHIN: Duration = Duration::from_secs(6);
 
+/// Time for which the connections of a user's pool are asked whether their server takes writes, after one did not. The pool
+/// may have others from before a failover.
+const ASKED_FOR: Duration = Duration::from_secs(60);
+
+/// Maximum number of connections of a user's pool that one step asks.
+const MOST_ASKED: usize = 64;
+
+/// Whether a server takes no writes, and when it was started: another one was started at another time.
+pub(super) const SERVER: &str = "pg_catalog.pg_is_in_recovery() OR pg_catalog.current_setting('transaction_read_only') = 'on', \
+     extract(epoch FROM pg_catalog.pg_postmaster_start_time())::text";
+
 /// Whether the isolation of transactions is one in which a step sees what was committed while it waited.
 pub(super) const SEES_WHAT_IS_NEW: &str =
-    "current_setting('transaction_isolation') NOT IN ('repeatable read', 'serializable')";
+    "pg_catalog.current_setting('transaction_isolation') NOT IN ('repeatable read', 'serializable')";
 
 /// Makes it so, as an option of a connection.
 const READ_COMMITTED: &str = r"-c default_transaction_isolation=read\ committed";
@@ -53,7 +65,10 @@ pub(super) struct Pool {
     pub(super) config: Config,
     /// Started with the first connection.
     driver: Mutex<Option<Driver>>,
-    idle: Mutex<Vec<Client>>,
+    idle: Mutex<Vec<Own>>,
+    server: Server,
+    /// Until then the connections of a user's pool are asked before they are used.
+    asks_until: Mutex<BootTime>,
     /// Where connections for steps on keys come from, if they are not our own.
     users: Option<UsersPool>,
     permits: Arc<Semaphore>,
@@ -115,6 +130,8 @@ impl Pool {
             permits,
             driver: Mutex::default(),
             idle: Mutex::default(),
+            server: Server::new(),
+            asks_until: Mutex::new(BootTime::from_nanos(0)),
             users,
             session_permit: Semaphore::new(1),
             pause: Mutex::new(pause),
@@ -201,10 +218,22 @@ impl Pool {
     ) -> Result<Vec<Row>> {
         let permit = permits.clone().acquire_owned().await.ok();
         let connection = match &self.users {
-            Some(users) => Connected::Users(users.connection().await?),
+            Some(users) => Connected::Users(self.connection_of(users).await?),
             None => Connected::Own(self.connection().await?),
         };
         self.ask_by(connection, permit, statement, parameters).await
+    }
+
+    /// A connection of the user's pool. After a failover it may have some from before.
+    async fn connection_of(&self, users: &UsersPool) -> Result<Box<dyn Borrowed>> {
+        for _ in 0..MOST_ASKED {
+            let connection = users.connection().await?;
+            if self.clock.now() >= *lock(&self.asks_until) || takes_writes(connection.client()).await {
+                return Ok(connection);
+            }
+        }
+        let message = "the connections of the pool lead to a server that takes no writes";
+        Err(error(ErrorKind::Unavailable, message).in_doubt(false))
     }
 
     async fn ask_by(
@@ -214,12 +243,13 @@ impl Pool {
         statement: &str,
         parameters: &[Parameter<'_>],
     ) -> Result<Vec<Row>> {
-        let mut lease = Lease { pool: self, connection: Some(connection), permit, is_answered: false };
+        let mut lease = Lease { pool: self, connection: Some(connection), permit, is_answered: false, verdict: None };
         let Some(connection) = &lease.connection else {
             return Err(error(ErrorKind::Internal, "a lease without a connection"));
         };
         let answer = connection.client().query_typed(statement, parameters).await;
         lease.is_answered = true;
+        lease.verdict = answer.as_ref().err().and_then(verdict);
         answer.map_err(from_answer)
     }
 
@@ -227,19 +257,44 @@ impl Pool {
     pub(super) async fn run_script(self: &Arc<Self>, script: &str) -> Result<()> {
         let _permit = self.permits.acquire().await;
         let client = self.connection().await?;
-        let done = client.batch_execute(script).await.map_err(from_answer);
+        let done = client.client.batch_execute(script).await.map_err(from_answer);
         if done.is_ok() {
             // After a failure it may be in the midst of a transaction.
-            lock(&self.idle).push(client);
+            self.keep(client);
         }
         done
     }
 
-    async fn connection(self: &Arc<Self>) -> Result<Client> {
+    /// Keeps a connection for the next step, if it is of use.
+    fn keep(&self, own: Own) {
+        if own.generation == self.server.generation() && !own.client.is_closed() {
+            lock(&self.idle).push(own);
+        }
+    }
+
+    /// The server of a connection takes no writes any more: the next step connects again.
+    fn leave(&self, generation: u64) {
+        if self.server.left(generation) {
+            lock(&self.idle).clear();
+            self.ask_users_pool();
+        }
+    }
+
+    /// From now on the connections of the user's pool are asked before they are used.
+    fn ask_users_pool(&self) {
+        *lock(&self.asks_until) = self.clock.now().after(ASKED_FOR);
+    }
+
+    /// Tells when the server is another one.
+    pub(super) fn watch(&self) -> Watch {
+        self.server.watch()
+    }
+
+    async fn connection(self: &Arc<Self>) -> Result<Own> {
         loop {
-            let Some(client) = lock(&self.idle).pop() else { break };
-            if !client.is_closed() {
-                return Ok(client);
+            let Some(own) = lock(&self.idle).pop() else { break };
+            if own.generation == self.server.generation() && !own.client.is_closed() {
+                return Ok(own);
             }
         }
         {
@@ -254,11 +309,10 @@ impl Pool {
             let made = pool.connect().await;
             pool.remember(made.as_ref().err());
             // A far server may need more time than whoever wanted it had: the next attempt has it.
-            if let Err(Ok(client)) = sender.send(made) {
-                let mut idle = lock(&pool.idle);
-                if idle.is_empty() {
-                    idle.push(client);
-                }
+            if let Err(Ok(own)) = sender.send(made)
+                && lock(&pool.idle).is_empty()
+            {
+                pool.keep(own);
             }
         });
         made.await.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the store was dropped while it was used")))
@@ -277,43 +331,51 @@ impl Pool {
         }
     }
 
-    async fn connect(&self) -> Result<Client> {
+    async fn connect(&self) -> Result<Own> {
+        let begun_in = self.server.generation();
         let mut opened = None;
         if !self.sets_isolation.load(Ordering::Relaxed) {
-            let (client, is_standby, sees) = self.open(self.config.steps.clone()).await?;
-            opened = sees.then_some((client, is_standby));
+            opened = Some(self.open(self.config.steps.clone()).await?).filter(|opened| opened.sees_what_is_new);
         }
-        let (client, is_standby) = match opened {
+        let opened = match opened {
             Some(opened) => opened,
             None => self.open_with_isolation().await?,
         };
-        match (is_standby, self.saw_primary.load(Ordering::Relaxed)) {
+        match (opened.is_read_only, self.saw_primary.load(Ordering::Relaxed)) {
             (false, _) => {
                 self.saw_primary.store(true, Ordering::Relaxed);
-                Ok(client)
+                let generation = self.server.reached(&opened.server, begun_in);
+                if generation != begun_in {
+                    self.ask_users_pool();
+                }
+                Ok(Own { client: opened.client, generation })
             }
             // At first that is a mistake; later it is a failover that has not reached the name yet.
-            (true, false) => {
-                Err(error(ErrorKind::Misconfigured, "this server is a standby, which takes no locks: name the primary"))
+            (true, false) => Err(error(
+                ErrorKind::Misconfigured,
+                "this server takes no writes: name the primary if it is a standby, and look for `default_transaction_read_only`",
+            )),
+            (true, true) => {
+                takes_writes(&opened.client).await;
+                Err(error(ErrorKind::Unavailable, "the server takes no writes: it is a standby now, perhaps"))
             }
-            (true, true) => Err(error(ErrorKind::Unavailable, "the server is a standby now")),
         }
     }
 
     /// A connection with the isolation that steps need, where another one is the default. It is asked for as the connection
     /// begins: set later, behind a pooler, it would be set for whoever has that connection next.
-    async fn open_with_isolation(&self) -> Result<(Client, bool)> {
+    async fn open_with_isolation(&self) -> Result<Opened> {
         let mut place = self.config.steps.clone();
         let options = format!("{} {READ_COMMITTED}", place.settings.get_options().unwrap_or_default());
         place.settings.options(options.as_str());
         let other = || error(ErrorKind::Misconfigured, OTHER_ISOLATION).in_doubt(false);
         match self.open(place).await {
-            Ok((client, is_standby, true)) => {
+            Ok(opened) if opened.sees_what_is_new => {
                 self.sets_isolation.store(true, Ordering::Relaxed);
-                Ok((client, is_standby))
+                Ok(opened)
             }
             // Poolers refuse options, each in its words, or drop them.
-            Ok((_, _, false)) => Err(other()),
+            Ok(_) => Err(other()),
             Err(fault) if ["startup parameter", "(0A000"].iter().any(|told| fault.message().contains(told)) => {
                 Err(other().with_source(fault))
             }
@@ -321,23 +383,43 @@ impl Pool {
         }
     }
 
-    /// A connection, whether its server is a standby, and whether a step sees what was committed while it waited.
-    async fn open(&self, Place { settings, tls }: Place) -> Result<(Client, bool, bool)> {
+    async fn open(&self, Place { settings, tls }: Place) -> Result<Opened> {
         let opened = within(CONNECT_WITHIN, async move {
             let client = match tls {
                 Tls::None => drive(settings.connect(NoTls).await.map_err(while_connecting)?),
                 Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(while_connecting)?),
             };
-            let look = format!("SELECT pg_is_in_recovery(), {SEES_WHAT_IS_NEW}");
+            let look = format!("SELECT {SERVER}, {SEES_WHAT_IS_NEW}");
             let told = client.query_typed(&look, &[]).await.map_err(while_connecting)?;
-            let is = |at| told.first().is_some_and(|row| row.try_get(at).unwrap_or(false));
-            let (is_standby, sees) = (is(0), is(1));
-            Ok((client, is_standby, sees))
+            let told = told.first().ok_or_else(malformed)?;
+            let read = |fault| malformed().in_doubt(false).with_source(fault);
+            Ok(Opened {
+                is_read_only: told.try_get(0).map_err(read)?,
+                server: told.try_get(1).map_err(read)?,
+                sees_what_is_new: told.try_get(2).map_err(read)?,
+                client,
+            })
         });
         let late =
             || Err(error(ErrorKind::Unavailable, format!("cannot connect: no answer within {CONNECT_WITHIN:?}")));
         opened.await.unwrap_or_else(late)
     }
+}
+
+/// A connection that was just made.
+struct Opened {
+    client: Client,
+    is_read_only: bool,
+    server: String,
+    /// Whether a step sees what was committed while it waited.
+    sees_what_is_new: bool,
+}
+
+/// A connection of the store's own.
+#[derive(Debug)]
+struct Own {
+    client: Client,
+    generation: u64,
 }
 
 /// Runs the connection, as long as there is a client.
@@ -356,25 +438,42 @@ pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = T>) ->
     tokio::time::timeout(limit, work).await.ok()
 }
 
+#[allow(clippy::disallowed_methods, reason = "a pause between attempts to connect, not a deadline of the protocol")]
+pub(super) async fn sleep(pause: Duration) {
+    tokio::time::sleep(pause).await;
+}
+
 enum Connected {
-    Own(Client),
+    Own(Own),
     Users(Box<dyn Borrowed>),
 }
 
 impl Connected {
     fn client(&self) -> &Client {
         match self {
-            Self::Own(client) => client,
+            Self::Own(own) => &own.client,
             Self::Users(connection) => connection.client(),
         }
     }
 
     /// Once all that was asked on it is answered. The user's pool looks after its own.
     fn give_back(self, pool: &Pool) {
-        if let Self::Own(client) = self
-            && !client.is_closed()
-        {
-            lock(&pool.idle).push(client);
+        if let Self::Own(own) = self {
+            pool.keep(own);
+        }
+    }
+
+    /// After an answer that tells that it is of no use.
+    fn end(self, verdict: Verdict, pool: &Arc<Pool>) {
+        if verdict == Verdict::Connection {
+            return;
+        }
+        match &self {
+            Self::Own(own) => pool.leave(own.generation),
+            Self::Users(_) => pool.ask_users_pool(),
+        }
+        if let Ok(runtime) = pool.runtime() {
+            runtime.spawn(async move { takes_writes(self.client()).await });
         }
     }
 }
@@ -386,11 +485,15 @@ struct Lease<'a> {
     /// Kept until the answer came, also where nobody waits for that any more. A step of a session has none.
     permit: Option<OwnedSemaphorePermit>,
     is_answered: bool,
+    verdict: Option<Verdict>,
 }
 
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
         let Some(connection) = self.connection.take() else { return };
+        if let Some(verdict) = self.verdict {
+            return connection.end(verdict, self.pool);
+        }
         if self.is_answered {
             return connection.give_back(self.pool);
         }

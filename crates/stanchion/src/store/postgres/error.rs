@@ -28,7 +28,7 @@ pub(super) fn while_connecting(fault: tokio_postgres::Error) -> Error {
         Some(told) => kind_of(told),
         None => (from_client(&fault), causes(&fault)),
     };
-    error(kind, format!("cannot connect: {what}")).in_doubt(false).with_source(fault)
+    with_cause(error(kind, format!("cannot connect: {what}")).in_doubt(false), fault)
 }
 
 /// A fault of a request that was sent.
@@ -41,7 +41,11 @@ pub(super) fn from_answer(fault: tokio_postgres::Error) -> Error {
         }
         None => (ErrorKind::Unavailable, causes(&fault), true),
     };
-    error(kind, what).in_doubt(in_doubt).with_source(fault)
+    with_cause(error(kind, what).in_doubt(in_doubt), fault)
+}
+
+fn with_cause(error: Error, fault: tokio_postgres::Error) -> Error {
+    if fault.as_db_error().is_some_and(names_the_role) { error } else { error.with_source(fault) }
 }
 
 /// The client says little itself; what is behind it does.
@@ -79,8 +83,13 @@ fn kind_of(told: &DbError) -> (ErrorKind, String) {
         _ if code.code() == "SF002" => {
             (ErrorKind::Misconfigured, "the key has the highest fence there is: the server's clock was far ahead once")
         }
+        _ if code.code() == "SF005" => (ErrorKind::Misconfigured, "another role could run code in the schema"),
+        _ if code.code() == "SF006" => (ErrorKind::InvalidArgument, "the database refused the request"),
         _ if code.code() == "SF003" => (ErrorKind::Misconfigured, "the schema is newer than this program"),
         _ if code.code() == "SF004" => (ErrorKind::Misconfigured, OTHER_ISOLATION),
+        _ if code.code() == "28000" && told.routine() == Some("ClientAuthentication") => {
+            (ErrorKind::Unauthorized, "no entry of the server's pg_hba.conf admits this connection")
+        }
         _ if code.code().starts_with("28") => {
             (ErrorKind::Unauthorized, "the server refused the user, the password or the address")
         }
@@ -98,7 +107,9 @@ fn kind_of(told: &DbError) -> (ErrorKind, String) {
         &SqlState::TOO_MANY_CONNECTIONS => (ErrorKind::RateLimited, "the server has too many connections"),
         &SqlState::DISK_FULL => (ErrorKind::Unavailable, "the server's disk is full"),
         &SqlState::OUT_OF_MEMORY => (ErrorKind::Unavailable, "the server is out of memory"),
-        &SqlState::READ_ONLY_SQL_TRANSACTION => (ErrorKind::Unavailable, "the server is read-only: a standby, perhaps"),
+        &SqlState::READ_ONLY_SQL_TRANSACTION => {
+            (ErrorKind::Unavailable, "the server takes no writes: it is a standby now, perhaps")
+        }
         &SqlState::LOCK_NOT_AVAILABLE => {
             (ErrorKind::Unavailable, "a transaction keeps the row of the key locked (`check_fence`?)")
         }
@@ -114,5 +125,34 @@ fn kind_of(told: &DbError) -> (ErrorKind, String) {
         }
         _ => (ErrorKind::Internal, "it failed"),
     };
-    (kind, format!("{what} ({}: {})", code.code(), told.message()))
+    match names_the_role(told) {
+        true => (kind, format!("{what} ({})", code.code())),
+        false => (kind, format!("{what} ({}: {})", code.code(), told.message())),
+    }
+}
+
+/// Whether the server's text names the role: the user part of the URL, where a secret can be by mistake.
+fn names_the_role(told: &DbError) -> bool {
+    told.code().code().starts_with("28") || *told.code() == SqlState::TOO_MANY_CONNECTIONS
+}
+
+/// What an answer tells of the connection that it came on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It is not to be used again.
+    Connection,
+    /// Its server takes no writes: no connection that was made before is to be used again. A server that goes down closes them.
+    Server,
+}
+
+/// Judges a fault of a request.
+pub(super) fn verdict(fault: &tokio_postgres::Error) -> Option<Verdict> {
+    let told = fault.as_db_error()?;
+    let code = told.code().code();
+    let is_in_recovery = code == "55000" && told.message().contains("recovery");
+    match code {
+        _ if code == "25006" || is_in_recovery => Some(Verdict::Server),
+        _ if code.starts_with("08") || code.starts_with("57P") => Some(Verdict::Connection),
+        _ => told.parsed_severity().filter(|severity| *severity != Severity::Error).map(|_| Verdict::Connection),
+    }
 }

@@ -12,7 +12,7 @@ use tokio_postgres::types::Type;
 use tokio_postgres::{AsyncMessage, Client, Connection, NoTls, Socket};
 
 use super::config::{CONNECT_WITHIN, Config, Place, Tls};
-use super::connect::{Pool, within};
+use super::connect::{Pool, SERVER, sleep, within};
 use super::error::{error, from_answer, malformed, while_connecting};
 use crate::clock::jitter;
 use crate::error::{ErrorKind, Result};
@@ -63,8 +63,9 @@ async fn listen(
     };
     loop {
         let Some(strong) = pool.upgrade() else { return };
+        let mut watch = strong.watch();
         match subscribe(&strong.config, session).await {
-            Ok((_client, mut messages)) => {
+            Ok((_client, server, mut messages)) => {
                 let hears = hears_itself(&strong, session, &mut messages, &pushes).await;
                 drop(strong);
                 is_deaf.store(!hears, Ordering::Relaxed);
@@ -80,12 +81,19 @@ async fn listen(
                 }
                 is_first = false;
                 pause = FIRST_PAUSE;
-                while let Some(message) = messages.recv().await {
-                    is_deaf.store(false, Ordering::Relaxed);
-                    // What cannot be read is somebody else's.
-                    if let Ok(push) = read(&message) {
-                        pushes.send(push);
+                let hear = async {
+                    while let Some(message) = messages.recv().await {
+                        is_deaf.store(false, Ordering::Relaxed);
+                        // What cannot be read is somebody else's.
+                        if let Ok(push) = read(&message) {
+                            pushes.send(push);
+                        }
                     }
+                };
+                // A server that was left may keep its connections, and nothing is sent there any more.
+                tokio::select! {
+                    () = hear => {}
+                    () = watch.left(&server) => {}
                 }
             }
             Err(fault) => {
@@ -101,16 +109,23 @@ async fn listen(
     }
 }
 
-/// A connection that listens. It lives as long as the client does.
-async fn subscribe(config: &Config, session: SessionId) -> Result<(Client, mpsc::UnboundedReceiver<String>)> {
+/// A connection that listens, and what tells its server from others. It lives as long as the client does.
+async fn subscribe(config: &Config, session: SessionId) -> Result<(Client, String, mpsc::UnboundedReceiver<String>)> {
     let Place { settings, tls } = config.listen.clone().ok_or_else(malformed)?;
     let subscribed = async {
         let (client, messages) = match tls {
             Tls::None => drive(settings.connect(NoTls).await.map_err(while_connecting)?),
             Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(while_connecting)?),
         };
+        let told = client.query_typed(&format!("SELECT {SERVER}"), &[]).await.map_err(from_answer)?;
+        let told = told.first().ok_or_else(malformed)?;
+        let read = |fault| malformed().with_source(fault);
+        if told.try_get(0).map_err(read)? {
+            return Err(error(ErrorKind::Unavailable, "the server takes no writes: it is a standby now, perhaps"));
+        }
+        let server = told.try_get(1).map_err(read)?;
         client.batch_execute(&format!("LISTEN {}", channel(session))).await.map_err(from_answer)?;
-        Ok((client, messages))
+        Ok((client, server, messages))
     };
     let late = || Err(error(ErrorKind::Unavailable, format!("cannot connect: no answer within {CONNECT_WITHIN:?}")));
     within(CONNECT_WITHIN, subscribed).await.unwrap_or_else(late)
@@ -159,11 +174,6 @@ async fn hears_itself(
         false
     };
     within(ECHO_WITHIN, echo).await.unwrap_or(false)
-}
-
-#[allow(clippy::disallowed_methods, reason = "a pause between attempts to connect, not a deadline of the protocol")]
-async fn sleep(pause: Duration) {
-    tokio::time::sleep(pause).await;
 }
 
 /// `G` token fence key, or `F` token and what was lost.

@@ -10,6 +10,7 @@ mod connect;
 mod error;
 mod listen;
 mod rows;
+mod server;
 mod together;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,7 +25,7 @@ use self::borrowed::UsersPool;
 use self::config::Config;
 use self::connect::{Parameter, Pool, lock, within};
 use self::error::{NAME, from_answer, malformed};
-use self::rows::{column, granted, micros, not_after, number, parameters, span, states, time};
+use self::rows::{column, granted, micros, not_after, number, parameters, span, states, time, whole_fence};
 use self::together::{Step, Together};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::Result;
@@ -38,8 +39,11 @@ use crate::store::{
 };
 use crate::token::{SessionId, TokenId};
 
-/// The schema, with `@schema@` for its name.
+/// The schema, with `@schema@` for its name and `@foreign@` for what follows.
 const SCHEMA: &str = include_str!("schema.sql");
+
+/// Lists what makes a schema unsafe to use.
+const FOREIGN: &str = include_str!("foreign.sql");
 
 /// Housekeeping is done with a beat, not more often than this.
 const TIDY_EVERY: Duration = Duration::from_secs(10);
@@ -79,10 +83,29 @@ const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 /// `ALTER ROLE … SET default_transaction_isolation = 'read committed'`. Your own transactions may call `check_fence` in any.
 ///
 /// # Rights
-/// Who uses locks needs no right to a table. After the schema was applied, its owner gives the role of the service these:
+/// Let a role of its own own the schema, which is no superuser: the functions run with its rights. To apply the schema it
+/// needs `CREATE` on the database, and later nothing more.
+/// ```sql
+/// CREATE ROLE stanchion_owner LOGIN;
+/// GRANT CREATE ON DATABASE app TO stanchion_owner;
+/// ```
+/// A service needs no right to a table. After the schema was applied, its owner gives the role of the service these:
 /// ```sql
 #[doc = include_str!("rights.sql")]
 /// ```
+/// With these rights a service can use every key of the schema, force-release included, but it cannot write what others could
+/// not read: the functions check the limits too. Services that do not trust each other need a schema each.
+///
+/// The store refuses a schema, as misconfigured, if a part of it does not belong to its owner, if others may create in it or
+/// add triggers to its tables, or if its tables have triggers, rules or policies: such code would run within the operations. A
+/// role that may create in the database can make the schema first. Applying it tells that, and a service cannot tell it: apply
+/// the schema before the services have its name.
+///
+/// A role that may connect can take any advisory lock. The numbers that the store uses are made with a secret of the schema,
+/// so that nobody can block a key by its name. What remains: the numbers in use are shown in `pg_locks`, and a role that takes
+/// the number of a key blocks it, as long as its transaction or session lasts; calls for the key fail then with
+/// `Unavailable` after 5 s each. The owner changes all numbers with
+/// `UPDATE stanchion.meta SET secret = uuid_send(gen_random_uuid())`. Give `CONNECT` only to roles that you trust that far.
 ///
 /// # In your own transactions
 /// `stanchion.check_fence(key, fence)` goes on only while the hold with this fence is live, and keeps the key from being
@@ -190,19 +213,27 @@ impl Postgres {
         self
     }
 
-    /// The SQL that makes the schema. Idempotent.
+    /// Returns the SQL that makes the schema. Idempotent.
     pub fn schema_sql(&self) -> String {
-        SCHEMA.replace("@schema@", &self.inner.pool.config.schema)
+        self.inner.schema_sql()
     }
 
-    /// Runs [`schema_sql`](Self::schema_sql). Several may do so at once.
+    /// Runs [`schema_sql`](Self::schema_sql) in a database that can keep locks, and returns warnings: settings of the server
+    /// that may lose some. Several processes may apply it at the same time.
+    ///
+    /// The role that applies the schema owns it. A schema or a part of it that another role made is refused, because its code
+    /// would run with the rights of the role that applies.
     ///
     /// # Errors
-    /// [`ErrorKind::Unauthorized`](crate::ErrorKind::Unauthorized) without the right to create,
-    /// [`ErrorKind::Misconfigured`](crate::ErrorKind::Misconfigured) if a newer version is there,
-    /// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) if the server cannot be reached.
-    pub async fn apply_schema(&self) -> Result<()> {
-        self.inner.pool.run_script(&self.schema_sql()).await
+    /// - [`ErrorKind::Unauthorized`](crate::ErrorKind::Unauthorized) without the right to create.
+    /// - [`ErrorKind::Misconfigured`](crate::ErrorKind::Misconfigured) if a newer version or something foreign is there, or
+    ///   if the database would be refused when a handle is opened.
+    /// - [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) if the server cannot be reached.
+    ///
+    /// # Cancel safety
+    /// The script is one transaction. If this future is dropped, the transaction is done or it is not.
+    pub async fn apply_schema(&self) -> Result<Vec<String>> {
+        self.inner.apply().await
     }
 
     /// Goes on only while the hold of `key` with this fence is live, and keeps the key from being given to anybody else
@@ -224,7 +255,7 @@ impl Postgres {
     /// rolled back then.
     pub async fn check_fence(&self, transaction: &Transaction<'_>, key: &Key, fence: Fence) -> Result<()> {
         let statement = format!("SELECT {}.check_fence($1,$2,$3)", self.inner.pool.config.schema);
-        let fence = i64::try_from(fence.get()).unwrap_or(i64::MAX);
+        let fence = whole_fence(fence);
         let parameters = parameters![key.name() => TEXT, fence => INT8, key.namespace() => TEXT];
         transaction
             .query_typed(&statement, parameters)
@@ -236,6 +267,10 @@ impl Postgres {
 }
 
 impl Inner {
+    fn schema_sql(&self) -> String {
+        SCHEMA.replace("@foreign@", FOREIGN).replace("@schema@", &self.pool.config.schema)
+    }
+
     /// The rows of a function of the schema.
     async fn rows(&self, function: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
         self.pool.ask(&self.call(function, parameters.len()), parameters).await
@@ -452,7 +487,7 @@ impl Store for Postgres {
     }
 
     async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
-        let fence = i64::try_from(request.fence.get()).unwrap_or(i64::MAX);
+        let fence = whole_fence(request.fence);
         let parameters = parameters![request.key.as_encoded() => TEXT, fence => INT8, request.reason => TEXT];
         let row = self.inner.step("evict", parameters).await?;
         let outcome = match column(&row, "outcome")? {

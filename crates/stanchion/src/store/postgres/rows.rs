@@ -28,6 +28,11 @@ pub(super) fn not_after(time: StoreTime) -> i64 {
     i64::try_from(time.as_micros()).unwrap_or(i64::MAX)
 }
 
+/// A fence as the database has it. One that it cannot have is none that it has.
+pub(super) fn whole_fence(fence: Fence) -> i64 {
+    i64::try_from(fence.get()).unwrap_or(-1)
+}
+
 pub(super) fn span(micros: i64) -> Duration {
     Duration::from_micros(u64::try_from(micros).unwrap_or(0))
 }

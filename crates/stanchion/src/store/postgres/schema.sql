@@ -6,8 +6,31 @@
 
 BEGIN ISOLATION LEVEL READ COMMITTED;
 
--- One at a time applies it.
+-- Names that are not qualified are the server's. Another role could have put its own before them.
+SET LOCAL search_path = pg_catalog, pg_temp;
+
+-- One at a time applies it. Every role can take this lock: it is not waited for without an end.
+SET LOCAL lock_timeout = '60s';
 SELECT pg_advisory_xact_lock(hashtextextended('stanchion schema', 0));
+
+-- Another role may have made the schema, or a part of it, before. Its code would run with the rights of the role that applies
+-- this script, so nothing that is there is touched before its owner is known.
+DO $$
+DECLARE
+  owner name;
+  wrong text;
+BEGIN
+  SELECT pg_get_userbyid(n.nspowner) INTO owner FROM pg_namespace n WHERE n.oid = to_regnamespace('@schema@');
+  IF owner <> current_user THEN
+    RAISE EXCEPTION 'the schema belongs to %: apply it as that role, or name another schema', owner USING ERRCODE = 'SF005';
+  END IF;
+  SELECT string_agg(w.wrong, '; ') INTO wrong FROM (SELECT f.wrong FROM (
+@foreign@
+  ) f LIMIT 3) w;
+  IF wrong IS NOT NULL THEN
+    RAISE EXCEPTION '%', wrong USING ERRCODE = 'SF005';
+  END IF;
+END $$;
 
 DO $$
 DECLARE
@@ -18,7 +41,7 @@ BEGIN
   END IF;
   IF to_regclass('@schema@.meta') IS NOT NULL THEN
     SELECT version INTO found FROM @schema@.meta;
-    IF found > 4 THEN
+    IF found > 5 THEN
       RAISE EXCEPTION 'the schema is of version %, newer than this program: update the program', found
         USING ERRCODE = 'SF003';
     END IF;
@@ -36,6 +59,8 @@ CREATE TABLE IF NOT EXISTS @schema@.meta (
   -- Housekeeping goes through the keys in order, and is here.
   tidied_to text COLLATE "C" NOT NULL DEFAULT ''
 );
+-- Only the owner can read it: see `turn`.
+ALTER TABLE @schema@.meta ADD COLUMN IF NOT EXISTS secret bytea NOT NULL DEFAULT uuid_send(gen_random_uuid());
 
 -- A process. It lives until `expires`, and never again after that.
 CREATE TABLE IF NOT EXISTS @schema@.sessions (
@@ -108,6 +133,42 @@ CREATE INDEX IF NOT EXISTS forced_key ON @schema@.forced (key);
 CREATE OR REPLACE FUNCTION @schema@.clock() RETURNS bigint LANGUAGE sql VOLATILE AS
 $$ SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint $$;
 
+-- The limits that the documentation of the store states. The steps check them, because rights to the steps are no rights to
+-- write what others cannot read. A span may be a little longer than 30 days: a term is sent with its grace.
+CREATE OR REPLACE FUNCTION @schema@.is_span(span bigint) RETURNS boolean LANGUAGE sql IMMUTABLE AS
+$$ SELECT span BETWEEN 1 AND 2721610000000 $$;
+
+CREATE OR REPLACE FUNCTION @schema@.is_request(
+  token bytea, session bytea, units integer, capacity integer, bound boolean, term bigint, enqueue boolean,
+  not_after bigint, metadata text, trace text
+) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+  SELECT octet_length(token) = 16 AND octet_length(session) = 16 AND units BETWEEN 1 AND capacity
+    AND bound IS NOT NULL AND (bound OR term IS NOT NULL) AND (term IS NULL OR @schema@.is_span(term))
+    AND enqueue IS NOT NULL AND not_after >= 0
+    AND (metadata IS NULL OR octet_length(metadata) <= 4096) AND (trace IS NULL OR octet_length(trace) <= 4096)
+$$;
+
+-- As `Key::from_encoded` reads it. A key of a store with a prefix is longer than a user's.
+CREATE OR REPLACE FUNCTION @schema@.is_key(wanted text) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  length integer;
+  rest bytea;
+BEGIN
+  IF octet_length(wanted) > 1024 OR wanted !~ '^([1-9][0-9]?[0-9]?)?:' THEN RETURN false; END IF;
+  length := coalesce(nullif(split_part(wanted, ':', 1), ''), '0');
+  rest := convert_to(substr(wanted, strpos(wanted, ':') + 1), 'UTF8');
+  IF length > 255 OR octet_length(rest) <= length THEN RETURN false; END IF;
+  -- The name begins where a character does.
+  RETURN get_byte(rest, length) & 192 <> 128;
+END $$;
+
+CREATE OR REPLACE FUNCTION @schema@.refuse_unless(fits boolean, what text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  IF fits IS NOT TRUE THEN
+    RAISE EXCEPTION '% is outside of the limits', what USING ERRCODE = 'SF006';
+  END IF;
+END $$;
+
 -- Where a function looks into a table, it is not in SQL: such a one is planned anew with each call.
 CREATE OR REPLACE FUNCTION @schema@.lives(wanted bytea, at bigint) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
 #variable_conflict use_variable
@@ -161,6 +222,8 @@ BEGIN
       CONTINUE;
     END IF;
     EXIT WHEN rec.closed_until IS NOT NULL;
+    -- There is no next fence. Whoever asks is told; what is held can be given back.
+    EXIT WHEN rec.fence = 9223372036854775807;
     SELECT coalesce(sum(h.units), 0) INTO used FROM @schema@.holds h WHERE h.key = rec.key;
     EXIT WHEN used + first.units > first.capacity;
     DELETE FROM @schema@.queue q WHERE q.key = rec.key AND q.place = first.place;
@@ -176,9 +239,13 @@ END $$;
 
 -- Which advisory lock the steps on a key take in turn, before they touch its row. Those who wait for a row alone overtake
 -- each other, and one may wait for ever. It is a lock of the transaction, not of the connection; two keys that share one
--- only wait for each other.
-CREATE OR REPLACE FUNCTION @schema@.turn(wanted text) RETURNS bigint LANGUAGE sql IMMUTABLE AS
-$$ SELECT pg_catalog.hashtextextended('@schema@ ' || wanted, 0) $$;
+-- only wait for each other. Every role of the database can take an advisory lock, so its number cannot be guessed without
+-- the secret.
+CREATE OR REPLACE FUNCTION @schema@.turn(wanted text, secret bytea) RETURNS bigint LANGUAGE sql STABLE AS $$
+  SELECT pg_catalog.hashtextextended(pg_catalog.encode(
+    pg_catalog.sha256(secret || pg_catalog.convert_to('@schema@ ' || wanted, 'UTF8')), 'hex'), 0)
+$$;
+DROP FUNCTION IF EXISTS @schema@.turn(text);
 
 -- A step that waited must see what was committed meanwhile. In a transaction with one snapshot the clock would go on and
 -- the sessions would not: who lives would count as dead. A function cannot change that, so it refuses.
@@ -190,6 +257,14 @@ BEGIN
   END IF;
 END $$;
 
+-- A server that takes no writes is a standby, or was the primary before a failover. A look at it would show the past.
+CREATE OR REPLACE FUNCTION @schema@.sees_the_present() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  IF pg_catalog.current_setting('transaction_read_only') = 'on' THEN
+    RAISE EXCEPTION 'a look is not done in a read-only transaction' USING ERRCODE = '25006';
+  END IF;
+END $$;
+
 -- Locks the record of a key, and settles it. All that is known of its holds is in `holds` then. `put` is to follow.
 CREATE OR REPLACE FUNCTION @schema@.take(wanted text) RETURNS @schema@.keys LANGUAGE plpgsql AS $$
 #variable_conflict use_variable
@@ -197,10 +272,11 @@ DECLARE
   rec @schema@.keys;
 BEGIN
   PERFORM @schema@.sees_what_is_new();
-  PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted));
+  PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted, m.secret)) FROM @schema@.meta m;
   LOOP
     SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted FOR UPDATE;
     EXIT WHEN FOUND;
+    PERFORM @schema@.refuse_unless(@schema@.is_key(wanted), 'the key');
     INSERT INTO @schema@.keys (key) VALUES (wanted) ON CONFLICT DO NOTHING;
   END LOOP;
   IF rec.fence IS NULL THEN
@@ -273,8 +349,10 @@ DECLARE
   dropped integer;
 BEGIN
   PERFORM @schema@.sees_what_is_new();
+  PERFORM @schema@.refuse_unless(@schema@.is_request(asked_token, asked_session, asked_units, asked_capacity, asked_bound,
+    asked_term, enqueue, not_after, asked_metadata, asked_trace), 'a part of the request');
   -- Also before the short way: an update that finds the row changed leaves it locked.
-  PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted));
+  PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted, m.secret)) FROM @schema@.meta m;
   IF asked_capacity = 1 AND asked_bound AND asked_term IS NULL THEN
     UPDATE @schema@.keys k SET fence = greatest(@schema@.clock(), k.fence + 1), token = asked_token,
       session = asked_session, at = @schema@.clock(), metadata = asked_metadata, trace = asked_trace
@@ -315,6 +393,8 @@ BEGIN
     number := @schema@.ahead(wanted, place);
   ELSIF at > not_after THEN
     outcome := 'stale';
+  ELSIF rec.fence = 9223372036854775807 THEN
+    PERFORM @schema@.next_fence(rec.fence);
   ELSIF in_use <> asked_capacity THEN
     outcome := 'mismatch';
     number := in_use;
@@ -395,6 +475,7 @@ DECLARE
   rec @schema@.keys;
   aheads bigint[];
 BEGIN
+  PERFORM @schema@.sees_the_present();
   -- A look without a lock, for the many that hold or wait: is it as it was?
   SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted;
   IF asked = ARRAY[rec.token] AND @schema@.lives(rec.session, now) THEN
@@ -410,6 +491,7 @@ BEGIN
                       (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > now)))
     AND @schema@.lives((SELECT q.session FROM @schema@.queue q WHERE q.key = wanted ORDER BY q.place LIMIT 1), now)
   THEN
+    IF rec.fence = 9223372036854775807 THEN PERFORM @schema@.next_fence(rec.fence); END IF;
     RETURN QUERY SELECT now, @schema@.check_in(rec, now), NULL::bigint, NULL::bigint, NULL::bigint;
     RETURN QUERY SELECT NULL::bigint, NULL::bigint, NULL::bigint, NULL::bigint, a.ahead FROM unnest(aheads) a (ahead);
     RETURN;
@@ -417,6 +499,11 @@ BEGIN
   rec := @schema@.take(wanted);
   now := @schema@.clock();
   aheads := @schema@.places(wanted, asked, now);
+  IF rec.fence = 9223372036854775807 AND array_remove(aheads, NULL) <> '{}'
+    AND NOT EXISTS (SELECT FROM @schema@.holds h WHERE h.key = wanted AND h.token = ANY (asked))
+  THEN
+    PERFORM @schema@.next_fence(rec.fence);
+  END IF;
   RETURN QUERY SELECT now, @schema@.check_in(rec, now), NULL::bigint, NULL::bigint, NULL::bigint;
   RETURN QUERY SELECT NULL::bigint, NULL::bigint, h.fence, h.deadline - now, a.ahead
     FROM unnest(asked, aheads) WITH ORDINALITY a (token, ahead, nth)
@@ -448,7 +535,8 @@ DECLARE
   passed integer;
 BEGIN
   PERFORM @schema@.sees_what_is_new();
-  PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted));
+  PERFORM @schema@.refuse_unless(cooldown IS NULL OR cooldown = 0 OR @schema@.is_span(cooldown), 'the cooldown');
+  PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted, m.secret)) FROM @schema@.meta m;
   IF cooldown IS NULL THEN
     UPDATE @schema@.keys k SET token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL
     FROM @schema@.sessions s
@@ -524,12 +612,20 @@ CREATE OR REPLACE FUNCTION @schema@.together(
   SET enable_bitmapscan = off AS $$
 #variable_conflict use_column
 DECLARE
-  until bigint := @schema@.clock() + 10000;
+  until bigint;
   easy bigint[] := '{}';
+  secret bytea := (SELECT m.secret FROM @schema@.meta m);
 BEGIN
   PERFORM @schema@.sees_what_is_new();
+  PERFORM @schema@.refuse_unless(cardinality(keys) <= 256, 'the number of steps');
+  PERFORM @schema@.refuse_unless(NOT EXISTS (
+    SELECT FROM unnest(tokens, sessions, units, capacities, bounds, terms, enqueues, latest, metadata, traces)
+      a (token, session, units, capacity, bound, term, enqueue, not_after, metadata, trace)
+    WHERE a.session IS NOT NULL AND @schema@.is_request(a.token, a.session, a.units, a.capacity, a.bound, a.term, a.enqueue,
+      a.not_after, a.metadata, a.trace) IS NOT TRUE), 'a part of a request');
+  until := @schema@.clock() + 10000;
   IF waits THEN
-    PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(keys[1]));
+    PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(keys[1], secret));
     -- Nobody else's keys are in its hands.
     until := @schema@.clock() + 50000;
   END IF;
@@ -538,7 +634,7 @@ BEGIN
     WITH asked AS MATERIALIZED (
       SELECT a.key, a.token, a.place
       FROM unnest(keys, tokens, sessions, cooldowns) WITH ORDINALITY a (key, token, session, cooldown, place)
-      WHERE a.session IS NULL AND a.cooldown IS NULL AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key))
+      WHERE a.session IS NULL AND a.cooldown IS NULL AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key, secret))
     )
     UPDATE @schema@.keys k SET token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL
     FROM asked, @schema@.sessions s
@@ -556,7 +652,7 @@ BEGIN
       SELECT DISTINCT ON (a.key) a.*
       FROM unnest(keys, tokens, sessions, capacities, bounds, terms, latest, metadata, traces)
         WITH ORDINALITY a (key, token, session, capacity, bound, term, not_after, metadata, trace, place)
-      WHERE a.capacity = 1 AND a.bound AND a.term IS NULL AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key))
+      WHERE a.capacity = 1 AND a.bound AND a.term IS NULL AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key, secret))
       ORDER BY a.key, a.place
     )
     UPDATE @schema@.keys k SET fence = greatest(@schema@.clock(), k.fence + 1), token = asked.token,
@@ -578,7 +674,7 @@ BEGIN
     ORDER BY a.place
   LOOP
     EXIT WHEN @schema@.clock() > until AND NOT (waits AND place = 1);
-    CONTINUE WHEN NOT pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(keys[place]));
+    CONTINUE WHEN NOT pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(keys[place], secret));
     IF sessions[place] IS NULL THEN
       SELECT f.outcome, f.at, NULL, NULL, NULL, NULL INTO outcome, at, fence, remaining, number, check_in
       FROM @schema@.finish(keys[place], tokens[place], cooldowns[place]) f;
@@ -600,6 +696,7 @@ CREATE OR REPLACE FUNCTION @schema@.extend(
 DECLARE
   rec @schema@.keys;
 BEGIN
+  PERFORM @schema@.refuse_unless(@schema@.is_span(ttl), 'the term');
   rec := @schema@.take(wanted);
   at := @schema@.clock();
   UPDATE @schema@.holds h SET deadline = at + ttl
@@ -618,6 +715,8 @@ DECLARE
   rec @schema@.keys;
   hold @schema@.holds;
 BEGIN
+  PERFORM @schema@.refuse_unless(octet_length(to_token) = 16 AND octet_length(by_session) = 16 AND not_after >= 0,
+    'a part of the request');
   rec := @schema@.take(wanted);
   at := @schema@.clock();
   SELECT * INTO hold FROM @schema@.holds h WHERE h.key = wanted AND h.token = to_token;
@@ -649,12 +748,14 @@ DECLARE
   rec @schema@.keys;
   hold @schema@.holds;
 BEGIN
+  PERFORM @schema@.refuse_unless(octet_length(why) <= 4096, 'the reason');
   rec := @schema@.take(wanted);
   at := @schema@.clock();
   DELETE FROM @schema@.holds h WHERE h.key = wanted AND h.fence = asked_fence RETURNING h.* INTO hold;
   IF FOUND THEN
     outcome := 'evicted';
-    rec.fence := @schema@.next_fence(rec.fence);
+    -- Above the highest there is nothing to be granted.
+    IF rec.fence < 9223372036854775807 THEN rec.fence := @schema@.next_fence(rec.fence); END IF;
     IF @schema@.lives(hold.session, at) THEN
       INSERT INTO @schema@.forced VALUES (hold.token, hold.session, wanted, why, at) ON CONFLICT DO NOTHING;
     END IF;
@@ -677,6 +778,8 @@ CREATE OR REPLACE FUNCTION @schema@.open_session(
   SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 BEGIN
+  PERFORM @schema@.refuse_unless(octet_length(asked) = 16 AND @schema@.is_span(lives_for) AND octet_length(who) <= 128,
+    'a part of the session');
   at := @schema@.clock();
   INSERT INTO @schema@.sessions VALUES (asked, who, lives_for, at + lives_for) ON CONFLICT DO NOTHING;
   outcome := CASE WHEN @schema@.lives(asked, @schema@.clock()) THEN 'opened' ELSE 'gone' END;
@@ -705,6 +808,7 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.session_lives(asked bytea, OUT at bigint, OUT alive boolean)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+  PERFORM @schema@.sees_the_present();
   at := @schema@.clock();
   alive := @schema@.lives(asked, at);
 END $$;
@@ -716,11 +820,13 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
   SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 DECLARE
+  secret bytea := (SELECT m.secret FROM @schema@.meta m);
   touched text;
   rec @schema@.keys;
   dropped integer;
 BEGIN
   PERFORM @schema@.sees_what_is_new();
+  PERFORM @schema@.refuse_unless(octet_length(asked) = 16, 'the session');
   at := @schema@.clock();
   -- A row also where there was none: nobody opens it after this.
   INSERT INTO @schema@.sessions AS s VALUES (asked, '', 60000000, at)
@@ -732,7 +838,7 @@ BEGIN
       OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = q.key AND h.session = asked)
     ORDER BY q.key LIMIT 1000
   LOOP
-    CONTINUE WHEN NOT pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(touched));
+    CONTINUE WHEN NOT pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(touched, secret));
     rec := @schema@.take(touched);
     DELETE FROM @schema@.queue q WHERE q.key = touched AND q.session = asked;
     GET DIAGNOSTICS dropped = ROW_COUNT;
@@ -776,9 +882,10 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
   SET enable_bitmapscan = off AS $$
 #variable_conflict use_variable
 BEGIN
+  PERFORM @schema@.sees_the_present();
   -- Only where somebody waits does settling change what is to be seen. A look waits for nobody's turn.
   IF EXISTS (SELECT FROM @schema@.keys k WHERE k.key = wanted AND k.waiting > 0)
-    AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(wanted))
+    AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(wanted, (SELECT m.secret FROM @schema@.meta m)))
   THEN
     PERFORM @schema@.put(@schema@.take(wanted));
   END IF;
@@ -799,6 +906,7 @@ DECLARE
   listed bigint := 0;
   one text;
 BEGIN
+  PERFORM @schema@.sees_the_present();
   RETURN QUERY SELECT now, 'time'::text, ''::text, NULL::bigint, NULL::text, NULL::integer, NULL::integer,
     NULL::boolean, NULL::bigint, NULL::bigint, NULL::text, NULL::text;
   FOR one IN
@@ -830,7 +938,7 @@ DECLARE
   now bigint;
 BEGIN
   -- In turn with the steps, which wait for no row. The row as well: an older snapshot than the step before is refused.
-  PERFORM pg_catalog.pg_advisory_xact_lock_shared(@schema@.turn(wanted));
+  PERFORM pg_catalog.pg_advisory_xact_lock_shared(@schema@.turn(wanted, m.secret)) FROM @schema@.meta m;
   SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted FOR SHARE;
   now := @schema@.clock();
   IF rec.token IS NOT NULL AND rec.fence = check_fence.fence AND @schema@.lives(rec.session, now) THEN RETURN; END IF;
@@ -850,6 +958,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
+  secret bytea := (SELECT m.secret FROM @schema@.meta m);
   tidied text;
   last text;
   rec @schema@.keys;
@@ -873,7 +982,7 @@ BEGIN
   LOOP
     settled := settled + 1;
     IF settled = 200 THEN last := rec.key; END IF;
-    IF pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(rec.key)) THEN
+    IF pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(rec.key, secret)) THEN
       PERFORM FROM @schema@.keys k WHERE k.key = rec.key FOR UPDATE SKIP LOCKED;
       IF FOUND THEN PERFORM @schema@.put(@schema@.take(rec.key)); END IF;
     END IF;
@@ -895,6 +1004,7 @@ END $$;
 
 -- The rights of the steps are given by name; the rest is for the owner alone.
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA @schema@ FROM PUBLIC;
+REVOKE ALL ON ALL TABLES IN SCHEMA @schema@ FROM PUBLIC;
 
 -- A step that an older version did not have, or had otherwise, is for those who may take the others.
 DO $$
@@ -909,6 +1019,6 @@ BEGIN
   END LOOP;
 END $$;
 
-INSERT INTO @schema@.meta (version) VALUES (4) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
+INSERT INTO @schema@.meta (version) VALUES (5) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
 
 COMMIT;

@@ -14,6 +14,7 @@
 //! those behind go on.
 
 use std::collections::{HashMap, VecDeque};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,9 +43,12 @@ const MOST_STEPS: usize = 64;
 /// A request that waits for nobody is given up after this time: who stands in line must not wait for a link that is dead.
 const GIVEN_UP_AFTER: Duration = Duration::from_secs(3);
 
-/// The same for one that waits for the turn of its key: the server gives up first, and says so. It is given up as soon as
-/// nobody waits for its answer.
+/// The same for one that waits for the turn of its key: the server gives up first, and says so.
 const TURN_WITHIN: Duration = Duration::from_secs(6);
+
+/// Time after which a request is given up that nobody waits for any more. Until then those behind it wait: what ends one of its
+/// tokens would overtake it on another connection, and would have to be repeated.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(1);
 
 /// A step that can go with others.
 #[derive(Debug)]
@@ -320,10 +324,16 @@ impl Request {
         let (steps, mut outcomes): (Vec<_>, Vec<_>) = steps.into_iter().unzip();
         let limit = if self.way == Way::Many { GIVEN_UP_AFTER } else { TURN_WITHIN };
         let late = || Err(error(ErrorKind::NetworkTimeout, format!("no answer within {limit:?}")).in_doubt(true));
-        let rows = tokio::select! {
-            biased;
-            rows = within(limit, self.ask(&steps)) => rows.unwrap_or_else(late),
-            () = all_gave_up(&mut outcomes) => return,
+        let rows = {
+            let mut asking = pin!(within(limit, self.ask(&steps)));
+            tokio::select! {
+                biased;
+                rows = &mut asking => rows.unwrap_or_else(late),
+                () = all_gave_up(&mut outcomes) => {
+                    let _forgotten = within(FORGOTTEN_AFTER, asking).await;
+                    return;
+                }
+            }
         };
         match rows {
             Ok(rows) => {
