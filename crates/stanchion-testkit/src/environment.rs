@@ -132,10 +132,15 @@ impl<S: Store> Environment<S> {
 
     /// The actor's process ends without a word.
     pub async fn dies(&self, actor: Actor<S>) {
-        let (ttl, liveness) = (actor.ttl, actor.store.capabilities().liveness);
+        let (ttl, session, liveness) = (actor.ttl, actor.session, actor.store.capabilities().liveness);
         drop(actor);
-        if liveness == Liveness::Beat {
-            self.pass(ttl + Duration::from_millis(20)).await;
+        match liveness {
+            // A store that is dropped inside a runtime ends its sessions in the background. A process that dies is faster.
+            Liveness::Process => {
+                let observer = self.open();
+                until("the session is dead", async || !observer.session_lives(session).await.unwrap().outcome).await;
+            }
+            _ => self.pass(ttl + Duration::from_millis(20)).await,
         }
     }
 }

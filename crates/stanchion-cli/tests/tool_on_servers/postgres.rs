@@ -97,7 +97,8 @@ fn a_schema_of_another_role_is_misconfigured() {
     let world = World::new();
     let apply = || world.stanchion(["schema", "--apply", "--store", &server.url()]).finish();
     apply().code(78).says(&["the schema belongs to mallory"]);
-    server.psql("DROP SCHEMA stanchion; CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0");
+    server.psql("DROP SCHEMA stanchion");
+    server.psql("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0");
     apply().code(0);
     let latin = server.url().replace("/postgres", "/latin");
     world.stanchion(["schema", "--apply", "--store", &latin]).finish().code(78).says(&["is not in UTF-8"]);

@@ -481,7 +481,8 @@ pub async fn a_leader_resigns_and_the_next_in_line_leads<S: Store>(env: &Environ
     assert!(second.term() > term && second.is_leader());
     // A leader that is deposed knows it.
     one.force_release("office", second.term(), "for a test").await.unwrap();
-    assert_eq!(second.lost().await, LossCause::Forced);
+    // The poll that confirms its grant may find out first.
+    assert!(matches!(second.lost().await, LossCause::Forced | LossCause::Missing));
     assert!(!second.is_leader() && second.check().is_err());
     // It leads anew until its work is done.
     let terms = AtomicI64::new(0);

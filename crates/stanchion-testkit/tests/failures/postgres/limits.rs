@@ -53,7 +53,7 @@ fn functions_refuse_values_outside_the_limits() {
          NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL)"
             .to_owned(),
         format!("stanchion.finish('no colon', {s16}, NULL)"),
-        format!("stanchion.finish(':k', {s16}, 0)"),
+        format!("stanchion.finish(':k', {s16}, -1)"),
         format!("stanchion.finish(':k', {s16}, {})", most + 1),
         format!("stanchion.poll('no colon', {s16})"),
         format!("stanchion.extend(':k', {s16}, 0)"),

@@ -545,7 +545,7 @@ DECLARE
   passed integer;
 BEGIN
   PERFORM @schema@.sees_what_is_new();
-  PERFORM @schema@.refuse_unless(cooldown IS NULL OR @schema@.is_span(cooldown), 'the cooldown');
+  PERFORM @schema@.refuse_unless(cooldown IS NULL OR cooldown = 0 OR @schema@.is_span(cooldown), 'the cooldown');
   PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted, m.secret)) FROM @schema@.meta m;
   IF cooldown IS NULL THEN
     UPDATE @schema@.keys k SET token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL
