@@ -100,6 +100,6 @@ fn a_schema_of_another_role_is_misconfigured() {
     server.psql("DROP SCHEMA stanchion");
     server.psql("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0");
     apply().code(0);
-    let latin = server.url().replace("/postgres", "/latin");
+    let latin = format!("{}/latin", server.url().rsplit_once('/').unwrap().0);
     world.stanchion(["schema", "--apply", "--store", &latin]).finish().code(78).says(&["is not in UTF-8"]);
 }
