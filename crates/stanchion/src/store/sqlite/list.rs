@@ -1,5 +1,6 @@
 //! Lists keys, a page at a time, and reads what there is to show of one. Nothing is settled: what is over is left out.
 
+use std::borrow::Cow;
 use std::time::{Duration, SystemTime};
 
 use rusqlite::{Row, params};
@@ -74,7 +75,11 @@ impl Tx<'_> {
                 break;
             }
             looked += 1;
-            match self.listed(row, &name) {
+            let listed = match &name {
+                Cow::Borrowed(name) => self.listed(row, name),
+                Cow::Owned(_) => Err(Unreadable::Entry("its name is not UTF-8".into())),
+            };
+            match listed {
                 Ok(Some(state)) => {
                     shown += state.holders.len() + state.waiters.len();
                     listing.keys.push(state);
