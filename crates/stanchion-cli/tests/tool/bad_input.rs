@@ -185,7 +185,6 @@ fn low_limits_are_errors_with_a_cause() {
 }
 
 #[test]
-#[ignore = "`Locks::open` panics without a thread until that is mended in the library"]
 fn low_thread_limits_are_errors_with_a_cause() {
     if !rustix::process::geteuid().is_root() {
         return eprintln!("NOT TESTED: only root can be another user, whose threads are counted");
