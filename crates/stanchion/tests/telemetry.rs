@@ -67,6 +67,10 @@ async fn everything(shown: ShownKeys) {
     faults.next(Step::Release, Fault::Fail(stanchion::ErrorKind::Unavailable));
     drop(locks.lock("secret-name").await.unwrap());
     until("it is free", async || !locks.is_locked("secret-name").await.unwrap()).await;
+    // Holders and a request that disagree about the limit.
+    let two = locks.semaphore("secret-name", 3).permits(2).await.unwrap();
+    assert!(locks.semaphore("secret-name", 5).permits(2).try_acquire().await.unwrap().is_none());
+    two.release().await.unwrap();
     // The session goes, with what it holds.
     let session = locks.session().unwrap();
     let guard = locks.lock("secret-name").await.unwrap();

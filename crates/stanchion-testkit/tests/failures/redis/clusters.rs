@@ -210,6 +210,7 @@ fn nodes_without_a_name_are_found() {
 
 /// A slot that no node serves, where the others go on: nobody asks for the map all the time.
 #[test]
+#[ignore = "long"]
 fn a_slot_without_a_server_is_not_looked_for_in_haste() {
     let cluster = RedisCluster::start(Kind::Redis7, false);
     let nodes = cluster.nodes();
