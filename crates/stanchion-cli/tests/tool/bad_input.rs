@@ -197,7 +197,7 @@ fn low_thread_limits_are_errors_with_a_cause() {
         std::process::Command::new("cp").arg(env!("CARGO_BIN_EXE_stanchion")).arg(world.path("stanchion")).status();
     assert!(copied.unwrap().success());
     let mut codes = Vec::new();
-    for limit in 1..16 {
+    for limit in (1..16).chain([24, 32, 48]) {
         let mut command = std::process::Command::new("prlimit");
         command.arg(format!("--nproc={limit}")).arg("setpriv");
         command.args([format!("--reuid={user}"), format!("--regid={user}"), "--clear-groups".to_owned()]);

@@ -10,7 +10,7 @@ use stanchion::{Fence, Key, Store, TokenId};
 
 use crate::environment::{Actor, Environment, key};
 
-const SHORT: Duration = Duration::from_millis(1_200);
+const SHORT: Duration = Duration::from_secs(2);
 const MINUTE: Duration = Duration::from_secs(60);
 
 async fn force<S: Store>(actor: &Actor<S>, key: &Key, fence: Fence) -> EvictOutcome {

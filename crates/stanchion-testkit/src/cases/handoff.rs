@@ -10,7 +10,7 @@ use stanchion::{Store, TokenId};
 
 use crate::environment::{Actor, Environment, key, until};
 
-const SHORT: Duration = Duration::from_millis(1_200);
+const SHORT: Duration = Duration::from_secs(2);
 
 fn taking<S: Store>(actor: &Actor<S>, units: u32) -> AcquireRequest {
     AcquireRequest { demand: Demand::new(units, 3).unwrap(), ..actor.request(&key("k")) }

@@ -9,7 +9,7 @@ use stanchion::{Store, TokenId};
 
 use crate::environment::{Actor, Environment, key};
 
-const SHORT: Duration = Duration::from_millis(1_200);
+const SHORT: Duration = Duration::from_secs(2);
 const MINUTE: Duration = Duration::from_secs(60);
 
 fn fixed<S: Store>(actor: &Actor<S>, ttl: Duration) -> AcquireRequest {

@@ -7,7 +7,7 @@ use stanchion::{Key, Store};
 
 use crate::environment::{Actor, Environment, key, list_all, read_pages, until};
 
-const SHORT: Duration = Duration::from_millis(1_200);
+const SHORT: Duration = Duration::from_secs(2);
 
 async fn listed<S: Store>(actor: &Actor<S>, prefix: &str) -> Vec<String> {
     actor.lists(prefix).await.iter().map(|state| state.key.name().to_owned()).collect()

@@ -7,7 +7,7 @@ use stanchion::store::{AcquireOutcome, AcquireRequest, Demand, EndOutcome, MAX_W
 
 use crate::environment::{Actor, Environment, key, until};
 
-const SHORT: Duration = Duration::from_millis(1_200);
+const SHORT: Duration = Duration::from_secs(2);
 
 fn demanding<S: Store>(actor: &Actor<S>, demand: Demand) -> AcquireRequest {
     AcquireRequest { demand, ..actor.request(&key("k")) }

@@ -10,7 +10,7 @@ use stanchion::{SessionId, Store};
 use crate::Environment;
 use crate::environment::{key, until};
 
-const SHORT: Duration = Duration::from_millis(1_200);
+const SHORT: Duration = Duration::from_secs(2);
 
 pub async fn opening_a_session_again_is_the_same_session<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;

@@ -7,7 +7,7 @@ use stanchion::store::{AcquireOutcome, AcquireRequest, Demand, EndOutcome, Exten
 
 use crate::environment::{Actor, Environment, key, until};
 
-const SHORT: Duration = Duration::from_millis(1_200);
+const SHORT: Duration = Duration::from_secs(2);
 const BIT: Duration = Duration::from_millis(10);
 const MINUTE: Duration = Duration::from_secs(60);
 
