@@ -300,9 +300,10 @@ async fn keep(held: Held, inbox: &mut UnboundedReceiver<Command>, tell: &impl Fn
     }
 }
 
-/// The reason of a loss, among what has happened so far: that of a forced release, or else the newest warning of the store.
+/// Returns the reason of a loss, among what has happened so far: that of a forced release, or the store's newest warning if
+/// the loss came from the end of the session.
 async fn what_was_said(fence: Fence, happenings: &mut EventStream) -> Option<String> {
-    let mut warning = None;
+    let (mut warning, mut session_ended) = (None, false);
     loop {
         let happening = tokio::select! {
             biased;
@@ -313,9 +314,12 @@ async fn what_was_said(fence: Fence, happenings: &mut EventStream) -> Option<Str
             Some(stanchion::Event::Lost { fence: lost, reason: Some(reason), .. }) if lost == fence => {
                 return Some(reason);
             }
+            Some(stanchion::Event::Lost { fence: lost, cause, .. }) if lost == fence => {
+                session_ended = cause == LossCause::SessionExpired;
+            }
             Some(stanchion::Event::Warning { message }) => warning = Some(message),
             Some(_) => {}
-            None => return warning,
+            None => return warning.filter(|_| session_ended),
         }
     }
 }
