@@ -1,4 +1,4 @@
-//! What many waiting calls of one process cost: the processor time of their process and of the server while nothing happens,
+//! Measures the cost of many waiting calls of one process: the processor time of their process and of the server while nothing happens,
 //! and the time that serving them takes.
 
 use std::io::{BufRead as _, BufReader, Write as _};

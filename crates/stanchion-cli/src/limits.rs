@@ -1,4 +1,4 @@
-//! What the system has to allow, checked before anything is begun.
+//! Checks that the system allows enough descriptors, before anything is begun.
 
 use rustix::fs::{Mode, OFlags};
 

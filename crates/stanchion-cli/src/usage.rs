@@ -31,7 +31,7 @@ pub(crate) fn answer(error: &clap::Error) -> u8 {
     }
 }
 
-/// What is wrong with these arguments. They are parsed as they may be shown, because clap quotes them, and one may be a URL
+/// Returns the usage error of these arguments. They are parsed as they may be shown, because clap quotes them, and one may be a URL
 /// with a password.
 fn explain(arguments: impl Iterator<Item = OsString>) -> String {
     let shown: Vec<OsString> = arguments

@@ -232,7 +232,7 @@ fn pass(mut from: TcpStream, mut to: TcpStream, is_request: bool, faults: &Fault
 #[derive(Debug, Default)]
 struct CommandFilter {
     refused: Vec<(String, String)>,
-    /// What came of a command that has not come whole yet.
+    /// The received bytes of an incomplete command.
     begun: Vec<u8>,
     passed: Vec<u8>,
 }

@@ -1,4 +1,4 @@
-//! What a store must do with one key, in its simplest form: the rule alone, without time, sessions and fences.
+//! A reference for the behaviour of a store on one key, in its simplest form: the rule alone, without time, sessions and fences.
 //!
 //! Written apart from [`Demand::fits`], so that a store that uses that is checked too.
 

@@ -1,4 +1,4 @@
-//! Tokens and session names: 128 random bits each.
+//! Tokens and session names: 128 bits each. A session name is random; a token has 96 random bits and a mark of its session.
 
 use std::collections::HashMap;
 use std::fmt;

@@ -51,7 +51,7 @@ pub(crate) struct Supervisor<'a> {
     refused: Refused,
 }
 
-/// What the system does not let this process do to the command.
+/// Whether the system refused to signal or to end the command, as far as that was reported.
 #[derive(Clone, Copy, Debug, Default)]
 struct Refused {
     /// A signal could not be sent, and that was reported.
@@ -80,7 +80,7 @@ impl From<Failure> for NotStarted {
 pub(crate) struct Ran {
     pub(crate) exit: Exit,
     pub(crate) lost: Option<Loss>,
-    /// What the loss could not end.
+    /// The processes that were not ended after a loss.
     pub(crate) left: Left,
     /// It died of a Ctrl-C at a terminal that was its own.
     pub(crate) interrupted: bool,
@@ -88,7 +88,7 @@ pub(crate) struct Ran {
     pub(crate) guardian: Guardian,
 }
 
-/// What is left of a command that was to be ended.
+/// The processes left of a command that was to be ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Left {
     /// Nothing: it was ended.

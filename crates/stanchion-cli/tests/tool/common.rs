@@ -264,7 +264,7 @@ impl Running {
         self.child.as_mut().unwrap().stdout.take().unwrap()
     }
 
-    /// What it has written to standard error since this was last asked.
+    /// Returns the text written to standard error since the last call.
     pub fn stderr_so_far(&mut self) -> String {
         drain(self.child.as_mut().unwrap().stderr.as_mut().unwrap())
     }

@@ -1,4 +1,4 @@
-//! What goes wrong: answers lost, connections cut, servers killed, frozen, promoted, full. And what steps cost. Real servers,
+//! Tests of failures: answers lost, connections cut, servers killed, frozen, promoted, full. Also the cost of steps. Real servers,
 //! but for Firestore's fake.
 
 mod away;

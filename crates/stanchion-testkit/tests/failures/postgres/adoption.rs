@@ -14,7 +14,7 @@ fn as_attacker(server: &PostgresServer, sql: &str) {
     server.psql(&format!("SET SESSION AUTHORIZATION mallory; {sql}"));
 }
 
-/// What the attacker's code does: it works with the rights of a superuser, and fails silently without.
+/// The attacker's code: it works with the rights of a superuser, and fails silently without.
 const ESCALATE: &str =
     "BEGIN EXECUTE 'ALTER ROLE mallory SUPERUSER'; EXCEPTION WHEN insufficient_privilege THEN NULL; END;";
 

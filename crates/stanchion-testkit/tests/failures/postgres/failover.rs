@@ -161,7 +161,7 @@ fn a_failover_behind_a_users_pool_loses_nothing() {
     });
 }
 
-/// What ends a token must not overtake what asked for it, on another connection.
+/// An abandon must not overtake the acquire of its token on another connection.
 #[test]
 fn a_dropped_acquire_is_ended_at_once() {
     let server = server();
