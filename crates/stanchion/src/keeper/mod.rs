@@ -194,12 +194,7 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                     Some(Command::AskForKept) => { tokio::spawn(forget_what_was_taken_up(shared.clone())); }
                     Some(Command::Listen(stream)) => {
                         let mut old = pushes.replace(stream);
-                        while let Some(push) = push_that_is_there(&mut old).await {
-                            // The store may have sent why it ended the session.
-                            if matches!(push, Push::Warning(_)) {
-                                receive(&shared, push);
-                            }
-                        }
+                        report_warnings(&shared, &mut old).await;
                     }
                     Some(Command::Close) | None => break,
                 },
@@ -212,12 +207,22 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
             }
         }
     }
+    report_warnings(&shared, &mut pushes).await;
     polling.abort();
     // The session's task has stopped: nothing renews from here on.
     tokio::select! {
         () = close(&shared, &mut inbox, cleanup) => {}
         () = clock.drive(LONGEST_NAP) => {}
         () = real_time_limit(CLOSE_WITHIN) => {}
+    }
+}
+
+/// Reports the warnings that have arrived, without waiting: the store may have sent why it ended the session.
+async fn report_warnings(shared: &Arc<Shared>, pushes: &mut Option<GrantStream>) {
+    while let Some(push) = push_that_is_there(pushes).await {
+        if matches!(push, Push::Warning(_)) {
+            receive(shared, push);
+        }
     }
 }
 

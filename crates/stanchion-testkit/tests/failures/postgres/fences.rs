@@ -142,7 +142,7 @@ fn questions_for_a_key_that_a_transaction_keeps_hold_up_no_steps() {
 fn a_release_stands_in_line_before_those_who_want_the_key() {
     let server = server();
     block_on(async {
-        let retry = RetryPolicy { attempt: 30 * SECOND, ..RetryPolicy::default() };
+        let retry = RetryPolicy { attempt: 30 * SECOND, no_wait: 30 * SECOND, ..RetryPolicy::default() };
         let locks = Locks::builder(&server.url()).session_ttl(30 * SECOND).retry(retry).open().await.unwrap();
         let held = locks.lock("k").await.unwrap();
         let mut transaction = sleeping_transaction(&server, held.fence().get(), 1, "SELECT").await;
