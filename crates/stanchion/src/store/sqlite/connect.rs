@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, TransactionBehavior, params};
 use rustix::fs::{CWD, FlockOperation, Mode, OFlags, flock, openat};
 use rustix::io::Errno;
@@ -79,6 +80,8 @@ pub(super) fn connect(folder: &Folder, clock: &Clock, boot_id: &str) -> Result<C
     let mut db = Connection::open_with_flags(path, flags).map_err(failed)?;
     db.busy_timeout(Duration::from_secs(5)).map_err(failed)?;
     db.set_prepared_statement_cache_capacity(128);
+    // Without it SQLite parses and plans a cached statement again for each set of values, if a value could change the plan.
+    db.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true).map_err(failed)?;
     let is_new = check_content(&db, path)?;
     // Small rows: a small page is less to copy and to checksum for each commit.
     db.pragma_update(None, "page_size", 1024).map_err(failed)?;

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::time::{Duration, SystemTime};
 
-use rusqlite::{Row, params};
+use rusqlite::Row;
 
 use super::error::{error, is_of_the_row};
 use super::rows::{KEY_COLUMNS, KeyRow, read_key};
@@ -24,6 +24,18 @@ fn write_cursor(name: &[u8]) -> Cursor {
 fn read_cursor(cursor: &Cursor) -> Option<Vec<u8>> {
     let pairs = cursor.as_str().as_bytes().chunks(2);
     pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
+}
+
+/// Returns the lowest name that the page may contain. SQLite seeks to one bound only: with a second one it would read all
+/// rows from the prefix to the cursor, for each page.
+fn first_name(prefix: &str, cursor: Option<&Cursor>) -> Result<Vec<u8>> {
+    let prefix = prefix.as_bytes().to_vec();
+    let Some(cursor) = cursor else { return Ok(prefix) };
+    let mut after =
+        read_cursor(cursor).ok_or_else(|| error(ErrorKind::InvalidArgument, "the cursor is of another store"))?;
+    // The next name in the order of the bytes.
+    after.push(0);
+    Ok(after.max(prefix))
 }
 
 /// Why a key cannot be shown.
@@ -62,12 +74,10 @@ impl Tx<'_> {
     pub(super) fn list(&mut self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Listing> {
         let mut listing = Listing::default();
         let (limit, mut looked, mut shown) = (limit.max(1), 0, 0);
-        let after = cursor.map_or(Some(Vec::new()), read_cursor);
-        let after = after.ok_or_else(|| error(ErrorKind::InvalidArgument, "the cursor is of another store"))?;
-        let sql =
-            format!("SELECT {KEY_COLUMNS}, name FROM keys WHERE name > CAST(?1 AS TEXT) AND name >= ?2 ORDER BY name");
+        let first = first_name(prefix, cursor)?;
+        let sql = format!("SELECT {KEY_COLUMNS}, name FROM keys WHERE name >= CAST(?1 AS TEXT) ORDER BY name");
         let mut statement = self.statement(&sql)?;
-        let mut rows = statement.query(params![after, prefix]).map_err(|cause| self.failed(cause))?;
+        let mut rows = statement.query([first]).map_err(|cause| self.failed(cause))?;
         while let Some(row) = rows.next().map_err(|cause| self.failed(cause))? {
             let bytes = row.get_ref(10).ok().and_then(|name| name.as_bytes().ok()).unwrap_or_default();
             let name = String::from_utf8_lossy(bytes);

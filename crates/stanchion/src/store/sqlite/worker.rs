@@ -443,6 +443,8 @@ fn answer(asked: Asked, result: Result<Reply<Answer>>) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use rusqlite::hooks::{AuthAction, AuthContext, Authorization, TransactionOperation};
 
     use super::*;
@@ -555,6 +557,29 @@ mod tests {
             }
             assert!(desk.worker.db.is_autocommit(), "no transaction is left open");
         }
+    }
+
+    #[test]
+    fn each_statement_is_prepared_once() {
+        let mut desk = Desk::new(Clock::system());
+        // SQLite asks whenever it parses a statement. To set the hook has it parse all of them again.
+        let is_parsed = Arc::new(AtomicBool::new(false));
+        let seen = is_parsed.clone();
+        desk.refuse(move |_| {
+            seen.store(true, Ordering::Relaxed);
+            false
+        });
+        for name in ["a", "b", "c"] {
+            is_parsed.store(false, Ordering::Relaxed);
+            let held = token();
+            let list = || Step::List { prefix: String::new(), cursor: None, limit: 100 };
+            let poll = Step::Poll { key: key(name), tokens: vec![held] };
+            let end = Step::End { key: key(name), token: held, cooldown: None };
+            for step in [desk.acquire(name, held), list(), poll, Step::Inspect(key(name)), end, list()] {
+                desk.ask([step])[0].as_ref().unwrap();
+            }
+        }
+        assert!(!is_parsed.load(Ordering::Relaxed));
     }
 
     #[test]
