@@ -20,7 +20,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use stanchion::store::{Faulty, Memory, Sqlite, Step};
+use stanchion::store::{Faulty, Memory, Operation, Sqlite};
 use stanchion::{Clock, Locks};
 
 fn main() {
@@ -212,12 +212,19 @@ async fn held(folder: &Path) {
     let each = resident_bytes().saturating_sub(before) / HOLDS;
     println!("held       sqlite, {HOLDS} locks: {each} bytes of memory each");
     let count = || {
-        let steps = [Step::Beat, Step::Acquire, Step::Poll, Step::Release, Step::Abandon, Step::Extend];
+        let steps = [
+            Operation::RenewSession,
+            Operation::Acquire,
+            Operation::Poll,
+            Operation::Release,
+            Operation::Abandon,
+            Operation::Extend,
+        ];
         steps.map(|step| faults.count(step)).iter().sum::<u64>()
     };
-    let (all, beats) = (count(), faults.count(Step::Beat));
+    let (all, beats) = (count(), faults.count(Operation::RenewSession));
     tokio::time::sleep(Duration::from_secs(10)).await;
-    let (all, beats) = (count() - all, faults.count(Step::Beat) - beats);
+    let (all, beats) = (count() - all, faults.count(Operation::RenewSession) - beats);
     println!("held       sqlite, {HOLDS} locks: {all} requests in 10 s, of which {beats} beats");
     drop(guards);
     let memory = Locks::with_store(Memory::new()).await.unwrap();

@@ -140,7 +140,8 @@ pub(crate) enum Command {
     /// nothing happens (exit code 1). A `stanchion run` that loses its key this way kills its command at
     /// once, because the next one may start.
     #[command(verbatim_doc_comment)]
-    Break(Break),
+    #[command(name = "force-release", visible_alias = "break")]
+    ForceRelease(ForceRelease),
     /// Print the SQL that a database needs before locks can be kept in it, or run it
     ///
     /// For PostgreSQL. Idempotent. Whoever runs it needs the right to create; who uses it later does not.
@@ -286,7 +287,7 @@ pub(crate) struct Watch {
 }
 
 #[derive(Args, Debug)]
-pub(crate) struct Break {
+pub(crate) struct ForceRelease {
     /// The key
     #[arg(value_name = "KEY")]
     pub(crate) key: String,

@@ -7,7 +7,7 @@ use stanchion::{Error, ErrorKind};
 
 /// It went well. Also a skipped `once`, and output into a pipe that nobody reads any more.
 pub(crate) const OK: u8 = 0;
-/// `break`: no hold has this fence; nothing was changed.
+/// `force-release`: no hold has this fence; nothing was changed.
 pub(crate) const NO_SUCH_HOLD: u8 = 1;
 /// The arguments are wrong: an unknown option, an invalid key, a duration out of range.
 pub(crate) const USAGE: u8 = 64;
@@ -37,7 +37,7 @@ Exit codes:
   CODE   the command's own code, when it ran to its end
   128+N  the command died of signal N; or signal N ended the wait for the key
   0      it went well; a skipped `once`
-  1      break: no hold has this fence
+  1      force-release: no hold has this fence
   64     wrong usage: an unknown option, an invalid key or duration
   65     ls: entries of the store are damaged; they were named and skipped
   69     the store cannot be reached or cannot serve now
@@ -84,7 +84,7 @@ mod tests {
             (Timeout, 75),
             (Busy, 75),
             (Cancelled, 75),
-            (Lost(LossCause::Forced), 76),
+            (Lost(LossCause::ForceReleased), 76),
             (InvalidArgument, 64),
             (Unauthorized, 77),
             (Unavailable, 69),

@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, Sender};
 use std::time::Duration;
 
 use stanchion::store::{Demand, KeyState};
-use stanchion::{BootTime, Clock, ErrorKind, EventStream, Fence, Guard, LossCause, Outcome, Turn};
+use stanchion::{BootTime, Clock, ErrorKind, EventStream, Fence, Guard, LossCause, OnceGuard, OnceOutcome};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
@@ -60,7 +60,7 @@ impl HoldPlan {
 /// What is held.
 enum Held {
     Lock(Guard),
-    Turn(Box<Turn>),
+    Turn(Box<OnceGuard>),
 }
 
 impl Held {
@@ -250,8 +250,8 @@ async fn begin(
         request = request.metadata(text.as_str());
     }
     match request.begin().await {
-        Ok(Outcome::Ran(turn)) => Ok(Held::Turn(Box::new(turn))),
-        Ok(Outcome::Skipped { last: Some(last), is_running: false, .. } | Outcome::DoneElsewhere { last }) => {
+        Ok(OnceOutcome::Ran(turn)) => Ok(Held::Turn(Box::new(turn))),
+        Ok(OnceOutcome::Skipped { last: Some(last), is_running: false, .. } | OnceOutcome::DoneElsewhere { last }) => {
             let again = last.closed_still_for().map(|left| format!(", and not again for another {}", for_people(left)));
             let (age, owner) = (for_people(last.age), escape(&last.owner));
             let again = again.unwrap_or_default();

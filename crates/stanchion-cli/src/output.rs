@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use stanchion::store::{Demand, HolderState, KeyState, WaiterState};
-use stanchion::{Run, is_printable};
+use stanchion::{RunRecord, is_printable};
 
 use crate::exit_code;
 use crate::message::Failure;
@@ -115,7 +115,7 @@ impl<'a> From<&'a WaiterState> for WaiterRecord<'a> {
 
 /// The last run of a key.
 #[derive(Serialize)]
-pub(crate) struct RunRecord<'a> {
+pub(crate) struct RunLine<'a> {
     succeeded: bool,
     owner: &'a str,
     fence: u64,
@@ -126,8 +126,8 @@ pub(crate) struct RunRecord<'a> {
     closed_for_ms: Option<u64>,
 }
 
-impl<'a> From<&'a Run> for RunRecord<'a> {
-    fn from(run: &'a Run) -> Self {
+impl<'a> From<&'a RunRecord> for RunLine<'a> {
+    fn from(run: &'a RunRecord) -> Self {
         Self {
             succeeded: run.succeeded,
             owner: &run.owner,

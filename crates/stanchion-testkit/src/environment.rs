@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, DamagedEntry, Demand, EndOutcome, GrantStream, Granted, KeyState, Listing,
-    Liveness, OpenOutcome, OpenSession, PollOutcome, Prefixed, Push, Queued, StoreTime, Term,
+    AcquireOutcome, AcquireRequest, DamagedEntry, Demand, EndOutcome, GrantStream, Granted, KeyState, Lifetime,
+    Listing, Liveness, OpenOutcome, OpenSession, PollOutcome, Prefixed, Push, Queued, StoreTime,
 };
 use stanchion::{Builder, Clock, Key, Locks, MAX_NAMESPACE_BYTES, SessionId, Store, TokenId, VirtualClock};
 
@@ -165,7 +165,7 @@ impl<S: Store> Actor<S> {
             token: TokenId::random().unwrap(),
             session: self.session,
             demand: Demand::MUTEX,
-            term: Term::Session { max_hold: None },
+            lifetime: Lifetime::Session { max_hold: None },
             enqueue: true,
             not_after: self.opened.after(LONG),
             metadata: None,

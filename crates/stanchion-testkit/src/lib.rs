@@ -88,7 +88,7 @@ impl Need {
         match self {
             Self::Fair => by.fair,
             Self::Push => by.push,
-            Self::Beat => by.liveness == Liveness::Beat,
+            Self::Beat => by.liveness == Liveness::Renewal,
             Self::Process => by.liveness == Liveness::Process,
         }
     }

@@ -238,7 +238,7 @@ async fn leaders_follow_each_other_whatever_is_lost_late_or_repeated() {
         let resource = resource.clone();
         candidates.push(tokio::spawn(async move {
             let asked = AtomicU64::new(now());
-            let election = locks.elect("office").longest_term(Duration::from_millis(60));
+            let election = locks.elect("office").max_term(Duration::from_millis(60));
             loop {
                 let led = election.clone().lead(async |leadership| {
                     let (fence, invoked, returned) = (leadership.term().get(), asked.load(Ordering::SeqCst), now());
@@ -251,7 +251,7 @@ async fn leaders_follow_each_other_whatever_is_lost_late_or_repeated() {
                     if number >= TERMS {
                         return;
                     }
-                    // What was held back in terms before arrives in this one.
+                    // What was held back in lifetimes before arrives in this one.
                     faults.deliver().await;
                     loop {
                         tokio::time::sleep(Duration::from_millis(1)).await;

@@ -10,7 +10,7 @@ use std::error::Error;
 use std::time::Duration;
 
 use stanchion::store::Memory;
-use stanchion::{Locks, Outcome};
+use stanchion::{Locks, OnceOutcome};
 
 /// The day it is for, the same on every machine, whatever their clocks show.
 const DAY: u64 = 20_412;
@@ -25,8 +25,8 @@ async fn report(machine: &str, locks: &Locks, day: u64) -> Result<(), Box<dyn Er
         })
         .await?;
     match outcome {
-        Outcome::Ran(report) => println!("{machine}: day {day} {report}"),
-        Outcome::DoneElsewhere { last } => println!("{machine}: day {day} done by {}", last.owner),
+        OnceOutcome::Ran(report) => println!("{machine}: day {day} {report}"),
+        OnceOutcome::DoneElsewhere { last } => println!("{machine}: day {day} done by {}", last.owner),
         other => println!("{machine}: day {day} {other:?}"),
     }
     Ok(())
@@ -44,7 +44,7 @@ pub(crate) async fn run() -> Result<(), Box<dyn Error>> {
     at_once.2?;
 
     // A run that fails does not count: the next one tries.
-    let fails = async |_: &stanchion::Turn| Err::<(), Box<dyn Error>>("the printer is on fire".into());
+    let fails = async |_: &stanchion::OnceGuard| Err::<(), Box<dyn Error>>("the printer is on fire".into());
     let failed = one.once("report").slot(DAY + 1).run(fails).await.err().ok_or("it did not fail")?;
     println!("one: day {} failed: {failed}", DAY + 1);
     report("two", &two, DAY + 1).await?;

@@ -28,7 +28,7 @@ pub(crate) const BEATS_PER_TTL: u32 = 5;
 
 /// How much a clock may be wrong in rate, and how coarse a store's time may be.
 ///
-/// A term of `ttl` in the store is believed for `ttl − ttl × rate − fixed`. The default is 1 % and 2 ms.
+/// A lifetime of `ttl` in the store is believed for `ttl − ttl × rate − fixed`. The default is 1 % and 2 ms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drift {
     /// Parts of a thousand.
@@ -60,13 +60,13 @@ impl Drift {
         Err(Error::new(ErrorKind::InvalidArgument, message))
     }
 
-    /// How long a term of `ttl` may be believed.
+    /// How long a lifetime of `ttl` may be believed.
     pub(crate) fn shorten(self, ttl: Duration) -> Duration {
         let rate = Duration::from_nanos((ttl.as_nanos() as u64 / 1_000).saturating_mul(u64::from(self.per_mille)));
         ttl.saturating_sub(rate).saturating_sub(self.fixed)
     }
 
-    /// The term to ask the store for, so that the holder can use all of `ttl` and has the grace after it.
+    /// The lifetime to ask the store for, so that the holder can use all of `ttl` and has the grace after it.
     pub(crate) fn lengthen(self, ttl: Duration) -> Duration {
         let needed = ttl + grace(ttl) + self.fixed;
         let rate = needed.as_micros() * u128::from(self.per_mille) / u128::from(1_000 - self.per_mille.min(999));
@@ -76,7 +76,7 @@ impl Drift {
         lengthened.min(LONGEST_IN_STORE).max(ttl)
     }
 
-    /// How much of a term with so much left in the store a holder can use: [`lengthen`](Self::lengthen) gives the term of
+    /// How much of a lifetime with so much left in the store a holder can use: [`lengthen`](Self::lengthen) gives the lifetime of
     /// which that is left.
     pub(crate) fn usable(self, remaining: Duration) -> Duration {
         let believed = self.shorten(remaining);
@@ -91,18 +91,18 @@ impl Drift {
     }
 }
 
-/// How coarse the remaining time of a term may be that a store tells.
-const TERM_SLACK: Duration = Duration::from_millis(10);
+/// How coarse the remaining time of a lifetime may be that a store tells.
+const LIFETIME_SLACK: Duration = Duration::from_millis(10);
 
-/// The time between "stop" and "others may have it": a quarter of the term, 50 ms to 5 s, never more than half.
-pub(crate) fn grace(term: Duration) -> Duration {
-    (term / 4).clamp(LEAST_GRACE, MOST_GRACE).min(term / 2)
+/// The time between "stop" and "others may have it": a quarter of the lifetime, 50 ms to 5 s, never more than half.
+pub(crate) fn grace(lifetime: Duration) -> Duration {
+    (lifetime / 4).clamp(LEAST_GRACE, MOST_GRACE).min(lifetime / 2)
 }
 
 const LEAST_GRACE: Duration = Duration::from_millis(50);
 const MOST_GRACE: Duration = Duration::from_secs(5);
 
-/// The longest term that a store is asked for: the longest duration there is, with what belongs to it at the usual drift.
+/// The longest lifetime that a store is asked for: the longest duration there is, with what belongs to it at the usual drift.
 const LONGEST_IN_STORE: Duration = Duration::from_secs(30 * 24 * 60 * 60 / 100 * 102);
 
 /// The belief in a session.
@@ -165,12 +165,12 @@ pub(crate) struct Hold {
     pub(crate) session: Arc<SessionBelief>,
     pub(crate) session_bound: bool,
     pub(crate) since: BootTime,
-    /// The end of its own term, in nanoseconds since boot; never, if it has none.
+    /// The end of its own lifetime, in nanoseconds since boot; never, if it has none.
     until: AtomicU64,
-    /// When it has to be given up by its own term, in nanoseconds since boot: earlier than `until` by the grace. A value of its
+    /// When it has to be given up by its own lifetime, in nanoseconds since boot: earlier than `until` by the grace. A value of its
     /// own, so that nobody sees half of an extension.
     stop: AtomicU64,
-    /// The latest end of the term that was asked for, answered or not, in nanoseconds since boot.
+    /// The latest end of the lifetime that was asked for, answered or not, in nanoseconds since boot.
     asked_until: AtomicU64,
     /// Where it was lost with a grace: when the store is told to end it, in nanoseconds since boot.
     freed_at: AtomicU64,
@@ -203,7 +203,7 @@ pub(crate) struct NewHold {
     pub(crate) session: Arc<SessionBelief>,
     pub(crate) session_bound: bool,
     pub(crate) since: BootTime,
-    /// The end of its own term and the term's length, if it has one.
+    /// The end of its own lifetime and the lifetime's length, if it has one.
     pub(crate) deadline: Option<(BootTime, Duration)>,
     pub(crate) heartbeat_within: Option<Duration>,
     pub(crate) unanswered_until: Option<StoreTime>,
@@ -239,7 +239,7 @@ impl Hold {
 
     /// Until when others cannot have it.
     pub(crate) fn valid_until(&self) -> BootTime {
-        if matches!(self.lost.get(), Some(LossCause::Forced | LossCause::Missing | LossCause::Closed)) {
+        if matches!(self.lost.get(), Some(LossCause::ForceReleased | LossCause::Missing | LossCause::Closed)) {
             return BootTime::from_nanos(0);
         }
         let own = self.own_until().min(BootTime::from_nanos(self.freed_at.load(Ordering::Acquire)));
@@ -256,7 +256,7 @@ impl Hold {
         if self.session_bound { self.own_stop_by().min(self.session.stop_by()) } else { self.own_stop_by() }
     }
 
-    /// When the keeper has to look at it: its own term or its heartbeat, not its session.
+    /// When the keeper has to look at it: its own lifetime or its heartbeat, not its session.
     pub(crate) fn look_at(&self) -> BootTime {
         self.own_stop_by().min(self.heartbeat_by())
     }
@@ -265,12 +265,12 @@ impl Hold {
         self.own_until() != BootTime::NEVER
     }
 
-    /// The end of its own term.
+    /// The end of its own lifetime.
     pub(crate) fn own_until(&self) -> BootTime {
         BootTime::from_nanos(self.until.load(Ordering::Acquire))
     }
 
-    /// When the store has nothing of it any more, because its own term has run out, an extension without an answer included:
+    /// When the store has nothing of it any more, because its own lifetime has run out, an extension without an answer included:
     /// with a slack for a clock that is wrong.
     pub(crate) fn over_at(&self) -> BootTime {
         let asked = BootTime::from_nanos(self.asked_until.load(Ordering::Acquire));
@@ -295,7 +295,7 @@ impl Hold {
         } else if self.session_bound && !self.session.is_believed(now) {
             Some(LossCause::SessionExpired)
         } else if now >= self.own_stop_by() {
-            Some(if self.session_bound { LossCause::MaxHold } else { LossCause::TermExpired })
+            Some(if self.session_bound { LossCause::MaxHold } else { LossCause::TtlExpired })
         } else if now >= self.heartbeat_by() {
             Some(LossCause::HeartbeatMissed)
         } else {
@@ -341,7 +341,7 @@ impl Hold {
         ttl.min(Duration::from_nanos(self.shortest_unanswered.load(Ordering::Acquire)))
     }
 
-    /// Sets the end of the term anew, unless the hold was lost meanwhile (invariant 2).
+    /// Sets the end of the lifetime anew, unless the hold was lost meanwhile (invariant 2).
     pub(crate) fn extend(&self, now: BootTime, until: BootTime, length: Duration) -> bool {
         if self.ended(now).is_some() {
             return false;
@@ -352,9 +352,9 @@ impl Hold {
     }
 
     /// Whether the store keeps it for less long than is believed, by an answer that it ends at `ends` by the latest. Not where
-    /// an extension has been answered, or has counted, since the end of its term was `before`.
+    /// an extension has been answered, or has counted, since the end of its lifetime was `before`.
     pub(crate) fn has_less(&self, before: BootTime, ends: BootTime) -> bool {
-        before != BootTime::NEVER && self.own_until() == before && ends.after(TERM_SLACK) < before
+        before != BootTime::NEVER && self.own_until() == before && ends.after(LIFETIME_SLACK) < before
     }
 
     pub(crate) fn heartbeat(&self, now: BootTime) {
@@ -467,8 +467,8 @@ mod tests {
         let capped = hold(session(BootTime::NEVER), Some((at(4_000), Duration::from_secs(4))), true);
         assert_eq!(capped.ended(at(3_000)), Some(LossCause::MaxHold));
         let fixed = hold(session(at(100)), Some((at(4_000), Duration::from_secs(4))), false);
-        assert_eq!(fixed.ended(at(2_999)), None, "a fixed term does not need its session");
-        assert_eq!(fixed.ended(at(3_000)), Some(LossCause::TermExpired));
+        assert_eq!(fixed.ended(at(2_999)), None, "a fixed lifetime does not need its session");
+        assert_eq!(fixed.ended(at(3_000)), Some(LossCause::TtlExpired));
     }
 
     #[test]
@@ -477,10 +477,10 @@ mod tests {
         assert!(fixed.extend(at(1_000), at(8_000), Duration::from_secs(7)));
         assert_eq!(fixed.ended(at(4_000)), None);
         assert!(!fixed.extend(at(8_000), at(20_000), Duration::from_secs(7)));
-        assert_eq!(fixed.ended(at(8_000)), Some(LossCause::TermExpired));
-        assert!(fixed.lose(LossCause::TermExpired));
+        assert_eq!(fixed.ended(at(8_000)), Some(LossCause::TtlExpired));
+        assert!(fixed.lose(LossCause::TtlExpired));
         assert!(!fixed.extend(at(1), at(90_000), Duration::from_secs(7)), "lost is final");
-        assert!(!fixed.lose(LossCause::Forced), "the first cause stays");
+        assert!(!fixed.lose(LossCause::ForceReleased), "the first cause stays");
     }
 
     #[test]

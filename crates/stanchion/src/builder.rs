@@ -13,7 +13,7 @@ use crate::on_lost::OnLost;
 use crate::retry::RetryPolicy;
 use crate::shared::{Config, Shared};
 use crate::store::Store;
-use crate::telemetry::ShownKeys;
+use crate::telemetry::KeyRedaction;
 
 /// How to open a handle.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ pub struct Builder {
     open_within: Option<Duration>,
     clock: Clock,
     on_lost: OnLost,
-    shown_keys: ShownKeys,
+    key_redaction: KeyRedaction,
 }
 
 enum Source {
@@ -66,7 +66,7 @@ impl Builder {
             open_within: None,
             clock: Clock::system(),
             on_lost: OnLost::default(),
-            shown_keys: ShownKeys::default(),
+            key_redaction: KeyRedaction::default(),
         }
     }
 
@@ -124,8 +124,8 @@ impl Builder {
     }
 
     /// How keys are shown in spans and log events (feature `tracing`). Default: as they are.
-    pub fn show_keys(mut self, shown: ShownKeys) -> Self {
-        self.shown_keys = shown;
+    pub fn redact_keys(mut self, shown: KeyRedaction) -> Self {
+        self.key_redaction = shown;
         self
     }
 
@@ -167,7 +167,7 @@ impl Builder {
             drift: self.drift,
             retry: self.retry,
             on_lost: self.on_lost,
-            shown_keys: self.shown_keys,
+            key_redaction: self.key_redaction,
         };
         let (source, clock) = (self.source, self.clock);
         let limit = self.open_within.unwrap_or(config.retry.total);

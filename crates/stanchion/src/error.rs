@@ -76,14 +76,14 @@ impl ErrorKind {
 pub enum LossCause {
     /// The session could not be renewed in time, or the store ended it.
     SessionExpired,
-    /// The hold's own term ran out.
-    TermExpired,
+    /// The hold's own lifetime ran out.
+    TtlExpired,
     /// `max_hold` was reached.
     MaxHold,
     /// No heartbeat came within `heartbeat_within`.
     HeartbeatMissed,
     /// Somebody released it by force.
-    Forced,
+    ForceReleased,
     /// The store no longer has the hold.
     Missing,
     /// The handle was closed.
@@ -95,10 +95,10 @@ impl LossCause {
     pub fn name(self) -> &'static str {
         match self {
             Self::SessionExpired => "session_expired",
-            Self::TermExpired => "term_expired",
+            Self::TtlExpired => "ttl_expired",
             Self::MaxHold => "max_hold",
             Self::HeartbeatMissed => "heartbeat_missed",
-            Self::Forced => "forced",
+            Self::ForceReleased => "force_released",
             Self::Missing => "missing",
             Self::Closed => "closed",
         }
@@ -106,7 +106,7 @@ impl LossCause {
 
     /// The holder knows before the store does: the key stays taken for the grace in which the holder stops.
     pub(crate) fn leaves_grace(self) -> bool {
-        matches!(self, Self::TermExpired | Self::MaxHold | Self::HeartbeatMissed)
+        matches!(self, Self::TtlExpired | Self::MaxHold | Self::HeartbeatMissed)
     }
 }
 
@@ -114,10 +114,10 @@ impl fmt::Display for LossCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::SessionExpired => "the session expired",
-            Self::TermExpired => "its term ran out",
+            Self::TtlExpired => "its ttl ran out",
             Self::MaxHold => "it was held for longer than max_hold",
             Self::HeartbeatMissed => "no heartbeat came in time",
-            Self::Forced => "it was released by force",
+            Self::ForceReleased => "it was force-released",
             Self::Missing => "the store no longer has it",
             Self::Closed => "the handle was closed",
         })
@@ -325,7 +325,7 @@ mod tests {
         ErrorKind::Timeout,
         ErrorKind::Cancelled,
         ErrorKind::Draining,
-        ErrorKind::Lost(LossCause::Forced),
+        ErrorKind::Lost(LossCause::ForceReleased),
         ErrorKind::Busy,
         ErrorKind::InvalidArgument,
         ErrorKind::Unauthorized,

@@ -50,7 +50,7 @@ pub enum Event {
         key: Key,
         /// The fence of the hold.
         fence: Fence,
-        /// What is left of its term.
+        /// What is left of its lifetime.
         ttl: Duration,
     },
     /// A hold was released by its guard.
@@ -74,7 +74,7 @@ pub enum Event {
         reason: Option<String>,
     },
     /// A hold of somebody was released by force through this handle.
-    TakenOver {
+    ForceReleased {
         /// The key.
         key: Key,
         /// The fence of the hold that ended.

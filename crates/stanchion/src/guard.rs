@@ -135,7 +135,7 @@ impl Guard {
         self.locks.draining()
     }
 
-    /// Sets the remaining time of a fixed term, or of `max_hold`, to `ttl` from now; shorter than before, if so wished. The
+    /// Sets the remaining time of a fixed lifetime, or of `max_hold`, to `ttl` from now; shorter than before, if so wished. The
     /// holder has all of that time, as with [`ttl`](crate::LockRequest::ttl), whatever the request said.
     ///
     /// # Errors
@@ -160,7 +160,7 @@ impl Guard {
         let drift = shared.config.drift;
         let in_store = drift.lengthen(ttl);
         let before = self.hold.extension_asked(in_store);
-        // A shorter term may count before its answer comes.
+        // A shorter lifetime may count before its answer comes.
         let at_least = asked.after(drift.shorten(in_store));
         if at_least < self.hold.own_until() {
             self.hold.extend(asked, at_least, ttl);
@@ -212,7 +212,7 @@ impl Guard {
     }
 
     /// A sign of life, and nothing else.
-    pub(crate) fn beat(&self, now: BootTime) {
+    pub(crate) fn note_heartbeat(&self, now: BootTime) {
         self.hold.heartbeat(now);
     }
 
@@ -331,7 +331,7 @@ impl Guard {
 
     /// Lets go of the hold without releasing it: [`Locks::adopt`] takes it up again with the token.
     ///
-    /// A fixed term runs on, and outlives this process: by default for a little longer than its ttl
+    /// A fixed lifetime runs on, and outlives this process: by default for a little longer than its ttl
     /// ([`LockRequest::expires_after`](crate::LockRequest::expires_after) is for an exact time). A hold bound to the session lives as long as that does.
     /// `max_hold` still counts in the store; `heartbeat_within` ends with the guard.
     ///

@@ -67,18 +67,18 @@ pub use event::{Event, EventStream};
 pub use fence::Fence;
 pub use guard::{Guard, Released};
 pub use key::{Key, MAX_KEY_BYTES, MAX_NAMESPACE_BYTES};
-pub use locks::{DURATIONS, Locks, MAX_METADATA_BYTES, MAX_OWNER_BYTES, drain};
+pub use locks::{DURATION_RANGE, Locks, MAX_METADATA_BYTES, MAX_OWNER_BYTES, drain};
 pub use on_lost::{Loss, OnLost};
 pub use primitives::{
-    Election, Guards, Leader, Leadership, LockAllRequest, Observation, OnceRequest, Outcome, OwnerStatus, Run, Turn,
-    Wanted,
+    Election, Guards, KeyRequest, Leader, LeaderStream, Leadership, LockAllRequest, OnceGuard, OnceOutcome,
+    OnceRequest, OwnerStatus, RunRecord,
 };
 #[doc(hidden)]
 pub use printable::is_printable;
 pub use request::LockRequest;
 pub use retry::RetryPolicy;
 pub use store::{Demand, Store};
-pub use telemetry::ShownKeys;
+pub use telemetry::KeyRedaction;
 pub use token::{SessionId, Token, TokenId};
 
 /// ```

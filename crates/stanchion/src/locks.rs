@@ -10,16 +10,18 @@ use crate::fence::Fence;
 use crate::guard::Guard;
 use crate::keeper::Command;
 use crate::key::{Key, namespace_prefix, normal};
-use crate::primitives::{Election, LockAllRequest, OnceRequest, OwnerStatus, Run, Wanted};
+use crate::primitives::{Election, KeyRequest, LockAllRequest, OnceRequest, OwnerStatus, RunRecord};
 use crate::request::LockRequest;
 use crate::shared::{SessionView, Shared};
-use crate::store::{Capabilities, Cursor, Demand, EvictOutcome, EvictRequest, KeyState, Listing, PollOutcome, Store};
+use crate::store::{
+    Capabilities, Cursor, Demand, ForceReleaseOutcome, ForceReleaseRequest, KeyState, Listing, PollOutcome, Store,
+};
 use crate::thread::Ending;
 use crate::token::{SessionId, Token};
 use crate::wait;
 
 /// The shortest and the longest duration that a call takes.
-pub const DURATIONS: std::ops::RangeInclusive<Duration> =
+pub const DURATION_RANGE: std::ops::RangeInclusive<Duration> =
     Duration::from_millis(10)..=Duration::from_secs(30 * 24 * 60 * 60);
 
 /// The longest owner label, in bytes.
@@ -225,17 +227,17 @@ impl Locks {
     /// Asks for several keys, all or nothing: see [`LockAllRequest`].
     ///
     /// ```
-    /// use stanchion::Wanted;
+    /// use stanchion::KeyRequest;
     ///
     /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
     /// # let locks = stanchion::Locks::open("memory:").await?;
     /// let guards = locks.lock_all(["account:1", "account:2"]).await?;
     /// assert!(guards.fence("account:1").is_some());
     /// drop(guards);
-    /// let mixed = locks.lock_all([Wanted::read("prices"), Wanted::lock("order:7")]).await?;
+    /// let mixed = locks.lock_all([KeyRequest::read("prices"), KeyRequest::lock("order:7")]).await?;
     /// # Ok::<(), stanchion::Error>(()) }).unwrap();
     /// ```
-    pub fn lock_all<W: Into<Wanted>>(&self, keys: impl IntoIterator<Item = W>) -> LockAllRequest {
+    pub fn lock_all<W: Into<KeyRequest>>(&self, keys: impl IntoIterator<Item = W>) -> LockAllRequest {
         LockAllRequest::new(self.lock(""), keys.into_iter().map(Into::into).collect())
     }
 
@@ -251,7 +253,7 @@ impl Locks {
     ///
     /// # Cancel safety
     /// Reads only.
-    pub async fn last_run(&self, key: impl Into<String>) -> Result<Option<Run>> {
+    pub async fn last_run(&self, key: impl Into<String>) -> Result<Option<RunRecord>> {
         let key = self.key(&key.into())?;
         Ok(crate::primitives::last_run(self, &key).await?.run)
     }
@@ -295,7 +297,7 @@ impl Locks {
 
     /// Takes up a detached hold, of this process or another one. Of two that try, one gets it.
     ///
-    /// A hold bound to a session moves to this handle's; a fixed term keeps its deadline. The fence stays.
+    /// A hold bound to a session moves to this handle's; a fixed lifetime keeps its deadline. The fence stays.
     ///
     /// # Errors
     /// [`ErrorKind::Lost`] if there is no such hold any more, else as for a lock.
@@ -402,7 +404,7 @@ impl Locks {
         key: impl Into<String>,
         fence: Fence,
         reason: impl Into<String>,
-    ) -> Result<EvictOutcome> {
+    ) -> Result<ForceReleaseOutcome> {
         let shared = &self.handle.shared;
         let key = self.key(&key.into())?;
         let reason = reason.into();
@@ -410,15 +412,15 @@ impl Locks {
             let message = format!("a forced release needs a reason of 1 to {MAX_METADATA_BYTES} bytes");
             return Err(shared.error(ErrorKind::InvalidArgument, message).with_key(&key));
         }
-        let request = EvictRequest { key: key.clone(), fence, reason: reason.clone() };
-        let step = shared.step(|| shared.store.evict(request.clone())).await;
+        let request = ForceReleaseRequest { key: key.clone(), fence, reason: reason.clone() };
+        let step = shared.step(|| shared.store.force_release(request.clone())).await;
         let mut outcome = step.result.map_err(|error| error.with_key(&key))?.outcome;
         // The first answer was lost, and the repeat found nothing to do: fences are never used again.
-        if step.unanswered && matches!(outcome, EvictOutcome::NoSuchHold { .. }) {
-            outcome = EvictOutcome::Evicted;
+        if step.unanswered && matches!(outcome, ForceReleaseOutcome::NoSuchHold { .. }) {
+            outcome = ForceReleaseOutcome::Released;
         }
-        if outcome == EvictOutcome::Evicted {
-            shared.observer.tell(|| Event::TakenOver { key, fence, reason });
+        if outcome == ForceReleaseOutcome::Released {
+            shared.observer.tell(|| Event::ForceReleased { key, fence, reason });
         }
         Ok(outcome)
     }
@@ -481,7 +483,7 @@ impl Locks {
 }
 
 pub(crate) fn check_duration(what: &str, span: Duration) -> Result<()> {
-    if DURATIONS.contains(&span) {
+    if DURATION_RANGE.contains(&span) {
         return Ok(());
     }
     let message = format!("{what} is {span:?}: it must be between 10 ms and 30 days");

@@ -37,7 +37,7 @@ pub enum OnLost {
     /// This function is called, once for each hold, one after the other, on a thread of its own.
     Hook(Hook),
     /// The process aborts if the guard is still there after this time. A hold lasts for its grace after it was lost (a
-    /// quarter of the session's or its own term, 5 s at most), unless it was released by force or is missing in the store:
+    /// quarter of the session's or its own lifetime, 5 s at most), unless it was released by force or is missing in the store:
     /// a shorter time here ends the process before somebody else holds the key. Not done where
     /// [`Locks::close`](crate::Locks::close) was called.
     AbortAfter(Duration),

@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::guard::{Guard, Released};
 use crate::locks::{Locks, MAX_METADATA_BYTES, check_duration};
 use crate::on_lost::OnLost;
-use crate::store::{Demand, Term};
+use crate::store::{Demand, Lifetime};
 use crate::wait;
 
 /// A request for a lock: await it to wait for the lock, or give it limits first.
@@ -82,22 +82,22 @@ impl LockRequest {
         self
     }
 
-    /// A fixed term: the hold lasts this long, whatever becomes of this process, moved only by [`extend`](Guard::extend).
+    /// A fixed lifetime: the hold lasts this long, whatever becomes of this process, moved only by [`extend`](Guard::extend).
     /// Default: as long as the session lives and the guard is not dropped.
     ///
     /// The holder has all of this time, counted from before the request. Others get the key a little later if it is not
     /// released: the store keeps it for the time in which the holder stops as well ([`Guard::valid_for`]), a quarter of the
-    /// term and 5 s at most, and for the [`Drift`](crate::Drift) of clocks. For a hold that is left to expire after an exact
+    /// lifetime and 5 s at most, and for the [`Drift`](crate::Drift) of clocks. For a hold that is left to expire after an exact
     /// time see [`expires_after`](LockRequest::expires_after).
     pub fn ttl(mut self, ttl: Duration) -> Self {
         (self.ttl, self.is_exact) = (Some(ttl), false);
         self
     }
 
-    /// A fixed term that ends in the store exactly this long after the grant: for a rate limit, whose hold is detached and
+    /// A fixed lifetime that ends in the store exactly this long after the grant: for a rate limit, whose hold is detached and
     /// left to expire. In place of [`ttl`](LockRequest::ttl).
     ///
-    /// The guard itself is lost earlier, by the time that a holder has to stop: after about three quarters of a short term.
+    /// The guard itself is lost earlier, by the time that a holder has to stop: after about three quarters of a short lifetime.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -211,7 +211,7 @@ impl LockRequest {
     }
 
     /// Checks the options, not the key.
-    pub(crate) fn check(&self) -> Result<(Term, Demand)> {
+    pub(crate) fn check(&self) -> Result<(Lifetime, Demand)> {
         let demand = Demand::new(self.units, self.capacity)?;
         if let Some(wait) = self.wait.filter(|wait| !wait.is_zero()) {
             check_wait(wait)?;
@@ -236,11 +236,11 @@ impl LockRequest {
         }
         match (self.ttl, self.max_hold) {
             (Some(_), Some(_)) => {
-                let message = "a request has a ttl or a max_hold, not both: a fixed term ends by itself";
+                let message = "a request has a ttl or a max_hold, not both: a fixed lifetime ends by itself";
                 Err(Error::new(ErrorKind::InvalidArgument, message))
             }
-            (Some(ttl), None) => Ok((Term::Fixed(ttl), demand)),
-            (None, max_hold) => Ok((Term::Session { max_hold }, demand)),
+            (Some(ttl), None) => Ok((Lifetime::Fixed(ttl), demand)),
+            (None, max_hold) => Ok((Lifetime::Session { max_hold }, demand)),
         }
     }
 }
@@ -264,7 +264,7 @@ pub(crate) async fn conclude<T>(guard: Guard, finished: Result<T, LossCause>) ->
 
 /// A wait limit may be short, even shorter than other durations, but not absurdly long.
 fn check_wait(wait: Duration) -> Result<()> {
-    if wait <= *crate::locks::DURATIONS.end() {
+    if wait <= *crate::locks::DURATION_RANGE.end() {
         return Ok(());
     }
     let message =

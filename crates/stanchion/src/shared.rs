@@ -19,7 +19,7 @@ use crate::on_lost::{Losses, OnLost};
 use crate::polls::Polls;
 use crate::retry::{Persistence, Repeated, RetryPolicy, repeat};
 use crate::store::{Capabilities, Granted, PollOutcome, Reply, Store, StoreTime};
-use crate::telemetry::{ShownKeys, Telemetry};
+use crate::telemetry::{KeyRedaction, Telemetry};
 use crate::token::{IdMap, SessionId, TokenId, TokenMaker};
 
 /// What a handle was configured with.
@@ -31,7 +31,7 @@ pub(crate) struct Config {
     pub(crate) drift: Drift,
     pub(crate) retry: RetryPolicy,
     pub(crate) on_lost: OnLost,
-    pub(crate) shown_keys: ShownKeys,
+    pub(crate) key_redaction: KeyRedaction,
 }
 
 /// So many tokens are kept before the store is asked which of them it has.
@@ -178,7 +178,7 @@ impl Shared {
             store,
             capabilities,
             clock,
-            observer: Observer::new(Telemetry { store: capabilities.name, keys: config.shown_keys }),
+            observer: Observer::new(Telemetry { store: capabilities.name, keys: config.key_redaction }),
             config,
             session: watch::Sender::new(SessionView::Opening(None)),
             asked_session: Mutex::default(),
@@ -519,7 +519,7 @@ impl Shared {
             let mut end = End::of_hold(hold, None);
             if cause.leaves_grace() {
                 end.not_before = match hold.heartbeat_within {
-                    // Its work hangs: whatever is left of its term is of no use to it.
+                    // Its work hangs: whatever is left of its lifetime is of no use to it.
                     Some(within) if cause == LossCause::HeartbeatMissed => {
                         hold.valid_until().min(self.clock.now().after(crate::belief::grace(within)))
                     }
@@ -556,7 +556,7 @@ pub(crate) struct End {
     pub(crate) session: Option<Arc<SessionBelief>>,
     /// The key stays taken until then, for its holder to stop.
     pub(crate) not_before: BootTime,
-    /// When nothing of the token can be left, because its term has run out.
+    /// When nothing of the token can be left, because its lifetime has run out.
     pub(crate) over_at: BootTime,
     /// The hold, if it was one: told as released when done.
     pub(crate) released: Option<(Fence, BootTime)>,

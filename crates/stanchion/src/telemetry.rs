@@ -10,21 +10,21 @@ use std::sync::Arc;
 use crate::event::Event;
 use crate::key::Key;
 #[cfg(feature = "metrics")]
-use crate::store::{Observed, Step, StepDone, Store};
+use crate::store::{Observed, Operation, OperationDone, Store};
 
-/// How keys are shown in spans and log events: see [`Builder::show_keys`](crate::Builder::show_keys). Metrics never have
+/// How keys are shown in spans and log events: see [`Builder::redact_keys`](crate::Builder::redact_keys). Metrics never have
 /// them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum ShownKeys {
+pub enum KeyRedaction {
     /// As they are, with control characters escaped.
     #[default]
-    Plain,
+    None,
     /// The first 24 hexadecimal digits of the SHA-256 of the namespace and the name: the same key is the same text everywhere.
     /// A name that can be guessed can be found again by whoever tries.
     Hashed,
     /// Not at all.
-    Hidden,
+    Omitted,
 }
 
 /// What an observer needs to tell of events.
@@ -33,7 +33,7 @@ pub(crate) struct Telemetry {
     #[cfg_attr(not(any(feature = "tracing", feature = "metrics")), allow(dead_code, reason = "told by features"))]
     pub(crate) store: &'static str,
     #[cfg_attr(not(feature = "tracing"), allow(dead_code, reason = "told by a feature"))]
-    pub(crate) keys: ShownKeys,
+    pub(crate) keys: KeyRedaction,
 }
 
 impl Telemetry {
@@ -78,9 +78,9 @@ impl Telemetry {
     #[cfg(feature = "tracing")]
     fn shown(self, key: &Key) -> Option<String> {
         match self.keys {
-            ShownKeys::Plain => Some(key.to_string()),
-            ShownKeys::Hidden => None,
-            ShownKeys::Hashed => {
+            KeyRedaction::None => Some(key.to_string()),
+            KeyRedaction::Omitted => None,
+            KeyRedaction::Hashed => {
                 use sha2::Digest as _;
                 use std::fmt::Write as _;
                 let hash = sha2::Sha256::digest(key.as_encoded().as_bytes());
@@ -115,12 +115,12 @@ impl Telemetry {
             Event::Lost { key, fence, cause, reason } => {
                 warn!(name: "stanchion.lost", store, key = self.shown(key), fence = fence.get(), cause = cause.name(), reason, "lost");
             }
-            Event::TakenOver { key, fence, reason } => {
-                info!(name: "stanchion.taken_over", store, key = self.shown(key), fence = fence.get(), reason, "released by force");
+            Event::ForceReleased { key, fence, reason } => {
+                info!(name: "stanchion.force_released", store, key = self.shown(key), fence = fence.get(), reason, "released by force");
             }
             Event::SessionLost { .. } => warn!(name: "stanchion.session_lost", store, "the session is over"),
             // The message of an error names its key.
-            Event::Error { kind, key, message } if self.keys == ShownKeys::Plain => {
+            Event::Error { kind, key, message } if self.keys == KeyRedaction::None => {
                 warn!(name: "stanchion.error", store, kind = kind.name(), key = key.as_ref().map(|key| self.shown(key)), message, "failed");
             }
             Event::Error { kind, key, .. } => {
@@ -154,7 +154,7 @@ impl Telemetry {
             Event::Lost { cause, .. } => {
                 counter!("stanchion_lost_total", "store" => store, "cause" => cause.name()).increment(1);
             }
-            Event::TakenOver { .. } => counter!("stanchion_taken_over_total", "store" => store).increment(1),
+            Event::ForceReleased { .. } => counter!("stanchion_force_released_total", "store" => store).increment(1),
             Event::SessionLost { .. } => counter!("stanchion_session_lost_total", "store" => store).increment(1),
             Event::Error { kind, .. } => {
                 counter!("stanchion_errors_total", "store" => store, "kind" => kind.name()).increment(1);
@@ -169,17 +169,18 @@ impl Telemetry {
 #[cfg(feature = "metrics")]
 pub(crate) fn measured(store: Arc<dyn Store>) -> Arc<dyn Store> {
     let name = store.capabilities().name;
-    Arc::new(Observed::new(store, move |done: &StepDone<'_>| {
+    Arc::new(Observed::new(store, move |done: &OperationDone<'_>| {
         use metrics::{counter, histogram};
-        let step = done.step.name();
-        histogram!("stanchion_step_seconds", "store" => name, "step" => step).record(done.took.as_secs_f64());
+        let operation = done.operation.name();
+        histogram!("stanchion_operation_seconds", "store" => name, "operation" => operation)
+            .record(done.took.as_secs_f64());
         if let Some(kind) = done.error {
-            counter!("stanchion_step_errors_total", "store" => name, "step" => step, "kind" => kind.name())
+            counter!("stanchion_operation_errors_total", "store" => name, "operation" => operation, "kind" => kind.name())
                 .increment(1);
         }
-        if done.step == Step::Beat {
+        if done.operation == Operation::RenewSession {
             let outcome = if done.error.is_some() { "failed" } else { "answered" };
-            counter!("stanchion_beats_total", "store" => name, "outcome" => outcome).increment(1);
+            counter!("stanchion_renewals_total", "store" => name, "outcome" => outcome).increment(1);
         }
     }))
 }

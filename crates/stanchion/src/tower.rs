@@ -58,12 +58,12 @@ pub use body::LockedBody;
 pub use held::HeldLock;
 
 /// What makes a lock's request of the head of an HTTP request.
-type Wanted = dyn Fn(&Parts) -> Option<LockRequest> + Send + Sync;
+type LockFor = dyn Fn(&Parts) -> Option<LockRequest> + Send + Sync;
 
 /// Takes a lock for each request, with a key from the request, and releases it when the response is ready.
 #[derive(Clone)]
 pub struct LockLayer {
-    wanted: Arc<Wanted>,
+    wanted: Arc<LockFor>,
     wait: Duration,
     busy: StatusCode,
     retry_after: Duration,
@@ -84,7 +84,7 @@ impl LockLayer {
         Self::with_request(move |parts| key(parts).map(|key| locks.lock(key)))
     }
 
-    /// Asks for the lock that `wanted` makes of a request's head, with whatever options: a reader's, a term, a cooldown.
+    /// Asks for the lock that `wanted` makes of a request's head, with whatever options: a reader's, a lifetime, a cooldown.
     ///
     /// ```
     /// # use std::time::Duration;

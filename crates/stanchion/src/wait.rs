@@ -18,18 +18,19 @@ use crate::event::Event;
 use crate::guard::Guard;
 use crate::keeper::Command;
 use crate::key::Key;
-use crate::locks::{DURATIONS, Locks};
+use crate::locks::{DURATION_RANGE, Locks};
 use crate::on_lost::OnLost;
 use crate::polls::{LONG_SILENCE, Trouble};
 use crate::request::LockRequest;
 use crate::retry::Persistence;
 use crate::shared::{End, Entry, Shared, Signal, WaitCell};
 use crate::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Demand, Granted, PollOutcome, Queued, StoreTime, Term,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Demand, Granted, Lifetime, PollOutcome, Queued,
+    StoreTime,
 };
 use crate::token::{Token, TokenId};
 
-/// How long a request may be on its way. Shorter where the session or the term is short.
+/// How long a request may be on its way. Shorter where the session or the lifetime is short.
 const LONGEST_WINDOW: Duration = Duration::from_secs(5);
 
 /// So many grants may come with no time left until a call gives up.
@@ -47,8 +48,9 @@ async fn acquire_key(request: &LockRequest, key: Key) -> Result<Option<Guard>> {
     let locks = &request.locks;
     let shared = &locks.handle.shared;
     let name = |error: Error| error.with_key(&key).with_store(shared.capabilities.name);
-    let (term, demand) = request.check().map_err(name)?;
-    let in_store = if request.is_exact { term } else { term.map(|length| shared.config.drift.lengthen(length)) };
+    let (lifetime, demand) = request.check().map_err(name)?;
+    let in_store =
+        if request.is_exact { lifetime } else { lifetime.map(|length| shared.config.drift.lengthen(length)) };
     let started = shared.clock.now();
     let enqueue = request.wait != Some(Duration::ZERO);
     let limit = if enqueue { request.wait } else { Some(shared.config.retry.no_wait) };
@@ -64,7 +66,7 @@ async fn acquire_key(request: &LockRequest, key: Key) -> Result<Option<Guard>> {
         locks,
         key: &key,
         request,
-        term,
+        lifetime,
         in_store,
         demand,
         started,
@@ -126,7 +128,7 @@ pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
     match step.result.map_err(|error| name(pending.in_doubt(error)))?.outcome {
         AdoptOutcome::Adopted { granted, session_bound } => {
             shared.kept().remove(&token.id());
-            let term = Grant {
+            let lifetime = Grant {
                 granted,
                 asked,
                 session_bound,
@@ -134,9 +136,9 @@ pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
                 length: granted.remaining.map(|remaining| shared.config.drift.usable(remaining)),
                 on_lost: None,
             };
-            pending.hold(locks, term, None).ok_or_else(|| {
+            pending.hold(locks, lifetime, None).ok_or_else(|| {
                 let too_late =
-                    || Error::new(ErrorKind::Lost(LossCause::TermExpired), "taken up with too little time left");
+                    || Error::new(ErrorKind::Lost(LossCause::TtlExpired), "taken up with too little time left");
                 name(if shared.is_closed() { shared.draining_error() } else { too_late() })
             })
         }
@@ -155,10 +157,10 @@ struct Call<'a> {
     locks: &'a Locks,
     key: &'a Key,
     request: &'a LockRequest,
-    /// The term that the caller asked for.
-    term: Term,
-    /// The term that the store is asked for: longer by what the holder may not use.
-    in_store: Term,
+    /// The lifetime that the caller asked for.
+    lifetime: Lifetime,
+    /// The lifetime that the store is asked for: longer by what the holder may not use.
+    in_store: Lifetime,
     demand: Demand,
     started: BootTime,
     enqueue: bool,
@@ -239,7 +241,7 @@ impl Call<'_> {
                 Ok(Round::Busy) => return Ok(None),
                 Ok(Round::Again) if self.late < MOST_LATE && self.stale < MOST_LATE => {}
                 Ok(Round::Again) => {
-                    let message = "the store answers too slowly for so short a term; ask for a longer ttl";
+                    let message = "the store answers too slowly for so short a lifetime; ask for a longer ttl";
                     return Err(Error::new(ErrorKind::Unavailable, message));
                 }
                 Err(error) => return Err(error),
@@ -257,7 +259,7 @@ impl Call<'_> {
             token: pending.token,
             session: pending.session.id,
             demand: self.demand,
-            term: self.in_store,
+            lifetime: self.in_store,
             enqueue: self.enqueue,
             not_after: pending.not_after,
             metadata: self.request.metadata.clone(),
@@ -289,7 +291,7 @@ impl Call<'_> {
                 Ok(Round::Busy)
             }
             // The window was missed, or the session ended under the question: the keeper opens another one.
-            AcquireOutcome::Stale | AcquireOutcome::Forced => Ok(Round::Again),
+            AcquireOutcome::Stale | AcquireOutcome::ForceReleased => Ok(Round::Again),
             AcquireOutcome::SessionGone => {
                 self.session_change(&pending).await;
                 Ok(Round::Again)
@@ -332,7 +334,7 @@ impl Call<'_> {
             };
             match signal {
                 // A deadline's start is known only to the store: confirm it.
-                Signal::Granted(fence) if self.term.length().is_none() => {
+                Signal::Granted(fence) if self.lifetime.length().is_none() => {
                     let granted = Granted { fence, remaining: None };
                     let round = self.granted(pending, granted, shared.clock.now());
                     // Believed at once, because hand-offs are to be fast, and confirmed then.
@@ -374,9 +376,9 @@ impl Call<'_> {
         let grant = Grant {
             granted,
             asked,
-            session_bound: matches!(self.term, Term::Session { .. }),
+            session_bound: matches!(self.lifetime, Lifetime::Session { .. }),
             heartbeat_within: self.request.heartbeat_within,
-            length: self.term.length(),
+            length: self.lifetime.length(),
             on_lost: self.request.on_lost.clone(),
         };
         let fence = granted.fence;
@@ -423,10 +425,11 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// How long a request may be on its way: shorter than the shortest term that depends on it.
-fn window(shared: &Shared, term: Option<Term>) -> Duration {
-    let shortest =
-        term.and_then(Term::length).map_or(shared.config.session_ttl, |length| length.min(shared.config.session_ttl));
+/// How long a request may be on its way: shorter than the shortest lifetime that depends on it.
+fn window(shared: &Shared, lifetime: Option<Lifetime>) -> Duration {
+    let shortest = lifetime
+        .and_then(Lifetime::length)
+        .map_or(shared.config.session_ttl, |length| length.min(shared.config.session_ttl));
     LONGEST_WINDOW.min(shortest / 2)
 }
 
@@ -438,7 +441,7 @@ struct Pending {
     session: Arc<SessionBelief>,
     not_after: StoreTime,
     cell: Arc<WaitCell>,
-    /// The length of the term, if the session does not end it.
+    /// The length of the lifetime, if the session does not end it.
     fixed: Option<Duration>,
     /// A question of this token that may create has not been answered.
     unanswered: bool,
@@ -453,24 +456,24 @@ struct Grant {
     asked: BootTime,
     session_bound: bool,
     heartbeat_within: Option<Duration>,
-    /// The length of the holder's own part of the term, if it has a deadline.
+    /// The length of the holder's own part of the lifetime, if it has a deadline.
     length: Option<Duration>,
     on_lost: Option<OnLost>,
 }
 
 impl Pending {
-    fn new(shared: &Arc<Shared>, key: &Key, session: Arc<SessionBelief>, term: Option<Term>) -> Result<Self> {
+    fn new(shared: &Arc<Shared>, key: &Key, session: Arc<SessionBelief>, lifetime: Option<Lifetime>) -> Result<Self> {
         let token = shared.new_token(session.id)?;
-        let not_after = shared.store_time().after(window(shared, term));
-        let cell = Arc::new(WaitCell::new(key.clone(), matches!(term, Some(Term::Session { .. }))));
+        let not_after = shared.store_time().after(window(shared, lifetime));
+        let cell = Arc::new(WaitCell::new(key.clone(), matches!(lifetime, Some(Lifetime::Session { .. }))));
         shared.registry().insert(token, Entry::Waiting(cell.clone()));
         // Until the first answer has come, everything is unanswered.
         let unanswered = true;
-        let fixed = match term {
-            Some(Term::Fixed(ttl)) => Some(ttl),
-            // What is adopted may have any term.
-            None => Some(*DURATIONS.end()),
-            Some(Term::Session { .. }) => None,
+        let fixed = match lifetime {
+            Some(Lifetime::Fixed(ttl)) => Some(ttl),
+            // What is adopted may have any lifetime.
+            None => Some(*DURATION_RANGE.end()),
+            Some(Lifetime::Session { .. }) => None,
         };
         let (shared, key) = (shared.clone(), key.clone());
         Ok(Self { shared, key, token, session, not_after, cell, fixed, unanswered, spent: false })

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use metrics_util::debugging::DebuggingRecorder;
-use stanchion::store::{Fault, Faulty, Memory, Step};
-use stanchion::{Locks, RetryPolicy, ShownKeys};
+use stanchion::store::{Fault, Faulty, Memory, Operation};
+use stanchion::{KeyRedaction, Locks, RetryPolicy};
 use support::until;
 use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
@@ -49,11 +49,11 @@ impl<S: tracing::Subscriber> Layer<S> for Log {
 }
 
 /// Everything that can be told, once.
-async fn everything(shown: ShownKeys) {
+async fn everything(shown: KeyRedaction) {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let retry = RetryPolicy { attempts: 1, ..RetryPolicy::default() };
-    let builder = Locks::builder_with_store(store.clone()).retry(retry).show_keys(shown);
+    let builder = Locks::builder_with_store(store.clone()).retry(retry).redact_keys(shown);
     let locks = builder.session_ttl(Duration::from_millis(500)).open().await.unwrap();
     let guard = locks.lock("secret-name").ttl(Duration::from_secs(60)).await.unwrap();
     guard.extend(Duration::from_secs(90)).await.unwrap();
@@ -64,7 +64,7 @@ async fn everything(shown: ShownKeys) {
     locks.force_release("secret-name", guard.fence(), "because").await.unwrap();
     guard.lost().await;
     // A release whose answers are missing, in the background.
-    faults.next(Step::Release, Fault::Fail(stanchion::ErrorKind::Unavailable));
+    faults.next(Operation::Release, Fault::Fail(stanchion::ErrorKind::Unavailable));
     drop(locks.lock("secret-name").await.unwrap());
     until("it is free", async || !locks.is_locked("secret-name").await.unwrap()).await;
     // Holders and a request that disagree about the limit.
@@ -98,12 +98,12 @@ fn what_is_told_has_the_documented_names_and_shows_keys_as_asked() {
     let log = Log::default();
     tracing::subscriber::set_global_default(tracing_subscriber::registry().with(log.clone())).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    for shown in [ShownKeys::Plain, ShownKeys::Hashed, ShownKeys::Hidden] {
+    for shown in [KeyRedaction::None, KeyRedaction::Hashed, KeyRedaction::Omitted] {
         runtime.block_on(everything(shown));
         let told = std::mem::take(&mut *log.0.lock().unwrap());
         let ours: Vec<_> = told.iter().filter(|(name, _)| name.starts_with("stanchion.")).collect();
         let all: String = ours.iter().map(|(_, fields)| fields.as_str()).collect();
-        assert_eq!(all.contains("secret-name"), shown == ShownKeys::Plain, "{shown:?}: {all}");
+        assert_eq!(all.contains("secret-name"), shown == KeyRedaction::None, "{shown:?}: {all}");
         let names: BTreeSet<_> =
             ours.iter().map(|(name, _)| name.clone()).filter(|name| name != "stanchion.acquire").collect();
         let mut expected = documented("Log events");
@@ -113,7 +113,7 @@ fn what_is_told_has_the_documented_names_and_shows_keys_as_asked() {
         assert!(ours.iter().any(|(name, _)| name == "stanchion.acquire"));
         let lost = ours.iter().find(|(name, _)| name == "stanchion.lost").unwrap();
         assert!(lost.1.contains("cause=\"forced\"") && lost.1.contains("because"), "{}", lost.1);
-        if shown == ShownKeys::Hashed {
+        if shown == KeyRedaction::Hashed {
             let hash =
                 |fields: &str| fields.split("key=\"").nth(1).and_then(|rest| rest.split('"').next()).map(str::to_owned);
             let hashes: BTreeSet<_> = ours.iter().filter_map(|(_, fields)| hash(fields)).collect();

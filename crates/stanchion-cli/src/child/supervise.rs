@@ -408,7 +408,7 @@ fn group_lives(group: Pid) -> bool {
 fn grace(kill_after: Duration, loss: &Loss) -> Duration {
     let left = match loss.cause {
         // Another may have it already.
-        LossCause::Forced | LossCause::Missing => Duration::ZERO,
+        LossCause::ForceReleased | LossCause::Missing => Duration::ZERO,
         // A hold without a deadline that is lost all the same: nothing protects it.
         _ => loss.left.unwrap_or_default(),
     };
@@ -427,7 +427,7 @@ mod tests {
         assert_eq!(grace(second, &loss(LossCause::SessionExpired, Some(2 * second))), second);
         assert_eq!(grace(5 * second, &loss(LossCause::SessionExpired, None)), Duration::ZERO);
         assert_eq!(grace(5 * second, &loss(LossCause::MaxHold, Some(Duration::from_millis(15)))), Duration::ZERO);
-        assert_eq!(grace(5 * second, &loss(LossCause::Forced, None)), Duration::ZERO);
+        assert_eq!(grace(5 * second, &loss(LossCause::ForceReleased, None)), Duration::ZERO);
         assert_eq!(grace(Duration::ZERO, &loss(LossCause::MaxHold, Some(second))), Duration::ZERO);
     }
 }

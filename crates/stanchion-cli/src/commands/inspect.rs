@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use serde::Serialize;
-use stanchion::Run;
+use stanchion::RunRecord;
 use stanchion::store::{Demand, KeyState};
 
 use crate::arguments::Inspect;
 use crate::exit_code;
 use crate::message::Failure;
-use crate::output::{KeyRecord, RunRecord, escape, for_people, json_line, limit, print, wall_time};
+use crate::output::{KeyRecord, RunLine, escape, for_people, json_line, limit, print, wall_time};
 use crate::store::StoreChoice;
 
 pub(super) fn execute(inspect: &Inspect, store: &StoreChoice) -> Result<u8, Failure> {
@@ -18,7 +18,7 @@ pub(super) fn execute(inspect: &Inspect, store: &StoreChoice) -> Result<u8, Fail
     let key = inspect.key.as_str();
     let (state, last) = store.ask(async |locks| Ok((locks.inspect(key).await?, locks.last_run(key).await?)))?;
     let text = if inspect.json {
-        json_line(&InspectRecord { key: KeyRecord::from(&state), last_run: last.as_ref().map(RunRecord::from) })?
+        json_line(&InspectRecord { key: KeyRecord::from(&state), last_run: last.as_ref().map(RunLine::from) })?
     } else {
         describe(&state, last.as_ref())
     };
@@ -31,17 +31,17 @@ pub(super) fn execute(inspect: &Inspect, store: &StoreChoice) -> Result<u8, Fail
 struct InspectRecord<'a> {
     #[serde(flatten)]
     key: KeyRecord<'a>,
-    last_run: Option<RunRecord<'a>>,
+    last_run: Option<RunLine<'a>>,
 }
 
-fn describe(state: &KeyState, last: Option<&Run>) -> String {
+fn describe(state: &KeyState, last: Option<&RunRecord>) -> String {
     let mut out = String::new();
     // Writing to a string does not fail.
     let _written = write_all(state, &mut out).and_then(|()| last.map_or(Ok(()), |last| write_run(last, &mut out)));
     out
 }
 
-fn write_run(last: &Run, out: &mut String) -> std::fmt::Result {
+fn write_run(last: &RunRecord, out: &mut String) -> std::fmt::Result {
     let word = if last.succeeded { "succeeded" } else { "failed" };
     let (age, took, began) = (for_people(last.age), for_people(last.took), wall_time(last.began));
     writeln!(out, "last run {word} {age} ago, after {took}; by {}", escape(&last.owner))?;

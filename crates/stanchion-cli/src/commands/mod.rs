@@ -1,7 +1,7 @@
 //! One file per command. Each resolves what was parsed, does it, and gives the exit code.
 
-mod break_hold;
 mod completions;
+mod force_release;
 mod inspect;
 mod ls;
 mod man;
@@ -30,7 +30,7 @@ pub(crate) fn execute(arguments: Arguments, verbosity: Verbosity) -> Result<u8, 
         Command::Ls(ls) => ls::execute(&ls, &store::resolve(common)?, verbosity),
         Command::Inspect(inspect) => inspect::execute(&inspect, &store::resolve(common)?),
         Command::Watch(watch) => watch::execute(&watch, &store::resolve(common)?, verbosity),
-        Command::Break(hold) => break_hold::execute(&hold, &store::resolve(common)?, verbosity),
+        Command::ForceRelease(hold) => force_release::execute(&hold, &store::resolve(common)?, verbosity),
         Command::Schema { apply } => schema::execute(apply, &store::resolve(common)?, verbosity),
         Command::Completions { shell } => completions::execute(shell),
         Command::Man { folder } => man::execute(folder.as_deref()),

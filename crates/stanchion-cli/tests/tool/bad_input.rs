@@ -47,7 +47,7 @@ fn bad_keys_and_durations_are_wrong_usage() {
     world.stanchion(arguments).finish().code(64).says(&["UTF-8"]);
     for (arguments, text) in [
         (&["inspect", ""][..], "a key may not be empty"),
-        (&["break", "k", "--fence", "x", "--reason", "y"], "`x` is not a fence: write the number"),
+        (&["force-release", "k", "--fence", "x", "--reason", "y"], "`x` is not a fence: write the number"),
         (&["watch", "--interval", "0"], "is too short"),
         (&[], "a command is missing"),
         (&["frob"], "unrecognized subcommand 'frob'"),
@@ -61,7 +61,11 @@ fn bad_keys_and_durations_are_wrong_usage() {
     let metadata = "x".repeat(4097);
     let finished = world.stanchion(["run", "k", "--metadata", &metadata, "--", "touch", "started"]).finish();
     finished.code(64).says(&["the metadata has 4097 bytes, the longest allowed is 4096"]);
-    world.stanchion(["break", "k", "--fence", "1", "--reason", " "]).finish().code(64).says(&["needs a reason"]);
+    world
+        .stanchion(["force-release", "k", "--fence", "1", "--reason", " "])
+        .finish()
+        .code(64)
+        .says(&["needs a reason"]);
     assert!(!world.path("started").exists());
     world.assert_free("k");
 }

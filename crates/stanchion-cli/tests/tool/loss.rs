@@ -50,13 +50,13 @@ fn a_broken_hold_ends_its_command_at_once() {
     world.until_file("ready");
     let json = world.stanchion(["inspect", "k", "--json"]).finish().ok();
     let fence = json.split_once(r#""fence":"#).unwrap().1.split(',').next().unwrap();
-    let wrong = world.stanchion(["break", "k", "--fence", "1", "--reason", "test"]).finish();
+    let wrong = world.stanchion(["force-release", "k", "--fence", "1", "--reason", "test"]).finish();
     wrong.code(1).says(&["no hold of key `k` has fence 1", fence, "nothing was changed"]);
-    world.stanchion(["break", "k", "--fence", fence, "--reason", "it hangs"]).finish().code(0).silent();
+    world.stanchion(["force-release", "k", "--fence", fence, "--reason", "it hangs"]).finish().code(0).silent();
     running.finish().code(76).says(&["key `k` was lost", "released by force (it hangs)"]);
     world.until_nothing_runs();
     world
-        .stanchion(["break", "k", "--fence", fence, "--reason", "again"])
+        .stanchion(["force-release", "k", "--fence", fence, "--reason", "again"])
         .finish()
         .code(1)
         .says(&["nobody holds it now"]);

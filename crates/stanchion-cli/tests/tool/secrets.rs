@@ -142,8 +142,15 @@ fn malformed_urls_are_in_no_message() {
             world.stanchion(["run", "k", "--", url]),
             // A key is shown, unless it is certain to be a URL.
             world.stanchion(["run", if url.contains("://") { url } else { "k" }, "-v", "--", "false"]),
-            world.stanchion(["break", if url.contains("://") { url } else { "k" }, "--fence", "1", "--reason", "x"]),
-            world.stanchion(["break", "k", "--fence", url, "--reason", "x"]),
+            world.stanchion([
+                "force-release",
+                if url.contains("://") { url } else { "k" },
+                "--fence",
+                "1",
+                "--reason",
+                "x",
+            ]),
+            world.stanchion(["force-release", "k", "--fence", url, "--reason", "x"]),
             world.stanchion(["completions", url]),
             world.stanchion([url]),
         ] {

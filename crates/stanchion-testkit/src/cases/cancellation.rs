@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use stanchion::store::{Fault, Faulty, Step};
-use stanchion::{Error, Locks, Store, Wanted};
+use stanchion::store::{Fault, Faulty, Operation};
+use stanchion::{Error, KeyRequest, Locks, Store};
 
 use crate::environment::{Environment, until};
 
@@ -26,7 +26,7 @@ struct Handles<S> {
 async fn with_slow_stores<S: Store>(env: &Environment<S>, mut each: impl AsyncFnMut(Handles<S>)) {
     for fault in [Fault::Delay, Fault::DelayReply] {
         let slow = Arc::new(Faulty::new(env.open()));
-        for step in Step::ALL {
+        for step in Operation::ALL {
             slow.faults().always(*step, fault(Duration::from_millis(1)));
         }
         let locks = env.locks_on(slow.clone()).open().await.unwrap();
@@ -76,7 +76,7 @@ async fn at_every_poll<T>(observer: &Locks, what: &str, mut work: impl AsyncFnMu
 pub async fn a_call_that_is_dropped_at_any_await_leaves_nothing<S: Store>(env: &Environment<S>) {
     with_slow_stores(env, async |Handles { slow, locks, observer }| {
         at_every_poll(&observer, "lock", async || locks.lock("k").await.unwrap()).await;
-        at_every_poll(&observer, "a fixed term", async || locks.lock("k").ttl(MINUTE).await.unwrap()).await;
+        at_every_poll(&observer, "a fixed lifetime", async || locks.lock("k").ttl(MINUTE).await.unwrap()).await;
         at_every_poll(&observer, "a wait limit", async || locks.lock("k").wait(MINUTE).await.unwrap()).await;
         at_every_poll(&observer, "try_lock", async || locks.try_lock("k").await.unwrap()).await;
         at_every_poll(&observer, "run", async || locks.lock("k").run(async |_| ()).await.unwrap()).await;
@@ -170,7 +170,8 @@ pub async fn what_is_made_of_locks_may_be_dropped_at_any_await<S: Store>(env: &E
         at_every_poll(&observer, "read", async || locks.read("k").await.unwrap()).await;
         at_every_poll(&observer, "write", async || locks.write("k").await.unwrap()).await;
         at_every_poll(&observer, "permits", async || locks.semaphore("k", 3).permits(2).await.unwrap()).await;
-        let several = || locks.lock_all([Wanted::lock("a"), Wanted::read("b"), Wanted::semaphore("c", 2, 1)]);
+        let several =
+            || locks.lock_all([KeyRequest::lock("a"), KeyRequest::read("b"), KeyRequest::semaphore("c", 2, 1)]);
         at_every_poll(&observer, "lock_all", async || several().await.unwrap()).await;
         let released = async || several().await.unwrap().release().await.unwrap();
         at_every_poll(&observer, "lock_all and release", released).await;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, Demand, EndOutcome, EvictOutcome, EvictRequest, MAX_WAITERS, PollOutcome, Push,
-    Term,
+    AcquireOutcome, AcquireRequest, Demand, EndOutcome, ForceReleaseOutcome, ForceReleaseRequest, Lifetime,
+    MAX_WAITERS, PollOutcome, Push,
 };
 use stanchion::{Store, TokenId};
 
@@ -151,8 +151,8 @@ pub async fn every_way_to_leave_tells_the_next<S: Store>(env: &Environment<S>) {
             0 => drop(holder.releases(&key("k"), token).await),
             1 => drop(holder.store.abandon(&key("k"), token).await.unwrap()),
             2 => {
-                let request = EvictRequest { key: key("k"), fence: granted.fence, reason: String::new() };
-                assert_eq!(waiter.store.evict(request).await.unwrap().outcome, EvictOutcome::Evicted);
+                let request = ForceReleaseRequest { key: key("k"), fence: granted.fence, reason: String::new() };
+                assert_eq!(waiter.store.force_release(request).await.unwrap().outcome, ForceReleaseOutcome::Released);
             }
             _ => holder.store.close_session(holder.session).await.unwrap().outcome,
         }
@@ -208,8 +208,8 @@ pub async fn a_waiter_stays_after_its_question_has_become_too_late<S: Store>(env
 
 pub async fn a_late_message_of_an_old_token_does_not_touch_the_next_one<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
-    let fixed = Term::Fixed(Duration::from_secs(60));
-    let old = AcquireRequest { term: fixed, ..actor.request(&key("k")) };
+    let fixed = Lifetime::Fixed(Duration::from_secs(60));
+    let old = AcquireRequest { lifetime: fixed, ..actor.request(&key("k")) };
     actor.gets(&old).await;
     actor.releases(&key("k"), old.token).await;
     let (token, granted) = actor.takes(&key("k")).await;
@@ -235,7 +235,7 @@ pub async fn a_queue_full_of_the_dead_has_room<S: Store>(env: &Environment<S>) {
     while let AcquireOutcome::Queued(_) = dying.ask(&dying.request(&key("k"))).await {
         entered += 1;
         if entered % 50 == 0 {
-            dying.store.beat(dying.session).await.unwrap();
+            dying.store.renew_session(dying.session).await.unwrap();
         }
     }
     assert_eq!(entered, MAX_WAITERS);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, EndOutcome, ExtendOutcome, PollOutcome, Term,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, EndOutcome, ExtendOutcome, Lifetime, PollOutcome,
 };
 use stanchion::{Store, TokenId};
 
@@ -13,7 +13,7 @@ const SHORT: Duration = Duration::from_secs(2);
 const MINUTE: Duration = Duration::from_secs(60);
 
 fn fixed<S: Store>(actor: &Actor<S>, ttl: Duration) -> AcquireRequest {
-    AcquireRequest { term: Term::Fixed(ttl), ..actor.request(&key("k")) }
+    AcquireRequest { lifetime: Lifetime::Fixed(ttl), ..actor.request(&key("k")) }
 }
 
 pub async fn a_free_key_is_granted_and_released<S: Store>(env: &Environment<S>) {
@@ -125,8 +125,8 @@ pub async fn a_fixed_term_counts_from_the_grant_not_from_the_question<S: Store>(
 
 pub async fn a_session_hold_ends_at_its_max_hold<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
-    let term = Term::Session { max_hold: Some(SHORT) };
-    let request = AcquireRequest { term, ..actor.request(&key("k")) };
+    let lifetime = Lifetime::Session { max_hold: Some(SHORT) };
+    let request = AcquireRequest { lifetime, ..actor.request(&key("k")) };
     assert!(actor.gets(&request).await.remaining.unwrap() <= SHORT);
     env.pass(SHORT + Duration::from_millis(10)).await;
     other.takes(&key("k")).await;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use stanchion::Store;
-use stanchion::store::{AcquireRequest, Demand, Listing, Term};
+use stanchion::store::{AcquireRequest, Demand, Lifetime, Listing};
 use stanchion::{Key, MAX_KEY_BYTES};
 
 use crate::environment::{Environment, key, read_pages};
@@ -119,7 +119,7 @@ pub async fn what_is_seen_of_holders_and_waiters<S: Store>(env: &Environment<S>)
     let request = AcquireRequest {
         metadata: Some("nightly \u{1b}[2J 鍵".into()),
         trace: Some("billing.rs:42".into()),
-        term: Term::Fixed(Duration::from_secs(60)),
+        lifetime: Lifetime::Fixed(Duration::from_secs(60)),
         demand: Demand::new(2, 3).unwrap(),
         ..holder.request(&key("k"))
     };
@@ -186,8 +186,8 @@ pub async fn listing_goes_by_prefix_and_page<S: Store>(env: &Environment<S>) {
 pub async fn what_has_ended_is_not_listed<S: Store>(env: &Environment<S>) {
     let (dead, actor) = (env.actor().await, env.actor().await);
     dead.takes(&key("dead")).await;
-    let short = Term::Fixed(Duration::from_secs(1));
-    actor.gets(&AcquireRequest { term: short, ..actor.request(&key("expired")) }).await;
+    let short = Lifetime::Fixed(Duration::from_secs(1));
+    actor.gets(&AcquireRequest { lifetime: short, ..actor.request(&key("expired")) }).await;
     let (token, _) = actor.takes(&key("cooling")).await;
     actor.store.release(&key("cooling"), token, Some(Duration::from_secs(1))).await.unwrap();
     actor.takes(&key("held")).await;

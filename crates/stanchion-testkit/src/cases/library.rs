@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use stanchion::store::EvictOutcome;
+use stanchion::store::ForceReleaseOutcome;
 use stanchion::{Demand, ErrorKind, LossCause, Released, Store};
 
 use crate::environment::{Environment, until};
@@ -92,8 +92,8 @@ pub async fn a_forced_release_ends_the_running_body<S: Store>(env: &Environment<
     });
     until("it runs", async || operator.is_locked("k").await.unwrap()).await;
     let fence = operator.inspect("k").await.unwrap().holders[0].fence;
-    assert_eq!(operator.force_release("k", fence, "stuck").await.unwrap(), EvictOutcome::Evicted);
-    assert_eq!(running.await.unwrap().unwrap_err().kind(), ErrorKind::Lost(LossCause::Forced));
+    assert_eq!(operator.force_release("k", fence, "stuck").await.unwrap(), ForceReleaseOutcome::Released);
+    assert_eq!(running.await.unwrap().unwrap_err().kind(), ErrorKind::Lost(LossCause::ForceReleased));
     assert!(operator.lock("k").await.unwrap().fence() > fence);
 }
 
@@ -126,8 +126,8 @@ pub async fn a_fixed_term_is_lost_before_another_can_have_it<S: Store>(env: &Env
     env.pass(remaining).await;
     assert!(!guard.is_held());
     assert!(locks.try_lock("k").await.unwrap().is_none(), "the key stays taken while its holder stops");
-    assert_eq!(guard.lost().await, LossCause::TermExpired);
-    assert_eq!(guard.extend(ttl).await.unwrap_err().kind(), ErrorKind::Lost(LossCause::TermExpired));
+    assert_eq!(guard.lost().await, LossCause::TtlExpired);
+    assert_eq!(guard.extend(ttl).await.unwrap_err().kind(), ErrorKind::Lost(LossCause::TtlExpired));
     assert_eq!(guard.release().await.unwrap(), Released::AlreadyLost);
     until("free", async || locks.try_lock("k").await.unwrap().is_some()).await;
 }

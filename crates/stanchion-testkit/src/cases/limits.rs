@@ -1,6 +1,8 @@
 //! Users of one key with different limits: what fits beside what, and what they are told.
 
-use stanchion::store::{AcquireOutcome, AcquireRequest, Demand, EndOutcome, EvictOutcome, EvictRequest, PollOutcome};
+use stanchion::store::{
+    AcquireOutcome, AcquireRequest, Demand, EndOutcome, ForceReleaseOutcome, ForceReleaseRequest, PollOutcome,
+};
 use stanchion::{Fence, Store, TokenId};
 
 use crate::environment::{Actor, Environment, Random, key, seed};
@@ -137,8 +139,8 @@ pub async fn forced_out_holder_limits_nobody<S: Store>(env: &Environment<S>) {
     new.gets(&wanting(&new, of(1, 4))).await;
     let waiting = wanting(&new, of(3, 4));
     new.waits(&waiting).await;
-    let request = EvictRequest { key: key("k"), fence, reason: String::new() };
-    assert_eq!(new.store.evict(request).await.unwrap().outcome, EvictOutcome::Evicted);
+    let request = ForceReleaseRequest { key: key("k"), fence, reason: String::new() };
+    assert_eq!(new.store.force_release(request).await.unwrap().outcome, ForceReleaseOutcome::Released);
     assert!(new.granted(&key("k"), waiting.token).await.is_some());
 }
 
@@ -227,8 +229,11 @@ pub async fn random_limits_agree_with_a_reference<S: Store>(env: &Environment<S>
             }
             (14, Some(at)) => {
                 let Some(fence) = calls[at].fence else { continue };
-                let request = EvictRequest { key: k.clone(), fence, reason: String::new() };
-                assert_eq!(actors[who].store.evict(request).await.unwrap().outcome, EvictOutcome::Evicted);
+                let request = ForceReleaseRequest { key: k.clone(), fence, reason: String::new() };
+                assert_eq!(
+                    actors[who].store.force_release(request).await.unwrap().outcome,
+                    ForceReleaseOutcome::Released
+                );
                 reference.end(calls.remove(at).request.token);
             }
             (_, Some(_)) => {

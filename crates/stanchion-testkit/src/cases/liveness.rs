@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, BeatOutcome, Demand, EndOutcome, ExtendOutcome, OpenOutcome, OpenSession,
-    PollOutcome, Term,
+    AcquireOutcome, AcquireRequest, Demand, EndOutcome, ExtendOutcome, Lifetime, OpenOutcome, OpenSession, PollOutcome,
+    RenewOutcome,
 };
 use stanchion::{SessionId, Store};
 
@@ -31,11 +31,14 @@ pub async fn a_beat_keeps_its_own_session_alone<S: Store>(env: &Environment<S>) 
     silent.takes(&key("left")).await;
     for _ in 0..6 {
         env.pass(life / 4).await;
-        assert_eq!(beating.store.beat(beating.session).await.unwrap().outcome, BeatOutcome::Alive { lost: vec![] });
+        assert_eq!(
+            beating.store.renew_session(beating.session).await.unwrap().outcome,
+            RenewOutcome::Alive { lost: vec![] }
+        );
     }
     assert!(other.granted(&key("kept"), kept).await.is_some());
     assert!(!other.sees_held(&key("left")).await);
-    assert_eq!(silent.store.beat(silent.session).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(silent.store.renew_session(silent.session).await.unwrap().outcome, RenewOutcome::Gone);
 }
 
 pub async fn asking_is_no_beat<S: Store>(env: &Environment<S>) {
@@ -79,7 +82,7 @@ pub async fn closing_a_session_that_is_not_there_is_nothing<S: Store>(env: &Envi
 
 pub async fn a_dead_token_can_do_nothing_any_more<S: Store>(env: &Environment<S>) {
     let (dead, next) = (env.actor().await, env.actor().await);
-    let request = AcquireRequest { term: Term::Session { max_hold: Some(MINUTE) }, ..dead.request(&key("k")) };
+    let request = AcquireRequest { lifetime: Lifetime::Session { max_hold: Some(MINUTE) }, ..dead.request(&key("k")) };
     dead.gets(&request).await;
     dead.store.close_session(dead.session).await.unwrap();
     let (token, granted) = next.takes(&key("k")).await;
@@ -148,7 +151,7 @@ pub async fn a_session_that_is_closed_loses_its_places_in_every_queue<S: Store>(
 
 pub async fn a_fixed_hold_of_a_dead_session_is_extended_and_ended_by_its_token<S: Store>(env: &Environment<S>) {
     let (dying, other) = (env.mortal(SHORT).await, env.actor().await);
-    let request = AcquireRequest { term: Term::Fixed(MINUTE), ..dying.request(&key("k")) };
+    let request = AcquireRequest { lifetime: Lifetime::Fixed(MINUTE), ..dying.request(&key("k")) };
     let fence = dying.gets(&request).await.fence;
     env.dies(dying).await;
     let extended = other.store.extend(&key("k"), request.token, MINUTE * 2).await.unwrap().outcome;
@@ -162,7 +165,7 @@ pub async fn a_fixed_hold_of_a_dead_session_is_extended_and_ended_by_its_token<S
 pub async fn the_death_of_a_session_leaves_its_fixed_permit<S: Store>(env: &Environment<S>) {
     let (dying, other) = (env.mortal(SHORT).await, env.actor().await);
     let two = |request: AcquireRequest| AcquireRequest { demand: Demand::new(1, 2).unwrap(), ..request };
-    let fixed = two(AcquireRequest { term: Term::Fixed(MINUTE), ..dying.request(&key("k")) });
+    let fixed = two(AcquireRequest { lifetime: Lifetime::Fixed(MINUTE), ..dying.request(&key("k")) });
     let bound = two(dying.request(&key("k")));
     let fence = dying.gets(&fixed).await.fence;
     dying.gets(&bound).await;

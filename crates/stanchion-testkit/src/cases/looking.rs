@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use stanchion::store::{AcquireRequest, Demand, KeyState, Listing, Term};
+use stanchion::store::{AcquireRequest, Demand, KeyState, Lifetime, Listing};
 use stanchion::{Key, Store};
 
 use crate::environment::{Actor, Environment, key, list_all, read_pages, until};
@@ -181,7 +181,7 @@ pub async fn listing_leaves_out_what_is_over<S: Store>(env: &Environment<S>) {
     let read = AcquireRequest { demand: Demand::READ, ..holder.request(&key("read by both")) };
     holder.gets(&read).await;
     dead.gets(&AcquireRequest { demand: Demand::READ, ..dead.request(&key("read by both")) }).await;
-    let short = AcquireRequest { term: Term::Fixed(SHORT), ..holder.request(&key("short")) };
+    let short = AcquireRequest { lifetime: Lifetime::Fixed(SHORT), ..holder.request(&key("short")) };
     holder.gets(&short).await;
     assert_eq!(waiter.lists("").await.len(), 4);
     env.dies(dead).await;
@@ -269,7 +269,7 @@ pub async fn a_key_of_the_full_length_does_everything<S: Store>(env: &Environmen
     let stem = "k".repeat(stanchion::MAX_KEY_BYTES - 1);
     let namespace = "n".repeat(128);
     let [one, two] = ["1", "2"].map(|end| Key::new(&namespace, &format!("{stem}{end}")).unwrap());
-    let request = AcquireRequest { term: Term::Fixed(SHORT), ..holder.request(&one) };
+    let request = AcquireRequest { lifetime: Lifetime::Fixed(SHORT), ..holder.request(&one) };
     let granted = holder.gets(&request).await;
     let (token, _) = holder.takes(&two).await;
     let waiting = waiter.queues(&one).await;

@@ -4,22 +4,22 @@ use std::time::Duration;
 
 use stanchion::Store;
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, BeatOutcome, Demand, EndOutcome, EvictOutcome, EvictRequest, ExtendOutcome,
-    LostToken, PollOutcome, Push, StoreTime, Term,
+    AcquireOutcome, AcquireRequest, Demand, EndOutcome, ExtendOutcome, ForceReleaseOutcome, ForceReleaseRequest,
+    Lifetime, LostToken, PollOutcome, Push, RenewOutcome, StoreTime,
 };
 use stanchion::{Fence, TokenId};
 
 use crate::environment::{Actor, Environment, key};
 
-async fn force<S: Store>(actor: &Actor<S>, fence: Fence) -> EvictOutcome {
-    let request = EvictRequest { key: key("k"), fence, reason: "stuck".into() };
-    actor.store.evict(request).await.unwrap().outcome
+async fn force<S: Store>(actor: &Actor<S>, fence: Fence) -> ForceReleaseOutcome {
+    let request = ForceReleaseRequest { key: key("k"), fence, reason: "stuck".into() };
+    actor.store.force_release(request).await.unwrap().outcome
 }
 
 async fn lost<S: Store>(actor: &Actor<S>) -> Vec<LostToken> {
-    match actor.store.beat(actor.session).await.unwrap().outcome {
-        BeatOutcome::Alive { lost } => lost,
-        BeatOutcome::Gone => panic!("the session is gone"),
+    match actor.store.renew_session(actor.session).await.unwrap().outcome {
+        RenewOutcome::Alive { lost } => lost,
+        RenewOutcome::Gone => panic!("the session is gone"),
     }
 }
 
@@ -33,7 +33,7 @@ pub async fn every_answer_tells_a_time_that_does_not_run_back<S: Store>(env: &En
             actor.store.acquire(request.clone()).await.unwrap().time,
             actor.store.poll(&key("k"), &[request.token]).await.unwrap().time,
             actor.store.inspect(&key("k")).await.unwrap().time,
-            actor.store.beat(actor.session).await.unwrap().time,
+            actor.store.renew_session(actor.session).await.unwrap().time,
             actor.store.release(&key("k"), request.token, None).await.unwrap().time,
         ];
         for time in times {
@@ -111,8 +111,8 @@ pub async fn poll_settles_a_key_once_for_all_tokens<S: Store>(env: &Environment<
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let two = Demand::new(1, 2).unwrap();
     for _ in 0..2 {
-        let term = Term::Fixed(Duration::from_secs(2));
-        holder.gets(&AcquireRequest { term, demand: two, ..holder.request(&key("k")) }).await;
+        let lifetime = Lifetime::Fixed(Duration::from_secs(2));
+        holder.gets(&AcquireRequest { lifetime, demand: two, ..holder.request(&key("k")) }).await;
     }
     let mut waiting = Vec::new();
     for _ in 0..12 {
@@ -185,13 +185,13 @@ pub async fn a_forced_release_needs_the_fence_that_is_there<S: Store>(env: &Envi
     let (holder, operator) = (env.actor().await, env.actor().await);
     let (token, granted) = holder.takes(&key("k")).await;
     let wrong = Fence::new(granted.fence.get() - 1);
-    assert_eq!(force(&operator, wrong).await, EvictOutcome::NoSuchHold { live: vec![granted.fence] });
+    assert_eq!(force(&operator, wrong).await, ForceReleaseOutcome::NoSuchHold { live: vec![granted.fence] });
     assert!(holder.granted(&key("k"), token).await.is_some());
-    assert_eq!(force(&operator, granted.fence).await, EvictOutcome::Evicted);
-    assert_eq!(force(&operator, granted.fence).await, EvictOutcome::NoSuchHold { live: vec![] });
+    assert_eq!(force(&operator, granted.fence).await, ForceReleaseOutcome::Released);
+    assert_eq!(force(&operator, granted.fence).await, ForceReleaseOutcome::NoSuchHold { live: vec![] });
     let (_, next) = operator.takes(&key("k")).await;
     assert!(next.fence.get() > granted.fence.get() + 1, "a forced release raises the fence by itself");
-    assert_eq!(force(&operator, granted.fence).await, EvictOutcome::NoSuchHold { live: vec![next.fence] });
+    assert_eq!(force(&operator, granted.fence).await, ForceReleaseOutcome::NoSuchHold { live: vec![next.fence] });
 }
 
 pub async fn a_forced_release_is_told_by_push_and_by_every_beat<S: Store>(env: &Environment<S>) {
@@ -199,7 +199,7 @@ pub async fn a_forced_release_is_told_by_push_and_by_every_beat<S: Store>(env: &
     let (token, granted) = holder.takes(&key("k")).await;
     force(&operator, granted.fence).await;
     let expected = LostToken { key: key("k"), token, reason: "stuck".into() };
-    assert_eq!(holder.pushed().await, Push::Forced(expected.clone()));
+    assert_eq!(holder.pushed().await, Push::ForceReleased(expected.clone()));
     for _ in 0..2 {
         assert_eq!(lost(&holder).await, vec![expected.clone()], "until the token is ended");
     }
@@ -215,7 +215,7 @@ pub async fn a_token_that_was_forced_out_is_over<S: Store>(env: &Environment<S>)
     force(&operator, granted.fence).await;
     assert!(operator.granted(&key("k"), waiting).await.is_some(), "handed on in the same step");
     assert_eq!(holder.polls(&key("k"), request.token).await, PollOutcome::Gone);
-    assert_eq!(holder.ask(&request).await, AcquireOutcome::Forced, "a repeat is not granted anew");
+    assert_eq!(holder.ask(&request).await, AcquireOutcome::ForceReleased, "a repeat is not granted anew");
     let extended = holder.store.extend(&key("k"), request.token, Duration::from_secs(9)).await.unwrap().outcome;
     assert_eq!(extended, ExtendOutcome::NotHeld);
     assert_eq!(operator.sees(&key("k")).await.waiters.len(), 0);

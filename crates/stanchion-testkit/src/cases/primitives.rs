@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use stanchion::{
-    Error, ErrorKind, Event, EventStream, Fence, Locks, LossCause, Outcome, OwnerStatus, Released, Store, Wanted,
+    Error, ErrorKind, Event, EventStream, Fence, KeyRequest, Locks, LossCause, OnceOutcome, OwnerStatus, Released,
+    Store,
 };
 
 use crate::environment::{Environment, GENEROUS, Random, list_all, seed, until};
@@ -94,12 +95,14 @@ pub async fn several_keys_are_taken_all_or_nothing<S: Store>(env: &Environment<S
     assert_eq!(guards.release().await.unwrap(), Released::Now);
     assert!(two.list("").await.unwrap().is_empty());
     // Readers of one key, alone on another.
-    let wanted = || [Wanted::read("shared"), Wanted::lock("alone")];
+    let wanted = || [KeyRequest::read("shared"), KeyRequest::lock("alone")];
     let mixed = one.lock_all(wanted()).await.unwrap();
-    drop(two.lock_all([Wanted::read("shared"), Wanted::semaphore("permits", 2, 2)]).await.unwrap());
+    drop(two.lock_all([KeyRequest::read("shared"), KeyRequest::semaphore("permits", 2, 2)]).await.unwrap());
     assert!(two.lock_all(wanted()).try_acquire().await.unwrap().is_none());
     drop(mixed);
-    for wanted in [vec![], vec![Wanted::read("k"), Wanted::write("k")], vec![Wanted::lock("k"), Wanted::lock("")]] {
+    for wanted in
+        [vec![], vec![KeyRequest::read("k"), KeyRequest::write("k")], vec![KeyRequest::lock("k"), KeyRequest::lock("")]]
+    {
         let error = one.lock_all(wanted).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
     }
@@ -125,7 +128,7 @@ pub async fn a_wait_for_several_keys_has_one_limit_and_keeps_nothing<S: Store>(e
     until("it waits", async || one.inspect("b").await.unwrap().waiters.len() == 1).await;
     let fence = one.inspect("a").await.unwrap().holders[0].fence;
     one.force_release("a", fence, "for a test").await.unwrap();
-    assert_eq!(waiting.await.unwrap().unwrap_err().kind(), ErrorKind::Lost(LossCause::Forced));
+    assert_eq!(waiting.await.unwrap().unwrap_err().kind(), ErrorKind::Lost(LossCause::ForceReleased));
     held.release().await.unwrap();
     until("nothing is left", async || one.list("").await.unwrap().is_empty()).await;
 }
@@ -186,8 +189,9 @@ pub async fn a_crowd_over_sets_of_keys_neither_dead_locks_nor_leaves_anything<S:
                     for _ in 0..=random.below(3) {
                         wanted.insert(KEYS[random.below(6) as usize], random.below(2) == 0);
                     }
-                    let keys =
-                        wanted.iter().map(|(key, reads)| if *reads { Wanted::read(*key) } else { Wanted::write(*key) });
+                    let keys = wanted
+                        .iter()
+                        .map(|(key, reads)| if *reads { KeyRequest::read(*key) } else { KeyRequest::write(*key) });
                     let request = locks.lock_all(keys);
                     if random.below(8) == 0 {
                         // Given up somewhere on its way.
@@ -301,7 +305,7 @@ pub async fn a_crowd_of_readers_does_not_keep_a_writer_waiting<S: Store>(env: &E
 }
 
 /// A body that must not run.
-async fn must_not_run(_: &stanchion::Turn) -> Result<i32, Error> {
+async fn must_not_run(_: &stanchion::OnceGuard) -> Result<i32, Error> {
     panic!("it was run")
 }
 
@@ -309,28 +313,28 @@ pub async fn what_was_run_once_is_not_run_again_for_its_cooldown<S: Store>(env: 
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let pause = Duration::from_millis(700);
     let ran = one.once("k").cooldown(pause).run(async |_| Ok::<_, Error>(7)).await.unwrap();
-    assert_eq!(ran, Outcome::Ran(7));
+    assert_eq!(ran, OnceOutcome::Ran(7));
     match two.once("k").cooldown(pause).run(must_not_run).await.unwrap() {
-        Outcome::Skipped { last: Some(last), is_running: false, opens_in: Some(left) } => {
+        OnceOutcome::Skipped { last: Some(last), is_running: false, opens_in: Some(left) } => {
             assert!(last.succeeded && left <= pause && last.closed_for == pause);
         }
         other => panic!("{other:?}"),
     }
     // Who waits need not: it is done.
     let done = two.once("k").cooldown(pause).wait().run(must_not_run).await.unwrap();
-    assert!(matches!(done, Outcome::DoneElsewhere { .. }));
+    assert!(matches!(done, OnceOutcome::DoneElsewhere { .. }));
     // It is a matter of those who run it once; the key itself is free.
     two.lock("k").await.unwrap().release().await.unwrap();
     env.pass(pause + Duration::from_millis(10)).await;
     // The body decides how long this time.
-    let body = async |turn: &stanchion::Turn| -> Result<_, Error> {
+    let body = async |turn: &stanchion::OnceGuard| -> Result<_, Error> {
         assert!(turn.last().is_some_and(|last| last.succeeded));
         turn.set_cooldown(None)?;
         Ok(8)
     };
-    assert_eq!(two.once("k").cooldown(MINUTE).run(body).await.unwrap(), Outcome::Ran(8));
-    assert_eq!(one.once("k").cooldown(MINUTE).run(async |_| Ok::<_, Error>(9)).await.unwrap(), Outcome::Ran(9));
-    assert!(matches!(two.once("k").run(must_not_run).await.unwrap(), Outcome::Skipped { .. }));
+    assert_eq!(two.once("k").cooldown(MINUTE).run(body).await.unwrap(), OnceOutcome::Ran(8));
+    assert_eq!(one.once("k").cooldown(MINUTE).run(async |_| Ok::<_, Error>(9)).await.unwrap(), OnceOutcome::Ran(9));
+    assert!(matches!(two.once("k").run(must_not_run).await.unwrap(), OnceOutcome::Skipped { .. }));
     let bad = two.once("k").cooldown(Duration::ZERO).run(must_not_run).await.unwrap_err();
     assert_eq!(bad.kind(), ErrorKind::InvalidArgument);
     let store = env.open();
@@ -344,13 +348,13 @@ pub async fn what_was_run_once_is_not_run_again_for_its_cooldown<S: Store>(env: 
 pub async fn a_period_counts_from_the_beginning_and_leaves_a_tenth<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let period = MINUTE * 10;
-    let body = async |_: &stanchion::Turn| {
+    let body = async |_: &stanchion::OnceGuard| {
         env.pass(Duration::from_millis(20)).await;
         Ok::<_, Error>(())
     };
-    assert_eq!(one.once("k").every(period).run(body).await.unwrap(), Outcome::Ran(()));
+    assert_eq!(one.once("k").every(period).run(body).await.unwrap(), OnceOutcome::Ran(()));
     match two.once("k").every(period).run(must_not_run).await.unwrap() {
-        Outcome::Skipped { last: Some(last), opens_in: Some(left), .. } => {
+        OnceOutcome::Skipped { last: Some(last), opens_in: Some(left), .. } => {
             assert!(last.closed_for <= period / 10 * 9 - Duration::from_millis(19) && last.closed_for > period / 2);
             assert!(left <= last.closed_for && left > period / 2, "{left:?}");
         }
@@ -360,15 +364,18 @@ pub async fn a_period_counts_from_the_beginning_and_leaves_a_tenth<S: Store>(env
 
 pub async fn a_run_that_fails_does_not_count_unless_it_is_to<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
-    let fails = async |_: &stanchion::Turn| Err::<i32, _>(Error::new(ErrorKind::Internal, "of the body"));
+    let fails = async |_: &stanchion::OnceGuard| Err::<i32, _>(Error::new(ErrorKind::Internal, "of the body"));
     let error = one.once("k").cooldown(MINUTE).run(fails).await.unwrap_err();
     assert_eq!(error.to_string(), "of the body", "as it is");
     let last = two.last_run("k").await.unwrap().unwrap();
     assert!(!last.succeeded && last.closed_still_for().is_none());
-    assert_eq!(two.once("k").cooldown(MINUTE).slot(1).run(async |_| Ok::<_, Error>(1)).await.unwrap(), Outcome::Ran(1));
+    assert_eq!(
+        two.once("k").cooldown(MINUTE).slot(1).run(async |_| Ok::<_, Error>(1)).await.unwrap(),
+        OnceOutcome::Ran(1)
+    );
     let error = one.once("j").slot(5).failures_count().run(fails).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Internal);
-    assert!(matches!(two.once("j").slot(5).run(must_not_run).await.unwrap(), Outcome::Skipped { .. }));
+    assert!(matches!(two.once("j").slot(5).run(must_not_run).await.unwrap(), OnceOutcome::Skipped { .. }));
     // Given up in the middle: nothing counts, and the lock is free.
     let running = tokio::spawn({
         let one = one.clone();
@@ -376,11 +383,14 @@ pub async fn a_run_that_fails_does_not_count_unless_it_is_to<S: Store>(env: &Env
     });
     until("it runs", async || two.is_locked("i").await.unwrap()).await;
     match two.once("i").cooldown(MINUTE).run(must_not_run).await.unwrap() {
-        Outcome::Skipped { last: None, is_running: true, .. } => {}
+        OnceOutcome::Skipped { last: None, is_running: true, .. } => {}
         other => panic!("{other:?}"),
     }
     running.abort();
-    assert_eq!(two.once("i").cooldown(MINUTE).wait().run(async |_| Ok::<_, Error>(2)).await.unwrap(), Outcome::Ran(2));
+    assert_eq!(
+        two.once("i").cooldown(MINUTE).wait().run(async |_| Ok::<_, Error>(2)).await.unwrap(),
+        OnceOutcome::Ran(2)
+    );
 }
 
 pub async fn who_waits_for_a_run_finds_it_done<S: Store>(env: &Environment<S>) {
@@ -389,7 +399,7 @@ pub async fn who_waits_for_a_run_finds_it_done<S: Store>(env: &Environment<S>) {
         let (finish, finished) = tokio::sync::oneshot::channel::<()>();
         let running = tokio::spawn({
             let one = one.clone();
-            let body = async move |_: &stanchion::Turn| {
+            let body = async move |_: &stanchion::OnceGuard| {
                 finished.await.unwrap();
                 if succeeds { Ok(1) } else { Err(Error::new(ErrorKind::Internal, "of the body")) }
             };
@@ -404,8 +414,8 @@ pub async fn who_waits_for_a_run_finds_it_done<S: Store>(env: &Environment<S>) {
         finish.send(()).unwrap();
         assert_eq!(running.await.unwrap().is_ok(), succeeds);
         match waiting.await.unwrap().unwrap() {
-            Outcome::DoneElsewhere { last } => assert!(succeeds && last.succeeded),
-            Outcome::Ran(2) => assert!(!succeeds),
+            OnceOutcome::DoneElsewhere { last } => assert!(succeeds && last.succeeded),
+            OnceOutcome::Ran(2) => assert!(!succeeds),
             other => panic!("{other:?}"),
         }
     }
@@ -413,20 +423,20 @@ pub async fn who_waits_for_a_run_finds_it_done<S: Store>(env: &Environment<S>) {
 
 pub async fn a_slot_is_run_once_however_clocks_differ<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
-    assert_eq!(one.once("k").slot(100).run(async |_| Ok::<_, Error>(1)).await.unwrap(), Outcome::Ran(1));
+    assert_eq!(one.once("k").slot(100).run(async |_| Ok::<_, Error>(1)).await.unwrap(), OnceOutcome::Ran(1));
     env.pass(Duration::from_millis(300)).await;
     for late in [100, 99, 0] {
         let outcome = two.once("k").slot(late).run(must_not_run).await.unwrap();
-        assert!(matches!(outcome, Outcome::Skipped { last: Some(last), .. } if last.slot == Some(100)));
+        assert!(matches!(outcome, OnceOutcome::Skipped { last: Some(last), .. } if last.slot == Some(100)));
     }
-    assert_eq!(two.once("k").slot(101).run(async |_| Ok::<_, Error>(2)).await.unwrap(), Outcome::Ran(2));
+    assert_eq!(two.once("k").slot(101).run(async |_| Ok::<_, Error>(2)).await.unwrap(), OnceOutcome::Ran(2));
     // By its period: nine tenths of it from the beginning of the last run.
     let period = Duration::from_millis(1_000);
-    assert_eq!(one.once("p").every(period).run(async |_| Ok::<_, Error>(1)).await.unwrap(), Outcome::Ran(1));
+    assert_eq!(one.once("p").every(period).run(async |_| Ok::<_, Error>(1)).await.unwrap(), OnceOutcome::Ran(1));
     let skipped = two.once("p").every(period).run(must_not_run).await.unwrap();
-    assert!(matches!(skipped, Outcome::Skipped { opens_in: Some(left), .. } if left <= period / 10 * 9));
+    assert!(matches!(skipped, OnceOutcome::Skipped { opens_in: Some(left), .. } if left <= period / 10 * 9));
     env.pass(period / 10 * 9 + Duration::from_millis(5)).await;
-    assert_eq!(two.once("p").every(period).run(async |_| Ok::<_, Error>(2)).await.unwrap(), Outcome::Ran(2));
+    assert_eq!(two.once("p").every(period).run(async |_| Ok::<_, Error>(2)).await.unwrap(), OnceOutcome::Ran(2));
 }
 
 pub async fn the_last_run_is_known<S: Store>(env: &Environment<S>) {
@@ -434,7 +444,7 @@ pub async fn the_last_run_is_known<S: Store>(env: &Environment<S>) {
     assert_eq!(two.last_run("k").await.unwrap(), None);
     for round in 0..3 {
         let mut fence = None;
-        let body = async |turn: &stanchion::Turn| {
+        let body = async |turn: &stanchion::OnceGuard| {
             fence = Some(turn.fence());
             env.pass(Duration::from_millis(30)).await;
             Ok::<_, Error>(())
@@ -454,9 +464,9 @@ pub async fn a_run_of_the_longest_name_is_recorded<S: Store>(env: &Environment<S
     // Each byte of it is written as three where a store cannot have it as it is.
     let (namespace, key) = ("/".repeat(stanchion::MAX_NAMESPACE_BYTES), "\u{1}%".repeat(stanchion::MAX_KEY_BYTES / 2));
     let locks = env.locks().namespace(&namespace).open().await.unwrap();
-    assert_eq!(locks.once(&key).slot(1).run(async |_| Ok::<_, Error>(1)).await.unwrap(), Outcome::Ran(1));
+    assert_eq!(locks.once(&key).slot(1).run(async |_| Ok::<_, Error>(1)).await.unwrap(), OnceOutcome::Ran(1));
     assert_eq!(locks.last_run(&key).await.unwrap().unwrap().slot, Some(1));
-    assert!(matches!(locks.once(&key).slot(1).run(must_not_run).await.unwrap(), Outcome::Skipped { .. }));
+    assert!(matches!(locks.once(&key).slot(1).run(must_not_run).await.unwrap(), OnceOutcome::Skipped { .. }));
     let other = env.locks().namespace(&"/".repeat(stanchion::MAX_NAMESPACE_BYTES - 1)).open().await.unwrap();
     assert_eq!(other.last_run(&key).await.unwrap(), None);
 }
@@ -482,7 +492,7 @@ pub async fn a_leader_resigns_and_the_next_in_line_leads<S: Store>(env: &Environ
     // A leader that is deposed knows it.
     one.force_release("office", second.term(), "for a test").await.unwrap();
     // The poll that confirms its grant may find out first.
-    assert!(matches!(second.lost().await, LossCause::Forced | LossCause::Missing));
+    assert!(matches!(second.lost().await, LossCause::ForceReleased | LossCause::Missing));
     assert!(!second.is_leader() && second.check().is_err());
     // It leads anew until its work is done.
     let terms = AtomicI64::new(0);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use stanchion::Store;
-use stanchion::store::{AcquireOutcome, AcquireRequest, Demand, EndOutcome, MAX_WAITERS, PollOutcome, Push, Term};
+use stanchion::store::{AcquireOutcome, AcquireRequest, Demand, EndOutcome, Lifetime, MAX_WAITERS, PollOutcome, Push};
 
 use crate::environment::{Actor, Environment, key, until};
 
@@ -109,8 +109,8 @@ pub async fn a_grant_that_nobody_collects_is_ended_by_its_token<S: Store>(env: &
 pub async fn a_hand_off_starts_a_fixed_term_at_the_grant<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
-    let term = Term::Fixed(Duration::from_secs(60));
-    let request = AcquireRequest { term, ..waiter.request(&key("k")) };
+    let lifetime = Lifetime::Fixed(Duration::from_secs(60));
+    let request = AcquireRequest { lifetime, ..waiter.request(&key("k")) };
     waiter.waits(&request).await;
     // It waits for longer than a slow machine takes from the release to the answer.
     env.pass(Duration::from_secs(2)).await;
@@ -124,7 +124,7 @@ pub async fn a_hand_off_starts_a_fixed_term_at_the_grant<S: Store>(env: &Environ
 
 pub async fn the_end_of_a_term_serves_the_waiter_when_it_asks<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
-    let request = AcquireRequest { term: Term::Fixed(SHORT), ..holder.request(&key("k")) };
+    let request = AcquireRequest { lifetime: Lifetime::Fixed(SHORT), ..holder.request(&key("k")) };
     holder.gets(&request).await;
     let waiting = waiter.request(&key("k"));
     let check_in = waiter.waits(&waiting).await.check_in.expect("time will free it");

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, BeatOutcome, Demand, EndOutcome, OpenOutcome, OpenSession, PollOutcome, Term,
+    AcquireOutcome, AcquireRequest, Demand, EndOutcome, Lifetime, OpenOutcome, OpenSession, PollOutcome, RenewOutcome,
 };
 use stanchion::{SessionId, Store};
 
@@ -23,8 +23,8 @@ pub async fn opening_a_session_again_is_the_same_session<S: Store>(env: &Environ
 pub async fn a_beat_of_a_session_that_was_never_opened_is_gone<S: Store>(env: &Environment<S>) {
     let store = env.open();
     let unknown = SessionId::random().unwrap();
-    assert_eq!(store.beat(unknown).await.unwrap().outcome, BeatOutcome::Gone);
-    assert_eq!(store.beat(unknown).await.unwrap().outcome, BeatOutcome::Gone, "a beat does not create");
+    assert_eq!(store.renew_session(unknown).await.unwrap().outcome, RenewOutcome::Gone);
+    assert_eq!(store.renew_session(unknown).await.unwrap().outcome, RenewOutcome::Gone, "a beat does not create");
 }
 
 pub async fn a_beaten_session_lives_on<S: Store>(env: &Environment<S>) {
@@ -32,7 +32,10 @@ pub async fn a_beaten_session_lives_on<S: Store>(env: &Environment<S>) {
     let (token, _) = actor.takes(&key("k")).await;
     for _ in 0..6 {
         env.pass(SHORT / 3).await;
-        assert_eq!(actor.store.beat(actor.session).await.unwrap().outcome, BeatOutcome::Alive { lost: vec![] });
+        assert_eq!(
+            actor.store.renew_session(actor.session).await.unwrap().outcome,
+            RenewOutcome::Alive { lost: vec![] }
+        );
     }
     assert!(actor.granted(&key("k"), token).await.is_some());
 }
@@ -41,7 +44,7 @@ pub async fn a_closed_session_never_lives_again<S: Store>(env: &Environment<S>) 
     let actor = env.actor().await;
     actor.store.close_session(actor.session).await.unwrap();
     actor.store.close_session(actor.session).await.unwrap();
-    assert_eq!(actor.store.beat(actor.session).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(actor.store.renew_session(actor.session).await.unwrap().outcome, RenewOutcome::Gone);
     let request = OpenSession { session: actor.session, ttl: SHORT, owner: String::new() };
     assert_eq!(actor.store.open_session(request).await.unwrap().outcome, OpenOutcome::Gone);
     assert_eq!(actor.ask(&actor.request(&key("k"))).await, AcquireOutcome::SessionGone);
@@ -53,7 +56,7 @@ pub async fn a_session_that_did_not_beat_is_dead_for_good<S: Store>(env: &Enviro
     let other = env.actor().await;
     let (token, _) = actor.takes(&key("k")).await;
     env.pass(SHORT * 2).await;
-    assert_eq!(actor.store.beat(actor.session).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(actor.store.renew_session(actor.session).await.unwrap().outcome, RenewOutcome::Gone);
     assert_eq!(actor.polls(&key("k"), token).await, PollOutcome::Gone);
     assert_eq!(actor.ask(&actor.request(&key("k"))).await, AcquireOutcome::SessionGone);
     other.takes(&key("k")).await;
@@ -65,7 +68,7 @@ pub async fn a_session_lives_as_long_as_its_process<S: Store>(env: &Environment<
     let waiting = other.queues(&key("k")).await;
     env.pass(SHORT * 2).await;
     assert!(actor.granted(&key("k"), token).await.is_some(), "beaten or not");
-    assert_eq!(actor.store.beat(actor.session).await.unwrap().outcome, BeatOutcome::Alive { lost: vec![] });
+    assert_eq!(actor.store.renew_session(actor.session).await.unwrap().outcome, RenewOutcome::Alive { lost: vec![] });
     env.dies(actor).await;
     until("the waiter has it", async || other.granted(&key("k"), waiting).await.is_some()).await;
 }
@@ -120,7 +123,7 @@ pub async fn dead_waiters_are_skipped_all_at_once<S: Store>(env: &Environment<S>
 
 pub async fn a_fixed_hold_outlives_its_session<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
-    let request = AcquireRequest { term: Term::Fixed(Duration::from_secs(60)), ..actor.request(&key("k")) };
+    let request = AcquireRequest { lifetime: Lifetime::Fixed(Duration::from_secs(60)), ..actor.request(&key("k")) };
     let granted = actor.gets(&request).await;
     actor.store.close_session(actor.session).await.unwrap();
     let now = other.granted(&key("k"), request.token).await.unwrap();
@@ -135,7 +138,7 @@ pub async fn a_fixed_hold_outlives_its_session<S: Store>(env: &Environment<S>) {
 pub async fn a_waiter_for_a_fixed_term_dies_with_its_session<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
-    let request = AcquireRequest { term: Term::Fixed(Duration::from_secs(60)), ..waiter.request(&key("k")) };
+    let request = AcquireRequest { lifetime: Lifetime::Fixed(Duration::from_secs(60)), ..waiter.request(&key("k")) };
     waiter.waits(&request).await;
     waiter.store.close_session(waiter.session).await.unwrap();
     holder.releases(&key("k"), token).await;
@@ -145,7 +148,7 @@ pub async fn a_waiter_for_a_fixed_term_dies_with_its_session<S: Store>(env: &Env
 pub async fn a_fixed_term_that_the_dead_were_granted_keeps_nobody_out<S: Store>(env: &Environment<S>) {
     let (holder, dying, next) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
-    let request = AcquireRequest { term: Term::Fixed(Duration::from_secs(600)), ..dying.request(&key("k")) };
+    let request = AcquireRequest { lifetime: Lifetime::Fixed(Duration::from_secs(600)), ..dying.request(&key("k")) };
     dying.waits(&request).await;
     env.dies(dying).await;
     assert_eq!(holder.releases(&key("k"), token).await, EndOutcome::Released);
@@ -160,7 +163,7 @@ pub async fn a_fixed_term_that_the_dead_were_granted_keeps_nobody_out<S: Store>(
 pub async fn a_fixed_term_that_its_holder_has_seen_outlives_the_session<S: Store>(env: &Environment<S>) {
     let (holder, dying, next) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
-    let request = AcquireRequest { term: Term::Fixed(Duration::from_secs(600)), ..dying.request(&key("k")) };
+    let request = AcquireRequest { lifetime: Lifetime::Fixed(Duration::from_secs(600)), ..dying.request(&key("k")) };
     dying.waits(&request).await;
     assert_eq!(holder.releases(&key("k"), token).await, EndOutcome::Released);
     let granted = dying.granted(&key("k"), request.token).await.unwrap();
@@ -232,5 +235,5 @@ pub async fn looking_at_a_session_renews_nothing<S: Store>(env: &Environment<S>)
         other.store.session_lives(actor.session).await.unwrap();
     }
     assert!(!other.store.session_lives(actor.session).await.unwrap().outcome);
-    assert_eq!(actor.store.beat(actor.session).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(actor.store.renew_session(actor.session).await.unwrap().outcome, RenewOutcome::Gone);
 }

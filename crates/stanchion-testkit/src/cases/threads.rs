@@ -6,8 +6,8 @@ use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Demand, EndOutcome, EvictOutcome, EvictRequest,
-    PollOutcome,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Demand, EndOutcome, ForceReleaseOutcome,
+    ForceReleaseRequest, PollOutcome,
 };
 use stanchion::{Store, TokenId};
 
@@ -113,8 +113,8 @@ pub async fn a_token_is_ended_once_however_many_try<S: Store>(env: &Environment<
                 0 => actor.releases(&key("k"), token).await == EndOutcome::Released,
                 1 => actor.store.abandon(&key("k"), token).await.unwrap().outcome == EndOutcome::Released,
                 _ => {
-                    let request = EvictRequest { key: key("k"), fence: granted.fence, reason: String::new() };
-                    actor.store.evict(request).await.unwrap().outcome == EvictOutcome::Evicted
+                    let request = ForceReleaseRequest { key: key("k"), fence: granted.fence, reason: String::new() };
+                    actor.store.force_release(request).await.unwrap().outcome == ForceReleaseOutcome::Released
                 }
             }
         });

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use stanchion::Store;
-use stanchion::store::{AcquireOutcome, AcquireRequest, Demand, EndOutcome, ExtendOutcome, PollOutcome, Term};
+use stanchion::store::{AcquireOutcome, AcquireRequest, Demand, EndOutcome, ExtendOutcome, Lifetime, PollOutcome};
 
 use crate::environment::{Actor, Environment, key, until};
 
@@ -12,23 +12,23 @@ const BIT: Duration = Duration::from_millis(10);
 const MINUTE: Duration = Duration::from_secs(60);
 
 fn fixed<S: Store>(actor: &Actor<S>, ttl: Duration) -> AcquireRequest {
-    AcquireRequest { term: Term::Fixed(ttl), ..actor.request(&key("k")) }
+    AcquireRequest { lifetime: Lifetime::Fixed(ttl), ..actor.request(&key("k")) }
 }
 
-fn permit<S: Store>(actor: &Actor<S>, term: Term) -> AcquireRequest {
-    AcquireRequest { term, demand: Demand::new(1, 2).unwrap(), ..actor.request(&key("k")) }
+fn permit<S: Store>(actor: &Actor<S>, lifetime: Lifetime) -> AcquireRequest {
+    AcquireRequest { lifetime, demand: Demand::new(1, 2).unwrap(), ..actor.request(&key("k")) }
 }
 
 pub async fn terms_of_any_length_are_kept<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     // The longest that a call takes: a store may refuse what is much longer.
-    for ttl in [Duration::from_millis(100), Duration::from_secs(1), MINUTE * 60, *stanchion::DURATIONS.end()] {
-        for term in [Term::Fixed(ttl), Term::Session { max_hold: Some(ttl) }] {
-            let request = AcquireRequest { term, ..actor.request(&key("k")) };
+    for ttl in [Duration::from_millis(100), Duration::from_secs(1), MINUTE * 60, *stanchion::DURATION_RANGE.end()] {
+        for lifetime in [Lifetime::Fixed(ttl), Lifetime::Session { max_hold: Some(ttl) }] {
+            let request = AcquireRequest { lifetime, ..actor.request(&key("k")) };
             let asked = Instant::now();
             let remaining = actor.gets(&request).await.remaining.unwrap();
             assert!(remaining <= ttl && remaining > ttl / 2, "{ttl:?}: {remaining:?}");
-            // A term of 100 ms may have ended on a machine that stood still.
+            // A lifetime of 100 ms may have ended on a machine that stood still.
             assert!(actor.sees_held(&key("k")).await || asked.elapsed() >= ttl, "{ttl:?}");
             actor.releases(&key("k"), request.token).await;
         }
@@ -38,8 +38,8 @@ pub async fn terms_of_any_length_are_kept<S: Store>(env: &Environment<S>) {
 pub async fn a_max_hold_counts_from_the_grant<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
-    let term = Term::Session { max_hold: Some(MINUTE) };
-    let request = AcquireRequest { term, ..waiter.request(&key("k")) };
+    let lifetime = Lifetime::Session { max_hold: Some(MINUTE) };
+    let request = AcquireRequest { lifetime, ..waiter.request(&key("k")) };
     waiter.waits(&request).await;
     env.pass(SHORT).await;
     holder.releases(&key("k"), token).await;
@@ -49,8 +49,8 @@ pub async fn a_max_hold_counts_from_the_grant<S: Store>(env: &Environment<S>) {
 
 pub async fn a_max_hold_does_not_outlive_its_session<S: Store>(env: &Environment<S>) {
     let (holder, other) = (env.actor().await, env.actor().await);
-    let term = Term::Session { max_hold: Some(MINUTE) };
-    let request = AcquireRequest { term, ..holder.request(&key("k")) };
+    let lifetime = Lifetime::Session { max_hold: Some(MINUTE) };
+    let request = AcquireRequest { lifetime, ..holder.request(&key("k")) };
     holder.gets(&request).await;
     assert!(other.sees(&key("k")).await.holders[0].session_bound);
     let extended = holder.store.extend(&key("k"), request.token, MINUTE * 9).await.unwrap().outcome;
@@ -61,12 +61,12 @@ pub async fn a_max_hold_does_not_outlive_its_session<S: Store>(env: &Environment
 
 pub async fn a_beat_moves_no_deadline<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
-    let term = Term::Session { max_hold: Some(SHORT) };
-    let request = AcquireRequest { term, ..actor.request(&key("k")) };
+    let lifetime = Lifetime::Session { max_hold: Some(SHORT) };
+    let request = AcquireRequest { lifetime, ..actor.request(&key("k")) };
     actor.gets(&request).await;
     for _ in 0..4 {
         env.pass(SHORT / 4 + BIT).await;
-        actor.store.beat(actor.session).await.unwrap();
+        actor.store.renew_session(actor.session).await.unwrap();
     }
     other.takes(&key("k")).await;
 }
@@ -101,10 +101,10 @@ pub async fn a_longer_term_keeps_the_waiter_waiting<S: Store>(env: &Environment<
 
 pub async fn the_first_of_several_deadlines_is_told<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
-    let (long, short) = (permit(&actor, Term::Fixed(MINUTE)), permit(&actor, Term::Fixed(SHORT)));
+    let (long, short) = (permit(&actor, Lifetime::Fixed(MINUTE)), permit(&actor, Lifetime::Fixed(SHORT)));
     actor.gets(&long).await;
     actor.gets(&short).await;
-    let waiting = permit(&actor, Term::Session { max_hold: None });
+    let waiting = permit(&actor, Lifetime::Session { max_hold: None });
     let check_in = actor.waits(&waiting).await.check_in.expect("a deadline is known");
     assert!(check_in <= SHORT, "{check_in:?}");
     env.pass(check_in + BIT).await;
@@ -114,7 +114,7 @@ pub async fn the_first_of_several_deadlines_is_told<S: Store>(env: &Environment<
 
 pub async fn extending_one_permit_leaves_the_others<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
-    let (one, two) = (permit(&actor, Term::Fixed(SHORT)), permit(&actor, Term::Fixed(SHORT)));
+    let (one, two) = (permit(&actor, Lifetime::Fixed(SHORT)), permit(&actor, Lifetime::Fixed(SHORT)));
     actor.gets(&one).await;
     actor.gets(&two).await;
     let extended = actor.store.extend(&key("k"), one.token, MINUTE).await.unwrap().outcome;
@@ -173,7 +173,7 @@ pub async fn giving_up_closes_nothing<S: Store>(env: &Environment<S>) {
 
 pub async fn a_cooldown_of_a_permit_closes_the_key_and_leaves_the_others<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
-    let session = Term::Session { max_hold: None };
+    let session = Lifetime::Session { max_hold: None };
     let (one, two, three) = (permit(&actor, session), permit(&actor, session), permit(&actor, session));
     let granted = actor.gets(&one).await;
     actor.gets(&two).await;
@@ -190,7 +190,7 @@ pub async fn a_cooldown_of_a_permit_closes_the_key_and_leaves_the_others<S: Stor
 
 pub async fn a_shorter_cooldown_opens_nothing_sooner<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
-    let session = Term::Session { max_hold: None };
+    let session = Lifetime::Session { max_hold: None };
     let (one, two) = (permit(&actor, session), permit(&actor, session));
     actor.gets(&one).await;
     actor.gets(&two).await;

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use stanchion::blocking::Locks;
-use stanchion::store::EvictOutcome;
+use stanchion::store::ForceReleaseOutcome;
 use stanchion::{ErrorKind, LossCause, Released};
 
 /// A handle on the same data each time.
@@ -77,8 +77,8 @@ pub(crate) fn the_whole_surface_without_a_runtime(open: Open<'_>) {
     assert!(other.owns(&token).unwrap());
     let guard = other.adopt(token).unwrap();
     let evicted = locks.force_release("term", guard.fence(), "a test").unwrap();
-    assert_eq!(evicted, EvictOutcome::Evicted);
-    assert_eq!(guard.lost(), LossCause::Forced);
+    assert_eq!(evicted, ForceReleaseOutcome::Released);
+    assert_eq!(guard.lost(), LossCause::ForceReleased);
     assert_eq!(guard.release().unwrap(), Released::AlreadyLost);
     other.drain("enough");
     assert_eq!(other.lock("new").acquire().unwrap_err().kind(), ErrorKind::Draining);
@@ -153,7 +153,7 @@ pub(crate) fn a_body_is_told_that_the_lock_is_lost(open: Open<'_>) {
         until("it is told", || token.is_cancelled());
         guard.check().unwrap_err().kind()
     });
-    assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Lost(LossCause::Forced));
+    assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Lost(LossCause::ForceReleased));
     assert_eq!(locks.lock("k").run(|_| 42).unwrap(), 42);
     assert!(!other.is_locked("k").unwrap(), "released when it returns");
 }

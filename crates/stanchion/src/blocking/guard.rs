@@ -47,7 +47,7 @@ impl Guard {
         park(self.guard.lost())
     }
 
-    /// Sets the remaining time of a fixed term, or of `max_hold`, to `ttl` from now; shorter than before, if so wished.
+    /// Sets the remaining time of a fixed lifetime, or of `max_hold`, to `ttl` from now; shorter than before, if so wished.
     ///
     /// # Errors
     /// As [`stanchion::Guard::extend`](crate::Guard::extend).

@@ -37,7 +37,7 @@ use crate::builder::Builder;
 use crate::error::{Error, Result};
 use crate::event::{Event, EventStream};
 use crate::fence::Fence;
-use crate::store::{Capabilities, Cursor, EvictOutcome, KeyState, Listing, Store};
+use crate::store::{Capabilities, Cursor, ForceReleaseOutcome, KeyState, Listing, Store};
 use crate::token::{SessionId, Token};
 use driver::Driver;
 
@@ -212,7 +212,7 @@ impl Locks {
         key: impl Into<String>,
         fence: Fence,
         reason: impl Into<String>,
-    ) -> Result<EvictOutcome> {
+    ) -> Result<ForceReleaseOutcome> {
         self.driver.call(self.locks.force_release(key, fence, reason))
     }
 

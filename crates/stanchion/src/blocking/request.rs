@@ -34,13 +34,13 @@ impl LockRequest {
         self.with(|request| request.wait(limit))
     }
 
-    /// A fixed term: the hold lasts this long from the grant, whatever becomes of this process, moved only by
+    /// A fixed lifetime: the hold lasts this long from the grant, whatever becomes of this process, moved only by
     /// [`extend`](Guard::extend).
     pub fn ttl(self, ttl: Duration) -> Self {
         self.with(|request| request.ttl(ttl))
     }
 
-    /// A fixed term that ends in the store exactly this long after the grant: as
+    /// A fixed lifetime that ends in the store exactly this long after the grant: as
     /// [`stanchion::LockRequest::expires_after`](crate::LockRequest::expires_after).
     pub fn expires_after(self, ttl: Duration) -> Self {
         self.with(|request| request.expires_after(ttl))

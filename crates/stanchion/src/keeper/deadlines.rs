@@ -1,4 +1,4 @@
-//! The deadlines of single holds: fixed terms, `max_hold`, heartbeats.
+//! The deadlines of single holds: fixed lifetimes, `max_hold`, heartbeats.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

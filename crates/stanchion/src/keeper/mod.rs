@@ -270,7 +270,7 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
     end_what_stays(inbox, &mut cleanup).await;
 }
 
-/// Ends the tokens that do not end with the session: those of fixed terms, and those that leave a cooldown.
+/// Ends the tokens that do not end with the session: those of fixed lifetimes, and those that leave a cooldown.
 async fn end_what_stays(inbox: &mut mpsc::UnboundedReceiver<Command>, cleanup: &mut Cleanup) {
     while let Ok(command) = inbox.try_recv() {
         if let Command::End(end) = command {
@@ -305,9 +305,9 @@ fn receive(shared: &Arc<Shared>, push: Push) {
             None if shared.has_made(token) => cleanup::end_unknown(shared, key, token),
             None => {}
         },
-        Push::Forced(lost) => match shared.entry(lost.token) {
+        Push::ForceReleased(lost) => match shared.entry(lost.token) {
             Some(Entry::Held(hold)) if !shared.capabilities.authentic_push => {
-                ask_for(shared, Asked { hold, cause: LossCause::Forced, reason: Some(lost.reason) });
+                ask_for(shared, Asked { hold, cause: LossCause::ForceReleased, reason: Some(lost.reason) });
             }
             Some(_) => session::forced_out(shared, lost),
             // The next beat tells of it, if it is true.
@@ -359,7 +359,7 @@ mod tests {
     use crate::clock::VirtualClock;
     use crate::event::{Event, EventStream};
     use crate::locks::Locks;
-    use crate::store::{Fault, Faults, Faulty, Memory, Step, Store};
+    use crate::store::{Fault, Faults, Faulty, Memory, Operation, Store};
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -423,7 +423,7 @@ mod tests {
         let bench = Bench::new().await;
         let guard = bench.locks.lock("k").await.unwrap();
         let mut events = bench.locks.events();
-        bench.faults.next(Step::Release, Fault::DelayReply(SECOND));
+        bench.faults.next(Operation::Release, Fault::DelayReply(SECOND));
         let releasing = tokio::spawn(guard.release());
         bench.until_free().await;
         bench.verify().await.unwrap();
@@ -439,10 +439,10 @@ mod tests {
         for way in ["released", "dropped", "detached"] {
             let guard = bench.locks.lock("k").await.unwrap();
             let mut events = bench.locks.events();
-            let asked = bench.faults.count(Step::Poll);
-            bench.faults.next(Step::Poll, Fault::Delay(SECOND));
+            let asked = bench.faults.count(Operation::Poll);
+            bench.faults.next(Operation::Poll, Fault::Delay(SECOND));
             let verifying = bench.verify();
-            bench.until("asked", async || bench.faults.count(Step::Poll) > asked).await;
+            bench.until("asked", async || bench.faults.count(Operation::Poll) > asked).await;
             match way {
                 "released" => drop(guard.release().await.unwrap()),
                 "dropped" => drop(guard),
@@ -468,7 +468,7 @@ mod tests {
         receive(shared, Push::Granted { key: guard.key().clone(), token, fence: guard.fence() });
         // The keeper ends this one after whatever it was told before.
         drop(bench.locks.lock("other").await.unwrap());
-        bench.until("the keeper came to it", async || bench.faults.count(Step::Release) > 0).await;
+        bench.until("the keeper came to it", async || bench.faults.count(Operation::Release) > 0).await;
         assert_eq!(bench.locks.inspect("k").await.unwrap().holders.len(), 1);
         bench.time.advance(SECOND / 4);
         bench.until_free().await;
@@ -493,10 +493,10 @@ mod tests {
     #[tokio::test]
     async fn a_store_that_is_back_hears_a_beat_at_once() {
         let bench = Bench::new().await;
-        let before = bench.faults.count(Step::Beat);
+        let before = bench.faults.count(Operation::RenewSession);
         let beats = async || {
             receive(&bench.locks.handle.shared, Push::VerifyAll);
-            bench.faults.count(Step::Beat) > before
+            bench.faults.count(Operation::RenewSession) > before
         };
         bench.until("a beat, and no time has gone by", beats).await;
     }
@@ -515,11 +515,11 @@ mod tests {
     async fn a_shorter_extension_without_an_answer_counts_although_the_session_ends_before_it() {
         let bench = Bench::new().await;
         let guard = bench.locks.lock("k").max_hold(60 * SECOND).await.unwrap();
-        bench.faults.next(Step::Extend, Fault::DelayReply(3_600 * SECOND));
+        bench.faults.next(Operation::Extend, Fault::DelayReply(3_600 * SECOND));
         let asked = bench.time.clock().now();
         tokio::select! {
             _ = guard.extend(20 * SECOND) => unreachable!(),
-            () = bench.until("extended", async || bench.faults.count(Step::Extend) == 1) => {}
+            () = bench.until("extended", async || bench.faults.count(Operation::Extend) == 1) => {}
         }
         let hold = bench.locks.handle.shared.holds().remove(0);
         // With the grace in which the holder stops.
@@ -531,7 +531,7 @@ mod tests {
         let bench = Bench::new().await;
         let guard = bench.locks.lock("k").await.unwrap();
         let told = guard.cancel_token();
-        bench.faults.always(Step::Beat, Fault::DelayReply(3_600 * SECOND));
+        bench.faults.always(Operation::RenewSession, Fault::DelayReply(3_600 * SECOND));
         // Beats hang at two seconds, at four and a half, at seven; the last one beyond the time at which the session is over.
         for _ in 0..74 {
             bench.time.advance(SECOND / 10);
@@ -546,18 +546,18 @@ mod tests {
     async fn what_is_taken_up_while_the_handle_is_closed_is_not_believed() {
         let bench = Bench::new().await;
         let token = bench.locks.lock("k").await.unwrap().detach();
-        bench.faults.next(Step::Adopt, Fault::DelayReply(SECOND));
-        bench.faults.next(Step::CloseSession, Fault::DelayReply(3 * SECOND));
+        bench.faults.next(Operation::Adopt, Fault::DelayReply(SECOND));
+        bench.faults.next(Operation::CloseSession, Fault::DelayReply(3 * SECOND));
         let adopting = tokio::spawn({
             let locks = bench.locks.clone();
             async move { locks.adopt(token).await.map(|guard| guard.fence()) }
         });
-        bench.until("asked", async || bench.faults.count(Step::Adopt) == 1).await;
+        bench.until("asked", async || bench.faults.count(Operation::Adopt) == 1).await;
         let closing = tokio::spawn({
             let locks = bench.locks.clone();
             async move { locks.close().await }
         });
-        bench.until("closed in the store", async || bench.faults.count(Step::CloseSession) == 1).await;
+        bench.until("closed in the store", async || bench.faults.count(Operation::CloseSession) == 1).await;
         bench.time.advance(SECOND);
         assert_eq!(adopting.await.unwrap().unwrap_err().kind(), ErrorKind::Draining);
         bench.time.advance(3 * SECOND);
@@ -567,19 +567,19 @@ mod tests {
     #[tokio::test]
     async fn a_fixed_term_of_a_call_that_is_dropped_while_the_handle_is_closed_is_ended() {
         let bench = Bench::new().await;
-        bench.faults.next(Step::Acquire, Fault::DelayReply(3_600 * SECOND));
-        bench.faults.next(Step::CloseSession, Fault::DelayReply(SECOND));
+        bench.faults.next(Operation::Acquire, Fault::DelayReply(3_600 * SECOND));
+        bench.faults.next(Operation::CloseSession, Fault::DelayReply(SECOND));
         let mut asking = Box::pin(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
         tokio::select! {
             biased;
             _ = &mut asking => unreachable!(),
-            () = bench.until("asked", async || bench.faults.count(Step::Acquire) == 1) => {}
+            () = bench.until("asked", async || bench.faults.count(Operation::Acquire) == 1) => {}
         }
         let closing = tokio::spawn({
             let locks = bench.locks.clone();
             async move { locks.close().await }
         });
-        bench.until("closed in the store", async || bench.faults.count(Step::CloseSession) == 1).await;
+        bench.until("closed in the store", async || bench.faults.count(Operation::CloseSession) == 1).await;
         drop(asking);
         bench.time.advance(SECOND);
         closing.await.unwrap().unwrap();
@@ -602,7 +602,7 @@ mod tests {
     #[tokio::test]
     async fn questions_that_always_come_too_late_are_given_up() {
         let bench = Bench::new().await;
-        bench.faults.always(Step::Acquire, Fault::Delay(SECOND / 20));
+        bench.faults.always(Operation::Acquire, Fault::Delay(SECOND / 20));
         let asking = bench.locks.lock("k").ttl(SECOND / 20).into_future();
         let moving = async {
             loop {
@@ -622,33 +622,33 @@ mod tests {
     #[tokio::test]
     async fn a_token_that_is_told_again_and_again_is_ended_by_one_who_tries() {
         let bench = Bench::new().await;
-        bench.faults.always(Step::Abandon, Fault::LoseRequest);
+        bench.faults.always(Operation::Abandon, Fault::LoseRequest);
         let token = crate::TokenId::random().unwrap();
         let key = crate::Key::new("", "k").unwrap();
         for _ in 0..50 {
             let lost = crate::store::LostToken { key: key.clone(), token, reason: String::new() };
             session::forced_out(&bench.locks.handle.shared, lost);
         }
-        bench.until("tried", async || bench.faults.count(Step::Abandon) > 0).await;
+        bench.until("tried", async || bench.faults.count(Operation::Abandon) > 0).await;
         // Whatever was told before this has been tried by now.
         drop(bench.locks.lock("last").await.unwrap());
-        bench.until("the keeper came to it", async || bench.faults.count(Step::Release) > 0).await;
-        assert_eq!(bench.faults.count(Step::Abandon), 1);
+        bench.until("the keeper came to it", async || bench.faults.count(Operation::Release) > 0).await;
+        assert_eq!(bench.faults.count(Operation::Abandon), 1);
     }
 
     #[tokio::test]
     async fn a_late_answer_does_not_set_back_the_clock_of_the_store() {
         let bench = Bench::new().await;
-        bench.faults.next(Step::Inspect, Fault::DelayReply(3 * SECOND / 2));
+        bench.faults.next(Operation::Inspect, Fault::DelayReply(3 * SECOND / 2));
         let looking = tokio::spawn({
             let locks = bench.locks.clone();
             async move { locks.inspect("k").await }
         });
-        bench.until("asked", async || bench.faults.count(Step::Inspect) == 1).await;
+        bench.until("asked", async || bench.faults.count(Operation::Inspect) == 1).await;
         bench.time.advance(3 * SECOND / 2);
         looking.await.unwrap().unwrap();
         let _guard = bench.locks.lock("k").ttl(SECOND).await.unwrap();
-        assert_eq!(bench.faults.count(Step::Acquire), 1, "the first question was in time");
+        assert_eq!(bench.faults.count(Operation::Acquire), 1, "the first question was in time");
     }
 
     #[tokio::test]
@@ -665,12 +665,12 @@ mod tests {
         let bench = Bench::new().await;
         let session = bench.locks.session();
         let guard = bench.locks.lock("k").await.unwrap();
-        bench.faults.next(Step::Release, Fault::Panic);
+        bench.faults.next(Operation::Release, Fault::Panic);
         drop(guard);
         // Nobody tells the keeper of it again.
         let tried_again = async || {
             bench.time.advance(SECOND / 100);
-            bench.faults.count(Step::Release) > 1
+            bench.faults.count(Operation::Release) > 1
         };
         bench.until("tried again", tried_again).await;
         bench.until_free().await;
@@ -683,9 +683,9 @@ mod tests {
         let guard = bench.locks.lock("k").cooldown(60 * SECOND).await.unwrap();
         let (key, fence) = (guard.key().clone(), guard.fence());
         let token = *bench.locks.handle.shared.registry().keys().next().unwrap();
-        bench.faults.next(Step::Release, Fault::Fail(ErrorKind::Unavailable));
+        bench.faults.next(Operation::Release, Fault::Fail(ErrorKind::Unavailable));
         drop(guard);
-        bench.until("it failed once", async || bench.faults.count(Step::Release) == 1).await;
+        bench.until("it failed once", async || bench.faults.count(Operation::Release) == 1).await;
         // As a store does whose pushes begin anew.
         receive(&bench.locks.handle.shared, Push::Granted { key, token, fence });
         let tried_again = async || {
@@ -705,11 +705,11 @@ mod tests {
         let other = builder.open().await.unwrap();
         let mut tokens = Vec::new();
         for key in ["taken up", "stays"] {
-            let asked = bench.faults.count(Step::Acquire);
+            let asked = bench.faults.count(Operation::Acquire);
             // On its way for long; its repeat is answered.
-            bench.faults.next(Step::Acquire, Fault::Hold);
+            bench.faults.next(Operation::Acquire, Fault::Hold);
             let asking = tokio::spawn(bench.locks.lock(key).into_future());
-            bench.until("asked", async || bench.faults.count(Step::Acquire) > asked).await;
+            bench.until("asked", async || bench.faults.count(Operation::Acquire) > asked).await;
             bench.time.advance(SECOND / 10);
             tokens.push(asking.await.unwrap().unwrap().detach());
         }
@@ -729,15 +729,15 @@ mod tests {
     #[tokio::test]
     async fn a_fixed_term_whose_question_comes_late_is_ended_when_the_handle_is_closed() {
         let bench = Bench::new().await;
-        bench.faults.next(Step::Acquire, Fault::Hold);
+        bench.faults.next(Operation::Acquire, Fault::Hold);
         let mut asking = Box::pin(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
         tokio::select! {
             biased;
             _ = &mut asking => unreachable!(),
-            () = bench.until("asked", async || bench.faults.count(Step::Acquire) == 1) => {}
+            () = bench.until("asked", async || bench.faults.count(Operation::Acquire) == 1) => {}
         }
         drop(asking);
-        bench.until("ended once", async || bench.faults.count(Step::Abandon) == 1).await;
+        bench.until("ended once", async || bench.faults.count(Operation::Abandon) == 1).await;
         assert_eq!(bench.faults.deliver().await, 1);
         let key = crate::Key::new("", "k").unwrap();
         let holders = async || bench.memory.inspect(&key).await.unwrap().outcome.holders.len();
@@ -749,12 +749,12 @@ mod tests {
     #[tokio::test]
     async fn a_fixed_term_of_a_call_that_nobody_polls_while_the_handle_is_closed_is_ended() {
         let bench = Bench::new().await;
-        bench.faults.next(Step::Acquire, Fault::DelayReply(3_600 * SECOND));
+        bench.faults.next(Operation::Acquire, Fault::DelayReply(3_600 * SECOND));
         let mut asking = Box::pin(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
         tokio::select! {
             biased;
             _ = &mut asking => unreachable!(),
-            () = bench.until("asked", async || bench.faults.count(Step::Acquire) == 1) => {}
+            () = bench.until("asked", async || bench.faults.count(Operation::Acquire) == 1) => {}
         }
         bench.locks.close().await.unwrap();
         drop(asking);
@@ -766,13 +766,13 @@ mod tests {
     async fn what_is_taken_up_when_the_keeper_has_ended_is_not_believed() {
         let bench = Bench::new().await;
         let token = bench.locks.lock("k").await.unwrap().detach();
-        bench.faults.next(Step::Adopt, Fault::DelayReply(2 * SECOND));
-        bench.faults.next(Step::Beat, Fault::Panic);
+        bench.faults.next(Operation::Adopt, Fault::DelayReply(2 * SECOND));
+        bench.faults.next(Operation::RenewSession, Fault::Panic);
         let mut adopting = Box::pin(bench.locks.adopt(token));
         tokio::select! {
             biased;
             _ = &mut adopting => unreachable!(),
-            () = bench.until("asked", async || bench.faults.count(Step::Adopt) == 1) => {}
+            () = bench.until("asked", async || bench.faults.count(Operation::Adopt) == 1) => {}
         }
         // Its answer comes while the keeper ends, and is read after that.
         bench.time.advance(2 * SECOND);
@@ -784,7 +784,7 @@ mod tests {
     async fn taking_up_ends_when_the_handle_drains_while_there_is_no_session() {
         let bench = Bench::new().await;
         let token = bench.locks.lock("k").ttl(3_600 * SECOND).await.unwrap().detach();
-        bench.faults.always(Step::OpenSession, Fault::Fail(ErrorKind::Unavailable));
+        bench.faults.always(Operation::OpenSession, Fault::Fail(ErrorKind::Unavailable));
         bench.memory.close_session(bench.locks.session().unwrap()).await.unwrap();
         bench.time.advance(2 * SECOND);
         bench.until("there is no session", async || bench.locks.session().is_none()).await;
@@ -797,7 +797,7 @@ mod tests {
         bench.locks.drain("a test");
         let ended = tokio::time::timeout(10 * SECOND, taking_up).await.expect("at once, and no time goes by");
         assert_eq!(ended.unwrap_err().kind(), ErrorKind::Draining);
-        assert_eq!(bench.faults.count(Step::Adopt), 0);
+        assert_eq!(bench.faults.count(Operation::Adopt), 0);
     }
 
     #[tokio::test]
@@ -819,9 +819,9 @@ mod tests {
     async fn a_release_is_told_once_although_a_question_may_come_late() {
         let bench = Bench::new().await;
         let mut events = bench.locks.events();
-        bench.faults.next(Step::Acquire, Fault::Hold);
+        bench.faults.next(Operation::Acquire, Fault::Hold);
         let asking = tokio::spawn(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
-        bench.until("asked", async || bench.faults.count(Step::Acquire) == 1).await;
+        bench.until("asked", async || bench.faults.count(Operation::Acquire) == 1).await;
         bench.time.advance(SECOND / 10);
         drop(asking.await.unwrap().unwrap());
         bench.until_free().await;
@@ -841,14 +841,14 @@ mod tests {
         for turn in 0..1_000 {
             guards.push(bench.locks.lock(format!("k{turn}")).await.unwrap());
         }
-        bench.faults.always(Step::Release, Fault::DelayReply(3_600 * SECOND));
+        bench.faults.always(Operation::Release, Fault::DelayReply(3_600 * SECOND));
         drop(guards);
-        bench.until("some are on their way", async || bench.faults.count(Step::Release) > 0).await;
+        bench.until("some are on their way", async || bench.faults.count(Operation::Release) > 0).await;
         // The keeper has taken all of them by then.
         drop(bench.locks.lock("last").await.unwrap());
         bench.until("ending", async || bench.locks.handle.shared.ending().len() == 1_001).await;
         tokio::time::sleep(SECOND / 10).await;
-        assert_eq!(bench.faults.count(Step::Release), cleanup::IN_FLIGHT as u64);
+        assert_eq!(bench.faults.count(Operation::Release), cleanup::IN_FLIGHT as u64);
         bench.faults.clear();
         bench
             .until("all are ended", async || {
@@ -866,7 +866,7 @@ mod tests {
             guards.push(bench.locks.lock(format!("k{turn}")).await.unwrap());
         }
         for _ in 0..400 {
-            bench.faults.next(Step::Release, Fault::Fail(ErrorKind::Internal));
+            bench.faults.next(Operation::Release, Fault::Fail(ErrorKind::Internal));
         }
         drop(guards);
         // No time goes by.
@@ -882,15 +882,15 @@ mod tests {
     #[tokio::test]
     async fn an_overtaken_question_is_ended_soon() {
         let bench = Bench::new().await;
-        bench.faults.next(Step::Acquire, Fault::Hold);
+        bench.faults.next(Operation::Acquire, Fault::Hold);
         let mut asking = Box::pin(bench.locks.lock("k").into_future());
         tokio::select! {
             biased;
             _ = &mut asking => unreachable!(),
-            () = bench.until("asked", async || bench.faults.count(Step::Acquire) == 1) => {}
+            () = bench.until("asked", async || bench.faults.count(Operation::Acquire) == 1) => {}
         }
         drop(asking);
-        bench.until("ended once", async || bench.faults.count(Step::Abandon) == 1).await;
+        bench.until("ended once", async || bench.faults.count(Operation::Abandon) == 1).await;
         assert_eq!(bench.faults.deliver().await, 1);
         assert!(bench.locks.is_locked("k").await.unwrap(), "the late question made a hold");
         let shared = &bench.locks.handle.shared;
@@ -900,11 +900,11 @@ mod tests {
         // It found something: the last one alone remains.
         bench.time.advance(4 * SECOND);
         tokio::time::sleep(SECOND / 20).await;
-        assert_eq!(bench.faults.count(Step::Abandon), 2);
+        assert_eq!(bench.faults.count(Operation::Abandon), 2);
         bench
             .until("the last one", async || {
                 bench.time.advance(SECOND / 10);
-                bench.faults.count(Step::Abandon) == 3
+                bench.faults.count(Operation::Abandon) == 3
             })
             .await;
     }
@@ -918,7 +918,7 @@ mod tests {
         }
         let fixed = bench.locks.lock("fixed").ttl(60 * SECOND).await.unwrap();
         bench.locks.close().await.unwrap();
-        assert_eq!((bench.faults.count(Step::Release), bench.faults.count(Step::Abandon)), (0, 1));
+        assert_eq!((bench.faults.count(Operation::Release), bench.faults.count(Operation::Abandon)), (0, 1));
         assert!(!fixed.is_held() && guards.iter().all(|guard| !guard.is_held()));
         assert!(bench.memory.list("", None, 10).await.unwrap().outcome.is_empty());
     }
@@ -937,7 +937,7 @@ mod tests {
             token,
             session: bench.locks.session().unwrap(),
             demand: crate::store::Demand::MUTEX,
-            term: crate::store::Term::Session { max_hold: None },
+            lifetime: crate::store::Lifetime::Session { max_hold: None },
             enqueue: true,
             not_after: shared.store_time().after(SECOND),
             metadata: None,
@@ -1002,11 +1002,11 @@ mod tests {
         let mut beats = 0;
         while guards[50].is_held() {
             assert!(beats < 20);
-            let before = (bench.faults.count(Step::Beat), bench.faults.count(Step::Poll));
+            let before = (bench.faults.count(Operation::RenewSession), bench.faults.count(Operation::Poll));
             bench.time.advance(2 * SECOND);
-            bench.until("renewed", async || bench.faults.count(Step::Beat) > before.0).await;
+            bench.until("renewed", async || bench.faults.count(Operation::RenewSession) > before.0).await;
             tokio::time::sleep(SECOND / 20).await;
-            assert!(bench.faults.count(Step::Poll) - before.1 <= 16);
+            assert!(bench.faults.count(Operation::Poll) - before.1 <= 16);
             beats += 1;
         }
         assert_eq!(guards[50].loss(), Some(LossCause::Missing));
@@ -1028,7 +1028,7 @@ mod tests {
             &bench.locks.handle.shared,
             Push::Granted { key: guard.key().clone(), token: own, fence: guard.fence() },
         );
-        bench.until("ended", async || bench.faults.count(Step::Abandon) == 1).await;
+        bench.until("ended", async || bench.faults.count(Operation::Abandon) == 1).await;
         guard.check().unwrap();
     }
 }

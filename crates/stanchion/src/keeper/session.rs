@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::retry::{limited, sleep_unless_back};
 use crate::shared::{Entry, SessionView, Shared};
-use crate::store::{BeatOutcome, Liveness, LostToken, OpenOutcome, OpenSession};
+use crate::store::{Liveness, LostToken, OpenOutcome, OpenSession, RenewOutcome};
 use crate::token::SessionId;
 
 /// Keeps one session open, and another one when it is lost. Never returns.
@@ -18,7 +18,7 @@ pub(super) async fn keep_one(shared: Arc<Shared>) {
     loop {
         let (session, opened) = open(&shared).await;
         shared.session.send_replace(SessionView::Open(session.clone()));
-        beat(&shared, &session, opened).await;
+        renew_until_over(&shared, &session, opened).await;
         session.end();
         shared.session.send_replace(SessionView::Opening(None));
         shared.observer.tell(|| Event::SessionLost { session: session.id });
@@ -93,13 +93,13 @@ async fn open_once(
 
 fn valid_until(shared: &Shared, asked: BootTime) -> BootTime {
     match shared.capabilities.liveness {
-        Liveness::Beat => asked.after(shared.config.drift.shorten(shared.config.session_ttl)),
+        Liveness::Renewal => asked.after(shared.config.drift.shorten(shared.config.session_ttl)),
         Liveness::Process => BootTime::NEVER,
     }
 }
 
 /// Beats until the session is over.
-async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime) {
+async fn renew_until_over(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime) {
     let interval = shared.config.session_ttl / BEATS_PER_TTL;
     let mut next = opened.after(interval);
     loop {
@@ -115,7 +115,7 @@ async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime) {
         }
         let answer = tokio::select! {
             biased;
-            answer = limited(&shared.clock, interval, shared.store.beat(session.id)) => answer,
+            answer = limited(&shared.clock, interval, shared.store.renew_session(session.id)) => answer,
             // It is over, also while a beat hangs: its loss is told on time.
             () = shared.clock.sleep_until(stop_by) => return,
         };
@@ -127,13 +127,13 @@ async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime) {
                 }
                 shared.saw_store_time(reply.time, asked);
                 match reply.outcome {
-                    BeatOutcome::Alive { lost } => {
+                    RenewOutcome::Alive { lost } => {
                         for lost in lost {
                             forced_out(shared, lost);
                         }
                         shared.command(Command::VerifyNext);
                     }
-                    BeatOutcome::Gone => return session.gone(shared.clock.now()),
+                    RenewOutcome::Gone => return session.gone(shared.clock.now()),
                 }
                 next = asked.after(interval);
             }
@@ -150,7 +150,7 @@ async fn beat(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime) {
 /// A token of this session was released by force.
 pub(super) fn forced_out(shared: &Arc<Shared>, lost: LostToken) {
     match shared.entry(lost.token) {
-        Some(Entry::Held(hold)) => shared.lose(&hold, LossCause::Forced, Some(lost.reason)),
+        Some(Entry::Held(hold)) => shared.lose(&hold, LossCause::ForceReleased, Some(lost.reason)),
         // A waiter that does not know yet that it had been granted: asking tells it.
         Some(Entry::Waiting(cell)) => cell.tell(crate::shared::Signal::Recheck),
         // Its guard is gone; only the store still remembers.

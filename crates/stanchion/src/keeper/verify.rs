@@ -59,7 +59,7 @@ impl Verification {
             && let Some(token) = self.round.pop()
         {
             let Some(Entry::Held(hold)) = self.shared.entry(token) else { continue };
-            // Fixed terms outlive the session that asked for them, and then no beat tells of their forced release.
+            // Fixed lifetimes outlive the session that asked for them, and then no beat tells of their forced release.
             let is_survivor = !hold.session_bound && Some(hold.session.id) != current;
             if hold.is_to_be_asked_for(now, if is_survivor { pace / 3 } else { pace }) {
                 self.told.push_back(Asked::whether_it_is_there(hold));

@@ -47,7 +47,7 @@ impl Election {
 
     /// The longest term: then the leader steps down, and stands in line again if it wants.
     #[must_use]
-    pub fn longest_term(mut self, longest: Duration) -> Self {
+    pub fn max_term(mut self, longest: Duration) -> Self {
         self.request = self.request.max_hold(longest);
         self
     }
@@ -136,8 +136,8 @@ impl Election {
     }
 
     /// Observes who leads.
-    pub fn observe(&self) -> Observation {
-        Observation { election: self.clone(), told: None }
+    pub fn observe(&self) -> LeaderStream {
+        LeaderStream { election: self.clone(), told: None }
     }
 
     /// Campaigns again after every fault that passes.
@@ -184,12 +184,12 @@ impl From<HolderState> for Leader {
 
 /// The leaders of an election, one after the other. It asks once a second.
 #[derive(Debug)]
-pub struct Observation {
+pub struct LeaderStream {
     election: Election,
     told: Option<Option<Fence>>,
 }
 
-impl Observation {
+impl LeaderStream {
     /// The leader, at first as it is now and then whenever it is another one. `None`: nobody leads. Terms that began and
     /// ended between two looks are not told.
     ///

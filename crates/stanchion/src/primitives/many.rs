@@ -24,13 +24,13 @@ use crate::wait;
 
 /// A key of [`Locks::lock_all`](crate::Locks::lock_all), and how it is wanted. A text is a key that is wanted alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wanted {
+pub struct KeyRequest {
     key: String,
     units: u32,
     capacity: u32,
 }
 
-impl Wanted {
+impl KeyRequest {
     fn new(key: impl Into<String>, demand: Demand) -> Self {
         Self { key: key.into(), units: demand.units(), capacity: demand.capacity() }
     }
@@ -56,7 +56,7 @@ impl Wanted {
     }
 }
 
-impl<T: Into<String>> From<T> for Wanted {
+impl<T: Into<String>> From<T> for KeyRequest {
     fn from(key: T) -> Self {
         Self::lock(key)
     }
@@ -79,11 +79,11 @@ impl<T: Into<String>> From<T> for Wanted {
 pub struct LockAllRequest {
     /// With the options, and without a key.
     pattern: LockRequest,
-    wanted: Vec<Wanted>,
+    wanted: Vec<KeyRequest>,
 }
 
 impl LockAllRequest {
-    pub(crate) fn new(pattern: LockRequest, wanted: Vec<Wanted>) -> Self {
+    pub(crate) fn new(pattern: LockRequest, wanted: Vec<KeyRequest>) -> Self {
         Self { pattern, wanted }
     }
 
@@ -168,7 +168,7 @@ impl LockAllRequest {
     }
 
     /// In the one order (invariant 1), each key once.
-    fn sorted(&self) -> Result<Vec<(Key, &Wanted)>> {
+    fn sorted(&self) -> Result<Vec<(Key, &KeyRequest)>> {
         let mut keys = Vec::with_capacity(self.wanted.len());
         for wanted in &self.wanted {
             keys.push((self.pattern.locks.key(&wanted.key)?, wanted));
@@ -216,7 +216,7 @@ impl LockAllRequest {
         for guard in &guards.guards {
             guard.set_cooldown(self.pattern.cooldown)?;
         }
-        guards.beat(shared.clock.now());
+        guards.note_heartbeat(shared.clock.now());
         Ok(Some(guards))
     }
 }
@@ -330,12 +330,12 @@ impl Guards {
         let Some(within) = within else { return std::future::pending().await };
         loop {
             clock.sleep(within / 3).await;
-            self.beat(clock.now());
+            self.note_heartbeat(clock.now());
         }
     }
 
-    fn beat(&self, now: BootTime) {
-        self.guards.iter().for_each(|guard| guard.beat(now));
+    fn note_heartbeat(&self, now: BootTime) {
+        self.guards.iter().for_each(|guard| guard.note_heartbeat(now));
     }
 
     fn lost_error(&self, key: &Key, cause: LossCause) -> Error {

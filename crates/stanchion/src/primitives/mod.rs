@@ -6,10 +6,10 @@ mod once;
 mod runs;
 mod status;
 
-pub use self::election::{Election, Leader, Leadership, Observation};
-pub use self::many::{Guards, LockAllRequest, Wanted};
-pub use self::once::{OnceRequest, Outcome, Turn};
-pub use self::runs::Run;
+pub use self::election::{Election, Leader, LeaderStream, Leadership};
+pub use self::many::{Guards, KeyRequest, LockAllRequest};
+pub use self::once::{OnceGuard, OnceOutcome, OnceRequest};
+pub use self::runs::RunRecord;
 pub use self::status::OwnerStatus;
 
 pub(crate) use self::runs::last_run;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::runs::{self, Found, Run};
+use super::runs::{self, Found, RunRecord};
 use crate::clock::BootTime;
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
@@ -26,14 +26,14 @@ use crate::request::LockRequest;
 ///
 /// ```
 /// use std::time::Duration;
-/// use stanchion::Outcome;
+/// use stanchion::OnceOutcome;
 ///
 /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
 /// # let locks = stanchion::Locks::open("memory:").await?;
 /// let report = || locks.once("report").cooldown(Duration::from_secs(300));
-/// assert!(matches!(report().run(async |_| Ok(7)).await?, Outcome::Ran(7)));
-/// let again: Outcome<i32> = report().run(async |_| unreachable!()).await?;
-/// assert!(matches!(again, Outcome::Skipped { .. }));
+/// assert!(matches!(report().run(async |_| Ok(7)).await?, OnceOutcome::Ran(7)));
+/// let again: OnceOutcome<i32> = report().run(async |_| unreachable!()).await?;
+/// assert!(matches!(again, OnceOutcome::Skipped { .. }));
 /// # Ok::<(), stanchion::Error>(()) }).unwrap();
 /// ```
 #[derive(Clone, Debug)]
@@ -50,13 +50,13 @@ pub struct OnceRequest {
 /// What came of a request to run once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Outcome<T> {
+pub enum OnceOutcome<T> {
     /// It was run here.
     Ran(T),
     /// It was not run.
     Skipped {
         /// The run for which it was skipped; while it runs elsewhere, the last run that has ended, if it is known.
-        last: Option<Run>,
+        last: Option<RunRecord>,
         /// It runs elsewhere now.
         is_running: bool,
         /// How long until it may be run again, if time decides that.
@@ -65,7 +65,7 @@ pub enum Outcome<T> {
     /// Somebody else has done it, before or while this waited ([`OnceRequest::wait`]).
     DoneElsewhere {
         /// That run.
-        last: Run,
+        last: RunRecord,
     },
 }
 
@@ -74,7 +74,7 @@ impl OnceRequest {
         Self { request, cooldown: None, every: None, slot: None, waits: false, failures_count: false }
     }
 
-    /// Not again for this long after the end of a run. A body can set it too, from what it found: [`Turn::set_cooldown`].
+    /// Not again for this long after the end of a run. A body can set it too, from what it found: [`OnceGuard::set_cooldown`].
     pub fn cooldown(mut self, closed: Duration) -> Self {
         self.cooldown = Some(closed);
         self
@@ -152,16 +152,16 @@ impl OnceRequest {
     ///
     /// # Cancel safety
     /// A dropped future drops the body and releases; the run does not count.
-    pub async fn run<T, E>(self, body: impl AsyncFnOnce(&Turn) -> Result<T, E>) -> Result<Outcome<T>, E>
+    pub async fn run<T, E>(self, body: impl AsyncFnOnce(&OnceGuard) -> Result<T, E>) -> Result<OnceOutcome<T>, E>
     where
         E: From<Error>,
     {
         let turn = match self.begin().await? {
-            Outcome::Ran(turn) => turn,
-            Outcome::Skipped { last, is_running, opens_in } => {
-                return Ok(Outcome::Skipped { last, is_running, opens_in });
+            OnceOutcome::Ran(turn) => turn,
+            OnceOutcome::Skipped { last, is_running, opens_in } => {
+                return Ok(OnceOutcome::Skipped { last, is_running, opens_in });
             }
-            Outcome::DoneElsewhere { last } => return Ok(Outcome::DoneElsewhere { last }),
+            OnceOutcome::DoneElsewhere { last } => return Ok(OnceOutcome::DoneElsewhere { last }),
         };
         let result = tokio::select! {
             biased;
@@ -174,7 +174,7 @@ impl OnceRequest {
                     let message = "lost while it was in use: the store no longer has it";
                     return Err(Error::new(ErrorKind::Lost(LossCause::Missing), message).into());
                 }
-                Ok(Outcome::Ran(value))
+                Ok(OnceOutcome::Ran(value))
             }
             Err(error) => {
                 // The body's error is what counts, whatever becomes of the release.
@@ -184,15 +184,15 @@ impl OnceRequest {
         }
     }
 
-    /// The turn to run, for those who cannot put the body into a closure: [`Outcome::Ran`] has it, and
-    /// [`Turn::finish`] ends it.
+    /// The turn to run, for those who cannot put the body into a closure: [`OnceOutcome::Ran`] has it, and
+    /// [`OnceGuard::finish`] ends it.
     ///
     /// # Errors
     /// As the request for a lock.
     ///
     /// # Cancel safety
     /// A dropped future leaves nothing behind.
-    pub async fn begin(self) -> Result<Outcome<Turn>> {
+    pub async fn begin(self) -> Result<OnceOutcome<OnceGuard>> {
         for (what, span) in [("the cooldown", self.cooldown), ("the period", self.every)] {
             if let Some(span) = span {
                 check_duration(what, span)?;
@@ -208,7 +208,7 @@ impl OnceRequest {
         let guard =
             if self.waits { Some(self.request.clone().await?) } else { self.request.clone().try_acquire().await? };
         let Some(guard) = guard else {
-            return Ok(Outcome::Skipped { last: first.run, is_running: true, opens_in: None });
+            return Ok(OnceOutcome::Skipped { last: first.run, is_running: true, opens_in: None });
         };
         // It may have been done before this had the lock.
         let found = runs::last_run(locks, &key).await?;
@@ -221,12 +221,12 @@ impl OnceRequest {
         let Self { cooldown, every, slot, failures_count, .. } = self;
         let cooldown = Mutex::new(cooldown);
         let locks = self.request.locks;
-        Ok(Outcome::Ran(Turn { locks, guard, key, began, wall, cooldown, every, slot, failures_count, found }))
+        Ok(OnceOutcome::Ran(OnceGuard { locks, guard, key, began, wall, cooldown, every, slot, failures_count, found }))
     }
 
     /// Why it is not to be run, if so: the last run that counts closes it still or is another one than before this call, or a
     /// run for this slot or a later one was done.
-    fn done<T>(&self, found: &Found, before: Option<Fence>) -> Option<Outcome<T>> {
+    fn done<T>(&self, found: &Found, before: Option<Fence>) -> Option<OnceOutcome<T>> {
         let done = found.done.as_ref()?;
         let opens_in = done.closed_still_for();
         let last = match self.slot {
@@ -236,9 +236,9 @@ impl OnceRequest {
         };
         let last = last.clone();
         Some(if self.waits {
-            Outcome::DoneElsewhere { last }
+            OnceOutcome::DoneElsewhere { last }
         } else {
-            Outcome::Skipped { last: Some(last), is_running: false, opens_in }
+            OnceOutcome::Skipped { last: Some(last), is_running: false, opens_in }
         })
     }
 }
@@ -246,7 +246,7 @@ impl OnceRequest {
 /// A turn to run: what the body of [`OnceRequest::run`] gets. It has what its [`Guard`] has.
 #[derive(Debug)]
 #[must_use = "a turn that is dropped releases the lock, and its run does not count"]
-pub struct Turn {
+pub struct OnceGuard {
     locks: Locks,
     guard: Guard,
     key: Key,
@@ -259,7 +259,7 @@ pub struct Turn {
     found: Found,
 }
 
-impl Deref for Turn {
+impl Deref for OnceGuard {
     type Target = Guard;
 
     fn deref(&self) -> &Guard {
@@ -267,9 +267,9 @@ impl Deref for Turn {
     }
 }
 
-impl Turn {
+impl OnceGuard {
     /// The run before this one, if it is known.
-    pub fn last(&self) -> Option<&Run> {
+    pub fn last(&self) -> Option<&RunRecord> {
         self.found.run.as_ref()
     }
 
@@ -300,7 +300,7 @@ impl Turn {
         let cooldown = self.cooldown.into_inner().unwrap_or_else(PoisonError::into_inner);
         let since_began = self.every.map(|period| (period / 10 * 9).saturating_sub(took));
         let closed_for = cooldown.max(since_began).filter(|_| counts).unwrap_or_default();
-        let run = Run {
+        let run = RunRecord {
             slot: self.slot,
             began: self.wall,
             took,

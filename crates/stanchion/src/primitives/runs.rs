@@ -1,6 +1,6 @@
 //! The record of the last run of a key: what [`once`](crate::Locks::once) decides by, and people look at.
 //!
-//! A run is a hold with a fixed term under a companion of the key, with what there is to say as its text. So it is kept by the
+//! A run is a hold with a fixed lifetime under a companion of the key, with what there is to say as its text. So it is kept by the
 //! store's clock, in every store, and goes by itself. Whoever records a run has the lock, and ends the record before it.
 
 use std::time::{Duration, SystemTime};
@@ -9,9 +9,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fence::Fence;
 use crate::guard::Guard;
 use crate::key::Key;
-use crate::locks::{DURATIONS, Locks};
+use crate::locks::{DURATION_RANGE, Locks};
 use crate::shared::End;
-use crate::store::{AcquireOutcome, AcquireRequest, Demand, Term};
+use crate::store::{AcquireOutcome, AcquireRequest, Demand, Lifetime};
 use crate::token::TokenId;
 
 /// A record is kept at least so long.
@@ -26,7 +26,7 @@ const VERSION: &str = "1";
 /// What is known of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Run {
+pub struct RunRecord {
     /// The slot of a schedule that it was for, if it was said.
     pub slot: Option<u64>,
     /// When it began, by the clock of the one who ran: for display.
@@ -47,7 +47,7 @@ pub struct Run {
     pub(crate) counts: bool,
 }
 
-impl Run {
+impl RunRecord {
     /// How long it still keeps others from running.
     pub fn closed_still_for(&self) -> Option<Duration> {
         self.closed_for.checked_sub(self.age).filter(|left| !left.is_zero())
@@ -91,7 +91,7 @@ impl Run {
         let mut micros = || next()?.parse().ok().map(Duration::from_micros);
         let (began, took) = (SystemTime::UNIX_EPOCH.checked_add(micros()?)?, micros()?);
         // Another program wrote it, and nobody is to be kept out for longer than a call can ask for.
-        let closed_for = micros()?.min(*DURATIONS.end());
+        let closed_for = micros()?.min(*DURATION_RANGE.end());
         let fence = Fence::new(next()?.parse().ok()?);
         let token = TokenId::from_hex(next()?)?;
         let owner = next()?.to_owned();
@@ -103,13 +103,13 @@ impl Run {
 #[derive(Debug)]
 pub(crate) struct Found {
     /// The last run.
-    pub(crate) run: Option<Run>,
+    pub(crate) run: Option<RunRecord>,
     /// The last run that counts.
-    pub(crate) done: Option<Run>,
+    pub(crate) done: Option<RunRecord>,
     /// Of those that count the one for the highest slot, if one was for a slot.
-    pub(crate) slot_done: Option<Run>,
+    pub(crate) slot_done: Option<RunRecord>,
     /// The records that are there: those of the runs above, and some that were not ended yet.
-    records: Vec<(Run, TokenId)>,
+    records: Vec<(RunRecord, TokenId)>,
 }
 
 fn companion(key: &Key) -> Result<Key> {
@@ -125,7 +125,7 @@ pub(crate) async fn last_run(locks: &Locks, key: &Key) -> Result<Found> {
     let mut records = Vec::new();
     for holder in holders {
         let text = holder.metadata.as_deref().unwrap_or_default();
-        let Some((run, token)) = Run::read(text, holder.age) else {
+        let Some((run, token)) = RunRecord::read(text, holder.age) else {
             let message = "the record of the last run was written by a newer version of stanchion: update this one";
             return Err(shared.error(ErrorKind::Misconfigured, message).with_key(key));
         };
@@ -141,11 +141,11 @@ pub(crate) async fn last_run(locks: &Locks, key: &Key) -> Result<Found> {
 }
 
 /// Records a run, in place of those before it that say nothing beside it. Only with the guard of the key.
-pub(crate) async fn record(locks: &Locks, guard: &Guard, run: &Run, former: Found) -> Result<()> {
+pub(crate) async fn record(locks: &Locks, guard: &Guard, run: &RunRecord, former: Found) -> Result<()> {
     let shared = &locks.handle.shared;
     let key = guard.key();
     let companion = companion(key)?;
-    let keep = run.closed_for.max(KEPT).min(*DURATIONS.end());
+    let keep = run.closed_for.max(KEPT).min(*DURATION_RANGE.end());
     let outcome = loop {
         let token = TokenId::random()?;
         let request = AcquireRequest {
@@ -153,7 +153,7 @@ pub(crate) async fn record(locks: &Locks, guard: &Guard, run: &Run, former: Foun
             token,
             session: shared.believed_session().await?.id,
             demand: Demand::READ,
-            term: Term::Fixed(keep),
+            lifetime: Lifetime::Fixed(keep),
             enqueue: false,
             not_after: shared.store_time().after(WINDOW),
             metadata: Some(run.write(token)),
@@ -190,7 +190,7 @@ mod tests {
         for (slot, succeeded, counts, owner) in
             [(None, true, true, "job@host/1"), (Some(0), false, true, ""), (Some(u64::MAX), false, false, " a  b ")]
         {
-            let run = Run {
+            let run = RunRecord {
                 slot,
                 began: SystemTime::UNIX_EPOCH + Duration::from_micros(1_763_000_000_123_456),
                 took: Duration::from_micros(7),
@@ -201,14 +201,14 @@ mod tests {
                 fence: Fence::new(42),
                 counts,
             };
-            assert_eq!(Run::read(&run.write(token), run.age), Some((run, token)));
+            assert_eq!(RunRecord::read(&run.write(token), run.age), Some((run, token)));
         }
         let endless = format!("1 succeeded - 1 2 {} 4 {} x", u64::MAX, token.to_hex());
-        let (run, _) = Run::read(&endless, Duration::ZERO).unwrap();
-        assert_eq!(run.closed_for, *DURATIONS.end(), "nobody is kept out for longer than a call can ask for");
+        let (run, _) = RunRecord::read(&endless, Duration::ZERO).unwrap();
+        assert_eq!(run.closed_for, *DURATION_RANGE.end(), "nobody is kept out for longer than a call can ask for");
         for text in ["", "1", "2 succeeded - 1 2 3 4 00000000000000000000000000000000 x", "1 succeeded - 1 2 3 4 zz x"]
         {
-            assert_eq!(Run::read(text, Duration::ZERO), None, "{text:?}");
+            assert_eq!(RunRecord::read(text, Duration::ZERO), None, "{text:?}");
         }
     }
 }

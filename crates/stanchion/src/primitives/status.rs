@@ -23,7 +23,7 @@ pub enum OwnerStatus {
     },
     /// It is over, and nobody holds the key.
     Nobody,
-    /// The session that it was made in is dead, and nobody else holds the key. A fixed term may still run, with nobody behind
+    /// The session that it was made in is dead, and nobody else holds the key. A fixed lifetime may still run, with nobody behind
     /// it.
     Dead,
 }

@@ -17,9 +17,9 @@ use crate::error::{Error, ErrorKind};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 #[allow(missing_docs, reason = "each is the store's method of that name")]
-pub enum Step {
+pub enum Operation {
     OpenSession,
-    Beat,
+    RenewSession,
     CloseSession,
     SessionLives,
     Acquire,
@@ -28,16 +28,16 @@ pub enum Step {
     Release,
     Extend,
     Adopt,
-    Evict,
+    ForceRelease,
     Inspect,
     List,
 }
 
-impl Step {
+impl Operation {
     /// Every step.
     pub const ALL: &[Self] = &[
         Self::OpenSession,
-        Self::Beat,
+        Self::RenewSession,
         Self::CloseSession,
         Self::SessionLives,
         Self::Acquire,
@@ -46,7 +46,7 @@ impl Step {
         Self::Release,
         Self::Extend,
         Self::Adopt,
-        Self::Evict,
+        Self::ForceRelease,
         Self::Inspect,
         Self::List,
     ];
@@ -55,7 +55,7 @@ impl Step {
     pub fn name(self) -> &'static str {
         match self {
             Self::OpenSession => "open_session",
-            Self::Beat => "beat",
+            Self::RenewSession => "renew_session",
             Self::CloseSession => "close_session",
             Self::SessionLives => "session_lives",
             Self::Acquire => "acquire",
@@ -64,7 +64,7 @@ impl Step {
             Self::Release => "release",
             Self::Extend => "extend",
             Self::Adopt => "adopt",
-            Self::Evict => "evict",
+            Self::ForceRelease => "force_release",
             Self::Inspect => "inspect",
             Self::List => "list",
         }
@@ -99,13 +99,13 @@ pub enum Fault {
 /// Wraps a store and makes its steps fail as [`Faults`] says.
 ///
 /// ```
-/// use stanchion::{Locks, store::{Fault, Faulty, Memory, Step}};
+/// use stanchion::{Locks, store::{Fault, Faulty, Memory, Operation}};
 ///
 /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
 /// let store = Faulty::new(Memory::new());
 /// let faults = store.faults();
 /// let locks = Locks::with_store(store).await?;
-/// faults.next(Step::Acquire, Fault::LoseReply);
+/// faults.next(Operation::Acquire, Fault::LoseReply);
 /// // The answer was lost, the library asks again with the same token, and gets the same grant.
 /// let guard = locks.lock("job").await?;
 /// assert!(guard.is_held());
@@ -155,12 +155,12 @@ type Held = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 #[derive(Default)]
 struct Script {
-    once: HashMap<Step, VecDeque<Fault>>,
-    always: HashMap<Step, Fault>,
+    once: HashMap<Operation, VecDeque<Fault>>,
+    always: HashMap<Operation, Fault>,
     random: Option<Random>,
     held: Vec<Held>,
-    done: HashMap<Step, u64>,
-    fired: HashMap<(Step, Fault), u64>,
+    done: HashMap<Operation, u64>,
+    fired: HashMap<(Operation, Fault), u64>,
 }
 
 impl fmt::Debug for Script {
@@ -188,12 +188,12 @@ impl Random {
 
 impl Faults {
     /// The next time this step is asked for, this happens. Several are used up in order.
-    pub fn next(&self, step: Step, fault: Fault) {
+    pub fn next(&self, step: Operation, fault: Fault) {
         self.script().once.entry(step).or_default().push_back(fault);
     }
 
     /// Whenever this step is asked for, this happens, until [`clear`](Faults::clear).
-    pub fn always(&self, step: Step, fault: Fault) {
+    pub fn always(&self, step: Operation, fault: Fault) {
         self.script().always.insert(step, fault);
     }
 
@@ -232,12 +232,12 @@ impl Faults {
     }
 
     /// How often this step was asked for.
-    pub fn count(&self, step: Step) -> u64 {
+    pub fn count(&self, step: Operation) -> u64 {
         self.script().done.get(&step).copied().unwrap_or(0)
     }
 
     /// How often each fault happened.
-    pub fn fired(&self) -> HashMap<(Step, Fault), u64> {
+    pub fn fired(&self) -> HashMap<(Operation, Fault), u64> {
         self.script().fired.clone()
     }
 
@@ -245,7 +245,7 @@ impl Faults {
         self.0.script.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn choose(&self, step: Step) -> Option<Fault> {
+    fn choose(&self, step: Operation) -> Option<Fault> {
         let mut script = self.script();
         *script.done.entry(step).or_default() += 1;
         let once = script.once.get_mut(&step).and_then(VecDeque::pop_front);
@@ -262,7 +262,7 @@ impl Faults {
     }
 
     /// Does a step with the fault that is due. `again` makes the step's future.
-    async fn meet<T, F, A>(&self, step: Step, again: A) -> Result<T>
+    async fn meet<T, F, A>(&self, step: Operation, again: A) -> Result<T>
     where
         A: Fn() -> F + Send + Sync,
         F: Future<Output = Result<T>> + Send + 'static,
@@ -332,15 +332,15 @@ impl<S: Store> Store for Faulty<S> {
             let (inner, request) = (self.inner.clone(), request.clone());
             async move { inner.open_session(request).await }
         };
-        self.faults.meet(Step::OpenSession, again).await
+        self.faults.meet(Operation::OpenSession, again).await
     }
 
-    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
+    async fn renew_session(&self, session: SessionId) -> Result<Reply<RenewOutcome>> {
         let again = || {
             let inner = self.inner.clone();
-            async move { inner.beat(session).await }
+            async move { inner.renew_session(session).await }
         };
-        self.faults.meet(Step::Beat, again).await
+        self.faults.meet(Operation::RenewSession, again).await
     }
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
@@ -348,7 +348,7 @@ impl<S: Store> Store for Faulty<S> {
             let inner = self.inner.clone();
             async move { inner.close_session(session).await }
         };
-        self.faults.meet(Step::CloseSession, again).await
+        self.faults.meet(Operation::CloseSession, again).await
     }
 
     async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
@@ -356,7 +356,7 @@ impl<S: Store> Store for Faulty<S> {
             let inner = self.inner.clone();
             async move { inner.session_lives(session).await }
         };
-        self.faults.meet(Step::SessionLives, again).await
+        self.faults.meet(Operation::SessionLives, again).await
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
@@ -364,7 +364,7 @@ impl<S: Store> Store for Faulty<S> {
             let (inner, request) = (self.inner.clone(), request.clone());
             async move { inner.acquire(request).await }
         };
-        self.faults.meet(Step::Acquire, again).await
+        self.faults.meet(Operation::Acquire, again).await
     }
 
     async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
@@ -372,7 +372,7 @@ impl<S: Store> Store for Faulty<S> {
             let (inner, key, tokens) = (self.inner.clone(), key.clone(), tokens.to_vec());
             async move { inner.poll(&key, &tokens).await }
         };
-        self.faults.meet(Step::Poll, again).await
+        self.faults.meet(Operation::Poll, again).await
     }
 
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
@@ -380,7 +380,7 @@ impl<S: Store> Store for Faulty<S> {
             let (inner, key) = (self.inner.clone(), key.clone());
             async move { inner.abandon(&key, token).await }
         };
-        self.faults.meet(Step::Abandon, again).await
+        self.faults.meet(Operation::Abandon, again).await
     }
 
     async fn release(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
@@ -388,7 +388,7 @@ impl<S: Store> Store for Faulty<S> {
             let (inner, key) = (self.inner.clone(), key.clone());
             async move { inner.release(&key, token, cooldown).await }
         };
-        self.faults.meet(Step::Release, again).await
+        self.faults.meet(Operation::Release, again).await
     }
 
     async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
@@ -396,7 +396,7 @@ impl<S: Store> Store for Faulty<S> {
             let (inner, key) = (self.inner.clone(), key.clone());
             async move { inner.extend(&key, token, ttl).await }
         };
-        self.faults.meet(Step::Extend, again).await
+        self.faults.meet(Operation::Extend, again).await
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
@@ -404,15 +404,15 @@ impl<S: Store> Store for Faulty<S> {
             let (inner, request) = (self.inner.clone(), request.clone());
             async move { inner.adopt(request).await }
         };
-        self.faults.meet(Step::Adopt, again).await
+        self.faults.meet(Operation::Adopt, again).await
     }
 
-    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
+    async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
         let again = || {
             let (inner, request) = (self.inner.clone(), request.clone());
-            async move { inner.evict(request).await }
+            async move { inner.force_release(request).await }
         };
-        self.faults.meet(Step::Evict, again).await
+        self.faults.meet(Operation::ForceRelease, again).await
     }
 
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
@@ -420,7 +420,7 @@ impl<S: Store> Store for Faulty<S> {
             let (inner, key) = (self.inner.clone(), key.clone());
             async move { inner.inspect(&key).await }
         };
-        self.faults.meet(Step::Inspect, again).await
+        self.faults.meet(Operation::Inspect, again).await
     }
 
     async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
@@ -428,7 +428,7 @@ impl<S: Store> Store for Faulty<S> {
             let (inner, prefix, cursor) = (self.inner.clone(), prefix.to_owned(), cursor.cloned());
             async move { inner.list(&prefix, cursor.as_ref(), limit).await }
         };
-        self.faults.meet(Step::List, again).await
+        self.faults.meet(Operation::List, again).await
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use self::step::{Session, State, Step};
+use self::step::{Operation, Session, State};
 use super::*;
 use crate::clock::Clock;
 use crate::fence::Fence;
@@ -47,10 +47,10 @@ impl Memory {
     }
 
     /// Takes the state and the time of the step together, so that time does not run backwards between steps.
-    fn step(&self) -> Step<'_> {
+    fn step(&self) -> Operation<'_> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let now = StoreTime::from_micros(self.clock.now().as_nanos() / 1_000);
-        Step { state, now, wall: self.clock.wall(), wall_micros: self.clock.wall_micros() }
+        Operation { state, now, wall: self.clock.wall(), wall_micros: self.clock.wall_micros() }
     }
 }
 
@@ -82,18 +82,18 @@ impl Store for Memory {
         step.reply(OpenOutcome::Opened)
     }
 
-    async fn beat(&self, id: SessionId) -> Result<Reply<BeatOutcome>> {
+    async fn renew_session(&self, id: SessionId) -> Result<Reply<RenewOutcome>> {
         let mut step = self.step();
         if !step.lives(id) {
             step.end_session(id);
-            return step.reply(BeatOutcome::Gone);
+            return step.reply(RenewOutcome::Gone);
         }
         let now = step.now;
         if let Some(session) = step.state.sessions.get_mut(&id) {
             session.expires = now.after(session.ttl);
         }
         let lost = step.state.forced.values().filter(|(of, _)| *of == id).map(|(_, lost)| lost.clone()).collect();
-        step.reply(BeatOutcome::Alive { lost })
+        step.reply(RenewOutcome::Alive { lost })
     }
 
     async fn close_session(&self, id: SessionId) -> Result<Reply<()>> {
@@ -192,7 +192,7 @@ impl Store for Memory {
         step.reply(outcome)
     }
 
-    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
+    async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
         let mut step = self.step();
         let mut record = step.take(&request.key);
         let outcome = match record.holds.iter().position(|hold| hold.fence == request.fence) {
@@ -202,14 +202,14 @@ impl Store for Memory {
                 record.last = Fence::next(record.last, step.wall_micros).or(record.last);
                 let lost = LostToken { key: request.key.clone(), token: hold.token, reason: request.reason };
                 if let Some(push) = step.state.pushes.get(&hold.session) {
-                    push.send(Push::Forced(lost.clone()));
+                    push.send(Push::ForceReleased(lost.clone()));
                 }
                 if step.lives(hold.session) {
                     step.state.forced.insert(hold.token, (hold.session, lost));
                 }
-                EvictOutcome::Evicted
+                ForceReleaseOutcome::Released
             }
-            None => EvictOutcome::NoSuchHold { live: record.holds.iter().map(|hold| hold.fence).collect() },
+            None => ForceReleaseOutcome::NoSuchHold { live: record.holds.iter().map(|hold| hold.fence).collect() },
         };
         step.put(record);
         step.reply(outcome)

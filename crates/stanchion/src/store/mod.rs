@@ -10,7 +10,7 @@
 //!    closed by a cooldown, it is granted. Nobody passes the head. A grant made this way is told to its session by a [`Push`].
 //! 3. Only [`acquire`](Store::acquire) may create a hold or a queue entry; only until `not_after`; never for a session
 //!    that is dead, or for a token that was forced out and has not been ended.
-//! 4. A dead session never lives again; a session that a beat names and that is not there is [`BeatOutcome::Gone`].
+//! 4. A dead session never lives again; a session that a beat names and that is not there is [`RenewOutcome::Gone`].
 //! 5. Fences of a key strictly increase over all grants, also over those of deleted or forgotten records. The fence is
 //!    minted in the step that grants.
 //! 6. Times are the store's: the client's clock decides nothing.
@@ -53,9 +53,9 @@ pub use self::firestore::Firestore;
 pub use self::postgres::Postgres;
 #[cfg(feature = "redis")]
 pub use self::redis::Redis;
-pub use faulty::{Fault, Faults, Faulty, Step};
+pub use faulty::{Fault, Faults, Faulty, Operation};
 pub use memory::Memory;
-pub use observed::{Observed, StepDone};
+pub use observed::{Observed, OperationDone};
 pub use prefixed::Prefixed;
 pub use push::{GrantStream, Push, PushSender, push_channel};
 #[cfg(feature = "sqlite")]
@@ -79,7 +79,7 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>>;
 
     /// Renews a session and tells what it has lost by force since. Never creates or revives one.
-    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>>;
+    async fn renew_session(&self, session: SessionId) -> Result<Reply<RenewOutcome>>;
 
     /// Ends a session with everything that depends on it: its session holds, its queue entries. Idempotent.
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>>;
@@ -115,7 +115,7 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
 
     /// Ends the hold of `key` that has this fence, whoever has it; compare-and-set on the fence. Raises the key's
     /// fence. The session that lost it is told by a [`Push`] at once and by its beats until the token is ended.
-    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>>;
+    async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>>;
 
     /// What is known of one key. Stale when read.
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>>;
@@ -148,8 +148,8 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {
         (**self).open_session(request).await
     }
-    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
-        (**self).beat(session).await
+    async fn renew_session(&self, session: SessionId) -> Result<Reply<RenewOutcome>> {
+        (**self).renew_session(session).await
     }
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
         (**self).close_session(session).await
@@ -175,8 +175,8 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
         (**self).adopt(request).await
     }
-    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
-        (**self).evict(request).await
+    async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
+        (**self).force_release(request).await
     }
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
         (**self).inspect(key).await

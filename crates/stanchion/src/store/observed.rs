@@ -1,4 +1,4 @@
-//! A store whose every step is told to somebody: for measuring, and for tests that count.
+//! A store whose every operation is told to somebody: for measuring, and for tests that count.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,12 +9,12 @@ use super::*;
 use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind};
 
-/// A step that was done, or failed.
+/// A operation that was done, or failed.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
-pub struct StepDone<'a> {
+pub struct OperationDone<'a> {
     /// Which.
-    pub step: Step,
+    pub operation: Operation,
     /// The key that it was about, if it was about one.
     pub key: Option<&'a Key>,
     /// From the question to the answer.
@@ -23,7 +23,7 @@ pub struct StepDone<'a> {
     pub error: Option<ErrorKind>,
 }
 
-/// Wraps a store and tells a function of each step that ends. A step whose future is dropped is not told.
+/// Wraps a store and tells a function of each operation that ends. A operation whose future is dropped is not told.
 ///
 /// ```
 /// use std::sync::atomic::{AtomicU32, Ordering};
@@ -32,7 +32,7 @@ pub struct StepDone<'a> {
 /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
 /// static STEPS: AtomicU32 = AtomicU32::new(0);
 /// let store = Observed::new(Memory::new(), |done| {
-///     println!("{:?} took {:?}", done.step, done.took);
+///     println!("{:?} took {:?}", done.operation, done.took);
 ///     STEPS.fetch_add(1, Ordering::Relaxed);
 /// });
 /// Locks::with_store(store).await?.lock("job").await?.release().await?;
@@ -43,18 +43,18 @@ pub struct StepDone<'a> {
 pub struct Observed<S> {
     inner: S,
     clock: Clock,
-    tell: Arc<dyn Fn(&StepDone<'_>) + Send + Sync>,
+    tell: Arc<dyn Fn(&OperationDone<'_>) + Send + Sync>,
 }
 
 impl<S: Store> Observed<S> {
-    /// Tells `tell` of each step, on the task or thread that asked for it: it must not block.
-    pub fn new(store: S, tell: impl Fn(&StepDone<'_>) + Send + Sync + 'static) -> Self {
+    /// Tells `tell` of each operation, on the task or thread that asked for it: it must not block.
+    pub fn new(store: S, tell: impl Fn(&OperationDone<'_>) + Send + Sync + 'static) -> Self {
         Self { inner: store, clock: Clock::system(), tell: Arc::new(tell) }
     }
 
-    fn done(&self, step: Step, key: Option<&Key>, began: BootTime, error: Option<&Error>) {
+    fn done(&self, operation: Operation, key: Option<&Key>, began: BootTime, error: Option<&Error>) {
         let took = self.clock.now().since(began);
-        (self.tell)(&StepDone { step, key, took, error: error.map(Error::kind) });
+        (self.tell)(&OperationDone { operation, key, took, error: error.map(Error::kind) });
     }
 }
 
@@ -65,11 +65,11 @@ impl<S: fmt::Debug> fmt::Debug for Observed<S> {
 }
 
 macro_rules! observe {
-    ($self:ident, $step:ident, $key:expr, $asked:expr) => {{
+    ($self:ident, $operation:ident, $key:expr, $asked:expr) => {{
         let began = $self.clock.now();
         let key: Option<Key> = $key;
         let reply = $asked.await;
-        $self.done(Step::$step, key.as_ref(), began, reply.as_ref().err());
+        $self.done(Operation::$operation, key.as_ref(), began, reply.as_ref().err());
         reply
     }};
 }
@@ -85,8 +85,8 @@ impl<S: Store> Store for Observed<S> {
         observe!(self, OpenSession, None, self.inner.open_session(request))
     }
 
-    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
-        observe!(self, Beat, None, self.inner.beat(session))
+    async fn renew_session(&self, session: SessionId) -> Result<Reply<RenewOutcome>> {
+        observe!(self, RenewSession, None, self.inner.renew_session(session))
     }
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
@@ -121,8 +121,8 @@ impl<S: Store> Store for Observed<S> {
         observe!(self, Adopt, Some(request.key.clone()), self.inner.adopt(request))
     }
 
-    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
-        observe!(self, Evict, Some(request.key.clone()), self.inner.evict(request))
+    async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
+        observe!(self, ForceRelease, Some(request.key.clone()), self.inner.force_release(request))
     }
 
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {

@@ -76,13 +76,13 @@ impl<S: Store> Store for Prefixed<S> {
         self.inner.open_session(request).await
     }
 
-    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
-        let Reply { time, outcome } = self.inner.beat(session).await?;
+    async fn renew_session(&self, session: SessionId) -> Result<Reply<RenewOutcome>> {
+        let Reply { time, outcome } = self.inner.renew_session(session).await?;
         let outcome = match outcome {
-            BeatOutcome::Alive { lost: tokens } => {
-                BeatOutcome::Alive { lost: tokens.into_iter().filter_map(|token| lost(token, &self.prefix)).collect() }
+            RenewOutcome::Alive { lost: tokens } => {
+                RenewOutcome::Alive { lost: tokens.into_iter().filter_map(|token| lost(token, &self.prefix)).collect() }
             }
-            BeatOutcome::Gone => BeatOutcome::Gone,
+            RenewOutcome::Gone => RenewOutcome::Gone,
         };
         Ok(Reply { time, outcome })
     }
@@ -123,10 +123,10 @@ impl<S: Store> Store for Prefixed<S> {
         self.inner.adopt(request).await.map_err(|fault| fault.replace_key(&key))
     }
 
-    async fn evict(&self, mut request: EvictRequest) -> Result<Reply<EvictOutcome>> {
+    async fn force_release(&self, mut request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
         let key = request.key;
         request.key = self.within(&key);
-        self.inner.evict(request).await.map_err(|fault| fault.replace_key(&key))
+        self.inner.force_release(request).await.map_err(|fault| fault.replace_key(&key))
     }
 
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
@@ -154,7 +154,7 @@ impl<S: Store> Store for Prefixed<S> {
                 let key = key.without(&prefix).ok();
                 Some(key.map_or(Push::RecheckAll, |key| Push::Granted { key, token, fence }))
             }
-            Push::Forced(token) => Some(lost(token, &prefix).map_or(Push::RecheckAll, Push::Forced)),
+            Push::ForceReleased(token) => Some(lost(token, &prefix).map_or(Push::RecheckAll, Push::ForceReleased)),
             other => Some(other),
         })
     }

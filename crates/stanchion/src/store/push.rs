@@ -26,7 +26,7 @@ pub enum Push {
         fence: Fence,
     },
     /// A hold was released by force.
-    Forced(LostToken),
+    ForceReleased(LostToken),
     /// Something may have changed for this waiting token: ask.
     Recheck {
         /// The token.
@@ -103,7 +103,7 @@ impl PushSender {
 impl Push {
     /// One of many, and a hint: each has something behind it that finds out the same a little later.
     fn is_about_a_token(&self) -> bool {
-        matches!(self, Self::Granted { .. } | Self::Forced(_) | Self::Recheck { .. })
+        matches!(self, Self::Granted { .. } | Self::ForceReleased(_) | Self::Recheck { .. })
     }
 }
 

@@ -64,7 +64,7 @@ pub struct Capabilities {
 impl Capabilities {
     /// The capabilities of a fair store with sessions that must beat, and with pushes that others may send too.
     pub const fn new(name: &'static str) -> Self {
-        Self { name, liveness: Liveness::Beat, fair: true, push: true, authentic_push: false }
+        Self { name, liveness: Liveness::Renewal, fair: true, push: true, authentic_push: false }
     }
 
     /// The same with pushes that only the store can send.
@@ -87,7 +87,7 @@ impl Capabilities {
 #[non_exhaustive]
 pub enum Liveness {
     /// Until its ttl has passed since the last beat.
-    Beat,
+    Renewal,
     /// As long as its process lives, beaten or not; its end is known at once.
     Process,
 }
@@ -114,7 +114,7 @@ pub enum OpenOutcome {
 
 /// The answer to [`Store::beat`](crate::Store::beat).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum BeatOutcome {
+pub enum RenewOutcome {
     /// It lives; these tokens were taken from it by force and have not been ended yet.
     Alive {
         /// What was lost.
@@ -207,7 +207,7 @@ impl Demand {
 
 /// How long a hold lasts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Term {
+pub enum Lifetime {
     /// As long as the session lives, and never longer than `max_hold` from the grant if that is set.
     Session {
         /// A deadline of its own, counted from the grant.
@@ -217,8 +217,8 @@ pub enum Term {
     Fixed(Duration),
 }
 
-impl Term {
-    /// The same term with another length, if it has one.
+impl Lifetime {
+    /// The same lifetime with another length, if it has one.
     pub(crate) fn map(self, change: impl FnOnce(Duration) -> Duration) -> Self {
         match self {
             Self::Session { max_hold } => Self::Session { max_hold: max_hold.map(change) },
@@ -226,7 +226,7 @@ impl Term {
         }
     }
 
-    /// The length of the term from its grant, if it has a deadline.
+    /// The length of the lifetime from its grant, if it has a deadline.
     pub fn length(self) -> Option<Duration> {
         match self {
             Self::Session { max_hold } => max_hold,
@@ -242,12 +242,12 @@ pub struct AcquireRequest {
     pub key: Key,
     /// The identity of this call.
     pub token: TokenId,
-    /// Who asks. A waiter lives as long as its session, also one for a fixed term.
+    /// Who asks. A waiter lives as long as its session, also one for a fixed lifetime.
     pub session: SessionId,
     /// How much of the key.
     pub demand: Demand,
     /// For how long.
-    pub term: Term,
+    pub lifetime: Lifetime,
     /// Whether to enter the queue if it does not fit now.
     pub enqueue: bool,
     /// After this time of the store the request does nothing ([`AcquireOutcome::Stale`]).
@@ -263,7 +263,7 @@ pub struct AcquireRequest {
 pub struct Granted {
     /// The fence of the hold.
     pub fence: Fence,
-    /// How much of its term is left at the time of the answer, if the hold has a deadline.
+    /// How much of its lifetime is left at the time of the answer, if the hold has a deadline.
     pub remaining: Option<Duration>,
 }
 
@@ -297,7 +297,7 @@ pub enum AcquireOutcome {
     /// The store's time is past `not_after`. Nothing was changed.
     Stale,
     /// This token was released by force. It will never be granted again.
-    Forced,
+    ForceReleased,
     /// The session is dead. Nothing was entered.
     SessionGone,
     /// The queue is full. Nothing was entered.
@@ -361,7 +361,7 @@ pub struct AdoptRequest {
 pub enum AdoptOutcome {
     /// It is held under the new token.
     Adopted {
-        /// The grant, with what is left of its term.
+        /// The grant, with what is left of its lifetime.
         granted: Granted,
         /// Whether it lives with the session.
         session_bound: bool,
@@ -376,7 +376,7 @@ pub enum AdoptOutcome {
 
 /// A request to release by force.
 #[derive(Clone, Debug)]
-pub struct EvictRequest {
+pub struct ForceReleaseRequest {
     /// The key.
     pub key: Key,
     /// The fence of the hold that is to end.
@@ -387,9 +387,9 @@ pub struct EvictRequest {
 
 /// The answer to [`Store::evict`](crate::Store::evict).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum EvictOutcome {
+pub enum ForceReleaseOutcome {
     /// The hold ended.
-    Evicted,
+    Released,
     /// No live hold has this fence; these are the fences that are live.
     NoSuchHold {
         /// The fences of the live holds.
@@ -438,7 +438,7 @@ pub struct HolderState {
     pub age: Duration,
     /// The wall clock at its grant, for display.
     pub since: SystemTime,
-    /// What is left of its term in the store, if it has a deadline. Longer than what its holder may still use by the time
+    /// What is left of its lifetime in the store, if it has a deadline. Longer than what its holder may still use by the time
     /// that the holder has to stop.
     pub remaining: Option<Duration>,
     /// Text of the holder.

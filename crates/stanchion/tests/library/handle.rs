@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::support::until;
-use stanchion::store::{Fault, Faulty, Memory, Step, Store};
+use stanchion::store::{Fault, Faulty, Memory, Operation, Store};
 use stanchion::{Demand, ErrorKind, Event, Locks, LossCause, Released, RetryPolicy, VirtualClock};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -66,14 +66,14 @@ async fn a_hold_is_lost_on_time_when_the_store_is_gone() {
     let guard = locks.lock("k").await.unwrap();
     // The session is beaten at 2, 4, … seconds.
     for _ in 0..20 {
-        let beats = faults.count(Step::Beat);
+        let beats = faults.count(Operation::RenewSession);
         time.advance(2 * SECOND);
-        until("it beats", async || faults.count(Step::Beat) > beats).await;
+        until("it beats", async || faults.count(Operation::RenewSession) > beats).await;
     }
     assert!(guard.is_held());
     let left = guard.remaining().unwrap();
     assert!(left > 7 * SECOND && left < 8 * SECOND, "{left:?}");
-    faults.always(Step::Beat, Fault::Fail(ErrorKind::Unavailable));
+    faults.always(Operation::RenewSession, Fault::Fail(ErrorKind::Unavailable));
     time.advance(left);
     assert!(!guard.is_held());
     assert!(guard.valid_for().unwrap() >= 2 * SECOND, "others cannot have it yet");
@@ -92,11 +92,11 @@ async fn a_session_counts_from_the_first_time_it_was_asked_for() {
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
     // It is opened at once, and that is learned five seconds later.
-    faults.next(Step::OpenSession, Fault::LoseReply);
-    faults.always(Step::Beat, Fault::Fail(ErrorKind::Unavailable));
+    faults.next(Operation::OpenSession, Fault::LoseReply);
+    faults.always(Operation::RenewSession, Fault::Fail(ErrorKind::Unavailable));
     let started = time.clock().now();
     let opening = tokio::spawn(Locks::builder_with_store(store).clock(time.clock()).open());
-    until("asked", async || faults.count(Step::OpenSession) == 1).await;
+    until("asked", async || faults.count(Operation::OpenSession) == 1).await;
     time.advance(5 * SECOND);
     until("opened", async || {
         time.advance(Duration::from_millis(1));
@@ -116,10 +116,10 @@ async fn a_lost_answer_is_asked_for_again_and_gives_the_same_grant() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::with_store(store).await.unwrap();
-    faults.next(Step::Acquire, Fault::LoseReply);
+    faults.next(Operation::Acquire, Fault::LoseReply);
     let guard = locks.lock("k").await.unwrap();
     assert_eq!(locks.inspect("k").await.unwrap().holders.len(), 1);
-    faults.next(Step::Release, Fault::LoseReply);
+    faults.next(Operation::Release, Fault::LoseReply);
     assert_eq!(
         guard.release().await.unwrap(),
         Released::Now,
@@ -134,7 +134,7 @@ async fn an_unknown_outcome_is_told_and_cleaned_up() {
     let faults = store.faults();
     let retry = RetryPolicy { attempts: 2, ..RetryPolicy::default() };
     let locks = Locks::builder_with_store(store).retry(retry).session_ttl(SECOND).open().await.unwrap();
-    faults.always(Step::Acquire, Fault::LoseReply);
+    faults.always(Operation::Acquire, Fault::LoseReply);
     let error = locks.lock("k").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Indeterminate);
     assert!(error.token().is_some());
@@ -148,9 +148,9 @@ async fn a_request_that_arrives_late_does_not_leave_a_hold() {
     let faults = store.faults();
     let retry = RetryPolicy { attempts: 1, ..RetryPolicy::default() };
     let locks = Locks::builder_with_store(store).retry(retry).session_ttl(2 * SECOND).open().await.unwrap();
-    faults.next(Step::Acquire, Fault::Hold);
+    faults.next(Operation::Acquire, Fault::Hold);
     assert_eq!(locks.lock("k").await.unwrap_err().kind(), ErrorKind::Indeterminate);
-    until("the keeper ended it once", async || faults.count(Step::Abandon) > 0).await;
+    until("the keeper ended it once", async || faults.count(Operation::Abandon) > 0).await;
     assert_eq!(faults.deliver().await, 1);
     assert!(!is_free(&locks, "k").await, "the late request took effect: the test is worth something");
     until("cleaned up again", async || is_free(&locks, "k").await).await;
@@ -166,7 +166,7 @@ async fn a_forced_release_tells_the_holder_by_push_and_without() {
         let guard = locks.lock("k").await.unwrap();
         faults.lose_pushes(lose_pushes);
         locks.force_release("k", guard.fence(), "the operator says so").await.unwrap();
-        assert_eq!(guard.lost().await, LossCause::Forced);
+        assert_eq!(guard.lost().await, LossCause::ForceReleased);
         let reason = loop {
             if let Event::Lost { reason, .. } = events.next().await.unwrap() {
                 break reason;
@@ -223,7 +223,7 @@ async fn the_body_is_dropped_when_the_lock_is_lost() {
             })
             .await
     });
-    assert_eq!(ended.await.unwrap().unwrap_err().kind(), ErrorKind::Lost(LossCause::Forced));
+    assert_eq!(ended.await.unwrap().unwrap_err().kind(), ErrorKind::Lost(LossCause::ForceReleased));
     assert_eq!(Arc::strong_count(&dropped), 1);
     assert!(locks.lock("k").run(async |guard| guard.is_held()).await.unwrap());
 }
@@ -276,7 +276,7 @@ async fn an_extension_that_comes_late_never_ends_a_hold_that_is_still_believed()
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).retry(RetryPolicy::never()).open().await.unwrap();
     let guard = locks.lock("k").ttl(60 * SECOND).await.unwrap();
-    faults.next(Step::Extend, Fault::Hold);
+    faults.next(Operation::Extend, Fault::Hold);
     assert!(guard.extend(10 * SECOND).await.is_err());
     assert!(guard.remaining().unwrap() < 11 * SECOND, "it may have been done");
     guard.extend(60 * SECOND).await.unwrap();
@@ -286,7 +286,7 @@ async fn an_extension_that_comes_late_never_ends_a_hold_that_is_still_believed()
     assert!(guard.valid_for().unwrap() <= left, "{:?} is believed, {left:?} is true", guard.valid_for());
     // Extensions at once are done in one order.
     let guard = locks.lock("other").ttl(60 * SECOND).await.unwrap();
-    faults.next(Step::Extend, Fault::DelayReply(Duration::from_millis(30)));
+    faults.next(Operation::Extend, Fault::DelayReply(Duration::from_millis(30)));
     let (long, short) = tokio::join!(guard.extend(90 * SECOND), guard.extend(20 * SECOND));
     long.and(short).unwrap();
     let left = locks.inspect("other").await.unwrap().holders[0].remaining.unwrap();
@@ -299,7 +299,7 @@ async fn an_extension_that_was_refused_limits_none_after_it() {
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).retry(RetryPolicy::never()).open().await.unwrap();
     let guard = locks.lock("k").ttl(60 * SECOND).await.unwrap();
-    faults.next(Step::Extend, Fault::Fail(ErrorKind::Unavailable));
+    faults.next(Operation::Extend, Fault::Fail(ErrorKind::Unavailable));
     assert!(guard.extend(10 * SECOND).await.is_err());
     guard.extend(60 * SECOND).await.unwrap();
     assert!(guard.remaining().unwrap() > 40 * SECOND, "nothing of the other one can come");
@@ -308,7 +308,7 @@ async fn an_extension_that_was_refused_limits_none_after_it() {
 #[tokio::test]
 async fn a_term_that_is_too_short_for_its_store_ends_in_an_error_not_in_a_loop() {
     let store = Faulty::new(Memory::new());
-    store.faults().always(Step::Acquire, Fault::DelayReply(Duration::from_millis(15)));
+    store.faults().always(Operation::Acquire, Fault::DelayReply(Duration::from_millis(15)));
     let locks = Locks::with_store(store).await.unwrap();
     let error = locks.lock("k").ttl(Duration::from_millis(10)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable);
@@ -360,7 +360,7 @@ async fn holder_has_all_of_its_time() {
 #[tokio::test]
 async fn longest_time_is_granted_whole() {
     let locks = Locks::open("memory:").await.unwrap();
-    let longest = *stanchion::DURATIONS.end();
+    let longest = *stanchion::DURATION_RANGE.end();
     let guard = locks.lock("k").ttl(longest).await.unwrap();
     assert!(guard.remaining().unwrap() > longest - 60 * SECOND);
     guard.extend(longest).await.unwrap();
@@ -377,7 +377,7 @@ async fn closing_does_not_wait_for_the_grace_of_what_was_lost() {
     let fixed = locks.lock("b").ttl(6 * SECOND).await.unwrap();
     time.advance(SECOND * 61 / 10);
     assert_eq!(capped.lost().await, LossCause::MaxHold);
-    assert_eq!(fixed.lost().await, LossCause::TermExpired);
+    assert_eq!(fixed.lost().await, LossCause::TtlExpired);
     // Nobody moves the clock on.
     tokio::time::timeout(3 * SECOND, locks.close()).await.expect("closing takes no grace").unwrap();
     assert!(is_free(&watch, "a").await && is_free(&watch, "b").await);
@@ -391,7 +391,7 @@ async fn closing_ends_the_session_although_a_release_fails() {
     let watch = Locks::with_store(store).await.unwrap();
     let _session_bound = locks.lock("a").await.unwrap();
     let released = locks.lock("b").cooldown(SECOND).await.unwrap();
-    faults.always(Step::Release, Fault::Fail(ErrorKind::Unavailable));
+    faults.always(Operation::Release, Fault::Fail(ErrorKind::Unavailable));
     drop(released);
     locks.close().await.unwrap();
     assert!(is_free(&watch, "a").await && is_free(&watch, "b").await);
@@ -427,7 +427,7 @@ async fn when_the_keeper_dies_every_hold_is_lost_and_nobody_waits_for_ever() {
     let held = other.lock("busy").await.unwrap();
     let waiting = tokio::spawn(locks.lock("busy").into_future());
     until("it waits", async || other.inspect("busy").await.unwrap().waiters.len() == 1).await;
-    faults.next(Step::Beat, Fault::Panic);
+    faults.next(Operation::RenewSession, Fault::Panic);
     assert_eq!(guard.lost().await, LossCause::Closed);
     assert!(guard.cancel_token().is_cancelled());
     assert_eq!(waiting.await.unwrap().unwrap_err().kind(), ErrorKind::Draining);

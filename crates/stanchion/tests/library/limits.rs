@@ -9,7 +9,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use stanchion::store::{Fault, Faulty, Memory, Step};
+use stanchion::store::{Fault, Faulty, Memory, Operation};
 use stanchion::{ErrorKind, Locks, RetryPolicy, VirtualClock};
 
 use crate::support::until;
@@ -33,7 +33,7 @@ impl Bench {
     }
 
     fn go_away(&self, fault: Fault) {
-        for step in Step::ALL {
+        for step in Operation::ALL {
             self.faults.always(*step, fault);
         }
     }
@@ -99,7 +99,7 @@ async fn opening_keeps_its_limit() {
     for fault in AWAY {
         let time = VirtualClock::new();
         let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
-        store.faults().always(Step::OpenSession, fault);
+        store.faults().always(Operation::OpenSession, fault);
         let bench = Bench::new(RetryPolicy::default()).await;
         let open = Locks::builder_with_store(store).clock(bench.time.clock()).open_within(3 * SECOND).open();
         let (outcome, took) = bench.timed(open).await;
@@ -115,9 +115,9 @@ async fn no_drop_blocks_the_executor() {
     for fails in [true, false] {
         let store = Faulty::new(Memory::new());
         if fails {
-            store.faults().always(Step::OpenSession, Fault::Fail(ErrorKind::Unauthorized));
+            store.faults().always(Operation::OpenSession, Fault::Fail(ErrorKind::Unauthorized));
         }
-        store.faults().always(Step::CloseSession, Fault::DelayReply(3_600 * SECOND));
+        store.faults().always(Operation::CloseSession, Fault::DelayReply(3_600 * SECOND));
         let start = Instant::now();
         let opened = Locks::with_store(store).await;
         assert_eq!(opened.is_err(), fails);

@@ -200,7 +200,7 @@ async fn a_lost_lock_drops_the_body() {
         service.locks.force_release("k", fence, "a test").await.unwrap();
     };
     let (outcome, ()) = tokio::join!(service.work(entered.clone(), SetOnDrop(dropped.clone())), force);
-    assert_eq!(outcome.unwrap_err().kind(), Some(ErrorKind::Lost(LossCause::Forced)));
+    assert_eq!(outcome.unwrap_err().kind(), Some(ErrorKind::Lost(LossCause::ForceReleased)));
     assert!(dropped.load(Ordering::SeqCst));
 }
 

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-use stanchion::store::{Fault, Faulty, Memory, Step};
+use stanchion::store::{Fault, Faulty, Memory, Operation};
 use stanchion::{ErrorKind, Locks, Loss, LossCause, OnLost};
 
 /// This test again, in a process of its own, to play a part.
@@ -35,7 +35,7 @@ async fn a_hook_is_called_once_for_each_hold_and_may_block() {
         depose(&locks, &guard).await;
         assert!(guard.check().is_err() && guard.loss().is_some(), "asked again and again");
         let loss = calls.recv_timeout(Duration::from_secs(30)).unwrap();
-        assert_eq!((loss.key.name(), loss.fence, loss.cause), ("k", guard.fence(), LossCause::Forced));
+        assert_eq!((loss.key.name(), loss.fence, loss.cause), ("k", guard.fence(), LossCause::ForceReleased));
     }
     // A request has its own word, and what is released is not lost.
     let guard = locks.lock("k").on_lost(OnLost::Signal).await.unwrap();
@@ -130,7 +130,7 @@ async fn part_does_not_stop_when_the_keeper_ends() {
     let builder = Locks::builder_with_store(store).session_ttl(Duration::from_secs(1));
     let locks = builder.on_lost(OnLost::abort_after(GRACE)).open().await.unwrap();
     let guard = locks.lock("k").await.unwrap();
-    faults.next(Step::Beat, Fault::Panic);
+    faults.next(Operation::RenewSession, Fault::Panic);
     assert_eq!(guard.lost().await, LossCause::Closed);
     std::thread::sleep(Duration::from_secs(60));
     drop(guard);

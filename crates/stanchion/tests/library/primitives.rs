@@ -6,8 +6,8 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use crate::support::until;
-use stanchion::store::{Fault, Faulty, Memory, Step};
-use stanchion::{Error, ErrorKind, Locks, OnLost, Outcome, RetryPolicy, Turn, VirtualClock};
+use stanchion::store::{Fault, Faulty, Memory, Operation};
+use stanchion::{Error, ErrorKind, Locks, OnLost, OnceGuard, OnceOutcome, RetryPolicy, VirtualClock};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -58,15 +58,15 @@ async fn a_record_that_comes_late_is_not_the_last_run() {
     let two = Locks::with_store(memory).await.unwrap();
     let ran = one.once("k").slot(5).run(async |_| {
         // The record of this run is on its way for a while.
-        slow.faults().next(Step::Acquire, Fault::Hold);
+        slow.faults().next(Operation::Acquire, Fault::Hold);
         Ok::<_, Error>(())
     });
-    assert_eq!(ran.await.unwrap(), Outcome::Ran(()), "it was run, recorded or not");
+    assert_eq!(ran.await.unwrap(), OnceOutcome::Ran(()), "it was run, recorded or not");
     two.once("k").slot(6).run(async |_| Ok::<_, Error>(())).await.unwrap();
     assert_eq!(slow.faults().deliver().await, 1);
     assert_eq!(two.last_run("k").await.unwrap().unwrap().slot, Some(6));
     let again = two.once("k").slot(6).run(async |_| Ok::<_, Error>(())).await.unwrap();
-    assert!(matches!(again, Outcome::Skipped { .. }), "{again:?}");
+    assert!(matches!(again, OnceOutcome::Skipped { .. }), "{again:?}");
 }
 
 #[tokio::test]
@@ -78,16 +78,16 @@ async fn a_run_is_recorded_although_the_store_was_away_for_longer_than_a_questio
     let running = tokio::spawn({
         let (locks, faults) = (locks.clone(), faults.clone());
         async move {
-            let body = async |_: &Turn| {
-                faults.next(Step::Acquire, Fault::LoseRequest);
+            let body = async |_: &OnceGuard| {
+                faults.next(Operation::Acquire, Fault::LoseRequest);
                 Ok::<_, Error>(())
             };
             locks.once("k").run(body).await
         }
     });
-    until("the run is to be recorded", async || faults.count(Step::Acquire) == 2).await;
+    until("the run is to be recorded", async || faults.count(Operation::Acquire) == 2).await;
     time.advance(6 * SECOND);
-    assert_eq!(running.await.unwrap().unwrap(), Outcome::Ran(()));
+    assert_eq!(running.await.unwrap().unwrap(), OnceOutcome::Ran(()));
     assert!(locks.last_run("k").await.unwrap().is_some_and(|run| run.succeeded));
 }
 
@@ -118,7 +118,10 @@ async fn a_failed_run_of_a_later_slot_leaves_the_slots_that_were_done() {
         let once = locks.once("k");
         let once = if let Some(slot) = slot { once.slot(slot) } else { once };
         let fault = || Error::new(ErrorKind::Internal, "of the body");
-        matches!(once.run(async |_| if succeeds { Ok(()) } else { Err(fault()) }).await, Ok(Outcome::Ran(())) | Err(_))
+        matches!(
+            once.run(async |_| if succeeds { Ok(()) } else { Err(fault()) }).await,
+            Ok(OnceOutcome::Ran(())) | Err(_)
+        )
     };
     assert!(ran(Some(5), true).await);
     for _ in 0..3 {
@@ -146,17 +149,17 @@ async fn a_leader_outlasts_a_store_that_is_away_for_longer_than_a_step_is_repeat
         let locks = locks.clone();
         tokio::spawn(async move { locks.elect("k").lead(async |leadership| leadership.is_leader()).await })
     };
-    faults.always(Step::Acquire, Fault::Fail(ErrorKind::Unavailable));
+    faults.always(Operation::Acquire, Fault::Fail(ErrorKind::Unavailable));
     let leads = lead();
-    until("it went on asking", async || leads.is_finished() || faults.count(Step::Acquire) > 10).await;
+    until("it went on asking", async || leads.is_finished() || faults.count(Operation::Acquire) > 10).await;
     faults.clear();
     assert!(leads.await.unwrap().unwrap());
     // What does not pass ends it.
-    faults.always(Step::Acquire, Fault::Fail(ErrorKind::Unauthorized));
+    faults.always(Operation::Acquire, Fault::Fail(ErrorKind::Unauthorized));
     assert_eq!(lead().await.unwrap().unwrap_err().kind(), ErrorKind::Unauthorized);
-    faults.always(Step::Acquire, Fault::Fail(ErrorKind::Unavailable));
-    let (leads, before) = (lead(), faults.count(Step::Acquire));
-    until("it goes on asking", async || leads.is_finished() || faults.count(Step::Acquire) > before + 10).await;
+    faults.always(Operation::Acquire, Fault::Fail(ErrorKind::Unavailable));
+    let (leads, before) = (lead(), faults.count(Operation::Acquire));
+    until("it goes on asking", async || leads.is_finished() || faults.count(Operation::Acquire) > before + 10).await;
     locks.drain("a test");
     assert_eq!(leads.await.unwrap().unwrap_err().kind(), ErrorKind::Draining);
 }

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use crate::sqlite_support::{Handle, SESSION, folder, granted, key, queued, until, within};
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Cursor, Demand, EndOutcome, EvictOutcome,
-    EvictRequest, ExtendOutcome, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, PollOutcome, Prefixed, Push, Sqlite,
-    Store, StoreTime, Term,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Cursor, Demand, EndOutcome, ExtendOutcome,
+    ForceReleaseOutcome, ForceReleaseRequest, Lifetime, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, PollOutcome,
+    Prefixed, Push, RenewOutcome, Sqlite, Store, StoreTime,
 };
 use stanchion::{ErrorKind, Fence, SessionId, TokenId, VirtualClock};
 
@@ -34,7 +34,7 @@ async fn an_uncontended_acquire_and_release_are_two_write_transactions() {
     let (token, _) = a.hold(&job).await;
     let before = a.store.write_transactions();
     a.poll(&job, token).await;
-    a.store.beat(a.session).await.unwrap();
+    a.store.renew_session(a.session).await.unwrap();
     a.store.inspect(&job).await.unwrap();
     a.store.list("", None, 10).await.unwrap();
     let (waiting, _) = a.queue(&job).await;
@@ -202,7 +202,7 @@ async fn a_deadline_frees_the_key_and_extend_moves_it() {
     let time = VirtualClock::new();
     let (a, mut b) = pair(&time, &folder).await;
     let job = key("job");
-    let fixed = AcquireRequest { term: Term::Fixed(10 * SECOND), ..a.request(&job) };
+    let fixed = AcquireRequest { lifetime: Lifetime::Fixed(10 * SECOND), ..a.request(&job) };
     let token = fixed.token;
     assert_eq!(granted(a.ask(fixed.clone()).await).remaining, Some(10 * SECOND));
     time.advance(4 * SECOND);
@@ -226,7 +226,7 @@ async fn a_deadline_frees_the_key_and_extend_moves_it() {
     );
     // A hold for as long as the session may have a limit too.
     b.release(&job, waiting).await;
-    let limited = AcquireRequest { term: Term::Session { max_hold: Some(SECOND) }, ..a.request(&job) };
+    let limited = AcquireRequest { lifetime: Lifetime::Session { max_hold: Some(SECOND) }, ..a.request(&job) };
     assert_eq!(granted(a.ask(limited).await).remaining, Some(SECOND));
     time.advance(SECOND);
     b.hold(&job).await;
@@ -238,7 +238,8 @@ async fn a_fixed_term_outlives_its_session_and_keeps_its_owner() {
     let time = VirtualClock::new();
     let (a, b) = pair(&time, &folder).await;
     let job = key("job");
-    let fixed = AcquireRequest { term: Term::Fixed(10 * SECOND), metadata: Some("m".into()), ..a.request(&job) };
+    let fixed =
+        AcquireRequest { lifetime: Lifetime::Fixed(10 * SECOND), metadata: Some("m".into()), ..a.request(&job) };
     granted(a.ask(fixed).await);
     let owner = b.store.inspect(&job).await.unwrap().outcome.holders[0].owner.clone();
     assert!(owner.starts_with("test "));
@@ -261,22 +262,22 @@ async fn a_forced_release_is_told_until_its_token_is_ended() {
     let token = request.token;
     let first = granted(a.ask(request.clone()).await);
     let (waiting, _) = b.queue(&job).await;
-    let evict = |fence| EvictRequest { key: job.clone(), fence, reason: "stuck".into() };
-    let wrong = b.store.evict(evict(Fence::new(1))).await.unwrap().outcome;
-    assert_eq!(wrong, EvictOutcome::NoSuchHold { live: vec![first.fence] });
-    assert_eq!(b.store.evict(evict(first.fence)).await.unwrap().outcome, EvictOutcome::Evicted);
+    let by_force = |fence| ForceReleaseRequest { key: job.clone(), fence, reason: "stuck".into() };
+    let wrong = b.store.force_release(by_force(Fence::new(1))).await.unwrap().outcome;
+    assert_eq!(wrong, ForceReleaseOutcome::NoSuchHold { live: vec![first.fence] });
+    assert_eq!(b.store.force_release(by_force(first.fence)).await.unwrap().outcome, ForceReleaseOutcome::Released);
     let lost = LostToken { key: job.clone(), token, reason: "stuck".into() };
-    assert_eq!(a.push().await, Push::Forced(lost.clone()));
+    assert_eq!(a.push().await, Push::ForceReleased(lost.clone()));
     let next = b.granted(&job, waiting).await;
     assert!(next.fence.get() > first.fence.get() + 1, "the eviction raised the fence too");
     assert_eq!(a.poll(&job, token).await, PollOutcome::Gone);
-    assert_eq!(a.ask(request.clone()).await, AcquireOutcome::Forced);
+    assert_eq!(a.ask(request.clone()).await, AcquireOutcome::ForceReleased);
     for _ in 0..2 {
-        let outcome = a.store.beat(a.session).await.unwrap().outcome;
-        assert_eq!(outcome, BeatOutcome::Alive { lost: vec![lost.clone()] });
+        let outcome = a.store.renew_session(a.session).await.unwrap().outcome;
+        assert_eq!(outcome, RenewOutcome::Alive { lost: vec![lost.clone()] });
     }
     assert_eq!(a.release(&job, token).await, EndOutcome::Nothing);
-    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Alive { lost: vec![] });
+    assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Alive { lost: vec![] });
 }
 
 #[tokio::test]
@@ -321,7 +322,7 @@ async fn closing_a_session_frees_all_that_it_has_and_hands_off() {
     assert_eq!(b.poll(&other, left).await, PollOutcome::Gone);
     assert!(matches!(b.poll(&other, last).await, PollOutcome::Queued(place) if place.ahead == 0));
     assert_eq!(a.poll(&job, mine).await, PollOutcome::Gone);
-    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Gone);
     assert_eq!(a.ask(a.request(&job)).await, AcquireOutcome::SessionGone);
     let again = OpenSession { session: a.session, ttl: SECOND, owner: String::new() };
     assert_eq!(a.store.open_session(again).await.unwrap().outcome, OpenOutcome::Gone, "an id is used once");
@@ -448,7 +449,7 @@ async fn a_restart_of_the_machine_ends_everything_but_cooldowns_and_raises_all_f
     let time = VirtualClock::new();
     let (job, closed) = (key("job"), key("closed"));
     let (a, b) = pair(&time, &folder).await;
-    let fixed = AcquireRequest { term: Term::Fixed(3600 * SECOND), ..a.request(&job) };
+    let fixed = AcquireRequest { lifetime: Lifetime::Fixed(3600 * SECOND), ..a.request(&job) };
     let first = granted(a.ask(fixed).await);
     b.queue(&job).await;
     let (token, second) = a.hold(&closed).await;
@@ -461,7 +462,7 @@ async fn a_restart_of_the_machine_ends_everything_but_cooldowns_and_raises_all_f
     assert_eq!(c.store.inspect(&closed).await.unwrap().outcome.closed_for, Some(60 * SECOND));
     let (_, grant) = c.hold(&job).await;
     assert!(grant.fence.get() > first.fence.get() + 600_000_000, "the last commits may have been lost");
-    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Gone);
     time.advance(60 * SECOND);
     let (_, grant) = c.hold(&closed).await;
     assert!(grant.fence.get() > second.fence.get() + 600_000_000);
@@ -472,14 +473,14 @@ async fn a_folder_that_is_deleted_ends_its_sessions() {
     let (_temp, folder) = folder();
     let a = Handle::open(&folder).await;
     a.hold(&key("job")).await;
-    assert!(matches!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Alive { .. }));
+    assert!(matches!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Alive { .. }));
     std::fs::remove_dir_all(&folder).unwrap();
-    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Gone);
     let error = a.store.acquire(a.request(&key("other"))).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable, "nobody else would see that hold: {error}");
     let b = Handle::open(&folder).await;
     b.hold(&key("job")).await;
-    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Gone);
 }
 
 /// The files that all must have in common: one that is exchanged alone splits the users as well.
@@ -511,7 +512,7 @@ async fn deleted_and_replaced_files_end_sessions() {
                 };
                 assert!(is_refused, "{name}: {refused:?}");
             }
-            assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone, "{name}");
+            assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Gone, "{name}");
             let file = if name == "sessions" { lock_of(&a) } else { name.to_owned() };
             let expected = format!("{} was deleted or replaced while it was in use", folder.join(file).display());
             assert!(matches!(a.push().await, Push::Warning(message) if message == expected), "{name}");
@@ -545,7 +546,7 @@ async fn new_database_waits_for_holders_of_the_old_one() {
         let folder = folder.clone();
         move || Sqlite::open(folder)
     });
-    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Gone);
     let b = Handle::on(opens.join().unwrap().unwrap()).await;
     b.hold(&key("job")).await;
 }
@@ -559,15 +560,15 @@ async fn old_files_look_used_and_folders_are_locked() {
     let names = ["gate", "locks.db", "locks.db-wal", "locks.db-shm", &lock];
     let long_ago = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
     let is_old = |name: &&&str| std::fs::metadata(folder.join(name)).unwrap().modified().unwrap() == long_ago;
-    a.store.beat(a.session).await.unwrap();
+    a.store.renew_session(a.session).await.unwrap();
     for name in names {
         let file = std::fs::File::open(folder.join(name)).unwrap();
         file.set_times(std::fs::FileTimes::new().set_modified(long_ago).set_accessed(long_ago)).unwrap();
     }
-    a.store.beat(a.session).await.unwrap();
+    a.store.renew_session(a.session).await.unwrap();
     assert_eq!(names.iter().filter(is_old).count(), names.len(), "not at each renewal");
     time.advance(Duration::from_secs(600));
-    a.store.beat(a.session).await.unwrap();
+    a.store.renew_session(a.session).await.unwrap();
     assert_eq!(names.iter().filter(is_old).count(), 0);
     // As systemd-tmpfiles asks before it looks into a folder.
     for locked in [folder.clone(), folder.join("sessions")] {
@@ -620,7 +621,7 @@ async fn a_session_whose_lock_file_is_deleted_is_dead_for_itself_too() {
     a.hold(&job).await;
     let (waiting, _) = b.queue(&job).await;
     std::fs::remove_file(folder.join("sessions").join(format!("{}.lock", a.session.to_hex()))).unwrap();
-    assert_eq!(a.store.beat(a.session).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Gone);
     b.granted(&job, waiting).await;
     assert_eq!(a.ask(a.request(&job)).await, AcquireOutcome::SessionGone);
 }
@@ -718,9 +719,9 @@ async fn an_unknown_session_gets_nothing() {
     let (_temp, folder) = folder();
     let a = Handle::open(&folder).await;
     let stranger = SessionId::random().unwrap();
-    let request = AcquireRequest { session: stranger, term: SESSION, ..a.request(&key("job")) };
+    let request = AcquireRequest { session: stranger, lifetime: SESSION, ..a.request(&key("job")) };
     assert_eq!(a.ask(request).await, AcquireOutcome::SessionGone);
-    assert_eq!(a.store.beat(stranger).await.unwrap().outcome, BeatOutcome::Gone);
+    assert_eq!(a.store.renew_session(stranger).await.unwrap().outcome, RenewOutcome::Gone);
     a.store.close_session(stranger).await.unwrap();
 }
 
@@ -752,8 +753,8 @@ async fn a_step_that_fails_spoils_no_other_of_its_transaction() {
         let outcome = last.unwrap().outcome;
         assert!(matches!(outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_)), "{outcome:?}");
         assert!(matches!(a.poll(&good, token).await, PollOutcome::Granted(_)), "what was answered is there");
-        let outcome = c.store.beat(c.session).await.unwrap().outcome;
-        assert!(matches!(outcome, BeatOutcome::Alive { .. }), "what failed has not happened");
+        let outcome = c.store.renew_session(c.session).await.unwrap().outcome;
+        assert!(matches!(outcome, RenewOutcome::Alive { .. }), "what failed has not happened");
         assert_eq!(a.release(&good, token).await, EndOutcome::Released);
     }
 }

@@ -5,15 +5,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, Demand, EndOutcome, GrantStream, Granted, OpenOutcome, OpenSession, PollOutcome,
-    Push, Queued, Sqlite, Store, StoreTime, Term,
+    AcquireOutcome, AcquireRequest, Demand, EndOutcome, GrantStream, Granted, Lifetime, OpenOutcome, OpenSession,
+    PollOutcome, Push, Queued, Sqlite, Store, StoreTime,
 };
 use stanchion::{Clock, Key, SessionId, TokenId};
 
 /// How long anything may take before a test calls it stuck.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
-pub const SESSION: Term = Term::Session { max_hold: None };
+pub const SESSION: Lifetime = Lifetime::Session { max_hold: None };
 
 /// A store in a temporary folder, with a session and its pushes.
 pub struct Handle {
@@ -46,7 +46,7 @@ impl Handle {
             token: TokenId::random().unwrap(),
             session: self.session,
             demand: Demand::MUTEX,
-            term: SESSION,
+            lifetime: SESSION,
             enqueue: true,
             not_after: StoreTime::from_micros(u64::MAX),
             metadata: None,

@@ -19,7 +19,7 @@ use axum::routing::get;
 use axum::{Extension, Router};
 use http::{Request, Response, StatusCode};
 use http_body::{Body as _, Frame};
-use stanchion::store::{Fault, Faulty, Memory, Step};
+use stanchion::store::{Fault, Faulty, Memory, Operation};
 use stanchion::tower::{HeldLock, LockLayer};
 use stanchion::{Error, ErrorKind, Fence, Locks, LossCause, RetryPolicy};
 use tokio::sync::{Notify, mpsc};
@@ -177,7 +177,7 @@ async fn a_lost_lock_drops_the_service_and_is_answered_503() {
     let (answer, ()) = tokio::join!(ask(&app, "/k"), force);
     assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
     let kind = answer.extensions().get::<Arc<Error>>().unwrap().kind();
-    assert_eq!(kind, ErrorKind::Lost(LossCause::Forced));
+    assert_eq!(kind, ErrorKind::Lost(LossCause::ForceReleased));
     assert!(gate.dropped.load(Ordering::SeqCst));
 }
 
@@ -189,7 +189,7 @@ async fn a_lock_that_was_lost_when_the_service_had_ended_is_answered_503() {
     let handler = move |Extension(held): Extension<HeldLock>| async move {
         of_service.force_release("k", held.fence(), "a test").await.unwrap();
         held.cancel_token().cancelled().await;
-        assert_eq!(held.check().unwrap_err().kind(), ErrorKind::Lost(LossCause::Forced));
+        assert_eq!(held.check().unwrap_err().kind(), ErrorKind::Lost(LossCause::ForceReleased));
         assert_eq!(held.remaining(), Some(Duration::ZERO));
     };
     let app = Router::new().route("/{key}", get(handler)).layer(by_path(&locks));
@@ -203,7 +203,7 @@ async fn faults_and_bad_keys_are_told_apart() {
     let locks = Locks::builder_with_store(store).retry(RetryPolicy::never()).open().await.unwrap();
     let gate = Gate::default();
     let app = gate.app(by_path(&locks));
-    faults.next(Step::Acquire, Fault::Fail(ErrorKind::Unavailable));
+    faults.next(Operation::Acquire, Fault::Fail(ErrorKind::Unavailable));
     assert_eq!(ask(&app, "/k").await.status(), StatusCode::SERVICE_UNAVAILABLE);
     let long = format!("/{}", "x".repeat(600));
     assert_eq!(ask(&app, &long).await.status(), StatusCode::BAD_REQUEST);

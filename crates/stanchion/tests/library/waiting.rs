@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::support::until;
-use stanchion::store::{Fault, Faulty, Memory, Observed, Step};
+use stanchion::store::{Fault, Faulty, Memory, Observed, Operation};
 use stanchion::{ErrorKind, Locks, VirtualClock};
 
 const WAITERS: usize = 1_000;
@@ -24,7 +24,7 @@ async fn waiters_of_a_key_share_its_polls() {
     let store = Observed::new(Faulty::with_clock(memory.clone(), &time), {
         let polls = polls.clone();
         move |done| {
-            polls.fetch_add(u64::from(done.step == Step::Poll), Ordering::Relaxed);
+            polls.fetch_add(u64::from(done.operation == Operation::Poll), Ordering::Relaxed);
         }
     });
     let holder = Locks::builder_with_store(memory).clock(time.clock()).open().await.unwrap();
@@ -89,7 +89,7 @@ async fn panicking_poll_fails_the_call_alone() {
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
     let held = locks.lock("k").await.unwrap();
-    faults.next(Step::Poll, Fault::Panic);
+    faults.next(Operation::Poll, Fault::Panic);
     let waiting = tokio::spawn({
         let locks = locks.clone();
         async move { locks.lock("k").await.map(drop) }
@@ -112,7 +112,7 @@ async fn silent_polls_are_the_reason_at_the_limit() {
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
     let _held = locks.lock("k").await.unwrap();
-    faults.always(Step::Poll, Fault::Delay(Duration::from_secs(3_600)));
+    faults.always(Operation::Poll, Fault::Delay(Duration::from_secs(3_600)));
     let waiting = tokio::spawn({
         let locks = locks.clone();
         async move { locks.lock("k").wait(Duration::from_secs(3)).await.map(drop) }

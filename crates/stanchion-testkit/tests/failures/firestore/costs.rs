@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use stanchion::store::{AcquireOutcome, AcquireRequest, BeatOutcome, EndOutcome, PollOutcome, Push, Term};
+use stanchion::store::{AcquireOutcome, AcquireRequest, EndOutcome, Lifetime, PollOutcome, Push, RenewOutcome};
 use stanchion::{Fence, Store as _};
 use stanchion_testkit::servers::FirestoreFake;
 use stanchion_testkit::{block_on, until};
@@ -16,8 +16,8 @@ fn an_acquire_and_a_release_are_one_request_each() {
         let client = Client::open(&fake.url(), MINUTE).await;
         let before = fake.calls();
         for i in 0..50 {
-            let term = if i % 2 == 0 { Term::Fixed(MINUTE) } else { Term::Session { max_hold: None } };
-            let request = AcquireRequest { term, ..client.request(&format!("k{}", i % 3)) };
+            let lifetime = if i % 2 == 0 { Lifetime::Fixed(MINUTE) } else { Lifetime::Session { max_hold: None } };
+            let request = AcquireRequest { lifetime, ..client.request(&format!("k{}", i % 3)) };
             client.gets(&request).await;
             let ended = client.store.release(&request.key, request.token, None).await.unwrap().outcome;
             assert_eq!(ended, EndOutcome::Released);
@@ -35,8 +35,8 @@ fn a_beat_is_one_request() {
         let client = Client::open(&fake.url(), MINUTE).await;
         let before = fake.calls();
         for _ in 0..20 {
-            let beaten = client.store.beat(client.session).await.unwrap().outcome;
-            assert_eq!(beaten, BeatOutcome::Alive { lost: vec![] });
+            let beaten = client.store.renew_session(client.session).await.unwrap().outcome;
+            assert_eq!(beaten, RenewOutcome::Alive { lost: vec![] });
         }
         let mut after = fake.calls();
         *after.get_mut("Commit").unwrap() -= 20;
@@ -182,7 +182,7 @@ fn a_release_passes_over_the_dead() {
         // This handle knows all of the queue.
         let waiting = one.queues("k").await;
         fake.set_clock_off_by(10);
-        one.store.beat(one.session).await.unwrap();
+        one.store.renew_session(one.session).await.unwrap();
         one.releases(&held).await;
         let called = tokio::time::timeout(MINUTE, one.is_called(&waiting)).await;
         assert!(called.expect("nobody asks again, so nobody else finds it") > last);
@@ -202,10 +202,10 @@ fn a_release_after_a_long_wait_is_one_request() {
         let waiting = two.queues("k").await;
         one.has_heard(&two).await;
         fake.set_clock_off_by(20);
-        two.store.beat(two.session).await.unwrap();
+        two.store.renew_session(two.session).await.unwrap();
         fake.set_clock_off_by(40);
         let before = fake.calls();
-        one.store.beat(one.session).await.unwrap();
+        one.store.renew_session(one.session).await.unwrap();
         until("the head is looked at", async || since(&before, &fake).1 == 1).await;
         // The answer is here when a later one is.
         one.holders("other").await;

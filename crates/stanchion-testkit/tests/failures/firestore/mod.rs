@@ -8,8 +8,8 @@ mod races;
 use std::time::Duration;
 
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Demand, EndOutcome, ExtendOutcome,
-    Firestore, GrantStream, OpenSession, PollOutcome, Push, StoreTime, Term,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Demand, EndOutcome, ExtendOutcome, Firestore,
+    GrantStream, Lifetime, OpenSession, PollOutcome, Push, RenewOutcome, StoreTime,
 };
 use stanchion::{ErrorKind, Fence, Key, Locks, Released, SessionId, Store, TokenId, VirtualClock};
 use stanchion_testkit::servers::{CommitFault, FirestoreFake};
@@ -49,7 +49,7 @@ impl Client {
             token: TokenId::random().unwrap(),
             session: self.session,
             demand: Demand::MUTEX,
-            term: Term::Session { max_hold: None },
+            lifetime: Lifetime::Session { max_hold: None },
             enqueue: true,
             not_after: self.opened.after(MINUTE),
             metadata: None,
@@ -172,7 +172,7 @@ fn an_adoption_that_arrives_after_its_time_changes_nothing() {
     block_on(async {
         let url = fake.url();
         let (first, second) = (Client::open(&url, MINUTE).await, Client::open(&url, MINUTE).await);
-        let request = AcquireRequest { term: Term::Fixed(MINUTE), ..first.request("k") };
+        let request = AcquireRequest { lifetime: Lifetime::Fixed(MINUTE), ..first.request("k") };
         first.gets(&request).await;
         let now = second.store.inspect(&key("k")).await.unwrap().time;
         let to = TokenId::random().unwrap();
@@ -199,10 +199,10 @@ fn a_beat_that_arrives_late_revives_nothing() {
         let held = late.request("k");
         let first = late.gets(&held).await;
         fake.next_commits([CommitFault::HeldBack]);
-        assert!(late.store.beat(late.session).await.is_err());
+        assert!(late.store.renew_session(late.session).await.is_err());
         // Nobody has looked meanwhile: only the beat itself says that it came too late.
         assert_eq!(fake.let_go(), 1);
-        assert_eq!(late.store.beat(late.session).await.unwrap().outcome, BeatOutcome::Gone);
+        assert_eq!(late.store.renew_session(late.session).await.unwrap().outcome, RenewOutcome::Gone);
         assert_eq!(late.asks(&late.request("k")).await, AcquireOutcome::SessionGone);
         assert!(other.gets(&other.request("k")).await > first);
         let again = OpenSession { session: late.session, ttl: MINUTE, owner: String::new() };
@@ -219,7 +219,7 @@ fn of_two_clients_the_one_that_lags_changes_nothing() {
         let (lags, other) = (Client::open(&url, MINUTE).await, Client::open(&url, MINUTE).await);
         let mut last = Fence::new(0);
         for round in 0..4 {
-            let request = AcquireRequest { term: Term::Fixed(SHORT), ..lags.request("k") };
+            let request = AcquireRequest { lifetime: Lifetime::Fixed(SHORT), ..lags.request("k") };
             let fence = lags.gets(&request).await;
             assert!(fence > last);
             fake.next_commits([CommitFault::HeldBack]);
@@ -228,7 +228,7 @@ fn of_two_clients_the_one_that_lags_changes_nothing() {
                 _ => lags.store.release(&key("k"), request.token, Some(MINUTE)).await.map(drop),
             };
             assert!(held_back.unwrap_err().is_in_doubt());
-            // Its term is over, and the key another's, by the time that its commit is done.
+            // Its lifetime is over, and the key another's, by the time that its commit is done.
             let next = other.request("k");
             let mut taken = other.asks(&next).await;
             until("the other has it", async || {
@@ -280,7 +280,7 @@ fn credentials_that_are_refused_are_told_and_may_get_better() {
         fake.refuse_credentials(true);
         let faults = [
             client.store.acquire(client.request("k")).await.map(drop).unwrap_err(),
-            client.store.beat(client.session).await.map(drop).unwrap_err(),
+            client.store.renew_session(client.session).await.map(drop).unwrap_err(),
             client.store.inspect(&key("k")).await.map(drop).unwrap_err(),
             client.store.list("", None, 10).await.map(drop).unwrap_err(),
         ];
@@ -365,7 +365,7 @@ fn a_clock_that_is_an_hour_off_changes_nothing() {
             assert!(two.try_lock("k").await.unwrap().is_none(), "{seconds}");
             guard.detach();
             let guard = two.lock("k").await.unwrap();
-            assert!(guard.fence() > fence, "{seconds}: after its term");
+            assert!(guard.fence() > fence, "{seconds}: after its lifetime");
             assert_eq!(guard.release().await.unwrap(), Released::Now);
             one.close().await.unwrap();
             two.close().await.unwrap();
@@ -383,19 +383,19 @@ fn the_clients_clock_decides_nothing() {
         ahead.advance(Duration::from_secs(7_200));
         let one = Client::with(Firestore::with_clock(&url, ahead.clock()).unwrap(), MINUTE).await;
         let two = Client::with(Firestore::with_clock(&url, behind.clock()).unwrap(), MINUTE).await;
-        let held = AcquireRequest { term: Term::Fixed(MINUTE), ..two.request("k") };
+        let held = AcquireRequest { lifetime: Lifetime::Fixed(MINUTE), ..two.request("k") };
         let fence = two.gets(&held).await;
         // An hour passes for one of them, and not for the service.
         ahead.advance(Duration::from_secs(3_600));
         let contends = AcquireRequest { enqueue: false, ..one.request("k") };
-        assert!(matches!(one.asks(&contends).await, AcquireOutcome::Busy { .. }), "the term has not passed");
+        assert!(matches!(one.asks(&contends).await, AcquireOutcome::Busy { .. }), "the lifetime has not passed");
         one.gets(&one.request("other")).await;
-        let beaten = one.store.beat(one.session).await.unwrap().outcome;
-        assert_eq!(beaten, BeatOutcome::Alive { lost: vec![] }, "nor has the session's");
+        let beaten = one.store.renew_session(one.session).await.unwrap().outcome;
+        assert_eq!(beaten, RenewOutcome::Alive { lost: vec![] }, "nor has the session's");
         // An hour passes for the service alone.
         fake.set_clock_off_by(3_600);
         assert_eq!(two.store.poll(&key("k"), &[held.token]).await.unwrap().outcome[0], PollOutcome::Gone);
-        assert_eq!(two.store.beat(two.session).await.unwrap().outcome, BeatOutcome::Gone);
+        assert_eq!(two.store.renew_session(two.session).await.unwrap().outcome, RenewOutcome::Gone);
         let third = Client::open(&url, MINUTE).await;
         let taken = AcquireRequest { not_after: third.opened.after(MINUTE), ..third.request("k") };
         assert!(third.gets(&taken).await > fence);
@@ -415,12 +415,12 @@ fn what_the_dead_leave_is_swept() {
         for i in 0..30 {
             dead.gets(&dead.request(&format!("k{i}"))).await;
         }
-        let fixed = AcquireRequest { term: Term::Fixed(SHORT), ..dead.request("fixed") };
+        let fixed = AcquireRequest { lifetime: Lifetime::Fixed(SHORT), ..dead.request("fixed") };
         dead.gets(&fixed).await;
         assert_eq!(fake.documents().iter().filter(|name| name.starts_with("stanchion_keys")).count(), 31);
         fake.set_clock_off_by(10_000);
         time.advance(MINUTE * 2);
-        sweeper.store.beat(sweeper.session).await.unwrap();
+        sweeper.store.renew_session(sweeper.session).await.unwrap();
         let own = format!("stanchion_sessions/{}", sweeper.session.to_hex());
         until("all of it is gone", async || fake.documents() == [own.clone()]).await;
     });

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Demand, EndOutcome, Firestore,
-    OpenOutcome, OpenSession, PollOutcome, Term,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Demand, EndOutcome, Firestore, Lifetime, OpenOutcome,
+    OpenSession, PollOutcome, RenewOutcome,
 };
 use stanchion::{ErrorKind, SessionId, Store as _, TokenId, VirtualClock};
 use stanchion_testkit::servers::{CommitFault, FirestoreFake};
@@ -31,8 +31,8 @@ fn a_session_that_was_beaten_since_it_was_looked_at_lives() {
         let try_it = || at_once(AcquireRequest { not_after: holder.opened.after(60 * MINUTE), ..other.request("k") });
         for seconds in [50, 100, 150] {
             fake.set_clock_off_by(seconds);
-            let beaten = holder.store.beat(holder.session).await.unwrap().outcome;
-            assert_eq!(beaten, BeatOutcome::Alive { lost: vec![] });
+            let beaten = holder.store.renew_session(holder.session).await.unwrap().outcome;
+            assert_eq!(beaten, RenewOutcome::Alive { lost: vec![] });
             // Later than the beat before this one was good for, and within a moment of the other's own clock.
             fake.set_clock_off_by(seconds + 30);
             let asked = other.asks(&try_it()).await;
@@ -72,7 +72,7 @@ fn a_crowd_of_short_processes_is_swept_at_once() {
         }
         fake.set_clock_off_by(10_000);
         time.advance(MINUTE * 2);
-        sweeper.store.beat(sweeper.session).await.unwrap();
+        sweeper.store.renew_session(sweeper.session).await.unwrap();
         until("all of it is gone", async || fake.documents().len() == 1).await;
     });
 }
@@ -97,8 +97,8 @@ fn sessions_that_are_read_in_several_requests_are_not_taken_for_dead() {
         // It is read with the first ones.
         let session = sessions.into_iter().min().unwrap();
         let beat = async || {
-            let beaten = readers.store.beat(session).await.unwrap().outcome;
-            assert_eq!(beaten, BeatOutcome::Alive { lost: vec![] });
+            let beaten = readers.store.renew_session(session).await.unwrap().outcome;
+            assert_eq!(beaten, RenewOutcome::Alive { lost: vec![] });
         };
         fake.set_clock_off_by(30);
         beat().await;
@@ -130,10 +130,10 @@ fn nothing_is_found_at_a_time_at_which_nobody_looked() {
         let client = Client::open(&url, 60 * MINUTE).await;
         holder.gets(&holder.request("k")).await;
         fake.set_clock_off_by(30);
-        holder.store.beat(holder.session).await.unwrap();
+        holder.store.renew_session(holder.session).await.unwrap();
         // Its session has to be read from now on.
         fake.set_clock_off_by(65);
-        holder.store.beat(holder.session).await.unwrap();
+        holder.store.renew_session(holder.session).await.unwrap();
         assert_eq!(client.holders("k").await.len(), 1);
         let not_after = holder.opened.after(Duration::from_secs(105));
         let request = AcquireRequest { not_after, ..client.request("k") };
@@ -272,7 +272,7 @@ fn an_acquire_that_cannot_be_taken_back_is_in_doubt() {
     let fake = FirestoreFake::start();
     block_on(async {
         let client = Client::open(&fake.url(), MINUTE).await;
-        let request = AcquireRequest { term: Term::Fixed(MINUTE), ..client.request("k") };
+        let request = AcquireRequest { lifetime: Lifetime::Fixed(MINUTE), ..client.request("k") };
         fake.next_commits([CommitFault::AnsweredLate]);
         let asking = tokio::spawn({
             let (store, request) = (client.store.clone(), request.clone());
@@ -297,7 +297,7 @@ fn a_beat_that_is_answered_after_the_end_of_its_session_revives_nothing() {
         fake.next_commits([CommitFault::AnsweredLate]);
         let beating = tokio::spawn({
             let (store, session) = (client.store.clone(), client.session);
-            async move { store.beat(session).await }
+            async move { store.renew_session(session).await }
         });
         until("it is done", async || fake.held_back() == 1).await;
         client.store.close_session(client.session).await.unwrap();
@@ -314,10 +314,10 @@ fn what_called_a_hold_goes_with_it() {
     block_on(async {
         let url = fake.url();
         let (first, second) = (Client::open(&url, MINUTE).await, Client::open(&url, MINUTE).await);
-        for term in [Term::Fixed(SHORT), Term::Session { max_hold: Some(SHORT) }] {
+        for lifetime in [Lifetime::Fixed(SHORT), Lifetime::Session { max_hold: Some(SHORT) }] {
             let held = first.request("k");
             first.gets(&held).await;
-            let waiting = AcquireRequest { term, ..second.request("k") };
+            let waiting = AcquireRequest { lifetime, ..second.request("k") };
             assert!(matches!(second.asks(&waiting).await, AcquireOutcome::Queued(_)));
             first.store.release(&key("k"), held.token, None).await.unwrap();
             let polled = second.store.poll(&key("k"), &[waiting.token]).await.unwrap().outcome[0];
@@ -326,7 +326,7 @@ fn what_called_a_hold_goes_with_it() {
             let ended = second.store.release(&key("k"), waiting.token, None).await.unwrap().outcome;
             assert_eq!(ended, EndOutcome::Nothing);
             let calls: Vec<_> = fake.documents().into_iter().filter(|name| name.contains("_calls/")).collect();
-            assert!(calls.is_empty(), "{term:?}: {calls:?}");
+            assert!(calls.is_empty(), "{lifetime:?}: {calls:?}");
         }
     });
 }
@@ -342,7 +342,7 @@ fn a_sweep_passes_over_what_cannot_be_swept() {
         for turn in 0..6 {
             let dead = Client::open(&url, SHORT).await;
             dead.gets(&dead.request(&format!("k{turn}"))).await;
-            let fixed = AcquireRequest { term: Term::Fixed(SHORT), ..dead.request(&format!("fixed{turn}")) };
+            let fixed = AcquireRequest { lifetime: Lifetime::Fixed(SHORT), ..dead.request(&format!("fixed{turn}")) };
             dead.gets(&fixed).await;
         }
         let own = format!("stanchion_sessions/{}", sweeper.session.to_hex());
@@ -354,7 +354,7 @@ fn a_sweep_passes_over_what_cannot_be_swept() {
         fake.spoil(&key);
         fake.set_clock_off_by(10_000);
         time.advance(MINUTE * 2);
-        sweeper.store.beat(sweeper.session).await.unwrap();
+        sweeper.store.renew_session(sweeper.session).await.unwrap();
         until("all others are gone", async || {
             let left = fake.documents().into_iter().filter(|name| *name != own && *name != session && *name != key);
             // Of what cannot be read: the key of that session, and the session of that key.

@@ -152,10 +152,13 @@ fn foreign_code_in_the_schema_is_refused() {
             ("CREATE TABLE evil.child () INHERITS (stanchion.holds)", "DROP TABLE evil.child"),
             ("CREATE TABLE evil.refers (k text REFERENCES stanchion.keys)", "DROP TABLE evil.refers"),
             ("ALTER TABLE stanchion.sessions SET UNLOGGED", "ALTER TABLE stanchion.sessions SET LOGGED"),
-            ("ALTER FUNCTION stanchion.beat SECURITY INVOKER", "ALTER FUNCTION stanchion.beat SECURITY DEFINER"),
             (
-                "ALTER FUNCTION stanchion.beat RESET search_path",
-                "ALTER FUNCTION stanchion.beat SET search_path = pg_catalog, pg_temp",
+                "ALTER FUNCTION stanchion.renew_session SECURITY INVOKER",
+                "ALTER FUNCTION stanchion.renew_session SECURITY DEFINER",
+            ),
+            (
+                "ALTER FUNCTION stanchion.renew_session RESET search_path",
+                "ALTER FUNCTION stanchion.renew_session SET search_path = pg_catalog, pg_temp",
             ),
             ("ALTER FUNCTION stanchion.clock OWNER TO mallory", "ALTER FUNCTION stanchion.clock OWNER TO postgres"),
             ("ALTER TABLE stanchion.holds OWNER TO mallory", "ALTER TABLE stanchion.holds OWNER TO postgres"),
@@ -167,7 +170,7 @@ fn foreign_code_in_the_schema_is_refused() {
                 let fault = Locks::open(&url).await.unwrap_err();
                 assert!(is_refused(&fault), "{wrong}: {fault:?}");
             }
-            if !wrong.contains("FUNCTION stanchion.beat") {
+            if !wrong.contains("FUNCTION stanchion.renew_session") {
                 let fault = Postgres::from_url(&server.url()).unwrap().apply_schema().await.unwrap_err();
                 assert!(is_refused(&fault), "{wrong}: {fault:?}");
             }

@@ -94,7 +94,7 @@ fn a_step_that_was_given_up_holds_up_nothing() {
         let waits = async || store.extend(&key, TokenId::random().unwrap(), SECOND).await;
         assert!(tokio::time::timeout(SECOND / 2, async { tokio::join!(waits(), waits()) }).await.is_err(), "both wait");
         let asked = Instant::now();
-        store.beat(SessionId::random().unwrap()).await.unwrap();
+        store.renew_session(SessionId::random().unwrap()).await.unwrap();
         assert!(asked.elapsed() < 4 * SECOND, "it waited {:?}", asked.elapsed());
         transaction.wait().unwrap();
         // Both connections are used again.
@@ -268,7 +268,8 @@ fn a_silent_connection_ends_no_session() {
     block_on(async {
         let locks = locks(&server).await;
         let held = locks.lock("k").await.unwrap();
-        let beats = "SELECT pid FROM pg_stat_activity WHERE application_name = 'stanchion' AND query LIKE '%.beat(%'";
+        let beats =
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'stanchion' AND query LIKE '%.renew_session(%'";
         let mut pid = String::new();
         let is_one = async || {
             server.psql(beats).trim().clone_into(&mut pid);

@@ -103,7 +103,7 @@ fn looks_at_a_server_without_writes_are_refused() {
             store.inspect(&key).await.map(drop).unwrap_err(),
             store.list("", None, 10).await.map(drop).unwrap_err(),
             store.session_lives(session).await.map(drop).unwrap_err(),
-            store.beat(session).await.map(drop).unwrap_err(),
+            store.renew_session(session).await.map(drop).unwrap_err(),
         ];
         for fault in faults {
             assert!(fault.is_transient() && !fault.is_in_doubt(), "{fault:?}");

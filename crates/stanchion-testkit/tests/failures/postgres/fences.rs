@@ -214,7 +214,7 @@ fn a_key_that_a_transaction_keeps_holds_up_no_look_and_no_close() {
 #[test]
 fn an_extension_at_the_end_never_makes_two_holders() {
     use stanchion::store::{
-        AcquireOutcome, AcquireRequest, Demand, ExtendOutcome, OpenSession, Store, StoreTime, Term,
+        AcquireOutcome, AcquireRequest, Demand, ExtendOutcome, Lifetime, OpenSession, Store, StoreTime,
     };
     use stanchion::{Key, SessionId, TokenId};
     let server = server();
@@ -223,12 +223,12 @@ fn an_extension_at_the_end_never_makes_two_holders() {
         let session = SessionId::random().unwrap();
         let _stream = store.grants(session);
         store.open_session(OpenSession { session, ttl: 600 * SECOND, owner: "racer".into() }).await.unwrap();
-        let request = move |key: &Key, term| AcquireRequest {
+        let request = move |key: &Key, lifetime| AcquireRequest {
             key: key.clone(),
             token: TokenId::random().unwrap(),
             session,
             demand: Demand::MUTEX,
-            term,
+            lifetime,
             enqueue: false,
             not_after: StoreTime::from_micros(i64::MAX as u64),
             metadata: None,
@@ -242,13 +242,13 @@ fn an_extension_at_the_end_never_makes_two_holders() {
                 tokio::spawn(async move {
                     let (mut kept, mut taken) = (0, 0);
                     for round in 0..500u64 {
-                        let first = request(&key, Term::Fixed(Duration::from_millis(10)));
+                        let first = request(&key, Lifetime::Fixed(Duration::from_millis(10)));
                         assert!(matches!(
                             store.acquire(first.clone()).await.unwrap().outcome,
                             AcquireOutcome::Granted(_)
                         ));
                         tokio::time::sleep(Duration::from_micros(6_000 + 97 * round % 4_000)).await;
-                        let second = request(&key, Term::Fixed(SECOND * 60));
+                        let second = request(&key, Lifetime::Fixed(SECOND * 60));
                         let (extended, asked) =
                             tokio::join!(store.extend(&key, first.token, SECOND * 60), store.acquire(second.clone()));
                         let extended = extended.unwrap().outcome == ExtendOutcome::Extended;
@@ -274,11 +274,11 @@ fn an_extension_at_the_end_never_makes_two_holders() {
     });
 }
 
-/// A session with a long term beats seldom: it is told hours later that it lost a hold by force.
+/// A session with a long lifetime beats seldom: it is told hours later that it lost a hold by force.
 #[test]
 fn a_release_by_force_is_not_forgotten_while_its_session_lives() {
     use stanchion::store::{
-        AcquireOutcome, AcquireRequest, BeatOutcome, Demand, EvictRequest, OpenSession, StoreTime, Term,
+        AcquireOutcome, AcquireRequest, Demand, ForceReleaseRequest, Lifetime, OpenSession, RenewOutcome, StoreTime,
     };
     let server = server();
     block_on(async {
@@ -292,17 +292,19 @@ fn a_release_by_force_is_not_forgotten_while_its_session_lives() {
             token,
             session,
             demand: Demand::MUTEX,
-            term: Term::Session { max_hold: None },
+            lifetime: Lifetime::Session { max_hold: None },
             enqueue: false,
             not_after: StoreTime::from_micros(i64::MAX as u64),
             metadata: None,
             trace: None,
         };
         let AcquireOutcome::Granted(granted) = store.acquire(request.clone()).await.unwrap().outcome else { panic!() };
-        store.evict(EvictRequest { key, fence: granted.fence, reason: "stuck".into() }).await.unwrap();
+        store.force_release(ForceReleaseRequest { key, fence: granted.fence, reason: "stuck".into() }).await.unwrap();
         server.psql("UPDATE stanchion.forced SET at = at - 5 * 3600000000; SELECT stanchion.tidy()");
-        assert_eq!(store.acquire(request).await.unwrap().outcome, AcquireOutcome::Forced);
-        let BeatOutcome::Alive { lost } = store.beat(session).await.unwrap().outcome else { panic!("it lives") };
+        assert_eq!(store.acquire(request).await.unwrap().outcome, AcquireOutcome::ForceReleased);
+        let RenewOutcome::Alive { lost } = store.renew_session(session).await.unwrap().outcome else {
+            panic!("it lives")
+        };
         assert_eq!(lost.len(), 1);
         // Of the dead it is forgotten.
         server.psql("UPDATE stanchion.sessions SET expires = 0");

@@ -1,7 +1,7 @@
 //! The limits of the documentation, which the functions of the schema keep themselves: rights to the steps are no rights to
 //! write what others cannot read.
 
-use stanchion::store::EvictOutcome;
+use stanchion::store::ForceReleaseOutcome;
 
 use super::*;
 
@@ -14,10 +14,10 @@ fn functions_refuse_values_outside_the_limits() {
     let long = |count: usize| format!("repeat('x', {count})");
     let acquire = |key: &str, more: &str| format!("stanchion.acquire({key}, {s16}, {s16}, {more})");
     let usual = "1, 1, true, NULL, false, 9000000000000000, NULL, NULL";
-    let together = |units: u32, term: &str| {
+    let together = |units: u32, lifetime: &str| {
         format!(
             "count(*) FROM stanchion.together('{{:t}}', ARRAY[{s16}], ARRAY[{s16}], '{{{units}}}', '{{1}}', '{{true}}', \
-             ARRAY[{term}]::bigint[], '{{false}}', '{{9000000000000000}}', '{{NULL}}', '{{NULL}}', '{{NULL}}', true)"
+             ARRAY[{lifetime}]::bigint[], '{{false}}', '{{9000000000000000}}', '{{NULL}}', '{{NULL}}', '{{NULL}}', true)"
         )
     };
     let refused = [
@@ -60,9 +60,9 @@ fn functions_refuse_values_outside_the_limits() {
         format!("stanchion.extend(':k', {s16}, {})", most + 1),
         format!("stanchion.adopt(':k', {s16}, '\\x01', {s16}, 0)"),
         format!("stanchion.adopt(':k', {s16}, {s16}, {s16}, -1)"),
-        format!("stanchion.evict(':k', 1, {})", long(4_097)),
-        "stanchion.evict(':k', 1, NULL)".to_owned(),
-        "stanchion.evict('no colon', 1, 'why')".to_owned(),
+        format!("stanchion.force_release(':k', 1, {})", long(4_097)),
+        "stanchion.force_release(':k', 1, NULL)".to_owned(),
+        "stanchion.force_release('no colon', 1, 'why')".to_owned(),
         "stanchion.open_session('\\x01', 1000000, 'me')".to_owned(),
         format!("stanchion.open_session(decode('{}', 'hex'), 0, 'me')", "02".repeat(16)),
         format!("stanchion.open_session(decode('{}', 'hex'), {}, 'me')", "02".repeat(16), most + 1),
@@ -80,7 +80,7 @@ fn functions_refuse_values_outside_the_limits() {
     }
     assert_eq!(server.psql("SELECT count(*) FROM stanchion.keys"), "0");
     assert_eq!(server.psql("SELECT count(*) FROM stanchion.sessions"), "1");
-    // What the documentation allows is done, and the longest term with the grace that it may be sent with.
+    // What the documentation allows is done, and the longest lifetime with the grace that it may be sent with.
     let full = format!("2147483647, 2147483647, false, {}, true, 9000000000000000, {m}, {m}", most, m = long(4_096));
     for call in [
         acquire("':' || repeat('x', 512)", &full),
@@ -137,7 +137,7 @@ fn the_highest_fence_is_the_last() {
         assert_eq!(held.fence().get(), highest);
         let beyond = stanchion::Fence::new(highest + 1);
         let outcome = locks.force_release("last", beyond, "stuck").await.unwrap();
-        assert_eq!(outcome, EvictOutcome::NoSuchHold { live: vec![held.fence()] });
+        assert_eq!(outcome, ForceReleaseOutcome::NoSuchHold { live: vec![held.fence()] });
         held.check().unwrap();
         let (mut client, connection) = tokio_postgres::connect(&server.url(), tokio_postgres::NoTls).await.unwrap();
         tokio::spawn(connection);

@@ -18,7 +18,7 @@ fn a_schema_can_be_applied_by_ten_at_once_and_again() {
         drop(locks(&server).await.lock("k").await.unwrap());
         // An older one is named with what to run, and becomes this one.
         server.psql(
-            "CREATE ROLE service; GRANT EXECUTE ON FUNCTION stanchion.beat, stanchion.acquire TO service; \
+            "CREATE ROLE service; GRANT EXECUTE ON FUNCTION stanchion.renew_session, stanchion.acquire TO service; \
              UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.together",
         );
         let error = Locks::open(&server.url()).await.unwrap_err();

@@ -1,7 +1,7 @@
 //! Records that others wrote or damaged, and fences at their end: no operation panics, each says what is wrong.
 
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, AdoptRequest, BeatOutcome, Demand, EndOutcome, EvictRequest, PollOutcome,
+    AcquireOutcome, AcquireRequest, AdoptRequest, Demand, EndOutcome, ForceReleaseRequest, PollOutcome, RenewOutcome,
 };
 use stanchion::{Error, ErrorKind, Fence, Store, TokenId};
 use stanchion_testkit::servers::{Redis as Kind, RedisServer};
@@ -60,7 +60,7 @@ async fn all_operations<S: Store>(actor: &Actor<S>, what: &str) -> u32 {
         session: actor.session,
         not_after: request.not_after,
     };
-    let evict = EvictRequest { key: key.clone(), fence: Fence::new(1), reason: "damaged".into() };
+    let evict = ForceReleaseRequest { key: key.clone(), fence: Fence::new(1), reason: "damaged".into() };
     let pooled = AcquireRequest { demand: Demand::new(1, 3).unwrap(), enqueue: false, ..actor.request(&key) };
     let faults: Vec<Option<Error>> = vec![
         store.acquire(request).await.err(),
@@ -68,7 +68,7 @@ async fn all_operations<S: Store>(actor: &Actor<S>, what: &str) -> u32 {
         store.poll(&key, &[token]).await.err(),
         store.extend(&key, token, SECOND).await.err(),
         store.adopt(adopt).await.err(),
-        store.evict(evict).await.err(),
+        store.force_release(evict).await.err(),
         store.inspect(&key).await.err(),
         store.release(&key, token, Some(SECOND)).await.err(),
         store.abandon(&key, token).await.err(),
@@ -138,13 +138,13 @@ fn a_damaged_session_is_told_and_panics_nowhere() {
             actor.takes(&key(damage.get(..1).unwrap_or("empty"))).await;
             let name = format!("stanchion:session:{{{}}}", actor.session.to_hex());
             server.command(&["SET", &name, damage]);
-            let beaten = actor.store.beat(actor.session).await;
+            let beaten = actor.store.renew_session(actor.session).await;
             assert!(beaten.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::Misconfigured), "{beaten:?}");
             let lives = other.store.session_lives(actor.session).await;
             assert!(lives.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::Misconfigured), "{lives:?}");
             server.command(&["DEL", &name]);
             server.command(&["RPUSH", &name, "hello"]);
-            let beaten = actor.store.beat(actor.session).await.unwrap_err();
+            let beaten = actor.store.renew_session(actor.session).await.unwrap_err();
             assert_eq!(beaten.kind(), ErrorKind::Misconfigured, "{beaten}");
             server.command(&["FLUSHALL"]);
         }
@@ -153,8 +153,8 @@ fn a_damaged_session_is_told_and_panics_nowhere() {
         let name = format!("stanchion:session:{{{}}}", actor.session.to_hex());
         let kept = server.command(&["GETRANGE", &name, "0", "31"]);
         server.command(&["SET", &name, &format!("{kept}garbage"), "PX", "60000"]);
-        let beaten = actor.store.beat(actor.session).await.unwrap().outcome;
-        assert_eq!(beaten, BeatOutcome::Alive { lost: Vec::new() });
+        let beaten = actor.store.renew_session(actor.session).await.unwrap().outcome;
+        assert_eq!(beaten, RenewOutcome::Alive { lost: Vec::new() });
     });
 }
 

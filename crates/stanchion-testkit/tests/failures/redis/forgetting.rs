@@ -216,8 +216,8 @@ fn a_stale_replica_declares_no_session_dead() {
         })
         .await;
         // What was declared dead is not opened or beaten into life again.
-        let beaten = actor.store.beat(actor.session).await.unwrap().outcome;
-        assert_eq!(beaten, stanchion::store::BeatOutcome::Gone);
+        let beaten = actor.store.renew_session(actor.session).await.unwrap().outcome;
+        assert_eq!(beaten, stanchion::store::RenewOutcome::Gone);
     });
 }
 

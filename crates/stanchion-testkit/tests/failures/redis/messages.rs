@@ -132,7 +132,7 @@ fn a_forced_release_whose_answer_was_lost_is_told_when_it_is_asked_again() {
             let mut events = holder.events();
             operator.force_release("k", guard.fence(), format!("turn {turn}")).await.unwrap();
             tokio::time::timeout(20 * SECOND, guard.lost()).await.unwrap();
-            assert_eq!(guard.loss(), Some(LossCause::Forced), "turn {turn}");
+            assert_eq!(guard.loss(), Some(LossCause::ForceReleased), "turn {turn}");
             let told = events.next().await;
             assert!(
                 matches!(&told, Some(Event::Lost { reason: Some(reason), .. }) if *reason == format!("turn {turn}")),

@@ -39,7 +39,7 @@ fn every_fault_of_a_server_has_its_kind() {
         assert_eq!(actor.releases(&key("held"), token).await, EndOutcome::Released);
         assert!(actor.granted(&key("held"), waiting).await.is_some(), "handed on");
         assert_eq!(actor.releases(&key("held"), waiting).await, EndOutcome::Released);
-        actor.store.beat(actor.session).await.unwrap();
+        actor.store.renew_session(actor.session).await.unwrap();
         server.command(&["CONFIG", "SET", "maxmemory", "0"]);
         // Too few replicas.
         server.command(&["CONFIG", "SET", "min-replicas-to-write", "1"]);

@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use stanchion::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, EvictOutcome, EvictRequest, Push,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, ForceReleaseOutcome, ForceReleaseRequest, Push,
+    RenewOutcome,
 };
 use stanchion::{Clock, Locks, Store, TokenId};
 use stanchion_testkit::proxy::Proxy;
@@ -70,13 +71,13 @@ fn a_forced_release_is_told_also_where_memory_is_short() {
         let (mut victim, other) = (environment.actor().await, environment.actor().await);
         let (token, granted) = victim.takes(&key("k")).await;
         server.command(&["CONFIG", "SET", "maxmemory", "1"]);
-        let request = EvictRequest { key: key("k"), fence: granted.fence, reason: "by hand".into() };
-        assert_eq!(other.store.evict(request).await.unwrap().outcome, EvictOutcome::Evicted);
-        let BeatOutcome::Alive { lost } = victim.store.beat(victim.session).await.unwrap().outcome else {
+        let request = ForceReleaseRequest { key: key("k"), fence: granted.fence, reason: "by hand".into() };
+        assert_eq!(other.store.force_release(request).await.unwrap().outcome, ForceReleaseOutcome::Released);
+        let RenewOutcome::Alive { lost } = victim.store.renew_session(victim.session).await.unwrap().outcome else {
             panic!("the session lives");
         };
         assert_eq!((lost.len(), lost[0].token, lost[0].reason.as_str()), (1, token, "by hand"));
-        assert_eq!(victim.pushed().await, Push::Forced(lost[0].clone()));
+        assert_eq!(victim.pushed().await, Push::ForceReleased(lost[0].clone()));
     });
 }
 
@@ -91,14 +92,14 @@ fn a_forced_release_is_told_by_the_step_that_does_it() {
         let (token, granted) = victim.takes(&key("k")).await;
         breaker.inspect(&key("k")).await.unwrap();
         proxy.faults().delay_answers(SECOND);
-        let request = EvictRequest { key: key("k"), fence: granted.fence, reason: "by hand".into() };
-        let evicting = tokio::spawn(async move { breaker.evict(request).await });
+        let request = ForceReleaseRequest { key: key("k"), fence: granted.fence, reason: "by hand".into() };
+        let evicting = tokio::spawn(async move { breaker.force_release(request).await });
         until("released", async || !observer.sees_held(&key("k")).await).await;
         // Long before it has the answer.
         evicting.abort();
-        assert!(matches!(victim.pushed().await, Push::Forced(lost) if lost.token == token));
-        let beaten = victim.store.beat(victim.session).await.unwrap().outcome;
-        assert_eq!(beaten, BeatOutcome::Alive { lost: Vec::new() }, "the second step was not done");
+        assert!(matches!(victim.pushed().await, Push::ForceReleased(lost) if lost.token == token));
+        let beaten = victim.store.renew_session(victim.session).await.unwrap().outcome;
+        assert_eq!(beaten, RenewOutcome::Alive { lost: Vec::new() }, "the second step was not done");
     });
 }
 

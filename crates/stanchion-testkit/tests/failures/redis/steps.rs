@@ -296,7 +296,7 @@ fn a_renewal_passes_queued_releases() {
             let (actor, ended) = (actor.clone(), ended.clone());
             async move {
                 let before = ended.load(Ordering::SeqCst);
-                actor.store.beat(actor.session).await.unwrap();
+                actor.store.renew_session(actor.session).await.unwrap();
                 ended.load(Ordering::SeqCst) - before
             }
         });

@@ -303,15 +303,15 @@ pub(super) async fn pause(span: Duration) {
     tokio::time::sleep(span).await;
 }
 
-/// Runs work where connections live. Who no longer waits for it is seen by [`Wanted`], and finds it finished or stopped
+/// Runs work where connections live. Who no longer waits for it is seen by [`Interest`], and finds it finished or stopped
 /// between two requests.
-pub(super) async fn in_driver<T, F>(service: &Service, work: impl FnOnce(Wanted) -> F) -> Result<T>
+pub(super) async fn in_driver<T, F>(service: &Service, work: impl FnOnce(Interest) -> F) -> Result<T>
 where
     T: Send + 'static,
     F: Future<Output = Result<T>> + Send + 'static,
 {
     let waits = Arc::new(());
-    let task = service.runtime()?.spawn(work(Wanted::by(&waits)));
+    let task = service.runtime()?.spawn(work(Interest::by(&waits)));
     let done = task.await;
     drop(waits);
     done.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the store was dropped while it was used")))
@@ -319,9 +319,9 @@ where
 
 /// Whether anybody still waits for a step.
 #[derive(Clone, Debug)]
-pub(super) struct Wanted(std::sync::Weak<()>);
+pub(super) struct Interest(std::sync::Weak<()>);
 
-impl Wanted {
+impl Interest {
     /// Somebody who keeps this.
     pub(super) fn by(waits: &Arc<()>) -> Self {
         Self(Arc::downgrade(waits))

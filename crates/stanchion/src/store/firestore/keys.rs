@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 
-use super::connect::{Committed, Lane, Refused, Wanted, lock, pause};
+use super::connect::{Committed, Interest, Lane, Refused, lock, pause};
 use super::document::{Only, delete, key_id};
 use super::error::{error, malformed};
 use super::known::{Alone, Known, KnownDocument};
 use super::record::{KeyRecord, Page, PageName};
-use super::step::{Leaf, Loaded, Step, Writes, fresh};
+use super::step::{Leaf, Loaded, Operation, Writes, fresh};
 use super::{Inner, reply};
 use crate::clock::jitter;
 use crate::error::{Error, ErrorKind, Result};
@@ -124,8 +124,8 @@ impl Inner {
     pub(super) async fn step<T>(
         &self,
         key: &Key,
-        wanted: &Wanted,
-        mut decide: impl FnMut(&mut Step<'_>) -> T + Send,
+        wanted: &Interest,
+        mut decide: impl FnMut(&mut Operation<'_>) -> T + Send,
     ) -> Result<Reply<T>> {
         for round in rounds() {
             round.pause().await;
@@ -134,7 +134,7 @@ impl Inner {
             let mut now = read;
             let mut lives = self.sessions.known();
             let (writes, after, outcome) = loop {
-                let mut step = Step::new(key, &self.names, &loaded, &lives, now);
+                let mut step = Operation::new(key, &self.names, &loaded, &lives, now);
                 step.settle();
                 let outcome = decide(&mut step);
                 step.settle();
@@ -202,8 +202,8 @@ impl Inner {
             drop(self.service.commit(Lane::Steps, vec![delete(name, Only::IfStill(written))]).await);
             return Ok(Some(reply(time, AcquireOutcome::Stale)));
         }
-        let length = request.term.length();
-        let session_bound = matches!(request.term, crate::store::Term::Session { .. });
+        let length = request.lifetime.length();
+        let session_bound = matches!(request.lifetime, crate::store::Lifetime::Session { .. });
         let deadline = length.map(|length| StoreTime::from_micros(time).after(length).as_micros());
         let alone = KnownDocument::Alone(Alone { written, session_bound, deadline, called: false });
         let known = Known { session: request.session, document: alone };
@@ -212,7 +212,7 @@ impl Inner {
         Ok(Some(reply(time, AcquireOutcome::Granted(granted))))
     }
 
-    pub(super) async fn acquire(&self, request: &AcquireRequest, wanted: &Wanted) -> Result<Reply<AcquireOutcome>> {
+    pub(super) async fn acquire(&self, request: &AcquireRequest, wanted: &Interest) -> Result<Reply<AcquireOutcome>> {
         let _turn = self.turn(&request.key).await;
         wanted.check()?;
         self.expect(&request.key, request.token, request.session);
@@ -225,7 +225,7 @@ impl Inner {
         done
     }
 
-    async fn enter(&self, request: &AcquireRequest, wanted: &Wanted) -> Result<Reply<AcquireOutcome>> {
+    async fn enter(&self, request: &AcquireRequest, wanted: &Interest) -> Result<Reply<AcquireOutcome>> {
         let mut owner = self.sessions.owner_if_alive(request.session).filter(|_| !self.taken.is(&request.key));
         for round in rounds() {
             round.pause().await;
@@ -249,7 +249,8 @@ impl Inner {
                     return Ok(Reply { time, outcome: AcquireOutcome::Stale });
                 }
                 Some(AcquireOutcome::Granted(mut granted)) => {
-                    granted.remaining = granted.remaining.map(|left| left.min(request.term.length().unwrap_or(left)));
+                    granted.remaining =
+                        granted.remaining.map(|left| left.min(request.lifetime.length().unwrap_or(left)));
                     return Ok(Reply { time, outcome: AcquireOutcome::Granted(granted) });
                 }
                 Some(outcome) => return Ok(Reply { time, outcome }),
@@ -260,7 +261,7 @@ impl Inner {
     }
 
     /// Whether what was written late was there before.
-    async fn was_entered(&self, request: &AcquireRequest, wanted: &Wanted) -> Result<bool> {
+    async fn was_entered(&self, request: &AcquireRequest, wanted: &Interest) -> Result<bool> {
         let poll = self.step(&request.key, wanted, |step| step.poll(&[request.token])).await?;
         Ok(poll.outcome != [PollOutcome::Gone])
     }
@@ -268,7 +269,7 @@ impl Inner {
     /// Ends what entered a session that was closed while it was on its way: what was settled then did not have it yet.
     pub(super) async fn take_back(&self, key: &Key, token: TokenId) -> Result<StoreTime> {
         let waits = Arc::new(());
-        let ended = self.end(key, token, None, &Wanted::by(&waits)).await;
+        let ended = self.end(key, token, None, &Interest::by(&waits)).await;
         // Entered it is, whatever its end may be.
         ended.map(|ended| ended.time).map_err(|fault| fault.in_doubt(true))
     }
@@ -278,7 +279,7 @@ impl Inner {
         key: &Key,
         token: TokenId,
         cooldown: Option<Duration>,
-        wanted: &Wanted,
+        wanted: &Interest,
     ) -> Result<Reply<EndOutcome>> {
         let _turn = self.turn(key).await;
         wanted.check()?;
@@ -318,7 +319,7 @@ impl Inner {
             }
         }
         let mut was_seen = false;
-        let decide = |step: &mut Step<'_>| {
+        let decide = |step: &mut Operation<'_>| {
             was_seen = seen.is_some() && step.is_still(seen);
             step.end(token, None)
         };

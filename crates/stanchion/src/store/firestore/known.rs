@@ -9,7 +9,7 @@ use super::Inner;
 use super::connect::lock;
 use super::error::malformed;
 use super::record::{Hold, KeyRecord, session_of, token_of};
-use super::step::{Leaf, Life, Loaded, Step, Writes};
+use super::step::{Leaf, Life, Loaded, Operation, Writes};
 use crate::error::Result;
 use crate::key::Key;
 use crate::token::{SessionId, TokenId};
@@ -197,7 +197,7 @@ impl Inner {
             return Ok(None);
         }
         lives.insert(session, Life { ends, owner: "".into(), document: None });
-        let mut step = Step::new(key, &self.names, loaded, &lives, *now);
+        let mut step = Operation::new(key, &self.names, loaded, &lives, *now);
         step.grant_from_the_commit_on();
         step.end(token, None);
         step.settle();

@@ -9,7 +9,7 @@ use googleapis_tonic_google_firestore_v1::google::firestore::v1::structured_quer
 use super::connect::Lane;
 use super::document::{query, text, text_of};
 use super::record::{KeyRecord, session_of};
-use super::step::{Life, Loaded, Step};
+use super::step::{Life, Loaded, Operation};
 use super::{Inner, reply};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
@@ -96,7 +96,7 @@ impl Inner {
         loop {
             let (mut keys, mut damaged, mut unknown) = (Vec::new(), Vec::new(), HashSet::new());
             for (key, loaded) in &found {
-                let mut step = Step::new(key, &self.names, loaded, &lives, now);
+                let mut step = Operation::new(key, &self.names, loaded, &lives, now);
                 step.end_what_is_over();
                 step.settle_all();
                 unknown.extend(step.unknown());

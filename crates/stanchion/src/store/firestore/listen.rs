@@ -166,7 +166,7 @@ fn read(document: &api::Document) -> Result<Call> {
     let token = TokenId::from_hex(id).ok_or_else(malformed)?;
     let key = Key::from_encoded(text_of(document, "key")?)?;
     let push = if let Ok(reason) = text_of(document, "forced") {
-        Some(Push::Forced(LostToken { key: key.clone(), token, reason: reason.to_owned() }))
+        Some(Push::ForceReleased(LostToken { key: key.clone(), token, reason: reason.to_owned() }))
     } else if let Ok(fence) = text_of(document, "fence") {
         let fence = Fence::new(fence.parse().map_err(|_| malformed())?);
         Some(Push::Granted { key: key.clone(), token, fence })

@@ -15,7 +15,7 @@
 //! with nothing to read. A holder that somebody waits for is told the key's record, so that its release reads nothing either.
 //!
 //! Nobody knows when a commit will be done. What depends on that time is therefore decided by the time that the service
-//! gave it, by whoever reads the document (`record.rs`): the fence, the beginning of the term, whether an acquire came too
+//! gave it, by whoever reads the document (`record.rs`): the fence, the beginning of the lifetime, whether an acquire came too
 //! late and never was, whether a beat came too late and its session is dead.
 
 mod config;
@@ -38,20 +38,20 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use self::config::Config;
-use self::connect::{Service, Wanted, in_driver, lock};
+use self::connect::{Interest, Service, in_driver, lock};
 use self::document::Names;
 use self::error::NAME;
 use self::known::{Guess, Known};
 use self::listen::Listener;
 use self::session::Sessions;
-use self::step::{Leaf, Step};
+use self::step::{Leaf, Operation};
 use crate::clock::{BootTime, Clock};
 use crate::error::Result;
 use crate::key::Key;
 use crate::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, Cursor, EndOutcome,
-    EvictOutcome, EvictRequest, ExtendOutcome, GrantStream, KeyState, Listing, OpenOutcome, OpenSession, PollOutcome,
-    Reply, Store, StoreTime, push_channel,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Capabilities, Cursor, EndOutcome, ExtendOutcome,
+    ForceReleaseOutcome, ForceReleaseRequest, GrantStream, KeyState, Listing, OpenOutcome, OpenSession, PollOutcome,
+    RenewOutcome, Reply, Store, StoreTime, push_channel,
 };
 use crate::token::{SessionId, TokenId};
 
@@ -183,7 +183,7 @@ impl Firestore {
     }
 
     /// Runs a step where connections live.
-    async fn run<T, F>(&self, work: impl FnOnce(Arc<Inner>, Wanted) -> F) -> Result<T>
+    async fn run<T, F>(&self, work: impl FnOnce(Arc<Inner>, Interest) -> F) -> Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
@@ -214,9 +214,9 @@ impl Store for Firestore {
         .await
     }
 
-    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
-        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
-            let done = inner.sessions.beat(&inner.service, &inner.names, session, &wanted).await?;
+    async fn renew_session(&self, session: SessionId) -> Result<Reply<RenewOutcome>> {
+        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
+            let done = inner.sessions.renew_session(&inner.service, &inner.names, session, &wanted).await?;
             inner.tell(done.time.as_micros());
             inner.look_ahead(session);
             inner.tidy();
@@ -229,7 +229,7 @@ impl Store for Firestore {
         // First: whether it is answered or not, nobody hears this session any more, and nobody ends what it has.
         lock(&self.inner.listeners).remove(&session);
         lock(&self.inner.known).retain(|_, known| known.session != session);
-        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
             let time = inner.sessions.close(&inner.service, &inner.names, session).await?;
             inner.settle_keys_of(session, &wanted).await?;
             Ok(reply(time.max(lock(&inner.told).0), ()))
@@ -238,7 +238,7 @@ impl Store for Firestore {
     }
 
     async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
-        self.run(async move |inner: Arc<Inner>, _wanted: Wanted| {
+        self.run(async move |inner: Arc<Inner>, _wanted: Interest| {
             let (read, now) = inner.sessions.read(&inner.service, &inner.names, &[session]).await?;
             inner.tell(now);
             Ok(reply(now, read.iter().any(|(_, life)| life.ends != 0)))
@@ -247,7 +247,7 @@ impl Store for Firestore {
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
-        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
             let done = inner.acquire(&request, &wanted).await?;
             let is_entered = matches!(done.outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_));
             if is_entered && inner.sessions.is_closed(request.session) {
@@ -261,7 +261,7 @@ impl Store for Firestore {
 
     async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
         let (key, tokens) = (key.clone(), tokens.to_vec());
-        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
             inner.step(&key, &wanted, |step| step.poll(&tokens)).await
         })
         .await
@@ -273,12 +273,12 @@ impl Store for Firestore {
 
     async fn release(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
         let key = key.clone();
-        self.run(async move |inner: Arc<Inner>, wanted: Wanted| inner.end(&key, token, cooldown, &wanted).await).await
+        self.run(async move |inner: Arc<Inner>, wanted: Interest| inner.end(&key, token, cooldown, &wanted).await).await
     }
 
     async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
         let key = key.clone();
-        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
             let _turn = inner.turn(&key).await;
             inner.step(&key, &wanted, |step| step.extend(token, ttl)).await
         })
@@ -286,7 +286,7 @@ impl Store for Firestore {
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
-        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
             let turn = inner.turn(&request.key).await;
             inner.expect(&request.key, request.to, request.session);
             let done = inner.step(&request.key, &wanted, |step| step.adopt(&request)).await?;
@@ -312,18 +312,18 @@ impl Store for Firestore {
         .await
     }
 
-    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
-        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
+    async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
+        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
             let _turn = inner.turn(&request.key).await;
-            inner.step(&request.key, &wanted, |step| step.evict(&request)).await
+            inner.step(&request.key, &wanted, |step| step.force_release(&request)).await
         })
         .await
     }
 
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
         let key = key.clone();
-        self.run(async move |inner: Arc<Inner>, wanted: Wanted| {
-            let look = |step: &mut Step<'_>| {
+        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
+            let look = |step: &mut Operation<'_>| {
                 step.settle_all();
                 step.settle();
                 step.state()

@@ -16,7 +16,7 @@ use super::document::{bytes_of, micros_of};
 use super::error::{error, malformed};
 use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
-use crate::store::{Demand, Granted, StoreTime, Term};
+use crate::store::{Demand, Granted, Lifetime, StoreTime};
 use crate::token::{SessionId, TokenId};
 
 /// The version of the records that this program writes and reads.
@@ -257,9 +257,9 @@ impl Hold {
 }
 
 impl Entry {
-    pub(super) fn term(term: Term) -> (bool, Option<u64>) {
-        let length = term.length().map(|length| u64::try_from(length.as_micros()).unwrap_or(u64::MAX));
-        (matches!(term, Term::Session { .. }), length)
+    pub(super) fn lifetime(lifetime: Lifetime) -> (bool, Option<u64>) {
+        let length = lifetime.length().map(|length| u64::try_from(length.as_micros()).unwrap_or(u64::MAX));
+        (matches!(lifetime, Lifetime::Session { .. }), length)
     }
 
     /// A damaged one takes the whole key.

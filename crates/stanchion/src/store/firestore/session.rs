@@ -12,7 +12,7 @@ use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use prost::Message as _;
 use prost_types::Timestamp;
 
-use super::connect::{Lane, Refused, Service, Wanted, lock};
+use super::connect::{Interest, Lane, Refused, Service, lock};
 use super::document::{Names, Only, bytes, fields, micros, put, timestamp};
 use super::error::malformed;
 use super::keys::{busy, rounds};
@@ -21,7 +21,7 @@ use super::step::Life;
 use crate::clock::{BootTime, Clock};
 use crate::error::Result;
 use crate::key::Key;
-use crate::store::{BeatOutcome, LostToken, OpenOutcome, OpenSession, Reply, StoreTime};
+use crate::store::{LostToken, OpenOutcome, OpenSession, RenewOutcome, Reply, StoreTime};
 use crate::token::SessionId;
 
 /// What another process's session was found to be is taken for true for so long.
@@ -165,13 +165,13 @@ impl Sessions {
     }
 
     /// One commit, as long as nobody else writes the document.
-    pub(super) async fn beat(
+    pub(super) async fn renew_session(
         &self,
         service: &Service,
         names: &Names,
         session: SessionId,
-        wanted: &Wanted,
-    ) -> Result<Reply<BeatOutcome>> {
+        wanted: &Interest,
+    ) -> Result<Reply<RenewOutcome>> {
         let remembered = lock(&self.own).get(&session).cloned();
         let mut at_hand = remembered.and_then(|own| Some((own.record, own.written?)));
         for round in rounds() {
@@ -206,7 +206,7 @@ impl Sessions {
                     });
                     let lost = lost.collect::<Result<_>>()?;
                     self.keep(session, record, done.written.first().copied().flatten(), asked)?;
-                    return Ok(reply(done.time, BeatOutcome::Alive { lost }));
+                    return Ok(reply(done.time, RenewOutcome::Alive { lost }));
                 }
                 Err(Refused::Changed | Refused::Contended) => {}
                 Err(Refused::Fault(fault)) => {
@@ -235,11 +235,11 @@ impl Sessions {
         }
     }
 
-    fn gone(&self, session: SessionId, now: u64) -> Reply<BeatOutcome> {
+    fn gone(&self, session: SessionId, now: u64) -> Reply<RenewOutcome> {
         lock(&self.own).remove(&session);
         let life = Life { ends: 0, owner: "".into(), document: None };
         lock(&self.known).insert(session, (self.clock.now(), life));
-        reply(now, BeatOutcome::Gone)
+        reply(now, RenewOutcome::Gone)
     }
 
     fn keep(

@@ -8,11 +8,11 @@ use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use googleapis_tonic_google_firestore_v1::google::firestore::v1::structured_query::field_filter::Operator;
 
 use super::Inner;
-use super::connect::{Lane, Wanted, lock};
+use super::connect::{Interest, Lane, lock};
 use super::document::{Only, delete, id, query, text_of, timestamp};
 use super::record::SessionRecord;
 use super::session::may_go;
-use super::step::Step;
+use super::step::Operation;
 use crate::clock::jitter;
 use crate::error::Result;
 use crate::key::Key;
@@ -31,7 +31,7 @@ const MOST_PASSES: usize = 1_000;
 
 impl Inner {
     /// Settles every key that has something of a session.
-    pub(super) async fn settle_keys_of(&self, session: SessionId, wanted: &Wanted) -> Result<()> {
+    pub(super) async fn settle_keys_of(&self, session: SessionId, wanted: &Interest) -> Result<()> {
         for _ in 0..MOST_PASSES {
             let of_session = vec![(Operator::ArrayContains, id(session))];
             let found = query(self.names.keys(), "sessions", of_session, false, SETTLED_AT_ONCE);
@@ -40,7 +40,7 @@ impl Inner {
             let settled = found.into_iter().map(|document| async move {
                 let key = Key::from_encoded(text_of(&document, "key")?)?;
                 // It was found by what it said of the session, and is not found again.
-                let settle = |step: &mut Step<'_>| {
+                let settle = |step: &mut Operation<'_>| {
                     step.settle_all();
                     step.write_anew();
                 };
@@ -72,13 +72,13 @@ impl Inner {
             let inner = self.clone();
             runtime.spawn(async move {
                 let waits = Arc::new(());
-                drop(inner.sweep(&Wanted::by(&waits)).await);
+                drop(inner.sweep(&Interest::by(&waits)).await);
             });
         }
     }
 
     /// Deletes what is over: sessions with all that they left, and keys that time has freed. What fails keeps nothing else.
-    async fn sweep(&self, wanted: &Wanted) -> Result<()> {
+    async fn sweep(&self, wanted: &Interest) -> Result<()> {
         let (_, now) = self.service.read(Lane::Steps, &[self.names.session(SessionId::random()?)]).await?;
         let over = vec![(Operator::LessThan, timestamp(now))];
         let sessions = query(self.names.sessions(), "swept_after", over.clone(), true, SWEPT_AT_ONCE);
@@ -94,7 +94,7 @@ impl Inner {
         Ok(())
     }
 
-    async fn sweep_session(&self, document: api::Document, now: u64, wanted: &Wanted) -> Result<()> {
+    async fn sweep_session(&self, document: api::Document, now: u64, wanted: &Interest) -> Result<()> {
         let (record, written) = SessionRecord::read(&document)?;
         let id = document.name.rsplit('/').next().and_then(SessionId::from_hex);
         let (Some(session), true) = (id, may_go(&record, written, now)?) else { return Ok(()) };
@@ -109,7 +109,7 @@ impl Inner {
         Ok(())
     }
 
-    async fn sweep_key(&self, document: &api::Document, wanted: &Wanted) -> Result<()> {
+    async fn sweep_key(&self, document: &api::Document, wanted: &Interest) -> Result<()> {
         let key = Key::from_encoded(text_of(document, "key")?)?;
         self.step(&key, wanted, |_| ()).await.map(drop)
     }

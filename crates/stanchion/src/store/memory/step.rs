@@ -58,7 +58,7 @@ pub(super) struct Waiter {
     pub(super) token: TokenId,
     pub(super) session: SessionId,
     pub(super) demand: Demand,
-    pub(super) term: Term,
+    pub(super) lifetime: Lifetime,
     pub(super) owner: Arc<str>,
     pub(super) at: StoreTime,
     pub(super) metadata: Option<String>,
@@ -89,14 +89,14 @@ impl Hold {
 }
 
 /// One atomic step: the state, locked, and the time at which it is done.
-pub(super) struct Step<'a> {
+pub(super) struct Operation<'a> {
     pub(super) state: MutexGuard<'a, State>,
     pub(super) now: StoreTime,
     pub(super) wall: SystemTime,
     pub(super) wall_micros: u64,
 }
 
-impl Step<'_> {
+impl Operation<'_> {
     pub(super) fn reply<T>(&self, outcome: T) -> Result<Reply<T>> {
         Ok(Reply { time: self.now, outcome })
     }
@@ -116,7 +116,7 @@ impl Step<'_> {
         self.state.ended.retain(|_, forget_at| *forget_at > now);
     }
 
-    /// Takes the record of a key out, settled. [`Step::put`] puts it back.
+    /// Takes the record of a key out, settled. [`Operation::put`] puts it back.
     pub(super) fn take(&mut self, key: &Key) -> Record {
         let mut record = self.state.keys.remove(key.as_encoded()).unwrap_or_else(|| Record {
             key: key.clone(),
@@ -173,8 +173,8 @@ impl Step<'_> {
         let hold = Hold {
             token: waiter.token,
             session: waiter.session,
-            session_bound: matches!(waiter.term, Term::Session { .. }),
-            deadline: waiter.term.length().map(|length| self.now.after(length)),
+            session_bound: matches!(waiter.lifetime, Lifetime::Session { .. }),
+            deadline: waiter.lifetime.length().map(|length| self.now.after(length)),
             fence,
             demand: waiter.demand,
             owner: waiter.owner,
@@ -227,7 +227,7 @@ impl Step<'_> {
             return Ok(AcquireOutcome::SessionGone);
         }
         if self.state.forced.contains_key(&request.token) {
-            return Ok(AcquireOutcome::Forced);
+            return Ok(AcquireOutcome::ForceReleased);
         }
         if let Some(hold) = record.hold(request.token) {
             return Ok(AcquireOutcome::Granted(hold.granted(self.now)));
@@ -248,7 +248,7 @@ impl Step<'_> {
             token: request.token,
             session: request.session,
             demand: request.demand,
-            term: request.term,
+            lifetime: request.lifetime,
             owner,
             at: self.now,
             metadata: request.metadata,
@@ -345,7 +345,7 @@ mod tests {
             token: TokenId::random().unwrap(),
             session,
             demand: Demand::MUTEX,
-            term: Term::Session { max_hold: None },
+            lifetime: Lifetime::Session { max_hold: None },
             enqueue: true,
             not_after: StoreTime::from_micros(u64::MAX),
             metadata: None,
@@ -357,8 +357,8 @@ mod tests {
         let outcome = store.acquire(first).await.unwrap().outcome;
         assert!(matches!(outcome, AcquireOutcome::Granted(granted) if granted.fence.get() == u64::MAX), "{outcome:?}");
         assert_eq!(store.acquire(second).await.unwrap_err().kind(), ErrorKind::Internal);
-        let evict = EvictRequest { key: key.clone(), fence: Fence::new(u64::MAX), reason: "test".into() };
-        assert_eq!(store.evict(evict).await.unwrap().outcome, EvictOutcome::Evicted);
+        let evict = ForceReleaseRequest { key: key.clone(), fence: Fence::new(u64::MAX), reason: "test".into() };
+        assert_eq!(store.force_release(evict).await.unwrap().outcome, ForceReleaseOutcome::Released);
         assert_eq!(store.poll(&key, &[held]).await.unwrap().outcome, [PollOutcome::Gone]);
         assert_eq!(store.poll(&key, &[waiting]).await.unwrap().outcome, [PollOutcome::Gone]);
         let refused = store.acquire(request()).await.unwrap_err();

@@ -190,7 +190,7 @@ fn read(text: &str) -> Result<Push> {
             let (length, rest) = rest.split_once(':').ok_or_else(malformed)?;
             let length: usize = length.parse().map_err(|_| malformed())?;
             let key = Key::from_encoded(rest.get(..length).ok_or_else(malformed)?)?;
-            Ok(Push::Forced(LostToken { key, token, reason: rest.get(length..).unwrap_or_default().to_owned() }))
+            Ok(Push::ForceReleased(LostToken { key, token, reason: rest.get(length..).unwrap_or_default().to_owned() }))
         }
         _ => Err(malformed()),
     }

@@ -26,16 +26,16 @@ use self::config::Config;
 use self::connect::{Parameter, Pool, lock, within};
 use self::error::{NAME, error, from_answer, malformed};
 use self::rows::{column, granted, in_use, listing, micros, not_after, number, parameters, span, time, whole_fence};
-use self::together::{Step, Together};
+use self::together::{Operation, Together};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::streams::Streams;
 use crate::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, Cursor, EndOutcome,
-    EvictOutcome, EvictRequest, ExtendOutcome, GrantStream, KeyState, Listing, LostToken, OpenOutcome, OpenSession,
-    PollOutcome, Queued, Reply, Store,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Capabilities, Cursor, EndOutcome, ExtendOutcome,
+    ForceReleaseOutcome, ForceReleaseRequest, GrantStream, KeyState, Listing, LostToken, OpenOutcome, OpenSession,
+    PollOutcome, Queued, RenewOutcome, Reply, Store,
 };
 use crate::token::{SessionId, TokenId};
 
@@ -340,7 +340,7 @@ impl Inner {
     }
 
     async fn end(self: &Arc<Self>, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
-        let row = together::step(self, Step::Finish { key: key.clone(), token, cooldown }).await?;
+        let row = together::step(self, Operation::Finish { key: key.clone(), token, cooldown }).await?;
         let outcome = match column(&row, "outcome")? {
             "released" => EndOutcome::Released,
             "dequeued" => EndOutcome::Dequeued,
@@ -381,13 +381,13 @@ impl Store for Postgres {
         Ok(Reply { time: time(row)?, outcome })
     }
 
-    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
+    async fn renew_session(&self, session: SessionId) -> Result<Reply<RenewOutcome>> {
         let id = session.as_bytes().as_slice();
         let rows = self.inner.session_rows("beat", parameters![id => BYTEA]).await?;
         let (first, lost) = rows.split_first().ok_or_else(malformed)?;
         let time = time(first)?;
         if column::<&str>(first, "outcome")? == "gone" {
-            return Ok(Reply { time, outcome: BeatOutcome::Gone });
+            return Ok(Reply { time, outcome: RenewOutcome::Gone });
         }
         let lost = lost.iter().map(|row| {
             let token: &[u8] = column(row, "token")?;
@@ -396,7 +396,7 @@ impl Store for Postgres {
         });
         let lost = lost.collect::<Result<_>>()?;
         self.inner.tidy();
-        Ok(Reply { time, outcome: BeatOutcome::Alive { lost } })
+        Ok(Reply { time, outcome: RenewOutcome::Alive { lost } })
     }
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
@@ -416,7 +416,7 @@ impl Store for Postgres {
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
-        let row = together::step(&self.inner, Step::Acquire(request)).await?;
+        let row = together::step(&self.inner, Operation::Acquire(request)).await?;
         let outcome = match column(&row, "outcome")? {
             "granted" => AcquireOutcome::Granted(granted(&row)?),
             "queued" => AcquireOutcome::Queued(self.inner.queued(&row)?),
@@ -425,7 +425,7 @@ impl Store for Postgres {
                 AcquireOutcome::Busy { check_in, in_use: in_use(&row)? }
             }
             "stale" => AcquireOutcome::Stale,
-            "forced" => AcquireOutcome::Forced,
+            "forced" => AcquireOutcome::ForceReleased,
             "session_gone" => AcquireOutcome::SessionGone,
             "full" => AcquireOutcome::QueueFull { limit: number(&row)? },
             _ => return Err(malformed()),
@@ -495,16 +495,16 @@ impl Store for Postgres {
         Ok(Reply { time: time(&row)?, outcome })
     }
 
-    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
+    async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
         let fence = whole_fence(request.fence);
         let parameters = parameters![request.key.as_encoded() => TEXT, fence => INT8, request.reason => TEXT];
         let row = self.inner.step("evict", parameters).await?;
         let outcome = match column(&row, "outcome")? {
-            "evicted" => EvictOutcome::Evicted,
+            "evicted" => ForceReleaseOutcome::Released,
             "no_such_hold" => {
                 let live = column::<Option<&str>>(&row, "live")?.unwrap_or_default().split_whitespace();
                 let live = live.map(|fence| fence.parse().map(Fence::new).map_err(|_| malformed()));
-                EvictOutcome::NoSuchHold { live: live.collect::<Result<_>>()? }
+                ForceReleaseOutcome::NoSuchHold { live: live.collect::<Result<_>>()? }
             }
             _ => return Err(malformed()),
         };

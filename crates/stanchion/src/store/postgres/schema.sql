@@ -748,7 +748,7 @@ BEGIN
 END $$;
 
 -- Ends a hold by force. Where there is none of this fence, `live` are those there are.
-CREATE OR REPLACE FUNCTION @schema@.evict(
+CREATE OR REPLACE FUNCTION @schema@.force_release(
   wanted text, asked_fence bigint, why text, OUT outcome text, OUT at bigint, OUT live text
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
   SET enable_bitmapscan = off AS $$
@@ -795,7 +795,7 @@ BEGIN
 END $$;
 
 -- The first row tells of the session, the others of what it lost by force.
-CREATE OR REPLACE FUNCTION @schema@.beat(asked bytea)
+CREATE OR REPLACE FUNCTION @schema@.renew_session(asked bytea)
 RETURNS TABLE (outcome text, at bigint, token bytea, key text, reason text)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
   SET enable_bitmapscan = off AS $$
@@ -1055,7 +1055,7 @@ DECLARE
 BEGIN
   FOR who IN
     SELECT a.grantee FROM pg_proc p, aclexplode(p.proacl) a
-    WHERE p.oid = '@schema@.beat(bytea)'::regprocedure AND a.privilege_type = 'EXECUTE' AND a.grantee <> p.proowner
+    WHERE p.oid = '@schema@.renew_session(bytea)'::regprocedure AND a.privilege_type = 'EXECUTE' AND a.grantee <> p.proowner
   LOOP
     EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives, @schema@.acquire, @schema@.together, '
       '@schema@.poll_many, @schema@.list_page TO %s', who);

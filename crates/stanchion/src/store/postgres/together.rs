@@ -27,7 +27,7 @@ use super::error::{error, malformed};
 use super::rows::{column, micros, not_after, parameters};
 use crate::error::{ErrorKind, Result};
 use crate::key::Key;
-use crate::store::{AcquireRequest, Term};
+use crate::store::{AcquireRequest, Lifetime};
 use crate::token::TokenId;
 
 /// So many keys are asked for alone before steps are collected.
@@ -52,12 +52,12 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(1);
 
 /// A step that can go with others.
 #[derive(Debug)]
-pub(super) enum Step {
+pub(super) enum Operation {
     Acquire(AcquireRequest),
     Finish { key: Key, token: TokenId, cooldown: Option<Duration> },
 }
 
-impl Step {
+impl Operation {
     fn key(&self) -> &Key {
         match self {
             Self::Acquire(request) => &request.key,
@@ -98,7 +98,7 @@ impl Step {
             whole(asked.demand.units()) => INT4,
             whole(asked.demand.capacity()) => INT4,
             is_bound(asked) => BOOL,
-            asked.term.length().map(micros) => INT8,
+            asked.lifetime.length().map(micros) => INT8,
             asked.enqueue => BOOL,
             not_after(asked.not_after) => INT8,
             asked.metadata => TEXT,
@@ -113,11 +113,11 @@ fn whole(number: u32) -> i32 {
 }
 
 fn is_bound(request: &AcquireRequest) -> bool {
-    matches!(request.term, Term::Session { .. })
+    matches!(request.lifetime, Lifetime::Session { .. })
 }
 
 /// A step, and who waits for its row.
-type Waiting = (Step, oneshot::Sender<Result<Row>>);
+type Waiting = (Operation, oneshot::Sender<Result<Row>>);
 
 /// What is on its way, and what stands in line.
 #[derive(Debug, Default)]
@@ -144,10 +144,10 @@ struct Line {
 }
 
 impl Line {
-    fn part(&mut self, step: &Step) -> &mut VecDeque<Waiting> {
+    fn part(&mut self, step: &Operation) -> &mut VecDeque<Waiting> {
         match step {
-            Step::Acquire(_) => &mut self.acquires,
-            Step::Finish { .. } => &mut self.finishes,
+            Operation::Acquire(_) => &mut self.acquires,
+            Operation::Finish { .. } => &mut self.finishes,
         }
     }
 
@@ -178,7 +178,7 @@ enum Way {
 }
 
 impl Together {
-    fn enter(&mut self, step: Step, outcome: oneshot::Sender<Result<Row>>) {
+    fn enter(&mut self, step: Operation, outcome: oneshot::Sender<Result<Row>>) {
         let line = self.lines.entry(step.key().clone()).or_default();
         if line.len() == 0 && !line.is_asked_for {
             self.ready.push_back(step.key().clone());
@@ -297,7 +297,7 @@ impl Drop for Request {
 }
 
 /// Does a step, with others or alone.
-pub(super) async fn step(inner: &Arc<Inner>, step: Step) -> Result<Row> {
+pub(super) async fn step(inner: &Arc<Inner>, step: Operation) -> Result<Row> {
     // Without a thread for connections nothing is entered.
     inner.pool.runtime()?;
     let (sender, outcome) = oneshot::channel();
@@ -355,32 +355,32 @@ impl Request {
     }
 
     /// The row of each step; nothing where it was left.
-    async fn ask(&self, steps: &[Step]) -> Result<Vec<Option<Row>>> {
+    async fn ask(&self, steps: &[Operation]) -> Result<Vec<Option<Row>>> {
         let (inner, pool) = (&self.inner, &self.inner.pool);
         if let (Way::Alone | Way::Left, [step]) = (self.way, steps) {
             return Ok(vec![Some(step.alone(inner).await?)]);
         }
         /// One value of each step, as an array.
-        fn each<'a, T>(steps: &'a [Step], value: impl Fn(&'a Step) -> T) -> Vec<T> {
+        fn each<'a, T>(steps: &'a [Operation], value: impl Fn(&'a Operation) -> T) -> Vec<T> {
             steps.iter().map(value).collect()
         }
         /// The same of what only an acquire has.
-        fn asked<'a, T>(steps: &'a [Step], value: impl Fn(&'a AcquireRequest) -> T) -> Vec<Option<T>> {
+        fn asked<'a, T>(steps: &'a [Operation], value: impl Fn(&'a AcquireRequest) -> T) -> Vec<Option<T>> {
             each(steps, |step| step.asked().map(&value))
         }
         let parameters = parameters![
             each(steps, |step| step.key().as_encoded()) => TEXT_ARRAY,
-            each(steps, Step::token) => BYTEA_ARRAY,
+            each(steps, Operation::token) => BYTEA_ARRAY,
             asked(steps, |asked| asked.session.as_bytes().as_slice()) => BYTEA_ARRAY,
             asked(steps, |asked| whole(asked.demand.units())) => INT4_ARRAY,
             asked(steps, |asked| whole(asked.demand.capacity())) => INT4_ARRAY,
             asked(steps, is_bound) => BOOL_ARRAY,
-            each(steps, |step| step.asked().and_then(|asked| asked.term.length()).map(micros)) => INT8_ARRAY,
+            each(steps, |step| step.asked().and_then(|asked| asked.lifetime.length()).map(micros)) => INT8_ARRAY,
             asked(steps, |asked| asked.enqueue) => BOOL_ARRAY,
             asked(steps, |asked| not_after(asked.not_after)) => INT8_ARRAY,
             each(steps, |step| step.asked()?.metadata.as_deref()) => TEXT_ARRAY,
             each(steps, |step| step.asked()?.trace.as_deref()) => TEXT_ARRAY,
-            each(steps, Step::cooldown) => INT8_ARRAY,
+            each(steps, Operation::cooldown) => INT8_ARRAY,
             (self.way != Way::Many) => BOOL,
         ];
         let statement = inner.call("together", parameters.len());

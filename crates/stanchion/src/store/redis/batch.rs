@@ -49,7 +49,7 @@ pub(super) const MOST_STEPS: usize = 64;
 
 /// A step on a key that can go together with others if it is short.
 #[derive(Debug)]
-pub(super) struct Step {
+pub(super) struct Operation {
     pub(super) script: &'static Script,
     pub(super) names: LockNames,
     pub(super) arguments: Vec<String>,
@@ -75,12 +75,12 @@ struct State {
     behind: HashMap<Place, Vec<Waiting>>,
 }
 
-type Waiting = (Step, oneshot::Sender<Result<Answer>>);
+type Waiting = (Operation, oneshot::Sender<Result<Answer>>);
 
 /// A key, as far as order is concerned. Two keys of one hash wait for each other, which does no harm.
 type Place = u64;
 
-impl Step {
+impl Operation {
     /// The place in which the order counts: an `acquire` has one. Giving back needs none.
     fn place(&self) -> Option<Place> {
         if !std::ptr::eq(self.script, &ACQUIRE) {
@@ -140,7 +140,7 @@ impl Batch {
     }
 
     /// Has the step wait with others, or gives it back if it is to go alone, and now.
-    fn enter(&self, step: Step) -> Result<oneshot::Receiver<Result<Answer>>, Step> {
+    fn enter(&self, step: Operation) -> Result<oneshot::Receiver<Result<Answer>>, Operation> {
         let mut state = self.lock();
         // Whoever waits has something on its way before it: its end is what sends it.
         let must_wait = state.together > 0 || state.alone >= ALONE || !state.waiting.is_empty();
@@ -242,7 +242,7 @@ impl OnItsWay {
 }
 
 /// Does a step, alone or with others.
-pub(super) async fn step(links: &Arc<Links>, step: Step) -> Result<Answer> {
+pub(super) async fn step(links: &Arc<Links>, step: Operation) -> Result<Answer> {
     let local = match links.local() {
         Some(local) if !links.is_cluster() => local,
         local => return Box::pin(step.alone(links, local.as_deref())).await,
@@ -295,7 +295,7 @@ async fn send(mut on_its_way: OnItsWay, steps: Vec<Waiting>) {
 /// Sends short steps in one request. Tells the time, and for each step whether it was done (`+`) or left alone.
 pub(super) async fn together(
     links: &Arc<Links>,
-    steps: impl ExactSizeIterator<Item = &Step> + Clone,
+    steps: impl ExactSizeIterator<Item = &Operation> + Clone,
 ) -> Result<(StoreTime, Vec<u8>)> {
     let count = steps.len();
     if count == 0 {

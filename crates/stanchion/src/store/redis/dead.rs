@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::task::JoinSet;
 
-use super::batch::{MOST_STEPS, Step, together};
+use super::batch::{MOST_STEPS, Operation, together};
 use super::reply::Answer;
 use super::scripts::{self, LockNames};
 use super::sessions::Known;
@@ -128,7 +128,7 @@ impl Inner {
 
     /// Gives back the mutexes that nobody waits for in one request, and ends the rest key by key, which hands them on.
     async fn bury_some(&self, session: SessionId, held: &[(TokenId, Key)]) -> Result<()> {
-        let step = |(token, key): &(TokenId, Key)| Step {
+        let step = |(token, key): &(TokenId, Key)| Operation {
             script: &scripts::END,
             names: self.names.lock(key),
             arguments: vec![token.to_hex()],

@@ -182,7 +182,7 @@ impl Inner {
 
     /// Does a step that may grant. Where replicas must have the grant, the step goes alone and the question for them goes
     /// over the same connection: any other may lead to a server that never had the grant, and says yes.
-    async fn granting(&self, step: batch::Step) -> Result<Answer> {
+    async fn granting(&self, step: batch::Operation) -> Result<Answer> {
         if self.min_replicas == 0 {
             return batch::step(&self.links, step).await;
         }
@@ -231,7 +231,7 @@ impl Inner {
         }
         let mut arguments = vec![token.to_hex()];
         arguments.extend(cooldown.map(micros));
-        let step = batch::Step { script: &scripts::END, names: self.names.lock(key), arguments };
+        let step = batch::Operation { script: &scripts::END, names: self.names.lock(key), arguments };
         let answer = batch::step(&self.links, step).await?;
         let outcome = match answer.word() {
             "short" | "released" => EndOutcome::Released,
@@ -280,14 +280,14 @@ impl Store for Redis {
         Ok(Reply { time: answer.time, outcome })
     }
 
-    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
+    async fn renew_session(&self, session: SessionId) -> Result<Reply<RenewOutcome>> {
         let inner = &self.inner;
         let asked = inner.clock.now();
         let memory = millis(memory(inner.sessions.introduced(session).0));
         let answer = inner.on_session(session, &scripts::SESSION_BEAT, &[&memory]).await?;
         if answer.word() == "gone" {
             inner.sessions.died(session);
-            return Ok(Reply { time: answer.time, outcome: BeatOutcome::Gone });
+            return Ok(Reply { time: answer.time, outcome: RenewOutcome::Gone });
         }
         let mut lost = Vec::new();
         for pair in answer.pairs() {
@@ -304,7 +304,7 @@ impl Store for Redis {
         if !due.is_empty() {
             tokio::spawn(inner.clone().touch(due));
         }
-        Ok(Reply { time: answer.time, outcome: BeatOutcome::Alive { lost } })
+        Ok(Reply { time: answer.time, outcome: RenewOutcome::Alive { lost } })
     }
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
@@ -330,12 +330,12 @@ impl Store for Redis {
         {
             return Ok(Reply { time, outcome: AcquireOutcome::SessionGone });
         }
-        let is_bound = matches!(request.term, Term::Session { .. });
+        let is_bound = matches!(request.lifetime, Lifetime::Session { .. });
         let (ttl, owner) = inner.sessions.introduced(session);
         for round in 0..MOST_BURIALS {
             let asked = inner.clock.now();
             let arguments = acquire_arguments(&request, ttl, &owner);
-            let step = batch::Step { script: &scripts::ACQUIRE, names: inner.names.lock(&request.key), arguments };
+            let step = batch::Operation { script: &scripts::ACQUIRE, names: inner.names.lock(&request.key), arguments };
             let answer = inner.granting(step).await?;
             let (outcome, in_the_way) = match answer.word() {
                 "short" | "granted" => {
@@ -354,7 +354,7 @@ impl Store for Redis {
                 }
                 "full" => (AcquireOutcome::QueueFull { limit: answer.number(0)? }, answer.sessions(1)?),
                 "stale" => (AcquireOutcome::Stale, Vec::new()),
-                "forced" => (AcquireOutcome::Forced, Vec::new()),
+                "forced" => (AcquireOutcome::ForceReleased, Vec::new()),
                 _ => return Err(malformed()),
             };
             // What was entered stays entered, whatever becomes of the dead.
@@ -462,7 +462,7 @@ impl Store for Redis {
         let (from, to, session) = (request.from.to_hex(), request.to.to_hex(), request.session.to_hex());
         let asked = inner.clock.now();
         let arguments = vec![from, to, session, owner, until, millis(life(ttl))];
-        let answer = inner.granting(batch::Step { script: &scripts::ADOPT, names, arguments }).await?;
+        let answer = inner.granting(batch::Operation { script: &scripts::ADOPT, names, arguments }).await?;
         let outcome = match answer.word() {
             "adopted" => {
                 let session_bound = answer.text(2)? == "S";
@@ -479,7 +479,7 @@ impl Store for Redis {
         Ok(Reply { time: answer.time, outcome })
     }
 
-    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
+    async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
         let inner = &self.inner;
         let names = inner.names.lock(&request.key);
         inner.settled(&request.key, &names).await?;
@@ -493,8 +493,8 @@ impl Store for Redis {
             told.map_err(|fault| fault.in_doubt(true))?;
         }
         let outcome = match answer.word() {
-            "evicted" => EvictOutcome::Evicted,
-            "no such hold" => EvictOutcome::NoSuchHold { live: answer.fences(2)? },
+            "evicted" => ForceReleaseOutcome::Released,
+            "no such hold" => ForceReleaseOutcome::NoSuchHold { live: answer.fences(2)? },
             _ => return Err(malformed()),
         };
         Ok(Reply { time: answer.time, outcome })
@@ -530,15 +530,15 @@ fn acquire_arguments(request: &AcquireRequest, ttl: Duration, owner: &str) -> Ve
     asked.push(if request.enqueue { '1' } else { '0' });
     request.token.write_hex(&mut asked);
     request.session.write_hex(&mut asked);
-    asked.push(if matches!(request.term, Term::Session { .. }) { 'S' } else { 'F' });
+    asked.push(if matches!(request.lifetime, Lifetime::Session { .. }) { 'S' } else { 'F' });
     write_texts([Some(owner), request.metadata.as_deref(), request.trace.as_deref()], &mut asked);
     let life = life(ttl);
-    if request.demand == Demand::MUTEX && request.term.length().is_none() && life == DAY {
+    if request.demand == Demand::MUTEX && request.lifetime.length().is_none() && life == DAY {
         return vec![asked];
     }
-    let term = request.term.length().map_or_else(|| "0".to_owned(), micros);
+    let lifetime = request.lifetime.length().map_or_else(|| "0".to_owned(), micros);
     let (units, capacity) = (request.demand.units().to_string(), request.demand.capacity().to_string());
-    vec![asked, term, units, capacity, millis(life)]
+    vec![asked, lifetime, units, capacity, millis(life)]
 }
 
 /// How long a record lives that depends on a session of this ttl.

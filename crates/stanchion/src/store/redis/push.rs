@@ -134,7 +134,7 @@ fn read(payload: &[u8], key_of: impl Fn(&str) -> Option<Key>) -> Option<Push> {
             let (fence, name) = rest.split_at_checked(16)?;
             Some(Push::Granted { key: key_of(name)?, token, fence: Fence::new(fence.parse().ok()?) })
         }
-        b'F' => read_lost(token, rest).map(Push::Forced),
+        b'F' => read_lost(token, rest).map(Push::ForceReleased),
         _ => None,
     }
 }
@@ -170,7 +170,7 @@ mod tests {
         let lost = LostToken { key: key.clone(), token, reason: "by: hand".into() };
         let no_key = |_: &str| None;
         let message = format!("F{}{}", token.to_hex(), write_lost(&key, &lost.reason));
-        assert_eq!(read(message.as_bytes(), no_key).unwrap(), Push::Forced(lost));
+        assert_eq!(read(message.as_bytes(), no_key).unwrap(), Push::ForceReleased(lost));
         let message = format!("G{}{:016}the record", token.to_hex(), 7);
         let push = read(message.as_bytes(), |name| {
             assert_eq!(name, "the record");

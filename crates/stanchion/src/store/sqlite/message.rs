@@ -24,7 +24,7 @@ pub(super) fn encode(push: &Push) -> Vec<u8> {
             out.extend_from_slice(&fence.get().to_le_bytes());
             put_text(&mut out, key.as_encoded());
         }
-        Push::Forced(lost) => {
+        Push::ForceReleased(lost) => {
             out.push(2);
             out.extend_from_slice(lost.token.as_bytes());
             put_text(&mut out, lost.key.as_encoded());
@@ -60,7 +60,7 @@ pub(super) fn decode(datagram: &[u8]) -> Option<Push> {
         2 => {
             let token = TokenId::from_bytes(take(&mut rest)?);
             let key = take_key(&mut rest)?;
-            Push::Forced(LostToken { key, token, reason: take_text(&mut rest)?.to_owned() })
+            Push::ForceReleased(LostToken { key, token, reason: take_text(&mut rest)?.to_owned() })
         }
         3 => Push::Recheck { token: TokenId::from_bytes(take(&mut rest)?) },
         4 => Push::RecheckAll,
@@ -111,7 +111,7 @@ mod tests {
         let token = TokenId::from_bytes([7; 16]);
         vec![
             Push::Granted { key: key.clone(), token, fence: Fence::new(u64::MAX) },
-            Push::Forced(LostToken { key, token, reason: "because".into() }),
+            Push::ForceReleased(LostToken { key, token, reason: "because".into() }),
             Push::Recheck { token },
             Push::RecheckAll,
             Push::VerifyAll,
@@ -153,11 +153,12 @@ mod tests {
     #[test]
     fn a_long_reason_is_cut_at_a_character() {
         let key = Key::new("", "k").unwrap();
-        let push = Push::Forced(LostToken { key, token: TokenId::from_bytes([1; 16]), reason: "€".repeat(5_000) });
+        let push =
+            Push::ForceReleased(LostToken { key, token: TokenId::from_bytes([1; 16]), reason: "€".repeat(5_000) });
         let datagram = encode(&push);
         assert!(datagram.len() <= LONGEST);
         match decode(&datagram) {
-            Some(Push::Forced(lost)) => assert_eq!(lost.reason, "€".repeat(1365)),
+            Some(Push::ForceReleased(lost)) => assert_eq!(lost.reason, "€".repeat(1365)),
             other => panic!("{other:?}"),
         }
     }

@@ -40,12 +40,12 @@ use async_trait::async_trait;
 use tokio::sync::oneshot;
 
 use self::folder::Folder;
-use self::steps::{Answer, Step};
+use self::steps::{Answer, Operation};
 use self::worker::{Job, Shared, Worker};
 use super::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Capabilities, Cursor, EndOutcome,
-    EvictOutcome, EvictRequest, ExtendOutcome, GrantStream, KeyState, Listing, Liveness, OpenOutcome, OpenSession,
-    PollOutcome, Reply, Store, push_channel,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Capabilities, Cursor, EndOutcome, ExtendOutcome,
+    ForceReleaseOutcome, ForceReleaseRequest, GrantStream, KeyState, Listing, Liveness, OpenOutcome, OpenSession,
+    PollOutcome, RenewOutcome, Reply, Store, push_channel,
 };
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
@@ -187,9 +187,9 @@ impl Sqlite {
         self
     }
 
-    async fn ask(&self, step: Step) -> Result<Reply<Answer>> {
+    async fn ask(&self, step: Operation) -> Result<Reply<Answer>> {
         let (reply, answer) = oneshot::channel();
-        self.jobs.send(Job::Step { step, reply }).map_err(|_| ended())?;
+        self.jobs.send(Job::Operation { step, reply }).map_err(|_| ended())?;
         answer.await.map_err(|_| ended())?
     }
 }
@@ -229,55 +229,55 @@ impl Store for Sqlite {
     }
 
     async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {
-        ask!(self, Step::Open(request), Answer::Open(outcome) => outcome)
+        ask!(self, Operation::Open(request), Answer::Open(outcome) => outcome)
     }
 
-    async fn beat(&self, session: SessionId) -> Result<Reply<BeatOutcome>> {
-        ask!(self, Step::Beat(session), Answer::Beat(outcome) => outcome)
+    async fn renew_session(&self, session: SessionId) -> Result<Reply<RenewOutcome>> {
+        ask!(self, Operation::RenewSession(session), Answer::Renewed(outcome) => outcome)
     }
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
-        ask!(self, Step::Close(session), Answer::Done => ())
+        ask!(self, Operation::Close(session), Answer::Done => ())
     }
 
     async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
-        ask!(self, Step::Lives(session), Answer::Lives(lives) => lives)
+        ask!(self, Operation::Lives(session), Answer::Lives(lives) => lives)
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
-        ask!(self, Step::Acquire(request), Answer::Acquire(outcome) => outcome)
+        ask!(self, Operation::Acquire(request), Answer::Acquire(outcome) => outcome)
     }
 
     async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
-        ask!(self, Step::Poll { key: key.clone(), tokens: tokens.to_vec() }, Answer::Poll(outcomes) => outcomes)
+        ask!(self, Operation::Poll { key: key.clone(), tokens: tokens.to_vec() }, Answer::Poll(outcomes) => outcomes)
     }
 
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
-        ask!(self, Step::End { key: key.clone(), token, cooldown: None }, Answer::End(outcome) => outcome)
+        ask!(self, Operation::End { key: key.clone(), token, cooldown: None }, Answer::End(outcome) => outcome)
     }
 
     async fn release(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
-        ask!(self, Step::End { key: key.clone(), token, cooldown }, Answer::End(outcome) => outcome)
+        ask!(self, Operation::End { key: key.clone(), token, cooldown }, Answer::End(outcome) => outcome)
     }
 
     async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
-        ask!(self, Step::Extend { key: key.clone(), token, ttl }, Answer::Extend(outcome) => outcome)
+        ask!(self, Operation::Extend { key: key.clone(), token, ttl }, Answer::Extend(outcome) => outcome)
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
-        ask!(self, Step::Adopt(request), Answer::Adopt(outcome) => outcome)
+        ask!(self, Operation::Adopt(request), Answer::Adopt(outcome) => outcome)
     }
 
-    async fn evict(&self, request: EvictRequest) -> Result<Reply<EvictOutcome>> {
-        ask!(self, Step::Evict(request), Answer::Evict(outcome) => outcome)
+    async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
+        ask!(self, Operation::ForceRelease(request), Answer::ForceReleased(outcome) => outcome)
     }
 
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
-        ask!(self, Step::Inspect(key.clone()), Answer::Inspect(outcome) => outcome)
+        ask!(self, Operation::Inspect(key.clone()), Answer::Inspect(outcome) => outcome)
     }
 
     async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
-        let step = Step::List { prefix: prefix.to_owned(), cursor: cursor.cloned(), limit };
+        let step = Operation::List { prefix: prefix.to_owned(), cursor: cursor.cloned(), limit };
         ask!(self, step, Answer::List(outcome) => outcome)
     }
 

@@ -10,12 +10,12 @@ use rusqlite::Row;
 
 use super::error::NAME;
 use super::rows::{KeyRow, WaiterRow};
-use super::steps::{Answer, Step};
+use super::steps::{Answer, Operation};
 use super::tx::{Tx, session_of, token_of, until};
 use crate::error::{Error, Result};
 use crate::fence::Fence;
 use crate::key::Key;
-use crate::store::{BeatOutcome, KeyState, LostToken, PollOutcome, Queued};
+use crate::store::{KeyState, LostToken, PollOutcome, Queued, RenewOutcome};
 use crate::token::{SessionId, TokenId};
 
 /// How soon a waiter asks again if nobody can tell it of the end of the process that it depends on.
@@ -40,13 +40,13 @@ pub(super) struct Place {
 
 impl Tx<'_> {
     /// Answers a reading step, or tells `None`: something is to be settled first.
-    pub(super) fn read(&mut self, step: &Step) -> Result<Option<Answer>> {
+    pub(super) fn read(&mut self, step: &Operation) -> Result<Option<Answer>> {
         match step {
-            Step::Beat(session) => Ok(self.beat(*session)?.map(Answer::Beat)),
-            Step::Lives(session) => Ok(Some(Answer::Lives(self.is_open(*session)?))),
-            Step::Poll { key, tokens } => Ok(self.poll(key, tokens)?.map(Answer::Poll)),
-            Step::Inspect(key) => Ok(self.inspect(key)?.map(Answer::Inspect)),
-            Step::List { prefix, cursor, limit } => {
+            Operation::RenewSession(session) => Ok(self.renew_session(*session)?.map(Answer::Renewed)),
+            Operation::Lives(session) => Ok(Some(Answer::Lives(self.is_open(*session)?))),
+            Operation::Poll { key, tokens } => Ok(self.poll(key, tokens)?.map(Answer::Poll)),
+            Operation::Inspect(key) => Ok(self.inspect(key)?.map(Answer::Inspect)),
+            Operation::List { prefix, cursor, limit } => {
                 Ok(Some(Answer::List(self.list(prefix, cursor.as_ref(), *limit)?)))
             }
             _ => Ok(None),
@@ -89,10 +89,10 @@ impl Tx<'_> {
         self.all("SELECT DISTINCT session FROM waiters WHERE key_id = ?1", [row.id], |found| session_of(found, 0))
     }
 
-    fn beat(&mut self, session: SessionId) -> Result<Option<BeatOutcome>> {
+    fn renew_session(&mut self, session: SessionId) -> Result<Option<RenewOutcome>> {
         let known = self.first("SELECT 1 FROM sessions WHERE id = ?1", [session.as_bytes()], |_| Ok(()))?.is_some();
         if !known {
-            return Ok(Some(BeatOutcome::Gone));
+            return Ok(Some(RenewOutcome::Gone));
         }
         if !self.is_alive(session)? {
             return Ok(None);
@@ -103,7 +103,7 @@ impl Tx<'_> {
             .all(sql, [session.as_bytes()], read)?
             .into_iter()
             .map(|(name, token, reason)| Ok::<_, Error>(LostToken { key: Key::from_encoded(&name)?, token, reason }));
-        Ok(Some(BeatOutcome::Alive { lost: lost.collect::<Result<_>>()? }))
+        Ok(Some(RenewOutcome::Alive { lost: lost.collect::<Result<_>>()? }))
     }
 
     fn poll(&mut self, key: &Key, tokens: &[TokenId]) -> Result<Option<Vec<PollOutcome>>> {

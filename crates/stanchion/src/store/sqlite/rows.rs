@@ -6,7 +6,7 @@ use super::tx::{Tx, session_of, token_of};
 use crate::error::Result;
 use crate::fence::Fence;
 use crate::key::Key;
-use crate::store::{Demand, Granted, Term};
+use crate::store::{Demand, Granted, Lifetime};
 use crate::token::{SessionId, TokenId};
 
 /// A key, with sums over its holds and waiters.
@@ -89,7 +89,7 @@ pub(super) struct WaiterRow {
     pub(super) token: TokenId,
     pub(super) session: SessionId,
     pub(super) demand: StoredDemand,
-    pub(super) term: StoredTerm,
+    pub(super) lifetime: StoredLifetime,
 }
 
 /// A demand as the rows have it.
@@ -105,16 +105,19 @@ impl From<Demand> for StoredDemand {
     }
 }
 
-/// A term as the rows have it.
+/// A lifetime as the rows have it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct StoredTerm {
+pub(super) struct StoredLifetime {
     pub(super) session_bound: bool,
     pub(super) length: Option<i64>,
 }
 
-impl From<Term> for StoredTerm {
-    fn from(term: Term) -> Self {
-        Self { session_bound: matches!(term, Term::Session { .. }), length: term.length().map(super::tx::micros) }
+impl From<Lifetime> for StoredLifetime {
+    fn from(lifetime: Lifetime) -> Self {
+        Self {
+            session_bound: matches!(lifetime, Lifetime::Session { .. }),
+            length: lifetime.length().map(super::tx::micros),
+        }
     }
 }
 
@@ -124,7 +127,7 @@ pub(super) struct NewHold<'a> {
     pub(super) token: TokenId,
     pub(super) session: SessionId,
     pub(super) demand: StoredDemand,
-    pub(super) term: StoredTerm,
+    pub(super) lifetime: StoredLifetime,
     pub(super) metadata: Option<&'a str>,
     pub(super) trace: Option<&'a str>,
 }
@@ -229,7 +232,7 @@ impl Tx<'_> {
         row.used += units;
         row.holders += 1;
         row.touched = self.now;
-        let deadline = hold.term.length.map(|length| self.now.saturating_add(length));
+        let deadline = hold.lifetime.length.map(|length| self.now.saturating_add(length));
         match deadline {
             // The first hold: what is left of earlier ones means nothing.
             _ if row.holders == 1 => row.next_deadline = deadline,
@@ -249,7 +252,7 @@ impl Tx<'_> {
                 units,
                 capacity,
                 hold.session.as_bytes(),
-                hold.term.session_bound,
+                hold.lifetime.session_bound,
                 deadline,
                 self.now,
                 self.wall,
@@ -262,7 +265,7 @@ impl Tx<'_> {
             fence: row.fence,
             units,
             session: hold.session,
-            session_bound: hold.term.session_bound,
+            session_bound: hold.lifetime.session_bound,
             deadline,
         })
     }
@@ -381,6 +384,6 @@ fn read_waiter(row: &Row<'_>) -> rusqlite::Result<WaiterRow> {
         token: token_of(row, 1)?,
         session: session_of(row, 2)?,
         demand: StoredDemand { units: row.get(3)?, capacity: row.get(4)? },
-        term: StoredTerm { session_bound: row.get(5)?, length: row.get(6)? },
+        lifetime: StoredLifetime { session_bound: row.get(5)?, length: row.get(6)? },
     })
 }

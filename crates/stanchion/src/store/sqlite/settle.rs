@@ -174,7 +174,7 @@ impl Tx<'_> {
             [id],
         )?;
         self.execute("DELETE FROM holds WHERE session = ?1 AND session_bound", [id])?;
-        // A fixed term outlives its session: it keeps the name of its owner.
+        // A fixed lifetime outlives its session: it keeps the name of its owner.
         self.execute(
             "UPDATE holds SET owner = ifnull(owner, (SELECT owner FROM sessions WHERE id = ?1)) WHERE session = ?1",
             [id],
@@ -266,7 +266,7 @@ impl Tx<'_> {
             token: waiter.token,
             session: waiter.session,
             demand: waiter.demand,
-            term: waiter.term,
+            lifetime: waiter.lifetime,
             metadata: metadata.as_deref(),
             trace: trace.as_deref(),
         };

@@ -11,18 +11,18 @@ use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, BeatOutcome, Cursor, EndOutcome, EvictOutcome,
-    EvictRequest, ExtendOutcome, KeyState, Listing, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, PollOutcome,
-    Push,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Cursor, EndOutcome, ExtendOutcome, ForceReleaseOutcome,
+    ForceReleaseRequest, KeyState, Listing, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, PollOutcome, Push,
+    RenewOutcome,
 };
 use crate::token::{SessionId, TokenId};
 use std::time::Duration;
 
 /// A step that a caller asks for.
 #[derive(Clone, Debug)]
-pub(super) enum Step {
+pub(super) enum Operation {
     Open(OpenSession),
-    Beat(SessionId),
+    RenewSession(SessionId),
     Close(SessionId),
     Lives(SessionId),
     Acquire(AcquireRequest),
@@ -41,7 +41,7 @@ pub(super) enum Step {
         ttl: Duration,
     },
     Adopt(AdoptRequest),
-    Evict(EvictRequest),
+    ForceRelease(ForceReleaseRequest),
     Inspect(Key),
     List {
         prefix: String,
@@ -56,7 +56,7 @@ pub(super) enum Step {
 #[derive(Debug)]
 pub(super) enum Answer {
     Open(OpenOutcome),
-    Beat(BeatOutcome),
+    Renewed(RenewOutcome),
     Done,
     Lives(bool),
     Acquire(AcquireOutcome),
@@ -64,15 +64,18 @@ pub(super) enum Answer {
     End(EndOutcome),
     Extend(ExtendOutcome),
     Adopt(AdoptOutcome),
-    Evict(EvictOutcome),
+    ForceReleased(ForceReleaseOutcome),
     Inspect(KeyState),
     List(Listing),
 }
 
-impl Step {
+impl Operation {
     /// Whether it changes nothing unless there is something to settle.
     pub(super) fn is_reading(&self) -> bool {
-        matches!(self, Self::Beat(_) | Self::Lives(_) | Self::Poll { .. } | Self::Inspect(_) | Self::List { .. })
+        matches!(
+            self,
+            Self::RenewSession(_) | Self::Lives(_) | Self::Poll { .. } | Self::Inspect(_) | Self::List { .. }
+        )
     }
 
     /// The key that it is about.
@@ -80,41 +83,48 @@ impl Step {
         match self {
             Self::Acquire(request) => Some(&request.key),
             Self::Adopt(request) => Some(&request.key),
-            Self::Evict(request) => Some(&request.key),
+            Self::ForceRelease(request) => Some(&request.key),
             Self::Poll { key, .. } | Self::End { key, .. } | Self::Extend { key, .. } | Self::Inspect(key) => Some(key),
-            Self::Open(_) | Self::Beat(_) | Self::Close(_) | Self::Lives(_) | Self::List { .. } | Self::Died(_) => None,
+            Self::Open(_)
+            | Self::RenewSession(_)
+            | Self::Close(_)
+            | Self::Lives(_)
+            | Self::List { .. }
+            | Self::Died(_) => None,
         }
     }
 }
 
 impl Tx<'_> {
     /// Runs a step in a write transaction.
-    pub(super) fn run(&mut self, step: &Step) -> Result<Answer> {
+    pub(super) fn run(&mut self, step: &Operation) -> Result<Answer> {
         let answer = match step {
-            Step::Open(request) => Answer::Open(self.open(request)?),
-            Step::Close(session) => {
+            Operation::Open(request) => Answer::Open(self.open(request)?),
+            Operation::Close(session) => {
                 self.reap(*session)?;
                 Answer::Done
             }
-            Step::Acquire(request) => Answer::Acquire(self.acquire(request)?),
-            Step::End { key, token, cooldown } => Answer::End(self.end(key, *token, *cooldown)?),
-            Step::Extend { key, token, ttl } => Answer::Extend(self.extend(key, *token, *ttl)?),
-            Step::Adopt(request) => Answer::Adopt(self.adopt(request)?),
-            Step::Evict(request) => Answer::Evict(self.evict(request)?),
-            Step::Died(pid) => {
+            Operation::Acquire(request) => Answer::Acquire(self.acquire(request)?),
+            Operation::End { key, token, cooldown } => Answer::End(self.end(key, *token, *cooldown)?),
+            Operation::Extend { key, token, ttl } => Answer::Extend(self.extend(key, *token, *ttl)?),
+            Operation::Adopt(request) => Answer::Adopt(self.adopt(request)?),
+            Operation::ForceRelease(request) => Answer::ForceReleased(self.force_release(request)?),
+            Operation::Died(pid) => {
                 self.probe_process(*pid)?;
                 Answer::Done
             }
-            Step::Beat(_) | Step::Lives(_) | Step::Poll { .. } | Step::Inspect(_) | Step::List { .. } => {
-                self.settle_and_read(step)?
-            }
+            Operation::RenewSession(_)
+            | Operation::Lives(_)
+            | Operation::Poll { .. }
+            | Operation::Inspect(_)
+            | Operation::List { .. } => self.settle_and_read(step)?,
         };
         self.settle_rest()?;
         Ok(answer)
     }
 
     /// A reading step has found something to settle: settles it and reads again.
-    fn settle_and_read(&mut self, step: &Step) -> Result<Answer> {
+    fn settle_and_read(&mut self, step: &Operation) -> Result<Answer> {
         // Each round settles what the one before it has met.
         for _ in 0..100_000 {
             if let Some(answer) = self.read(step)? {
@@ -154,7 +164,7 @@ impl Tx<'_> {
             return Ok(AcquireOutcome::SessionGone);
         }
         if self.is_forced(&request.key, request.token)? {
-            return Ok(AcquireOutcome::Forced);
+            return Ok(AcquireOutcome::ForceReleased);
         }
         let mut row = self.key_or_new(&request.key)?;
         let demand = request.demand.into();
@@ -181,7 +191,7 @@ impl Tx<'_> {
                 token: request.token,
                 session: request.session,
                 demand,
-                term: request.term.into(),
+                lifetime: request.lifetime.into(),
                 metadata: request.metadata.as_deref(),
                 trace: request.trace.as_deref(),
             };
@@ -213,7 +223,7 @@ impl Tx<'_> {
             token: request.token,
             session: request.session,
             demand: request.demand.into(),
-            term: request.term.into(),
+            lifetime: request.lifetime.into(),
         };
         self.execute(
             "INSERT INTO waiters (key_id, token, session, units, capacity, session_bound, term, entered, metadata, trace)
@@ -224,8 +234,8 @@ impl Tx<'_> {
                 waiter.session.as_bytes(),
                 waiter.demand.units,
                 waiter.demand.capacity,
-                waiter.term.session_bound,
-                waiter.term.length,
+                waiter.lifetime.session_bound,
+                waiter.lifetime.length,
                 self.now,
                 request.metadata,
                 request.trace
@@ -341,9 +351,9 @@ impl Tx<'_> {
         Ok(adopted(hold, self.now))
     }
 
-    fn evict(&mut self, request: &EvictRequest) -> Result<EvictOutcome> {
+    fn force_release(&mut self, request: &ForceReleaseRequest) -> Result<ForceReleaseOutcome> {
         let Some(mut row) = self.find_key(&request.key)? else {
-            return Ok(EvictOutcome::NoSuchHold { live: Vec::new() });
+            return Ok(ForceReleaseOutcome::NoSuchHold { live: Vec::new() });
         };
         self.settle(&mut row, true)?;
         let sql =
@@ -351,7 +361,9 @@ impl Tx<'_> {
         let holds = self.all(sql, [row.id], read_hold)?;
         let fence_of = |fence: i64| Fence::new(fence.unsigned_abs());
         let Some(hold) = holds.iter().find(|hold| fence_of(hold.fence) == request.fence) else {
-            return Ok(EvictOutcome::NoSuchHold { live: holds.iter().map(|hold| fence_of(hold.fence)).collect() });
+            return Ok(ForceReleaseOutcome::NoSuchHold {
+                live: holds.iter().map(|hold| fence_of(hold.fence)).collect(),
+            });
         };
         self.remove_hold(&mut row, hold)?;
         // Nothing is granted after the highest fence, so it need not be raised.
@@ -363,10 +375,10 @@ impl Tx<'_> {
                 params![hold.token.as_bytes(), request.key.as_encoded(), hold.session.as_bytes(), request.reason],
             )?;
             let lost = LostToken { key: request.key.clone(), token: hold.token, reason: request.reason.clone() };
-            self.push(hold.session, Push::Forced(lost));
+            self.push(hold.session, Push::ForceReleased(lost));
         }
         self.settle(&mut row, false)?;
-        Ok(EvictOutcome::Evicted)
+        Ok(ForceReleaseOutcome::Released)
     }
 
     fn is_forced(&self, key: &Key, token: TokenId) -> Result<bool> {

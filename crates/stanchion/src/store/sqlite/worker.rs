@@ -22,12 +22,12 @@ use super::error::error;
 use super::folder::{Folder, was_deleted};
 use super::predecessors::Predecessors;
 use super::session::{self, OwnSession};
-use super::steps::{Answer, Step};
+use super::steps::{Answer, Operation};
 use super::tx::{Effects, Local, Tx};
 use super::watch::Watcher;
 use crate::clock::{BootTime, Clock, jitter_seed};
 use crate::error::{ErrorKind, Result};
-use crate::store::{BeatOutcome, Push, PushSender, Reply, StoreTime};
+use crate::store::{Push, PushSender, RenewOutcome, Reply, StoreTime};
 use crate::token::SessionId;
 
 /// The most steps in one transaction.
@@ -39,7 +39,7 @@ const SWEEP_EVERY: u32 = 64;
 #[derive(Debug)]
 pub(super) enum Job {
     /// A step and where its answer goes.
-    Step { step: Step, reply: oneshot::Sender<Result<Reply<Answer>>> },
+    Operation { step: Operation, reply: oneshot::Sender<Result<Reply<Answer>>> },
     /// A watched process has ended.
     Died(i32),
     /// The store is dropped: finish what is queued, and end.
@@ -121,7 +121,7 @@ impl Patience {
 }
 
 struct Asked {
-    step: Step,
+    step: Operation,
     reply: Option<oneshot::Sender<Result<Reply<Answer>>>>,
 }
 
@@ -170,8 +170,8 @@ impl Worker {
         let mut asked = Vec::with_capacity(batch.len());
         for job in batch {
             match job {
-                Job::Step { step, reply } => asked.push(Asked { step, reply: Some(reply) }),
-                Job::Died(pid) => asked.push(Asked { step: Step::Died(pid), reply: None }),
+                Job::Operation { step, reply } => asked.push(Asked { step, reply: Some(reply) }),
+                Job::Died(pid) => asked.push(Asked { step: Operation::Died(pid), reply: None }),
                 Job::Stop => go_on = false,
             }
         }
@@ -180,9 +180,9 @@ impl Worker {
         }
         // Nobody waits for the answer: not having asked is as good.
         asked.retain(|asked| {
-            !matches!(&asked.step, Step::Acquire(_)) || !asked.reply.as_ref().is_some_and(|r| r.is_closed())
+            !matches!(&asked.step, Operation::Acquire(_)) || !asked.reply.as_ref().is_some_and(|r| r.is_closed())
         });
-        if asked.iter().any(|asked| matches!(asked.step, Step::Beat(_))) {
+        if asked.iter().any(|asked| matches!(asked.step, Operation::RenewSession(_))) {
             self.local.look_used(self.clock.now());
             self.local.are_files_in_place();
         }
@@ -214,9 +214,9 @@ impl Worker {
         let time = StoreTime::from_micros(self.clock.now().as_nanos() / 1_000);
         for asked in asked {
             let outcome = match &asked.step {
-                Step::Beat(_) => Ok(Answer::Beat(BeatOutcome::Gone)),
-                Step::Lives(_) => Ok(Answer::Lives(false)),
-                Step::Close(_) => Ok(Answer::Done),
+                Operation::RenewSession(_) => Ok(Answer::Renewed(RenewOutcome::Gone)),
+                Operation::Lives(_) => Ok(Answer::Lives(false)),
+                Operation::Close(_) => Ok(Answer::Done),
                 _ => Err(error(ErrorKind::Unavailable, format!("{why}; open the store again"))),
             };
             answer(asked, outcome.map(|outcome| Reply { time, outcome }));
@@ -259,8 +259,8 @@ impl Worker {
                 self.follow_up(effects);
                 for (asked, result) in asked.into_iter().zip(answers) {
                     match &asked.step {
-                        Step::Died(pid) => self.recheck_dependents(*pid),
-                        Step::Open(request) if !self.local.own.contains_key(&request.session) => {
+                        Operation::Died(pid) => self.recheck_dependents(*pid),
+                        Operation::Open(request) if !self.local.own.contains_key(&request.session) => {
                             self.shared.senders().remove(&request.session);
                         }
                         _ => {}
@@ -364,7 +364,9 @@ impl Worker {
     fn close(mut self) {
         let open: Vec<SessionId> = self.local.own.keys().copied().collect();
         if !open.is_empty() {
-            self.write(open.into_iter().map(|session| Asked { step: Step::Close(session), reply: None }).collect());
+            self.write(
+                open.into_iter().map(|session| Asked { step: Operation::Close(session), reply: None }).collect(),
+            );
         }
         let left: Vec<(SessionId, OwnSession)> = self.local.own.drain().collect();
         for (session, _) in left {
@@ -450,7 +452,7 @@ mod tests {
     use super::*;
     use crate::clock::VirtualClock;
     use crate::key::Key;
-    use crate::store::{AcquireOutcome, AcquireRequest, Demand, OpenSession, Term};
+    use crate::store::{AcquireOutcome, AcquireRequest, Demand, Lifetime, OpenSession};
     use crate::token::TokenId;
 
     /// A worker without its thread, with a session.
@@ -469,29 +471,29 @@ mod tests {
             let session = SessionId::random().unwrap();
             let mut desk = Self { worker, session, _temp: temp };
             let open = OpenSession { session, ttl: Duration::from_secs(10), owner: "test".into() };
-            desk.ask([Step::Open(open)])[0].as_ref().unwrap();
+            desk.ask([Operation::Open(open)])[0].as_ref().unwrap();
             desk
         }
 
         /// Has steps carried out as one batch.
-        fn ask(&mut self, steps: impl IntoIterator<Item = Step>) -> Vec<Result<Answer>> {
+        fn ask(&mut self, steps: impl IntoIterator<Item = Operation>) -> Vec<Result<Answer>> {
             let (mut jobs, mut answers) = (Vec::new(), Vec::new());
             for step in steps {
                 let (reply, answer) = oneshot::channel();
-                jobs.push(Job::Step { step, reply });
+                jobs.push(Job::Operation { step, reply });
                 answers.push(answer);
             }
             assert!(self.worker.serve(jobs));
             answers.iter_mut().map(|answer| answer.try_recv().unwrap().map(|reply| reply.outcome)).collect()
         }
 
-        fn acquire(&self, name: &str, token: TokenId) -> Step {
-            Step::Acquire(AcquireRequest {
+        fn acquire(&self, name: &str, token: TokenId) -> Operation {
+            Operation::Acquire(AcquireRequest {
                 key: key(name),
                 token,
                 session: self.session,
                 demand: Demand::MUTEX,
-                term: Term::Session { max_hold: None },
+                lifetime: Lifetime::Session { max_hold: None },
                 enqueue: false,
                 not_after: StoreTime::from_micros(u64::MAX),
                 metadata: None,
@@ -526,7 +528,7 @@ mod tests {
         let mut desk = Desk::new(time.clock());
         let held = token();
         let acquire = desk.acquire("idle", held);
-        let end = Step::End { key: key("idle"), token: held, cooldown: None };
+        let end = Operation::End { key: key("idle"), token: held, cooldown: None };
         assert!(desk.ask([acquire, end]).iter().all(Result::is_ok));
         let fence = desk.number("SELECT fence FROM keys");
         time.advance(Duration::from_secs(2 * 3600));
@@ -572,10 +574,10 @@ mod tests {
         for name in ["a", "b", "c"] {
             is_parsed.store(false, Ordering::Relaxed);
             let held = token();
-            let list = || Step::List { prefix: String::new(), cursor: None, limit: 100 };
-            let poll = Step::Poll { key: key(name), tokens: vec![held] };
-            let end = Step::End { key: key(name), token: held, cooldown: None };
-            for step in [desk.acquire(name, held), list(), poll, Step::Inspect(key(name)), end, list()] {
+            let list = || Operation::List { prefix: String::new(), cursor: None, limit: 100 };
+            let poll = Operation::Poll { key: key(name), tokens: vec![held] };
+            let end = Operation::End { key: key(name), token: held, cooldown: None };
+            for step in [desk.acquire(name, held), list(), poll, Operation::Inspect(key(name)), end, list()] {
                 desk.ask([step])[0].as_ref().unwrap();
             }
         }
@@ -586,7 +588,7 @@ mod tests {
     fn looking_commits_nothing_that_was_left_open() {
         let mut desk = Desk::new(Clock::system());
         desk.worker.db.execute_batch("BEGIN; UPDATE meta SET fence_floor = 7").unwrap();
-        desk.ask([Step::Inspect(key("a"))])[0].as_ref().unwrap();
+        desk.ask([Operation::Inspect(key("a"))])[0].as_ref().unwrap();
         assert!(!desk.worker.db.is_autocommit());
         desk.worker.db.execute_batch("ROLLBACK").unwrap();
         assert_eq!(desk.number("SELECT fence_floor FROM meta"), 0);

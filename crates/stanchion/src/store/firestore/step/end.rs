@@ -7,12 +7,12 @@ use prost_types::Timestamp;
 use super::super::document::{Only, micros};
 use super::super::record::{Forced, Lost, SessionRecord, session_of};
 use super::super::session;
-use super::{Step, in_micros};
+use super::{Operation, in_micros};
 use crate::fence::Fence;
-use crate::store::{EndOutcome, EvictOutcome, EvictRequest, ExtendOutcome};
+use crate::store::{EndOutcome, ExtendOutcome, ForceReleaseOutcome, ForceReleaseRequest};
 use crate::token::{SessionId, TokenId};
 
-impl Step<'_> {
+impl Operation<'_> {
     pub(crate) fn end(&mut self, token: TokenId, cooldown: Option<Duration>) -> EndOutcome {
         self.end_forced(token);
         if let Some(at) = self.record.holds.iter().position(|hold| hold.entry.token == token.as_bytes()) {
@@ -70,16 +70,16 @@ impl Step<'_> {
         }
     }
 
-    pub(crate) fn evict(&mut self, request: &EvictRequest) -> EvictOutcome {
+    pub(crate) fn force_release(&mut self, request: &ForceReleaseRequest) -> ForceReleaseOutcome {
         let Some(at) = self.record.holds.iter().position(|hold| hold.fence == request.fence.get()) else {
-            return EvictOutcome::NoSuchHold {
+            return ForceReleaseOutcome::NoSuchHold {
                 live: self.record.holds.iter().map(|hold| Fence::new(hold.fence)).collect(),
             };
         };
         let hold = self.record.holds.remove(at);
         // Nothing is granted after the highest fence, so it need not be raised.
         self.record.last_fence = self.next_fence().unwrap_or(self.record.last_fence);
-        let Ok(session) = session_of(&hold.entry.session) else { return EvictOutcome::Evicted };
+        let Ok(session) = session_of(&hold.entry.session) else { return ForceReleaseOutcome::Released };
         if self.lives(session)
             && let Some((record, written)) = self.document_of(session)
         {
@@ -96,6 +96,6 @@ impl Step<'_> {
         } else if hold.called {
             self.end_call(&hold.entry.session, &hold.entry.token);
         }
-        EvictOutcome::Evicted
+        ForceReleaseOutcome::Released
     }
 }

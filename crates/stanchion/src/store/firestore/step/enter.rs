@@ -9,7 +9,7 @@ use prost::Message as _;
 use super::super::document::{Names, Only};
 use super::super::record::{Entry, Former, Hold, KeyRecord, Page, PageName};
 use super::write::{key_document, sessions};
-use super::{Leaf, Step};
+use super::{Leaf, Operation};
 use crate::store::{AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, MAX_WAITERS, PollOutcome, Queued};
 use crate::token::TokenId;
 
@@ -17,14 +17,14 @@ use crate::token::TokenId;
 const PAGE_WAITERS: usize = 200;
 const PAGE_BYTES: usize = 200_000;
 
-impl Step<'_> {
+impl Operation<'_> {
     /// The rules of an acquire; none where a document has to be created.
     pub(crate) fn acquire(&mut self, request: &AcquireRequest) -> Option<AcquireOutcome> {
         if !self.lives(request.session) {
             return Some(AcquireOutcome::SessionGone);
         }
         if self.record.forced.iter().any(|forced| forced.token == request.token.as_bytes()) {
-            return Some(AcquireOutcome::Forced);
+            return Some(AcquireOutcome::ForceReleased);
         }
         if let Some(hold) = self.held(request.token) {
             return Some(AcquireOutcome::Granted(hold.granted(self.now)));
@@ -153,7 +153,7 @@ pub(crate) fn fresh(
 }
 
 fn entry(request: &AcquireRequest, owner: String, session_lives: u64, now: u64) -> Entry {
-    let (session_bound, length) = Entry::term(request.term);
+    let (session_bound, length) = Entry::lifetime(request.lifetime);
     Entry {
         token: request.token.as_bytes().to_vec(),
         session: request.session.as_bytes().to_vec(),

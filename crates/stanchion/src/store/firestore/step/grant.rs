@@ -7,7 +7,7 @@ use prost::Message as _;
 
 use super::super::document::{Fields, Only, bytes, delete, fields, put, text, timestamp};
 use super::super::record::{Entry, Hold, session_of, token_of};
-use super::{KEPT_AFTER, Step};
+use super::{KEPT_AFTER, Operation};
 use crate::fence::Fence;
 use crate::store::Demand;
 
@@ -28,7 +28,7 @@ pub(super) struct Call {
     is_holders: bool,
 }
 
-impl Step<'_> {
+impl Operation<'_> {
     pub(super) fn fits(&self, demand: Demand) -> bool {
         let held = self.record.holds.iter().map(|hold| hold.entry.demand());
         let has_room = || self.record.holds.iter().map(prost::Message::encoded_len).sum::<usize>() <= HOLDS_BYTES;

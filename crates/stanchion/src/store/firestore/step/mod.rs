@@ -1,7 +1,7 @@
 //! One step on a key: what was read, what becomes of it, and what is to be written.
 //!
 //! The rules are those of the memory store; what differs is that a session may not be known yet. Then the step stops
-//! ([`Step::unknown`]), the sessions are read, and it is done again from the start.
+//! ([`Operation::unknown`]), the sessions are read, and it is done again from the start.
 
 mod end;
 mod enter;
@@ -58,7 +58,7 @@ pub(super) struct Life {
 }
 
 /// A step that is being done.
-pub(super) struct Step<'a> {
+pub(super) struct Operation<'a> {
     key: &'a Key,
     names: &'a Names,
     before: &'a Loaded,
@@ -98,7 +98,7 @@ impl Loaded {
     }
 }
 
-impl<'a> Step<'a> {
+impl<'a> Operation<'a> {
     pub(super) fn new(
         key: &'a Key,
         names: &'a Names,

@@ -9,12 +9,12 @@ use prost::Message as _;
 use super::super::document::{Only, bytes, delete, fields, ids, put, text, timestamp};
 use super::super::error::malformed;
 use super::super::record::{Entry, KeyRecord, session_of};
-use super::{KEPT_AFTER, Leaf, Loaded, Step, Writes};
+use super::{KEPT_AFTER, Leaf, Loaded, Operation, Writes};
 use crate::error::Result;
 use crate::key::Key;
 use crate::token::SessionId;
 
-impl Step<'_> {
+impl Operation<'_> {
     /// What is to be written, and how the key is then; nothing if nothing has changed. The first write is that of the
     /// key's document: every commit finds it as it was read, and changes it, so two steps never both succeed.
     pub(crate) fn writes(mut self) -> Result<(Writes, Loaded)> {
@@ -156,13 +156,13 @@ mod tests {
             token: TokenId::from_bytes([number; 16]),
             session,
             demand: crate::store::Demand::MUTEX,
-            term: crate::store::Term::Session { max_hold: None },
+            lifetime: crate::store::Lifetime::Session { max_hold: None },
             enqueue: true,
             not_after: crate::store::StoreTime::from_micros(u64::MAX),
             metadata: None,
             trace: None,
         };
-        let mut step = Step::new(&key, &names, &loaded, &lives, 1);
+        let mut step = Operation::new(&key, &names, &loaded, &lives, 1);
         let outcome = step.acquire(&request(1)).unwrap();
         assert!(matches!(outcome, AcquireOutcome::Granted(granted) if granted.fence.get() == u64::MAX), "{outcome:?}");
         assert!(!step.is_used_up());
@@ -173,7 +173,7 @@ mod tests {
         assert_eq!(step.end(TokenId::from_bytes([1; 16]), None), EndOutcome::Released);
         step.settle();
         assert!(step.record.holds.is_empty() && step.record.front.len() == 1);
-        let step = Step::new(&key, &names, &loaded, &lives, 1);
+        let step = Operation::new(&key, &names, &loaded, &lives, 1);
         assert!(!step.is_used_up());
     }
 
@@ -197,7 +197,7 @@ mod tests {
         full.record.front = full.pages[0].page.waiters.clone();
         full.record.pages = full.pages.iter().map(|leaf| leaf.name).collect();
         let lives = HashMap::new();
-        let mut step = Step::new(&key, &names, &full, &lives, 1);
+        let mut step = Operation::new(&key, &names, &full, &lives, 1);
         let first = TokenId::from_bytes([0; 16]);
         assert_eq!(step.end(first, None), EndOutcome::Released);
         step.settle();
