@@ -61,8 +61,8 @@ fn after_help() -> String {
 
 /// Run one command at a time, across processes and machines.
 ///
-/// `stanchion run KEY -- CMD` runs CMD while it holds KEY. Whoever else wants the same KEY waits,
-/// first come, first served. With no store given it works between the processes of one user on one
+/// `stanchion run KEY -- CMD` runs CMD while it holds KEY. Other runs with the same KEY wait, first
+/// come, first served. With no store given it works between the processes of one user on one
 /// machine, without any server.
 #[derive(Debug, Parser)]
 #[command(name = "stanchion", version, after_long_help = after_help(), verbatim_doc_comment)]
@@ -93,10 +93,10 @@ pub(crate) struct Common {
     /// A file whose first line is the URL of the store
     #[arg(long, global = true, value_name = "PATH", display_order = 101)]
     pub(crate) store_file: Option<PathBuf>,
-    /// Say nothing: the exit code tells
+    /// Print nothing: the exit code tells the result
     #[arg(short, long, global = true, conflicts_with = "verbose", display_order = 102)]
     pub(crate) quiet: bool,
-    /// Say what happens, too
+    /// Also report progress: the store, who holds the key, the wait and the release
     #[arg(short, long, global = true, display_order = 103)]
     pub(crate) verbose: bool,
 }
@@ -117,8 +117,8 @@ pub(crate) enum Command {
     Run(Run),
     /// Run a command at most once per period: the guard for cron
     ///
-    /// Runs CMD, unless another runs it now or it was done for this period or slot. Then it does
-    /// nothing, silently, with exit code 0. A command that fails does not count, so that the next
+    /// Runs CMD, unless another process runs it now or it was done for this period or slot. Then it does
+    /// nothing and ends with exit code 0, in silence unless it writes to a terminal. A command that fails does not count, so that the next
     /// machine can try. `inspect KEY` shows the last run.
     #[command(verbatim_doc_comment, after_long_help = after_help())]
     Once(Once),
@@ -130,21 +130,22 @@ pub(crate) enum Command {
     Inspect(Inspect),
     /// Print a line for every change
     ///
-    /// Looks at the keys once per --interval and prints what is different; what comes and goes between
-    /// two looks is not seen. The first look prints what is held.
+    /// Looks at the keys once per --interval and prints the differences; a hold that begins and ends
+    /// between two looks is not seen. The first look prints all holds.
     #[command(verbatim_doc_comment, after_long_help = crate::output::JSON_HELP)]
     Watch(Watch),
-    /// End somebody's hold by force
+    /// End the hold of another process
     ///
     /// Ends the hold that has this fence, and no other: if the key has changed hands since you looked,
     /// nothing happens (exit code 1). A `stanchion run` that loses its key this way kills its command at
-    /// once, because the next one may start.
+    /// once, because the next command may start.
     #[command(verbatim_doc_comment)]
     #[command(name = "force-release", visible_alias = "break")]
     ForceRelease(ForceRelease),
-    /// Print the SQL that a database needs before locks can be kept in it, or run it
+    /// Print or run the SQL that creates the schema of a PostgreSQL store
     ///
-    /// For PostgreSQL. Idempotent. Whoever runs it needs the right to create; who uses it later does not.
+    /// The role that runs it needs the right to create and becomes the schema's owner; roles that use
+    /// the locks do not need it. Running it again changes nothing.
     Schema {
         /// Run it instead of printing it
         #[arg(long)]
@@ -182,16 +183,18 @@ pub(crate) struct Run {
     /// away at the start, and waits through any outage once it is in the queue.
     #[arg(verbatim_doc_comment, short, long, value_name = "DUR", value_parser = span_or_zero, allow_hyphen_values = true)]
     pub(crate) wait: Option<Duration>,
-    /// Share the key with others that say --shared
+    /// Share the key with other runs that use --shared
+    ///
+    /// A run with --permits N counts each --shared run as one of its N.
     #[arg(short, long, conflicts_with = "permits")]
     pub(crate) shared: bool,
     /// Hold the key alone: the default
     #[arg(short = 'x', long, conflicts_with_all = ["permits", "shared"])]
     pub(crate) exclusive: bool,
-    /// Let this many hold the key at a time; where users differ, the smaller number counts
+    /// Let this many hold the key at a time; if the runs differ, the smaller number counts
     #[arg(long, value_name = "N", value_parser = permits, allow_hyphen_values = true)]
     pub(crate) permits: Option<u32>,
-    /// Keep the key closed for this long after the end
+    /// Keep the key closed for this long after the command has ended
     #[arg(long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
     pub(crate) cooldown: Option<Duration>,
     /// The exit code if the key was not obtained
@@ -225,7 +228,7 @@ pub(crate) struct Once {
     pub(crate) child: Child,
 }
 
-/// What `run` and `once` share.
+/// Options of both `run` and `once`.
 #[derive(Args, Debug)]
 pub(crate) struct Child {
     /// How long the store keeps the key after this machine has fallen silent (default 10s)
@@ -294,7 +297,7 @@ pub(crate) struct ForceRelease {
     /// The fence of the hold to end, as `ls` and `inspect` show it
     #[arg(long, value_name = "F", value_parser = fence, allow_hyphen_values = true)]
     pub(crate) fence: u64,
-    /// Why: told to the one who loses the key
+    /// The reason, shown to the user whose command loses the key
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) reason: String,
 }

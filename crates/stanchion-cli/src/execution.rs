@@ -1,4 +1,4 @@
-//! Holding a key while a command runs: what `run` and `once` have in common.
+//! Obtains a key, runs a command while holding it, and releases it: the common part of `run` and `once`.
 
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
@@ -7,43 +7,51 @@ use rustix::process::{Signal, getpid, kill_current_process_group, kill_process};
 use stanchion::Clock;
 
 use crate::child::{self, ChildPlan, Event, Exit, Left, NotStarted, Obtained, Ran, Refusal, Released, Supervisor};
+use crate::environment;
 use crate::exit_code;
 use crate::hold::{Hold, HoldPlan};
 use crate::message::{Failure, Verbosity, quoted_key};
-use crate::output::{for_people, limits_differ};
+use crate::output::for_people;
 
-/// The most time a release may take once the command has ended. What is not released then is freed by the store.
+/// Maximum time of a release after the command has ended. The store frees a key that is not released by then.
 const LONGEST_RELEASE: Duration = Duration::from_secs(10);
 
-/// All of it.
+/// A command to run and the key to hold meanwhile.
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(crate) hold: HoldPlan,
     pub(crate) child: ChildPlan,
-    /// How long the key stays closed after the command.
+    /// Time for which the key stays closed after the command.
     pub(crate) cooldown: Option<Duration>,
     pub(crate) busy: Busy,
     pub(crate) verbosity: Verbosity,
 }
 
-/// What a key that was not obtained means.
+/// Consequence of a key that was not obtained.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Busy {
     pub(crate) exit_code: u8,
-    /// It is worth a message.
+    /// The user is told, also when stderr is not a terminal.
     pub(crate) is_a_problem: bool,
 }
 
-/// Does all of it and gives the exit code. Call it on the main thread only.
+/// Carries out the plan and returns the exit code. Must be called on the main thread.
 pub(crate) fn execute(plan: Plan) -> Result<u8, Failure> {
     let Plan { hold, child, cooldown, busy, verbosity } = plan;
     let clock = Clock::system();
     let (sender, events) = mpsc::channel();
     let inherited = child::listen(sender.clone())?;
+    let asked_key = hold.key.clone();
+    verbosity.note(format_args!("store: {}", hold.store.shown()));
+    if hold.store.for_children().is_none() && !hold.store.is_default() {
+        verbosity.note(
+            "the store's URL holds a password, so the command does not get it: an inner `stanchion` uses another store",
+        );
+    }
     let hold = Hold::ask(hold, sender.clone())?;
 
     let asked = clock.now();
-    let obtained = match wait(&hold, &events, verbosity) {
+    let obtained = match wait(&hold, &asked_key, &events, verbosity) {
         Waited::Obtained(obtained) => obtained,
         Waited::Signal(signal) => {
             if signal == libc::SIGINT {
@@ -56,7 +64,7 @@ pub(crate) fn execute(plan: Plan) -> Result<u8, Failure> {
             if busy.is_a_problem {
                 verbosity.problem(message)
             } else {
-                verbosity.note(message)
+                verbosity.progress(message)
             }
             return Ok(busy.exit_code);
         }
@@ -91,8 +99,13 @@ enum Waited {
     Signal(i32),
 }
 
+/// Returns whether a command that holds this key has started this process, as far as its environment says.
+fn runs_under(key: &str) -> bool {
+    std::env::var_os(environment::KEY).is_some_and(|held| held == key)
+}
+
 /// Waits for the key, or for a signal that ends the wait. Either way nothing is left in the queue.
-fn wait(hold: &Hold, events: &Receiver<Event>, verbosity: Verbosity) -> Waited {
+fn wait(hold: &Hold, key: &str, events: &Receiver<Event>, verbosity: Verbosity) -> Waited {
     let mut given_up = None;
     loop {
         // The signals' thread and ours have a sender: the channel does not end.
@@ -106,12 +119,13 @@ fn wait(hold: &Hold, events: &Receiver<Event>, verbosity: Verbosity) -> Waited {
                 hold.cancel();
                 given_up = Some(signal);
             }
-            // The second one does not wait for the store: what is left in the queue dies with the session.
+            // A second signal does not wait for the store: the place in the queue ends with the session.
             (Event::Signal(signal), Some(first)) if child::ends_the_wait(signal) => return Waited::Signal(first),
-            (Event::Waiting { ahead }, None) => verbosity.note(format_args!("waiting; {ahead} before us in the queue")),
-            (Event::LimitsDiffer { in_use, asked }, None) => {
-                verbosity.problem(limits_differ(in_use, asked));
-            }
+            (Event::Waiting, None) if runs_under(key) => verbosity.problem(format_args!(
+                "this command already runs under key `{}`: unless that key is shared, it waits for itself",
+                quoted_key(key)
+            )),
+            (Event::Report(report), None) => verbosity.report(report),
             (Event::Obtained(obtained), None) => return Waited::Obtained(obtained),
             // Granted and given up at the same moment.
             (Event::Obtained(_), Some(_)) => hold.release(None, false),
@@ -122,7 +136,7 @@ fn wait(hold: &Hold, events: &Receiver<Event>, verbosity: Verbosity) -> Waited {
     }
 }
 
-/// Releases the key, says what is to be said, and finds the exit code.
+/// Releases the key, reports a loss, and returns the exit code.
 fn end(
     ran: Ran,
     obtained: &Obtained,
@@ -136,7 +150,7 @@ fn end(
     ran.guardian.dismiss();
     let key = quoted_key(&obtained.key);
     if let Some(loss) = ran.lost {
-        let said = released.said.map(|reason| format!(" ({reason})")).unwrap_or_default();
+        let explanation = released.explanation.map(|reason| format!(" ({reason})")).unwrap_or_default();
         let (code, became) = match ran.left {
             Left::Nothing => (exit_code::LOST, "the command was ended"),
             Left::RanOn => {
@@ -147,7 +161,7 @@ fn end(
                 "processes of the command could not be ended and run on; another command may run beside them",
             ),
         };
-        let message = format!("key `{key}` was lost while the command ran: {}{said}; {became}", loss.cause);
+        let message = format!("key `{key}` was lost while the command ran: {}{explanation}; {became}", loss.cause);
         return Err(Failure::new(code, message));
     }
     if released.was_lost {
@@ -183,7 +197,7 @@ fn release(
     verbosity: Verbosity,
 ) -> Released {
     hold.release(cooldown, succeeded);
-    let unknown = Released { was_lost: false, said: None };
+    let unknown = Released { was_lost: false, explanation: None };
     let until = clock.now().after(LONGEST_RELEASE);
     loop {
         match events.recv_timeout(until.since(clock.now())) {

@@ -1,12 +1,12 @@
-//! The hold: one thread that gets the key, sees it lost, and releases it. It talks by [`Event`]s and commands.
+//! Runs the thread that obtains the key, notices its loss, and releases it. It sends [`Event`]s and takes commands.
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::mpsc::{self, Sender};
 use std::time::Duration;
 
-use stanchion::store::{Demand, KeyState};
-use stanchion::{BootTime, Clock, ErrorKind, EventStream, Fence, Guard, LossCause, OnceGuard, OnceOutcome};
+use stanchion::store::Demand;
+use stanchion::{BootTime, Clock, ErrorKind, EventStream, Guard, LossCause, OnceGuard, OnceOutcome};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
@@ -14,6 +14,7 @@ use crate::child::{Event, Loss, Obtained, Refusal, Released};
 use crate::exit_code;
 use crate::message::{Failure, quoted_key};
 use crate::output::{escape, for_people, limits_differ};
+use crate::report::{HoldReport, Report, WaitReport, describe};
 use crate::store::{Opened, StoreChoice, close, silent, within};
 
 /// Maximum time for contact with the store where the key is not waited for, opening included.
@@ -22,24 +23,26 @@ const NO_WAIT_WITHIN: Duration = Duration::from_millis(900);
 /// Maximum time for finding out who has the key, once it was not obtained.
 const LOOK_WITHIN: Duration = Duration::from_millis(200);
 
-/// What to hold, and how.
+/// A key to hold, with its options.
 #[derive(Debug)]
 pub(crate) struct HoldPlan {
     pub(crate) store: StoreChoice,
     pub(crate) key: String,
     pub(crate) demand: Demand,
-    /// None: without limit. Zero: one attempt.
+    /// Maximum wait: `None` for no limit, zero for one attempt.
     pub(crate) wait: Option<Duration>,
     pub(crate) ttl: Option<Duration>,
     pub(crate) max_hold: Option<Duration>,
     pub(crate) metadata: Option<String>,
-    /// Not again before its time.
+    /// The schedule of `once`.
     pub(crate) once: Option<Schedule>,
-    /// Who holds it, for people.
+    /// Label of this process that others see with the hold.
     pub(crate) owner: String,
+    /// Time after which the wait is described, or `None` if nobody reads that.
+    pub(crate) describe_wait_after: Option<Duration>,
 }
 
-/// When it may be run again. One of them is there, or both.
+/// The schedule of `once`: at least one of the two is there.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Schedule {
     pub(crate) every: Option<Duration>,
@@ -57,7 +60,7 @@ impl HoldPlan {
     }
 }
 
-/// What is held.
+/// The guard of the key.
 enum Held {
     Lock(Guard),
     Turn(Box<OnceGuard>),
@@ -72,7 +75,7 @@ impl Held {
     }
 }
 
-/// The thread, seen from the outside. Its end without a release leaves the release to the store: the session dies.
+/// A handle of the thread. If the thread ends without a release, the store frees the key when the session ends.
 #[derive(Debug)]
 pub(crate) struct Hold {
     commands: UnboundedSender<Command>,
@@ -85,7 +88,7 @@ enum Command {
 }
 
 impl Hold {
-    /// Asks for the key. The answer is an event.
+    /// Starts the thread and requests the key. The answer is an event.
     pub(crate) fn ask(plan: HoldPlan, events: Sender<Event>) -> Result<Self, Failure> {
         let (commands, inbox) = unbounded_channel();
         let cancel = CancellationToken::new();
@@ -103,26 +106,26 @@ impl Hold {
         Ok(hold)
     }
 
-    /// Gives up waiting. The answer is an event, still.
+    /// Stops waiting. The answer is an event here too.
     pub(crate) fn cancel(&self) {
         self.cancel.cancel();
     }
 
-    /// Whether the key is held at this moment, by the clock. False if there is no telling.
+    /// Returns whether the key is held now, by the clock; `false` if the thread does not answer.
     pub(crate) fn is_held(&self) -> bool {
         let (answer, answered) = mpsc::channel();
         let asked = self.commands.send(Command::IsHeld(answer));
         asked.is_ok() && answered.recv_timeout(Duration::from_secs(1)).unwrap_or(false)
     }
 
-    /// Releases the key and closes it for `cooldown`. The answer is an event.
+    /// Releases the key and keeps it closed for `cooldown`. The answer is an event.
     pub(crate) fn release(&self, cooldown: Option<Duration>, succeeded: bool) {
-        // A thread that has ended has told why.
+        // A thread that has ended has sent the reason.
         let _ended = self.commands.send(Command::Release { cooldown, succeeded });
     }
 }
 
-/// This thread has a defect: nothing can be said of the key any more. Whatever the main thread waits for, it hears of it.
+/// Ends every wait of the main thread after a panic of this thread: the state of the key is unknown from here on.
 fn say_farewell(events: &Sender<Event>) {
     let failure =
         || Failure::new(exit_code::INTERNAL, "stanchion has a defect: the thread that holds the key has ended");
@@ -137,7 +140,7 @@ fn say_farewell(events: &Sender<Event>) {
 
 async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedReceiver<Command>, events: Sender<Event>) {
     let tell = |event| {
-        // The main thread has ended: so does this process.
+        // The main thread has ended, and with it this process.
         let _ended = events.send(event);
     };
     let started = Clock::system().now();
@@ -150,22 +153,27 @@ async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedRec
         },
     };
     let mut happenings = opened.locks.events();
+    for warning in opened.locks.warnings() {
+        tell(Event::Report(Report::Progress(warning)));
+    }
     match obtain(&plan, started, &cancel, &opened, &mut happenings, &tell).await {
         Ok(held) => {
-            let fence = held.guard().fence();
             // From here on a warning is about this hold.
-            let _ = what_was_said(fence, &mut happenings).await;
+            while event_that_is_there(&mut happenings).await.is_some() {}
+            let mut report = HoldReport::new(held.guard().fence());
             tell(Event::Obtained(Obtained {
                 key: held.guard().key().name().to_owned(),
-                fence: fence.get(),
+                fence: held.guard().fence().get(),
                 descriptor: opened.session_descriptor(),
             }));
-            let released = keep(held, &mut inbox, &tell).await;
-            // What could not be ended dies with the session.
+            let released = keep(held, &mut inbox, &mut happenings, &mut report, &tell).await;
+            // A hold that could not be released ends with the session.
             let _closed = opened.locks.close().await;
-            // The keeper has told everything by now.
-            let said = what_was_said(fence, &mut happenings).await;
-            let released = released.map(|was_lost| Released { was_lost, said });
+            // The keeper has reported everything by now.
+            while let Some(event) = event_that_is_there(&mut happenings).await {
+                report.collect(event);
+            }
+            let released = released.map(|was_lost| Released { was_lost, explanation: report.explanation() });
             tell(Event::Released(released));
         }
         Err(refusal) => {
@@ -204,17 +212,20 @@ async fn obtain(
         }
     };
     let mut attempt = pin!(attempt);
+    let mut report = WaitReport::new(&opened.locks, &plan.key, &plan.owner, plan.demand, plan.describe_wait_after);
     let answer = loop {
         tokio::select! {
             biased;
             answer = &mut attempt => break answer,
-            Some(happening) = happenings.next() => {
-                match happening {
-                    stanchion::Event::Contended { ahead, .. } => tell(Event::Waiting { ahead }),
-                    stanchion::Event::LimitsDiffer { in_use, asked, .. } => tell(Event::LimitsDiffer { in_use, asked }),
-                    _ => {}
+            Some(happening) = happenings.next() => match happening {
+                stanchion::Event::Contended { .. } => tell(Event::Waiting),
+                stanchion::Event::LimitsDiffer { in_use, asked, .. } => {
+                    tell(Event::Report(Report::Problem(limits_differ(in_use, asked))));
                 }
-            }
+                stanchion::Event::Warning { message } => tell(Event::Report(Report::Progress(message))),
+                _ => {}
+            },
+            line = report.next() => tell(Event::Report(line)),
         }
     };
     let Some(answer) = answer else { return Err(Refusal::Failed(silent(NO_WAIT_WITHIN))) };
@@ -229,7 +240,7 @@ async fn obtain(
     }
 }
 
-/// The turn of a command that is run once, if it is to be run now.
+/// Returns the guard of a scheduled command if it is to run now.
 async fn begin(
     plan: &HoldPlan,
     schedule: Schedule,
@@ -263,8 +274,14 @@ async fn begin(
     }
 }
 
-/// Keeps the key until it is to be released.
-async fn keep(held: Held, inbox: &mut UnboundedReceiver<Command>, tell: &impl Fn(Event)) -> Result<bool, Failure> {
+/// Keeps the key until the main thread has it released. Returns whether it was lost.
+async fn keep(
+    held: Held,
+    inbox: &mut UnboundedReceiver<Command>,
+    happenings: &mut EventStream,
+    report: &mut HoldReport,
+    tell: &impl Fn(Event),
+) -> Result<bool, Failure> {
     let mut announced = false;
     let guard = held.guard();
     let (cooldown, succeeded) = loop {
@@ -276,10 +293,20 @@ async fn keep(held: Held, inbox: &mut UnboundedReceiver<Command>, tell: &impl Fn
                 continue;
             }
             command = inbox.recv() => command,
+            Some(happening) = happenings.next() => {
+                if let Some(line) = report.note(happening, guard) {
+                    tell(Event::Report(line));
+                }
+                continue;
+            }
+            line = report.end_of_outage(guard) => {
+                tell(Event::Report(line));
+                continue;
+            }
         };
         match command {
             Some(Command::IsHeld(answer)) => {
-                // Who asked may have given up.
+                // The main thread may have stopped waiting.
                 let _late = answer.send(guard.is_held());
             }
             Some(Command::Release { cooldown, succeeded }) => break (cooldown, succeeded),
@@ -300,57 +327,24 @@ async fn keep(held: Held, inbox: &mut UnboundedReceiver<Command>, tell: &impl Fn
     }
 }
 
-/// Returns the reason of a loss, among what has happened so far: that of a forced release, or the store's newest warning if
-/// the loss came from the end of the session.
-async fn what_was_said(fence: Fence, happenings: &mut EventStream) -> Option<String> {
-    let (mut warning, mut session_ended) = (None, false);
-    loop {
-        let happening = tokio::select! {
-            biased;
-            happening = happenings.next() => happening,
-            () = std::future::ready(()) => None,
-        };
-        match happening {
-            Some(stanchion::Event::Lost { fence: lost, reason: Some(reason), .. }) if lost == fence => {
-                return Some(reason);
-            }
-            Some(stanchion::Event::Lost { fence: lost, cause, .. }) if lost == fence => {
-                session_ended = cause == LossCause::SessionExpired;
-            }
-            Some(stanchion::Event::Warning { message }) => warning = Some(message),
-            Some(_) => {}
-            None => return warning.filter(|_| session_ended),
-        }
+/// Returns an event that has arrived already, without waiting.
+async fn event_that_is_there(happenings: &mut EventStream) -> Option<stanchion::Event> {
+    tokio::select! {
+        biased;
+        happening = happenings.next() => happening,
+        () = std::future::ready(()) => None,
     }
 }
 
-/// Says who has the key.
+/// Names the holder of the key, for the message of a key that was not obtained.
 async fn busy(plan: &HoldPlan, opened: &Opened) -> String {
     let limit = match plan.wait {
         None | Some(Duration::ZERO) => String::new(),
         Some(limit) => format!(" within {}", for_people(limit)),
     };
     let why = match within(LOOK_WITHIN, opened.locks.inspect(plan.key.as_str())).await {
-        Some(Ok(state)) => reason(&state, plan.demand),
+        Some(Ok(state)) => describe(&state, plan.demand),
         Some(Err(_)) | None => "it is taken".to_owned(),
     };
     format!("key `{}` was not obtained{limit}: {why}", quoted_key(&plan.key))
-}
-
-fn reason(state: &KeyState, demand: Demand) -> String {
-    match (state.holders.first(), state.closed_for) {
-        (Some(holder), _) => {
-            let others = match state.holders.len() {
-                1 => String::new(),
-                more => format!(" and {} more", more - 1),
-            };
-            let (owner, age) = (escape(&holder.owner), for_people(holder.age));
-            let limits = state.capacity().filter(|_| holder.units < holder.capacity && !demand.is_exclusive());
-            let limits = limits.filter(|in_use| *in_use != demand.capacity());
-            let limits = limits.map(|in_use| format!("; {}", limits_differ(in_use, demand.capacity())));
-            format!("held by {owner}{others} for {age}, fence {}{}", holder.fence.get(), limits.unwrap_or_default())
-        }
-        (None, Some(left)) => format!("it stays closed for another {}", for_people(left)),
-        (None, None) => "it was taken, and has become free since".to_owned(),
-    }
 }

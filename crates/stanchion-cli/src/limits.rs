@@ -5,10 +5,11 @@ use rustix::fs::{Mode, OFlags};
 use crate::exit_code;
 use crate::message::Failure;
 
-/// Descriptors that the tool opens beside those that it is started with: of its runtimes, the store and the command.
+/// Number of descriptors that the tool opens for its runtimes, the store and the command.
 const DESCRIPTORS: usize = 48;
 
-/// Refuses to begin with too few descriptors: the libraries below panic without them, and half-way is the wrong time to fail.
+/// Returns an error if too few descriptors are allowed: the libraries below panic without them, and the middle of a run is the
+/// wrong time to fail.
 pub(crate) fn check() -> Result<(), Failure> {
     let opened = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let all = opened.and_then(|first| {
@@ -20,7 +21,7 @@ pub(crate) fn check() -> Result<(), Failure> {
                 format!("{DESCRIPTORS} more open files are needed than the system allows ({cause}): raise `ulimit -n`");
             Err(Failure::new(exit_code::INTERNAL, message))
         }
-        // Without a /dev/null nothing can be told.
+        // Without /dev/null there is nothing to try.
         _ => Ok(()),
     }
 }

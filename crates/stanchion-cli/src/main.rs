@@ -13,6 +13,7 @@ mod hold;
 mod limits;
 mod message;
 mod output;
+mod report;
 mod store;
 mod sys;
 mod usage;

@@ -1,31 +1,33 @@
-//! What the tool says: one line on stderr, with the tool's name before it. stdout is for data.
+//! Prints messages: one line each on stderr, with the tool's name before it. stdout is for data.
 
 use std::error::Error as _;
 use std::fmt;
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
+use std::time::Duration;
 
 use crate::exit_code;
+use crate::report::Report;
 
-/// How much to say.
+/// Amount of messages that the tool prints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Verbosity {
-    /// Nothing: the exit code tells.
+    /// No messages: the exit code tells the result.
     Quiet,
-    /// What went wrong.
+    /// Problems.
     Normal,
-    /// What happens, too.
+    /// Problems and progress.
     Verbose,
 }
 
 impl Verbosity {
-    /// Says what went wrong.
+    /// Prints a problem, unless `--quiet` is given.
     pub(crate) fn problem(self, text: impl fmt::Display) {
         if self >= Self::Normal {
             say(text);
         }
     }
 
-    /// Says what happens.
+    /// Prints a detail, if `--verbose` is given.
     pub(crate) fn note(self, text: impl fmt::Display) {
         if self >= Self::Verbose {
             say(text);
@@ -33,13 +35,38 @@ impl Verbosity {
     }
 }
 
-fn say(text: impl fmt::Display) {
-    let line = format!("stanchion: {}\n", one_line(&text.to_string()));
-    // Nobody reads stderr: then there is nobody to tell.
-    let _unread = std::io::stderr().lock().write_all(line.as_bytes());
+impl Verbosity {
+    /// Prints progress, if somebody is likely to read it now.
+    pub(crate) fn progress(self, text: impl fmt::Display) {
+        if self.describe_wait_after().is_some() {
+            say(text);
+        }
+    }
+
+    pub(crate) fn report(self, report: Report) {
+        match report {
+            Report::Progress(line) => self.progress(line),
+            Report::Problem(line) => self.problem(line),
+        }
+    }
+
+    /// Returns the time after which a wait is described: at once with `--verbose`, later on a terminal, where a short wait
+    /// is no news, and otherwise never.
+    pub(crate) fn describe_wait_after(self) -> Option<Duration> {
+        match self {
+            Self::Verbose => Some(Duration::ZERO),
+            Self::Normal if std::io::stderr().is_terminal() => Some(Duration::from_secs(2)),
+            Self::Normal | Self::Quiet => None,
+        }
+    }
 }
 
-/// The end of the tool without success: a message and an exit code.
+fn say(text: impl fmt::Display) {
+    let line = format!("stanchion: {}\n", one_line(&text.to_string()));
+    let _ = std::io::stderr().lock().write_all(line.as_bytes());
+}
+
+/// An unsuccessful end of the tool: a message and an exit code.
 #[derive(Debug)]
 pub(crate) struct Failure {
     pub(crate) code: u8,
@@ -63,24 +90,24 @@ impl From<stanchion::Error> for Failure {
     }
 }
 
-/// The text in one line, with no control characters and no password in it.
+/// Returns the text in one line, without control characters and passwords.
 pub(crate) fn one_line(text: &str) -> String {
     let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     crate::output::visible(&without_passwords(&lines.join(" ")))
 }
 
-/// A text of the user's, as messages quote it: a path, a program. It may be a URL in the wrong place.
+/// Returns a path or a program's name as messages quote it. It may be a URL in the wrong place, so passwords are removed.
 pub(crate) fn quoted(text: &str) -> String {
     crate::output::escape(&stanchion::store::redacted(text))
 }
 
-/// A key, as messages quote it. A key such as `user:ann@example.com` is shown, one with `://` is taken for a URL.
+/// Returns a key as messages quote it. A key such as `user:ann@example.com` is shown, one with `://` is taken for a URL.
 pub(crate) fn quoted_key(key: &str) -> String {
     if key.contains("://") { quoted(key) } else { crate::output::escape(key) }
 }
 
-/// Redacts what looks like a URL in a message of a library. Messages of our own quote with [`quoted`]: only there it is
-/// known where a URL with blanks ends.
+/// Redacts each URL in a message of a library. Our own messages use [`quoted`], because only there the end of a URL with
+/// blanks is known.
 fn without_passwords(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;

@@ -1,4 +1,4 @@
-//! Data for stdout: JSON, tables, and text that cannot fool a terminal.
+//! Writes data to stdout: JSON, tables, and text that cannot steer a terminal.
 
 use std::borrow::Cow;
 use std::io::{self, Write as _};
@@ -11,7 +11,7 @@ use stanchion::{RunRecord, is_printable};
 use crate::exit_code;
 use crate::message::Failure;
 
-/// What `--json` prints; part of the tool's contract.
+/// Help text about the output of `--json`, which is part of the tool's contract.
 pub(crate) const JSON_HELP: &str = "\
 JSON (--json), a stable contract: fields are added, never changed or removed. One object per line:
   key              the key
@@ -35,7 +35,7 @@ written as \\uXXXX. `ls` skips entries that it cannot read, names each on stderr
 Exit codes: 0; 64 wrong usage; 65 damaged entries (`ls`); 69 store unavailable; 70 internal; 77 not permitted;
 78 misconfigured.";
 
-/// A key, as `--json` shows it.
+/// A key as `--json` shows it.
 #[derive(Debug, Serialize)]
 pub(crate) struct KeyRecord<'a> {
     key: &'a str,
@@ -113,7 +113,7 @@ impl<'a> From<&'a WaiterState> for WaiterRecord<'a> {
     }
 }
 
-/// The last run of a key.
+/// The last run of a key as `--json` shows it.
 #[derive(Serialize)]
 pub(crate) struct RunLine<'a> {
     succeeded: bool,
@@ -141,7 +141,7 @@ impl<'a> From<&'a RunRecord> for RunLine<'a> {
     }
 }
 
-/// Whole milliseconds.
+/// Returns a span in whole milliseconds.
 pub(crate) fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
@@ -149,14 +149,15 @@ pub(crate) fn millis(span: Duration) -> u64 {
 /// The first time that has no name in RFC 3339: the year 10000.
 const BEYOND: Duration = Duration::from_secs(253_402_300_800);
 
-/// RFC 3339 in UTC, to the millisecond. A time that cannot be written so is shown as the nearest one that can.
+/// Returns a time by RFC 3339 in UTC, to the millisecond. Years below 1970 and above 9999 are shown as the nearest time that
+/// the format has.
 pub(crate) fn wall_time(time: SystemTime) -> String {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let since = since.min(BEYOND - Duration::from_millis(1));
     humantime::format_rfc3339_millis(SystemTime::UNIX_EPOCH + since).to_string()
 }
 
-/// A span as people read it: its two largest units, `4m 20s`, `3d`, `150ms`.
+/// Returns a span as people read it, in its two largest units, `4m 20s`, `3d`, `150ms`.
 pub(crate) fn for_people(span: Duration) -> String {
     let whole = if span < Duration::from_secs(1) {
         Duration::from_millis(millis(span))
@@ -169,7 +170,7 @@ pub(crate) fn for_people(span: Duration) -> String {
     text.split(' ').take(2).collect::<Vec<_>>().join(" ")
 }
 
-/// Says that the holders of a key have another limit than a request.
+/// Returns the sentence for a request whose limit is not the limit of the holders.
 pub(crate) fn limits_differ(in_use: u32, asked: u32) -> String {
     let (in_use, asked) = (limit(in_use), limit(asked));
     format!(
@@ -178,7 +179,7 @@ pub(crate) fn limits_differ(in_use: u32, asked: u32) -> String {
     )
 }
 
-/// A limit as people read it.
+/// Returns a limit as people read it.
 pub(crate) fn limit(capacity: u32) -> String {
     match capacity {
         Demand::MAX => "no limit (--shared)".to_owned(),
@@ -186,7 +187,7 @@ pub(crate) fn limit(capacity: u32) -> String {
     }
 }
 
-/// One line of JSON. What is not printable is in texts alone, and escaped there.
+/// Returns one line of JSON. Characters that are not printable occur in texts only, and are escaped there.
 pub(crate) fn json_line(record: &impl Serialize) -> Result<String, Failure> {
     let refused = |error| Failure::new(exit_code::INTERNAL, format!("cannot write JSON: {error}"));
     let json = serde_json::to_string(record).map_err(refused)?;
@@ -203,7 +204,7 @@ pub(crate) fn json_line(record: &impl Serialize) -> Result<String, Failure> {
     Ok(line + "\n")
 }
 
-/// A message as it may be shown: characters that are not printable are written as `\u{…}`.
+/// Returns a message with characters that are not printable written as `\u{…}`.
 pub(crate) fn visible(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
         if is_printable(c) {
@@ -215,16 +216,16 @@ pub(crate) fn visible(text: &str) -> String {
     })
 }
 
-/// Text of a user within a line of ours. No two texts look the same: characters that are not printable and the backslash are
+/// Returns a user's text for a line of ours. No two texts look the same: characters that are not printable and the backslash are
 /// escaped, and so is a space at the beginning, at the end and after a space, because two of them separate columns.
 pub(crate) fn escape(text: &str) -> String {
     pieces(text).collect()
 }
 
-/// Maximum width of a cell of a table. `--json` and `inspect` show all.
+/// Maximum width of a cell in characters. `--json` and `inspect` show all.
 const CELL: usize = 80;
 
-/// The same for a cell of a table, with an ellipsis if it is too long.
+/// Returns a user's text for a cell of a table, cut with an ellipsis if it is too long.
 pub(crate) fn cell(text: &str) -> String {
     let mut out = String::new();
     let (mut width, mut fits) = (0, 0);
@@ -259,7 +260,7 @@ fn pieces(text: &str) -> impl Iterator<Item = Cow<'_, str>> {
     })
 }
 
-/// A table with aligned columns, two spaces between them.
+/// Returns a table with aligned columns, two spaces between them.
 pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = head.iter().map(|cell| cell.chars().count()).collect();
     for row in rows {
@@ -280,12 +281,12 @@ pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     out
 }
 
-/// What became of a piece of output.
+/// The fate of a piece of output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Printed {
-    /// It was written.
+    /// The output was written.
     Yes,
-    /// Nobody reads any more, as after `| head`: a quiet end.
+    /// The reader has gone, as after `| head`, which is no error.
     NobodyReads,
 }
 

@@ -1,9 +1,10 @@
-//! Which store, and opening it.
+//! Chooses the store and opens it.
 
+use std::ffi::OsString;
 use std::io::Read as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,9 +25,12 @@ const OPEN_EVERY: Duration = Duration::from_millis(100);
 /// Time within which the library reports why a store could not be opened, once its limit has come.
 const TOLD_WITHIN: Duration = Duration::from_millis(20);
 
-/// The store that was asked for. `Debug` does not show the URL: it may hold a password.
+/// The chosen store. `Debug` does not show the URL: it may hold a password.
+#[derive(Clone)]
 pub(crate) struct StoreChoice {
     url: String,
+    /// Environment variable that makes an inner `stanchion` choose the same store, unless that would show a password.
+    for_children: Option<(&'static str, OsString)>,
 }
 
 impl std::fmt::Debug for StoreChoice {
@@ -43,13 +47,13 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    /// The descriptor that keeps the session's holds for as long as anyone has a copy of it.
+    /// Returns the descriptor that keeps the session's holds for as long as a process has a copy of it.
     pub(crate) fn session_descriptor(&self) -> Option<OwnedFd> {
         self.embedded.as_ref()?.session_descriptor(self.locks.session()?)
     }
 }
 
-/// The store of the options, else of the environment, else the embedded one in the user's state folder.
+/// Returns the store of the options, else of the environment, else the embedded store in the user's state folder.
 pub(crate) fn resolve(common: &Common) -> Result<StoreChoice, Failure> {
     if let Some(url) = &common.store {
         if holds_password(url) {
@@ -77,7 +81,7 @@ pub(crate) fn resolve(common: &Common) -> Result<StoreChoice, Failure> {
     }
     match variable(environment::STORE_FILE) {
         Some(path) => from_file(Path::new(&path), environment::STORE_FILE),
-        None => Ok(StoreChoice { url: "sqlite:".into() }),
+        None => Ok(StoreChoice { url: DEFAULT.to_owned(), for_children: None }),
     }
 }
 
@@ -97,11 +101,14 @@ fn from_file(path: &Path, named_by: &str) -> Result<StoreChoice, Failure> {
     }
     let mut text = String::new();
     file.read_to_string(&mut text).map_err(failed)?;
-    choose(text.lines().next().unwrap_or_default().trim(), named_by)
+    let choice = choose(text.lines().next().unwrap_or_default().trim(), named_by)?;
+    // Absolute, because the command may change its folder.
+    let path = std::path::absolute(path).map_err(failed)?;
+    Ok(StoreChoice { for_children: Some((environment::STORE_FILE, path.into_os_string())), ..choice })
 }
 
-/// Why a file that may hold a password is refused. The rules are those of libpq: a file of this user is for this user
-/// alone, and root may let a group read a file of root's.
+/// Returns why a file that may hold a password is refused. The rules are libpq's: a file of this user must be closed to
+/// others, and root may let a group read a file of root's.
 fn insecure(owner: u32, mode: u32, user: u32, path: &str) -> Option<String> {
     match owner {
         0 if mode & 0o037 == 0 => None,
@@ -114,7 +121,7 @@ fn insecure(owner: u32, mode: u32, user: u32, path: &str) -> Option<String> {
     }
 }
 
-/// Checks what the library need not: that it is a URL at all, and of a store that other processes can share.
+/// Checks that the text is a URL and names a store that other processes can share, which the library does not require.
 fn choose(url: &str, named_by: &str) -> Result<StoreChoice, Failure> {
     let usage = |message: String| Err(Failure::new(exit_code::USAGE, message));
     let scheme = url.split_once(':').map(|(scheme, _)| scheme);
@@ -123,7 +130,36 @@ fn choose(url: &str, named_by: &str) -> Result<StoreChoice, Failure> {
         Some("memory") => usage(format!(
             "{named_by} says `memory:`, which no other process can see: write sqlite:FOLDER, or the URL of a server"
         )),
-        Some(_) => Ok(StoreChoice { url: url.to_owned() }),
+        Some("sqlite") => embedded_url(url, named_by, std::env::var_os("HOME")).map(chosen),
+        Some(_) => Ok(chosen(url.to_owned())),
+    }
+}
+
+fn chosen(url: String) -> StoreChoice {
+    let for_children = (!holds_password(&url)).then(|| (environment::STORE, OsString::from(&url)));
+    StoreChoice { url, for_children }
+}
+
+/// Returns the URL with the home folder in place of `~`. Refuses a relative folder: it would be another store in each
+/// working directory.
+fn embedded_url(url: &str, named_by: &str, home: Option<OsString>) -> Result<String, Failure> {
+    let usage = |message: String| Err(Failure::new(exit_code::USAGE, message));
+    let folder = url.strip_prefix("sqlite:").unwrap_or_default();
+    if folder.is_empty() || folder.starts_with(['/', '?']) {
+        return Ok(url.to_owned());
+    }
+    let below_home = folder.strip_prefix('~').filter(|rest| rest.is_empty() || rest.starts_with('/'));
+    match below_home {
+        Some(rest) => match home.as_ref().and_then(|home| home.to_str()).filter(|home| home.starts_with('/')) {
+            Some(home) => Ok(format!("sqlite:{}{rest}", home.replace('%', "%25").replace('?', "%3F"))),
+            None => {
+                usage(format!("{named_by} names a folder below `~`, and HOME is not set: write an absolute folder"))
+            }
+        },
+        None => usage(format!(
+            "{named_by} names a relative folder, which is another store in each working directory: write \
+             sqlite:/ABSOLUTE/FOLDER or sqlite:~/FOLDER"
+        )),
     }
 }
 
@@ -145,8 +181,65 @@ fn holds_password(url: &str) -> bool {
         })
 }
 
+/// The user's own folder.
+const DEFAULT: &str = "sqlite:";
+
 impl StoreChoice {
-    /// Opens it within `limit`; without one, within the library's default.
+    /// Returns the store as messages name it, without a password.
+    pub(crate) fn shown(&self) -> String {
+        match self.folder() {
+            Some(Ok(folder)) => quoted(&format!("sqlite:{}", folder.display())),
+            _ => quoted(&self.url),
+        }
+    }
+
+    /// Returns the environment variable that makes an inner `stanchion` choose the same store.
+    pub(crate) fn for_children(&self) -> Option<&(&'static str, OsString)> {
+        self.for_children.as_ref()
+    }
+
+    /// Returns whether it is the store of a user who named none.
+    pub(crate) fn is_default(&self) -> bool {
+        self.url == DEFAULT
+    }
+
+    /// Returns the folder of the embedded store.
+    fn folder(&self) -> Option<stanchion::Result<PathBuf>> {
+        self.url.starts_with(DEFAULT).then(|| Sqlite::folder_of_url(&self.url))
+    }
+
+    /// Refuses a folder that looks like a typing error: of a folder that the user named, the store makes the last part only.
+    fn check_parent(&self) -> Result<(), Failure> {
+        let Some(folder) = self.folder().filter(|_| !self.is_default()).transpose()? else { return Ok(()) };
+        match folder.parent() {
+            Some(parent) if !parent.exists() => Err(Failure::new(
+                exit_code::MISCONFIGURED,
+                format!(
+                    "`{}` does not exist: make it first, or correct the store's URL",
+                    quoted(&parent.to_string_lossy())
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns the store to look at: looking does not create the folder of the embedded store.
+    fn for_looking(&self) -> Result<Self, Failure> {
+        match self.folder().transpose()? {
+            Some(folder) if !folder.exists() && self.is_default() => {
+                // Nobody has held a key yet: an empty store gives the same answers.
+                Ok(Self { url: "memory:".to_owned(), for_children: None })
+            }
+            Some(folder) if !folder.exists() => {
+                let folder = quoted(&folder.to_string_lossy());
+                let message = format!("no store in `{folder}`: the first `stanchion run` makes it");
+                Err(Failure::new(exit_code::MISCONFIGURED, message))
+            }
+            _ => Ok(self.clone()),
+        }
+    }
+
+    /// Opens the store within `limit`, or within the library's default.
     pub(crate) async fn open(
         &self,
         owner: Option<&str>,
@@ -167,6 +260,7 @@ impl StoreChoice {
         ttl: Option<Duration>,
         limit: Option<Duration>,
     ) -> Result<Opened, Failure> {
+        self.check_parent()?;
         let started = Clock::system().now();
         let (mut builder, embedded) = if self.url.starts_with("sqlite:") {
             // The handle is kept for its descriptors.
@@ -205,7 +299,7 @@ impl StoreChoice {
         }
     }
 
-    /// The database that a schema is for.
+    /// Returns the PostgreSQL store, for its schema.
     pub(crate) fn database(&self) -> Result<Postgres, Failure> {
         if !self.url.starts_with("postgres") {
             let message = "only PostgreSQL needs a schema: give a `postgres://` URL";
@@ -214,7 +308,7 @@ impl StoreChoice {
         Ok(Postgres::from_url(&self.url)?)
     }
 
-    /// Waits for something in a runtime of its own.
+    /// Runs async work in a runtime of its own.
     pub(crate) fn run<T>(&self, work: impl AsyncFnOnce() -> stanchion::Result<T>) -> Result<T, Failure> {
         let runtime = runtime()?;
         let done = runtime.block_on(work());
@@ -222,11 +316,12 @@ impl StoreChoice {
         Ok(done?)
     }
 
-    /// Opens it, asks it something, and closes it.
+    /// Opens the store, queries it, and closes it.
     pub(crate) fn ask<T>(&self, question: impl AsyncFnOnce(&Locks) -> stanchion::Result<T>) -> Result<T, Failure> {
+        let store = self.for_looking()?;
         let runtime = runtime()?;
         let answer = runtime.block_on(async {
-            let opened = self.open(None, None, None).await?;
+            let opened = store.open(None, None, None).await?;
             let answer = question(&opened.locks).await;
             close(&opened, answer.as_ref().is_err_and(stanchion::Error::is_transient)).await;
             Ok(answer?)
@@ -237,7 +332,7 @@ impl StoreChoice {
     }
 }
 
-/// Ends the session. What could not be ended dies with it by itself: a store that did not answer is not waited for.
+/// Ends the session. If the store did not answer before, the tool does not wait for it: the session ends by itself.
 pub(crate) async fn close(opened: &Opened, is_store_away: bool) {
     if is_store_away {
         let _closed = within(CLOSE_AWAY_WITHIN, opened.locks.close()).await;
@@ -246,12 +341,12 @@ pub(crate) async fn close(opened: &Opened, is_store_away: bool) {
     }
 }
 
-/// The outcome, if it comes in time.
+/// Returns the outcome, or `None` after `limit`.
 pub(crate) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
     tokio::time::timeout(limit, work).await.ok()
 }
 
-/// The store has not answered.
+/// Returns the failure of a store that did not answer.
 pub(crate) fn silent(limit: Duration) -> Failure {
     Failure::new(exit_code::UNAVAILABLE, format!("the store did not answer within {}", for_people(limit)))
 }

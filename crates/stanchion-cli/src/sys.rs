@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
-/// Whether this process ignores the signal: whoever started it wanted that, as `nohup` does.
+/// Returns whether this process ignores the signal, because its parent wanted that, as `nohup` does.
 pub(crate) fn is_ignored(signal: i32) -> bool {
     let mut current = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: only reads the disposition, into a struct of the right type that is valid when zeroed.
@@ -22,7 +22,7 @@ pub(crate) fn ignore(signal: i32) {
     unsafe { libc::signal(signal, libc::SIG_IGN) };
 }
 
-/// Closes every descriptor above the standard streams: what the caller of this program left open is not for a helper.
+/// Closes every descriptor above the standard streams: descriptors that the caller of this program left open are not for a helper.
 pub(crate) fn close_inherited_descriptors() {
     // SAFETY: no object of this program owns a descriptor yet: the caller does this first.
     #[cfg(target_os = "linux")]

@@ -1,4 +1,4 @@
-//! Answers to what could not be parsed: help, the version, or one line on what was wrong.
+//! Answers arguments that could not be parsed: with help, the version, or one line about the error.
 
 use std::ffi::OsString;
 
@@ -47,7 +47,7 @@ fn explain(arguments: impl Iterator<Item = OsString>) -> String {
     }
 }
 
-/// What clap says in several paragraphs, in one line and with the way out.
+/// Returns clap's error, which has several paragraphs, as one line that ends with the way out.
 fn message(kind: ErrorKind, text: &str, command: &str) -> String {
     let mut parts = text.split("\n\n").map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "));
     let what = parts.next().unwrap_or_default();

@@ -1,4 +1,4 @@
-//! The guardian: a process that outlives this one just long enough to kill what it left behind.
+//! The guardian: a process that outlives this one just long enough to kill the processes that this one left behind.
 //!
 //! The kernel kills the child when this process dies, but not the child's own children. The guardian holds the read end of
 //! a pipe whose only write end is here. The child writes its process group into it before it becomes the command, so there

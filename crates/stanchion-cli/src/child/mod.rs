@@ -5,11 +5,10 @@
 //! 2. While the key is held for it, the command is alive or being waited for; the key is released after its end.
 //! 3. When the key is lost, the whole process group is dead before another may have the key. If the system does not allow
 //!    that (the command has become another user), the user is told at once.
-//! 4. When this process dies, whatever the way, the whole process group dies: the kernel kills the child, the guardian
-//!    the rest.
+//! 4. However this process dies, the whole process group dies: the kernel kills the child, and the guardian the rest.
 //!
-//! Everything that happens arrives on one channel as an [`Event`], so that there is one order of things. The main thread
-//! reads it, and it is the one that starts the child: the kernel kills a child when the *thread* that started it ends.
+//! Everything that happens arrives on one channel as an [`Event`], so that there is one order of events. The main thread
+//! reads the channel and starts the child: the kernel kills a child when the *thread* that started it ends.
 
 pub(crate) mod guardian;
 mod signals;
@@ -24,29 +23,22 @@ use std::time::Duration;
 use stanchion::LossCause;
 
 use crate::message::Failure;
+use crate::report::Report;
 
 pub(crate) use signals::{ends_the_wait, listen};
-pub(crate) use spawn::reap_orphans;
+pub(crate) use spawn::{check_program, reap_orphans};
 pub(crate) use supervise::{Left, NotStarted, Ran, Supervisor};
 pub(crate) use terminal::has_a_job_shell;
 
-/// What can happen.
+/// An event of the main loop.
 #[derive(Debug)]
 pub(crate) enum Event {
     /// This process got a signal. SIGCHLD: a process has ended that is perhaps nobody else's to reap.
     Signal(i32),
-    /// Others are before us.
-    Waiting {
-        /// How many.
-        ahead: u32,
-    },
-    /// The holders share the key with another limit than ours.
-    LimitsDiffer {
-        /// Theirs, the smallest.
-        in_use: u32,
-        /// Ours.
-        asked: u32,
-    },
+    /// The key is in use, and this process is in its queue.
+    Waiting,
+    /// There is something to report about the key.
+    Report(Report),
     /// The key is held.
     Obtained(Obtained),
     /// The key is not held and will not be.
@@ -72,14 +64,14 @@ pub(crate) struct Obtained {
     pub(crate) descriptor: Option<OwnedFd>,
 }
 
-/// Why the key is not held.
+/// The reason why the key is not held.
 #[derive(Debug)]
 pub(crate) enum Refusal {
-    /// Others have it, or it is closed.
+    /// The key is in use or closed.
     Busy(String),
     /// The wait was cancelled.
     Cancelled,
-    /// Something is wrong.
+    /// The store or this tool failed.
     Failed(Failure),
 }
 
@@ -88,33 +80,35 @@ pub(crate) enum Refusal {
 pub(crate) struct Loss {
     /// Why.
     pub(crate) cause: LossCause,
-    /// How long nobody else can have it, if that has an end. Zero: another may have it now.
+    /// Time for which no other process can have the key, if that has an end. Zero: another process may have it now.
     pub(crate) left: Option<Duration>,
 }
 
-/// What the release found.
+/// The result of a release.
 #[derive(Debug)]
 pub(crate) struct Released {
     /// The hold had been lost before.
     pub(crate) was_lost: bool,
-    /// What the one who released it by force said.
-    pub(crate) said: Option<String>,
+    /// The explanation of a loss: the reason of a forced release, or the store's last warning or fault.
+    pub(crate) explanation: Option<String>,
 }
 
-/// How a child ended.
+/// The end of a child.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Exit {
-    /// By itself, with this code.
+    /// The child exited with this code.
     Code(u8),
-    /// By this signal.
+    /// This signal killed the child.
     Signal(i32),
 }
 
-/// What to run, and how to end it.
+/// A command to run, and the way to end it.
 #[derive(Debug)]
 pub(crate) struct ChildPlan {
     /// The program and its arguments; never empty.
     pub(crate) command: Vec<OsString>,
-    /// The time between TERM and KILL.
+    /// Time between SIGTERM and SIGKILL after a loss.
     pub(crate) kill_after: Duration,
+    /// Environment variable that makes an inner `stanchion` choose the same store.
+    pub(crate) store: Option<(&'static str, OsString)>,
 }

@@ -1,4 +1,4 @@
-//! Signals of this process, as events.
+//! Turns signals of this process into events.
 
 use std::sync::mpsc::Sender;
 
@@ -16,12 +16,12 @@ const ENDING: [i32; 6] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2];
 /// Signals that are of use to the child alone, or to the stopping and continuing of both.
 const OTHERS: [i32; 3] = [SIGWINCH, SIGTSTP, SIGCONT];
 
-/// Whether the signal, before the child runs, ends the wait.
+/// Returns whether the signal ends the wait for the key.
 pub(crate) fn ends_the_wait(signal: i32) -> bool {
     ENDING.contains(&signal)
 }
 
-/// What was found at the start and changed here, for the child to have as it was.
+/// Signal settings that this process changed and the child gets back.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Inherited {
     /// SIGCHLD was ignored.
@@ -30,7 +30,7 @@ pub(crate) struct Inherited {
 
 /// Sends every signal to the channel from now on.
 ///
-/// A signal that is ignored or blocked at the start stays so, here and in the child: whoever started us wanted that. Only
+/// A signal that is ignored or blocked at the start stays so, here and in the child, because our parent wanted that. Only
 /// SIGCHLD must not be ignored, or the exit code of the child would be thrown away; the child gets it back ignored.
 pub(crate) fn listen(events: Sender<Event>) -> Result<Inherited, Failure> {
     let inherited = Inherited { ignores_chld: sys::is_ignored(SIGCHLD) };

@@ -1,9 +1,11 @@
-//! Starting the child, and seeing its end.
+//! Starts the child and notices its end.
 
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::Sender;
 
@@ -19,14 +21,14 @@ use crate::{environment, exit_code, sys};
 /// is the one of flock(1)'s man page), and would close it.
 const LEAST_DESCRIPTOR: i32 = 873;
 
-/// What the child needs besides its command.
+/// Settings that the child gets besides its command.
 pub(crate) struct Surroundings<'a> {
     pub(crate) obtained: &'a Obtained,
     /// Where the child registers itself with the guardian.
     pub(crate) registration: BorrowedFd<'a>,
     /// The terminal whose foreground the child takes.
     pub(crate) terminal: Option<BorrowedFd<'a>>,
-    /// Whoever started us ignored SIGCHLD, so the child does.
+    /// Our parent ignored SIGCHLD, so the child ignores it too.
     pub(crate) ignores_chld: bool,
 }
 
@@ -39,6 +41,9 @@ pub(crate) fn spawn(plan: &ChildPlan, with: &Surroundings<'_>) -> Result<Pid, Fa
     command.env(environment::FENCE, with.obtained.fence.to_string());
     for secret in environment::NOT_FOR_CHILDREN {
         command.env_remove(secret);
+    }
+    if let Some((name, value)) = &plan.store {
+        command.env(name, value);
     }
 
     let refused = |error: io::Error| {
@@ -74,7 +79,7 @@ pub(crate) fn spawn(plan: &ChildPlan, with: &Surroundings<'_>) -> Result<Pid, Fa
     Ok(Pid::from_child(&child))
 }
 
-/// Tells of the child's end, and of its being stopped. Waits for the process and not for its streams: a child that leaves a
+/// Sends events when the child ends or is stopped. Waits for the process and not for its streams: a child that leaves a
 /// daemon behind with stdout open has ended all the same.
 pub(crate) fn watch(child: Pid, events: Sender<Event>) -> Result<(), Failure> {
     let look = move || {
@@ -125,6 +130,34 @@ fn high_copy(descriptor: &OwnedFd) -> io::Result<OwnedFd> {
         Err(rustix::io::Errno::INVAL | rustix::io::Errno::MFILE) => descriptor.try_clone(),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Refuses a command that cannot be found or executed, before the wait for the key rather than after it.
+pub(crate) fn check_program(program: &OsStr) -> Result<(), Failure> {
+    let is_path = program.as_bytes().contains(&b'/');
+    let Some(folders) = std::env::var_os("PATH").filter(|_| !is_path) else {
+        return if is_path {
+            can_execute(Path::new(program)).map_err(|cause| cannot_run(program, &cause))
+        } else {
+            Ok(())
+        };
+    };
+    let mut cause = io::Error::from(io::ErrorKind::NotFound);
+    for folder in std::env::split_paths(&folders) {
+        match can_execute(&folder.join(program)) {
+            Ok(()) => return Ok(()),
+            Err(denied) if denied.kind() == io::ErrorKind::PermissionDenied => cause = denied,
+            Err(_) => {}
+        }
+    }
+    Err(cannot_run(program, &cause))
+}
+
+fn can_execute(path: &Path) -> io::Result<()> {
+    if std::fs::metadata(path)?.is_dir() {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    Ok(rustix::fs::access(path, rustix::fs::Access::EXEC_OK)?)
 }
 
 fn cannot_run(program: &OsStr, error: &io::Error) -> Failure {

@@ -1,4 +1,4 @@
-//! The child's life, from its start to its end, as one loop over events.
+//! Supervises the child from its start to its end, in one loop over events.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
@@ -17,13 +17,13 @@ use super::{ChildPlan, Event, Exit, Loss, Obtained};
 use crate::hold::Hold;
 use crate::message::{Failure, Verbosity};
 
-/// The child is killed this long before another may have the key, or earlier.
+/// Minimum time between the child's SIGKILL and the moment at which another process may have the key.
 const LEAST_MARGIN: Duration = Duration::from_millis(20);
 
-/// The most time that processes which were sent SIGKILL are given to be gone.
+/// Maximum time to wait for processes that were sent SIGKILL to be gone.
 const LONGEST_DEATH: Duration = Duration::from_secs(2);
 
-/// Timers stop while the machine sleeps: then the clock is looked at again after this time.
+/// Maximum time between two looks at the clock: timers stop while the machine sleeps.
 const LONGEST_NAP: Duration = Duration::from_secs(1);
 
 /// A running child.
@@ -76,7 +76,7 @@ impl From<Failure> for NotStarted {
     }
 }
 
-/// What became of the child.
+/// The result of a run of the child.
 pub(crate) struct Ran {
     pub(crate) exit: Exit,
     pub(crate) lost: Option<Loss>,
@@ -113,7 +113,7 @@ impl<'a> Supervisor<'a> {
         let guardian = Guardian::start()?;
         let mut terminal = Terminal::open();
         let to_be_given = terminal.as_ref().is_some_and(Terminal::is_to_be_given_at_start);
-        // The last look: what comes from here on meets a child that is known.
+        // The last look: later events find the child registered.
         let refusal = events.try_iter().find_map(|event| match event {
             Event::Signal(signal) if ends_the_wait(signal) => Some(NotStarted::Signal(signal)),
             Event::Lost(loss) => Some(NotStarted::Lost(loss)),
@@ -168,7 +168,7 @@ impl<'a> Supervisor<'a> {
         Ok(supervisor)
     }
 
-    /// Sees the child to its end.
+    /// Supervises the child until it ends.
     pub(crate) fn run(mut self) -> Ran {
         loop {
             match self.next_event() {
@@ -181,18 +181,13 @@ impl<'a> Supervisor<'a> {
                 Some(Event::Stopped(signal)) => self.on_stop(signal),
                 Some(Event::Lost(loss)) => self.on_loss(loss),
                 Some(Event::Exited(exit)) => return self.finish(exit),
-                Some(
-                    Event::Waiting { .. }
-                    | Event::LimitsDiffer { .. }
-                    | Event::Obtained(_)
-                    | Event::NotObtained(_)
-                    | Event::Released(_),
-                ) => {}
+                Some(Event::Report(report)) => self.verbosity.report(report),
+                Some(Event::Waiting | Event::Obtained(_) | Event::NotObtained(_) | Event::Released(_)) => {}
             }
         }
     }
 
-    /// The next event; none when it is time to kill.
+    /// Returns the next event, or `None` when it is time to kill.
     fn next_event(&self) -> Option<Event> {
         loop {
             let nap = match self.kill_at {
@@ -205,7 +200,7 @@ impl<'a> Supervisor<'a> {
             match self.events.recv_timeout(nap.min(LONGEST_NAP)) {
                 Ok(event) => return Some(event),
                 Err(RecvTimeoutError::Timeout) => {}
-                // The caller has a sender: this cannot be. Killing is what is safe.
+                // The caller has a sender, so this cannot happen. To kill is the safe answer.
                 Err(RecvTimeoutError::Disconnected) => return None,
             }
         }

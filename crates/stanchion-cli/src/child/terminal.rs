@@ -1,7 +1,7 @@
-//! The terminal: who is in its foreground.
+//! Hands the foreground of the terminal to the child and takes it back.
 //!
-//! The child has a process group of its own, and a terminal reads and sends Ctrl-C for one group only. So that an
-//! interactive command works as if it had been started by the shell itself, its group is put into the foreground.
+//! The child has a process group of its own, and a terminal reads and sends Ctrl-C for one group only. An interactive
+//! command must work as if the shell had started it, so its group is put into the foreground.
 //!
 //! It is put there at once if we are in the foreground with both stdin and stdout. In a pipeline (`stanchion … | less`)
 //! another program may need the terminal, so there it is done only when the child asks for it, that is, when the kernel

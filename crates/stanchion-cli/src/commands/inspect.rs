@@ -26,7 +26,7 @@ pub(super) fn execute(inspect: &Inspect, store: &StoreChoice) -> Result<u8, Fail
     Ok(exit_code::OK)
 }
 
-/// What `--json` gives: the key as `ls` shows it, and its last run.
+/// The object that `--json` prints: the key as `ls` shows it, and its last run.
 #[derive(Serialize)]
 struct InspectRecord<'a> {
     #[serde(flatten)]

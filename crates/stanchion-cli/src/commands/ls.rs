@@ -1,4 +1,4 @@
-//! `ls`: the keys that are held, waited for or closed.
+//! `ls`: lists the keys that are held, waited for or closed.
 
 use stanchion::Locks;
 use stanchion::store::{DamagedEntry, KeyState, Listing};
@@ -22,6 +22,9 @@ pub(super) fn execute(ls: &Ls, store: &StoreChoice, verbosity: Verbosity) -> Res
         let rows: Vec<_> = listing.keys.iter().flat_map(rows).collect();
         table(&["KEY", "STATE", "FENCE", "FOR", "WAITING", "OWNER", "METADATA"], &rows)
     };
+    if listing.is_empty() && fault.is_none() {
+        verbosity.progress(format_args!("no keys in use (store: {})", store.shown()));
+    }
     let printed = print(&text)?;
     tell_damaged(&listing.damaged, verbosity);
     match fault {
@@ -35,7 +38,7 @@ pub(super) fn execute(ls: &Ls, store: &StoreChoice, verbosity: Verbosity) -> Res
     }
 }
 
-/// All keys, or those before a fault: in an incident some are better than none.
+/// Returns all keys, or the keys before a fault: in an incident some are better than none.
 async fn list(locks: &Locks, prefix: &str) -> (Listing, Option<stanchion::Error>) {
     let mut pages: Vec<Listing> = Vec::new();
     loop {

@@ -1,4 +1,4 @@
-//! One file per command. Each resolves what was parsed, does it, and gives the exit code.
+//! One file per command: each turns parsed arguments into a plan, carries it out, and returns the exit code.
 
 mod completions;
 mod force_release;
@@ -19,9 +19,10 @@ use stanchion::store::redacted;
 use crate::arguments::{Arguments, Child, Command};
 use crate::child::ChildPlan;
 use crate::message::{Failure, Verbosity};
+use crate::store::StoreChoice;
 use crate::{exit_code, store};
 
-/// Does what the arguments say.
+/// Carries out the command of the arguments.
 pub(crate) fn execute(arguments: Arguments, verbosity: Verbosity) -> Result<u8, Failure> {
     let common = &arguments.common;
     match arguments.command {
@@ -37,27 +38,29 @@ pub(crate) fn execute(arguments: Arguments, verbosity: Verbosity) -> Result<u8, 
     }
 }
 
-/// Refuses a key that is none before anything is opened.
+/// Returns an error for an invalid key, before anything is opened.
 fn check_key(key: &str) -> Result<(), Failure> {
     Key::new("", key).map(|_| ()).map_err(Failure::from)
 }
 
-/// The command to run, and how to end it.
-fn child_plan(child: &Child) -> Result<ChildPlan, Failure> {
+/// Returns the plan of the command, or an error if it cannot be executed.
+fn child_plan(child: &Child, store: &StoreChoice) -> Result<ChildPlan, Failure> {
     let command = match &child.shell {
         Some(text) => vec!["sh".into(), "-c".into(), text.clone()],
         None => child.command.clone(),
     };
-    if command.first().is_none_or(|program| program.is_empty()) {
+    let Some(program) = command.first().filter(|program| !program.is_empty()) else {
         return Err(Failure::new(
             exit_code::USAGE,
             "the command is empty: give a program and its arguments after `--`",
         ));
-    }
-    Ok(ChildPlan { command, kill_after: child.kill_after })
+    };
+    crate::child::check_program(program)?;
+    Ok(ChildPlan { command, kill_after: child.kill_after, store: store.for_children().cloned() })
 }
 
-/// Who holds the key, for people: the program's name, the machine, this process. Not its arguments: they may be secret.
+/// Returns the label of this process that others see: the program's name, the machine and the process id. The arguments are
+/// not in it, because they may be secret.
 fn owner(command: &[std::ffi::OsString]) -> String {
     let program = command.first().map(|program| program.to_string_lossy()).unwrap_or_default();
     // A URL in the place of the command must not get into the store.
@@ -66,6 +69,6 @@ fn owner(command: &[std::ffi::OsString]) -> String {
     let program: String = program.chars().take(30).collect();
     let host = rustix::system::uname().nodename().to_string_lossy().chars().take(60).collect::<String>();
     let label = format!("{program}@{host}/{}", std::process::id());
-    // At most 128 bytes, whatever the characters.
+    // At most 128 bytes: the characters may have up to four each.
     if label.len() <= 128 { label } else { format!("{}/{}", env!("CARGO_BIN_NAME"), std::process::id()) }
 }

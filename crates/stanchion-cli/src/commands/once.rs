@@ -1,4 +1,4 @@
-//! `once`: at most one run per period, for cron on many machines.
+//! `once`: runs a command at most once per period, for cron on many machines.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::store::StoreChoice;
 
 pub(super) fn execute(once: Once, store: StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
     super::check_key(&once.key)?;
-    let child = super::child_plan(&once.child)?;
+    let child = super::child_plan(&once.child, &store)?;
     execution::execute(Plan {
         hold: HoldPlan {
             store,
@@ -24,10 +24,11 @@ pub(super) fn execute(once: Once, store: StoreChoice, verbosity: Verbosity) -> R
             metadata: once.child.metadata,
             once: Some(Schedule { every: once.every, slot: once.slot }),
             owner: super::owner(&child.command),
+            describe_wait_after: verbosity.describe_wait_after(),
         },
         child,
         cooldown: None,
-        // Cron mails whatever is printed, and a skipped run is what was asked for.
+        // Cron mails all output, and the user asked for skipped runs.
         busy: Busy { exit_code: once.busy_exit_code, is_a_problem: false },
         verbosity,
     })

@@ -1,4 +1,4 @@
-//! `run`: a command while a key is held.
+//! `run`: runs a command while holding a key.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::store::StoreChoice;
 
 pub(super) fn execute(run: Run, store: StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
     super::check_key(&run.key)?;
-    let child = super::child_plan(&run.child)?;
+    let child = super::child_plan(&run.child, &store)?;
     let demand = match (run.shared, run.exclusive, run.permits) {
         (true, _, _) => Demand::READ,
         (_, true, _) => Demand::WRITE,
@@ -30,6 +30,7 @@ pub(super) fn execute(run: Run, store: StoreChoice, verbosity: Verbosity) -> Res
             metadata: run.child.metadata,
             once: None,
             owner: super::owner(&child.command),
+            describe_wait_after: verbosity.describe_wait_after(),
         },
         child,
         cooldown: run.cooldown,

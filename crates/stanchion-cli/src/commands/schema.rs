@@ -1,4 +1,4 @@
-//! `schema`: what a database needs before locks can be kept in it.
+//! `schema`: prints or applies the schema of a PostgreSQL store.
 
 use crate::exit_code;
 use crate::message::{Failure, Verbosity};

@@ -1,4 +1,4 @@
-//! `watch`: a line for every change, found by looking again and again.
+//! `watch`: prints a line for every change that it finds by looking at the keys repeatedly.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -85,7 +85,7 @@ async fn look_for_ever(watch: &Watch, locks: &Locks, verbosity: Verbosity) -> Re
     }
 }
 
-/// Waits for so long, or until nobody reads from stdout any more.
+/// Waits for `span`; returns whether the reader of stdout has gone.
 fn nobody_reads_within(span: Duration) -> bool {
     let span = Timespec::try_from(span).ok();
     let stdout = std::io::stdout();
@@ -95,7 +95,7 @@ fn nobody_reads_within(span: Duration) -> bool {
     happened > 0 && watched[0].revents().intersects(PollFlags::ERR | PollFlags::HUP)
 }
 
-/// What is different. Before the first look nothing is known: then what is held is no change.
+/// Returns the differences between two looks. At the first look a hold is no change.
 fn changes<'a>(before: Option<&'a [KeyState]>, now: &'a [KeyState], time: &'a str) -> Vec<Change<'a>> {
     let first = before.is_none();
     let mut by_key: BTreeMap<&str, (Option<&KeyState>, Option<&KeyState>)> = BTreeMap::new();
@@ -127,7 +127,7 @@ fn changes<'a>(before: Option<&'a [KeyState]>, now: &'a [KeyState], time: &'a st
             out.push(Change { owner: Some(owner), ..change(What::Waiting) });
         }
         for owner in beyond(&old_waiters, &new_waiters) {
-            // Who was granted has stopped waiting, too; that was told.
+            // A granted waiter has stopped waiting too, but its grant is printed already.
             if !new_holders.iter().any(|(_, holder)| *holder == owner) {
                 out.push(Change { owner: Some(owner), ..change(What::StoppedWaiting) });
             }
@@ -144,7 +144,7 @@ fn waiters(state: Option<&KeyState>) -> Vec<&str> {
     state.map(|state| state.waiters.iter().map(|w| w.owner.as_str()).collect()).unwrap_or_default()
 }
 
-/// What is in `these` more often than in `those`.
+/// Returns the elements that are in `these` more often than in `those`.
 fn beyond<'a>(these: &[&'a str], those: &[&str]) -> Vec<&'a str> {
     let mut those = those.to_vec();
     let mut more = Vec::new();

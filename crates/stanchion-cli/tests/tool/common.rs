@@ -299,7 +299,7 @@ impl Drop for Running {
     }
 }
 
-/// What is in the pipe now.
+/// Returns the text that is in the pipe now.
 fn drain(pipe: impl std::io::Read + std::os::fd::AsFd) -> String {
     let flags = rustix::fs::fcntl_getfl(&pipe).unwrap();
     rustix::fs::fcntl_setfl(&pipe, flags | rustix::fs::OFlags::NONBLOCK).unwrap();

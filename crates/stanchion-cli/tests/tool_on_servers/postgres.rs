@@ -44,7 +44,7 @@ fn an_older_schema_is_brought_up_for_those_who_had_rights() {
     run().code(0);
     let fence = || server.psql("SELECT fence FROM stanchion.keys").parse::<u64>().unwrap();
     let before = fence();
-    // What version 1 lacked.
+    // A table that version 1 lacked.
     server.psql("UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.together");
     run().code(78).says(&["the schema is of version 1", "run `stanchion schema --apply`"]);
     apply(&server);

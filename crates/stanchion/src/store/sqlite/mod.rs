@@ -121,6 +121,15 @@ impl Sqlite {
         config::default_folder()
     }
 
+    /// Returns the folder that a URL names, without looking at it or creating it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if it is not a URL of this store;
+    /// [`ErrorKind::Misconfigured`](crate::ErrorKind::Misconfigured) if it names no folder and the user has none.
+    pub fn folder_of_url(url: &str) -> Result<PathBuf> {
+        config::folder_of_url(url)
+    }
+
     /// The folder of this store.
     pub fn folder(&self) -> &Path {
         &self.folder

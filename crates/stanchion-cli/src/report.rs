@@ -1,0 +1,183 @@
+//! Reports about a key, for people: its holders while the tool waits, and outages of the store while the tool holds it.
+//!
+//! One rule for terminals, logs and cron's mail: a problem is printed unless `--quiet` is given. Progress is printed on a
+//! terminal, where somebody waits for it, and with `--verbose`.
+
+use std::time::Duration;
+
+use stanchion::store::{Demand, KeyState};
+use stanchion::{BootTime, Clock, Fence, Guard, Locks, LossCause};
+
+use crate::message::quoted_key;
+use crate::output::{cell, escape, for_people, limits_differ};
+use crate::store::within;
+
+/// A line for the user about the key.
+#[derive(Debug)]
+pub(crate) enum Report {
+    Progress(String),
+    Problem(String),
+}
+
+/// Interval between two looks at the key while the tool waits for it.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// Maximum time of a look at the key: the wait goes on meanwhile.
+const LOOK_WITHIN: Duration = Duration::from_secs(5);
+
+/// Describes a wait, and describes it again after each change.
+#[derive(Debug)]
+pub(crate) struct WaitReport<'a> {
+    locks: &'a Locks,
+    key: &'a str,
+    owner: &'a str,
+    demand: Demand,
+    /// The time of the next look, or `None` if nobody reads the reports.
+    next_look: Option<BootTime>,
+    /// The reported state: the fences of the holders, and the number of waiters ahead of this process.
+    reported: Option<(Vec<Fence>, Option<usize>)>,
+    was_away: bool,
+}
+
+impl<'a> WaitReport<'a> {
+    /// Reports from `after` on, or never.
+    pub(crate) fn new(locks: &'a Locks, key: &'a str, owner: &'a str, demand: Demand, after: Option<Duration>) -> Self {
+        let next_look = after.map(|after| Clock::system().now().after(after));
+        Self { locks, key, owner, demand, next_look, reported: None, was_away: false }
+    }
+
+    /// Returns the next report, once there is something new to report. A dropped future loses none.
+    pub(crate) async fn next(&mut self) -> Report {
+        let clock = Clock::system();
+        loop {
+            let Some(next_look) = self.next_look else { std::future::pending().await };
+            let _passed = within(next_look.since(clock.now()), std::future::pending::<()>()).await;
+            let looked = within(LOOK_WITHIN, self.locks.inspect(self.key)).await;
+            self.next_look = Some(clock.now().after(LOOK_EVERY));
+            let key = quoted_key(self.key);
+            match looked {
+                Some(Ok(state)) => {
+                    self.was_away = false;
+                    let fences = state.holders.iter().map(|holder| holder.fence).collect();
+                    // The label of a process is its own: it names the program, the machine and the process id.
+                    let ahead = state.waiters.iter().position(|waiter| waiter.owner == self.owner);
+                    let seen = Some((fences, ahead));
+                    if self.reported != seen {
+                        self.reported = seen;
+                        let place = ahead.map(place).unwrap_or_default();
+                        let who = describe(&state, self.demand);
+                        return Report::Progress(format!("waiting for key `{key}`: {who}{place}"));
+                    }
+                }
+                _ if self.was_away => {}
+                missing => {
+                    self.was_away = true;
+                    let reason = match missing {
+                        Some(Err(fault)) => fault.to_string(),
+                        _ => format!("the store does not answer within {}", for_people(LOOK_WITHIN)),
+                    };
+                    return Report::Progress(format!("waiting for key `{key}`: {reason}"));
+                }
+            }
+        }
+    }
+}
+
+fn place(ahead: usize) -> String {
+    match ahead {
+        0 => "; next in line".to_owned(),
+        1 => "; 1 waiter ahead".to_owned(),
+        more => format!("; {more} waiters ahead"),
+    }
+}
+
+/// Names the holders of the key, or the reason why it is not free.
+pub(crate) fn describe(state: &KeyState, demand: Demand) -> String {
+    match (state.holders.first(), state.closed_for) {
+        (Some(holder), _) => {
+            let others = match state.holders.len() {
+                1 => String::new(),
+                more => format!(" and {} more", more - 1),
+            };
+            let (owner, age) = (escape(&holder.owner), for_people(holder.age));
+            let metadata = holder.metadata.as_deref().map(|text| format!(" ({})", cell(text))).unwrap_or_default();
+            let limits = state.capacity().filter(|_| holder.units < holder.capacity && !demand.is_exclusive());
+            let limits = limits.filter(|in_use| *in_use != demand.capacity());
+            let limits = limits.map(|in_use| format!("; {}", limits_differ(in_use, demand.capacity())));
+            let fence = holder.fence.get();
+            format!("held by {owner}{metadata}{others} for {age}, fence {fence}{}", limits.unwrap_or_default())
+        }
+        (None, Some(left)) => format!("it stays closed for another {}", for_people(left)),
+        (None, None) => "it was taken, and has become free since".to_owned(),
+    }
+}
+
+/// Collects the library's events about a hold, to report an outage and to explain a loss.
+#[derive(Debug)]
+pub(crate) struct HoldReport {
+    fence: Fence,
+    /// Reason that the user of a forced release gave.
+    reason: Option<String>,
+    warning: Option<String>,
+    fault: Option<String>,
+    session_ended: bool,
+    /// Time left to the holder when the outage was reported, until the store answers again.
+    outage: Option<Duration>,
+}
+
+impl HoldReport {
+    pub(crate) fn new(fence: Fence) -> Self {
+        Self { fence, reason: None, warning: None, fault: None, session_ended: false, outage: None }
+    }
+
+    /// Takes note of an event; returns a report if the user should know now.
+    pub(crate) fn note(&mut self, event: stanchion::Event, guard: &Guard) -> Option<Report> {
+        self.collect(event.clone());
+        match event {
+            stanchion::Event::Warning { message } => Some(Report::Progress(message)),
+            // Renewals begin to fail. Faults of single keys are about other requests.
+            stanchion::Event::Error { key: None, message, .. } if self.outage.is_none() && guard.is_held() => {
+                let left = guard.remaining();
+                self.outage = Some(left.unwrap_or(Duration::MAX));
+                let end = left.map(|left| {
+                    let left = for_people(left);
+                    format!("; the command will be ended in {left} unless the store answers before that")
+                });
+                Some(Report::Problem(format!("{message}{}", end.unwrap_or_default())))
+            }
+            _ => None,
+        }
+    }
+
+    /// Takes note of an event.
+    pub(crate) fn collect(&mut self, event: stanchion::Event) {
+        match event {
+            stanchion::Event::Lost { fence, cause, reason, .. } if fence == self.fence => {
+                self.session_ended = cause == LossCause::SessionExpired;
+                self.reason = reason;
+            }
+            stanchion::Event::Warning { message } => self.warning = Some(message),
+            stanchion::Event::Error { key: None, message, .. } => self.fault = Some(message),
+            _ => {}
+        }
+    }
+
+    /// Waits until the store answers again after an outage that was reported; forever if there was none.
+    pub(crate) async fn end_of_outage(&mut self, guard: &Guard) -> Report {
+        loop {
+            let Some(left) = self.outage else { std::future::pending().await };
+            let _passed = within(Duration::from_millis(200), std::future::pending::<()>()).await;
+            // Only a renewal makes it longer.
+            if guard.is_held() && guard.remaining().is_none_or(|now| now > left) {
+                self.outage = None;
+                let key = quoted_key(guard.key().name());
+                return Report::Problem(format!("the store answers again; key `{key}` is still held"));
+            }
+        }
+    }
+
+    /// Explains the loss: the reason of a forced release or, if the session ended, the last warning or fault of the store.
+    pub(crate) fn explanation(self) -> Option<String> {
+        self.reason.or_else(|| self.warning.or(self.fault).filter(|_| self.session_ended))
+    }
+}
