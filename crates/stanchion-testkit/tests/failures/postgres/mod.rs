@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs, reason = "test code")]
 
 mod adoption;
+mod batches;
 mod bulk;
 mod connections;
 mod costs;
