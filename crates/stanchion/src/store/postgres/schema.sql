@@ -989,8 +989,8 @@ END $$;
 -- A page of the keys that are held, waited for or closed, in order: what `state_of` gives for each, but that a key and the hold
 -- in its row are one row of the kind `held`. The first row tells of the key behind which the next page begins, if there is
 -- one. A page looks at ten rows for each key that it may list, and ends with the key that makes its holds and waiters 20,000.
--- It reads only. Each row is looked up by its key (OFFSET 0 keeps the planner from another way), so that a page takes as
--- long as its rows, whatever the statistics say.
+-- It reads only. It reads each table once, from the first key of the page to the last, and looks a session up by its key
+-- (OFFSET 0 keeps the planner from another way), so that a page takes as long as its rows, whatever the statistics say.
 DROP FUNCTION IF EXISTS @schema@.list(text, text, bigint);
 CREATE OR REPLACE FUNCTION @schema@.list_page(beginning text, after text, most bigint)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
@@ -1000,53 +1000,63 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
+  -- The keys of the page are before this one.
+  until text COLLATE "C" := beginning || repeat(chr(1114111), 200);
+  next_is text COLLATE "C";
+  listed bigint;
+  rows bigint;
   one record;
-  looked bigint := 0;
-  rows bigint := 0;
-  listed text[] := '{}';
-  crowded text[] := '{}';
-  next_is text;
 BEGIN
   PERFORM @schema@.sees_the_present();
-  FOR one IN
-    SELECT k.key, k.busy, k.waiting, k.token IS NOT NULL AS is_held FROM @schema@.keys k
-    WHERE k.key >= beginning AND k.key > after AND k.key < beginning || repeat(chr(1114111), 200)
-    ORDER BY k.key
-  LOOP
-    looked := looked + 1;
-    IF one.busy OR one.is_held THEN listed := listed || one.key; END IF;
-    IF one.busy THEN
-      crowded := crowded || one.key;
+  SELECT count(*), max(part.key), coalesce(sum(part.waiting), 0) INTO listed, next_is, rows FROM (
+    SELECT looked.key, looked.waiting FROM (
+      SELECT k.key, k.waiting, k.busy OR k.token IS NOT NULL AS is_used FROM @schema@.keys k
+      WHERE k.key >= beginning AND k.key > after AND k.key < until ORDER BY k.key LIMIT most * 10
+    ) looked WHERE looked.is_used LIMIT most
+  ) part;
+  IF listed < most THEN
+    next_is := (SELECT k.key FROM @schema@.keys k WHERE k.key >= beginning AND k.key > after AND k.key < until
+                ORDER BY k.key OFFSET most * 10 - 1 LIMIT 1);
+  END IF;
+  -- The first character that there may be: no key is between the last of the page and this.
+  IF next_is IS NOT NULL THEN until := next_is || chr(1); END IF;
+  IF rows + (SELECT count(*) FROM (
+    SELECT FROM @schema@.holds h WHERE h.key >= beginning AND h.key > after AND h.key < until LIMIT 20000
+  ) few) >= 20000 THEN
+    rows := 0;
+    FOR one IN
+      SELECT k.key, k.waiting FROM @schema@.keys k
+      WHERE k.key >= beginning AND k.key > after AND k.key < until AND k.busy ORDER BY k.key
+    LOOP
       rows := rows + one.waiting + (SELECT count(*) FROM @schema@.holds h WHERE h.key = one.key);
-    END IF;
-    IF cardinality(listed) = most OR looked = most * 10 OR rows >= 20000 THEN
-      next_is := one.key;
-      EXIT;
-    END IF;
-  END LOOP;
-  RETURN QUERY SELECT now, 'time'::text, next_is, NULL::bigint, NULL::text, NULL::integer, NULL::integer,
+      IF rows >= 20000 THEN
+        next_is := one.key;
+        until := next_is || chr(1);
+        EXIT;
+      END IF;
+    END LOOP;
+  END IF;
+  RETURN QUERY SELECT now, 'time'::text, next_is::text, NULL::bigint, NULL::text, NULL::integer, NULL::integer,
     NULL::boolean, NULL::bigint, NULL::bigint, NULL::text, NULL::text;
   RETURN QUERY SELECT now, r.kind, r.of_key, r.fence, r.owner, r.units, r.capacity, r.bound, r.since, r.remaining, r.metadata,
     r.trace
   FROM (
-    SELECT 1 AS part, 0::bigint AS place, CASE WHEN s.id IS NULL THEN 'key' ELSE 'held' END AS kind, k.key AS of_key,
+    SELECT 1 AS part, 0::bigint AS place, CASE WHEN s.expires > now THEN 'held' ELSE 'key' END AS kind, k.key AS of_key,
       nullif(k.fence, 0) AS fence, s.owner, 1 AS units, 1 AS capacity, true AS bound, k.at AS since,
       CASE WHEN k.closed_until > now THEN k.closed_until - now END AS remaining, k.metadata, k.trace
-    FROM unnest(listed) l (key)
-    CROSS JOIN LATERAL (SELECT * FROM @schema@.keys k WHERE k.key = l.key OFFSET 0) k
-    LEFT JOIN LATERAL (SELECT * FROM @schema@.sessions s WHERE s.id = k.session OFFSET 0) s
-      ON k.token IS NOT NULL AND s.expires > now
+    FROM @schema@.keys k
+    LEFT JOIN LATERAL (SELECT * FROM @schema@.sessions s WHERE s.id = k.session OFFSET 0) s ON k.token IS NOT NULL
+    WHERE k.key >= beginning AND k.key > after AND k.key < until AND (k.busy OR k.token IS NOT NULL)
     UNION ALL
     SELECT 2, h.fence, 'hold', h.key, h.fence, h.owner, h.units, h.capacity, h.bound, h.at, h.deadline - now, h.metadata, h.trace
-    FROM unnest(crowded) l (key)
-    CROSS JOIN LATERAL (SELECT * FROM @schema@.holds h WHERE h.key = l.key OFFSET 0) h
-    WHERE (h.deadline IS NULL OR h.deadline > now)
+    FROM @schema@.holds h
+    WHERE h.key >= beginning AND h.key > after AND h.key < until AND (h.deadline IS NULL OR h.deadline > now)
       AND (NOT h.bound OR EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > now))
     UNION ALL
     SELECT 3, q.place, 'waiter', q.key, NULL, s.owner, q.units, q.capacity, q.bound, q.at, NULL, q.metadata, q.trace
-    FROM unnest(crowded) l (key)
-    CROSS JOIN LATERAL (SELECT * FROM @schema@.queue q WHERE q.key = l.key OFFSET 0) q
+    FROM @schema@.queue q
     CROSS JOIN LATERAL (SELECT * FROM @schema@.sessions s WHERE s.id = q.session AND s.expires > now OFFSET 0) s
+    WHERE q.key >= beginning AND q.key > after AND q.key < until
   ) r ORDER BY r.of_key COLLATE "C", r.part, r.place;
 END $$;
 
