@@ -11,6 +11,7 @@ mod fences;
 mod isolation;
 mod limits;
 mod listing;
+mod polls;
 mod settings;
 
 use std::sync::Arc;

@@ -493,6 +493,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
 DECLARE
   now bigint := @schema@.clock();
   rec @schema@.keys;
+  before bigint;
   aheads bigint[];
 BEGIN
   PERFORM @schema@.sees_the_present();
@@ -502,6 +503,33 @@ BEGIN
     RETURN QUERY VALUES (now, NULL::bigint, NULL::integer, NULL::bigint, NULL::bigint, NULL::bigint),
       (NULL, NULL, NULL, rec.fence, NULL, NULL);
     RETURN;
+  END IF;
+  IF rec.token IS NULL AND cardinality(asked) = 1 THEN
+    -- The commonest poll: one token waits, and nothing of the key is over or due. All that has to be looked at is read by one
+    -- statement.
+    SELECT least(held.until, head.expires, rec.closed_until) - now, held.capacity,
+      (SELECT count(*) FROM @schema@.queue b WHERE b.key = wanted AND b.place < q.place)
+    INTO check_in, in_use, before
+    FROM @schema@.queue q
+    CROSS JOIN LATERAL (SELECT s.expires FROM @schema@.sessions s WHERE s.id = q.session OFFSET 0) own
+    CROSS JOIN LATERAL (SELECT f.session FROM @schema@.queue f WHERE f.key = wanted ORDER BY f.place LIMIT 1) first
+    CROSS JOIN LATERAL (SELECT s.expires FROM @schema@.sessions s WHERE s.id = first.session OFFSET 0) head
+    CROSS JOIN LATERAL (
+      SELECT count(*) AS number, min(least(h.deadline, CASE WHEN h.bound THEN s.expires END)) AS until,
+        min(h.capacity) FILTER (WHERE h.units < h.capacity) AS capacity,
+        bool_or(h.deadline <= now OR h.bound AND (s.expires > now) IS NOT TRUE) AS is_over
+      FROM @schema@.holds h
+      LEFT JOIN LATERAL (SELECT s.expires FROM @schema@.sessions s WHERE s.id = h.session OFFSET 0) s ON true
+      WHERE h.key = wanted
+    ) held
+    WHERE q.key = wanted AND q.token = asked[1] AND own.expires > now AND head.expires > now
+      AND held.is_over IS NOT TRUE AND (rec.closed_until > now OR rec.closed_until IS NULL AND held.number > 0)
+      AND rec.fence < 9223372036854775807;
+    IF FOUND THEN
+      RETURN QUERY VALUES (now, check_in, in_use, NULL::bigint, NULL::bigint, NULL::bigint),
+        (NULL, NULL, NULL, NULL, NULL, before);
+      RETURN;
+    END IF;
   END IF;
   aheads := @schema@.places(wanted, asked, now);
   IF array_position(aheads, NULL) IS NULL AND rec.token IS NULL AND (rec.closed_until <= now) IS NOT TRUE
