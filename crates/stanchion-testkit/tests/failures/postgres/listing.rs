@@ -74,6 +74,32 @@ fn many_keys_are_listed_in_linear_time() {
 }
 
 #[test]
+fn a_page_costs_the_same_for_any_keys() {
+    let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all"), ("autovacuum", "off")]);
+    server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
+    server.psql("CREATE EXTENSION pg_stat_statements");
+    block_on(async {
+        let locks = locks(&server).await;
+        let session = locks.session().unwrap().to_hex();
+        server.psql(&format!(
+            "INSERT INTO stanchion.keys (key, fence, busy) SELECT ':permits/' || n, 7, true FROM generate_series(1, 2000) n;
+             INSERT INTO stanchion.holds SELECT ':permits/' || n, decode(md5(n || ' ' || m), 'hex'), decode('{session}', 'hex'),
+               true, NULL, 7, 1, 2, 'me', 7, NULL, NULL FROM generate_series(1, 2000) n, generate_series(1, 2) m;
+             SELECT pg_stat_statements_reset()"
+        ));
+        let store = Postgres::from_url(&server.url()).unwrap();
+        let (pages, _) = read_pages(&store, ":permits/", 1_000).await;
+        let keys: Vec<_> = pages.iter().flat_map(|page| &page.keys).collect();
+        assert_eq!(keys.len(), 2_000);
+        assert!(keys.iter().all(|state| state.holders.len() == 2));
+        let nested = "SELECT sum(calls) FROM pg_stat_statements WHERE NOT toplevel AND query NOT LIKE '%pg_stat%'";
+        let nested: usize = server.psql(nested).parse().unwrap();
+        // Housekeeping and a beat may come too.
+        assert!(nested < 100, "{nested} statements for {} pages", pages.len());
+    });
+}
+
+#[test]
 fn long_queues_do_not_make_a_page_unbounded() {
     let server = server();
     block_on(async {

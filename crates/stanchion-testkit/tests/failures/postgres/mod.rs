@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs, reason = "test code")]
 
 mod adoption;
+mod batches;
 mod bulk;
 mod connections;
 mod costs;
@@ -10,6 +11,7 @@ mod fences;
 mod isolation;
 mod limits;
 mod listing;
+mod polls;
 mod settings;
 
 use std::sync::Arc;

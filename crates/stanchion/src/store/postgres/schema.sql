@@ -350,7 +350,9 @@ BEGIN
 END $$;
 
 -- The steps. `at` is the time of the store; spans are µs. Where rows of one key come and go, the plain scan of an index
--- remembers which entries are dead; a bitmap, which is what unknown tables are planned with, meets them each time.
+-- remembers which entries are dead; a bitmap, which is what unknown tables are planned with, meets them each time. A connection
+-- keeps its plans: made while a table was small they would scan it, however many keys come. A scan that is left is planned as so
+-- expensive that the server would compile it.
 
 CREATE OR REPLACE FUNCTION @schema@.acquire(
   wanted text, asked_token bytea, asked_session bytea, asked_units integer, asked_capacity integer, asked_bound boolean,
@@ -358,24 +360,27 @@ CREATE OR REPLACE FUNCTION @schema@.acquire(
   OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint,
   OUT in_use integer
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
   hold @schema@.holds;
   place bigint;
   dropped integer;
+  is_plain boolean;
+  lowest bigint;
 BEGIN
   PERFORM @schema@.sees_what_is_new();
   PERFORM @schema@.refuse_unless(@schema@.is_request(asked_token, asked_session, asked_units, asked_capacity, asked_bound,
     asked_term, enqueue, not_after, asked_metadata, asked_trace), 'a part of the request');
   -- Also before the short way: an update that finds the row changed leaves it locked.
   PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted, m.secret)) FROM @schema@.meta m;
-  IF asked_capacity = 1 AND asked_bound AND asked_term IS NULL THEN
-    UPDATE @schema@.keys k SET fence = greatest(@schema@.clock(), k.fence + 1), token = asked_token,
+  is_plain := asked_capacity = 1 AND asked_bound AND asked_term IS NULL;
+  WHILE is_plain LOOP
+    UPDATE @schema@.keys k SET fence = greatest(@schema@.clock(), coalesce(k.fence, lowest) + 1), token = asked_token,
       session = asked_session, at = @schema@.clock(), metadata = asked_metadata, trace = asked_trace
     FROM @schema@.sessions s
-    WHERE k.key = wanted AND k.token IS NULL AND NOT k.busy AND k.fence < 9223372036854775807
+    WHERE k.key = wanted AND k.token IS NULL AND NOT k.busy AND coalesce(k.fence, lowest) < 9223372036854775807
       AND s.id = asked_session AND s.expires > @schema@.clock() AND @schema@.clock() <= not_after
     RETURNING k.fence INTO fence;
     IF FOUND THEN
@@ -389,7 +394,14 @@ BEGIN
       END IF;
       RETURN;
     END IF;
-  END IF;
+    -- A new key takes the short way too, and is granted by a statement after the one that enters its row: see `take`.
+    EXIT WHEN lowest IS NOT NULL OR EXISTS (SELECT FROM @schema@.keys k WHERE k.key = wanted)
+      OR NOT @schema@.lives(asked_session, @schema@.clock());
+    PERFORM @schema@.refuse_unless(@schema@.is_key(wanted), 'the key');
+    INSERT INTO @schema@.keys (key) VALUES (wanted) ON CONFLICT DO NOTHING;
+    EXIT WHEN NOT FOUND;
+    SELECT m.fence_floor INTO lowest FROM @schema@.meta m;
+  END LOOP;
   rec := @schema@.take(wanted);
   at := @schema@.clock();
   SELECT * INTO hold FROM @schema@.holds h WHERE h.key = wanted AND h.token = asked_token;
@@ -476,11 +488,12 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.poll_many(wanted text, asked bytea[])
 RETURNS TABLE (at bigint, check_in bigint, in_use integer, fence bigint, remaining bigint, number bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
   rec @schema@.keys;
+  before bigint;
   aheads bigint[];
 BEGIN
   PERFORM @schema@.sees_the_present();
@@ -490,6 +503,33 @@ BEGIN
     RETURN QUERY VALUES (now, NULL::bigint, NULL::integer, NULL::bigint, NULL::bigint, NULL::bigint),
       (NULL, NULL, NULL, rec.fence, NULL, NULL);
     RETURN;
+  END IF;
+  IF rec.token IS NULL AND cardinality(asked) = 1 THEN
+    -- The commonest poll: one token waits, and nothing of the key is over or due. All that has to be looked at is read by one
+    -- statement.
+    SELECT least(held.until, head.expires, rec.closed_until) - now, held.capacity,
+      (SELECT count(*) FROM @schema@.queue b WHERE b.key = wanted AND b.place < q.place)
+    INTO check_in, in_use, before
+    FROM @schema@.queue q
+    CROSS JOIN LATERAL (SELECT s.expires FROM @schema@.sessions s WHERE s.id = q.session OFFSET 0) own
+    CROSS JOIN LATERAL (SELECT f.session FROM @schema@.queue f WHERE f.key = wanted ORDER BY f.place LIMIT 1) first
+    CROSS JOIN LATERAL (SELECT s.expires FROM @schema@.sessions s WHERE s.id = first.session OFFSET 0) head
+    CROSS JOIN LATERAL (
+      SELECT count(*) AS number, min(least(h.deadline, CASE WHEN h.bound THEN s.expires END)) AS until,
+        min(h.capacity) FILTER (WHERE h.units < h.capacity) AS capacity,
+        bool_or(h.deadline <= now OR h.bound AND (s.expires > now) IS NOT TRUE) AS is_over
+      FROM @schema@.holds h
+      LEFT JOIN LATERAL (SELECT s.expires FROM @schema@.sessions s WHERE s.id = h.session OFFSET 0) s ON true
+      WHERE h.key = wanted
+    ) held
+    WHERE q.key = wanted AND q.token = asked[1] AND own.expires > now AND head.expires > now
+      AND held.is_over IS NOT TRUE AND (rec.closed_until > now OR rec.closed_until IS NULL AND held.number > 0)
+      AND rec.fence < 9223372036854775807;
+    IF FOUND THEN
+      RETURN QUERY VALUES (now, check_in, in_use, NULL::bigint, NULL::bigint, NULL::bigint),
+        (NULL, NULL, NULL, NULL, NULL, before);
+      RETURN;
+    END IF;
   END IF;
   aheads := @schema@.places(wanted, asked, now);
   IF array_position(aheads, NULL) IS NULL AND rec.token IS NULL AND (rec.closed_until <= now) IS NOT TRUE
@@ -537,7 +577,7 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.finish(
   wanted text, asked_token bytea, cooldown bigint, OUT outcome text, OUT at bigint
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -608,7 +648,10 @@ END $$;
 
 -- Many steps at once, for many callers of one process: `finish` where there is no session, `acquire` elsewhere. It waits for
 -- nobody's turn, unless it is for one key alone (`waits`): then the first step is done in any case. The answer has a row for
--- each step that was done; what had to wait, or would take too long, is left alone.
+-- each step that was done. A step whose turn another transaction has is left alone, and so is a step that would take too long.
+--
+-- The commonest steps are done for all keys in one statement each: releases of plain holds, ends of tokens that have nothing,
+-- and grants of free keys, new ones included. The functions for one key do the rest, one after the other.
 CREATE OR REPLACE FUNCTION @schema@.together(
   keys text[], tokens bytea[], sessions bytea[], units integer[], capacities integer[], bounds boolean[], terms bigint[],
   enqueues boolean[], latest bigint[], metadata text[], traces text[], cooldowns bigint[],
@@ -617,72 +660,139 @@ CREATE OR REPLACE FUNCTION @schema@.together(
 ) RETURNS TABLE (
   place bigint, outcome text, at bigint, fence bigint, remaining bigint, number bigint, check_in bigint, in_use integer
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_column
 DECLARE
   until bigint;
+  -- The places of the steps whose turn was taken, and of the steps that were done.
+  turned bigint[];
   easy bigint[] := '{}';
+  ends bigint[];
+  plain bigint[];
+  freed text[] := '{}';
+  freed_key text;
+  lowest bigint;
   secret bytea := (SELECT m.secret FROM @schema@.meta m);
 BEGIN
   PERFORM @schema@.sees_what_is_new();
   PERFORM @schema@.refuse_unless(cardinality(keys) <= 256, 'the number of steps');
-  PERFORM @schema@.refuse_unless(NOT EXISTS (
-    SELECT FROM unnest(tokens, sessions, units, capacities, bounds, terms, enqueues, latest, metadata, traces)
-      a (token, session, units, capacity, bound, term, enqueue, not_after, metadata, trace)
-    WHERE a.session IS NOT NULL AND @schema@.is_request(a.token, a.session, a.units, a.capacity, a.bound, a.term, a.enqueue,
-      a.not_after, a.metadata, a.trace) IS NOT TRUE), 'a part of a request');
+  IF array_remove(sessions, NULL) <> '{}' THEN
+    PERFORM @schema@.refuse_unless(NOT EXISTS (
+      SELECT FROM unnest(tokens, sessions, units, capacities, bounds, terms, enqueues, latest, metadata, traces)
+        a (token, session, units, capacity, bound, term, enqueue, not_after, metadata, trace)
+      WHERE a.session IS NOT NULL AND @schema@.is_request(a.token, a.session, a.units, a.capacity, a.bound, a.term, a.enqueue,
+        a.not_after, a.metadata, a.trace) IS NOT TRUE), 'a part of a request');
+  END IF;
   until := @schema@.clock() + 10000;
   IF waits THEN
     PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(keys[1], secret));
     -- Nobody else's keys are in its hands.
     until := @schema@.clock() + 50000;
   END IF;
-  -- The short way of `finish`.
-  FOR place, at IN
-    WITH asked AS MATERIALIZED (
-      SELECT a.key, a.token, a.place
-      FROM unnest(keys, tokens, sessions, cooldowns) WITH ORDINALITY a (key, token, session, cooldown, place)
-      WHERE a.session IS NULL AND a.cooldown IS NULL AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key, secret))
-    )
-    UPDATE @schema@.keys k SET token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL
-    FROM asked, @schema@.sessions s
-    WHERE k.key = asked.key AND k.token = asked.token AND NOT k.busy
-      AND s.id = k.session AND s.expires > @schema@.clock()
-    RETURNING asked.place, @schema@.clock()
-  LOOP
-    outcome := 'released';
-    easy := easy || place;
-    RETURN NEXT;
-  END LOOP;
-  -- The short way of `acquire`; of several that ask for a key the first.
-  FOR place, at, fence IN
-    WITH asked AS MATERIALIZED (
-      SELECT DISTINCT ON (a.key) a.*
-      FROM unnest(keys, tokens, sessions, capacities, bounds, terms, latest, metadata, traces)
-        WITH ORDINALITY a (key, token, session, capacity, bound, term, not_after, metadata, trace, place)
-      WHERE a.capacity = 1 AND a.bound AND a.term IS NULL AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key, secret))
-      ORDER BY a.key, a.place
-    )
-    UPDATE @schema@.keys k SET fence = greatest(@schema@.clock(), k.fence + 1), token = asked.token,
-      session = asked.session, at = @schema@.clock(), metadata = asked.metadata, trace = asked.trace
-    FROM asked, @schema@.sessions s
-    WHERE k.key = asked.key AND k.token IS NULL AND NOT k.busy AND k.fence < 9223372036854775807
-      AND s.id = asked.session AND s.expires > @schema@.clock() AND @schema@.clock() <= asked.not_after
-    RETURNING asked.place, @schema@.clock(), k.fence
-  LOOP
-    outcome := 'granted';
-    easy := easy || place;
-    RETURN NEXT;
+  -- In a statement of its own: those that follow must see what was committed before a turn was taken.
+  turned := ARRAY(SELECT a.place FROM unnest(keys) WITH ORDINALITY a (key, place)
+    WHERE pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key, secret)));
+  ends := ARRAY(SELECT a.place FROM unnest(sessions, cooldowns) WITH ORDINALITY a (session, cooldown, place)
+    WHERE a.session IS NULL AND (a.cooldown IS NULL OR a.cooldown = 0 OR @schema@.is_span(a.cooldown)) AND a.place = ANY (turned));
+  IF ends <> '{}' THEN
+    -- Releases of holds that are in the rows of their keys.
+    FOR place, at IN
+      UPDATE @schema@.keys k SET token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL,
+        busy = a.cooldown > 0, closed_until = CASE WHEN a.cooldown > 0 THEN @schema@.clock() + a.cooldown END
+      FROM (
+        SELECT e.key, e.token, coalesce(e.cooldown, 0) AS cooldown, e.place
+        FROM unnest(keys, tokens, cooldowns) WITH ORDINALITY e (key, token, cooldown, place) WHERE e.place = ANY (ends) OFFSET 0
+      ) a, @schema@.sessions s
+      WHERE k.key = a.key AND k.token = a.token AND NOT k.busy AND s.id = k.session AND s.expires > @schema@.clock()
+      RETURNING a.place, @schema@.clock()
+    LOOP
+      outcome := 'released';
+      easy := easy || place;
+      RETURN NEXT;
+    END LOOP;
+    IF cardinality(easy) = cardinality(keys) THEN RETURN; END IF;
+    ends := ARRAY(SELECT e.place FROM unnest(ends) e (place) WHERE e.place <> ALL (easy));
+  END IF;
+  IF ends <> '{}' THEN
+    -- Releases of other live holds, of keys that nobody waits for.
+    FOR place, at, freed_key IN
+      DELETE FROM @schema@.holds h
+      USING (
+        SELECT e.key, e.token, e.place FROM unnest(keys, tokens, cooldowns) WITH ORDINALITY e (key, token, cooldown, place)
+        WHERE e.place = ANY (ends) AND coalesce(e.cooldown, 0) = 0 OFFSET 0
+      ) a, @schema@.keys k
+      WHERE h.key = a.key AND h.token = a.token AND k.key = a.key AND k.waiting = 0
+        AND (h.deadline IS NULL OR h.deadline > @schema@.clock())
+        AND (NOT h.bound OR EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > @schema@.clock()))
+        AND NOT EXISTS (SELECT FROM @schema@.forced f WHERE f.token = a.token)
+      RETURNING a.place, @schema@.clock(), a.key
+    LOOP
+      outcome := 'released';
+      easy := easy || place;
+      freed := freed || freed_key;
+      RETURN NEXT;
+    END LOOP;
+    UPDATE @schema@.keys k SET closed_until = CASE WHEN k.closed_until > until THEN k.closed_until END,
+      busy = coalesce(k.closed_until > until, false)
+        OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = k.key)
+        OR EXISTS (SELECT FROM @schema@.forced f WHERE f.key = k.key)
+    WHERE k.key = ANY (freed);
+    -- Tokens that have nothing, of keys that nobody waits for: there is nothing to be ended, or given to anybody.
+    FOR place IN
+      SELECT a.place FROM unnest(keys, tokens) WITH ORDINALITY a (key, token, place)
+      LEFT JOIN @schema@.keys k ON k.key = a.key
+      WHERE a.place = ANY (ends) AND a.place <> ALL (easy)
+        AND coalesce(k.waiting, 0) = 0 AND k.token IS DISTINCT FROM a.token
+        AND NOT EXISTS (SELECT FROM @schema@.holds h WHERE h.key = a.key AND h.token = a.token)
+        AND NOT EXISTS (SELECT FROM @schema@.forced f WHERE f.token = a.token)
+    LOOP
+      outcome := 'nothing';
+      at := @schema@.clock();
+      easy := easy || place;
+      RETURN NEXT;
+    END LOOP;
+  END IF;
+  plain := ARRAY(SELECT a.place FROM unnest(capacities, bounds, terms) WITH ORDINALITY a (capacity, bound, term, place)
+    WHERE a.capacity = 1 AND a.bound AND a.term IS NULL AND a.place = ANY (turned));
+  WHILE plain <> '{}' LOOP
+    -- Mutexes of free keys; of several steps on a key the first.
+    FOR place, at, fence IN
+      UPDATE @schema@.keys k SET fence = greatest(@schema@.clock(), coalesce(k.fence, lowest) + 1), token = a.token,
+        session = a.session, at = @schema@.clock(), metadata = a.metadata, trace = a.trace
+      FROM (
+        SELECT DISTINCT ON (e.key) e.*
+        FROM unnest(keys, tokens, sessions, latest, metadata, traces)
+          WITH ORDINALITY e (key, token, session, not_after, metadata, trace, place)
+        WHERE e.place = ANY (plain) ORDER BY e.key, e.place
+      ) a, @schema@.sessions s
+      WHERE k.key = a.key AND k.token IS NULL AND NOT k.busy AND coalesce(k.fence, lowest) < 9223372036854775807
+        AND s.id = a.session AND s.expires > @schema@.clock() AND @schema@.clock() <= a.not_after
+      RETURNING a.place, @schema@.clock(), k.fence
+    LOOP
+      outcome := 'granted';
+      easy := easy || place;
+      RETURN NEXT;
+    END LOOP;
+    IF cardinality(easy) = cardinality(keys) THEN RETURN; END IF;
+    EXIT WHEN lowest IS NOT NULL;
+    plain := ARRAY(SELECT p.place FROM unnest(plain) p (place) WHERE p.place <> ALL (easy));
+    -- New keys are granted by a statement after the one that enters their rows: see `take`.
+    INSERT INTO @schema@.keys (key)
+      SELECT DISTINCT a.key FROM unnest(keys, sessions) WITH ORDINALITY a (key, session, place)
+      WHERE a.place = ANY (plain) AND NOT EXISTS (SELECT FROM @schema@.keys k WHERE k.key = a.key)
+        AND EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = a.session AND s.expires > until) AND @schema@.is_key(a.key)
+      ON CONFLICT DO NOTHING;
+    EXIT WHEN NOT FOUND;
+    SELECT m.fence_floor INTO lowest FROM @schema@.meta m;
   END LOOP;
   -- The rest in order. What would fail is left too: a fault is the fault of all.
   FOR place IN
     SELECT a.place FROM unnest(keys) WITH ORDINALITY a (key, place)
-    WHERE a.place <> ALL (easy) AND (waits AND a.place = 1
+    WHERE a.place = ANY (turned) AND a.place <> ALL (easy) AND (waits AND a.place = 1
       OR NOT EXISTS (SELECT FROM @schema@.keys k WHERE k.key = a.key AND k.fence = 9223372036854775807))
     ORDER BY a.place
   LOOP
     EXIT WHEN @schema@.clock() > until AND NOT (waits AND place = 1);
-    CONTINUE WHEN NOT pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(keys[place], secret));
     IF sessions[place] IS NULL THEN
       SELECT f.outcome, f.at, NULL, NULL, NULL, NULL, NULL
       INTO outcome, at, fence, remaining, number, check_in, in_use
@@ -700,7 +810,7 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.extend(
   wanted text, asked_token bytea, ttl bigint, OUT outcome text, OUT at bigint
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -718,7 +828,7 @@ CREATE OR REPLACE FUNCTION @schema@.adopt(
   wanted text, from_token bytea, to_token bytea, by_session bytea, not_after bigint,
   OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT bound boolean
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -751,7 +861,7 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.force_release(
   wanted text, asked_fence bigint, why text, OUT outcome text, OUT at bigint, OUT live text
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
   rec @schema@.keys;
@@ -784,7 +894,7 @@ $$ SELECT m.version, m.id::text FROM @schema@.meta m $$;
 CREATE OR REPLACE FUNCTION @schema@.open_session(
   asked bytea, lives_for bigint, who text, OUT outcome text, OUT at bigint
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 BEGIN
   PERFORM @schema@.refuse_unless(octet_length(asked) = 16 AND @schema@.is_span(lives_for) AND octet_length(who) <= 128,
@@ -798,7 +908,7 @@ END $$;
 CREATE OR REPLACE FUNCTION @schema@.renew_session(asked bytea)
 RETURNS TABLE (outcome text, at bigint, token bytea, key text, reason text)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
   time bigint;
@@ -815,7 +925,8 @@ END $$;
 
 -- Whether a session lives. Reads only.
 CREATE OR REPLACE FUNCTION @schema@.session_lives(asked bytea, OUT at bigint, OUT alive boolean)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 BEGIN
   PERFORM @schema@.sees_the_present();
   at := @schema@.clock();
@@ -826,7 +937,7 @@ END $$;
 -- has is handed on by whoever asks next, and so is what is more than the server has room for in one transaction.
 CREATE OR REPLACE FUNCTION @schema@.close_session(asked bytea, OUT at bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
   secret bytea := (SELECT m.secret FROM @schema@.meta m);
@@ -888,7 +999,7 @@ CREATE OR REPLACE FUNCTION @schema@.inspect(wanted text)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
   bound boolean, since bigint, remaining bigint, metadata text, trace text)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off AS $$
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 BEGIN
   PERFORM @schema@.sees_the_present();
@@ -906,8 +1017,8 @@ END $$;
 -- A page of the keys that are held, waited for or closed, in order: what `state_of` gives for each, but that a key and the hold
 -- in its row are one row of the kind `held`. The first row tells of the key behind which the next page begins, if there is
 -- one. A page looks at ten rows for each key that it may list, and ends with the key that makes its holds and waiters 20,000.
--- It reads only. Each row is looked up by its key (OFFSET 0 keeps the planner from another way), so that a page takes as
--- long as its rows, whatever the statistics say.
+-- It reads only. It reads each table once, from the first key of the page to the last, and looks a session up by its key
+-- (OFFSET 0 keeps the planner from another way), so that a page takes as long as its rows, whatever the statistics say.
 DROP FUNCTION IF EXISTS @schema@.list(text, text, bigint);
 CREATE OR REPLACE FUNCTION @schema@.list_page(beginning text, after text, most bigint)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
@@ -917,53 +1028,63 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
+  -- The keys of the page are before this one.
+  until text COLLATE "C" := beginning || repeat(chr(1114111), 200);
+  next_is text COLLATE "C";
+  listed bigint;
+  rows bigint;
   one record;
-  looked bigint := 0;
-  rows bigint := 0;
-  listed text[] := '{}';
-  crowded text[] := '{}';
-  next_is text;
 BEGIN
   PERFORM @schema@.sees_the_present();
-  FOR one IN
-    SELECT k.key, k.busy, k.waiting, k.token IS NOT NULL AS is_held FROM @schema@.keys k
-    WHERE k.key >= beginning AND k.key > after AND k.key < beginning || repeat(chr(1114111), 200)
-    ORDER BY k.key
-  LOOP
-    looked := looked + 1;
-    IF one.busy OR one.is_held THEN listed := listed || one.key; END IF;
-    IF one.busy THEN
-      crowded := crowded || one.key;
+  SELECT count(*), max(part.key), coalesce(sum(part.waiting), 0) INTO listed, next_is, rows FROM (
+    SELECT looked.key, looked.waiting FROM (
+      SELECT k.key, k.waiting, k.busy OR k.token IS NOT NULL AS is_used FROM @schema@.keys k
+      WHERE k.key >= beginning AND k.key > after AND k.key < until ORDER BY k.key LIMIT most * 10
+    ) looked WHERE looked.is_used LIMIT most
+  ) part;
+  IF listed < most THEN
+    next_is := (SELECT k.key FROM @schema@.keys k WHERE k.key >= beginning AND k.key > after AND k.key < until
+                ORDER BY k.key OFFSET most * 10 - 1 LIMIT 1);
+  END IF;
+  -- The first character that there may be: no key is between the last of the page and this.
+  IF next_is IS NOT NULL THEN until := next_is || chr(1); END IF;
+  IF rows + (SELECT count(*) FROM (
+    SELECT FROM @schema@.holds h WHERE h.key >= beginning AND h.key > after AND h.key < until LIMIT 20000
+  ) few) >= 20000 THEN
+    rows := 0;
+    FOR one IN
+      SELECT k.key, k.waiting FROM @schema@.keys k
+      WHERE k.key >= beginning AND k.key > after AND k.key < until AND k.busy ORDER BY k.key
+    LOOP
       rows := rows + one.waiting + (SELECT count(*) FROM @schema@.holds h WHERE h.key = one.key);
-    END IF;
-    IF cardinality(listed) = most OR looked = most * 10 OR rows >= 20000 THEN
-      next_is := one.key;
-      EXIT;
-    END IF;
-  END LOOP;
-  RETURN QUERY SELECT now, 'time'::text, next_is, NULL::bigint, NULL::text, NULL::integer, NULL::integer,
+      IF rows >= 20000 THEN
+        next_is := one.key;
+        until := next_is || chr(1);
+        EXIT;
+      END IF;
+    END LOOP;
+  END IF;
+  RETURN QUERY SELECT now, 'time'::text, next_is::text, NULL::bigint, NULL::text, NULL::integer, NULL::integer,
     NULL::boolean, NULL::bigint, NULL::bigint, NULL::text, NULL::text;
   RETURN QUERY SELECT now, r.kind, r.of_key, r.fence, r.owner, r.units, r.capacity, r.bound, r.since, r.remaining, r.metadata,
     r.trace
   FROM (
-    SELECT 1 AS part, 0::bigint AS place, CASE WHEN s.id IS NULL THEN 'key' ELSE 'held' END AS kind, k.key AS of_key,
+    SELECT 1 AS part, 0::bigint AS place, CASE WHEN s.expires > now THEN 'held' ELSE 'key' END AS kind, k.key AS of_key,
       nullif(k.fence, 0) AS fence, s.owner, 1 AS units, 1 AS capacity, true AS bound, k.at AS since,
       CASE WHEN k.closed_until > now THEN k.closed_until - now END AS remaining, k.metadata, k.trace
-    FROM unnest(listed) l (key)
-    CROSS JOIN LATERAL (SELECT * FROM @schema@.keys k WHERE k.key = l.key OFFSET 0) k
-    LEFT JOIN LATERAL (SELECT * FROM @schema@.sessions s WHERE s.id = k.session OFFSET 0) s
-      ON k.token IS NOT NULL AND s.expires > now
+    FROM @schema@.keys k
+    LEFT JOIN LATERAL (SELECT * FROM @schema@.sessions s WHERE s.id = k.session OFFSET 0) s ON k.token IS NOT NULL
+    WHERE k.key >= beginning AND k.key > after AND k.key < until AND (k.busy OR k.token IS NOT NULL)
     UNION ALL
     SELECT 2, h.fence, 'hold', h.key, h.fence, h.owner, h.units, h.capacity, h.bound, h.at, h.deadline - now, h.metadata, h.trace
-    FROM unnest(crowded) l (key)
-    CROSS JOIN LATERAL (SELECT * FROM @schema@.holds h WHERE h.key = l.key OFFSET 0) h
-    WHERE (h.deadline IS NULL OR h.deadline > now)
+    FROM @schema@.holds h
+    WHERE h.key >= beginning AND h.key > after AND h.key < until AND (h.deadline IS NULL OR h.deadline > now)
       AND (NOT h.bound OR EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > now))
     UNION ALL
     SELECT 3, q.place, 'waiter', q.key, NULL, s.owner, q.units, q.capacity, q.bound, q.at, NULL, q.metadata, q.trace
-    FROM unnest(crowded) l (key)
-    CROSS JOIN LATERAL (SELECT * FROM @schema@.queue q WHERE q.key = l.key OFFSET 0) q
+    FROM @schema@.queue q
     CROSS JOIN LATERAL (SELECT * FROM @schema@.sessions s WHERE s.id = q.session AND s.expires > now OFFSET 0) s
+    WHERE q.key >= beginning AND q.key > after AND q.key < until
   ) r ORDER BY r.of_key COLLATE "C", r.part, r.place;
 END $$;
 
@@ -971,7 +1092,8 @@ END $$;
 -- anybody else until your transaction has ended. Otherwise SQLSTATE SF001. Keep the transaction short: who wants the key
 -- waits for it.
 CREATE OR REPLACE FUNCTION @schema@.check_fence(key text, fence bigint, namespace text DEFAULT '')
-RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
   space text := normalize(namespace, NFC);
@@ -996,7 +1118,7 @@ END $$;
 -- calls it now and then; of several that do, one works. It waits for nobody.
 CREATE OR REPLACE FUNCTION @schema@.tidy() RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
-  SET enable_bitmapscan = off SET jit = off AS $$
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
