@@ -34,7 +34,7 @@ fn a_schema_can_be_applied_by_ten_at_once_and_again() {
         // The first calls of a connection take so long that they leave steps.
         assert!(server.psql(&[old; 4].join(";")).ends_with('1'));
         // A newer one is not touched, and not used.
-        server.psql("UPDATE stanchion.meta SET version = 6");
+        server.psql("UPDATE stanchion.meta SET version = 7");
         let store = Postgres::from_url(&server.url()).unwrap();
         assert_eq!(store.apply_schema().await.unwrap_err().kind(), ErrorKind::Misconfigured);
         let error = Locks::open(&server.url()).await.unwrap_err();

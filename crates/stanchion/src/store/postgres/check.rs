@@ -12,7 +12,7 @@ use crate::store::Push;
 use crate::token::SessionId;
 
 /// The version of the schema that this program speaks.
-const VERSION: i32 = 5;
+const VERSION: i32 = 6;
 
 /// The oldest server, as the server counts.
 const OLDEST_SERVER: i32 = 150_000;

@@ -41,7 +41,7 @@ BEGIN
   END IF;
   IF to_regclass('@schema@.meta') IS NOT NULL THEN
     SELECT version INTO found FROM @schema@.meta;
-    IF found > 5 THEN
+    IF found > 6 THEN
       RAISE EXCEPTION 'the schema is of version %, newer than this program: update the program', found
         USING ERRCODE = 'SF003';
     END IF;
@@ -1184,6 +1184,6 @@ BEGIN
   END LOOP;
 END $$;
 
-INSERT INTO @schema@.meta (version) VALUES (5) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
+INSERT INTO @schema@.meta (version) VALUES (6) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
 
 COMMIT;
