@@ -146,6 +146,7 @@ pub(crate) enum Command {
     ///
     /// The role that runs it needs the right to create and becomes the schema's owner; roles that use
     /// the locks do not need it. Running it again changes nothing.
+    #[command(verbatim_doc_comment)]
     Schema {
         /// Run it instead of printing it
         #[arg(long)]
@@ -308,12 +309,12 @@ mod tests {
     use clap::CommandFactory as _;
 
     #[test]
-    fn the_definition_is_consistent() {
+    fn argument_definition_is_consistent() {
         Arguments::command().debug_assert();
     }
 
     #[test]
-    fn options_after_the_dashes_belong_to_the_command() {
+    fn options_after_dashes_go_to_the_command() {
         let arguments = Arguments::try_parse_from(["stanchion", "run", "k", "-n", "--", "ls", "-n", "--json"]).unwrap();
         let Command::Run(run) = arguments.command else { panic!("not run") };
         assert!(run.no_wait);

@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_read_as_people_write_them() {
+    fn human_durations_are_parsed() {
         let table = [
             ("30", 30_000),
             ("1.5", 1_500),
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_out_of_range_or_no_duration_is_refused_with_the_way_out() {
+    fn invalid_durations_are_rejected_with_a_hint() {
         for text in ["", "x", "-1", "1e3", "inf", "nan", "5 parsecs", "--", "1..2", "."] {
             assert!(span(text).unwrap_err().contains("is not a duration"), "{text}");
         }
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_wait_may_be_zero() {
+    fn only_waits_may_be_zero() {
         assert_eq!(span_or_zero("0"), Ok(Duration::ZERO));
         assert!(span_or_zero("1ms").is_err());
     }

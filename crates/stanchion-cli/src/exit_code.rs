@@ -78,7 +78,7 @@ mod tests {
     use stanchion::LossCause;
 
     #[test]
-    fn every_kind_of_error_has_its_documented_code() {
+    fn errors_have_documented_exit_codes() {
         use ErrorKind::*;
         let table = [
             (Timeout, 75),
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn the_help_names_every_code() {
+    fn help_names_every_exit_code() {
         let codes = [
             OK,
             NO_SUCH_HOLD,

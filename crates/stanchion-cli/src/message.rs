@@ -128,7 +128,7 @@ mod tests {
     use stanchion::{Error, ErrorKind};
 
     #[test]
-    fn a_message_is_one_line_without_control_characters_and_passwords() {
+    fn messages_are_one_harmless_line() {
         assert_eq!(one_line("a\n  b\n\nc\u{1b}[2J"), "a b c\\u{1b}[2J");
         assert_eq!(one_line("no 'redis://u:se@cret@h:1/0' here"), "no 'redis://***@h:1/0' here");
         assert_eq!(one_line("redis://h and pg://:x@y"), "redis://h and pg://***@y");
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_tells_the_cause_once() {
+    fn failure_names_its_cause_once() {
         let error =
             Error::new(ErrorKind::Unavailable, "no answer").with_source(Error::new(ErrorKind::Internal, "refused"));
         let failure = Failure::from(error);

@@ -305,7 +305,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn escaped_text_fools_nobody() {
+    fn escaped_text_is_harmless() {
         let table = [
             ("a\u{1b}[31m\tb\r\n", "a\\u{1b}[31m\\tb\\r\\n"),
             ("\u{202e}txt\u{9b}1m\u{7f}", "\\u{202e}txt\\u{9b}1m\\u{7f}"),
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn json_escapes_what_cannot_be_seen() {
+    fn json_escapes_invisible_characters() {
         let text = "\u{7f}\u{9b}\u{202e}\u{200b}\u{e0041}\u{1b}é漢\\\"  x";
         let line = json_line(&text).unwrap();
         let expected = r#""\u007f\u009b\u202e\u200b\udb40\udc41\u001bé漢\\\"  x""#;
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn long_cells_are_cut_between_characters() {
+    fn long_cells_end_between_characters() {
         assert_eq!(cell(&"é".repeat(80)), "é".repeat(80));
         assert_eq!(cell(&"é".repeat(81)), "é".repeat(79) + "…");
         assert_eq!(cell(&("x".repeat(76) + "\u{1b}yyy")), "x".repeat(76) + "…", "no half of an escape");
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn every_time_can_be_written() {
+    fn every_time_has_a_text() {
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
         let table = [
             (at(0), "1970-01-01T00:00:00.000Z"),
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn spans_are_short() {
+    fn spans_have_two_units() {
         let table = [(0, "0s"), (7, "7ms"), (1_234, "1s 200ms"), (61_500, "1m 1s"), (90_000_000, "1day 1h")];
         for (millis, text) in table {
             assert_eq!(for_people(Duration::from_millis(millis)), text);
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_is_aligned() {
+    fn table_columns_are_aligned() {
         let rows = [vec!["a".to_owned(), "bbb".into()], vec!["größe".into(), String::new()]];
         assert_eq!(table(&["KEY", "X"], &rows), "KEY    X\na      bbb\ngröße\n");
     }

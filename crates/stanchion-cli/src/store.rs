@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn a_password_in_a_url_is_seen_wherever_it_is() {
+    fn passwords_in_urls_are_recognised() {
         for url in [
             "redis://:p@h",
             "redis://u:p@h:1/0",

@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn a_usage_error_is_one_line_that_says_what_would_be_right() {
+    fn usage_errors_are_one_line_with_a_hint() {
         let table: [(&[&str], &str); 5] = [
             (
                 &["run", "k", "ls"],

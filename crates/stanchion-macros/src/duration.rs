@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_read_as_people_write_them() {
+    fn human_durations_are_parsed() {
         let ms = Duration::from_millis;
         for (text, means) in [
             ("30", ms(30_000)),

@@ -415,7 +415,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_child_is_killed_before_another_may_have_the_key() {
+    fn kill_comes_before_the_key_is_free() {
         let second = Duration::from_secs(1);
         let loss = |cause, left| Loss { cause, left };
         assert_eq!(grace(5 * second, &loss(LossCause::SessionExpired, Some(2 * second))), Duration::from_millis(1800));

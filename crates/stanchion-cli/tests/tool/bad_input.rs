@@ -15,7 +15,7 @@ fn nothing_is_left(world: &World) {
 
 /// A NUL cannot be in an argument: the system ends it there. The library's own tests have that case.
 #[test]
-fn bad_keys_and_durations_are_wrong_usage() {
+fn bad_keys_and_durations_are_usage_errors() {
     let world = World::new();
     let long = "x".repeat(513);
     let table: [(&[&str], &[&str]); 18] = [
@@ -71,6 +71,26 @@ fn bad_keys_and_durations_are_wrong_usage() {
 }
 
 #[test]
+fn mistyped_store_folders_are_rejected() {
+    let world = World::new();
+    let missing = format!("sqlite:{}", world.path("typo/locks").display());
+    let absent = format!("sqlite:{}", world.path("absent").display());
+    let run = |url: &str| world.stanchion(["run", "k", "--store", url, "--", "touch", "started"]).finish();
+    run("sqlite:locks").code(64).says(&["relative folder", "write sqlite:/ABSOLUTE/FOLDER"]);
+    run("sqlite:~other/locks").code(64).says(&["relative folder"]);
+    run(&missing).code(78).says(&["typo` does not exist: make it first"]);
+    for looking in [&["ls"][..], &["inspect", "k"], &["force-release", "k", "--fence", "1", "--reason", "x"]] {
+        let arguments = looking.iter().copied().chain(["--store", absent.as_str()]);
+        world.stanchion(arguments).finish().code(78).says(&["no store in `", "the first `stanchion run` makes it"]);
+        // The user's own store is only empty.
+        assert_ne!(world.stanchion(looking).finish().code, Some(78));
+    }
+    assert!(!world.path("started").exists() && !world.path("absent").exists() && !world.path("state").exists());
+    run("sqlite:~/locks").code(0);
+    assert!(world.path("locks").exists());
+}
+
+#[test]
 fn bad_stores_say_what_would_be_right() {
     let world = World::new();
     std::fs::write(world.path("file"), "").unwrap();
@@ -95,7 +115,7 @@ fn bad_stores_say_what_would_be_right() {
 }
 
 #[test]
-fn a_folder_without_the_right_to_write_is_not_permitted() {
+fn unwritable_folder_is_not_permitted() {
     let world = World::new();
     let state = world.path("state");
     // Where nobody can read it, too. Another process copies it: what this one has open for writing, a child that another
@@ -139,7 +159,7 @@ fn on_a_full_disk(world: &World, script: &str) -> (Option<i32>, String) {
 }
 
 #[test]
-fn a_full_disk_is_a_store_that_cannot_serve() {
+fn full_disk_is_unavailable() {
     let world = World::new();
     if on_a_full_disk(&world, "true").0 != Some(0) {
         // As in most containers. Where the release is tested they are there.

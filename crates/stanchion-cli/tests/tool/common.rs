@@ -341,6 +341,16 @@ impl Finished {
         self
     }
 
+    /// All lines on stderr have the tool's name before them, and together they hold these texts.
+    #[track_caller]
+    pub fn reports(self, texts: &[&str]) -> Self {
+        assert!(self.stderr.lines().all(|line| line.starts_with("stanchion: ")), "{self:?}");
+        for text in texts {
+            assert!(self.stderr.contains(text), "no `{text}` in {self:?}");
+        }
+        self
+    }
+
     #[track_caller]
     pub fn silent(self) -> Self {
         assert_eq!((self.stdout.as_str(), self.stderr.as_str()), ("", ""), "{self:?}");

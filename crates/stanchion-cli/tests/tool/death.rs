@@ -5,7 +5,7 @@ use crate::common::*;
 use rustix::process::Signal;
 
 #[test]
-fn killing_the_wrapper_kills_the_command_and_its_children_before_the_key_is_free() {
+fn killed_wrapper_frees_the_key_last() {
     let world = World::new();
     for round in 0..20 {
         let script = "echo $$ > $D/child; sleep 600 & echo $! > $D/grandchild; wait";
@@ -27,7 +27,7 @@ fn killing_the_wrapper_kills_the_command_and_its_children_before_the_key_is_free
 }
 
 #[test]
-fn killing_the_wrapper_at_a_random_moment_leaves_nothing_behind() {
+fn random_kill_leaves_nothing() {
     let world = World::new();
     let mut random = Random(7);
     for _ in 0..60 {
@@ -44,7 +44,7 @@ fn killing_the_wrapper_at_a_random_moment_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_process_that_left_the_group_keeps_the_key_after_the_wrapper_was_killed() {
+fn escaped_process_keeps_the_key() {
     let world = World::new();
     let script = "setsid sh -c 'echo $$ > $D/daemon; exec sleep 600' & wait";
     let running = world.stanchion(["run", "k", "--", "sh", "-c", script]).start();
@@ -58,7 +58,7 @@ fn a_process_that_left_the_group_keeps_the_key_after_the_wrapper_was_killed() {
 }
 
 #[test]
-fn the_guardian_is_alone_and_never_lingers() {
+fn guardian_is_alone_and_ends() {
     let world = World::new();
     let running = world.stanchion(["run", "k", "--", "sh", "-c", "echo $$ > $D/child; read x"]).input(b"").start();
     // The input ends at once.

@@ -4,7 +4,7 @@
 use crate::common::*;
 
 #[test]
-fn help_and_version_are_data_and_go_well() {
+fn help_and_version_go_to_stdout() {
     let world = World::new();
     let help = world.stanchion(["--help"]).finish().ok();
     for part in ["Examples:", "Exit codes:", "Environment:", "STANCHION_STORE", "STANCHION_FENCE", "Durations"] {
@@ -23,7 +23,7 @@ fn help_and_version_are_data_and_go_well() {
 }
 
 #[test]
-fn completions_are_made_for_every_shell() {
+fn every_shell_has_completions() {
     let world = World::new();
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let text = world.stanchion(["completions", shell]).finish().ok();

@@ -61,7 +61,7 @@ fn json_has_the_documented_fields() {
 }
 
 #[test]
-fn text_for_people_is_aligned_and_harmless() {
+fn tables_are_aligned_and_harmless() {
     let world = World::new();
     let _scene = scene(&world);
     let text = world.stanchion(["ls"]).finish().ok();
@@ -98,7 +98,7 @@ fn nobody_who_reads_is_a_quiet_end() {
 }
 
 #[test]
-fn watch_ends_when_nobody_reads_also_without_a_change() {
+fn watch_ends_without_a_reader() {
     let world = World::new();
     let _scene = scene(&world);
     // The reader goes after the first line, and nothing changes from then on.
@@ -113,7 +113,7 @@ fn watch_ends_when_nobody_reads_also_without_a_change() {
 }
 
 #[test]
-fn damaged_entries_are_named_and_end_ls_with_65() {
+fn damaged_entries_are_named_by_ls() {
     let world = World::new();
     let _scene = scene(&world);
     let bad = world.stanchion(["run", "bad", "-c", "touch $D/bad; exec sleep 600"]).start();
@@ -157,7 +157,7 @@ fn damaged_entries_are_named_and_end_ls_with_65() {
 }
 
 #[test]
-fn text_of_others_fakes_neither_columns_nor_escapes() {
+fn foreign_text_fakes_nothing() {
     let world = World::new();
     let key = "a  held  7\u{ad}\\n\u{202e}";
     let holder =

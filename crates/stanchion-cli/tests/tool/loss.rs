@@ -9,7 +9,7 @@ const STUBBORN: &str =
     "trap '' TERM; (trap '' TERM; echo $$ > $D/ready; while :; do sleep 0.01; done) & while :; do sleep 0.01; done";
 
 #[test]
-fn a_hold_that_is_too_long_ends_with_76_and_no_survivor() {
+fn max_hold_ends_the_command_with_76() {
     let world = World::new();
     for command in ["exec sleep 600", "sleep 600; true", "sleep 600 & sleep 600 & wait", STUBBORN] {
         let finished = world.stanchion(["run", "k", "--max-hold", "400ms", "-c", command]).finish();
@@ -20,7 +20,7 @@ fn a_hold_that_is_too_long_ends_with_76_and_no_survivor() {
 }
 
 #[test]
-fn the_command_is_asked_first_and_may_clean_up() {
+fn command_may_clean_up_after_term() {
     let world = World::new();
     let script = format!("trap 'touch $D/cleaned; exit 0' TERM; {FOREVER}");
     let finished = world.stanchion(["run", "k", "--max-hold", "2s", "-c", &script]).finish();
@@ -31,7 +31,7 @@ fn the_command_is_asked_first_and_may_clean_up() {
 }
 
 #[test]
-fn the_command_is_dead_when_the_next_one_starts() {
+fn next_command_starts_after_the_death() {
     let world = World::new();
     // It writes for as long as it lives.
     let script = "trap '' TERM; touch $D/ready; while :; do touch $D/alive; done";
@@ -44,7 +44,7 @@ fn the_command_is_dead_when_the_next_one_starts() {
 }
 
 #[test]
-fn a_broken_hold_ends_its_command_at_once() {
+fn force_release_kills_the_command() {
     let world = World::new();
     let running = world.stanchion(["run", "k", "--kill-after", "1h", "-c", STUBBORN]).start();
     world.until_file("ready");
@@ -53,7 +53,7 @@ fn a_broken_hold_ends_its_command_at_once() {
     let wrong = world.stanchion(["force-release", "k", "--fence", "1", "--reason", "test"]).finish();
     wrong.code(1).says(&["no hold of key `k` has fence 1", fence, "nothing was changed"]);
     world.stanchion(["force-release", "k", "--fence", fence, "--reason", "it hangs"]).finish().code(0).silent();
-    running.finish().code(76).says(&["key `k` was lost", "released by force (it hangs)"]);
+    running.finish().code(76).says(&["key `k` was lost", "force-released (it hangs)"]);
     world.until_nothing_runs();
     world
         .stanchion(["force-release", "k", "--fence", fence, "--reason", "again"])
@@ -121,7 +121,7 @@ fn signals_to_another_user_are_reported() {
 }
 
 #[test]
-fn deleted_store_files_are_a_loss_with_that_reason() {
+fn deleted_store_files_explain_the_loss() {
     for name in ["", "locks.db", "locks.db-wal", "locks.db-shm", "gate", "sessions"] {
         let world = World::new();
         let running = world.stanchion(["run", "k", "-c", "touch $D/ready; exec sleep 600"]).start();
@@ -138,7 +138,7 @@ fn deleted_store_files_are_a_loss_with_that_reason() {
 
 /// Only the database is gone: the next one does not start beside a command that has not heard of it yet.
 #[test]
-fn new_database_waits_for_the_command_of_the_old_one() {
+fn new_database_waits_for_the_old_command() {
     let world = World::new();
     let script = "echo $$ > $D/pid; touch $D/ready; exec sleep 600";
     let running = world.stanchion(["run", "k", "-c", script]).start();

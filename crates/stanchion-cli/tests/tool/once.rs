@@ -5,7 +5,7 @@ use crate::common::*;
 use rustix::process::Signal;
 
 #[test]
-fn it_runs_once_per_period_and_is_silent() {
+fn once_runs_per_period_in_silence() {
     let world = World::new();
     let run = || world.stanchion(["once", "k", "--every", "1h", "-c", "echo x >> runs; sleep 0.01"]).finish();
     for _ in 0..3 {
@@ -13,12 +13,12 @@ fn it_runs_once_per_period_and_is_silent() {
     }
     assert_eq!(world.read("runs"), "x\n");
     let skipped = world.stanchion(["once", "k", "--every", "1h", "-v", "--", "true"]).finish();
-    skipped.code(0).says(&["key `k` was done by sh@", " ago, and not again for another 53m"]);
+    skipped.code(0).reports(&["key `k` was done by sh@", " ago, and not again for another 53m"]);
     world.stanchion(["once", "k", "--every", "1h", "-E", "7", "--", "true"]).finish().code(7).silent();
 }
 
 #[test]
-fn the_period_counts_from_the_start_of_the_run() {
+fn period_counts_from_the_start() {
     let world = World::new();
     // It takes longer than its period: the next one may run at once.
     world.stanchion(["once", "k", "--every", "100ms", "--", "sleep", "0.2"]).finish().code(0).silent();
@@ -30,7 +30,7 @@ fn the_period_counts_from_the_start_of_the_run() {
 }
 
 #[test]
-fn a_failure_opens_the_key_at_once_and_gives_its_code() {
+fn failed_run_frees_the_key() {
     let world = World::new();
     world.stanchion(["once", "k", "--every", "1h", "--", "sh", "-c", "exit 3"]).finish().code(3).silent();
     world.stanchion(["once", "k", "--every", "1h", "-c", "kill -TERM $$"]).finish().code(143).silent();
@@ -46,7 +46,7 @@ fn it_does_not_wait_for_one_that_runs() {
     world.until_file("ready");
     world.stanchion(["once", "k", "--every", "1h", "--", "touch", "second"]).finish().code(0).silent();
     let noted = world.stanchion(["once", "k", "--every", "1h", "-v", "--", "touch", "second"]).finish();
-    noted.code(0).says(&["held by sh@"]);
+    noted.code(0).reports(&["held by sh@"]);
     running.send(Signal::TERM);
     running.finish().code(143);
     assert!(!world.path("second").exists());
@@ -64,7 +64,7 @@ fn of_many_at_the_same_time_one_runs() {
 }
 
 #[test]
-fn a_slot_is_run_once_also_with_other_clocks() {
+fn slot_runs_once_despite_other_clocks() {
     let world = World::new();
     let run = |slot: &str| world.stanchion(["once", "k", "--slot", slot, "-E", "7", "-c", "echo x >> runs"]).finish();
     run("20260102").code(0).silent();

@@ -5,7 +5,7 @@ use crate::common::*;
 use rustix::process::Signal;
 
 #[test]
-fn the_command_keeps_its_exit_code_streams_and_arguments() {
+fn command_keeps_code_streams_and_arguments() {
     let world = World::new();
     let script = r#"cat; printf '%s|' "$@"; echo err >&2; exit 42"#;
     let finished =
@@ -41,7 +41,7 @@ fn exit_codes_are_as_documented() {
 }
 
 #[test]
-fn the_second_starts_the_moment_the_first_ends() {
+fn second_run_starts_as_the_first_ends() {
     let world = World::new();
     let script = "touch $D/first; while [ ! -e $D/go ]; do sleep 0.01; done; date +%s%N > $D/end";
     let first = world.stanchion(["run", "nightly", "--", "sh", "-c", script]).start();
@@ -60,7 +60,7 @@ fn the_second_starts_the_moment_the_first_ends() {
 }
 
 #[test]
-fn many_take_turns_and_count_without_a_gap() {
+fn concurrent_runs_lose_no_count() {
     let world = World::new();
     std::fs::write(world.path("counter"), "0").unwrap();
     let script = "n=$(cat counter); echo $STANCHION_FENCE >> fences; echo $((n + 1)) > counter";
@@ -83,7 +83,7 @@ fn hold(world: &World, options: &[&str]) -> Running {
 }
 
 #[test]
-fn a_key_that_is_taken_gives_75_and_names_the_holder() {
+fn busy_key_gives_75_and_names_the_holder() {
     let world = World::new();
     let holder = hold(&world, &[]);
     let who = format!("held by sh@{}/{}", rustix::system::uname().nodename().to_string_lossy(), holder.pid());
@@ -102,7 +102,7 @@ fn a_key_that_is_taken_gives_75_and_names_the_holder() {
 }
 
 #[test]
-fn shared_holders_share_and_exclusive_ones_do_not() {
+fn shared_runs_share_exclusive_runs_do_not() {
     let world = World::new();
     let readers = [hold(&world, &["--shared"]), hold(&world, &["-s"])];
     world.until_holding("k", 2);
@@ -128,7 +128,7 @@ fn shared_holders_share_and_exclusive_ones_do_not() {
 }
 
 #[test]
-fn as_many_as_there_are_permits_hold_the_key() {
+fn permits_limit_the_holders() {
     let world = World::new();
     let [first, second] = [hold(&world, &["--permits", "2"]), hold(&world, &["--permits", "2"])];
     world.until_holding("k", 2);
@@ -158,7 +158,7 @@ fn a_cooldown_keeps_the_key_closed() {
 }
 
 #[test]
-fn a_process_left_in_the_background_does_not_keep_the_key_or_the_wrapper() {
+fn background_processes_do_not_keep_the_key() {
     let world = World::new();
     // It has the streams, the group and the lock descriptor of the command.
     let script = "sleep 600 & echo $! > $D/pid";
@@ -168,15 +168,36 @@ fn a_process_left_in_the_background_does_not_keep_the_key_or_the_wrapper() {
 }
 
 #[test]
-fn quiet_says_nothing_and_verbose_says_what_happens() {
+fn quiet_and_verbose_change_the_messages() {
     let world = World::new();
     world.stanchion(["run", "k", "-q", "--", "no-such-command"]).finish().code(127).silent();
     let finished = world.stanchion(["run", "k", "-v", "--", "true"]).finish().code(0);
     let lines: Vec<_> = finished.stderr.lines().collect();
-    assert!(lines[0].starts_with("stanchion: key `k` obtained after ") && lines[0].contains("fence "), "{lines:?}");
-    assert_eq!(lines[1..], ["stanchion: key released"]);
+    assert!(lines[0].starts_with("stanchion: store: sqlite:/"), "{lines:?}");
+    assert!(lines[1].starts_with("stanchion: key `k` obtained after ") && lines[1].contains("fence "), "{lines:?}");
+    assert_eq!(lines[2..], ["stanchion: key released"]);
     let holder = hold(&world, &[]);
     let waiter = world.stanchion(["run", "k", "-v", "-w", "2", "--", "true"]).finish().code(75);
-    assert!(waiter.stderr.contains("stanchion: waiting; 0 before us in the queue\n"), "{waiter:?}");
+    waiter.reports(&["waiting for key `k`: held by sh@", "; next in line\n"]);
     drop(holder);
+}
+
+#[test]
+fn missing_command_is_found_before_the_wait() {
+    let world = World::new();
+    let _holder = hold(&world, &[]);
+    std::fs::write(world.path("plain"), "no program").unwrap();
+    for (program, code) in [("no-such-command", 127), ("./no-such-command", 127), ("./plain", 126), ("/", 126)] {
+        world.stanchion(["run", "k", "-w", "1h", "--", program]).finish().code(code);
+    }
+}
+
+#[test]
+fn nested_run_is_reported() {
+    let world = World::new();
+    let tool = env!("CARGO_BIN_EXE_stanchion");
+    let nested = world.stanchion(["run", "k", "--", tool, "run", "k", "-w", "500ms", "--", "true"]).finish();
+    nested.code(75).reports(&["this command already runs under key `k`"]);
+    // Another key is no nesting.
+    world.stanchion(["run", "k", "--", tool, "run", "j", "--", "true"]).finish().code(0).silent();
 }

@@ -10,7 +10,7 @@ fn tell_nothing(finished: &Finished) {
 }
 
 #[test]
-fn a_password_in_an_argument_is_refused_with_the_alternatives() {
+fn password_arguments_are_refused() {
     let world = World::new();
     for url in ["redis://u:s3ntinel@h", "postgres://h/db?user=u&password=s3ntinel", "redis://:s3ntinel@h:1/0"] {
         let finished = world.stanchion(["--store", url, "ls"]).finish();
@@ -37,12 +37,12 @@ fn a_url_is_in_no_message() {
     ] {
         let finished = invocation.finish();
         tell_nothing(&finished);
-        finished.code(64).says(&[]);
+        finished.code(64).reports(&[]);
     }
 }
 
 #[test]
-fn the_command_learns_the_key_and_the_fence_and_nothing_of_the_store() {
+fn command_learns_key_and_fence() {
     let world = World::new();
     let store = format!("sqlite:{}", world.path("elsewhere").display());
     world.write_store_file("url", &store);
@@ -54,7 +54,9 @@ fn the_command_learns_the_key_and_the_fence_and_nothing_of_the_store() {
         .finish()
         .ok();
     let ours: Vec<_> = text.lines().filter(|line| line.starts_with("STANCHION_") && !line.contains("_TEST=")).collect();
-    assert_eq!(ours.len(), 3, "{ours:?}");
+    assert_eq!(ours.len(), 4, "{ours:?}");
+    // A `stanchion` that the command runs uses the same store.
+    assert!(ours.contains(&format!("STANCHION_STORE={store}").as_str()), "{ours:?}");
     assert!(ours.contains(&"STANCHION_KEY=caf\u{e9} 1") && ours.contains(&"STANCHION_OTHER=kept"), "{ours:?}");
     let fence = ours.iter().find_map(|line| line.strip_prefix("STANCHION_FENCE=")).unwrap();
     assert!(!fence.starts_with('0') && fence.parse::<u64>().unwrap() < 1 << 53, "{fence}");
@@ -62,7 +64,7 @@ fn the_command_learns_the_key_and_the_fence_and_nothing_of_the_store() {
 }
 
 #[test]
-fn the_store_of_the_options_goes_before_that_of_the_environment() {
+fn option_overrides_the_environment() {
     let world = World::new();
     let (here, there) =
         (format!("sqlite:{}", world.path("here").display()), format!("sqlite:{}", world.path("there").display()));
@@ -85,7 +87,7 @@ fn the_store_of_the_options_goes_before_that_of_the_environment() {
 }
 
 #[test]
-fn the_command_gets_the_lock_descriptor_and_no_other_of_ours() {
+fn command_inherits_the_lock_descriptor_only() {
     let world = World::new();
     let text = world.stanchion(["run", "k", "--", "ls", "-l", "/proc/self/fd"]).finish().ok();
     let state = world.path("state").display().to_string();

@@ -5,7 +5,7 @@ use crate::common::*;
 use rustix::process::Signal;
 
 #[test]
-fn signals_reach_the_command_and_its_own_children() {
+fn signals_reach_the_whole_group() {
     let world = World::new();
     for (signal, name) in [
         (Signal::INT, "INT"),
@@ -32,7 +32,7 @@ fn signals_reach_the_command_and_its_own_children() {
 }
 
 #[test]
-fn a_command_that_dies_of_a_signal_gives_128_and_its_number() {
+fn death_by_signal_gives_128_plus_number() {
     let world = World::new();
     let running = world.stanchion(["run", "k", "--", "sh", "-c", "echo $$ > pid; exec sleep 600"]).start();
     pid_in(&world, "pid");
@@ -61,7 +61,7 @@ fn pending(pid: i32) -> u64 {
 }
 
 #[test]
-fn what_is_ignored_at_the_start_stays_ignored_here_and_in_the_command() {
+fn ignored_signals_stay_ignored() {
     let world = World::new();
     let script =
         "grep SigIgn /proc/self/status > $D/ignored; touch $D/ready; while [ ! -e $D/go ]; do sleep 0.01; done";
@@ -78,7 +78,7 @@ fn what_is_ignored_at_the_start_stays_ignored_here_and_in_the_command() {
 }
 
 #[test]
-fn what_is_blocked_at_the_start_stays_blocked_in_the_command() {
+fn blocked_signals_stay_blocked() {
     let world = World::new();
     let options = ["--block-signal=USR1"];
     let mask = world.through(&options, ["run", "k", "--", "grep", "SigBlk", "/proc/self/status"]).finish().ok();
@@ -87,7 +87,7 @@ fn what_is_blocked_at_the_start_stays_blocked_in_the_command() {
 }
 
 #[test]
-fn a_signal_ends_the_wait_and_leaves_nothing_in_the_queue() {
+fn signal_ends_the_wait_and_the_queue_entry() {
     let world = World::new();
     let holder = world.stanchion(["run", "k", "--", "sh", "-c", "touch $D/held; exec sleep 600"]).start();
     world.until_file("held");
@@ -108,7 +108,7 @@ fn a_signal_ends_the_wait_and_leaves_nothing_in_the_queue() {
 }
 
 #[test]
-fn a_stop_that_no_shell_would_end_does_not_stop_the_command() {
+fn stop_without_a_shell_is_ignored() {
     let world = World::new();
     let script = format!("trap 'touch $D/continued; exit 5' CONT; touch $D/ready; {FOREVER}");
     // A session of its own, as a service has: nobody is there to say `fg`.
@@ -121,7 +121,7 @@ fn a_stop_that_no_shell_would_end_does_not_stop_the_command() {
 
 /// As in a container that was entered from outside: the leaders of the group and of the session have no number there.
 #[test]
-fn a_stop_in_a_container_does_not_stop_the_command() {
+fn stop_in_a_container_is_ignored() {
     let world = World::new();
     let script = format!(
         "$S run k -c 'trap \"exit 5\" CONT; : > $D/ready; {FOREVER}' &
@@ -185,7 +185,7 @@ fn first_process_reaps_orphans() {
 
 /// To the system, process group 1 is every process. Tried where there are few.
 #[test]
-fn guardian_refuses_group_numbers_of_all() {
+fn guardian_refuses_groups_of_all() {
     let world = World::new();
     for number in [r"\1\0\0\0", r"\377\377\377\377", r"\0\0\0\0", r"\376\377\377\377"] {
         let script = format!("tail -f /dev/null & printf '{number}' | $S __guardian; kill -0 $! && exit 5");
@@ -241,16 +241,16 @@ fn signals_at_random_moments(name: &str, command: &[&str]) {
 }
 
 #[test]
-fn a_signal_at_a_random_moment_leaves_no_command_behind() {
+fn random_signal_leaves_no_command() {
     signals_at_random_moments("direct", &["sh", "-c", "touch $D/started; exec sleep 600"]);
 }
 
 #[test]
-fn a_signal_at_a_random_moment_leaves_no_shell_behind() {
+fn random_signal_leaves_no_shell() {
     signals_at_random_moments("shell", &["sh", "-c", "touch $D/started; sleep 600; true"]);
 }
 
 #[test]
-fn a_signal_at_a_random_moment_leaves_no_grandchild_behind() {
+fn random_signal_leaves_no_grandchild() {
     signals_at_random_moments("grandchild", &["sh", "-c", "touch $D/started; (sleep 600; true) & sleep 600 & wait"]);
 }

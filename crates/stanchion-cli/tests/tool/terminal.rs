@@ -90,7 +90,27 @@ impl Drop for Screen {
 }
 
 #[test]
-fn an_interactive_command_reads_from_the_terminal() {
+fn waits_are_described_on_a_terminal() {
+    let world = World::new();
+    let script = "touch $D/held; while test ! -e $D/go; do sleep 0.05; done";
+    let holder = world.stanchion(["run", "k", "--metadata", "release 7", "-c", script]).start();
+    world.until_file("held");
+    let mut screen = Screen::new(&world, &["sh", "-c", "$S run k -- echo done"]);
+    let owner = format!("held by sh@{}/{}", rustix::system::uname().nodename().to_string_lossy(), holder.pid());
+    screen.shows("waiting for key `k`: ");
+    screen.shows(&owner);
+    screen.shows("(release 7)");
+    screen.shows("; next in line");
+    std::fs::write(world.path("go"), "").unwrap();
+    screen.shows("done");
+    assert_eq!(screen.exit().code(), Some(0));
+    let mut empty = Screen::new(&world, &["sh", "-c", "$S ls"]);
+    empty.shows("no keys in use (store: sqlite:/");
+    assert_eq!(empty.exit().code(), Some(0));
+}
+
+#[test]
+fn interactive_command_reads_the_terminal() {
     let world = World::new();
     let mut screen =
         Screen::new(&world, &["sh", "-c", r#"$S run k -- sh -c 'echo name?; read x; echo "hello $x"; exit 4'"#]);
@@ -113,7 +133,7 @@ fn ctrl_c_reaches_the_command() {
 }
 
 #[test]
-fn ctrl_c_ends_a_script_as_it_does_without_stanchion() {
+fn ctrl_c_ends_the_surrounding_script() {
     let world = World::new();
     std::fs::write(world.path("script"), "$S run k -- sh -c 'echo ready; exec sleep 600'\necho went on\n").unwrap();
     for shell in ["sh", "bash"] {
@@ -180,7 +200,7 @@ fn ctrl_z_stops_and_fg_goes_on() {
 }
 
 #[test]
-fn a_job_in_the_background_stops_when_it_reads_and_goes_on_with_fg() {
+fn background_job_stops_on_read_until_fg() {
     let world = World::new();
     let mut screen = Screen::shell(&world);
     screen.types("$S run k -c 'echo $$ > pid; read x; echo got:$x' &\n");
@@ -202,7 +222,7 @@ fn a_job_in_the_background_stops_when_it_reads_and_goes_on_with_fg() {
 }
 
 #[test]
-fn a_job_that_ends_in_the_background_leaves_the_terminal_to_the_shell() {
+fn background_job_leaves_the_terminal_alone() {
     let world = World::new();
     let mut screen = Screen::shell(&world);
     // No loop of short commands: a key that stops a shell in the middle of a vfork stops only half of it.
@@ -220,7 +240,7 @@ fn a_job_that_ends_in_the_background_leaves_the_terminal_to_the_shell() {
 }
 
 #[test]
-fn in_a_pipeline_the_one_who_reads_has_the_terminal() {
+fn pipeline_reader_has_the_terminal() {
     let world = World::new();
     let mut screen = Screen::shell(&world);
     // The reader behind us, as a pager would.
@@ -243,7 +263,7 @@ fn in_a_pipeline_the_one_who_reads_has_the_terminal() {
 }
 
 #[test]
-fn a_command_that_is_killed_leaves_a_usable_terminal() {
+fn killed_command_leaves_a_usable_terminal() {
     let world = World::new();
     let mut screen = Screen::shell(&world);
     screen.types("$S run k -c 'stty raw -echo; echo ready; kill -9 $$'; echo code $?\n");

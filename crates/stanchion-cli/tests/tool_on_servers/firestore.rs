@@ -25,10 +25,10 @@ fn emulator() -> Emulator {
 }
 
 on_a_server! { emulator =>
-    one_command_at_a_time_with_rising_fences,
+    commands_run_alone_with_rising_fences,
     busy_limits_and_looking,
-    a_command_ends_when_its_server_stays_away_and_before_another_may_have_the_key,
-    after_the_wrapper_is_killed_its_child_dies_and_the_key_is_free_again,
+    command_ends_before_another_gets_the_key,
+    killed_wrapper_takes_its_child_along,
 }
 
 #[test]

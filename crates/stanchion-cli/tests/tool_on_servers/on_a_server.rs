@@ -25,7 +25,7 @@ fn run(world: &World, more: &[&str]) -> Invocation {
     world.stanchion([&[*command], &store[..], rest].concat())
 }
 
-pub(crate) fn one_command_at_a_time_with_rising_fences(server: impl Server) {
+pub(crate) fn commands_run_alone_with_rising_fences(server: impl Server) {
     let count = 20;
     let world = world(&server);
     let script = "test ! -e $D/inside && touch $D/inside && echo $STANCHION_FENCE >> $D/fences && rm $D/inside";
@@ -54,7 +54,7 @@ pub(crate) fn busy_limits_and_looking(server: impl Server) {
     run(&world, &["run", "-n", "k", "--", "true"]).finish().code(0);
 }
 
-pub(crate) fn the_password_reaches_neither_the_child_nor_a_message(server: impl Server) {
+pub(crate) fn passwords_reach_no_child_and_no_message(server: impl Server) {
     let world = world(&server);
     let child = run(&world, &["run", "k", "--", "sh", "-c", "env; tr '\\0' ' ' < /proc/$PPID/cmdline"]).finish().ok();
     assert!(child.contains("STANCHION_FENCE=") && !child.contains("hunter2"), "{child}");
@@ -67,7 +67,7 @@ pub(crate) fn the_password_reaches_neither_the_child_nor_a_message(server: impl 
     wrong.code(77);
 }
 
-pub(crate) fn a_command_ends_when_its_server_stays_away_and_before_another_may_have_the_key(mut server: impl Server) {
+pub(crate) fn command_ends_before_another_gets_the_key(mut server: impl Server) {
     let world = world(&server);
     let running = run(&world, &["run", "--ttl", "2s", "k", "-c", "touch $D/held; exec sleep 600"]).start();
     world.until_file("held");
@@ -76,7 +76,7 @@ pub(crate) fn a_command_ends_when_its_server_stays_away_and_before_another_may_h
     world.until_nothing_runs();
 }
 
-pub(crate) fn after_the_wrapper_is_killed_its_child_dies_and_the_key_is_free_again(server: impl Server) {
+pub(crate) fn killed_wrapper_takes_its_child_along(server: impl Server) {
     let world = world(&server);
     let script = "echo $$ > pid; exec sleep 600";
     let running = run(&world, &["run", "--ttl", "1s", "k", "-c", script]).start();
@@ -91,11 +91,11 @@ pub(crate) fn after_the_wrapper_is_killed_its_child_dies_and_the_key_is_free_aga
 macro_rules! on_a_server {
     ($start:expr) => {
         on_a_server! { $start =>
-            one_command_at_a_time_with_rising_fences,
+            commands_run_alone_with_rising_fences,
             busy_limits_and_looking,
-            the_password_reaches_neither_the_child_nor_a_message,
-            a_command_ends_when_its_server_stays_away_and_before_another_may_have_the_key,
-            after_the_wrapper_is_killed_its_child_dies_and_the_key_is_free_again,
+            passwords_reach_no_child_and_no_message,
+            command_ends_before_another_gets_the_key,
+            killed_wrapper_takes_its_child_along,
         }
     };
     ($start:expr => $($case:ident),* $(,)?) => { $(

@@ -35,7 +35,7 @@ fn apply(server: &PostgresServer) {
 on_a_server!(server);
 
 #[test]
-fn an_older_schema_is_brought_up_for_those_who_had_rights() {
+fn older_schema_is_upgraded_with_its_rights() {
     let server = server();
     let world = World::new();
     let url = world.path("url");
@@ -69,7 +69,7 @@ fn what_cannot_be_used_has_its_code() {
 }
 
 #[test]
-fn the_schema_is_printed_and_can_be_applied_by_psql() {
+fn psql_applies_the_printed_schema() {
     let server = PostgresServer::start(Postgres::V15);
     let world = World::new();
     let sql = world.stanchion(["schema", "--store", "postgres://nowhere/app?schema=locks"]).finish().ok();
@@ -90,7 +90,7 @@ fn limits_hold_while_the_server_is_away() {
 }
 
 #[test]
-fn a_schema_of_another_role_is_misconfigured() {
+fn schema_of_another_role_is_misconfigured() {
     let server = PostgresServer::start(Postgres::V15);
     server.psql("CREATE ROLE mallory LOGIN; GRANT CREATE ON DATABASE postgres TO mallory");
     server.psql("SET ROLE mallory; CREATE SCHEMA stanchion");

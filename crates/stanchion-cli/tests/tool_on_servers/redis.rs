@@ -16,7 +16,31 @@ impl crate::on_a_server::Server for RedisServer {
 on_a_server!(|| RedisServer::with(Redis::Redis7, &["--requirepass", "hunter2"]));
 
 #[test]
-fn damaged_entries_are_named_and_end_ls_with_65() {
+fn outages_are_reported_while_a_command_runs() {
+    let server = RedisServer::start(Redis::Redis7);
+    let world = World::new();
+    let url = format!("redis://127.0.0.1:{}", server.port());
+    let script = "touch $D/held; while test ! -e $D/go; do sleep 0.05; done";
+    let mut running = world.stanchion(["run", "--store", &url, "k", "-c", script]).start();
+    world.until_file("held");
+    let redis = server.process().unwrap();
+    redis.signal("STOP");
+    let mut said = String::new();
+    until("the report of the outage", || {
+        said += &running.stderr_so_far();
+        said.contains("the command will be ended in ")
+    });
+    redis.signal("CONT");
+    until("the report of its end", || {
+        said += &running.stderr_so_far();
+        said.contains("the store answers again; key `k` is still held")
+    });
+    std::fs::write(world.path("go"), "").unwrap();
+    running.finish().code(0);
+}
+
+#[test]
+fn damaged_entries_are_named_by_ls() {
     let server = RedisServer::start(Redis::Redis7);
     let world = World::new();
     let url = format!("redis://127.0.0.1:{}", server.port());
@@ -37,7 +61,7 @@ fn damaged_entries_are_named_and_end_ls_with_65() {
 }
 
 #[test]
-fn a_server_that_is_away_is_code_69_and_one_that_would_lose_locks_78() {
+fn bad_servers_give_69_or_78() {
     let world = World::new();
     let gone = world.stanchion(["run", "-w", "1s", "--store", "redis://127.0.0.1:1", "k", "--", "true"]).finish();
     gone.code(69).says(&["cannot connect to 127.0.0.1:1"]);
