@@ -228,8 +228,8 @@ impl InFlight {
     ) {
         loop {
             // A call is written when its future is first polled, and futures are polled in the order in which they were
-            // added. The task is unconstrained, because one that has used up its budget would write the rest later and
-            // in another order.
+            // added. A task with an exhausted budget would write the rest later and in another order, so this one is
+            // unconstrained.
             let written = poll_fn(|context| {
                 while let Poll::Ready(Some(())) = skipped.poll_next_unpin(context) {}
                 Poll::Ready(())

@@ -162,7 +162,7 @@ impl Inner {
     }
 }
 
-/// Returns a warning for each setting that may lose locks, or an error for one that is certain to.
+/// Returns a warning for each setting that may lose locks, or an error for a setting that certainly will.
 fn findings(settings: &HashMap<String, String>, replicas: u32, is_incomplete: bool) -> Result<Vec<String>, Error> {
     let get = |name: &str| settings.get(name).map(String::as_str);
     let mut warnings = Vec::new();

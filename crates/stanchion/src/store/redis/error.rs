@@ -13,7 +13,7 @@ pub(super) fn error(kind: ErrorKind, message: impl Into<String>) -> Error {
     Error::new(kind, message).with_store(NAME)
 }
 
-/// What a server's answer means for the connection and the request.
+/// Consequence of a server's answer for the connection and the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// The server rejected the request and did nothing. The connection is still good.

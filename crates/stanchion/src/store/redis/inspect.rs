@@ -12,7 +12,7 @@ use crate::key::Key;
 use crate::store::{HolderState, KeyState, Reply, StoreTime, WaiterState};
 
 impl Inner {
-    /// Returns the state of a key after reaping what expired sessions left.
+    /// Returns the state of a key after reaping the leftovers of expired sessions.
     pub(super) async fn reconciled_state(&self, key: &Key, names: &LockNames) -> Result<Reply<KeyState>> {
         for _ in 0..MAX_REAP_ROUNDS {
             let answer = self.on_key(names, &scripts::INSPECT, &[]).await?;

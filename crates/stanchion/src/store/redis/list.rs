@@ -260,7 +260,7 @@ impl Inner {
         Ok(())
     }
 
-    /// Lists what has neither ended nor belongs to an expired session.
+    /// Lists the holds and waiters, except those of expired sessions and holds past their deadline.
     async fn show(&self, found: Vec<Found>, now: StoreTime, listing: &mut Listing) -> Result<()> {
         let mut sessions = BTreeSet::new();
         for found in &found {

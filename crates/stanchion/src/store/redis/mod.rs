@@ -4,8 +4,8 @@
 //! - The record of a key is one string. Its waiters are in two more Redis keys that exist only while there are some.
 //!   All three share a slot, and each operation is one script on them.
 //! - A session is a Redis key of its own, in another slot of a cluster, so no script can see whether a session is
-//!   alive. A process that meets a hold or a waiter of a session which it does not know to be alive queries the
-//!   session, and reaps what an expired session left (`reaper.rs`). An expired session never becomes alive again, so
+//!   alive. A process may meet a hold or a waiter of a session that it does not know to be alive. It then queries the
+//!   session, and reaps the leftovers of an expired one (`reaper.rs`). An expired session never becomes alive again, so
 //!   reaping is correct however late it happens.
 //! - A hand-off may therefore grant the key to an expired session, and the next request reaps that hold. This does no
 //!   harm, because a guard is valid only while its own session is.
@@ -14,7 +14,7 @@
 //! 1. The cached `alive_until` of a session is never later than the server's own time limit, because it counts from
 //!    before the request was sent.
 //! 2. A request is sent once. It is sent again only after it was answered, and only if the answer changed nothing or
-//!    the second request finds what the first one did.
+//!    the second request finds the effect of the first.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -201,13 +201,13 @@ impl Inner {
         let (answer, dispatch) =
             Box::pin(call.single_with_dispatch(&self.manager, self.manager.local().as_deref())).await?;
         if matches!(answer.status(), "short" | "granted" | "adopted") {
-            // The key is granted, whatever becomes of the check.
+            // The key is granted even if the check fails.
             Box::pin(self.wait_for_replicas(dispatch)).await.map_err(|fault| fault.in_doubt(true))?;
         }
         Ok(answer)
     }
 
-    /// Waits until enough replicas have what this connection wrote.
+    /// Waits until enough replicas have the writes of this connection.
     async fn wait_for_replicas(&self, dispatch: Dispatch) -> Result<()> {
         let mut command = ::redis::cmd("WAIT");
         command.arg(self.min_replicas).arg(1_000);
@@ -328,8 +328,8 @@ impl Store for Redis {
         inner.sessions.mark_expired(session);
         let retention = millis(session_retention(inner.sessions.ttl_and_owner(session).0));
         let answer = inner.on_session(session, &scripts::SESSION_CLOSE, &[&retention]).await?;
-        // Only the local tokens are reaped here. The next request on a key reaps what another process adopted into this
-        // session, and requests that are still in flight.
+        // Only the local tokens are reaped here. The next request on a key reaps holds that another process adopted
+        // into this session, and requests that are still in flight.
         inner.reap_session(session).await?;
         inner.sessions.forget(session);
         Ok(Reply { time: answer.time, outcome: () })

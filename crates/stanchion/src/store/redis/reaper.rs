@@ -1,4 +1,5 @@
-//! Reaps what expired sessions left: the request that meets it queries the sessions and ends their holds and waiters.
+//! Reaps the leftovers of expired sessions: a request that meets a foreign hold or waiter queries its session, and ends
+//! the holds and waiters of expired ones.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +21,7 @@ use crate::token::{SessionId, TokenId};
 const MAX_CONCURRENT_BATCHES: usize = 16;
 
 impl Inner {
-    /// Returns the sessions that have expired, and queries those that are not known to be alive.
+    /// Returns the expired sessions, and queries the server if the cache does not have an answer.
     async fn expired_among(&self, sessions: &[SessionId]) -> Result<Vec<SessionId>> {
         let now = self.clock.now();
         let (mut expired, mut unknown) = (Vec::new(), Vec::new());
@@ -72,7 +73,7 @@ impl Inner {
         self.on_key(names, &scripts::REAP, &expired).await.map(drop)
     }
 
-    /// Reaps on a key what the expired ones of these sessions left. Returns whether there were any.
+    /// Reaps the leftovers of the expired ones among these sessions on a key. Returns whether any had expired.
     pub(super) async fn reap_expired(&self, key: &Key, sessions: &[SessionId]) -> Result<bool> {
         if sessions.is_empty() {
             return Ok(false);

@@ -41,7 +41,7 @@ impl ConnectionManager {
         }
     }
 
-    /// Waits for outages and checks what has recovered. One task at a time does this, on behalf of all sessions.
+    /// Waits for outages and detects recoveries. One task at a time does this, on behalf of all sessions.
     async fn find_unavailable(self: &Arc<Self>, local: &RuntimeConnections, slots: &SlotMap, channel: &str) {
         let _one_at_a_time = slots.searching.lock().await;
         let mut pause = MIN_PAUSE;

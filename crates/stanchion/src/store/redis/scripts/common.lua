@@ -219,7 +219,7 @@ local function save(may_fail)
   end
 end
 
--- Repeats a write without changing anything, because WAIT waits for what the same connection has written.
+-- Repeats a write without changing anything, because WAIT covers only writes of the same connection.
 local function write_again()
   local life = call('PTTL', KEYS[1])
   call('PEXPIRE', KEYS[1], life > 0 and life or RECORD_LIFE)

@@ -1,4 +1,5 @@
--- Ends what sessions have that are dead. That they never live again is what makes it safe, however late it comes.
+-- Ends the holds and waiters of expired sessions. They never become alive again, so this is safe however late it
+-- happens.
 -- ARGV: sessions
 local expired = {}
 for _, session in ipairs(ARGV) do expired[session] = true end
