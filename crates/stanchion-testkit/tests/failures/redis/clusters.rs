@@ -150,10 +150,10 @@ fn redirected_rejection_keeps_its_kind() {
     block_on(async {
         let url = format!("redis+cluster://{}", cluster.hosts());
         let actor = Environment::new(move || Redis::from_url(&url).unwrap()).actor().await;
-        let expect = async |says: &str| {
+        let expect = async |expected: &str| {
             let error = actor.store.acquire(actor.request(&key)).await.unwrap_err();
             assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, false), "{error}");
-            assert!(error.to_string().contains(says), "{error}");
+            assert!(error.to_string().contains(expected), "{error}");
         };
         // The next server gets all Redis keys of the lock, because a moving slot with only some of them serves nobody.
         let (token, _) = actor.takes(&key).await;
@@ -244,8 +244,8 @@ fn uncovered_slot_is_queried_rarely() {
         assert!(error.is_transient(), "{error}");
         let (before, start) = (queries(), Instant::now());
         tokio::time::sleep(4 * SECOND).await;
-        let (asked, seconds) = (queries() - before, start.elapsed().as_secs());
-        assert!(asked < 2 * (seconds + 1), "{asked} queries in {seconds} s");
+        let (count, seconds) = (queries() - before, start.elapsed().as_secs());
+        assert!(count < 2 * (seconds + 1), "{count} queries in {seconds} s");
         assert_eq!(owner.unwrap().command(&["CLUSTER", "ADDSLOTS", &slot]), "OK");
         until_it_works(&locks, &key).await;
     });

@@ -121,7 +121,7 @@ fn suite_passes_without_rejected_commands() {
 fn rejected_commands_cause_warnings() {
     let server = RedisServer::with(Kind::Redis7, &["--appendonly", "yes", "--appendfsync", "always"]);
     block_on(async {
-        for (command, says) in [
+        for (command, expected) in [
             ("ROLE", "ROLE is rejected"),
             ("CONFIG", "settings cannot be read"),
             ("INFO", "settings cannot be read"),
@@ -131,7 +131,7 @@ fn rejected_commands_cause_warnings() {
             for answer in answers(command) {
                 let proxy = proxy(&server, command, &answer);
                 let locks = Locks::open(&url(proxy.port())).await.unwrap();
-                let has_warned = async || locks.warnings().iter().any(|warning| warning.contains(says));
+                let has_warned = async || locks.warnings().iter().any(|warning| warning.contains(expected));
                 until(&format!("{command}: {answer}: {:?}", locks.warnings()), has_warned).await;
                 assert_eq!(locks.warnings().len(), 1, "{:?}", locks.warnings());
                 locks.lock("k").await.unwrap().release().await.unwrap();

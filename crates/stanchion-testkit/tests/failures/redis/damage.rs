@@ -175,12 +175,12 @@ fn highest_fence_stops_every_grant() {
         assert_eq!(next.polls(&key("k"), waiting).await, PollOutcome::Gone);
         // Single calls, batched calls, and a request with a capacity.
         let pooled = AcquireRequest { demand: Demand::new(1, 3).unwrap(), ..next.request(&key("k")) };
-        let asking = (0..40).map(|turn| {
+        let requests = (0..40).map(|turn| {
             let request = if turn % 10 == 0 { pooled.clone() } else { next.request(&key("k")) };
             next.store.acquire(AcquireRequest { token: TokenId::random().unwrap(), ..request })
         });
-        for asked in futures_util::future::join_all(asking).await {
-            let error = asked.unwrap_err();
+        for outcome in futures_util::future::join_all(requests).await {
+            let error = outcome.unwrap_err();
             assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Misconfigured, false), "{error}");
             assert!(error.to_string().contains("highest fence"), "{error}");
         }

@@ -46,10 +46,10 @@ async fn under_load(url: &str, during: impl AsyncFnOnce(&Load, &Locks)) {
         let (locks, stop, granted, clock) = (open().await, stop.clone(), load.granted.clone(), Clock::system());
         tasks.push(tokio::spawn(async move {
             while !stop.load(Ordering::SeqCst) {
-                let asked = clock.wall_micros();
+                let sent_at = clock.wall_micros();
                 let Ok(guard) = locks.lock("loaded").wait(20 * SECOND).await else { continue };
                 let fence = guard.fence().get();
-                assert!((asked..=clock.wall_micros()).contains(&fence), "{fence} is not a time since {asked}");
+                assert!((sent_at..=clock.wall_micros()).contains(&fence), "{fence} is not a time since {sent_at}");
                 granted.lock().unwrap().push((Instant::now(), guard.fence()));
                 tokio::time::sleep(Duration::from_millis(2)).await;
                 drop(guard);
@@ -217,13 +217,13 @@ fn cluster_replaces_primaries_under_load() {
 #[test]
 fn newest_sentinel_report_wins_at_start() {
     let (old, new) = (RedisServer::start(Kind::Redis7), RedisServer::start(Kind::Redis7));
-    let missed_it = RedisSentinel::alone(Kind::Redis7, old.port(), 1);
-    let know = [(); 2].map(|()| RedisSentinel::alone(Kind::Redis7, new.port(), 2));
-    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let hosts = [missed_it.port(), know[0].port(), know[1].port(), silent.local_addr().unwrap().port()];
+    let outdated = RedisSentinel::alone(Kind::Redis7, old.port(), 1);
+    let informed = [(); 2].map(|()| RedisSentinel::alone(Kind::Redis7, new.port(), 2));
+    let unresponsive = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let hosts = [outdated.port(), informed[0].port(), informed[1].port(), unresponsive.local_addr().unwrap().port()];
     let hosts = hosts.map(|port| format!("127.0.0.1:{port}")).join(",");
     // With the least rights no epochs are reported, and the majority wins.
-    for sentinel in know.iter().chain([&missed_it]) {
+    for sentinel in informed.iter().chain([&outdated]) {
         let rights = ["on", "nopass", "-@all", "+auth", "+sentinel|get-master-addr-by-name"];
         assert_eq!(sentinel.command(&[&["ACL", "SETUSER", "few"], &rights[..]].concat()), "OK");
     }
@@ -237,7 +237,7 @@ fn newest_sentinel_report_wins_at_start() {
                 guard.release().await.unwrap();
             }
         }
-        let all_clients = know.iter().map(|sentinel| sentinel.command(&["ACL", "LOG"]));
+        let all_clients = informed.iter().map(|sentinel| sentinel.command(&["ACL", "LOG"]));
         assert!(all_clients.collect::<String>().contains("few"), "the user with few rights was used");
     });
 }

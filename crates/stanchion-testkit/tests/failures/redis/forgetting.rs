@@ -130,16 +130,16 @@ fn min_replicas_rejects_unreplicated_grants() {
 /// nothing of the grant.
 #[test]
 fn min_replicas_checks_the_granting_server() {
-    let (alone, other) = (RedisServer::start(Kind::Redis7), RedisServer::start(Kind::Redis7));
+    let (first, other) = (RedisServer::start(Kind::Redis7), RedisServer::start(Kind::Redis7));
     let replica = RedisServer::with(Kind::Redis7, &["--replicaof", &format!("127.0.0.1 {}", other.port())]);
     stanchion_testkit::servers::wait("linked", || {
         replica.command(&["INFO", "replication"]).contains("master_link_status:up")
     });
-    let proxy = Proxy::start(alone.port(), 1);
+    let proxy = Proxy::start(first.port(), 1);
     let url = format!("{}?min_replicas=1", url(proxy.port()));
     block_on(async {
         let environment = Environment::new(move || Redis::from_url(&url).unwrap());
-        let (actor, observer) = (environment.actor().await, store(alone.port()).actor().await);
+        let (actor, observer) = (environment.actor().await, store(first.port()).actor().await);
         let error = actor.store.acquire(actor.request(&key("before"))).await.unwrap_err();
         assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, true), "{error}");
         assert!(error.to_string().contains("0 replicas have the grant"), "{error}");
@@ -151,8 +151,8 @@ fn min_replicas_checks_the_granting_server() {
         until("granted", async || observer.sees_held(&key("k")).await).await;
         // A request that stays unanswered for long makes its connection suspect, so the next request uses another one.
         let (before, other_key) = (proxy.faults().connections(), key("other"));
-        let silent = tokio::time::timeout(SECOND * 6 / 5, actor.store.inspect(&other_key)).await;
-        assert!(silent.is_err());
+        let unanswered = tokio::time::timeout(SECOND * 6 / 5, actor.store.inspect(&other_key)).await;
+        assert!(unanswered.is_err());
         proxy.faults().lead_to(other.port());
         let next = tokio::spawn({
             let store = actor.store.clone();

@@ -23,12 +23,12 @@ fn every_fault_of_a_server_has_its_kind() {
             let request = actor.request(&key(what));
             actor.store.acquire(request).await.expect_err(what)
         };
-        let expect = async |what: &str, kind: ErrorKind, in_doubt: bool, says: &str| {
+        let expect = async |what: &str, kind: ErrorKind, in_doubt: bool, expected: &str| {
             let error = fault(what).await;
             assert_eq!((error.kind(), error.is_in_doubt()), (kind, in_doubt), "{what}: {error}");
             let text = error.to_string();
             assert!(text.starts_with("redis: 127.0.0.1:") || text.starts_with("redis: cannot connect"), "{text}");
-            assert!(text.contains(says), "{what}: {text}");
+            assert!(text.contains(expected), "{what}: {text}");
             assert_eq!(error.is_transient(), matches!(kind, ErrorKind::Unavailable | ErrorKind::RateLimited));
         };
         // Out of memory: no new hold is granted, and existing ones can be released.
@@ -213,11 +213,11 @@ fn missing_subscribe_right_makes_no_storm() {
         })
         .await;
         let (before, start) = (made(), Instant::now());
-        let asked = sentinel.faults().connections();
+        let searches = sentinel.faults().connections();
         tokio::time::sleep(4 * SECOND).await;
         let (made, seconds) = (made() - before, start.elapsed().as_secs());
         assert!(made < 3 * (seconds + 1), "{made} connections in {seconds} s");
-        assert_eq!(sentinel.faults().connections(), asked, "nobody searches for a primary");
+        assert_eq!(sentinel.faults().connections(), searches, "nobody searches for a primary");
         assert_eq!(primary.command(&["ACL", "SETUSER", "quiet", "+subscribe"]), "OK");
         until("subscribed", async || primary.command(&["PUBSUB", "CHANNELS"]).contains("stanchion:session:")).await;
     });
@@ -262,22 +262,22 @@ fn recovered_server_is_used_without_help() {
     block_on(async {
         let environment = store(port);
         let actor = environment.actor().await;
-        let is_refused = async |kind: ErrorKind, says: &str| {
+        let is_rejected = async |kind: ErrorKind, expected: &str| {
             let mut last = String::new();
-            until(says, async || match actor.store.acquire(actor.request(&key(says))).await {
+            until(expected, async || match actor.store.acquire(actor.request(&key(expected))).await {
                 Ok(_) => false,
                 Err(error) => {
                     last = error.to_string();
                     assert!(!error.is_in_doubt(), "{error}");
-                    last.contains(says) && error.kind() == kind
+                    last.contains(expected) && error.kind() == kind
                 }
             })
             .await;
         };
         let recovers = async |what: &str| {
             until(what, async || {
-                let asked = actor.store.acquire(actor.request(&key(what))).await;
-                asked.is_ok_and(|reply| matches!(reply.outcome, AcquireOutcome::Granted(_)))
+                let reply = actor.store.acquire(actor.request(&key(what))).await;
+                reply.is_ok_and(|reply| matches!(reply.outcome, AcquireOutcome::Granted(_)))
             })
             .await;
         };
@@ -288,7 +288,7 @@ fn recovered_server_is_used_without_help() {
         server.command(&["CONFIG", "SET", "save", "3600 100000"]);
         std::fs::remove_dir(&folder).unwrap();
         server.command(&["BGSAVE"]);
-        is_refused(ErrorKind::Misconfigured, "cannot save its data").await;
+        is_rejected(ErrorKind::Misconfigured, "cannot save its data").await;
         server.command(&["CONFIG", "SET", "dir", server.folder().to_str().unwrap()]);
         until("a snapshot", async || {
             server.command(&["BGSAVE"]);
@@ -435,7 +435,7 @@ fn every_server_of_a_cluster_is_checked() {
         for signal in ["STOP", "KILL"] {
             let last = cluster.nodes().last().unwrap();
             last.process().unwrap().signal(signal);
-            let says = format!("127.0.0.1:{}: its settings were not checked", last.port());
+            let expected = format!("127.0.0.1:{}: its settings were not checked", last.port());
             // One session in three belongs to the unavailable server, and is not served.
             let hasty = RetryPolicy { total: 3 * SECOND, ..RetryPolicy::default() };
             until("the store opens without it", async || {
@@ -447,7 +447,7 @@ fn every_server_of_a_cluster_is_checked() {
                 let mut opened = all.into_iter().flatten().peekable();
                 let is_one = opened.peek().is_some();
                 for reported in opened.map(|locks| locks.warnings()) {
-                    assert!(reported.iter().any(|warning| warning.contains(&says)), "{reported:?}");
+                    assert!(reported.iter().any(|warning| warning.contains(&expected)), "{reported:?}");
                 }
                 is_one
             })

@@ -348,7 +348,7 @@ mod tests {
 
     #[test]
     fn unencrypted_passwords_are_noticed() {
-        let told = |url: &str| {
+        let insecure_address = |url: &str| {
             let config = Config::from_url(url).unwrap();
             let servers = match &config.layout {
                 Layout::Single(address) => vec![address.clone()],
@@ -357,11 +357,11 @@ mod tests {
             };
             config.sends_password_to(&servers).map(ToString::to_string)
         };
-        assert_eq!(told("redis://:secret@10.0.0.1:7").as_deref(), Some("10.0.0.1:7"));
-        assert_eq!(told("redis://user:secret@db.example").as_deref(), Some("db.example:6379"));
-        assert_eq!(told("redis+cluster://:secret@127.0.0.1,10.0.0.2").as_deref(), Some("10.0.0.2:6379"));
-        assert_eq!(told("redis+sentinel://:secret@127.0.0.1/main").as_deref(), Some("10.0.0.9:1"));
-        assert_eq!(told("redis+sentinel://h/main?sentinel_password=secret").as_deref(), Some("h:26379"));
+        assert_eq!(insecure_address("redis://:secret@10.0.0.1:7").as_deref(), Some("10.0.0.1:7"));
+        assert_eq!(insecure_address("redis://user:secret@db.example").as_deref(), Some("db.example:6379"));
+        assert_eq!(insecure_address("redis+cluster://:secret@127.0.0.1,10.0.0.2").as_deref(), Some("10.0.0.2:6379"));
+        assert_eq!(insecure_address("redis+sentinel://:secret@127.0.0.1/main").as_deref(), Some("10.0.0.9:1"));
+        assert_eq!(insecure_address("redis+sentinel://h/main?sentinel_password=secret").as_deref(), Some("h:26379"));
         for url in [
             "redis://10.0.0.1",
             "rediss://:secret@10.0.0.1",
@@ -372,7 +372,7 @@ mod tests {
             "redis://:secret@[::ffff:127.0.0.1]",
             "redis+sentinel://10.0.0.1/main",
         ] {
-            assert_eq!(told(url), None, "{url}");
+            assert_eq!(insecure_address(url), None, "{url}");
         }
     }
 

@@ -277,17 +277,17 @@ mod tests {
 
     #[test]
     fn rejection_names_command_and_grant() {
-        let told = |line: &str| {
+        let message = |line: &str| {
             let (code, detail) = line.split_once(' ').unwrap_or((line, ""));
             kind_of(&redis::make_extension_error(code.to_owned(), Some(detail.to_owned()))).1
         };
-        let text = told("NOPERM this user has no permissions to run the 'evalsha' command");
+        let text = message("NOPERM this user has no permissions to run the 'evalsha' command");
         assert!(text.ends_with("grant it: `ACL SETUSER <user> +evalsha`"), "{text}");
-        let text = told("NOPERM User bob has no permissions to run the 'set' command script: 1, on @user_script:8.");
+        let text = message("NOPERM User bob has no permissions to run the 'set' command script: 1, on @user_script:8.");
         assert!(text.ends_with("grant it: `ACL SETUSER <user> +set`"), "{text}");
-        let text = told("ERR unknown command 'EVALSHA', with args beginning with: '1' '3' ");
+        let text = message("ERR unknown command 'EVALSHA', with args beginning with: '1' '3' ");
         assert!(text.ends_with("this library needs EVALSHA"), "{text}");
-        let text = told("NOPERM this user has no permissions to access one of the keys used as arguments");
+        let text = message("NOPERM this user has no permissions to access one of the keys used as arguments");
         assert!(text.ends_with(')'), "{text}");
     }
 

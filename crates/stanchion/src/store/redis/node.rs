@@ -263,12 +263,12 @@ pub(super) async fn connect(client: &Client) -> Result<(MultiplexedConnection, O
     within(CONNECT_TIMEOUT, connected).await.unwrap_or_else(|| Err(timeout_error(CONNECT_TIMEOUT)))
 }
 
-/// Returns the role in the answer to `ROLE`: its first word. KeyDB with several primaries returns a row for each of
+/// Returns the role in the answer to `ROLE`: its first element. KeyDB with several primaries returns a row for each of
 /// them.
 fn role_in(answer: Value) -> Value {
     match answer {
         Value::Array(parts) => parts.into_iter().next().map_or(Value::Nil, role_in),
-        word => word,
+        role => role,
     }
 }
 
@@ -337,8 +337,8 @@ mod tests {
     #[test]
     fn abandoned_connection_attempt_is_recorded() {
         // The kernel accepts connections, but no process answers.
-        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = Address::Tcp { host: "127.0.0.1".into(), port: silent.local_addr().unwrap().port() };
+        let unresponsive = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = Address::Tcp { host: "127.0.0.1".into(), port: unresponsive.local_addr().unwrap().port() };
         let manager =
             Arc::new(ConnectionManager::new(Config::from_url(&format!("redis+cluster://{address}")).unwrap()));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

@@ -152,8 +152,8 @@ impl Group {
     }
 }
 
-/// Returns the newest report. A user with few rights gets no epochs. Of equally new
-/// reports, a report of another primary than the lost one wins, and then a report that more sentinels agree with.
+/// Returns the newest report. A user with few rights gets no epochs. Of equally new reports, a report of another
+/// primary than the lost one wins, and then a report that more sentinels agree with.
 fn newest<'a>(reports: &'a [SentinelReport], lost: Option<&Address>) -> Option<&'a SentinelReport> {
     let agree = |primary: &Address| reports.iter().filter(|report| report.primary == *primary).count();
     reports.iter().max_by_key(|report| (report.epoch, lost != Some(&report.primary), agree(&report.primary)))
