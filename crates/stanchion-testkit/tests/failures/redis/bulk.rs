@@ -1,4 +1,4 @@
-//! Many tokens that end at once, and messages that the store did not send.
+//! Releases many tokens at once, and sends messages that the store did not send.
 
 use std::io::Write as _;
 use std::time::Instant;
@@ -10,7 +10,7 @@ use stanchion_testkit::{block_on, until};
 use super::{SECOND, locks, url};
 use crate::ends::{drop_calls, drop_many, number};
 
-/// A pushed grant as the scripts send it.
+/// Publishes a grant in the format of the scripts.
 fn grant(server: &RedisServer, session: SessionId, token: TokenId, fence: u64, key: &str) {
     let message = format!("G{}{fence:016}stanchion:{{:{key}}}", token.to_hex());
     server.command(&["PUBLISH", &channel(session), &message]);
@@ -20,18 +20,18 @@ fn channel(session: SessionId) -> String {
     format!("stanchion:session:{{{}}}", session.to_hex())
 }
 
-/// The session of `locks` has read every message that was sent to it before.
+/// Waits until the session of `locks` has read every message that was sent to it before.
 async fn messages_are_read(locks: &Locks, other: &Locks) {
     let guard = other.lock("read").await.unwrap();
     let waiting = tokio::spawn(locks.lock("read").into_future());
-    until("it waits", async || !other.inspect("read").await.unwrap().waiters.is_empty()).await;
+    until("queued", async || !other.inspect("read").await.unwrap().waiters.is_empty()).await;
     guard.release().await.unwrap();
     drop(waiting.await.unwrap().unwrap());
-    // The keeper ends tokens in the order in which it was told to.
+    // The keeper releases tokens in the order in which they were scheduled.
     until("released", async || !other.is_locked("read").await.unwrap()).await;
 }
 
-fn steps(server: &RedisServer) -> usize {
+fn requests(server: &RedisServer) -> usize {
     let stats = server.command(&["INFO", "commandstats"]);
     let calls = stats.lines().filter(|line| line.starts_with("cmdstat_eval"));
     calls.filter_map(|line| line.split_once("calls=")?.1.split_once(',')?.0.parse::<usize>().ok()).sum()
@@ -52,14 +52,14 @@ fn dropped_calls_free_their_keys_soon() {
 }
 
 #[test]
-fn forged_messages_cost_no_steps() {
+fn forged_messages_cost_no_requests() {
     let server = RedisServer::start(Kind::Redis7);
     let count = number("STANCHION_TEST_MESSAGES", 20_000);
     block_on(async {
         let (locks, other) = (locks(server.port()).await, locks(server.port()).await);
         let kept = locks.lock("kept").await.unwrap();
         let session = locks.session().unwrap();
-        let before = steps(&server);
+        let before = requests(&server);
         let mut messages = String::new();
         for _ in 0..count {
             let token = TokenId::random().unwrap().to_hex();
@@ -86,13 +86,13 @@ fn forged_messages_cost_no_steps() {
         }
         kept.check().unwrap();
         assert_eq!(locks.session(), Some(session));
-        let steps = steps(&server) - before;
-        assert!(steps < 1_000, "{steps}");
+        let requests = requests(&server) - before;
+        assert!(requests < 1_000, "{requests}");
     });
 }
 
 #[test]
-fn another_sessions_token_is_not_ended() {
+fn foreign_token_is_not_released() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let (locks, other) = (locks(server.port()).await, locks(server.port()).await);
@@ -114,22 +114,22 @@ fn a_forged_grant_is_lost_at_once() {
         let (locks, other) = (locks(server.port()).await, locks(server.port()).await);
         let holder = locks.lock("k").await.unwrap();
         let waiting = tokio::spawn(other.lock("k").into_future());
-        until("it waits", async || !locks.inspect("k").await.unwrap().waiters.is_empty()).await;
+        until("queued", async || !locks.inspect("k").await.unwrap().waiters.is_empty()).await;
         let queue = server.command(&["KEYS", "*"]).lines().find_map(|key| {
             (server.command(&["TYPE", key]) == "zset").then(|| server.command(&["ZRANGE", key, "0", "-1"]))
         });
         let token = TokenId::from_hex(queue.unwrap().trim()).unwrap();
         grant(&server, other.session().unwrap(), token, 1 << 52, "k");
         let forged = waiting.await.unwrap().unwrap();
-        assert_eq!(forged.fence().get(), 1 << 52, "the message was believed at first");
-        until("it is lost", async || forged.loss() == Some(LossCause::Missing)).await;
+        assert_eq!(forged.fence().get(), 1 << 52, "the forged message is accepted at first");
+        until("the hold is lost", async || forged.loss() == Some(LossCause::Missing)).await;
         holder.check().unwrap();
-        until("its place is given up", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
+        until("the waiter leaves the queue", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
     });
 }
 
 #[test]
-fn a_forged_loss_is_not_believed() {
+fn forged_loss_is_ignored() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let (locks, other) = (locks(server.port()).await, locks(server.port()).await);
@@ -137,7 +137,7 @@ fn a_forged_loss_is_not_believed() {
         let record = server.command(&["GET", "stanchion:{:k}"]);
         let token = other.inspect("k").await.unwrap();
         assert_eq!(token.holders.len(), 1, "{record}");
-        // The token stands in the record in hexadecimal digits.
+        // The record contains the token in hexadecimal digits.
         let digits = |at: usize| record.get(at..at + 32).and_then(TokenId::from_hex);
         for token in (0..record.len()).filter_map(digits) {
             let message = format!("F{}2::kforged", token.to_hex());
@@ -150,15 +150,15 @@ fn a_forged_loss_is_not_believed() {
 }
 
 #[test]
-fn a_deleted_record_is_a_loss_within_some_beats() {
+fn deleted_record_is_reported_as_a_loss() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let locks = Locks::builder(&url(server.port())).session_ttl(2 * SECOND).open().await.unwrap();
         let (deleted, kept) = (locks.lock("deleted").await.unwrap(), locks.lock("kept").await.unwrap());
         assert_eq!(server.command(&["DEL", "stanchion:{:deleted}"]), "1");
         let started = Instant::now();
-        until("it is lost", async || deleted.loss() == Some(LossCause::Missing)).await;
-        println!("told after {:?}", started.elapsed());
+        until("the hold is lost", async || deleted.loss() == Some(LossCause::Missing)).await;
+        println!("reported after {:?}", started.elapsed());
         kept.check().unwrap();
     });
 }

@@ -1,4 +1,4 @@
-//! Clusters whose nodes know little: fresh, reset, cut off, replicas, silent.
+//! Uses clusters with nodes that know little: fresh, reset, isolated, replicas, unresponsive.
 
 use std::net::TcpListener;
 use std::time::Instant;
@@ -10,25 +10,25 @@ use stanchion_testkit::{Environment, block_on, until};
 
 use super::SECOND;
 
-/// A key that this node of a cluster serves.
+/// Returns a key that this node of a cluster serves.
 fn key_at(node: &RedisServer) -> String {
     let is_there = |name: &String| !node.command(&["GET", &format!("stanchion:{{:{name}}}")]).starts_with("MOVED");
     (0..1_000).map(|turn| format!("k{turn}")).find(is_there).unwrap()
 }
 
-/// Takes and releases it, as often as it takes until that works.
-async fn works(locks: &Locks, key: &str) {
-    until("it works", async || match locks.lock(key).wait(SECOND).await {
+/// Locks and releases a key, until that works.
+async fn until_it_works(locks: &Locks, key: &str) {
+    until("the lock works", async || match locks.lock(key).wait(SECOND).await {
         Ok(guard) => guard.release().await.is_ok(),
         Err(_) => false,
     })
     .await;
 }
 
-/// The first replica takes the place of its primary, and all nodes know.
-async fn replaced(cluster: &RedisCluster) {
+/// Promotes the first replica, and waits until all nodes know of it.
+async fn replace_primary(cluster: &RedisCluster) {
     let (replica, primary) = (&cluster.nodes()[3], &cluster.nodes()[0]);
-    until("a replica that takes over", async || {
+    until("the replica takes over", async || {
         replica.command(&["CLUSTER", "FAILOVER"]);
         replica.command(&["ROLE"]).starts_with("master") && primary.command(&["ROLE"]).starts_with("slave")
     })
@@ -44,36 +44,36 @@ async fn replaced(cluster: &RedisCluster) {
 }
 
 #[test]
-fn a_seed_that_belongs_to_no_cluster_is_passed_over() {
+fn seed_without_a_cluster_is_skipped() {
     let cluster = RedisCluster::start(Kind::Redis7, false);
     let stranger = RedisCluster::stranger(Kind::Redis7);
     block_on(async {
         let url = format!("redis+cluster://127.0.0.1:{},{}", stranger.port(), cluster.hosts());
         let locks = Locks::open(&url).await.unwrap();
         locks.lock("k").await.unwrap().release().await.unwrap();
-        // Alone it is no cluster, and that is told.
+        // The seed alone is no cluster, and the error reports that.
         let error = Locks::open(&format!("redis+cluster://127.0.0.1:{}", stranger.port())).await.unwrap_err();
-        assert!(error.is_transient() && error.to_string().contains("knows no servers of a cluster"), "{error}");
+        assert!(error.is_transient() && error.to_string().contains("names no servers of a cluster"), "{error}");
     });
 }
 
 #[test]
-fn a_node_that_was_taken_out_of_the_cluster_is_passed_over() {
+fn removed_node_is_skipped() {
     let cluster = RedisCluster::start(Kind::Redis7, true);
     block_on(async {
         let url = format!("redis+cluster://{}", cluster.hosts());
         let locks = Locks::builder(&url).session_ttl(60 * SECOND).open().await.unwrap();
         let key = key_at(&cluster.nodes()[0]);
         locks.lock(&key).await.unwrap().release().await.unwrap();
-        replaced(&cluster).await;
+        replace_primary(&cluster).await;
         assert_eq!(cluster.nodes()[0].command(&["CLUSTER", "RESET", "HARD"]), "OK");
-        works(&locks, &key).await;
+        until_it_works(&locks, &key).await;
     });
 }
 
-/// A primary that lost the others, and was replaced, goes on telling the map that it knew.
+/// A primary that lost the others, and was replaced, still reports its old map.
 #[test]
-fn a_node_that_is_cut_off_from_the_cluster_is_passed_over() {
+fn isolated_node_is_skipped() {
     let cluster = RedisCluster::start(Kind::Redis7, true);
     let nodes = cluster.nodes();
     let ids: Vec<_> = nodes.iter().map(|node| node.command(&["CLUSTER", "MYID"])).collect();
@@ -84,31 +84,32 @@ fn a_node_that_is_cut_off_from_the_cluster_is_passed_over() {
         for key in &keys {
             locks.lock(key).await.unwrap().release().await.unwrap();
         }
-        // Whom it has forgotten it does not listen to.
+        // A node ignores the nodes that it has forgotten.
         for id in &ids[1..] {
             assert_eq!(nodes[0].command(&["CLUSTER", "FORGET", id]), "OK");
         }
-        until("it is cut off", async || nodes[0].command(&["CLUSTER", "INFO"]).contains("cluster_state:fail")).await;
+        until("the node is isolated", async || nodes[0].command(&["CLUSTER", "INFO"]).contains("cluster_state:fail"))
+            .await;
         assert_eq!(nodes[3].command(&["CLUSTER", "FAILOVER", "TAKEOVER"]), "OK");
-        until("it is replaced", async || {
+        until("the node is replaced", async || {
             let nodes = nodes[1].command(&["CLUSTER", "NODES"]);
             nodes.lines().any(|line| line.starts_with(&ids[3]) && line.ends_with("0-5460"))
         })
         .await;
-        assert!(nodes[0].command(&["CLUSTER", "SLOTS"]).contains("5460"), "it tells what it knew");
+        assert!(nodes[0].command(&["CLUSTER", "SLOTS"]).contains("5460"), "the node reports its old map");
         for key in &keys {
-            works(&locks, key).await;
+            until_it_works(&locks, key).await;
         }
-        // Another process begins with it.
+        // Another process starts with the isolated node.
         let locks = Locks::builder(&url).session_ttl(60 * SECOND).open().await.unwrap();
         for key in &keys {
-            works(&locks, key).await;
+            until_it_works(&locks, key).await;
         }
     });
 }
 
 #[test]
-fn a_replica_is_enough_to_find_the_cluster() {
+fn replica_seed_finds_the_cluster() {
     let cluster = RedisCluster::start(Kind::Redis7, true);
     block_on(async {
         let locks = Locks::open(&format!("redis+cluster://127.0.0.1:{}", cluster.nodes()[4].port())).await.unwrap();
@@ -119,13 +120,13 @@ fn a_replica_is_enough_to_find_the_cluster() {
 }
 
 #[test]
-fn a_seed_that_is_silent_is_passed_over() {
+fn unresponsive_seed_is_skipped() {
     let cluster = RedisCluster::start(Kind::Redis7, false);
-    // The kernel takes connections, and nobody answers.
-    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    // The kernel accepts connections, but no process answers.
+    let unresponsive = TcpListener::bind("127.0.0.1:0").unwrap();
     block_on(async {
-        let silent = silent.local_addr().unwrap().port();
-        let url = format!("redis+cluster://127.0.0.1:{silent},{}", cluster.hosts());
+        let unresponsive = unresponsive.local_addr().unwrap().port();
+        let url = format!("redis+cluster://127.0.0.1:{unresponsive},{}", cluster.hosts());
         for attempt in [2 * SECOND, SECOND / 2] {
             let retry = stanchion::RetryPolicy { attempt, ..Default::default() };
             let locks = Locks::builder(&url).retry(retry).open().await.unwrap();
@@ -134,9 +135,9 @@ fn a_seed_that_is_silent_is_passed_over() {
     });
 }
 
-/// A slot that is being moved: what its next server refuses is told as what any other refuses.
+/// While a slot is being moved, a rejection by its next server is reported as that of any other server.
 #[test]
-fn what_is_refused_after_a_redirection_has_its_kind() {
+fn redirected_rejection_keeps_its_kind() {
     let cluster = RedisCluster::start(Kind::Redis7, false);
     let [from, to, _] = cluster.nodes() else { panic!("three nodes") };
     let name = key_at(from);
@@ -149,12 +150,12 @@ fn what_is_refused_after_a_redirection_has_its_kind() {
     block_on(async {
         let url = format!("redis+cluster://{}", cluster.hosts());
         let actor = Environment::new(move || Redis::from_url(&url).unwrap()).actor().await;
-        let expect = async |says: &str| {
+        let expect = async |expected: &str| {
             let error = actor.store.acquire(actor.request(&key)).await.unwrap_err();
             assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, false), "{error}");
-            assert!(error.to_string().contains(says), "{error}");
+            assert!(error.to_string().contains(expected), "{error}");
         };
-        // The server has all keys of the lock, or none: with some of them a slot that moves serves nobody.
+        // The next server gets all Redis keys of the lock, because a moving slot with only some of them serves nobody.
         let (token, _) = actor.takes(&key).await;
         actor.queues(&key).await;
         assert_eq!(from.command(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to.command(&["CLUSTER", "MYID"])]), "OK");
@@ -164,7 +165,7 @@ fn what_is_refused_after_a_redirection_has_its_kind() {
             let (name, port) = (format!("stanchion:{{:{name}}}{part}"), to.port().to_string());
             assert_eq!(from.command(&["MIGRATE", "127.0.0.1", &port, &name, "0", "5000"]), "OK");
         }
-        // Here the script comes to be known there.
+        // This sends the script to the next server.
         assert!(matches!(actor.ask(&actor.request(&key)).await, AcquireOutcome::Queued(_)));
         let before = clients();
         to.command(&["CONFIG", "SET", "maxmemory", "1"]);
@@ -173,18 +174,18 @@ fn what_is_refused_after_a_redirection_has_its_kind() {
         to.command(&["CONFIG", "SET", "min-replicas-to-write", "1"]);
         expect("too few replicas").await;
         to.command(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
-        // It forgets that the slot comes, and sends everybody back.
+        // The server forgets that it imports the slot, and redirects every request.
         assert_eq!(to.command(&["CLUSTER", "SETSLOT", &slot, "STABLE"]), "OK");
-        expect("from node to node").await;
+        expect("redirected the request too often").await;
         assert_eq!(to.command(&import), "OK");
         assert_eq!(actor.releases(&key, token).await, EndOutcome::Released);
-        assert_eq!(clients(), before, "a connection over which something was refused is good");
+        assert_eq!(clients(), before, "a rejection does not cost the connection");
     });
 }
 
-/// Nodes that are to be called by a name, and have none.
+/// The nodes prefer host names, but have none.
 #[test]
-fn nodes_without_a_name_are_found() {
+fn unnamed_nodes_are_found() {
     let cluster = RedisCluster::start(Kind::Redis7, false);
     for node in cluster.nodes() {
         assert_eq!(node.command(&["CONFIG", "SET", "cluster-preferred-endpoint-type", "hostname"]), "OK");
@@ -195,7 +196,7 @@ fn nodes_without_a_name_are_found() {
         for node in cluster.nodes() {
             locks.lock(key_at(node)).await.unwrap().release().await.unwrap();
         }
-        // The redirection names nobody either.
+        // The redirection has no name either.
         let slot = cluster.nodes()[0].command(&["CLUSTER", "KEYSLOT", &format!("stanchion:{{:{key}}}")]);
         let id = cluster.nodes()[2].command(&["CLUSTER", "MYID"]);
         for node in cluster.nodes() {
@@ -208,16 +209,16 @@ fn nodes_without_a_name_are_found() {
     });
 }
 
-/// A slot that no node serves, where the others go on: nobody asks for the map all the time.
+/// No node serves one slot, while the others work: the map is not queried all the time.
 #[test]
 #[ignore = "long"]
-fn a_slot_without_a_server_is_not_looked_for_in_haste() {
+fn uncovered_slot_is_queried_rarely() {
     let cluster = RedisCluster::start(Kind::Redis7, false);
     let nodes = cluster.nodes();
     for node in nodes {
         assert_eq!(node.command(&["CONFIG", "SET", "cluster-require-full-coverage", "no"]), "OK");
     }
-    let questions = || -> u64 {
+    let queries = || -> u64 {
         let count = |node: &RedisServer| {
             let stats = node.command(&["INFO", "commandstats"]);
             let count = stats.split_once("cmdstat_cluster|slots:calls=")?.1.split(',').next()?;
@@ -228,7 +229,7 @@ fn a_slot_without_a_server_is_not_looked_for_in_haste() {
     block_on(async {
         let url = format!("redis+cluster://{}", cluster.hosts());
         let locks = Locks::builder(&url).session_ttl(60 * SECOND).open().await.unwrap();
-        // Not the slot of the session.
+        // A slot other than that of the session.
         let session = nodes.iter().map(|node| node.command(&["PUBSUB", "CHANNELS"])).collect::<String>();
         let slot_of = |name: &str| nodes[0].command(&["CLUSTER", "KEYSLOT", name]);
         let is_another = |key: &String| slot_of(&format!("stanchion:{{:{key}}}")) != slot_of(session.trim());
@@ -241,11 +242,11 @@ fn a_slot_without_a_server_is_not_looked_for_in_haste() {
         }
         let error = locks.lock(&key).wait(3 * SECOND).await.unwrap_err();
         assert!(error.is_transient(), "{error}");
-        let (before, start) = (questions(), Instant::now());
+        let (before, start) = (queries(), Instant::now());
         tokio::time::sleep(4 * SECOND).await;
-        let (asked, seconds) = (questions() - before, start.elapsed().as_secs());
-        assert!(asked < 2 * (seconds + 1), "{asked} questions in {seconds} s");
+        let (count, seconds) = (queries() - before, start.elapsed().as_secs());
+        assert!(count < 2 * (seconds + 1), "{count} queries in {seconds} s");
         assert_eq!(owner.unwrap().command(&["CLUSTER", "ADDSLOTS", &slot]), "OK");
-        works(&locks, &key).await;
+        until_it_works(&locks, &key).await;
     });
 }

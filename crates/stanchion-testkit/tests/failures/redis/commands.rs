@@ -1,4 +1,4 @@
-//! Servers, proxies and users that lack a command: what can be done without it is done, and the rest says what it needs.
+//! Uses servers, proxies and users that lack a command: the store works without it, or its error names it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,7 +21,7 @@ macro_rules! table {
 }
 stanchion_testkit::for_every_case!(table);
 
-/// One case for each kind of operation. Whole suites for the likeliest refusals are in `suite_full`.
+/// Contains one case for each kind of operation. `suite_full` runs whole suites for the most likely rejections.
 const CHOSEN: &[&str] = &[
     "opening_a_session_again_is_the_same_session",
     "a_dead_holder_is_followed_by_the_next_who_asks",
@@ -39,7 +39,7 @@ const CHOSEN: &[&str] = &[
     "waiters_in_threads_never_overlap_and_leave_nothing",
 ];
 
-const REFUSED: &[&str] = &[
+const REJECTED: &[&str] = &[
     "ROLE",
     "INFO",
     "CONFIG",
@@ -67,7 +67,7 @@ const REFUSED: &[&str] = &[
     "MEMORY",
 ];
 
-/// What a server without the command answers, and what one answers whose user lacks the right.
+/// Returns the answers of a server without the command, and of a server whose user lacks the right to it.
 fn answers(command: &str) -> [String; 2] {
     let lower = command.to_lowercase();
     [
@@ -83,10 +83,10 @@ fn proxy(server: &RedisServer, command: &str, answer: &str) -> Proxy {
 }
 
 #[test]
-fn refused_commands_leave_the_suite_whole() {
+fn suite_passes_without_rejected_commands() {
     let server = RedisServer::start(Kind::Redis7);
     let mut runs = Vec::new();
-    for command in REFUSED {
+    for command in REJECTED {
         for answer in answers(command) {
             let proxy = Arc::new(proxy(&server, command, &answer));
             for (name, needs, run) in CASES.iter().filter(|(name, ..)| CHOSEN.contains(name)) {
@@ -101,7 +101,7 @@ fn refused_commands_leave_the_suite_whole() {
             }
         }
     }
-    assert!(runs.len() > REFUSED.len() * 2 * (CHOSEN.len() - 4), "every case that was chosen is there");
+    assert!(runs.len() > REJECTED.len() * 2 * (CHOSEN.len() - 4), "every chosen case exists");
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for _ in 0..8 {
@@ -118,26 +118,26 @@ fn refused_commands_leave_the_suite_whole() {
 }
 
 #[test]
-fn refused_commands_are_warned_of() {
+fn rejected_commands_cause_warnings() {
     let server = RedisServer::with(Kind::Redis7, &["--appendonly", "yes", "--appendfsync", "always"]);
     block_on(async {
-        for (command, says) in [
-            ("ROLE", "ROLE is refused"),
+        for (command, expected) in [
+            ("ROLE", "ROLE is rejected"),
             ("CONFIG", "settings cannot be read"),
             ("INFO", "settings cannot be read"),
             ("SCAN", "keys cannot be listed (SCAN)"),
-            ("SUBSCRIBE", "no pushes, waiting calls ask once a second"),
+            ("SUBSCRIBE", "notifications unavailable, falling back to polling once per second"),
         ] {
             for answer in answers(command) {
                 let proxy = proxy(&server, command, &answer);
                 let locks = Locks::open(&url(proxy.port())).await.unwrap();
-                let says_it = async || locks.warnings().iter().any(|warning| warning.contains(says));
-                until(&format!("{command}: {answer}: {:?}", locks.warnings()), says_it).await;
+                let has_warned = async || locks.warnings().iter().any(|warning| warning.contains(expected));
+                until(&format!("{command}: {answer}: {:?}", locks.warnings()), has_warned).await;
                 assert_eq!(locks.warnings().len(), 1, "{:?}", locks.warnings());
                 locks.lock("k").await.unwrap().release().await.unwrap();
             }
         }
-        // Messages are sent by scripts, so a proxy that refuses them outside of scripts changes nothing.
+        // Scripts send the messages, so a proxy that rejects such commands outside of scripts changes nothing.
         for command in ["PUBLISH", "PING", "CLIENT", "SCRIPT", "HELLO"] {
             let proxy = proxy(&server, command, &answers(command)[0]);
             let locks = Locks::open(&url(proxy.port())).await.unwrap();
@@ -152,8 +152,9 @@ fn refused_commands_are_warned_of() {
     block_on(async {
         for url in [url(renamed.port()), format!("redis://quiet:pw@127.0.0.1:{}", server.port())] {
             let locks = Locks::open(&url).await.unwrap();
-            let says_it = async || locks.warnings().iter().any(|warning| warning.contains("no pushes can be sent"));
-            until("told that nothing can be sent", says_it).await;
+            let has_warned =
+                async || locks.warnings().iter().any(|warning| warning.contains("notifications cannot be sent"));
+            until("the warning arrives", has_warned).await;
             let held = locks.lock("k").await.unwrap();
             let waiting = tokio::spawn(locks.lock("k").into_future());
             until("queued", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
@@ -163,57 +164,57 @@ fn refused_commands_are_warned_of() {
     });
 }
 
-async fn refusal_at_open(url: &str) -> Error {
-    let hasty = RetryPolicy { total: SECOND / 2, ..RetryPolicy::default() };
-    Locks::builder(url).retry(hasty).open().await.map(drop).unwrap_err()
+async fn open_error(url: &str) -> Error {
+    let short = RetryPolicy { total: SECOND / 2, ..RetryPolicy::default() };
+    Locks::builder(url).retry(short).open().await.map(drop).unwrap_err()
 }
 
 #[test]
-fn refused_scripts_name_the_command_and_the_grant() {
+fn rejected_scripts_name_command_and_grant() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         for command in ["EVALSHA", "EVAL"] {
             server.command(&["SCRIPT", "FLUSH"]);
             let [unknown, forbidden] = answers(command);
-            let error = refusal_at_open(&url(proxy(&server, command, &unknown).port())).await;
+            let error = open_error(&url(proxy(&server, command, &unknown).port())).await;
             assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unsupported, false), "{error}");
             assert!(error.to_string().contains(&format!("needs {command}")), "{error}");
-            let error = refusal_at_open(&url(proxy(&server, command, &forbidden).port())).await;
+            let error = open_error(&url(proxy(&server, command, &forbidden).port())).await;
             assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unauthorized, false), "{error}");
             assert!(error.to_string().contains(&format!("+{}`", command.to_lowercase())), "{error}");
         }
-        // Within scripts too.
+        // Commands within scripts are named too.
         for command in ["set", "get", "time"] {
             let user = format!("no-{command}");
             let right = format!("-{command}");
             server.command(&["ACL", "SETUSER", &user, "on", ">pw", "~*", "&*", "+@all", &right]);
-            let error = refusal_at_open(&format!("redis://{user}:pw@127.0.0.1:{}", server.port())).await;
+            let error = open_error(&format!("redis://{user}:pw@127.0.0.1:{}", server.port())).await;
             assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unauthorized, false), "{error}");
             assert!(error.to_string().contains(&format!("+{command} ")), "{error}");
         }
-        // A promise that cannot be kept is no warning.
+        // `min_replicas` cannot be kept without WAIT, so its rejection is an error and no warning.
         for answer in answers("WAIT") {
             let proxy = proxy(&server, "WAIT", &answer);
-            let error = refusal_at_open(&format!("{}?min_replicas=1", url(proxy.port()))).await;
+            let error = open_error(&format!("{}?min_replicas=1", url(proxy.port()))).await;
             assert!(!error.is_transient() && error.to_string().to_uppercase().contains("WAIT"), "{error}");
         }
     });
 }
 
 #[test]
-fn a_replica_without_role_is_told_by_its_refusal() {
+fn rejected_write_reveals_a_hidden_replica() {
     let primary = RedisServer::start(Kind::Redis7);
     let replica = RedisServer::with(Kind::Redis7, &["--replicaof", &format!("127.0.0.1 {}", primary.port())]);
     let proxy = proxy(&replica, "ROLE", &answers("ROLE")[0]);
     block_on(async {
-        let error = refusal_at_open(&url(proxy.port())).await;
+        let error = open_error(&url(proxy.port())).await;
         assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, false), "{error}");
         assert!(error.to_string().contains("is a replica"), "{error}");
-        // It becomes a primary, and is used.
+        // The replica becomes a primary, and is used.
         assert_eq!(replica.command(&["REPLICAOF", "NO", "ONE"]), "OK");
         let locks = Locks::open(&url(proxy.port())).await.unwrap();
         locks.lock("k").await.unwrap().release().await.unwrap();
-        // It becomes a replica again while it is used.
+        // The server becomes a replica again while it is used.
         replica.command(&["REPLICAOF", "127.0.0.1", &primary.port().to_string()]);
         let error = locks.lock("k").wait(SECOND).await.map(drop).unwrap_err();
         assert!(error.to_string().contains("is a replica"), "{error}");
@@ -223,11 +224,11 @@ fn a_replica_without_role_is_told_by_its_refusal() {
 }
 
 #[test]
-fn an_unencrypted_password_is_warned_of() {
+fn unencrypted_password_causes_a_warning() {
     let more = ["--requirepass", "secret", "--bind", "0.0.0.0", "--appendonly", "yes", "--appendfsync", "always"];
     let server = RedisServer::with(Kind::Redis7, &more);
     block_on(async {
-        // An address that is not the loopback's, and leads here all the same.
+        // This address is not the loopback's, but leads here all the same.
         let locks = Locks::open(&format!("redis://:secret@0.0.0.0:{}", server.port())).await.unwrap();
         let warnings = locks.warnings();
         assert!(matches!(&warnings[..], [one] if one.contains("unencrypted: use `rediss`")), "{warnings:?}");

@@ -1,4 +1,4 @@
-//! Records that others wrote or damaged, and fences at their end: no operation panics, each says what is wrong.
+//! Uses foreign or damaged records, and the highest fence: no operation panics, and each error describes the problem.
 
 use stanchion::store::{
     AcquireOutcome, AcquireRequest, AdoptRequest, Demand, EndOutcome, ForceReleaseRequest, PollOutcome, RenewOutcome,
@@ -11,7 +11,7 @@ use super::{SECOND, key, locks, store};
 
 const RECORD: &str = "stanchion:{:k}";
 
-/// Commands that write what this library does not.
+/// Returns commands that write records which this library does not.
 fn damages() -> Vec<Vec<String>> {
     let set = |text: &str| vec!["SET".to_owned(), RECORD.to_owned(), text.to_owned()];
     let packed = |state: &str| {
@@ -49,7 +49,7 @@ fn damages() -> Vec<Vec<String>> {
     ]
 }
 
-/// Every operation on the key. What it says may be anything but a panic, a wrong kind or a doubt.
+/// Runs every operation on the key, and counts the errors. Any error will do if its kind fits and its outcome is known.
 async fn all_operations<S: Store>(actor: &Actor<S>, what: &str) -> u32 {
     let (store, key, token) = (&actor.store, key("k"), TokenId::random().unwrap());
     let request = actor.request(&key);
@@ -60,7 +60,7 @@ async fn all_operations<S: Store>(actor: &Actor<S>, what: &str) -> u32 {
         session: actor.session,
         not_after: request.not_after,
     };
-    let evict = ForceReleaseRequest { key: key.clone(), fence: Fence::new(1), reason: "damaged".into() };
+    let force = ForceReleaseRequest { key: key.clone(), fence: Fence::new(1), reason: "damaged".into() };
     let pooled = AcquireRequest { demand: Demand::new(1, 3).unwrap(), enqueue: false, ..actor.request(&key) };
     let faults: Vec<Option<Error>> = vec![
         store.acquire(request).await.err(),
@@ -68,21 +68,21 @@ async fn all_operations<S: Store>(actor: &Actor<S>, what: &str) -> u32 {
         store.poll(&key, &[token]).await.err(),
         store.extend(&key, token, SECOND).await.err(),
         store.adopt(adopt).await.err(),
-        store.force_release(evict).await.err(),
+        store.force_release(force).await.err(),
         store.inspect(&key).await.err(),
         store.release(&key, token, Some(SECOND)).await.err(),
         store.abandon(&key, token).await.err(),
     ];
     let faults: Vec<_> = faults.into_iter().flatten().collect();
     for fault in &faults {
-        let told = (fault.kind(), fault.is_in_doubt());
-        assert!(matches!(told, (ErrorKind::Misconfigured | ErrorKind::Internal, false)), "{what}: {fault}");
+        let outcome = (fault.kind(), fault.is_in_doubt());
+        assert!(matches!(outcome, (ErrorKind::Misconfigured | ErrorKind::Internal, false)), "{what}: {fault}");
     }
     faults.len() as u32
 }
 
 #[test]
-fn damaged_records_panic_in_no_operation() {
+fn damaged_records_cause_no_panic() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
@@ -97,26 +97,26 @@ fn damaged_records_panic_in_no_operation() {
             all_operations(&actor, &what).await;
             server.command(&["DEL", RECORD]);
             server.command(&words);
-            // What people see names the key.
-            for told in [
+            // Errors that people see name the key.
+            for outcome in [
                 locks.inspect("k").await.map(drop),
                 locks.try_lock("k").await.map(drop),
                 locks.lock("k").wait(SECOND / 10).await.map(drop),
                 locks.force_release("k", Fence::new(1), "damaged").await.map(drop),
             ] {
-                if let Err(error) = told {
+                if let Err(error) = outcome {
                     assert!(error.to_string().contains("key `k` in redis"), "{what}: {error}");
                 }
             }
         }
         server.command(&["DEL", RECORD]);
-        // What is no record of ours is not written over.
+        // A foreign record is not overwritten.
         for text in ["hello", "0 is no number", "2garbage", "1"] {
             server.command(&["SET", RECORD, text]);
             assert_eq!(all_operations(&actor, text).await, 9, "{text}");
             assert_eq!(server.command(&["GET", RECORD]), text);
         }
-        // The queue, and what waiters ask for.
+        // The queue and the requests of waiters may be damaged too.
         for other in [":queue", ":waiting"] {
             server.command(&["DEL", RECORD, "stanchion:{:k}:queue", "stanchion:{:k}:waiting"]);
             actor.takes(&key("k")).await;
@@ -128,7 +128,7 @@ fn damaged_records_panic_in_no_operation() {
 }
 
 #[test]
-fn a_damaged_session_is_told_and_panics_nowhere() {
+fn damaged_session_is_reported_without_panic() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
@@ -138,29 +138,29 @@ fn a_damaged_session_is_told_and_panics_nowhere() {
             actor.takes(&key(damage.get(..1).unwrap_or("empty"))).await;
             let name = format!("stanchion:session:{{{}}}", actor.session.to_hex());
             server.command(&["SET", &name, damage]);
-            let beaten = actor.store.renew_session(actor.session).await;
-            assert!(beaten.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::Misconfigured), "{beaten:?}");
+            let renewed = actor.store.renew_session(actor.session).await;
+            assert!(renewed.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::Misconfigured), "{renewed:?}");
             let lives = other.store.session_lives(actor.session).await;
             assert!(lives.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::Misconfigured), "{lives:?}");
             server.command(&["DEL", &name]);
             server.command(&["RPUSH", &name, "hello"]);
-            let beaten = actor.store.renew_session(actor.session).await.unwrap_err();
-            assert_eq!(beaten.kind(), ErrorKind::Misconfigured, "{beaten}");
+            let renewed = actor.store.renew_session(actor.session).await.unwrap_err();
+            assert_eq!(renewed.kind(), ErrorKind::Misconfigured, "{renewed}");
             server.command(&["FLUSHALL"]);
         }
-        // A list of losses that cannot be read is no reason to lose the session.
+        // An unreadable list of losses must not cost the session.
         let actor = environment.actor().await;
         let name = format!("stanchion:session:{{{}}}", actor.session.to_hex());
         let kept = server.command(&["GETRANGE", &name, "0", "31"]);
         server.command(&["SET", &name, &format!("{kept}garbage"), "PX", "60000"]);
-        let beaten = actor.store.renew_session(actor.session).await.unwrap().outcome;
-        assert_eq!(beaten, RenewOutcome::Alive { lost: Vec::new() });
+        let renewed = actor.store.renew_session(actor.session).await.unwrap().outcome;
+        assert_eq!(renewed, RenewOutcome::Alive { lost: Vec::new() });
     });
 }
 
-/// At the highest fence nothing more is granted, by whatever way, and what there is can be given back.
+/// After the highest fence nothing is granted, by any kind of request, and existing holds can be released.
 #[test]
-fn the_highest_fence_is_refused_on_every_way() {
+fn highest_fence_stops_every_grant() {
     const LAST: u64 = 9_007_199_254_740_990;
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
@@ -170,17 +170,17 @@ fn the_highest_fence_is_refused_on_every_way() {
         let (token, granted) = holder.takes(&key("k")).await;
         assert_eq!(granted.fence.get(), LAST);
         let waiting = next.queues(&key("k")).await;
-        // A hand-off.
+        // This release would hand the key on.
         assert_eq!(holder.releases(&key("k"), token).await, EndOutcome::Released);
         assert_eq!(next.polls(&key("k"), waiting).await, PollOutcome::Gone);
-        // A request of its own, one that is shared, and one with a capacity.
+        // Single calls, batched calls, and a request with a capacity.
         let pooled = AcquireRequest { demand: Demand::new(1, 3).unwrap(), ..next.request(&key("k")) };
-        let asking = (0..40).map(|turn| {
+        let requests = (0..40).map(|turn| {
             let request = if turn % 10 == 0 { pooled.clone() } else { next.request(&key("k")) };
             next.store.acquire(AcquireRequest { token: TokenId::random().unwrap(), ..request })
         });
-        for asked in futures_util::future::join_all(asking).await {
-            let error = asked.unwrap_err();
+        for outcome in futures_util::future::join_all(requests).await {
+            let error = outcome.unwrap_err();
             assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Misconfigured, false), "{error}");
             assert!(error.to_string().contains("highest fence"), "{error}");
         }

@@ -1,4 +1,4 @@
-//! Primaries that are replaced, and slots that move, under load.
+//! Replaces primaries and moves slots under load.
 
 use std::collections::HashSet;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -14,7 +14,7 @@ use stanchion_testkit::{block_on, until};
 
 use super::SECOND;
 
-/// Those who take and release all the time, and what they got.
+/// The tasks that lock and release all the time, and their grants.
 struct Load {
     granted: Arc<Mutex<Vec<(Instant, Fence)>>>,
 }
@@ -24,7 +24,7 @@ impl Load {
         self.granted.lock().unwrap().len()
     }
 
-    /// How long after this moment somebody got the key.
+    /// Returns the time from this moment to the next grant.
     async fn served_after(&self, moment: Instant) -> Duration {
         let first = || self.granted.lock().unwrap().iter().map(|(at, _)| *at).find(|at| *at >= moment);
         until("served again", async || first().is_some()).await;
@@ -32,13 +32,13 @@ impl Load {
     }
 }
 
-/// Takes and releases all the time, by several handles: no fence comes twice, and each is the time of its grant, so none is
-/// lower than one that was granted before it. Two primaries may live for a moment: who of their clients looks first says
-/// nothing about the order of their grants, but all of them are on the clock of this machine.
+/// Locks and releases all the time, with several handles. No fence is granted twice, and each fence is the time of its
+/// grant, so it is not lower than an earlier one. Two primaries may exist for a moment. The order in which their
+/// clients see their grants means nothing then, but all fences come from the clock of this machine.
 async fn under_load(url: &str, during: impl AsyncFnOnce(&Load, &Locks)) {
     let stop = Arc::new(AtomicBool::new(false));
     let load = Load { granted: Arc::default() };
-    // Long enough to outlive a failover: the hold of a session that did not is free only when its grace is over.
+    // The sessions outlive a failover: the hold of an expired one becomes free only after its grace.
     let open = async || Locks::builder(url).session_ttl(6 * SECOND).open().await.unwrap();
     let watcher = open().await;
     let mut tasks = Vec::new();
@@ -46,10 +46,10 @@ async fn under_load(url: &str, during: impl AsyncFnOnce(&Load, &Locks)) {
         let (locks, stop, granted, clock) = (open().await, stop.clone(), load.granted.clone(), Clock::system());
         tasks.push(tokio::spawn(async move {
             while !stop.load(Ordering::SeqCst) {
-                let asked = clock.wall_micros();
+                let sent_at = clock.wall_micros();
                 let Ok(guard) = locks.lock("loaded").wait(20 * SECOND).await else { continue };
                 let fence = guard.fence().get();
-                assert!((asked..=clock.wall_micros()).contains(&fence), "{fence} is no time since {asked}");
+                assert!((sent_at..=clock.wall_micros()).contains(&fence), "{fence} is not a time since {sent_at}");
                 granted.lock().unwrap().push((Instant::now(), guard.fence()));
                 tokio::time::sleep(Duration::from_millis(2)).await;
                 drop(guard);
@@ -66,20 +66,21 @@ async fn under_load(url: &str, during: impl AsyncFnOnce(&Load, &Locks)) {
     }
     let granted = load.granted.lock().unwrap();
     let fences: HashSet<_> = granted.iter().map(|(_, fence)| *fence).collect();
-    assert_eq!(fences.len(), granted.len(), "no fence twice");
+    assert_eq!(fences.len(), granted.len(), "a fence was granted twice");
 }
 
-/// How often primaries are replaced; `STANCHION_FAILOVERS` says more.
+/// Returns the number of failovers, which `STANCHION_FAILOVERS` overrides.
 fn turns() -> usize {
     std::env::var("STANCHION_FAILOVERS").map_or(4, |turns| turns.parse().expect("STANCHION_FAILOVERS is a number"))
 }
 
-/// Nobody may wait longer than this for a new primary that takes writes. It takes a tenth of it where nothing else runs.
+/// Maximum time from the first write to a new primary until a caller is served again. It takes a tenth of it if nothing
+/// else runs.
 const SERVED_WITHIN: Duration = Duration::from_secs(5);
 
-/// Which of these servers is the first to take a write to this key, and when: tried every five milliseconds, on a thread
-/// that nothing else delays.
-async fn takes_writes(servers: &[&RedisServer], key: &'static str) -> (u16, Instant) {
+/// Returns the first of these servers to accept a write to this key, and the time. It tries every five milliseconds, on
+/// a thread that nothing else delays.
+async fn first_writable(servers: &[&RedisServer], key: &'static str) -> (u16, Instant) {
     let servers: Vec<_> = servers.iter().map(|server| (server.port(), server.socket())).collect();
     let takes = move |socket: &Path| -> std::io::Result<bool> {
         let mut stream = UnixStream::connect(socket)?;
@@ -95,15 +96,15 @@ async fn takes_writes(servers: &[&RedisServer], key: &'static str) -> (u16, Inst
             if let Some((port, _)) = servers.iter().find(|(_, socket)| takes(socket).unwrap_or(false)) {
                 return (*port, Instant::now());
             }
-            assert!(start.elapsed() < 60 * SECOND, "there is no new primary");
+            assert!(start.elapsed() < 60 * SECOND, "no new primary accepts writes");
             std::thread::sleep(Duration::from_millis(5));
         }
     };
     tokio::task::spawn_blocking(prober).await.unwrap()
 }
 
-/// How long the failovers took until somebody was served again.
-fn judge(mut spans: Vec<Duration>) {
+/// Checks the times from each failover to the next grant.
+fn check_times(mut spans: Vec<Duration>) {
     spans.sort_unstable();
     let longest = *spans.last().unwrap();
     println!("{} failovers: median {:?}, longest {longest:?}", spans.len(), spans[spans.len() / 2]);
@@ -112,12 +113,12 @@ fn judge(mut spans: Vec<Duration>) {
 
 async fn is_linked(server: &RedisServer) {
     let info = || server.try_command(&["INFO", "replication"]).unwrap_or_default();
-    until("a replica that is linked", async || info().contains("master_link_status:up")).await;
+    until("the replica is linked", async || info().contains("master_link_status:up")).await;
 }
 
-/// A server that was replaced goes on as a replica of this one, and has all of it.
+/// Makes a replaced server a replica of this one, and waits until it has all data.
 async fn follows(server: &RedisServer, primary: u16) {
-    until("it follows", async || {
+    until("the server follows", async || {
         server.try_command(&["REPLICAOF", "127.0.0.1", &primary.to_string()]).is_ok_and(|answer| answer.contains("OK"))
     })
     .await;
@@ -126,7 +127,7 @@ async fn follows(server: &RedisServer, primary: u16) {
 
 #[test]
 #[ignore = "long"]
-fn primaries_are_replaced_by_the_sentinels_under_load() {
+fn sentinels_replace_primaries_under_load() {
     let mut servers = RedisSentinel::start(Kind::Redis7);
     let url = format!("redis+sentinel://{}/main", servers.hosts());
     block_on(async {
@@ -134,31 +135,31 @@ fn primaries_are_replaced_by_the_sentinels_under_load() {
             let mut spans = Vec::new();
             for turn in 0..turns() {
                 let held = watcher.lock("held").await.unwrap();
-                until("whole", async || servers.is_whole()).await;
+                until("every server is up", async || servers.is_whole()).await;
                 let old = servers.primary();
                 let start = Instant::now();
                 servers.servers[old].kill();
                 let others: Vec<_> = (0..3).filter(|at| *at != old).map(|at| &servers.servers[at]).collect();
-                let (port, since) = takes_writes(&others, "probe").await;
+                let (port, since) = first_writable(&others, "probe").await;
                 let named = async {
-                    until("named", async || servers.servers[servers.primary()].port() == port).await;
+                    until("the sentinels name it", async || servers.servers[servers.primary()].port() == port).await;
                     since.elapsed()
                 };
                 let (waited, named) = tokio::join!(load.served_after(since), named);
                 println!("turn {turn}: replaced within {:?}, named {named:?} later, served {waited:?}", since - start);
                 spans.push(waited);
                 servers.servers[old].restart();
-                // The sentinels would say that too, eight seconds later.
+                // The sentinels would do that too, eight seconds later.
                 follows(&servers.servers[old], port).await;
-                // Whether it survived or not, the holder and the store agree.
-                until("agreed", async || {
+                // The holder and the store agree on whether the hold survived.
+                until("they agree", async || {
                     let state = watcher.inspect("held").await.ok();
                     let there = state.map(|state| state.holders.iter().any(|hold| hold.fence == held.fence()));
                     there == Some(held.is_held()) || held.loss().is_some()
                 })
                 .await;
             }
-            judge(spans);
+            check_times(spans);
         })
         .await;
     });
@@ -166,10 +167,10 @@ fn primaries_are_replaced_by_the_sentinels_under_load() {
 
 #[test]
 #[ignore = "long"]
-fn primaries_of_a_cluster_are_replaced_under_load() {
+fn cluster_replaces_primaries_under_load() {
     let mut cluster = RedisCluster::start(Kind::Redis7, true);
     let url = format!("redis+cluster://{}", cluster.hosts());
-    // Whoever has the slot of the key that all want.
+    // The node with the slot of the loaded key.
     let slot: u16 = cluster.nodes()[0].command(&["CLUSTER", "KEYSLOT", "stanchion:{:loaded}"]).parse().unwrap();
     let at = usize::from(slot > 5_460) + usize::from(slot > 10_922);
     block_on(async {
@@ -178,16 +179,16 @@ fn primaries_of_a_cluster_are_replaced_under_load() {
             for turn in 0..turns() {
                 let (old, new) = if turn % 2 == 0 { (at, at + 3) } else { (at + 3, at) };
                 let start = Instant::now();
-                // Every other pair: one dies, and the other gives it back without a loss.
+                // In turn, one primary of a pair is killed, and the other hands over without a loss.
                 let dies = turn % 4 < 2;
                 if dies {
                     cluster.nodes_mut()[old].kill();
                 }
                 let replica = &cluster.nodes()[new];
                 if !dies {
-                    // One that gave up is tried again.
+                    // A failover that gave up is tried again.
                     let mut tried = None;
-                    until("it takes over", async || {
+                    until("the replica takes over", async || {
                         if tried.is_none_or(|tried: Instant| tried.elapsed() > 6 * SECOND) {
                             replica.command(&["CLUSTER", "FAILOVER"]);
                             tried = Some(Instant::now());
@@ -196,7 +197,7 @@ fn primaries_of_a_cluster_are_replaced_under_load() {
                     })
                     .await;
                 }
-                let (_, since) = takes_writes(&[replica], "probe{:loaded}").await;
+                let (_, since) = first_writable(&[replica], "probe{:loaded}").await;
                 let waited = load.served_after(since).await;
                 println!("turn {turn}: dies {dies}, replaced within {:?}, served {waited:?} later", since - start);
                 spans.push(waited);
@@ -205,24 +206,24 @@ fn primaries_of_a_cluster_are_replaced_under_load() {
                 }
                 is_linked(&cluster.nodes()[old]).await;
             }
-            judge(spans);
+            check_times(spans);
         })
         .await;
     });
 }
 
-/// A sentinel that missed a failover names a server that still calls itself primary. It is not believed where others know
-/// better, also by a process that begins; and nobody waits for one that is silent.
+/// A sentinel that missed a failover names a server that still reports itself as a primary. The store ignores it if
+/// other sentinels know better, even when a process starts. Nobody waits for an unresponsive sentinel.
 #[test]
-fn the_newest_word_of_the_sentinels_counts_from_the_beginning() {
+fn newest_sentinel_report_wins_at_start() {
     let (old, new) = (RedisServer::start(Kind::Redis7), RedisServer::start(Kind::Redis7));
-    let missed_it = RedisSentinel::alone(Kind::Redis7, old.port(), 1);
-    let know = [(); 2].map(|()| RedisSentinel::alone(Kind::Redis7, new.port(), 2));
-    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let hosts = [missed_it.port(), know[0].port(), know[1].port(), silent.local_addr().unwrap().port()];
+    let outdated = RedisSentinel::alone(Kind::Redis7, old.port(), 1);
+    let informed = [(); 2].map(|()| RedisSentinel::alone(Kind::Redis7, new.port(), 2));
+    let unresponsive = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let hosts = [outdated.port(), informed[0].port(), informed[1].port(), unresponsive.local_addr().unwrap().port()];
     let hosts = hosts.map(|port| format!("127.0.0.1:{port}")).join(",");
-    // The least rights: no numbers are told, and most of them count.
-    for sentinel in know.iter().chain([&missed_it]) {
+    // With the least rights no epochs are reported, and the majority wins.
+    for sentinel in informed.iter().chain([&outdated]) {
         let rights = ["on", "nopass", "-@all", "+auth", "+sentinel|get-master-addr-by-name"];
         assert_eq!(sentinel.command(&[&["ACL", "SETUSER", "few"], &rights[..]].concat()), "OK");
     }
@@ -236,12 +237,12 @@ fn the_newest_word_of_the_sentinels_counts_from_the_beginning() {
                 guard.release().await.unwrap();
             }
         }
-        let all_clients = know.iter().map(|sentinel| sentinel.command(&["ACL", "LOG"]));
+        let all_clients = informed.iter().map(|sentinel| sentinel.command(&["ACL", "LOG"]));
         assert!(all_clients.collect::<String>().contains("few"), "the user with few rights was used");
     });
 }
 
-/// A slot that is being moved while it is used: `ASK`, `TRYAGAIN`, `MOVED` are followed, and nothing is lost.
+/// A slot is moved while it is used: the store follows `ASK`, `TRYAGAIN` and `MOVED`, and loses nothing.
 #[test]
 fn a_slot_moves_between_nodes_under_load() {
     let cluster = RedisCluster::start(Kind::Redis7, false);
@@ -258,7 +259,7 @@ fn a_slot_moves_between_nodes_under_load() {
                 nodes[to].command(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &ids[from]]);
                 nodes[from].command(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &ids[to]]);
                 let port = nodes[to].port().to_string();
-                // New keys come up meanwhile: until none is left.
+                // New keys may appear in the meantime, so this continues until none is left.
                 loop {
                     let keys = nodes[from].command(&["CLUSTER", "GETKEYSINSLOT", &slot, "100"]);
                     let Some(key) = keys.lines().next() else { break };
@@ -266,7 +267,7 @@ fn a_slot_moves_between_nodes_under_load() {
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
                 let count = load.count();
-                until("grants of a slot that is being moved", async || load.count() > count + 10).await;
+                until("grants in a moving slot", async || load.count() > count + 10).await;
                 for node in [to, from, 3 - to - from] {
                     nodes[node].command(&["CLUSTER", "SETSLOT", &slot, "NODE", &ids[to]]);
                 }

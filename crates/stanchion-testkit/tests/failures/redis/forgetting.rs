@@ -1,4 +1,4 @@
-//! Servers that forget, or lag behind: restarts, replicas, clocks.
+//! Uses servers that lose data or lag behind: restarts, replicas, clocks.
 
 use std::collections::HashSet;
 
@@ -10,9 +10,9 @@ use stanchion_testkit::{Environment, block_on, until};
 
 use super::{SECOND, is_free, key, locks, store, url};
 
-/// Everything is forgotten: holders are told, and fences go on upwards.
+/// The server loses everything: holders are notified, and fences continue to rise.
 #[test]
-fn a_server_that_restarts_empty_tells_holders_and_repeats_no_fence() {
+fn empty_restart_notifies_and_repeats_no_fence() {
     let mut server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let locks = Locks::builder(&url(server.port())).session_ttl(5 * SECOND).open().await.unwrap();
@@ -23,8 +23,8 @@ fn a_server_that_restarts_empty_tells_holders_and_repeats_no_fence() {
             server.restart();
             tokio::time::timeout(10 * SECOND, guard.lost()).await.unwrap();
             tokio::time::timeout(10 * SECOND, fixed.lost()).await.unwrap();
-            assert_eq!(fixed.loss(), Some(LossCause::Missing), "it was asked for when the subscription came back");
-            until("a session", async || locks.try_lock("any").await.is_ok()).await;
+            assert_eq!(fixed.loss(), Some(LossCause::Missing), "the keeper checked it when the subscription recovered");
+            until("the session is open", async || locks.try_lock("any").await.is_ok()).await;
             let next = locks.lock("k").await.unwrap();
             assert!(next.fence() > guard.fence());
             next.release().await.unwrap();
@@ -32,8 +32,8 @@ fn a_server_that_restarts_empty_tells_holders_and_repeats_no_fence() {
     });
 }
 
-/// A failover that loses writes, a thousand times: the old primary goes on granting while the new one does. A plain
-/// counter repeats; fences do not.
+/// Fails over a thousand times and loses writes, while the old primary continues to grant together with the new one. A
+/// plain counter repeats; fences do not.
 #[test]
 #[ignore = "long"]
 fn a_thousand_lossy_failovers_repeat_no_fence() {
@@ -48,9 +48,9 @@ fn a_thousand_lossy_failovers_repeat_no_fence() {
             servers[new].command(&["REPLICAOF", "127.0.0.1", &servers[old].port().to_string()]);
             let linked = || servers[new].command(&["INFO", "replication"]).contains("master_link_status:up");
             stanchion_testkit::servers::wait("linked", linked);
-            // From here on nothing reaches the new one.
+            // From here on no write reaches the new primary.
             servers[new].command(&["REPLICAOF", "NO", "ONE"]);
-            // The first may be one that the new one knows, the second never is.
+            // The new primary may have the first grant, but never the second one.
             for primary in [old, old, new] {
                 let actor = stores[primary].actor().await;
                 let (token, granted) = actor.takes(&key("k")).await;
@@ -66,9 +66,9 @@ fn a_thousand_lossy_failovers_repeat_no_fence() {
     });
 }
 
-/// A new primary may have the session and lack a hold: whoever reconnects asks for every hold.
+/// A new primary may have the session and lack a hold, so the keeper checks every hold when it reconnects.
 #[test]
-fn a_hold_that_is_missing_after_a_reconnection_is_lost() {
+fn hold_missing_after_reconnect_is_lost() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let locks = Locks::builder(&url(server.port())).session_ttl(600 * SECOND).open().await.unwrap();
@@ -81,9 +81,10 @@ fn a_hold_that_is_missing_after_a_reconnection_is_lost() {
     });
 }
 
-/// A server of a cluster at which nobody listens comes back empty: that is noticed, and what it forgot is told.
+/// A server of a cluster to which no session listens restarts empty. This is noticed, and the forgotten holds are
+/// reported as lost.
 #[test]
-fn a_hold_that_another_server_of_the_cluster_forgot_is_lost() {
+fn hold_forgotten_by_another_node_is_lost() {
     let mut cluster = RedisCluster::start(Kind::Redis7, false);
     block_on(async {
         let url = format!("redis+cluster://{}", cluster.hosts());
@@ -105,9 +106,9 @@ fn a_hold_that_another_server_of_the_cluster_forgot_is_lost() {
     });
 }
 
-/// A grant that too few replicas have is not believed, and leaves nothing.
+/// A grant that too few replicas have does not count, and leaves nothing.
 #[test]
-fn min_replicas_holds_back_grants_that_a_failover_would_lose() {
+fn min_replicas_rejects_unreplicated_grants() {
     let primary = RedisServer::start(Kind::Redis7);
     let replica = RedisServer::with(Kind::Redis7, &["--replicaof", &format!("127.0.0.1 {}", primary.port())]);
     stanchion_testkit::servers::wait("linked", || {
@@ -125,20 +126,20 @@ fn min_replicas_holds_back_grants_that_a_failover_would_lose() {
     });
 }
 
-/// The name leads to another server between a grant and the question who has it: that server has replicas, and nothing
-/// of the grant.
+/// The name leads to another server between a grant and the check of its replicas. The other server has replicas, and
+/// nothing of the grant.
 #[test]
-fn min_replicas_asks_nobody_but_the_server_that_granted() {
-    let (alone, other) = (RedisServer::start(Kind::Redis7), RedisServer::start(Kind::Redis7));
+fn min_replicas_checks_the_granting_server() {
+    let (first, other) = (RedisServer::start(Kind::Redis7), RedisServer::start(Kind::Redis7));
     let replica = RedisServer::with(Kind::Redis7, &["--replicaof", &format!("127.0.0.1 {}", other.port())]);
     stanchion_testkit::servers::wait("linked", || {
         replica.command(&["INFO", "replication"]).contains("master_link_status:up")
     });
-    let proxy = Proxy::start(alone.port(), 1);
+    let proxy = Proxy::start(first.port(), 1);
     let url = format!("{}?min_replicas=1", url(proxy.port()));
     block_on(async {
         let environment = Environment::new(move || Redis::from_url(&url).unwrap());
-        let (actor, observer) = (environment.actor().await, store(alone.port()).actor().await);
+        let (actor, observer) = (environment.actor().await, store(first.port()).actor().await);
         let error = actor.store.acquire(actor.request(&key("before"))).await.unwrap_err();
         assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, true), "{error}");
         assert!(error.to_string().contains("0 replicas have the grant"), "{error}");
@@ -148,10 +149,10 @@ fn min_replicas_asks_nobody_but_the_server_that_granted() {
             async move { store.acquire(request).await }
         });
         until("granted", async || observer.sees_held(&key("k")).await).await;
-        // A question that stays without an answer for long makes the connection suspect: the next one takes another.
+        // A request that stays unanswered for long makes its connection suspect, so the next request uses another one.
         let (before, other_key) = (proxy.faults().connections(), key("other"));
-        let silent = tokio::time::timeout(SECOND * 6 / 5, actor.store.inspect(&other_key)).await;
-        assert!(silent.is_err());
+        let unanswered = tokio::time::timeout(SECOND * 6 / 5, actor.store.inspect(&other_key)).await;
+        assert!(unanswered.is_err());
         proxy.faults().lead_to(other.port());
         let next = tokio::spawn({
             let store = actor.store.clone();
@@ -162,14 +163,14 @@ fn min_replicas_asks_nobody_but_the_server_that_granted() {
         let error = asking.await.unwrap().unwrap_err();
         assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, true), "{error}");
         next.await.unwrap().unwrap();
-        assert!(observer.sees_held(&key("k")).await, "what came of it is told by no error");
+        assert!(observer.sees_held(&key("k")).await, "the grant stays in spite of the error");
     });
 }
 
-/// A question that is repeated over another connection finds the grant there: the replicas must have it all the same.
+/// A request that is repeated over another connection finds the grant there: the replicas must have it all the same.
 #[test]
 #[ignore = "long"]
-fn min_replicas_holds_for_a_repeated_question_too() {
+fn min_replicas_applies_to_repeated_requests() {
     for kind in [Kind::Redis7, Kind::Redis8, Kind::Valkey9] {
         let primary = RedisServer::start(kind);
         let replica = RedisServer::with(kind, &["--replicaof", "127.0.0.1", &primary.port().to_string()]);
@@ -186,44 +187,44 @@ fn min_replicas_holds_for_a_repeated_question_too() {
                 let error = actor.store.acquire(request.clone()).await.unwrap_err();
                 assert!(error.to_string().contains("0 replicas have the grant"), "{kind:?}: {error}");
                 primary.command(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
-                // What comes first hears that the connection is gone.
+                // The first request notices that the connection is gone.
                 until("connected again", async || actor.store.inspect(&key("other")).await.is_ok()).await;
             }
             replica.process().unwrap().signal("CONT");
-            until("they have it", async || actor.store.acquire(request.clone()).await.is_ok()).await;
+            until("the replicas have it", async || actor.store.acquire(request.clone()).await.is_ok()).await;
         });
     }
 }
 
-/// A server that was demoted and is cut off knows of no newer beats: it may not declare a session dead.
+/// A server that was demoted and isolated lacks newer renewals, so it must not mark a session as expired.
 #[test]
-fn a_stale_replica_declares_no_session_dead() {
+fn stale_replica_expires_no_session() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
         let actor = environment.mortal(SECOND).await;
         actor.takes(&key("k")).await;
-        // A replica of nobody: it serves what it had.
+        // A replica without a primary still serves its data.
         server.command(&["REPLICAOF", "127.0.0.1", "1"]);
-        // By the server's clock it is over then.
+        // By the server's clock the session has expired then.
         tokio::time::sleep(SECOND + SECOND / 4).await;
         let error = actor.store.acquire(actor.request(&key("other"))).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
         server.command(&["REPLICAOF", "NO", "ONE"]);
-        until("told by a primary", async || {
-            let asked = actor.store.acquire(actor.request(&key("other"))).await;
-            asked.is_ok_and(|reply| reply.outcome == AcquireOutcome::SessionGone)
+        until("a primary reports it", async || {
+            let reply = actor.store.acquire(actor.request(&key("other"))).await;
+            reply.is_ok_and(|reply| reply.outcome == AcquireOutcome::SessionGone)
         })
         .await;
-        // What was declared dead is not opened or beaten into life again.
-        let beaten = actor.store.renew_session(actor.session).await.unwrap().outcome;
-        assert_eq!(beaten, stanchion::store::RenewOutcome::Gone);
+        // An expired session cannot become alive again, neither by opening nor by renewing it.
+        let renewed = actor.store.renew_session(actor.session).await.unwrap().outcome;
+        assert_eq!(renewed, stanchion::store::RenewOutcome::Gone);
     });
 }
 
-/// A server whose clock was set back behind the newest fence: fences go on upwards, in every way to ask.
+/// The server's clock was set back behind the last fence: fences continue to rise, for every kind of request.
 #[test]
-fn a_clock_that_was_set_back_lowers_no_fence() {
+fn setting_the_clock_back_lowers_no_fence() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let locks = locks(server.port()).await;
@@ -244,13 +245,13 @@ fn a_clock_that_was_set_back_lowers_no_fence() {
         for task in tasks {
             assert_eq!(task.await.unwrap().unwrap().fence().get(), ahead + 1);
         }
-        assert!(server.command(&["INFO", "commandstats"]).contains("cmdstat_mget:"), "requests were shared");
+        assert!(server.command(&["INFO", "commandstats"]).contains("cmdstat_mget:"), "calls were batched");
     });
 }
 
-/// A new primary may lack a release: the hold is there again, and its session lives. Whoever waits has it ended.
+/// A new primary may lack a release: the hold is back, and its session is alive. A waiter makes its holder release it.
 #[test]
-fn a_release_that_was_forgotten_is_done_again_when_somebody_waits() {
+fn waiter_repeats_a_forgotten_release() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let (first, other) = (locks(server.port()).await, locks(server.port()).await);
@@ -260,7 +261,7 @@ fn a_release_that_was_forgotten_is_done_again_when_somebody_waits() {
         server.command(&["SET", "stanchion:{:k}", &record]);
         assert!(other.try_lock("k").await.unwrap().is_none());
         drop(other.lock("k").wait(20 * SECOND).await.unwrap());
-        // What is really held, or detached, stays.
+        // A real or detached hold stays.
         let held = first.lock("held").await.unwrap();
         let detached = first.lock("detached").await.unwrap().detach();
         for key in ["held", "detached"] {
@@ -272,11 +273,12 @@ fn a_release_that_was_forgotten_is_done_again_when_somebody_waits() {
     });
 }
 
-/// It may lack the release of the one after that, too: then the head of the queue is nobody any more, and never asks.
+/// The new primary may also lack the release of the next waiter. The head of the queue then belongs to nobody, and
+/// never polls.
 #[test]
-fn several_turns_that_were_forgotten_are_done_again_when_somebody_waits() {
+fn waiter_repeats_several_forgotten_releases() {
     let server = RedisServer::start(Kind::Redis7);
-    let names = ["", ":queue", ":waiting"].map(|end| (format!("stanchion:{{:k}}{end}"), format!("kept:{{:k}}{end}")));
+    let names = ["", ":queue", ":waiting"].map(|end| (format!("stanchion:{{:k}}{end}"), format!("copy:{{:k}}{end}")));
     block_on(async {
         let (first, other) = (locks(server.port()).await, locks(server.port()).await);
         let guard = first.lock("k").await.unwrap();

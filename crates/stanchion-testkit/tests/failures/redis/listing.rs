@@ -1,4 +1,4 @@
-//! Listings: damaged entries, many keys, a server that refuses to be scanned.
+//! Lists damaged entries and many keys, and uses a server that rejects SCAN.
 
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use stanchion_testkit::{block_on, list_all, read_pages, until};
 
 const SESSION: &str = "0123456789abcdef0123456789abcdef";
 
-/// The record of a mutex that this session holds.
+/// Returns the record of a mutex that this session holds.
 fn held_by(session: &str) -> String {
     format!("1{:016}{:016}{}{session}S2:me--", 1_764_000_000_000_000_u64, 1_764_000_000_000_000_u64, "c".repeat(32))
 }
@@ -22,7 +22,7 @@ fn damaged_entries_are_named_and_skipped() {
         let _good = locks.lock("good").await.unwrap();
         let _queued = locks.lock("queued").await.unwrap();
         let waits = tokio::spawn(async move { waiter.lock("queued").await });
-        until("it waits", async || locks.inspect("queued").await.unwrap().waiters.len() == 1).await;
+        until("queued", async || locks.inspect("queued").await.unwrap().waiters.len() == 1).await;
         let token = server.command(&["HKEYS", "stanchion:{:queued}:waiting"]);
         server.command(&["HSET", "stanchion:{:queued}:waiting", token.trim(), "rubbish"]);
         server.command(&["SET", &format!("stanchion:session:{{{SESSION}}}"), "rubbish"]);
@@ -38,7 +38,7 @@ fn damaged_entries_are_named_and_skipped() {
             server.command(&["SET", &format!("stanchion:{{{name}}}"), record]);
         }
         server.command(&["LPUSH", "stanchion:{:list}", "x"]);
-        // Somebody else's keys, and one beyond the year 9999.
+        // Foreign Redis keys, and a hold beyond the year 9999.
         server.command(&["SET", "stanchion:else", "x"]);
         server.command(&["SET", "stanchion:session:{x}:{:y}", "x"]);
         let own = locks.session().unwrap().to_hex();
@@ -73,14 +73,18 @@ fn many_keys_are_listed_in_linear_time() {
         let plant = "for at = 1, 30000 do redis.call('SET', ARGV[1] .. at .. '}', ARGV[2]) end";
         let own = locks.session().unwrap().to_hex();
         server.command(&["EVAL", plant, "0", "stanchion:{:own/", &held_by(&own)]);
-        // Nobody has opened this session: it is as dead as one whose process was killed.
+        // Nobody has opened this session, so it counts as expired like that of a killed process.
         server.command(&["EVAL", plant, "0", "stanchion:{:dead/", &held_by(SESSION)]);
         let start = Instant::now();
         let listing = locks.list("").await.unwrap();
         assert_eq!((listing.keys.len(), listing.damaged.len()), (30_000, 0));
-        assert!(listing.keys.is_sorted_by(|one, other| one.key < other.key), "in order, each once");
+        assert!(listing.keys.is_sorted_by(|one, other| one.key < other.key), "keys are in order and unique");
         assert!(start.elapsed() < 10 * SECOND, "{:?}", start.elapsed());
-        assert_eq!(server.command(&["GET", "stanchion:{:dead/1}"]).trim(), held_by(SESSION), "nothing is written");
+        assert_eq!(
+            server.command(&["GET", "stanchion:{:dead/1}"]).trim(),
+            held_by(SESSION),
+            "a listing writes nothing"
+        );
     });
 }
 
@@ -93,7 +97,7 @@ fn long_queues_do_not_make_a_page_unbounded() {
         for at in 0..3 {
             holder.takes(&key(&format!("k{at}"))).await;
             waiter.queues(&key(&format!("k{at}"))).await;
-            // As many as one page has room for, made of the one that is there.
+            // Multiplies the one waiter until the queue fills a page.
             let grow = "local queue, waiting = KEYS[1], KEYS[2]
                 local one = redis.call('HVALS', waiting)[1]
                 for at = 1, 15000 do
@@ -126,7 +130,7 @@ fn a_cluster_lists_every_node() {
 }
 
 #[test]
-fn a_refused_scan_says_what_to_grant() {
+fn rejected_scan_names_the_missing_right() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let locks = locks(server.port()).await;

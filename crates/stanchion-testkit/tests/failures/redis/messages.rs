@@ -1,4 +1,4 @@
-//! Messages that are lost: answers, scripts, subscriptions, whole links.
+//! Loses answers, scripts, subscriptions and whole links.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,12 +12,12 @@ use stanchion_testkit::{block_on, seed, until};
 
 use super::{SECOND, is_free, key, locks, store, url};
 
-/// 10,000 calls of eight tasks through a proxy that loses a fifth of all answers.
+/// Makes 10,000 calls in eight tasks through a proxy that loses a fifth of all answers.
 #[test]
 #[ignore = "long"]
-fn lost_answers_leave_no_hold_and_no_false_failure() {
+fn lost_answers_leave_no_hold_and_no_error() {
     let server = RedisServer::start(Kind::Redis7);
-    let proxy = Proxy::start(server.port(), seed("lost_answers_leave_no_hold_and_no_false_failure"));
+    let proxy = Proxy::start(server.port(), seed("lost_answers_leave_no_hold_and_no_error"));
     block_on(async {
         let locks = Locks::builder(&url(proxy.port()))
             .retry(RetryPolicy { attempts: 60, pause: Duration::from_millis(1), ..RetryPolicy::default() })
@@ -42,7 +42,7 @@ fn lost_answers_leave_no_hold_and_no_false_failure() {
                                 continue;
                             }
                         };
-                        // What the guard says is what the store has.
+                        // The guard agrees with the store.
                         if turn % 10 == 0 {
                             let state = direct.inspect(&name).await.unwrap();
                             assert_eq!(state.holders.len(), 1);
@@ -62,7 +62,7 @@ fn lost_answers_leave_no_hold_and_no_false_failure() {
             task.await.unwrap();
         }
         assert!(proxy.faults().lost() > 500, "{} lost", proxy.faults().lost());
-        assert!(failed.load(Ordering::SeqCst) < 20, "the retries were enough for nearly all: {failed:?}");
+        assert!(failed.load(Ordering::SeqCst) < 20, "too many calls failed in spite of retries: {failed:?}");
         proxy.faults().lose_answers(0);
         for name in ["k0", "k1", "k2", "k3"] {
             until("nothing is left", async || is_free(&direct, name).await).await;
@@ -70,12 +70,12 @@ fn lost_answers_leave_no_hold_and_no_false_failure() {
     });
 }
 
-/// The same question with the same token gives the same fence, whatever was lost of the answers before.
+/// A repeated request with the same token gets the same fence, even after lost answers.
 #[test]
 #[ignore = "long"]
-fn a_repeated_question_gives_the_same_fence() {
+fn repeated_acquire_returns_the_same_fence() {
     let server = RedisServer::start(Kind::Redis7);
-    let proxy = Proxy::start(server.port(), seed("a_repeated_question_gives_the_same_fence"));
+    let proxy = Proxy::start(server.port(), seed("repeated_acquire_returns_the_same_fence"));
     block_on(async {
         let (through, direct) = (store(proxy.port()), store(server.port()));
         let (client, observer) = (through.actor().await, direct.actor().await);
@@ -96,7 +96,7 @@ fn a_repeated_question_gives_the_same_fence() {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             };
             let before: Vec<_> = observer.sees(&key("k")).await.holders.iter().map(|hold| hold.fence).collect();
-            assert_eq!(before, [granted.fence], "one hold, and it is this one");
+            assert_eq!(before, [granted.fence], "this hold is the only one");
             repeated += u32::from(attempts > 1);
             loop {
                 match client.store.release(&key("k"), request.token, None).await {
@@ -110,15 +110,15 @@ fn a_repeated_question_gives_the_same_fence() {
             }
             assert!(!observer.sees_held(&key("k")).await);
         }
-        assert!(repeated > 50, "{repeated} were asked again");
+        assert!(repeated > 50, "{repeated} were repeated");
     });
 }
 
-/// A forced release reaches its holder although the push got lost and the one who forced was cut off half-way.
+/// A forced release reaches the holder, although the push was lost and the connection of the operator broke half-way.
 #[test]
-fn a_forced_release_whose_answer_was_lost_is_told_when_it_is_asked_again() {
+fn repeated_force_release_notifies_the_holder() {
     let server = RedisServer::start(Kind::Redis7);
-    let proxy = Proxy::start(server.port(), seed("a_forced_release_whose_answer_was_lost"));
+    let proxy = Proxy::start(server.port(), seed("repeated_force_release_notifies_the_holder"));
     block_on(async {
         let holder = Locks::builder(&url(server.port())).session_ttl(2 * SECOND).open().await.unwrap();
         let operator = Locks::builder(&url(proxy.port()))
@@ -133,17 +133,17 @@ fn a_forced_release_whose_answer_was_lost_is_told_when_it_is_asked_again() {
             operator.force_release("k", guard.fence(), format!("turn {turn}")).await.unwrap();
             tokio::time::timeout(20 * SECOND, guard.lost()).await.unwrap();
             assert_eq!(guard.loss(), Some(LossCause::ForceReleased), "turn {turn}");
-            let told = events.next().await;
+            let reported = events.next().await;
             assert!(
-                matches!(&told, Some(Event::Lost { reason: Some(reason), .. }) if *reason == format!("turn {turn}")),
-                "{told:?}"
+                matches!(&reported, Some(Event::Lost { reason: Some(reason), .. }) if *reason == format!("turn {turn}")),
+                "{reported:?}"
             );
         }
     });
 }
 
 #[test]
-fn a_subscription_that_is_cut_is_made_anew() {
+fn cut_subscription_is_restored() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let locks = locks(server.port()).await;
@@ -160,7 +160,7 @@ fn a_subscription_that_is_cut_is_made_anew() {
 }
 
 #[test]
-fn scripts_that_the_server_has_forgotten_are_sent_anew() {
+fn forgotten_scripts_are_sent_again() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let locks = locks(server.port()).await;
@@ -172,9 +172,9 @@ fn scripts_that_the_server_has_forgotten_are_sent_anew() {
     });
 }
 
-/// A link that is dead without a word: holders lose on time, and nothing is stuck when it comes back.
+/// A link dies without any sign: the holder loses its lock on time, and nothing is stuck when the link recovers.
 #[test]
-fn a_silent_link_loses_on_time_and_heals() {
+fn dead_link_loses_on_time_and_recovers() {
     let server = RedisServer::start(Kind::Redis7);
     let proxy = Proxy::start(server.port(), 1);
     block_on(async {
@@ -191,7 +191,7 @@ fn a_silent_link_loses_on_time_and_heals() {
         let next = next.await.unwrap().unwrap();
         assert!(
             lost < ttl && lost < cut.elapsed(),
-            "lost after {lost:?}, granted to the next after {:?}",
+            "lost after {lost:?}, granted to the next waiter after {:?}",
             cut.elapsed()
         );
         assert!(next.fence() > fence);
@@ -204,9 +204,9 @@ fn a_silent_link_loses_on_time_and_heals() {
     });
 }
 
-/// Connections that are dead without a word, where no request waits long enough to suspect them by itself.
+/// Connections die without any sign, and no request waits long enough to suspect them alone.
 #[test]
-fn a_stranded_connection_is_given_up_also_where_attempts_are_short() {
+fn short_attempts_replace_a_dead_connection() {
     let server = RedisServer::start(Kind::Redis7);
     let proxy = Proxy::start(server.port(), 1);
     block_on(async {
@@ -215,13 +215,13 @@ fn a_stranded_connection_is_given_up_also_where_attempts_are_short() {
         for _ in 0..2 {
             locks.lock("k").await.unwrap().release().await.unwrap();
             proxy.faults().strand();
-            // The steps' connection, and that of the beats: without a session nothing is granted.
+            // This needs the connection of the calls and that of the renewals: without a session nothing is granted.
             until("it works again", async || locks.try_lock("k").await.is_ok_and(|guard| guard.is_some())).await;
         }
     });
 }
 
-/// A thousand tasks and a server that is away: no storm of connections.
+/// A thousand tasks meet an unavailable server, and make no storm of connections.
 #[test]
 fn reconnecting_is_no_storm() {
     let server = RedisServer::start(Kind::Redis7);
@@ -245,9 +245,9 @@ fn reconnecting_is_no_storm() {
     });
 }
 
-/// Whoever may publish can send anything to a session: it renews all the same, and hears what is meant for it.
+/// Any client with the right to publish can flood a session, which renews all the same and receives its own messages.
 #[test]
-fn a_flood_of_messages_delays_no_renewal() {
+fn message_flood_delays_no_renewal() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let ttl = 2 * SECOND;
@@ -262,9 +262,9 @@ fn a_flood_of_messages_delays_no_renewal() {
         let flood = "for at = 1, 10000 do redis.call('PUBLISH', KEYS[1], ARGV[1]) end return 'OK'";
         let forged = format!("G{}{:016}stanchion:{{:x}}", stanchion::TokenId::random().unwrap().to_hex(), 7);
         let start = Instant::now();
-        let others_words = ["x", "", "G1234", &"y".repeat(1_000), "F0:", &"\u{e9}".repeat(40)];
+        let foreign_messages = ["x", "", "G1234", &"y".repeat(1_000), "F0:", &"\u{e9}".repeat(40)];
         for turn in 0..20 {
-            let message = if turn < 10 { others_words[turn % others_words.len()] } else { &forged };
+            let message = if turn < 10 { foreign_messages[turn % foreign_messages.len()] } else { &forged };
             assert_eq!(server.command(&["EVAL", flood, "1", &channel, message]), "OK");
         }
         println!("200,000 messages sent in {:?}", start.elapsed());

@@ -1,4 +1,4 @@
-//! Redis when things break: answers lost, connections cut, servers killed, frozen, promoted, full.
+//! Breaks Redis: answers get lost, connections are cut, and servers are killed, frozen, promoted or full.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::disallowed_methods, reason = "test code")]
 
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Processes that hold keys in Redis and are killed or stopped.
+//! Kills and stops processes that hold keys in Redis.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout, reason = "test code")]
 
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -9,13 +9,13 @@ use stanchion::{Fence, Locks};
 use stanchion_testkit::block_on;
 use stanchion_testkit::servers::{Redis as Kind, RedisServer};
 
-/// Key, URL and session ttl in milliseconds of a child that holds.
+/// Key, URL and session ttl in milliseconds of a child process that holds a lock.
 const CHILD: &str = "STANCHION_TEST_HOLDER";
 
 const AT_ONCE: usize = 20;
 const ROUNDS: usize = 10;
 
-/// Not a test of its own: what the children run.
+/// Runs in the child processes; it is not a test of its own.
 #[test]
 fn holder() {
     let Ok(order) = std::env::var(CHILD) else { return };
@@ -25,7 +25,7 @@ fn holder() {
         let locks = Locks::builder(url).session_ttl(ttl).open().await.unwrap();
         let guard = locks.lock(key).await.unwrap();
         println!("held {}", guard.fence().get());
-        // Asked by its parent what it believes; it dies with its parent's pipe.
+        // The parent asks whether the child considers its guard valid. The child ends with its parent's pipe.
         for line in std::io::stdin().lines() {
             if line.unwrap() == "still?" {
                 println!("believes {}", guard.is_held());
@@ -61,7 +61,7 @@ impl Holder {
         loop {
             let mut line = String::new();
             assert_ne!(self.answers.read_line(&mut line).unwrap(), 0, "the child has ended");
-            // The test harness of the child says things of its own, on the same line too.
+            // The child's test harness prints lines of its own, and may share a line.
             if let Some((_, answer)) = line.trim_end().split_once(begins) {
                 return answer.to_owned();
             }
@@ -82,10 +82,10 @@ impl Drop for Holder {
     }
 }
 
-/// 200 holders die without a word, each with a waiter: it is served when the session is over, and soon.
+/// Kills 200 holders, each with a waiter, which is served as soon as the session has expired.
 #[test]
 #[ignore = "long"]
-fn after_a_kill_the_next_is_served_within_the_session_and_half_a_second() {
+fn waiters_are_served_soon_after_kills() {
     let ttl = Duration::from_secs(2);
     let server = RedisServer::start(Kind::Redis7);
     let url = format!("redis://127.0.0.1:{}", server.port());
@@ -143,10 +143,10 @@ impl Resource {
     }
 }
 
-/// 200 holders stand still for three session lifetimes, and then write: the checking resource refuses each of them.
+/// Stops 200 holders for three session lifetimes. Then they write, and the checking resource rejects each of them.
 #[test]
 #[ignore = "long"]
-fn after_a_stop_an_old_fence_is_refused() {
+fn old_fence_is_rejected_after_a_stop() {
     let ttl = Duration::from_millis(500);
     let server = RedisServer::start(Kind::Redis7);
     let url = format!("redis://127.0.0.1:{}", server.port());
@@ -164,7 +164,7 @@ fn after_a_stop_an_old_fence_is_refused() {
                 let mut resource = Resource::default();
                 assert!(resource.write(holder.fence));
                 let guard = locks.lock(format!("{round}-{at}")).await.unwrap();
-                assert!(resource.write(guard.fence()), "the next holder is newer");
+                assert!(resource.write(guard.fence()), "the next holder has a higher fence");
                 resources.push(resource);
             }
             tokio::time::sleep(ttl * 3).await;
@@ -173,7 +173,7 @@ fn after_a_stop_an_old_fence_is_refused() {
                 refused += usize::from(!resource.write(holder.fence));
                 unchecked += resource.accepted_without_a_check - 2;
                 writeln!(holder.questions, "still?").unwrap();
-                assert_eq!(holder.answer("believes "), "false", "and it knows by itself");
+                assert_eq!(holder.answer("believes "), "false", "the child knows of its loss too");
             }
         }
         assert_eq!((refused, unchecked), (200, 200));

@@ -1,4 +1,4 @@
-//! What a server or its settings refuse: each has its kind of error.
+//! Provokes rejections by a server or its settings, and checks the kind of each error.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use stanchion_testkit::{block_on, until};
 
 use super::{SECOND, key, locks, store, url};
 
-/// What a server answers when it cannot serve, as errors: each kind provoked on a real one.
+/// Provokes each fault of a real server, and checks the error's kind.
 #[test]
 fn every_fault_of_a_server_has_its_kind() {
     let mut server = RedisServer::start(Kind::Redis7);
@@ -23,21 +23,21 @@ fn every_fault_of_a_server_has_its_kind() {
             let request = actor.request(&key(what));
             actor.store.acquire(request).await.expect_err(what)
         };
-        let expect = async |what: &str, kind: ErrorKind, in_doubt: bool, says: &str| {
+        let expect = async |what: &str, kind: ErrorKind, in_doubt: bool, expected: &str| {
             let error = fault(what).await;
             assert_eq!((error.kind(), error.is_in_doubt()), (kind, in_doubt), "{what}: {error}");
             let text = error.to_string();
             assert!(text.starts_with("redis: 127.0.0.1:") || text.starts_with("redis: cannot connect"), "{text}");
-            assert!(text.contains(says), "{what}: {text}");
+            assert!(text.contains(expected), "{what}: {text}");
             assert_eq!(error.is_transient(), matches!(kind, ErrorKind::Unavailable | ErrorKind::RateLimited));
         };
-        // Out of memory: no new hold, and what there is can be released.
+        // Out of memory: no new hold is granted, and existing ones can be released.
         let (token, _) = actor.takes(&key("held")).await;
         let waiting = actor.queues(&key("held")).await;
         server.command(&["CONFIG", "SET", "maxmemory", "1"]);
         expect("OOM", ErrorKind::Unavailable, false, "out of memory").await;
         assert_eq!(actor.releases(&key("held"), token).await, EndOutcome::Released);
-        assert!(actor.granted(&key("held"), waiting).await.is_some(), "handed on");
+        assert!(actor.granted(&key("held"), waiting).await.is_some(), "the key is handed on");
         assert_eq!(actor.releases(&key("held"), waiting).await, EndOutcome::Released);
         actor.store.renew_session(actor.session).await.unwrap();
         server.command(&["CONFIG", "SET", "maxmemory", "0"]);
@@ -45,7 +45,7 @@ fn every_fault_of_a_server_has_its_kind() {
         server.command(&["CONFIG", "SET", "min-replicas-to-write", "1"]);
         expect("NOREPLICAS", ErrorKind::Unavailable, false, "too few replicas").await;
         server.command(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
-        // A replica: refused by the server, and then because it says that it is one.
+        // A replica: first the server rejects a write, and then it reports its role.
         server.command(&["REPLICAOF", "127.0.0.1", &other.port().to_string()]);
         expect("READONLY", ErrorKind::Unavailable, false, "replica").await;
         expect("a replica", ErrorKind::Unavailable, false, "is a replica now").await;
@@ -67,7 +67,7 @@ fn every_fault_of_a_server_has_its_kind() {
         });
         assert_eq!(busy.kind(), ErrorKind::Unavailable, "{busy}");
         assert!(busy.to_string().contains("busy"), "{busy}");
-        // A key of ours that somebody else wrote.
+        // A Redis key with our prefix that somebody else wrote.
         server.command(&["SET", "stanchion:{:foreign}", "hello"]);
         expect("foreign", ErrorKind::Misconfigured, false, "written by something else").await;
         server.command(&["DEL", "stanchion:{:foreign}"]);
@@ -76,13 +76,13 @@ fn every_fault_of_a_server_has_its_kind() {
         // The highest fence.
         server.command(&["SET", "stanchion:{:last}", "09007199254740991"]);
         expect("last", ErrorKind::Misconfigured, false, "highest fence").await;
-        // Rights.
+        // Missing rights.
         server.command(&["ACL", "SETUSER", "default", "-set"]);
         expect("NOPERM in a script", ErrorKind::Unauthorized, false, "lacks a right").await;
         server.command(&["ACL", "SETUSER", "default", "+set", "-evalsha", "-eval"]);
         expect("NOPERM", ErrorKind::Unauthorized, false, "lacks a right").await;
         server.command(&["ACL", "SETUSER", "default", "+@all"]);
-        // A password, asked for from the next connection on.
+        // A password that the next connection needs.
         server.command(&["CONFIG", "SET", "requirepass", "secret"]);
         let error = store(port).open().inspect(&key("k")).await.unwrap_err();
         assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unauthorized, false), "{error}");
@@ -91,7 +91,7 @@ fn every_fault_of_a_server_has_its_kind() {
         assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
         assert!(!format!("{error} {error:?} {wrong:?}").contains("hunter2"));
     });
-    // A connection that breaks while the answer is awaited: in doubt. And one that is refused: not in doubt.
+    // The outcome is unknown if a connection breaks during a request, and known if the server refuses the connection.
     let environment = store(port);
     server.kill();
     server.restart();
@@ -114,13 +114,13 @@ fn every_fault_of_a_server_has_its_kind() {
     });
 }
 
-/// Runs something in a thread with a runtime of its own.
+/// Runs a future in a thread with a runtime of its own.
 fn block_on_thread<T: Send, F: Future<Output = T>>(make: impl FnOnce() -> F + Send) -> T {
     std::thread::scope(|scope| scope.spawn(|| block_on(make())).join().unwrap())
 }
 
 #[test]
-fn a_server_that_would_lose_locks_is_refused_and_doubts_are_told() {
+fn lossy_server_is_rejected_or_warned_about() {
     let primary = RedisServer::start(Kind::Redis7);
     let evicting = RedisServer::with(Kind::Redis7, &["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"]);
     let replica = RedisServer::with(Kind::Redis7, &["--replicaof", &format!("127.0.0.1 {}", primary.port())]);
@@ -139,13 +139,16 @@ fn a_server_that_would_lose_locks_is_refused_and_doubts_are_told() {
 }
 
 #[test]
-fn without_the_right_to_subscribe_waiting_is_slower_and_that_is_told() {
+fn missing_subscribe_right_causes_a_warning() {
     let server = RedisServer::start(Kind::Redis7);
     let rights = ["ACL", "SETUSER", "quiet", "on", ">pw", "~*", "+@all", "-subscribe"];
     assert_eq!(server.command(&rights), "OK");
     block_on(async {
         let locks = Locks::open(&format!("redis://quiet:pw@127.0.0.1:{}", server.port())).await.unwrap();
-        until("told", async || locks.warnings().iter().any(|warning| warning.contains("no pushes"))).await;
+        until("the warning arrives", async || {
+            locks.warnings().iter().any(|warning| warning.contains("notifications unavailable"))
+        })
+        .await;
         let guard = locks.lock("k").await.unwrap();
         let waiting = tokio::spawn(locks.lock("k").into_future());
         until("queued", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
@@ -156,9 +159,9 @@ fn without_the_right_to_subscribe_waiting_is_slower_and_that_is_told() {
     });
 }
 
-/// A user who lacks a right in the middle of a step leaves nothing that others fall over.
+/// A user who lacks a right in the middle of a script leaves nothing that harms others.
 #[test]
-fn a_right_that_is_missing_breaks_no_queue() {
+fn missing_right_breaks_no_queue() {
     let server = RedisServer::start(Kind::Redis7);
     for (user, right) in [("no-hash", "-hset"), ("no-queue", "-zadd")] {
         assert_eq!(server.command(&["ACL", "SETUSER", user, "on", ">pw", "~*", "&*", "+@all", right]), "OK");
@@ -174,12 +177,12 @@ fn a_right_that_is_missing_breaks_no_queue() {
             let error = poor.acquire(request).await.unwrap_err();
             assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unauthorized, false), "{error}");
         }
-        // What a hand removed: a place in the queue without what it asks for.
+        // Somebody removed a waiter's request by hand, so its place in the queue is left without one.
         server.command(&["ZADD", "stanchion:{:k}:queue", "0", "nobody"]);
         let waiting = [first.queues(&key("k")).await, second.queues(&key("k")).await];
         for (actor, token) in [(&first, waiting[0]), (&second, waiting[1])] {
             assert_eq!(holder.releases(&key("k"), held).await, EndOutcome::Released);
-            assert!(actor.granted(&key("k"), token).await.is_some(), "in the order of the questions");
+            assert!(actor.granted(&key("k"), token).await.is_some(), "in request order");
             held = token;
         }
         assert_eq!(holder.releases(&key("k"), held).await, EndOutcome::Released);
@@ -187,14 +190,14 @@ fn a_right_that_is_missing_breaks_no_queue() {
     });
 }
 
-/// What is refused is not asked for all the time, and the primary is not looked for.
+/// A rejected subscription is tried rarely, without a search for another primary, and works once the right is granted.
 #[test]
-fn without_the_right_to_subscribe_there_is_no_storm_and_the_right_is_noticed_when_it_comes() {
+fn missing_subscribe_right_makes_no_storm() {
     let servers = RedisSentinel::start(Kind::Redis7);
     let primary = &servers.servers[0];
     let rights = ["ACL", "SETUSER", "quiet", "on", ">pw", "~*", "&*", "+@all", "-subscribe"];
     assert_eq!(primary.command(&rights), "OK");
-    // The commands of the test are connections too; those of the servers among each other are few.
+    // The test's own commands make connections too; the servers make few among themselves.
     let made = || -> u64 {
         let stats = primary.command(&["INFO", "stats"]);
         stats.lines().find_map(|line| line.strip_prefix("total_connections_received:")).unwrap().parse().unwrap()
@@ -205,19 +208,22 @@ fn without_the_right_to_subscribe_there_is_no_storm_and_the_right_is_noticed_whe
     block_on(async {
         let url = format!("redis+sentinel://quiet:pw@127.0.0.1:{}/main", sentinel.port());
         let locks = Locks::open(&url).await.unwrap();
-        until("told", async || locks.warnings().iter().any(|warning| warning.contains("no pushes"))).await;
+        until("the warning arrives", async || {
+            locks.warnings().iter().any(|warning| warning.contains("notifications unavailable"))
+        })
+        .await;
         let (before, start) = (made(), Instant::now());
-        let asked = sentinel.faults().connections();
+        let searches = sentinel.faults().connections();
         tokio::time::sleep(4 * SECOND).await;
         let (made, seconds) = (made() - before, start.elapsed().as_secs());
         assert!(made < 3 * (seconds + 1), "{made} connections in {seconds} s");
-        assert_eq!(sentinel.faults().connections(), asked, "the primary is not looked for");
+        assert_eq!(sentinel.faults().connections(), searches, "nobody searches for a primary");
         assert_eq!(primary.command(&["ACL", "SETUSER", "quiet", "+subscribe"]), "OK");
         until("subscribed", async || primary.command(&["PUBSUB", "CHANNELS"]).contains("stanchion:session:")).await;
     });
 }
 
-/// A server whose certificate nobody vouches for is refused at once, and so is one with another name.
+/// A server with an untrusted certificate is rejected at once, and so is one with another name.
 #[test]
 fn certificates_are_verified() {
     let folder = tempfile::tempdir().unwrap();
@@ -238,15 +244,16 @@ fn certificates_are_verified() {
         assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
         let hasty = RetryPolicy { total: SECOND / 2, ..RetryPolicy::default() };
         let error = Locks::builder(&url(port)).retry(hasty).open().await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unavailable, "plain text to a TLS port: {error}");
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "plain text meets a TLS port: {error}");
         let error = Locks::open(&format!("rediss://127.0.0.1:{port}?ca_file=/nowhere")).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
     });
 }
 
-/// What keeps a server from serving for a while: an error of its kind, not in doubt, and nothing to do when it is over.
+/// A server that cannot serve for a while causes an error of the right kind with a known outcome, and recovers without
+/// help.
 #[test]
-fn a_server_that_cannot_serve_for_a_while_is_used_again_without_help() {
+fn recovered_server_is_used_without_help() {
     let server = RedisServer::with(
         Kind::Redis7,
         &["--enable-debug-command", "yes", "--enable-protected-configs", "yes", "--maxclients", "20"],
@@ -255,33 +262,33 @@ fn a_server_that_cannot_serve_for_a_while_is_used_again_without_help() {
     block_on(async {
         let environment = store(port);
         let actor = environment.actor().await;
-        let is_refused = async |kind: ErrorKind, says: &str| {
+        let is_rejected = async |kind: ErrorKind, expected: &str| {
             let mut last = String::new();
-            until(says, async || match actor.store.acquire(actor.request(&key(says))).await {
+            until(expected, async || match actor.store.acquire(actor.request(&key(expected))).await {
                 Ok(_) => false,
                 Err(error) => {
                     last = error.to_string();
                     assert!(!error.is_in_doubt(), "{error}");
-                    last.contains(says) && error.kind() == kind
+                    last.contains(expected) && error.kind() == kind
                 }
             })
             .await;
         };
         let recovers = async |what: &str| {
             until(what, async || {
-                let asked = actor.store.acquire(actor.request(&key(what))).await;
-                asked.is_ok_and(|reply| matches!(reply.outcome, AcquireOutcome::Granted(_)))
+                let reply = actor.store.acquire(actor.request(&key(what))).await;
+                reply.is_ok_and(|reply| matches!(reply.outcome, AcquireOutcome::Granted(_)))
             })
             .await;
         };
-        // MISCONF: snapshots that fail, because the folder they should go to is gone.
+        // MISCONF: snapshots fail, because their folder is gone.
         let folder = server.folder().join("gone");
         std::fs::create_dir(&folder).unwrap();
         server.command(&["CONFIG", "SET", "dir", folder.to_str().unwrap()]);
         server.command(&["CONFIG", "SET", "save", "3600 100000"]);
         std::fs::remove_dir(&folder).unwrap();
         server.command(&["BGSAVE"]);
-        is_refused(ErrorKind::Misconfigured, "cannot save its data").await;
+        is_rejected(ErrorKind::Misconfigured, "cannot save its data").await;
         server.command(&["CONFIG", "SET", "dir", server.folder().to_str().unwrap()]);
         until("a snapshot", async || {
             server.command(&["BGSAVE"]);
@@ -289,23 +296,23 @@ fn a_server_that_cannot_serve_for_a_while_is_used_again_without_help() {
         })
         .await;
         recovers("after MISCONF").await;
-        // Too many clients: whoever connects anew is refused.
+        // Too many clients: the server rejects new connections.
         let mut crowd = Vec::new();
         for _ in 0..40 {
             crowd.push(std::net::TcpStream::connect(("127.0.0.1", port)).unwrap());
         }
         let newcomer = store(port).open();
-        let mut told = None;
-        until("refused", async || {
-            told = newcomer.inspect(&key("k")).await.err();
-            told.is_some()
+        let mut reported = None;
+        until("rejected", async || {
+            reported = newcomer.inspect(&key("k")).await.err();
+            reported.is_some()
         })
         .await;
-        let error = told.unwrap();
+        let error = reported.unwrap();
         assert_eq!((error.is_transient(), error.is_in_doubt()), (true, false), "{error}");
         assert!(error.to_string().contains("too many clients (maxclients)"), "{error}");
         drop(crowd);
-        until("room", async || newcomer.inspect(&key("k")).await.is_ok()).await;
+        until("a connection is free", async || newcomer.inspect(&key("k")).await.is_ok()).await;
         // LOADING: each key takes a while.
         server.command(&["DEBUG", "POPULATE", "3000"]);
         server.command(&["CONFIG", "SET", "key-load-delay", "1000"]);
@@ -315,13 +322,13 @@ fn a_server_that_cannot_serve_for_a_while_is_used_again_without_help() {
             let loading = block_on_thread(|| {
                 let actor = &actor;
                 async move {
-                    let mut told = None;
+                    let mut reported = None;
                     until("loading", async || {
-                        told = actor.store.inspect(&key("k")).await.err();
-                        told.is_some()
+                        reported = actor.store.inspect(&key("k")).await.err();
+                        reported.is_some()
                     })
                     .await;
-                    told.unwrap()
+                    reported.unwrap()
                 }
             });
             assert_eq!((loading.kind(), loading.is_in_doubt()), (ErrorKind::Unavailable, false), "{loading}");
@@ -330,7 +337,7 @@ fn a_server_that_cannot_serve_for_a_while_is_used_again_without_help() {
         });
         server.command(&["CONFIG", "SET", "key-load-delay", "0"]);
         recovers("after LOADING").await;
-        // MASTERDOWN: a replica without its primary, that serves nothing then.
+        // MASTERDOWN: a replica without its primary that rejects every command.
         server.command(&["CONFIG", "SET", "replica-serve-stale-data", "no"]);
         server.command(&["REPLICAOF", "127.0.0.1", "1"]);
         let error = actor.store.acquire(actor.request(&key("k"))).await.unwrap_err();
@@ -342,9 +349,9 @@ fn a_server_that_cannot_serve_for_a_while_is_used_again_without_help() {
     });
 }
 
-/// A user that needs no password is that user, and not the default one.
+/// A user without a password still authenticates, and is not the default user.
 #[test]
-fn a_user_without_a_password_is_that_user() {
+fn user_without_password_authenticates() {
     let server = RedisServer::start(Kind::Redis7);
     let rights = ["ACL", "SETUSER", "alice", "on", "nopass", "~alice:*", "&alice:*", "+@all", "-acl"];
     assert_eq!(server.command(&rights), "OK");
@@ -355,7 +362,7 @@ fn a_user_without_a_password_is_that_user() {
         locks.lock("k").await.unwrap().release().await.unwrap();
         assert!(server.command(&["CLIENT", "LIST"]).contains("user=alice"));
         let error = Locks::open(&format!("redis://alice@127.0.0.1:{port}")).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unauthorized, "a prefix that is not hers: {error}");
+        assert_eq!(error.kind(), ErrorKind::Unauthorized, "alice may not use this prefix: {error}");
         for user in ["bob", "nobody"] {
             let error = Locks::open(&format!("redis://{user}@127.0.0.1:{port}")).await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unauthorized, "{user}: {error}");
@@ -365,7 +372,7 @@ fn a_user_without_a_password_is_that_user() {
 
 /// A database that the server does not have is a mistake in the URL.
 #[test]
-fn a_database_that_is_not_there_is_refused() {
+fn missing_database_is_rejected() {
     let server = RedisServer::start(Kind::Redis7);
     let port = server.port();
     block_on(async {
@@ -373,7 +380,7 @@ fn a_database_that_is_not_there_is_refused() {
         let error = Locks::open(&format!("redis://127.0.0.1:{port}/99")).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
         assert!(error.to_string().contains("the server has no such database"), "{error}");
-        // Whoever may not choose one is told that, too.
+        // A user without the right to choose a database gets another error.
         server.command(&["ACL", "SETUSER", "default", "-select"]);
         let error = Locks::open(&format!("redis://127.0.0.1:{port}/15")).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
@@ -381,7 +388,7 @@ fn a_database_that_is_not_there_is_refused() {
         server.command(&["CONFIG", "SET", "requirepass", "secret"]);
         let error = Locks::open(&format!("redis://127.0.0.1:{port}/15")).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
-        assert!(error.to_string().contains("wants a user or a password"), "{error}");
+        assert!(error.to_string().contains("requires a user or a password"), "{error}");
         // A node of a cluster has one database.
         let node = RedisServer::with(Kind::Redis7, &["--cluster-enabled", "yes"]);
         let error = Locks::open(&format!("redis://127.0.0.1:{}/1", node.port())).await.unwrap_err();
@@ -390,9 +397,9 @@ fn a_database_that_is_not_there_is_refused() {
     });
 }
 
-/// Opening takes few round trips: a far server is reached within the time of an attempt.
+/// Opening takes few round trips, so a distant server is reached within one attempt.
 #[test]
-fn a_far_server_can_be_opened() {
+fn distant_server_can_be_opened() {
     let server = RedisServer::start(Kind::Redis7);
     let proxy = Proxy::start(server.port(), 1);
     proxy.faults().delay_answers(Duration::from_millis(300));
@@ -404,9 +411,9 @@ fn a_far_server_can_be_opened() {
     });
 }
 
-/// Each server of a cluster keeps locks: that one of them evicts is enough.
+/// Each server of a cluster stores locks, so a single server that evicts keys is rejected.
 #[test]
-fn every_server_of_a_cluster_is_looked_at() {
+fn every_server_of_a_cluster_is_checked() {
     let cluster = RedisCluster::start(Kind::Redis7, false);
     let url = format!("redis+cluster://{}", cluster.hosts());
     block_on(async {
@@ -418,20 +425,20 @@ fn every_server_of_a_cluster_is_looked_at() {
             assert!(error.to_string().contains(&format!("127.0.0.1:{}: the server evicts", node.port())), "{error}");
             node.command(&["CONFIG", "SET", "maxmemory-policy", "noeviction"]);
         }
-        let told = Locks::open(&url).await.unwrap().warnings();
-        let about_the_disk = told.iter().filter(|warning| warning.contains("set `appendonly yes`")).count();
-        assert_eq!(about_the_disk, 1, "what is true of all of them is told once: {told:?}");
-        // One that cannot be looked at is told of, and is no reason not to use the others.
+        let reported = Locks::open(&url).await.unwrap().warnings();
+        let about_the_disk = reported.iter().filter(|warning| warning.contains("set `appendonly yes`")).count();
+        assert_eq!(about_the_disk, 1, "a common warning is reported once: {reported:?}");
+        // A server that cannot be checked causes a warning, and the others are used all the same.
         for node in cluster.nodes() {
             node.command(&["CONFIG", "SET", "cluster-require-full-coverage", "no"]);
         }
         for signal in ["STOP", "KILL"] {
             let last = cluster.nodes().last().unwrap();
             last.process().unwrap().signal(signal);
-            let says = format!("127.0.0.1:{}: its settings were not looked at", last.port());
-            // One in three wants its session to be there, and is not served.
+            let expected = format!("127.0.0.1:{}: its settings were not checked", last.port());
+            // One session in three belongs to the unavailable server, and is not served.
             let hasty = RetryPolicy { total: 3 * SECOND, ..RetryPolicy::default() };
-            until("opened without it", async || {
+            until("the store opens without it", async || {
                 let open = || Locks::builder(&url).retry(hasty.clone()).open().into_future();
                 let all = futures_util::future::join_all((0..6).map(|_| open())).await;
                 for error in all.iter().filter_map(|opened| opened.as_ref().err()) {
@@ -439,8 +446,8 @@ fn every_server_of_a_cluster_is_looked_at() {
                 }
                 let mut opened = all.into_iter().flatten().peekable();
                 let is_one = opened.peek().is_some();
-                for told in opened.map(|locks| locks.warnings()) {
-                    assert!(told.iter().any(|warning| warning.contains(&says)), "{told:?}");
+                for reported in opened.map(|locks| locks.warnings()) {
+                    assert!(reported.iter().any(|warning| warning.contains(&expected)), "{reported:?}");
                 }
                 is_one
             })

@@ -1,4 +1,5 @@
-//! Sessions: while a slot is being moved, on a full server, with a clock that was set back; and what they are told.
+//! Tests sessions while a slot is being moved, on a full server, and with a clock that was set back; and their
+//! notifications.
 
 use std::time::{Duration, Instant};
 
@@ -13,9 +14,9 @@ use stanchion_testkit::{block_on, until};
 
 use super::{SECOND, key, store, url};
 
-/// A slot that stays on its way for longer than a session lives: the session in it lives on, and so do the locks in it.
+/// A slot is being moved for longer than a session lives: the session in it stays alive, and so do the locks.
 #[test]
-fn a_slot_that_is_being_moved_ends_no_session_and_keeps_no_key() {
+fn moving_slot_keeps_sessions_and_frees_keys() {
     let cluster = RedisCluster::start(Kind::Redis7, false);
     let nodes = cluster.nodes();
     let ids: Vec<_> = nodes.iter().map(|node| node.command(&["CLUSTER", "MYID"])).collect();
@@ -49,10 +50,10 @@ fn a_slot_that_is_being_moved_ends_no_session_and_keeps_no_key() {
         let mut has_moved = false;
         while started.elapsed() < 3 * ttl {
             guard.check().unwrap();
-            // A key that is not there yet, and one whose record is.
+            // The record of this key does not exist at first, and later does.
             locks.lock("free").wait(ttl).await.unwrap().release().await.unwrap();
             if !has_moved && started.elapsed() > ttl {
-                // Half of the time at the node that it comes from, half at the one that it goes to.
+                // The session spends half of the time at the node it leaves, and half at the node it moves to.
                 assert_eq!(nodes[from].command(&["MIGRATE", "127.0.0.1", &port, &session, "0", "5000"]), "OK");
                 has_moved = true;
             }
@@ -62,67 +63,67 @@ fn a_slot_that_is_being_moved_ends_no_session_and_keeps_no_key() {
     });
 }
 
-/// A full server has no room for what a session is to be told, but for this.
+/// A full server has no room for a session's notifications, except for this one.
 #[test]
-fn a_forced_release_is_told_also_where_memory_is_short() {
+fn force_release_is_reported_without_memory() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
-        let (mut victim, other) = (environment.actor().await, environment.actor().await);
-        let (token, granted) = victim.takes(&key("k")).await;
+        let (mut holder, other) = (environment.actor().await, environment.actor().await);
+        let (token, granted) = holder.takes(&key("k")).await;
         server.command(&["CONFIG", "SET", "maxmemory", "1"]);
         let request = ForceReleaseRequest { key: key("k"), fence: granted.fence, reason: "by hand".into() };
         assert_eq!(other.store.force_release(request).await.unwrap().outcome, ForceReleaseOutcome::Released);
-        let RenewOutcome::Alive { lost } = victim.store.renew_session(victim.session).await.unwrap().outcome else {
-            panic!("the session lives");
+        let RenewOutcome::Alive { lost } = holder.store.renew_session(holder.session).await.unwrap().outcome else {
+            panic!("the session is alive");
         };
         assert_eq!((lost.len(), lost[0].token, lost[0].reason.as_str()), (1, token, "by hand"));
-        assert_eq!(victim.pushed().await, Push::ForceReleased(lost[0].clone()));
+        assert_eq!(holder.pushed().await, Push::ForceReleased(lost[0].clone()));
     });
 }
 
-/// Who releases by force may die before it has told the session: the message is a part of the step itself.
+/// The caller may fail before it has notified the session, so the script itself publishes the message.
 #[test]
-fn a_forced_release_is_told_by_the_step_that_does_it() {
+fn force_release_itself_notifies_the_holder() {
     let server = RedisServer::start(Kind::Redis7);
     let proxy = Proxy::start(server.port(), 1);
     block_on(async {
         let (environment, breaker) = (store(server.port()), store(proxy.port()).open());
-        let (mut victim, observer) = (environment.actor().await, environment.actor().await);
-        let (token, granted) = victim.takes(&key("k")).await;
+        let (mut holder, observer) = (environment.actor().await, environment.actor().await);
+        let (token, granted) = holder.takes(&key("k")).await;
         breaker.inspect(&key("k")).await.unwrap();
         proxy.faults().delay_answers(SECOND);
         let request = ForceReleaseRequest { key: key("k"), fence: granted.fence, reason: "by hand".into() };
-        let evicting = tokio::spawn(async move { breaker.force_release(request).await });
+        let releasing = tokio::spawn(async move { breaker.force_release(request).await });
         until("released", async || !observer.sees_held(&key("k")).await).await;
-        // Long before it has the answer.
-        evicting.abort();
-        assert!(matches!(victim.pushed().await, Push::ForceReleased(lost) if lost.token == token));
-        let beaten = victim.store.renew_session(victim.session).await.unwrap().outcome;
-        assert_eq!(beaten, RenewOutcome::Alive { lost: Vec::new() }, "the second step was not done");
+        // This is long before the caller gets the answer.
+        releasing.abort();
+        assert!(matches!(holder.pushed().await, Push::ForceReleased(lost) if lost.token == token));
+        let renewed = holder.store.renew_session(holder.session).await.unwrap().outcome;
+        assert_eq!(renewed, RenewOutcome::Alive { lost: Vec::new() }, "the second request was not sent");
     });
 }
 
-/// An answer that was lost leaves in the list what nobody has any more: ending it once more clears it.
+/// A lost answer leaves a token in the list that nobody has any more. Releasing it once more clears the list.
 #[test]
-fn what_was_taken_by_force_is_told_until_it_is_ended_and_no_longer() {
+fn loss_is_reported_until_its_token_is_released() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let locks = Locks::builder(&url(server.port())).session_ttl(SECOND).open().await.unwrap();
         let session = server.command(&["KEYS", "stanchion:session:*"]).trim().to_owned();
-        let tell = "local s = redis.call('GET', KEYS[1]) \
+        let add_loss = "local s = redis.call('GET', KEYS[1]) \
                     return redis.call('SET', KEYS[1], s .. cmsgpack.pack({ [ARGV[1]] = ARGV[2] }), 'KEEPTTL')";
         let token = TokenId::random().unwrap().to_hex();
-        server.command(&["EVAL", tell, "1", &session, &token, "2::kby hand"]);
+        server.command(&["EVAL", add_loss, "1", &session, &token, "2::kby hand"]);
         assert!(server.command(&["STRLEN", &session]).parse::<usize>().unwrap() > 32);
-        until("it is told no longer", async || server.command(&["STRLEN", &session]) == "32").await;
+        until("the loss is no longer reported", async || server.command(&["STRLEN", &session]) == "32").await;
         locks.lock("k").await.unwrap().release().await.unwrap();
     });
 }
 
-/// A clock that was set back makes a session look as if it lived for long: after its ttl it is looked at again.
+/// A clock that was set back makes a session look alive for long: it is queried again after its ttl.
 #[test]
-fn nobody_is_taken_to_live_for_longer_than_a_ttl() {
+fn session_is_rechecked_within_its_ttl() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
@@ -131,17 +132,17 @@ fn nobody_is_taken_to_live_for_longer_than_a_ttl() {
         let session = format!("stanchion:session:{{{}}}", holder.session.to_hex());
         let ahead = Clock::system().wall_micros() + 3_600_000_000;
         server.command(&["SET", &session, &format!("{ahead:016}{:016}", 20_000_000), "PX", "100000"]);
-        let asked = AcquireRequest { enqueue: false, ..other.request(&key("k")) };
-        let AcquireOutcome::Busy { check_in: Some(check_in), .. } = other.ask(&asked).await else {
-            panic!("it is held");
+        let request = AcquireRequest { enqueue: false, ..other.request(&key("k")) };
+        let AcquireOutcome::Busy { check_in: Some(check_in), .. } = other.ask(&request).await else {
+            panic!("the key is held");
         };
         assert!(check_in <= 20 * SECOND, "{check_in:?}");
     });
 }
 
-/// What is taken up by a session that beats once in days is remembered for longer than that.
+/// A hold that is adopted by a session with rare renewals is remembered for longer than their interval.
 #[test]
-fn an_adopted_hold_is_remembered_for_as_long_as_its_new_session_may_be_silent() {
+fn adopted_hold_outlives_rare_renewals() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());

@@ -1,4 +1,4 @@
-//! Many who ask at once, in order or sharing requests, and what the dead and the closed leave.
+//! Tests many concurrent callers, in order or in batches, and that expired sessions and closed handles leave nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,9 +11,9 @@ use stanchion_testkit::{block_on, until};
 
 use super::{SECOND, is_free, key, locks, store, url};
 
-/// Four processes' worth of waiters on one key: 10,000 grants, nobody is passed.
+/// Waiters of four processes want one key: 10,000 grants, and nobody overtakes.
 #[test]
-fn ten_thousand_grants_are_in_the_order_of_the_questions() {
+fn ten_thousand_grants_keep_request_order() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
@@ -30,21 +30,23 @@ fn ten_thousand_grants_are_in_the_order_of_the_questions() {
         }
         let mut last = None;
         for turn in 0..10_000 {
-            let (who, token) = queue.pop_front().unwrap();
-            let granted =
-                actors[who].granted(&key("k"), token).await.unwrap_or_else(|| panic!("grant {turn} passed somebody"));
+            let (actor, token) = queue.pop_front().unwrap();
+            let granted = actors[actor]
+                .granted(&key("k"), token)
+                .await
+                .unwrap_or_else(|| panic!("grant {turn} overtook a waiter"));
             assert!(Some(granted.fence) > last);
             last = Some(granted.fence);
-            assert_eq!(actors[who].releases(&key("k"), token).await, EndOutcome::Released);
+            assert_eq!(actors[actor].releases(&key("k"), token).await, EndOutcome::Released);
             let next = (turn * 7) % 4;
             queue.push_back((next, actors[next].queues(&key("k")).await));
         }
     });
 }
 
-/// A session that ended while its request was on its way gets no grant that anybody believes, and leaves none.
+/// A session that expires while its request is in flight gets no valid grant, and leaves no hold.
 #[test]
-fn a_grant_to_a_dead_session_is_taken_by_the_next() {
+fn grant_to_an_expired_session_is_reaped() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
@@ -53,19 +55,19 @@ fn a_grant_to_a_dead_session_is_taken_by_the_next() {
         let (held, _) = holder.takes(&key("k")).await;
         dying.queues(&key("k")).await;
         let waiting = next.queues(&key("k")).await;
-        // By the server's clock it is over then.
+        // By the server's clock the session has expired then.
         tokio::time::sleep(SECOND + SECOND / 4).await;
-        // The hand-off goes to the dead one: no script sees sessions.
+        // The hand-off goes to the expired session, because no script sees sessions.
         assert_eq!(holder.releases(&key("k"), held).await, EndOutcome::Released);
-        assert!(next.granted(&key("k"), waiting).await.is_some(), "whoever asks next has the dead buried");
+        assert!(next.granted(&key("k"), waiting).await.is_some(), "the next request reaps the expired session");
         let state = next.sees(&key("k")).await;
         assert_eq!((state.holders.len(), state.waiters.len()), (1, 0));
     });
 }
 
-/// Many tasks of one process share requests, also those for the same key: still one at a time.
+/// Calls of many tasks share requests, also those for the same key: still only one task holds a key at a time.
 #[test]
-fn steps_that_share_a_request_exclude_each_other() {
+fn batched_calls_exclude_each_other() {
     const TASKS: usize = 64;
     const TURNS: usize = 150;
     let server = RedisServer::start(Kind::Redis7);
@@ -86,8 +88,11 @@ fn steps_that_share_a_request_exclude_each_other() {
                         };
                         let Some(guard) = guard else { continue };
                         let (inside, last) = &keys[at];
-                        assert!(!inside.swap(true, Ordering::SeqCst), "two at a time");
-                        assert!(last.swap(guard.fence().get(), Ordering::SeqCst) < guard.fence().get(), "fences rise");
+                        assert!(!inside.swap(true, Ordering::SeqCst), "two tasks hold the key");
+                        assert!(
+                            last.swap(guard.fence().get(), Ordering::SeqCst) < guard.fence().get(),
+                            "fences must rise"
+                        );
                         tokio::task::yield_now().await;
                         inside.store(false, Ordering::SeqCst);
                         guard.release().await.unwrap();
@@ -103,14 +108,14 @@ fn steps_that_share_a_request_exclude_each_other() {
         }
         assert!(obtained >= TASKS * TURNS * 2 / 3, "{obtained}");
         let stats = server.command(&["INFO", "commandstats"]);
-        assert!(stats.contains("cmdstat_mget:"), "requests were shared");
+        assert!(stats.contains("cmdstat_mget:"), "calls were batched");
         until("nothing is left", async || locks.list("").await.unwrap().is_empty()).await;
     });
 }
 
-/// Shared requests check tokens, windows and what they find as requests of their own do.
+/// Batched calls check tokens, deadlines and records as single calls do.
 #[test]
-fn steps_that_share_a_request_change_nothing_that_is_not_theirs() {
+fn batched_calls_change_only_their_own_keys() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
@@ -129,7 +134,7 @@ fn steps_that_share_a_request_change_nothing_that_is_not_theirs() {
                 let shut = AcquireRequest { enqueue: false, ..actor.request(&key("closed")) };
                 let foreign = actor.request(&key("foreign"));
                 match turn % 5 {
-                    4 => assert!(actor.store.acquire(foreign).await.is_err(), "somebody else's"),
+                    4 => assert!(actor.store.acquire(foreign).await.is_err(), "the record is foreign"),
                     0 => assert_eq!(actor.releases(&key("k"), stranger).await, EndOutcome::Nothing),
                     1 => assert_eq!(actor.ask(&late).await, AcquireOutcome::Stale),
                     2 => assert!(matches!(actor.ask(&at_once).await, AcquireOutcome::Busy { .. })),
@@ -142,11 +147,11 @@ fn steps_that_share_a_request_change_nothing_that_is_not_theirs() {
         }
         assert!(actor.granted(&key("k"), token).await.is_some());
         assert_eq!(server.command(&["TYPE", "stanchion:{:foreign}"]), "list");
-        assert!(server.command(&["INFO", "commandstats"]).contains("cmdstat_mget:"), "requests were shared");
+        assert!(server.command(&["INFO", "commandstats"]).contains("cmdstat_mget:"), "calls were batched");
     });
 }
 
-/// A dead session's hold is taken over by whoever looks, in every kind of step.
+/// Closing a handle releases its holds, and takes its waiters out of the queues.
 #[test]
 fn a_closed_handle_leaves_nothing() {
     let server = RedisServer::start(Kind::Redis7);
@@ -172,7 +177,7 @@ fn a_closed_handle_leaves_nothing() {
     });
 }
 
-/// Also where they share requests, and where some of them are left alone by those.
+/// Calls keep their order also when they are batched, and when some of them are skipped by their batch.
 #[test]
 fn calls_of_a_process_are_served_in_order() {
     const CALLS: usize = 200;
@@ -180,7 +185,7 @@ fn calls_of_a_process_are_served_in_order() {
     block_on(async {
         let locks = locks(server.port()).await;
         locks.lock("k").await.unwrap().release().await.unwrap();
-        // Others keep the requests full.
+        // Other calls keep the batches full.
         let busy: Vec<_> = (0..24)
             .map(|task| {
                 let locks = locks.clone();
@@ -200,7 +205,7 @@ fn calls_of_a_process_are_served_in_order() {
                 calls.push(tokio::spawn(async move {
                     let place = begun.fetch_add(1, Ordering::SeqCst);
                     let guard = match call % 7 {
-                        // One that is never sent with others.
+                        // This call is never part of a batch.
                         6 => locks.lock("k").max_hold(600 * SECOND).await.unwrap(),
                         _ => locks.lock("k").await.unwrap(),
                     };
@@ -208,13 +213,13 @@ fn calls_of_a_process_are_served_in_order() {
                     guard.release().await.unwrap();
                     (fence, place)
                 }));
-                // A part of them begins later, when the first are on their way.
+                // Some calls begin later, when the first ones are in flight.
                 if call % 50 == 49 {
                     tokio::task::yield_now().await;
                 }
             }
             if let Some(held) = held {
-                until("all wait", async || locks.inspect("k").await.unwrap().waiters.len() == CALLS).await;
+                until("all calls wait", async || locks.inspect("k").await.unwrap().waiters.len() == CALLS).await;
                 held.release().await.unwrap();
             }
             let mut served = Vec::new();
@@ -226,13 +231,13 @@ fn calls_of_a_process_are_served_in_order() {
             assert_eq!(places, (0..CALLS as u64).collect::<Vec<_>>(), "round {round}");
         }
         busy.iter().for_each(tokio::task::JoinHandle::abort);
-        assert!(server.command(&["INFO", "commandstats"]).contains("cmdstat_mget:"), "requests were shared");
+        assert!(server.command(&["INFO", "commandstats"]).contains("cmdstat_mget:"), "calls were batched");
     });
 }
 
-/// Callers that give up in the queue of their own process leave the others their places.
+/// Callers that give up in the queue of their own process leave the places of the others.
 #[test]
-fn calls_that_are_dropped_leave_the_order_of_the_rest() {
+fn dropped_calls_keep_the_order_of_the_rest() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
@@ -247,7 +252,7 @@ fn calls_that_are_dropped_leave_the_order_of_the_rest() {
                 let begun = std::future::poll_fn(|context| std::task::Poll::Ready(call.as_mut().poll(context)));
                 assert!(begun.await.is_pending());
             }
-            // Some that are sent alone, the first that is collected, and some behind it.
+            // Some calls are sent alone, one is queued, and some are blocked behind it.
             for place in (0..100).filter(|place| place % 3 == 2) {
                 calls[place] = None;
             }
@@ -264,7 +269,7 @@ fn calls_that_are_dropped_leave_the_order_of_the_rest() {
                 }
             }
             for token in kept {
-                assert!(actor.granted(&name, token).await.is_some(), "in the order of the questions");
+                assert!(actor.granted(&name, token).await.is_some(), "in request order");
                 assert_eq!(actor.releases(&name, token).await, EndOutcome::Released);
             }
         }
@@ -272,7 +277,7 @@ fn calls_that_are_dropped_leave_the_order_of_the_rest() {
 }
 
 #[test]
-fn a_renewal_passes_queued_releases() {
+fn renewal_overtakes_queued_releases() {
     const RELEASES: usize = 100_000;
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
@@ -291,7 +296,7 @@ fn a_renewal_passes_queued_releases() {
                 })
             })
             .collect();
-        // Spawned last, it begins when all of them have begun.
+        // Spawned last, this task begins when all others have begun.
         let renewal = tokio::spawn({
             let (actor, ended) = (actor.clone(), ended.clone());
             async move {
@@ -310,7 +315,7 @@ fn a_renewal_passes_queued_releases() {
     });
 }
 
-/// Closing gives many holds back in one request; those whom somebody waits for are handed on.
+/// Closing releases many holds in one request, and hands on the keys that have waiters.
 #[test]
 fn closing_with_many_holds_takes_few_requests() {
     const HOLDS: usize = 50_000;
@@ -322,7 +327,7 @@ fn closing_with_many_holds_takes_few_requests() {
             let calls = (0..1_000).map(|at| locks.lock(format!("k{}", some * 1_000 + at)).into_future());
             guards.extend(futures_util::future::try_join_all(calls).await.unwrap());
         }
-        // The other process believes that the session lives.
+        // The other process considers the session alive.
         assert!(other.try_lock("k7").await.unwrap().is_none());
         let waiting: Vec<_> =
             (0..50).map(|at| tokio::spawn(other.lock(format!("k{}", at * 999)).into_future())).collect();
@@ -338,7 +343,7 @@ fn closing_with_many_holds_takes_few_requests() {
         println!("closed {HOLDS} holds in {took:?}, {requests} requests");
         assert!(requests < HOLDS / 10, "{requests} requests");
         for at in [1, 7, 20_001, HOLDS - 1] {
-            assert!(other.try_lock(format!("k{at}")).await.unwrap().is_some(), "free at once");
+            assert!(other.try_lock(format!("k{at}")).await.unwrap().is_some(), "the key is free at once");
         }
         for waiting in waiting {
             waiting.await.unwrap().unwrap().release().await.unwrap();
@@ -354,7 +359,7 @@ impl std::task::Wake for Unpark {
         self.0.unpark();
     }
 }
-/// Without any runtime.
+/// Drives a future without any runtime.
 fn drive<T>(work: impl Future<Output = T>) -> T {
     let mut work = Box::pin(work);
     let waker = Arc::new(Unpark(std::thread::current())).into();
@@ -367,9 +372,9 @@ fn drive<T>(work: impl Future<Output = T>) -> T {
     }
 }
 
-/// Two handles share a store: whichever is closed, the other's keeper does the work of those who have no runtime.
+/// Two handles share a store: if either is closed, the keeper of the other serves callers without a runtime.
 #[test]
-fn without_a_runtime_any_handle_that_is_open_is_enough() {
+fn any_open_handle_serves_without_a_runtime() {
     let server = RedisServer::start(Kind::Redis7);
     let store = Redis::from_url(&url(server.port())).unwrap();
     for first_goes in [true, false] {
@@ -388,9 +393,9 @@ fn without_a_runtime_any_handle_that_is_open_is_enough() {
     }
 }
 
-/// Runtimes that can do no I/O, and none at all: the keeper's connection does the work.
+/// In runtimes that cannot do I/O, and without any, the keeper's connection is used.
 #[test]
-fn a_runtime_without_io_and_no_runtime_work_too() {
+fn calls_work_without_io_or_runtime() {
     async fn use_it(url: String) {
         let locks = Locks::open(&url).await.unwrap();
         let guard = locks.lock("k").await.unwrap();
@@ -406,7 +411,7 @@ fn a_runtime_without_io_and_no_runtime_work_too() {
     drive(use_it(url(server.port())));
     let without_io = tokio::runtime::Builder::new_current_thread().build().unwrap();
     without_io.block_on(use_it(url(server.port())));
-    // A handle that outlives the runtime it was used in.
+    // This guard outlives the runtime that created it.
     let first = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let locks = first.block_on(super::locks(server.port()));
     let guard = first.block_on(locks.lock("k").into_future()).unwrap();

@@ -1,17 +1,18 @@
-//! Several steps in one request, where more are asked for than are worth a request each.
+//! Sends several script calls in one request when more are made than are worth a request each.
 //!
-//! A few steps may be on their way at any time, each in a request of its own. What comes while they are is collected, and
-//! goes as one script when an answer comes: so a few callers wait for nobody, and many callers share what a request costs.
-//! The script knows only the short ways, those of a mutex that nobody else wants. What is not so easy is left alone by it,
-//! and is done in a request of its own. A request of several steps is still one request: all its steps are in doubt, or
-//! none.
+//! A few calls may be in flight at any time, each in a request of its own. While they are, further calls are queued,
+//! and the queued calls leave as one script as soon as an answer arrives. A few callers thus wait for nobody, and many
+//! callers share the cost of a request. The batch script does only the fast path: a mutex that nobody else wants. It
+//! skips every other call, which is then sent in a request of its own. A batch is still one request: the outcome of all
+//! its calls is unknown, or of none.
 //!
 //! # Order
-//! Calls for one key are served in the order in which this runtime made them. An `acquire` that is collected may be left alone by
-//! the script, and is then sent for the second time. Until that is written, every later `acquire` of the same key stays behind
-//! it, and follows in a request of its own. All that is written goes over one connection, in that order.
+//! Calls for one key are served in the order in which this runtime made them. The batch script may skip an `acquire`,
+//! which is then sent a second time. Until it is written, every later `acquire` of the same key is blocked behind it,
+//! and follows in a request of its own. All these requests are written to one connection, in that order.
 //!
-//! Not in a cluster, where a script has one slot. There it is what can be done while a slot is being moved.
+//! In a cluster there are no batches, because a script is limited to one slot. There the batch script serves only a
+//! call whose slot is being moved.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
@@ -25,7 +26,7 @@ use futures_util::stream::FuturesUnordered;
 use redis::{RedisError, Value};
 use tokio::sync::oneshot;
 
-use super::connect::{Links, Local, Target, Way};
+use super::connect::{ConnectionManager, Dispatch, RuntimeConnections, Target};
 use super::error::error;
 use super::node::within;
 use super::reply::{Answer, malformed};
@@ -33,56 +34,58 @@ use super::scripts::{ACQUIRE, BATCH, LockNames, Script};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoreTime;
 
-/// So many steps are on their way alone before steps are collected.
-const ALONE: usize = 8;
+/// Maximum number of single calls in flight before further calls are queued.
+const MAX_SINGLES_IN_FLIGHT: usize = 8;
 
-/// So many requests of several steps are on their way at a time: one at the server, one before it, one that is dealt with
-/// here, so that nobody has to wait for the other to have something to do.
-const TOGETHER: usize = 3;
+/// Maximum number of batches in flight: one at the server, one on its way to the server, and one whose answers are
+/// handled here. Neither side then waits for the other.
+const MAX_BATCHES_IN_FLIGHT: usize = 3;
 
-/// A request of several steps is given up after this time, and its connection with it: who waits in line must not wait
-/// for a link that is dead.
-const GIVEN_UP_AFTER: Duration = Duration::from_secs(3);
+/// Time after which a batch and its connection are given up, so that queued callers do not wait for a dead link.
+const BATCH_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// The most steps of a request: a script keeps the server from everybody else, here for a fraction of a millisecond.
-pub(super) const MOST_STEPS: usize = 64;
+/// Maximum number of calls in a batch. A script blocks the server for all other clients, at this size for a fraction of
+/// a millisecond.
+pub(super) const MAX_BATCH_SIZE: usize = 64;
 
-/// A step on a key that can go together with others if it is short.
+/// One call of a script on a key. It can be part of a batch if it is short.
 #[derive(Debug)]
-pub(super) struct Operation {
+pub(super) struct ScriptCall {
     pub(super) script: &'static Script,
     pub(super) names: LockNames,
     pub(super) arguments: Vec<String>,
 }
 
-/// What waits to be sent from one runtime.
+/// The calls of one runtime that wait to be sent.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     state: Mutex<State>,
-    /// Held while the answers of one request are dealt with and the next one is written. Else two requests whose answers
-    /// came together would go together for ever, with the server and us waiting for each other by turns.
+    /// Held while the answers of one batch are handled and the next batch is written. Without it, two batches whose
+    /// answers arrived together would stay in step forever, and the server and this process would wait for each other
+    /// by turns.
     turn: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    alone: usize,
-    /// Requests of several steps that are on their way, and the steps in them.
-    together: usize,
-    steps_together: usize,
-    waiting: VecDeque<Waiting>,
-    /// For each place that has an `acquire` among those that wait, or in a request of several steps: the later ones.
-    behind: HashMap<Place, Vec<Waiting>>,
+    singles: usize,
+    /// Number of batches in flight, and of the calls in them.
+    batches: usize,
+    batched_calls: usize,
+    queued: VecDeque<QueuedCall>,
+    /// For each key with a queued or batched `acquire`: the later `acquire` calls of that key.
+    blocked: HashMap<OrderKey, Vec<QueuedCall>>,
 }
 
-type Waiting = (Operation, oneshot::Sender<Result<Answer>>);
+type QueuedCall = (ScriptCall, oneshot::Sender<Result<Answer>>);
 
-/// A key, as far as order is concerned. Two keys of one hash wait for each other, which does no harm.
-type Place = u64;
+/// A hash of the key whose calls have to stay in order. Two keys with the same hash wait for each other, which is
+/// harmless.
+type OrderKey = u64;
 
-impl Operation {
-    /// The place in which the order counts: an `acquire` has one. Giving back needs none.
-    fn place(&self) -> Option<Place> {
+impl ScriptCall {
+    /// Returns the key whose order this call has to keep. Only an `acquire` has one: a release may overtake.
+    fn order_key(&self) -> Option<OrderKey> {
         if !std::ptr::eq(self.script, &ACQUIRE) {
             return None;
         }
@@ -91,43 +94,48 @@ impl Operation {
         Some(hasher.finish())
     }
 
-    /// The short way takes one argument, which tells by itself what is to be done.
+    /// Returns whether the fast path can serve this call. Such a call has one argument, whose length also names the
+    /// operation.
     fn is_short(&self) -> bool {
         self.arguments.len() == 1
     }
 
-    async fn alone(&self, links: &Arc<Links>, local: Option<&Local>) -> Result<Answer> {
-        self.there(links, local).await.map(|(answer, _)| answer)
+    async fn single(&self, manager: &Arc<ConnectionManager>, local: Option<&RuntimeConnections>) -> Result<Answer> {
+        self.single_with_dispatch(manager, local).await.map(|(answer, _)| answer)
     }
 
-    /// Does it alone, and tells by which way.
-    pub(super) async fn there(&self, links: &Arc<Links>, local: Option<&Local>) -> Result<(Answer, Way)> {
+    /// Sends the call in a request of its own, and also returns the connection that the request used.
+    pub(super) async fn single_with_dispatch(
+        &self,
+        manager: &Arc<ConnectionManager>,
+        local: Option<&RuntimeConnections>,
+    ) -> Result<(Answer, Dispatch)> {
         let mut command = self.script.by_hash(3);
         command.arg(&self.names.all()).arg(&self.arguments);
-        let target = links.target(self.names.record());
-        match links.run_from(local, &target, self.script, &command).await {
-            Ok((answer, way)) => Ok((Answer::read(answer)?, way)),
+        let target = manager.target(self.names.record());
+        match manager.run_from(local, &target, self.script, &command).await {
+            Ok((answer, dispatch)) => Ok((Answer::read(answer)?, dispatch)),
             Err(fault) if self.is_short() && is_being_moved(&fault) => {
-                Box::pin(self.on_its_record(links, local, &target, fault)).await
+                Box::pin(self.single_on_record(manager, local, &target, fault)).await
             }
             Err(fault) => Err(fault),
         }
     }
 
-    /// The short way alone, with nothing but the record. While a cluster moves a slot it refuses requests with several keys
-    /// of which one is not there, and those who wait have no keys where nobody does.
-    async fn on_its_record(
+    /// Tries the fast path with the record as the only key. While a cluster moves a slot it rejects every request with
+    /// several keys of which one does not exist, and without waiters the queue's keys do not exist.
+    async fn single_on_record(
         &self,
-        links: &Arc<Links>,
-        local: Option<&Local>,
+        manager: &Arc<ConnectionManager>,
+        local: Option<&RuntimeConnections>,
         target: &Target,
         refusal: Error,
-    ) -> Result<(Answer, Way)> {
+    ) -> Result<(Answer, Dispatch)> {
         let mut command = BATCH.by_hash(1);
         command.arg(self.names.record()).arg(&self.arguments);
-        let (answer, way) = links.run_from(local, target, &BATCH, &command).await?;
+        let (answer, dispatch) = manager.run_from(local, target, &BATCH, &command).await?;
         match read(&answer, 1) {
-            Some((time, done)) if done == b"+" => Ok((Answer::short(time), way)),
+            Some((time, done)) if done == b"+" => Ok((Answer::short(time), dispatch)),
             Some(_) => Err(refusal),
             None => Err(malformed().in_doubt(true)),
         }
@@ -139,96 +147,103 @@ impl Batch {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the step wait with others, or gives it back if it is to go alone, and now.
-    fn enter(&self, step: Operation) -> Result<oneshot::Receiver<Result<Answer>>, Operation> {
+    /// Queues the call, or returns it if the caller is to send it now in a request of its own.
+    fn enqueue(&self, call: ScriptCall) -> Result<oneshot::Receiver<Result<Answer>>, ScriptCall> {
         let mut state = self.lock();
-        // Whoever waits has something on its way before it: its end is what sends it.
-        let must_wait = state.together > 0 || state.alone >= ALONE || !state.waiting.is_empty();
-        if !must_wait && state.behind.is_empty() {
-            state.alone += 1;
-            return Err(step);
+        // A call is queued only behind requests in flight: the end of such a request sends the queued calls.
+        let must_wait = state.batches > 0 || state.singles >= MAX_SINGLES_IN_FLIGHT || !state.queued.is_empty();
+        if !must_wait && state.blocked.is_empty() {
+            state.singles += 1;
+            return Err(call);
         }
-        let place = step.place();
-        let behind = place.and_then(|place| state.behind.get_mut(&place));
-        if behind.is_none() && !(must_wait && step.is_short()) {
-            state.alone += 1;
-            return Err(step);
+        let order_key = call.order_key();
+        let blocked = order_key.and_then(|order_key| state.blocked.get_mut(&order_key));
+        if blocked.is_none() && !(must_wait && call.is_short()) {
+            state.singles += 1;
+            return Err(call);
         }
         let (sender, outcome) = oneshot::channel();
-        match behind {
-            Some(behind) => behind.push((step, sender)),
+        match blocked {
+            Some(blocked) => blocked.push((call, sender)),
             None => {
-                state.behind.extend(place.map(|place| (place, Vec::new())));
-                state.waiting.push_back((step, sender));
+                state.blocked.extend(order_key.map(|order_key| (order_key, Vec::new())));
+                state.queued.push_back((call, sender));
             }
         }
         Ok(outcome)
     }
 }
 
-/// A request that is on its way; when it is over, what was collected goes.
-struct OnItsWay {
-    /// How many steps are in it, or nothing for a step alone.
-    together: Option<usize>,
-    /// Where the order is kept until it is over.
-    places: Vec<Place>,
-    links: Arc<Links>,
-    local: Arc<Local>,
+/// A request in flight. Dropping it sends the calls that were queued behind it.
+struct InFlight {
+    /// Number of calls in the batch; `None` for a single call.
+    batch_size: Option<usize>,
+    /// Keys whose order this request keeps until it is over.
+    order_keys: Vec<OrderKey>,
+    manager: Arc<ConnectionManager>,
+    local: Arc<RuntimeConnections>,
 }
 
-impl Drop for OnItsWay {
+impl Drop for InFlight {
     fn drop(&mut self) {
-        // Those are there only if the runtime has ended. They are told by their senders, without the lock.
-        let mut behind = Vec::new();
+        // Blocked calls are left only if the runtime has ended. Dropping their senders notifies the callers, which must
+        // not happen under the lock.
+        let mut blocked = Vec::new();
         let mut state = self.local.batch.lock();
-        for place in &self.places {
-            behind.extend(state.behind.remove(place));
+        for order_key in &self.order_keys {
+            blocked.extend(state.blocked.remove(order_key));
         }
-        match self.together {
-            None => state.alone -= 1,
-            Some(steps) => {
-                state.together -= 1;
-                state.steps_together -= steps;
+        match self.batch_size {
+            None => state.singles -= 1,
+            Some(calls) => {
+                state.batches -= 1;
+                state.batched_calls -= calls;
             }
         }
-        if state.waiting.is_empty() || state.together >= TOGETHER {
+        if state.queued.is_empty() || state.batches >= MAX_BATCHES_IN_FLIGHT {
             return;
         }
-        // An equal part for each request: while the server does one, the answers of the other are dealt with here.
-        let equal = (state.waiting.len() + state.steps_together).div_ceil(TOGETHER);
-        let some = state.waiting.len().min(equal).min(MOST_STEPS);
-        state.together += 1;
-        state.steps_together += some;
-        let steps: Vec<_> = state.waiting.drain(..some).collect();
+        // Each batch gets an equal share: while the server runs one, this process handles the answers of another.
+        let equal = (state.queued.len() + state.batched_calls).div_ceil(MAX_BATCHES_IN_FLIGHT);
+        let count = state.queued.len().min(equal).min(MAX_BATCH_SIZE);
+        state.batches += 1;
+        state.batched_calls += count;
+        let calls: Vec<_> = state.queued.drain(..count).collect();
         drop(state);
-        let (links, local) = (self.links.clone(), self.local.clone());
-        let places = steps.iter().filter_map(|(step, _)| step.place()).collect();
-        // Where the runtime has ended, the steps are dropped with their senders, which tells who waits.
+        let (manager, local) = (self.manager.clone(), self.local.clone());
+        let order_keys = calls.iter().filter_map(|(call, _)| call.order_key()).collect();
+        // If the runtime has ended, the calls are dropped with their senders, which notifies the callers.
         let runtime = local.runtime.clone();
-        runtime.spawn(send(OnItsWay { together: Some(some), places, links, local }, steps));
+        runtime.spawn(send(InFlight { batch_size: Some(count), order_keys, manager, local }, calls));
     }
 }
 
-impl OnItsWay {
-    /// Writes what was left alone, and then what stayed behind it. Places are given up only when nothing has stayed behind.
-    async fn follow<F: Future<Output = ()>>(&mut self, left: &mut FuturesUnordered<F>, follows: impl Fn(Waiting) -> F) {
+impl InFlight {
+    /// Sends the skipped calls, and then the calls that were blocked behind them. A key is unblocked only when no call
+    /// is left behind it.
+    async fn send_skipped<F: Future<Output = ()>>(
+        &mut self,
+        skipped: &mut FuturesUnordered<F>,
+        send: impl Fn(QueuedCall) -> F,
+    ) {
         loop {
-            // Each is written when it is looked at for the first time, and that is in the order in which they were added.
-            // Unconstrained, because a task that has used up its share would write the rest later, and in another order.
+            // A call is written when its future is first polled, and futures are polled in the order in which they were
+            // added. A task with an exhausted budget would write the rest later and in another order, so this one is
+            // unconstrained.
             let written = poll_fn(|context| {
-                while let Poll::Ready(Some(())) = left.poll_next_unpin(context) {}
+                while let Poll::Ready(Some(())) = skipped.poll_next_unpin(context) {}
                 Poll::Ready(())
             });
             tokio::task::unconstrained(written).await;
             let mut later = Vec::new();
             let mut state = self.local.batch.lock();
-            self.places.retain(|place| match state.behind.get_mut(place) {
-                Some(behind) if !behind.is_empty() => {
-                    later.append(behind);
+            self.order_keys.retain(|order_key| match state.blocked.get_mut(order_key) {
+                Some(blocked) if !blocked.is_empty() => {
+                    later.append(blocked);
                     true
                 }
                 _ => {
-                    state.behind.remove(place);
+                    state.blocked.remove(order_key);
                     false
                 }
             });
@@ -236,21 +251,21 @@ impl OnItsWay {
             if later.is_empty() {
                 return;
             }
-            left.extend(later.into_iter().filter(|(_, caller)| !caller.is_closed()).map(&follows));
+            skipped.extend(later.into_iter().filter(|(_, caller)| !caller.is_closed()).map(&send));
         }
     }
 }
 
-/// Does a step, alone or with others.
-pub(super) async fn step(links: &Arc<Links>, step: Operation) -> Result<Answer> {
-    let local = match links.local() {
-        Some(local) if !links.is_cluster() => local,
-        local => return Box::pin(step.alone(links, local.as_deref())).await,
+/// Runs a call, single or as part of a batch.
+pub(super) async fn run(manager: &Arc<ConnectionManager>, call: ScriptCall) -> Result<Answer> {
+    let local = match manager.local() {
+        Some(local) if !manager.is_cluster() => local,
+        local => return Box::pin(call.single(manager, local.as_deref())).await,
     };
-    match local.batch.enter(step) {
-        Err(step) => {
-            let on_its_way = OnItsWay { together: None, places: Vec::new(), links: links.clone(), local };
-            Box::pin(step.alone(links, Some(&on_its_way.local))).await
+    match local.batch.enqueue(call) {
+        Err(call) => {
+            let in_flight = InFlight { batch_size: None, order_keys: Vec::new(), manager: manager.clone(), local };
+            Box::pin(call.single(manager, Some(&in_flight.local))).await
         }
         Ok(outcome) => outcome.await.unwrap_or_else(|_| {
             let message = "the runtime that the request was sent from has ended";
@@ -259,80 +274,81 @@ pub(super) async fn step(links: &Arc<Links>, step: Operation) -> Result<Answer> 
     }
 }
 
-async fn send(mut on_its_way: OnItsWay, steps: Vec<Waiting>) {
-    let (links, local) = (on_its_way.links.clone(), on_its_way.local.clone());
-    // Who has given up meanwhile needs nothing sent.
-    let steps: Vec<_> = steps.into_iter().filter(|(_, outcome)| !outcome.is_closed()).collect();
+async fn send(mut in_flight: InFlight, calls: Vec<QueuedCall>) {
+    let (manager, local) = (in_flight.manager.clone(), in_flight.local.clone());
+    // Callers that have given up need no request.
+    let calls: Vec<_> = calls.into_iter().filter(|(_, outcome)| !outcome.is_closed()).collect();
     let answer =
-        within(GIVEN_UP_AFTER, together(&links, steps.iter().map(|(step, _)| step))).await.unwrap_or_else(|| {
-            let message = format!("no answer within {GIVEN_UP_AFTER:?}");
+        within(BATCH_TIMEOUT, run_batch(&manager, calls.iter().map(|(call, _)| call))).await.unwrap_or_else(|| {
+            let message = format!("no answer within {BATCH_TIMEOUT:?}");
             Err(error(ErrorKind::NetworkTimeout, message).in_doubt(true))
         });
     let turn = local.batch.turn.lock().await;
-    let mut left = FuturesUnordered::new();
-    for (at, (step, sender)) in steps.into_iter().enumerate() {
+    let mut skipped = FuturesUnordered::new();
+    for (at, (call, sender)) in calls.into_iter().enumerate() {
         let outcome = match &answer {
             Ok((time, done)) if done[at] == b'+' => Ok(Answer::short(*time)),
             Ok(_) => {
-                left.push(alone((step, sender), &links, &local));
+                skipped.push(run_single((call, sender), &manager, &local));
                 continue;
             }
             Err(fault) => Err(error(fault.kind(), fault.message()).in_doubt(fault.is_in_doubt())),
         };
-        let _gave_up = sender.send(outcome);
+        let _ = sender.send(outcome); // The caller may have given up.
     }
-    on_its_way.follow(&mut left, |step| alone(step, &links, &local)).await;
-    // Those who were answered come first: what they ask for next goes together, instead of the first of them alone.
+    in_flight.send_skipped(&mut skipped, |call| run_single(call, &manager, &local)).await;
+    // Callers that got an answer run first, so that their next calls form a batch instead of the first one leaving
+    // alone.
     tokio::task::yield_now().await;
-    drop(on_its_way);
-    // The next request is made, and written.
+    drop(in_flight);
+    // These yields let the next batch be built and written.
     tokio::task::yield_now().await;
     tokio::task::yield_now().await;
     drop(turn);
-    while left.next().await.is_some() {}
+    while skipped.next().await.is_some() {}
 }
 
-/// Sends short steps in one request. Tells the time, and for each step whether it was done (`+`) or left alone.
-pub(super) async fn together(
-    links: &Arc<Links>,
-    steps: impl ExactSizeIterator<Item = &Operation> + Clone,
+/// Sends short calls in one request. Returns the time, and for each call whether it was done (`+`) or skipped.
+pub(super) async fn run_batch(
+    manager: &Arc<ConnectionManager>,
+    calls: impl ExactSizeIterator<Item = &ScriptCall> + Clone,
 ) -> Result<(StoreTime, Vec<u8>)> {
-    let count = steps.len();
+    let count = calls.len();
     if count == 0 {
         return Ok((StoreTime::from_micros(0), Vec::new()));
     }
     let mut command = BATCH.by_hash(count);
-    for step in steps.clone() {
-        command.arg(step.names.record());
+    for call in calls.clone() {
+        command.arg(call.names.record());
     }
-    for step in steps {
-        command.arg(&step.arguments);
+    for call in calls {
+        command.arg(&call.arguments);
     }
-    // Any slot: it is no cluster.
-    let answer = links.run(Target::Slot(0), &BATCH, command).await?;
+    // Any slot will do, because this is no cluster.
+    let answer = manager.run(Target::Slot(0), &BATCH, command).await?;
     read(&answer, count).ok_or_else(|| malformed().in_doubt(true))
 }
 
-/// Does a step in a request of its own, unless its caller gives up.
-async fn alone((step, mut caller): Waiting, links: &Arc<Links>, local: &Local) {
+/// Sends a call in a request of its own, unless its caller gives up.
+async fn run_single((call, mut caller): QueuedCall, manager: &Arc<ConnectionManager>, local: &RuntimeConnections) {
     let answer = tokio::select! {
         biased;
-        answer = step.alone(links, Some(local)) => answer,
+        answer = call.single(manager, Some(local)) => answer,
         () = caller.closed() => return,
     };
-    let _gave_up = caller.send(answer);
+    let _ = caller.send(answer); // The caller may have given up.
 }
 
-/// Whether a request was refused because its slot is on its way from one node of a cluster to another.
+/// Returns whether a request was rejected because its slot is being moved between nodes of a cluster.
 fn is_being_moved(fault: &Error) -> bool {
     let source = std::error::Error::source(fault).and_then(|source| source.downcast_ref::<RedisError>());
     source.and_then(RedisError::code) == Some("TRYAGAIN")
 }
 
-/// The time, and a sign for each step.
-fn read(answer: &Value, steps: usize) -> Option<(StoreTime, Vec<u8>)> {
+/// Reads the time and the sign of each call.
+fn read(answer: &Value, calls: usize) -> Option<(StoreTime, Vec<u8>)> {
     let Value::BulkString(answer) = answer else { return None };
     let (time, done) = answer.split_at_checked(16)?;
     let time = std::str::from_utf8(time).ok()?.parse().ok()?;
-    (done.len() == steps).then(|| (StoreTime::from_micros(time), done.to_vec()))
+    (done.len() == calls).then(|| (StoreTime::from_micros(time), done.to_vec()))
 }

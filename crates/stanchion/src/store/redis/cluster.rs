@@ -1,4 +1,4 @@
-//! The slots of a cluster: which server has which.
+//! Keeps the slot map of a cluster: which server has which slot.
 
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
@@ -14,180 +14,181 @@ use crate::error::{Error, ErrorKind, Result};
 
 const SLOTS: usize = 16_384;
 
-/// What a node is called that should be called by a name, and has none.
+/// Name that Redis reports for a node that should have a host name but has none.
 const NO_NAME: &str = "?";
 
-/// The map is not asked for again within this time.
-const FRESH_FOR: Duration = Duration::from_millis(100);
+/// Time for which a slot map, or a failure to get one, is not queried again.
+const FRESHNESS: Duration = Duration::from_millis(100);
 
-/// The slot of a key: of what is in its braces.
+/// Returns the slot of a Redis key, which depends on the part in braces.
 pub(super) fn slot_of(name: &str) -> u16 {
     let tag = name.split_once('{').and_then(|(_, rest)| rest.split_once('}')).map_or("", |(tag, _)| tag);
     let hashed = if tag.is_empty() { name } else { tag };
     crc16::State::<crc16::XMODEM>::calculate(hashed.as_bytes()) % SLOTS as u16
 }
 
-/// Which server has which slot, as far as is known.
+/// The cached slot map, and the servers that are unavailable.
 #[derive(Debug)]
 pub(super) struct SlotMap {
-    known: Mutex<Known>,
-    /// One at a time asks for the map. When that last failed, and how.
+    state: Mutex<MapState>,
+    /// Held by the one task that queries the map. Contains the time and the error of the last failure.
     pub(super) learning: tokio::sync::Mutex<Option<(BootTime, ErrorKind, String)>>,
-    /// One at a time looks for what is lost.
+    /// Held by the one task that looks for unavailable servers.
     pub(super) searching: tokio::sync::Mutex<()>,
-    losses: Notify,
-    /// Counts how often something was found again.
+    outages: Notify,
+    /// Counts recoveries.
     recoveries: watch::Sender<u64>,
 }
 
 #[derive(Debug)]
-struct Known {
+struct MapState {
     seeds: Vec<Address>,
     servers: Vec<Address>,
-    /// Replicas, which know the map too.
-    others: Vec<Address>,
-    /// The place in `servers` of the server of each slot.
+    /// Replicas, which have the map too.
+    replicas: Vec<Address>,
+    /// Index into `servers` for each slot.
     slots: Vec<Option<u16>>,
     learned: Option<BootTime>,
-    /// Who told the map.
-    teller: Option<Address>,
-    /// Those who were no help when they were last asked, the last one at the end. They are asked after all others: a node
-    /// that is not part of the cluster any more, or is cut off from it, must not be asked for ever.
-    unhelpful: Vec<Address>,
-    /// Something spoke against it since.
-    doubtful: bool,
-    /// Servers that did not serve when they were last asked.
-    lost: HashSet<Address>,
-    /// A server said that the cluster is down.
+    /// The node that sent the map.
+    source: Option<Address>,
+    /// Nodes that did not help when they were last queried, the latest one at the end. They are queried after all other
+    /// nodes, so that a node that left the cluster, or is cut off from it, is not queried forever.
+    query_last: Vec<Address>,
+    /// Whether something has contradicted the map since.
+    stale: bool,
+    /// Servers that did not answer when they were last used.
+    unavailable: HashSet<Address>,
+    /// Whether a server reported that the cluster is down.
     is_down: bool,
 }
 
 impl SlotMap {
     pub(super) fn new(seeds: Vec<Address>) -> Self {
-        let known = Known {
+        let state = MapState {
             seeds,
             servers: Vec::new(),
-            others: Vec::new(),
+            replicas: Vec::new(),
             slots: vec![None; SLOTS],
             learned: None,
-            teller: None,
-            unhelpful: Vec::new(),
-            doubtful: true,
-            lost: HashSet::new(),
+            source: None,
+            query_last: Vec::new(),
+            stale: true,
+            unavailable: HashSet::new(),
             is_down: false,
         };
         Self {
-            known: Mutex::new(known),
+            state: Mutex::new(state),
             learning: tokio::sync::Mutex::default(),
             searching: tokio::sync::Mutex::default(),
-            losses: Notify::new(),
+            outages: Notify::new(),
             recoveries: watch::Sender::default(),
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, MapState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The server of a slot, unless the map is in doubt.
+    /// Returns the server of a slot, unless the map is stale.
     pub(super) fn server(&self, slot: u16) -> Option<Address> {
-        let known = self.lock();
-        if known.doubtful {
+        let state = self.lock();
+        if state.stale {
             return None;
         }
-        let at = (*known.slots.get(usize::from(slot))?)?;
-        known.servers.get(usize::from(at)).cloned()
+        let at = (*state.slots.get(usize::from(slot))?)?;
+        state.servers.get(usize::from(at)).cloned()
     }
 
     pub(super) fn servers(&self) -> Vec<Address> {
         self.lock().servers.clone()
     }
 
-    /// Whom to ask for the map: those that are lost come late, those that were no help last.
-    pub(super) fn known(&self) -> Vec<Address> {
-        let known = self.lock();
+    /// Returns the nodes to query for the map: unavailable ones come late, unhelpful ones last.
+    pub(super) fn nodes_to_query(&self) -> Vec<Address> {
+        let state = self.lock();
         let mut seen = HashSet::new();
-        let all = known.servers.iter().chain(&known.others).chain(&known.seeds);
+        let all = state.servers.iter().chain(&state.replicas).chain(&state.seeds);
         let mut all: Vec<_> = all.filter(|address| seen.insert(*address)).cloned().collect();
-        let turn = |address: &Address| known.unhelpful.iter().position(|other| other == address);
-        all.sort_by_key(|address| (turn(address), known.lost.contains(address)));
+        let turn = |address: &Address| state.query_last.iter().position(|other| other == address);
+        all.sort_by_key(|address| (turn(address), state.unavailable.contains(address)));
         all
     }
 
-    /// This node is asked for the map, or knew nothing that helps: the next time it is asked last.
-    pub(super) fn ask_last(&self, address: &Address) {
-        self.lock().ask_last(address);
+    /// Moves a node to the end of the order in which nodes are queried.
+    pub(super) fn query_last(&self, address: &Address) {
+        self.lock().query_last(address);
     }
 
-    /// The map says nothing of this slot. Whoever told it may know little.
-    pub(super) fn misses(&self, slot: u16) -> Error {
-        let mut known = self.lock();
-        if let Some(teller) = known.teller.clone() {
-            known.ask_last(&teller);
+    /// Returns the error for a slot without a server. The node that sent the map may know too little, so it is queried
+    /// last.
+    pub(super) fn uncovered_slot(&self, slot: u16) -> Error {
+        let mut state = self.lock();
+        if let Some(source) = state.source.clone() {
+            state.query_last(&source);
         }
         error(ErrorKind::Unavailable, format!("the cluster has no server for slot {slot}"))
     }
 
-    /// This server does not serve. The map may be out of date.
-    pub(super) fn lost(&self, address: &Address) {
-        let mut known = self.lock();
-        known.lost.insert(address.clone());
-        known.doubtful = true;
-        drop(known);
-        self.losses.notify_one();
+    /// Marks a server as unavailable. The map may be out of date.
+    pub(super) fn mark_unavailable(&self, address: &Address) {
+        let mut state = self.lock();
+        state.unavailable.insert(address.clone());
+        state.stale = true;
+        drop(state);
+        self.outages.notify_one();
     }
 
-    /// No server serves, as this one says. The map may be out of date, and this one may be wrong.
-    pub(super) fn down(&self, by: &Address) {
-        let mut known = self.lock();
-        known.ask_last(by);
-        known.is_down = true;
-        known.doubtful = true;
-        drop(known);
-        self.losses.notify_one();
+    /// Marks the cluster as down, because this node reported it. The map may be out of date, and the node may be wrong.
+    pub(super) fn mark_cluster_down(&self, by: &Address) {
+        let mut state = self.lock();
+        state.query_last(by);
+        state.is_down = true;
+        state.stale = true;
+        drop(state);
+        self.outages.notify_one();
     }
 
-    /// Waits until something is lost.
-    pub(super) async fn something_is_lost(&self) {
+    /// Waits until something is unavailable.
+    pub(super) async fn wait_for_outage(&self) {
         loop {
-            let told = self.losses.notified();
+            let outage = self.outages.notified();
             let is_lost = {
-                let known = self.lock();
-                known.is_down || !known.lost.is_empty()
+                let state = self.lock();
+                state.is_down || !state.unavailable.is_empty()
             };
             if is_lost {
                 return;
             }
-            told.await;
+            outage.await;
         }
     }
 
-    /// Waits until something more is lost.
-    pub(super) async fn next_loss(&self) {
-        self.losses.notified().await;
+    /// Waits for the next outage.
+    pub(super) async fn next_outage(&self) {
+        self.outages.notified().await;
     }
 
-    /// Every server that is known is there, and there are slots that none of them has.
+    /// Returns whether every known server is available, and some slots have no server.
     pub(super) fn lacks_only_slots(&self) -> bool {
-        let known = self.lock();
-        known.lost.is_empty() && known.slots.iter().any(Option::is_none)
+        let state = self.lock();
+        state.unavailable.is_empty() && state.slots.iter().any(Option::is_none)
     }
 
-    pub(super) fn lost_servers(&self) -> Vec<Address> {
-        self.lock().lost.iter().cloned().collect()
+    pub(super) fn unavailable_servers(&self) -> Vec<Address> {
+        self.lock().unavailable.iter().cloned().collect()
     }
 
     pub(super) fn is_down(&self) -> bool {
         self.lock().is_down
     }
 
-    /// This server is there again, or is not needed any more.
-    pub(super) fn found(&self, address: &Address) {
-        self.lock().lost.remove(address);
+    /// Marks a server as recovered, or as no longer needed.
+    pub(super) fn mark_recovered(&self, address: &Address) {
+        self.lock().unavailable.remove(address);
         self.recoveries.send_modify(|count| *count += 1);
     }
 
-    pub(super) fn is_up_again(&self) {
+    pub(super) fn mark_cluster_recovered(&self) {
         self.lock().is_down = false;
         self.recoveries.send_modify(|count| *count += 1);
     }
@@ -196,43 +197,43 @@ impl SlotMap {
         self.recoveries.subscribe()
     }
 
-    /// Whether every slot has a server.
+    /// Returns whether every slot has a server.
     pub(super) fn is_complete(&self) -> bool {
         self.lock().slots.iter().all(Option::is_some)
     }
 
-    /// Whether it was learned a moment ago: then it has to do.
+    /// Returns whether the map was queried a moment ago. Such a map has to do, so this also makes it count as current.
     pub(super) fn is_fresh(&self, now: BootTime) -> bool {
-        let mut known = self.lock();
-        let is_fresh = known.learned.is_some_and(|at| is_recent(at, now));
-        known.doubtful &= !is_fresh;
+        let mut state = self.lock();
+        let is_fresh = state.learned.is_some_and(|at| is_recent(at, now));
+        state.stale &= !is_fresh;
         is_fresh
     }
 
-    /// A server said that a slot is elsewhere now.
+    /// Records that a slot has moved to another server.
     pub(super) fn moved(&self, slot: u16, to: &Address) {
-        let mut known = self.lock();
-        let at = known.servers.iter().position(|server| server == to).unwrap_or_else(|| {
-            known.servers.push(to.clone());
-            known.servers.len() - 1
+        let mut state = self.lock();
+        let at = state.servers.iter().position(|server| server == to).unwrap_or_else(|| {
+            state.servers.push(to.clone());
+            state.servers.len() - 1
         });
-        if let Some(place) = known.slots.get_mut(usize::from(slot)) {
+        if let Some(place) = state.slots.get_mut(usize::from(slot)) {
             *place = u16::try_from(at).ok();
         }
         // Other slots have probably moved too.
-        known.doubtful = true;
+        state.stale = true;
     }
 
-    /// The answer to `CLUSTER SLOTS`, from this server. Tells whether it is a map.
+    /// Stores the answer of a node to `CLUSTER SLOTS`. Returns whether it contained a map.
     pub(super) fn learned(&self, answer: &Value, from: &Address, now: BootTime) -> bool {
-        let mut known = self.lock();
-        let (mut servers, mut others, mut slots) = (Vec::new(), Vec::new(), vec![None; SLOTS]);
+        let mut state = self.lock();
+        let (mut servers, mut replicas, mut slots) = (Vec::new(), Vec::new(), vec![None; SLOTS]);
         for range in elements(answer) {
             let [first, last, nodes @ ..] = elements(range) else { continue };
             let (Some(first), Some(last)) = (number(first), number(last)) else { continue };
             let mut nodes = nodes.iter().filter_map(|node| node_address(node, from));
             let Some(primary) = nodes.next() else { continue };
-            others.extend(nodes);
+            replicas.extend(nodes);
             let at = servers.iter().position(|server| *server == primary).unwrap_or_else(|| {
                 servers.push(primary);
                 servers.len() - 1
@@ -244,25 +245,25 @@ impl SlotMap {
         if servers.is_empty() {
             return false;
         }
-        (known.servers, known.others, known.slots) = (servers, others, slots);
-        (known.learned, known.doubtful, known.teller) = (Some(now), false, Some(from.clone()));
-        let Known { seeds, servers, others, unhelpful, .. } = &mut *known;
-        let all = [&*seeds, servers, others];
-        unhelpful.retain(|address| address != from && all.iter().any(|some| some.contains(address)));
+        (state.servers, state.replicas, state.slots) = (servers, replicas, slots);
+        (state.learned, state.stale, state.source) = (Some(now), false, Some(from.clone()));
+        let MapState { seeds, servers, replicas, query_last, .. } = &mut *state;
+        let all = [&*seeds, servers, replicas];
+        query_last.retain(|address| address != from && all.iter().any(|some| some.contains(address)));
         true
     }
 }
 
-impl Known {
-    fn ask_last(&mut self, address: &Address) {
-        self.unhelpful.retain(|other| other != address);
-        self.unhelpful.push(address.clone());
+impl MapState {
+    fn query_last(&mut self, address: &Address) {
+        self.query_last.retain(|other| other != address);
+        self.query_last.push(address.clone());
     }
 }
 
-/// What was found out a moment ago is not asked for again.
+/// Returns whether something happened so recently that it is not queried again.
 pub(super) fn is_recent(at: BootTime, now: BootTime) -> bool {
-    now.since(at) < FRESH_FOR
+    now.since(at) < FRESHNESS
 }
 
 fn elements(value: &Value) -> &[Value] {
@@ -290,31 +291,31 @@ fn node_address(node: &Value, from: &Address) -> Option<Address> {
     let [host, port, more @ ..] = elements(node) else { return None };
     let port = u16::try_from(number(port)?).ok()?;
     let host = match text(host) {
-        // It should have a name, and has none: its address is told beside it.
-        Some(NO_NAME) => more.get(1).and_then(|told| {
-            let mut pairs = elements(told).chunks_exact(2);
+        // The node should have a name, but has none: its address is in the metadata next to it.
+        Some(NO_NAME) => more.get(1).and_then(|outage| {
+            let mut pairs = elements(outage).chunks_exact(2);
             pairs.find(|pair| text(&pair[0]) == Some("ip")).and_then(|pair| text(&pair[1]))
         }),
         host => host,
     };
     match host {
         Some(host) if !host.is_empty() => Some(Address::Tcp { host: host.to_owned(), port }),
-        // No host: the one that answered.
+        // An empty host means the node that answered.
         _ => Some(from.with_port(&format!(":{port}"))),
     }
 }
 
-/// The host in a redirection from this server.
+/// Returns the address in a redirection from this server.
 pub(super) fn redirected(to: &str, from: &Address) -> Result<Address> {
     match to.strip_prefix(NO_NAME).unwrap_or(to) {
-        // No host: the one that answered. Where that is wrong the map, which is asked for next, knows better.
+        // An empty host means the node that answered. If that is wrong, the map is queried next, and corrects it.
         port if port.starts_with(':') => Ok(from.with_port(port)),
         _ => address(to, 0),
     }
 }
 
 impl Address {
-    /// The same host with this port, given as `:port`.
+    /// Returns the same host with this port, given as `:port`.
     fn with_port(&self, port: &str) -> Self {
         match self {
             Self::Tcp { host, .. } => {
@@ -331,19 +332,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn slots_are_those_of_the_specification() {
+    fn slots_match_the_specification() {
         assert_eq!(slot_of("123456789"), 0x31c3);
         assert_eq!(slot_of("a:{user1000}:queue"), slot_of("user1000"));
         assert_eq!(slot_of("stanchion:{x}y}:queue"), slot_of("x"));
     }
 
-    /// As Redis 7.0.15 answers with `cluster-preferred-endpoint-type hostname`: the first node has a name, the others none.
+    /// Contains an answer of Redis 7.0.15 with `cluster-preferred-endpoint-type hostname`: only the first node has a
+    /// name.
     #[test]
-    fn a_node_without_a_name_has_the_address_that_is_told_beside_it() {
+    fn unnamed_nodes_use_the_address_in_metadata() {
         let bulk = |text: &str| Value::BulkString(text.as_bytes().to_vec());
-        let node = |name: Value, port, told: &[&str]| {
-            let told = told.iter().map(|text| bulk(text)).collect();
-            Value::Array(vec![name, Value::Int(port), bulk("id"), Value::Array(told)])
+        let node = |name: Value, port, outage: &[&str]| {
+            let outage = outage.iter().map(|text| bulk(text)).collect();
+            Value::Array(vec![name, Value::Int(port), bulk("id"), Value::Array(outage)])
         };
         let range = |at: i64, nodes: &[Value]| {
             let mut range = vec![Value::Int(at), Value::Int(at)];
@@ -354,13 +356,13 @@ mod tests {
             range(0, &[node(bulk("one"), 1, &["ip", "10.0.0.1"])]),
             range(1, &[node(bulk("?"), 2, &["ip", "10.0.0.2"]), node(bulk("?"), 3, &["ip", "::3"])]),
             range(2, &[node(bulk("?"), 4, &[])]),
-            // `unknown-endpoint`: the address is not to be used.
+            // With `unknown-endpoint` the client must not use the address.
             range(3, &[node(Value::Nil, 5, &["hostname", "five", "ip", "10.0.0.5"])]),
             range(4, &[node(bulk(""), 6, &[])]),
         ]);
         let map = SlotMap::new(vec![address("seed:7", 0).unwrap()]);
         assert!(map.learned(&answer, &address("seed:7", 0).unwrap(), BootTime::from_nanos(1)));
-        let all: Vec<_> = map.known().iter().map(ToString::to_string).collect();
+        let all: Vec<_> = map.nodes_to_query().iter().map(ToString::to_string).collect();
         let servers = ["one:1", "10.0.0.2:2", "seed:4", "seed:5", "seed:6"];
         assert_eq!(all, [&servers[..], &["[::3]:3", "seed:7"]].concat());
     }

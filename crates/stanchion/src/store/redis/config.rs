@@ -1,4 +1,4 @@
-//! Where the store is: its URL and its options.
+//! Parses the URL of a store and its options.
 
 use std::collections::HashSet;
 use std::net::IpAddr;
@@ -12,19 +12,19 @@ use crate::store::url::percent_decoded;
 
 const DEFAULT_PORT: u16 = 6379;
 const DEFAULT_SENTINEL_PORT: u16 = 26379;
-const LONGEST_PREFIX: usize = 64;
+const MAX_PREFIX_LENGTH: usize = 64;
 
-/// What is probably wrong where a URL falls into parts that make no sense.
-const ESCAPES: &str = "special characters of a user, a password or an option are written as %XX, an `@` as %40";
+/// Probable cause if the parts of a URL make no sense.
+const ESCAPES: &str = "write special characters in a user, a password or an option as %XX, for example `@` as %40";
 
-/// How servers stand together.
+/// How the servers of a store are organized.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Layout {
     /// One server.
     Single(Address),
     /// One primary, which the sentinels name.
     Sentinel { sentinels: Vec<Address>, service: String },
-    /// A cluster, of which these are some nodes.
+    /// A cluster, which is found through these nodes.
     Cluster { seeds: Vec<Address> },
 }
 
@@ -46,7 +46,7 @@ impl std::fmt::Display for Address {
 }
 
 impl Address {
-    /// Whether a network leads to it: it is neither a socket in the file system nor on this machine by its address.
+    /// Returns whether a network leads to this address: it is no socket in the file system and no loopback address.
     fn is_remote(&self) -> bool {
         match self {
             Self::Unix(_) => false,
@@ -58,7 +58,7 @@ impl Address {
     }
 }
 
-/// All that a URL says.
+/// The settings in a URL.
 #[derive(Clone)]
 pub(super) struct Config {
     pub(super) layout: Layout,
@@ -70,12 +70,12 @@ pub(super) struct Config {
     sentinel_password: Option<String>,
     database: i64,
     pub(super) prefix: String,
-    /// So many replicas must have a write before it is believed.
+    /// Number of replicas that must have a write before it counts.
     pub(super) min_replicas: u32,
 }
 
 impl std::fmt::Debug for Config {
-    /// Without the passwords.
+    /// Omits the passwords.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Config")
             .field("layout", &self.layout)
@@ -88,10 +88,10 @@ impl std::fmt::Debug for Config {
 }
 
 impl Config {
-    /// Reads a URL. What is wrong with it is told without the part that may hold a password.
+    /// Parses a URL. An error never shows the part that may contain a password.
     pub(super) fn from_url(url: &str) -> Result<Self> {
         let (scheme, rest) = url.split_once("://").ok_or_else(|| {
-            invalid("a redis URL has `://` after its scheme, for example `redis://127.0.0.1:6379`".to_owned())
+            invalid("a Redis URL needs `://` after its scheme, for example `redis://127.0.0.1:6379`".to_owned())
         })?;
         let (tls, kind) = match scheme {
             "redis" => (false, ""),
@@ -103,14 +103,15 @@ impl Config {
             },
         };
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
-        // A path may hold an `@`, the part before it may hold a password.
+        // A path may contain an `@`, and the part before it may contain a password.
         let (authority, path) = match rest.find('/') {
             Some(at) => (&rest[..at], &rest[at + 1..]),
             None => (rest, ""),
         };
-        // What looks like a query or a path may be the rest of a password: it is not to be shown, nor taken for a host.
+        // Something like a query or a path may be the rest of a password, which must neither be shown nor be used as a
+        // host.
         if query.contains('@') || (path.contains('@') && kind != "unix") {
-            return Err(invalid(format!("an `@` after the hosts; {ESCAPES}")));
+            return Err(invalid(format!("an `@` comes after the hosts; {ESCAPES}")));
         }
         let (credentials, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
         let (user, password) = credentials.split_once(':').unwrap_or((credentials, ""));
@@ -132,33 +133,35 @@ impl Config {
                 database = path;
                 let [address] = <[Address; 1]>::try_from(addresses(hosts, DEFAULT_PORT)?).map_err(|_| {
                     invalid(
-                        "`redis://` takes one host; several are a `redis+cluster://` or a `redis+sentinel://`".into(),
+                        "`redis://` takes one host; for several use `redis+cluster://` or `redis+sentinel://`".into(),
                     )
                 })?;
                 Layout::Single(address)
             }
             "unix" if tls || !hosts.is_empty() || path.is_empty() => {
-                return Err(invalid("a socket is given as `redis+unix:///path/to/redis.sock`".into()));
+                return Err(invalid("write a socket as `redis+unix:///path/to/redis.sock`".into()));
             }
             "unix" => {
                 let path = text("the path of the socket", path)?.unwrap_or_default();
                 Layout::Single(Address::Unix(PathBuf::from(format!("/{path}"))))
             }
             "cluster" if !path.is_empty() => {
-                return Err(invalid("a cluster has no databases: there is nothing after the hosts".into()));
+                return Err(invalid("a cluster has no databases: omit the path after the hosts".into()));
             }
             "cluster" => Layout::Cluster { seeds: addresses(hosts, DEFAULT_PORT)? },
             "sentinel" => {
                 let (service, number) = path.split_once('/').unwrap_or((path, ""));
                 database = number;
                 let service = text("the service", service)?.ok_or_else(|| {
-                    invalid("after the sentinels comes the service: `redis+sentinel://host1,host2/mymaster`".into())
+                    invalid(
+                        "the service is missing after the sentinels: `redis+sentinel://host1,host2/mymaster`".into(),
+                    )
                 })?;
                 Layout::Sentinel { sentinels: addresses(hosts, DEFAULT_SENTINEL_PORT)?, service }
             }
             _ => {
                 let known = "redis, rediss, redis+unix, redis+sentinel, rediss+sentinel, redis+cluster, rediss+cluster";
-                return Err(invalid(format!("there is no such scheme; the schemes are {known}")));
+                return Err(invalid(format!("unknown scheme; the schemes are {known}")));
             }
         };
         if !database.is_empty() {
@@ -168,7 +171,7 @@ impl Config {
         let mut given = HashSet::new();
         for option in query.split('&').filter(|option| !option.is_empty()) {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
-            // The first one was known, so the name is no part of a password.
+            // The name was accepted before, so it is no part of a password.
             if !given.insert(name) {
                 return Err(invalid(format!("`{name}` is given twice")));
             }
@@ -184,14 +187,14 @@ impl Config {
                     config.sentinel_password = text("`sentinel_password`", value)?;
                 }
                 _ if name.is_empty() || !name.chars().all(|c| c.is_ascii_lowercase() || c == '_') => {
-                    return Err(invalid(format!("there is no such option; {ESCAPES}")));
+                    return Err(invalid(format!("unknown option; {ESCAPES}")));
                 }
                 _ => {
                     let sentinel = if kind == "sentinel" { ", `sentinel_user`, `sentinel_password`" } else { "" };
                     let unix = if kind == "unix" { ", `db`" } else { "" };
                     let tls = if tls { ", `ca_file`, `cert_file`, `key_file`" } else { "" };
                     return Err(invalid(format!(
-                        "there is no option `{name}`; the options are `prefix`, `min_replicas`{sentinel}{unix}{tls}"
+                        "unknown option `{name}`; the options are `prefix`, `min_replicas`{sentinel}{unix}{tls}"
                     )));
                 }
             }
@@ -204,19 +207,19 @@ impl Config {
         Ok(config)
     }
 
-    /// How to connect to a server that keeps locks.
+    /// Returns the client for a server that stores locks.
     pub(super) fn server(&self, address: &Address) -> Result<Client> {
         let settings = RedisConnectionInfo::default().set_db(self.database);
         self.client(address, authenticated(settings, self.user.as_deref(), self.password.as_deref()))
     }
 
-    /// How to connect to a sentinel.
+    /// Returns the client for a sentinel.
     pub(super) fn sentinel(&self, address: &Address) -> Result<Client> {
         let (user, password) = (self.sentinel_user.as_deref(), self.sentinel_password.as_deref());
         self.client(address, authenticated(RedisConnectionInfo::default(), user, password))
     }
 
-    /// The first of these servers, or of the sentinels, to which a password goes unencrypted over a network.
+    /// Returns the first of these servers, or of the sentinels, to which a password is sent unencrypted over a network.
     pub(super) fn sends_password_to<'a>(&'a self, servers: &'a [Address]) -> Option<&'a Address> {
         if self.tls {
             return None;
@@ -230,12 +233,12 @@ impl Config {
     }
 
     fn client(&self, address: &Address, settings: RedisConnectionInfo) -> Result<Client> {
-        // `CLIENT SETINFO` would be one more command that a proxy or a user without rights may refuse.
+        // `CLIENT SETINFO` would be one more command that a proxy or a user without rights may reject.
         let settings = settings.set_skip_set_lib_name();
         let address = match address {
             Address::Unix(path) => ConnectionAddr::Unix(path.clone()),
             Address::Tcp { host, port } if self.tls => {
-                super::node::install_crypto();
+                super::node::install_tls_provider();
                 ConnectionAddr::TcpTls { host: host.clone(), port: *port, insecure: false, tls_params: None }
             }
             Address::Tcp { host, port } => ConnectionAddr::Tcp(host.clone(), *port),
@@ -252,7 +255,8 @@ fn invalid(message: String) -> Error {
     error(ErrorKind::InvalidArgument, message)
 }
 
-/// The client says who it is only where there is a password: a user that needs none says an empty one.
+/// Adds the credentials. The client authenticates only if it has a password, so a user without one gets an empty
+/// password.
 fn authenticated(settings: RedisConnectionInfo, user: Option<&str>, password: Option<&str>) -> RedisConnectionInfo {
     match (user, password) {
         (Some(user), password) => settings.set_username(user).set_password(password.unwrap_or_default()),
@@ -281,24 +285,24 @@ fn file(what: &str, path: &str) -> Result<Vec<u8>> {
 
 fn prefix(text: &str) -> Result<String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | '/');
-    if text.is_empty() || text.len() > LONGEST_PREFIX || !text.chars().all(fits) {
+    if text.is_empty() || text.len() > MAX_PREFIX_LENGTH || !text.chars().all(fits) {
         return Err(invalid(format!(
-            "`prefix` has 1 to {LONGEST_PREFIX} characters: letters, digits, `_`, `-`, `.`, `:`, `/`"
+            "`prefix` must have 1 to {MAX_PREFIX_LENGTH} characters: letters, digits, `_`, `-`, `.`, `:`, `/`"
         )));
     }
     Ok(text.to_owned())
 }
 
 fn addresses(hosts: &str, default_port: u16) -> Result<Vec<Address>> {
-    // A server that names another writes an address without brackets, always with a port; here it would be a guess.
+    // Servers write the address of another server without brackets and with a port. In a URL, its end would be a guess.
     if hosts.split(',').any(|host| !host.starts_with('[') && host.matches(':').count() > 1) {
-        return Err(invalid("an IPv6 address is written in [brackets], for example `[::1]:6379`".into()));
+        return Err(invalid("write an IPv6 address in [brackets], for example `[::1]:6379`".into()));
     }
     let list: Result<Vec<_>> = hosts.split(',').map(|host| address(host, default_port)).collect();
     list.map_err(|_| invalid("a host is missing or malformed: write `host:port`, or `[address]:port` for IPv6".into()))
 }
 
-/// `host`, `host:port`, `[ipv6]`, `[ipv6]:port`.
+/// Parses `host`, `host:port`, `[ipv6]` or `[ipv6]:port`.
 pub(super) fn address(text: &str, default_port: u16) -> Result<Address> {
     let malformed = || invalid("a malformed address".into());
     let (host, port) = match text.strip_prefix('[') {
@@ -324,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_url_is_read() {
+    fn every_kind_of_url_is_parsed() {
         let read = |url: &str| Config::from_url(url).unwrap();
         assert_eq!(read("redis://h").layout, Layout::Single(tcp("h", 6379)));
         let full = read("rediss://us%40er:p%3A@h:7/3?prefix=a:b&min_replicas=2");
@@ -343,8 +347,8 @@ mod tests {
     }
 
     #[test]
-    fn passwords_in_the_clear_are_noticed() {
-        let told = |url: &str| {
+    fn unencrypted_passwords_are_noticed() {
+        let insecure_address = |url: &str| {
             let config = Config::from_url(url).unwrap();
             let servers = match &config.layout {
                 Layout::Single(address) => vec![address.clone()],
@@ -353,11 +357,11 @@ mod tests {
             };
             config.sends_password_to(&servers).map(ToString::to_string)
         };
-        assert_eq!(told("redis://:secret@10.0.0.1:7").as_deref(), Some("10.0.0.1:7"));
-        assert_eq!(told("redis://user:secret@db.example").as_deref(), Some("db.example:6379"));
-        assert_eq!(told("redis+cluster://:secret@127.0.0.1,10.0.0.2").as_deref(), Some("10.0.0.2:6379"));
-        assert_eq!(told("redis+sentinel://:secret@127.0.0.1/main").as_deref(), Some("10.0.0.9:1"));
-        assert_eq!(told("redis+sentinel://h/main?sentinel_password=secret").as_deref(), Some("h:26379"));
+        assert_eq!(insecure_address("redis://:secret@10.0.0.1:7").as_deref(), Some("10.0.0.1:7"));
+        assert_eq!(insecure_address("redis://user:secret@db.example").as_deref(), Some("db.example:6379"));
+        assert_eq!(insecure_address("redis+cluster://:secret@127.0.0.1,10.0.0.2").as_deref(), Some("10.0.0.2:6379"));
+        assert_eq!(insecure_address("redis+sentinel://:secret@127.0.0.1/main").as_deref(), Some("10.0.0.9:1"));
+        assert_eq!(insecure_address("redis+sentinel://h/main?sentinel_password=secret").as_deref(), Some("h:26379"));
         for url in [
             "redis://10.0.0.1",
             "rediss://:secret@10.0.0.1",
@@ -368,31 +372,31 @@ mod tests {
             "redis://:secret@[::ffff:127.0.0.1]",
             "redis+sentinel://10.0.0.1/main",
         ] {
-            assert_eq!(told(url), None, "{url}");
+            assert_eq!(insecure_address(url), None, "{url}");
         }
     }
 
     #[test]
-    fn what_is_wrong_is_said_without_the_password() {
+    fn url_errors_hide_the_password() {
         for (url, says) in [
             ("redis:h", "`://`"),
             ("redis://", "a host is missing"),
             ("redis://u:secret@a,b", "one host"),
             ("redis://u:secret@h/x", "the database must be a whole number"),
-            ("redis://u:secret@h?ttl=1", "there is no option `ttl`"),
-            ("redis://u:secret@h?prefix={", "`prefix` has 1 to 64"),
+            ("redis://u:secret@h?ttl=1", "unknown option `ttl`"),
+            ("redis://u:secret@h?prefix={", "`prefix` must have 1 to 64"),
             ("redis://u:secret%@h", "two hexadecimal digits"),
-            ("redis+sentinel://u:secret@h", "comes the service"),
+            ("redis+sentinel://u:secret@h", "the service is missing"),
             ("redis+cluster://u:secret@h/1", "no databases"),
             ("redis+unix://u:secret@h/x", "redis+unix:///path"),
-            ("redis+other://u:secret@h", "no such scheme"),
-            ("redis://u:1?secret@h", "written as %XX"),
-            ("redis://u:p@127.0.0.1?secret@h:7840", "written as %XX"),
-            ("redis://u:p@h?SECRETsecret=1", "written as %XX"),
-            ("redis+sentinel://u:1/secret@h", "written as %XX"),
-            ("redis+sentinel://h/s?sentinel_password=p@secret", "written as %XX"),
-            ("redis://u:secret@::1", "an IPv6 address is written in [brackets]"),
-            ("redis+cluster://h,::1:7000", "an IPv6 address is written in [brackets]"),
+            ("redis+other://u:secret@h", "unknown scheme"),
+            ("redis://u:1?secret@h", "as %XX"),
+            ("redis://u:p@127.0.0.1?secret@h:7840", "as %XX"),
+            ("redis://u:p@h?SECRETsecret=1", "as %XX"),
+            ("redis+sentinel://u:1/secret@h", "as %XX"),
+            ("redis+sentinel://h/s?sentinel_password=p@secret", "as %XX"),
+            ("redis://u:secret@::1", "write an IPv6 address in [brackets]"),
+            ("redis+cluster://h,::1:7000", "write an IPv6 address in [brackets]"),
             ("redis://u:secret@h?prefix=a&prefix=b", "`prefix` is given twice"),
             ("redis+sentinel://h/s?sentinel_user=a&min_replicas=1&sentinel_user=a", "`sentinel_user` is given twice"),
         ] {

@@ -1,11 +1,12 @@
-//! Connections: one for each runtime and server, made when needed, made anew after a fault.
+//! Manages connections: one for each runtime and server, made when needed and again after a fault.
 //!
-//! A connection is driven by a task, and a task belongs to a runtime. A step that runs in the user's runtime uses a
-//! connection there, because a hop to another thread costs as much as the step; the keeper has its own, which no traffic
-//! of the user's delays. Where there is no runtime, or one that cannot do I/O, the keeper's is used.
+//! A task drives each connection, and a task belongs to a runtime. A call from the user's runtime uses a connection of
+//! that runtime, because a hop to another thread costs as much as the call itself. The keeper has connections of its
+//! own, which the user's traffic cannot delay. A call without a runtime, or from a runtime that cannot do I/O, uses the
+//! keeper's connections.
 //!
-//! The client never repeats a request (rule 7 of the store trait). What was refused with `MOVED` or `ASK` was not done,
-//! and is sent to where it belongs.
+//! The client never repeats a request (rule 7 of the store trait). The exception does no harm: a server that answers
+//! `MOVED` or `ASK` did nothing, and the request is sent on to the named server.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,30 +19,32 @@ use super::batch::Batch;
 use super::cluster::{SlotMap, is_recent, redirected, slot_of};
 use super::config::{Address, Config, Layout};
 use super::error::{Verdict, error, from_answer, while_connecting};
-use super::node::{CONNECT_WITHIN, Link, Node, SUSPECT_AFTER, Suspicion, connect_to_any, in_task, too_slow, within};
+use super::node::{
+    AnswerGuard, CONNECT_TIMEOUT, Link, Node, SUSPECT_AFTER, connect_to_any, in_task, timeout_error, within,
+};
 use super::reply::malformed;
 use super::scripts::Script;
 use super::sentinel::Group;
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
 
-/// The most redirections that one request follows.
-const MOST_REDIRECTIONS: u32 = 5;
+/// Maximum number of redirections that one request follows.
+const MAX_REDIRECTIONS: u32 = 5;
 
-/// All connections of a store.
+/// Owns all connections of a store, and chooses the server for each request.
 #[derive(Debug)]
-pub(super) struct Links {
+pub(super) struct ConnectionManager {
     pub(super) config: Config,
     topology: Topology,
-    /// One for each runtime; few, and looked for with every step.
-    locals: Mutex<Vec<(Id, Arc<Local>)>>,
+    /// One entry for each runtime. There are few, and every call searches them.
+    runtimes: Mutex<Vec<(Id, Arc<RuntimeConnections>)>>,
     saw_primary: AtomicBool,
-    /// A server did not say whether it is a primary.
+    /// Whether a server did not report whether it is a primary.
     hides_role: AtomicBool,
     pub(super) clock: Clock,
 }
 
-/// Which server to ask.
+/// How the server for a request is found.
 #[derive(Debug)]
 enum Topology {
     Single(Address),
@@ -51,40 +54,40 @@ enum Topology {
 
 /// The connections of one runtime.
 #[derive(Debug)]
-pub(super) struct Local {
+pub(super) struct RuntimeConnections {
     pub(super) runtime: Handle,
     pub(super) batch: Batch,
-    /// One for each server; few.
+    /// One entry for each server; there are few.
     nodes: Mutex<Vec<Arc<Node>>>,
-    /// Finished when the runtime is gone.
-    sign_of_life: tokio::task::JoinHandle<()>,
-    /// The runtime cannot do I/O.
-    pub(super) is_unusable: AtomicBool,
-    /// A session was opened in it: it is there as long as that.
-    is_home: AtomicBool,
+    /// Finishes when the runtime is gone.
+    liveness_task: tokio::task::JoinHandle<()>,
+    /// Whether the runtime cannot do I/O.
+    pub(super) lacks_io: AtomicBool,
+    /// Whether a keeper opened a session in this runtime, which therefore lives as long as that session.
+    is_keepers: AtomicBool,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The connection that an answer came over: what is asked there next reaches the same server, and after it.
+/// The connection that carried a request. A later request over it reaches the same server, after the earlier one.
 #[derive(Debug)]
-pub(super) struct Way {
+pub(super) struct Dispatch {
     node: Arc<Node>,
     link: Link,
 }
 
-/// Where a request is to go.
+/// Selects the server that gets a request.
 #[derive(Clone, Debug)]
 pub(super) enum Target {
-    /// To the server that has this slot. Where there is no cluster, one has them all.
+    /// The server that has this slot. Without a cluster, one server has all slots.
     Slot(u16),
-    /// To this server.
+    /// This server.
     Server(Address),
 }
 
-impl Links {
+impl ConnectionManager {
     pub(super) fn new(config: Config) -> Self {
         let topology = match &config.layout {
             Layout::Single(address) => Topology::Single(address.clone()),
@@ -96,14 +99,14 @@ impl Links {
         Self {
             config,
             topology,
-            locals: Mutex::default(),
+            runtimes: Mutex::default(),
             saw_primary: AtomicBool::new(false),
             hides_role: AtomicBool::new(false),
             clock: Clock::system(),
         }
     }
 
-    /// Where a key of this name is.
+    /// Returns the target for a Redis key of this name.
     pub(super) fn target(&self, name: &str) -> Target {
         Target::Slot(if self.is_cluster() { slot_of(name) } else { 0 })
     }
@@ -112,7 +115,7 @@ impl Links {
         self.slots().is_some()
     }
 
-    /// The map of slots, in a cluster.
+    /// Returns the slot map in a cluster.
     pub(super) fn slots(&self) -> Option<&SlotMap> {
         match &self.topology {
             Topology::Cluster(slots) => Some(slots),
@@ -120,28 +123,28 @@ impl Links {
         }
     }
 
-    /// The current runtime is a keeper's: it does the work of those who have none.
-    pub(super) fn settle_here(&self) {
+    /// Marks the current runtime as a keeper's: it serves callers without a runtime of their own.
+    pub(super) fn mark_keeper_runtime(&self) {
         if let Some(local) = self.local() {
-            local.is_home.store(true, Ordering::Relaxed);
+            local.is_keepers.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Runs a script: by its hash, and by its text if the server does not know it.
+    /// Runs a script by its hash, or by its text if the server does not have it.
     pub(super) async fn run(self: &Arc<Self>, target: Target, script: &'static Script, command: Cmd) -> Result<Value> {
         self.run_from(self.local().as_deref(), &target, script, &command).await.map(|(answer, _)| answer)
     }
 
-    /// The same from the runtime that this runs in, with the connections there; tells the way that it went.
+    /// Runs a script over these connections, and also returns the connection that carried the request.
     pub(super) async fn run_from(
         self: &Arc<Self>,
-        local: Option<&Local>,
+        local: Option<&RuntimeConnections>,
         target: &Target,
         script: &'static Script,
         command: &Cmd,
-    ) -> Result<(Value, Way)> {
+    ) -> Result<(Value, Dispatch)> {
         let answer = match self.send(local, target, command).await {
-            // Boxed, as all is here that is rare: what is done for each step stays small.
+            // Rare paths are boxed, so that the future of the usual call stays small.
             Err(Failure { is_unknown_script: true, .. }) => {
                 Box::pin(async { self.send(local, target, &script.by_text(command)).await }).await
             }
@@ -150,141 +153,146 @@ impl Links {
         answer.map_err(|failure| failure.error)
     }
 
-    /// Sends a command that is no script.
-    pub(super) async fn ask(self: &Arc<Self>, target: Target, command: &Cmd) -> Result<Value> {
+    /// Sends a plain command.
+    pub(super) async fn query(self: &Arc<Self>, target: Target, command: &Cmd) -> Result<Value> {
         let answer = self.send(self.local().as_deref(), &target, command).await;
         answer.map(|(answer, _)| answer).map_err(|failure| failure.error)
     }
 
-    /// Sends a command over the very connection that an answer came over, or not at all.
-    pub(super) async fn ask_there(&self, way: Way, command: &Cmd) -> Result<Value> {
-        let Way { node, mut link } = way;
-        let suspicion = Suspicion::new(&node, &link, &self.clock);
+    /// Sends a command over the same connection as an earlier request, or not at all.
+    pub(super) async fn query_over(&self, dispatch: Dispatch, command: &Cmd) -> Result<Value> {
+        let Dispatch { node, mut link } = dispatch;
+        let answer_guard = AnswerGuard::new(&node, &link, &self.clock);
         let answer: Result<Value, RedisError> = command.query_async(&mut link.connection).await;
-        suspicion.answered();
-        answer.map_err(|fault| self.fault(&node, link.generation, &fault))
+        answer_guard.answered();
+        answer.map_err(|fault| self.handle_fault(&node, link.generation, &fault))
     }
 
-    /// `local`: the connections of the runtime that this runs in; none: those of the keeper are used.
+    /// Sends over the current runtime's connections (`local`), or over the keeper's if there are none.
     async fn send(
         self: &Arc<Self>,
-        local: Option<&Local>,
+        local: Option<&RuntimeConnections>,
         target: &Target,
         command: &Cmd,
-    ) -> Result<(Value, Way), Failure> {
+    ) -> Result<(Value, Dispatch), Failure> {
         if let Some(local) = local {
             return self.send_from(local, target, command).await;
         }
         let (target, command) = (target.clone(), command.clone());
-        self.at_home(move |links, local| async move { links.send_from(&local, &target, &command).await }).await
+        self.in_keeper_runtime(move |manager, local| async move { manager.send_from(&local, &target, &command).await })
+            .await
     }
 
-    /// Sends commands to this server in one piece and returns their answers, of which each may be an error of the server.
-    pub(super) async fn ask_all(self: &Arc<Self>, address: &Address, commands: Pipeline) -> Result<Vec<Value>> {
+    /// Sends commands to this server in one piece and returns their answers, each of which may be an error of the
+    /// server.
+    pub(super) async fn query_all(self: &Arc<Self>, address: &Address, commands: Pipeline) -> Result<Vec<Value>> {
         if let Some(local) = self.local() {
-            return self.ask_all_from(&local, address, commands).await;
+            return self.query_all_from(&local, address, commands).await;
         }
         let address = address.clone();
-        self.at_home(move |links, local| async move { links.ask_all_from(&local, &address, commands).await }).await
+        self.in_keeper_runtime(
+            move |manager, local| async move { manager.query_all_from(&local, &address, commands).await },
+        )
+        .await
     }
 
-    async fn ask_all_from(
+    async fn query_all_from(
         self: &Arc<Self>,
-        local: &Local,
+        local: &RuntimeConnections,
         address: &Address,
         mut commands: Pipeline,
     ) -> Result<Vec<Value>> {
         commands.ignore_errors();
         let node = local.node(address);
-        let mut link = node.link(self, local).await.inspect_err(|_| self.forget(address))?;
-        let suspicion = Suspicion::new(&node, &link, &self.clock);
+        let mut link = node.link(self, local).await.inspect_err(|_| self.report_unavailable(address))?;
+        let answer_guard = AnswerGuard::new(&node, &link, &self.clock);
         let answers: Result<Value, RedisError> = commands.query_async(&mut link.connection).await;
-        suspicion.answered();
+        answer_guard.answered();
         match answers {
             Ok(Value::Array(answers)) => Ok(answers),
             Ok(_) => Err(malformed()),
-            Err(fault) => Err(self.fault(&node, link.generation, &fault)),
+            Err(fault) => Err(self.handle_fault(&node, link.generation, &fault)),
         }
     }
 
-    /// Does this in the keeper's runtime, with the connections there.
-    async fn at_home<T, E, F>(
+    /// Runs work in the keeper's runtime, with the connections there.
+    async fn in_keeper_runtime<T, E, F>(
         self: &Arc<Self>,
-        work: impl FnOnce(Arc<Self>, Arc<Local>) -> F + Send + 'static,
+        work: impl FnOnce(Arc<Self>, Arc<RuntimeConnections>) -> F + Send + 'static,
     ) -> Result<T, E>
     where
         T: Send + 'static,
         E: From<Error> + Send + 'static,
         F: Future<Output = Result<T, E>> + Send,
     {
-        let Some(home) = self.locals().into_iter().find(|local| local.is_home.load(Ordering::Relaxed)) else {
-            let message = "no runtime to do I/O in; open a handle of the library, which brings one";
+        let Some(keeper) = self.runtimes().into_iter().find(|local| local.is_keepers.load(Ordering::Relaxed)) else {
+            let message = "no runtime can do I/O here; open a handle of the library, which brings one";
             return Err(error(ErrorKind::Unsupported, message).into());
         };
-        let links = self.clone();
-        let task = home.runtime.spawn(async move {
+        let manager = self.clone();
+        let task = keeper.runtime.spawn(async move {
             let local =
-                links.local().ok_or_else(|| error(ErrorKind::Internal, "the keeper's runtime cannot do I/O"))?;
-            work(links, local).await
+                manager.local().ok_or_else(|| error(ErrorKind::Internal, "the keeper's runtime cannot do I/O"))?;
+            work(manager, local).await
         });
         task.await.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the keeper has ended").in_doubt(true).into()))
     }
 
-    /// The connections of the runtime that this runs in, if it can have some.
-    pub(super) fn local(&self) -> Option<Arc<Local>> {
+    /// Returns the connections of the current runtime, unless there is none or it cannot do I/O.
+    pub(super) fn local(&self) -> Option<Arc<RuntimeConnections>> {
         let runtime = Handle::try_current().ok()?;
         let id = runtime.id();
-        let mut locals = lock(&self.locals);
-        let known = locals.iter().find(|(runtime, _)| *runtime == id).map(|(_, local)| local.clone());
-        let local = known.unwrap_or_else(|| {
-            locals.retain(|(_, local)| !local.has_ended());
-            let local = Arc::new(Local {
+        let mut runtimes = lock(&self.runtimes);
+        let existing = runtimes.iter().find(|(runtime, _)| *runtime == id).map(|(_, local)| local.clone());
+        let local = existing.unwrap_or_else(|| {
+            runtimes.retain(|(_, local)| !local.has_ended());
+            let local = Arc::new(RuntimeConnections {
                 runtime,
                 batch: Batch::default(),
                 nodes: Mutex::default(),
-                sign_of_life: tokio::spawn(std::future::pending()),
-                is_unusable: AtomicBool::new(false),
-                is_home: AtomicBool::new(false),
+                liveness_task: tokio::spawn(std::future::pending()),
+                lacks_io: AtomicBool::new(false),
+                is_keepers: AtomicBool::new(false),
             });
-            locals.push((id, local.clone()));
+            runtimes.push((id, local.clone()));
             local
         });
-        (!local.is_unusable.load(Ordering::Relaxed)).then_some(local)
+        (!local.lacks_io.load(Ordering::Relaxed)).then_some(local)
     }
 
     async fn send_from(
         self: &Arc<Self>,
-        local: &Local,
+        local: &RuntimeConnections,
         target: &Target,
         command: &Cmd,
-    ) -> Result<(Value, Way), Failure> {
+    ) -> Result<(Value, Dispatch), Failure> {
         let mut address = match target {
             Target::Server(address) => address.clone(),
-            Target::Slot(slot) => match self.known_route(*slot) {
-                Some(known) => known,
+            Target::Slot(slot) => match self.cached_route(*slot) {
+                Some(existing) => existing,
                 None => Box::pin(self.route(local, *slot)).await?,
             },
         };
         let mut asking = false;
-        for _ in 0..MOST_REDIRECTIONS {
+        for _ in 0..MAX_REDIRECTIONS {
             let node = local.node(&address);
             let mut link = match node.link(self, local).await {
                 Ok(link) => link,
                 Err(error) => {
-                    // Perhaps another server has taken its place.
-                    self.forget(&address);
+                    // Another server may have taken its place.
+                    self.report_unavailable(&address);
                     return Err(error.into());
                 }
             };
-            let suspicion = Suspicion::new(&node, &link, &self.clock);
+            let answer_guard = AnswerGuard::new(&node, &link, &self.clock);
             let answer: Result<Value, RedisError> = if asking {
-                Box::pin(query_asking(&mut link.connection, command)).await
+                Box::pin(query_after_asking(&mut link.connection, command)).await
             } else {
                 command.query_async(&mut link.connection).await
             };
-            suspicion.answered();
+            answer_guard.answered();
             let fault = match answer {
-                Ok(value) => return Ok((value, Way { node, link })),
+                Ok(value) => return Ok((value, Dispatch { node, link })),
                 Err(fault) => fault,
             };
             if let (Topology::Cluster(slots), Some((to, slot))) = (&self.topology, fault.redirect_node()) {
@@ -300,30 +308,30 @@ impl Links {
                 let (error, _) = from_answer(&address, &fault);
                 return Err(Failure { error, is_unknown_script: true });
             }
-            return Err(self.fault(&node, link.generation, &fault).into());
+            return Err(self.handle_fault(&node, link.generation, &fault).into());
         }
-        Err(error(ErrorKind::Unavailable, "the cluster sends the request from node to node").into())
+        Err(error(ErrorKind::Unavailable, "the cluster redirected the request too often").into())
     }
 
-    /// The error of a request that failed, and what follows from it for those that come next.
-    fn fault(&self, node: &Node, generation: u64, fault: &RedisError) -> Error {
+    /// Converts the fault of a request, and updates the state that later requests depend on.
+    fn handle_fault(&self, node: &Node, generation: u64, fault: &RedisError) -> Error {
         let (error, verdict) = from_answer(&node.address, fault);
         match verdict {
             Verdict::Refused => {
                 if let (Some(slots), Some("CLUSTERDOWN")) = (self.slots(), fault.code()) {
-                    slots.down(&node.address);
+                    slots.mark_cluster_down(&node.address);
                 }
             }
-            Verdict::NotHere | Verdict::Broken => {
-                node.lost(generation);
-                self.forget(&node.address);
+            Verdict::NotPrimary | Verdict::Broken => {
+                node.discard(generation);
+                self.report_unavailable(&node.address);
             }
         }
         error
     }
 
-    /// The server for a slot, if it is known.
-    pub(super) fn known_route(&self, slot: u16) -> Option<Address> {
+    /// Returns the cached server for a slot.
+    pub(super) fn cached_route(&self, slot: u16) -> Option<Address> {
         match &self.topology {
             Topology::Single(address) => Some(address.clone()),
             Topology::Sentinel(group) => group.primary(),
@@ -331,22 +339,22 @@ impl Links {
         }
     }
 
-    /// The server for a slot.
-    async fn route(self: &Arc<Self>, local: &Local, slot: u16) -> Result<Address> {
-        if let Some(known) = self.known_route(slot) {
-            return Ok(known);
+    /// Returns the server for a slot, and finds it if it is not cached.
+    async fn route(self: &Arc<Self>, local: &RuntimeConnections, slot: u16) -> Result<Address> {
+        if let Some(existing) = self.cached_route(slot) {
+            return Ok(existing);
         }
         match &self.topology {
             Topology::Single(address) => Ok(address.clone()),
             Topology::Sentinel(group) => group.find(&self.config, local, &self.clock).await,
             Topology::Cluster(slots) => {
                 self.learn_slots(local, slots).await?;
-                slots.server(slot).ok_or_else(|| slots.misses(slot))
+                slots.server(slot).ok_or_else(|| slots.uncovered_slot(slot))
             }
         }
     }
 
-    /// All servers that keep locks.
+    /// Returns all servers that store locks.
     pub(super) async fn servers(self: &Arc<Self>) -> Result<Vec<Address>> {
         match (&self.topology, self.local()) {
             (Topology::Cluster(slots), Some(local)) => {
@@ -360,16 +368,16 @@ impl Links {
         }
     }
 
-    /// Another server may do now what this one did.
-    pub(super) fn forget(&self, address: &Address) {
+    /// Notes that this server is unavailable, so that the next request looks for another one.
+    pub(super) fn report_unavailable(&self, address: &Address) {
         match &self.topology {
             Topology::Single(_) => {}
-            Topology::Sentinel(group) => group.lost(address),
-            Topology::Cluster(slots) => slots.lost(address),
+            Topology::Sentinel(group) => group.mark_unavailable(address),
+            Topology::Cluster(slots) => slots.mark_unavailable(address),
         }
     }
 
-    pub(super) async fn learn_slots(&self, local: &Local, slots: &SlotMap) -> Result<()> {
+    pub(super) async fn learn_slots(&self, local: &RuntimeConnections, slots: &SlotMap) -> Result<()> {
         let mut failed = slots.learning.lock().await;
         let now = self.clock.now();
         if slots.is_fresh(now) {
@@ -381,16 +389,16 @@ impl Links {
             return Err(error(*kind, message.clone()));
         }
         let mut last = None;
-        for address in slots.known() {
-            // Before it is asked: whoever waits for a silent one may give up first.
-            slots.ask_last(&address);
-            match self.ask_for_slots(local, &address).await {
+        for address in slots.nodes_to_query() {
+            // Before the query, because the caller may give up while it waits for an unresponsive node.
+            slots.query_last(&address);
+            match self.query_slots(local, &address).await {
                 Ok(answer) if slots.learned(&answer, &address, self.clock.now()) => {
                     *failed = None;
                     return Ok(());
                 }
                 Ok(_) => {
-                    let message = format!("{address} knows no servers of a cluster");
+                    let message = format!("{address} names no servers of a cluster");
                     last = Some(error(ErrorKind::Unavailable, message));
                 }
                 Err(error) => last = Some(error),
@@ -401,31 +409,31 @@ impl Links {
         Err(last.in_doubt(false))
     }
 
-    /// The answer of one node to the question for the map. A replica knows it too, and only who keeps locks is asked for
-    /// its role: where there is no connection of that kind, one is made that serves for nothing else.
-    async fn ask_for_slots(&self, local: &Local, address: &Address) -> Result<Value> {
+    /// Queries one node for the slot map. A replica has the map too, but only a primary passes the role check of an
+    /// ordinary connection. If there is no such connection, this makes one for this query alone.
+    async fn query_slots(&self, local: &RuntimeConnections, address: &Address) -> Result<Value> {
         let mut command = redis::cmd("CLUSTER");
         command.arg("SLOTS");
-        if let Some(Way { node, mut link }) = local.way_to(address) {
-            // Others wait for the map too: a silent node must not keep them.
+        if let Some(Dispatch { node, mut link }) = local.open_connection(address) {
+            // Other callers wait for the map too, so an unresponsive node must not delay them.
             let answer = within(SUSPECT_AFTER, command.query_async(&mut link.connection)).await;
-            return answer.unwrap_or_else(|| Err(too_slow(SUSPECT_AFTER))).map_err(|fault| {
-                node.lost(link.generation);
+            return answer.unwrap_or_else(|| Err(timeout_error(SUSPECT_AFTER))).map_err(|fault| {
+                node.discard(link.generation);
                 from_answer(address, &fault).0
             });
         }
         let client = self.config.server(address)?;
-        let asked = async move {
+        let query = async move {
             let mut connection = connect_to_any(&client).await?;
             command.query_async(&mut connection).await
         };
-        let answer = in_task(local, within(CONNECT_WITHIN, asked)).await?;
-        let answer = answer.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN)));
+        let answer = in_task(local, within(CONNECT_TIMEOUT, query)).await?;
+        let answer = answer.unwrap_or_else(|| Err(timeout_error(CONNECT_TIMEOUT)));
         answer.map_err(|fault| while_connecting(address, &fault))
     }
 
-    /// Whether locks can be kept in a server that says this of its role, or nothing.
-    pub(super) fn accepts(&self, address: &Address, role: Option<&str>) -> Result<()> {
+    /// Checks that a server with this role can store locks; `None` means that the server did not report one.
+    pub(super) fn check_role(&self, address: &Address, role: Option<&str>) -> Result<()> {
         match role {
             None => {
                 self.hides_role.store(true, Ordering::Relaxed);
@@ -439,7 +447,7 @@ impl Links {
                 ErrorKind::Misconfigured,
                 format!("{address} is an active replica: two servers would grant the same key; use one primary"),
             )),
-            // At first that is a mistake; later it is a failover that has not reached the name yet.
+            // At the start this is a mistake in the URL; later it is a failover that DNS does not reflect yet.
             _ if matches!(self.topology, Topology::Single(_)) && !self.saw_primary.load(Ordering::Relaxed) => {
                 Err(error(
                     ErrorKind::Misconfigured,
@@ -450,12 +458,12 @@ impl Links {
         }
     }
 
-    /// Whether a server did not say what it is.
+    /// Returns whether a server did not report its role.
     pub(super) fn hides_role(&self) -> bool {
         self.hides_role.load(Ordering::Relaxed)
     }
 
-    /// A connection that does nothing but listen.
+    /// Opens a connection that only listens.
     pub(super) async fn listen(self: &Arc<Self>, channel: &str) -> Result<redis::aio::PubSub> {
         let local = self.local().ok_or_else(|| error(ErrorKind::Internal, "the keeper's runtime cannot do I/O"))?;
         let address = self.route(&local, slot_of(channel)).await?;
@@ -465,48 +473,49 @@ impl Links {
             pubsub.subscribe(channel).await?;
             Ok(pubsub)
         };
-        let connected = within(CONNECT_WITHIN, connected).await;
-        let pubsub = connected.unwrap_or_else(|| Err(too_slow(CONNECT_WITHIN))).map_err(|fault| {
+        let connected = within(CONNECT_TIMEOUT, connected).await;
+        let pubsub = connected.unwrap_or_else(|| Err(timeout_error(CONNECT_TIMEOUT))).map_err(|fault| {
             let error = while_connecting(&address, &fault);
-            // One that refuses the user, or is full, is there.
+            // A server that rejects the user or is full is still available.
             if error.kind() == ErrorKind::Unavailable {
-                self.forget(&address);
+                self.report_unavailable(&address);
             }
             error
         })?;
-        self.reached(&address);
+        self.report_reachable(&address);
         Ok(pubsub)
     }
 
-    /// This server is there: whoever wants to connect to it need not wait any longer.
-    pub(super) fn reached(&self, address: &Address) {
-        for local in self.locals() {
-            if let Some(node) = local.known_node(address) {
-                node.hurry();
+    /// Notes that this server is reachable, so that nobody waits any longer before connecting to it.
+    pub(super) fn report_reachable(&self, address: &Address) {
+        for local in self.runtimes() {
+            if let Some(node) = local.existing_node(address) {
+                node.allow_connect_now();
             }
         }
     }
 
-    /// Whether something of this process went to this server, also from a runtime that has ended: holds outlive it.
-    pub(super) fn uses(&self, address: &Address) -> bool {
-        lock(&self.locals).iter().any(|(_, local)| local.known_node(address).is_some())
+    /// Returns whether this process ever used this server, also from a runtime that has ended, because holds outlive
+    /// it.
+    pub(super) fn has_used(&self, address: &Address) -> bool {
+        lock(&self.runtimes).iter().any(|(_, local)| local.existing_node(address).is_some())
     }
 
-    /// The connections to this server that there are, from every runtime.
-    pub(super) fn ways_to(&self, address: &Address) -> Vec<Way> {
-        self.locals().iter().filter_map(|local| local.way_to(address)).collect()
+    /// Returns the open connections to this server, from every runtime.
+    pub(super) fn open_connections(&self, address: &Address) -> Vec<Dispatch> {
+        self.runtimes().iter().filter_map(|local| local.open_connection(address)).collect()
     }
 
-    /// Those whose runtime lives.
-    fn locals(&self) -> Vec<Arc<Local>> {
-        let locals = lock(&self.locals);
-        locals.iter().map(|(_, local)| local).filter(|local| !local.has_ended()).cloned().collect()
+    /// Returns the connections of the runtimes that still exist.
+    fn runtimes(&self) -> Vec<Arc<RuntimeConnections>> {
+        let runtimes = lock(&self.runtimes);
+        runtimes.iter().map(|(_, local)| local).filter(|local| !local.has_ended()).cloned().collect()
     }
 }
 
-/// Asks a server for something in a slot that is being moved to it. What it refuses is told as it is of a single command:
-/// the errors of a pipeline are less than that.
-async fn query_asking(connection: &mut MultiplexedConnection, command: &Cmd) -> Result<Value, RedisError> {
+/// Sends a command for a slot that is being moved to this server. A rejection is returned as for a single command,
+/// because the errors of a pipeline carry less detail.
+async fn query_after_asking(connection: &mut MultiplexedConnection, command: &Cmd) -> Result<Value, RedisError> {
     let mut both = redis::pipe();
     both.ignore_errors().cmd("ASKING").add_command(command.clone());
     let answers: Value = both.query_async(connection).await?;
@@ -516,7 +525,7 @@ async fn query_asking(connection: &mut MultiplexedConnection, command: &Cmd) -> 
     }
 }
 
-/// A request that failed.
+/// The failure of a request.
 pub(super) struct Failure {
     error: Error,
     is_unknown_script: bool,
@@ -528,15 +537,15 @@ impl From<Error> for Failure {
     }
 }
 
-impl Drop for Local {
+impl Drop for RuntimeConnections {
     fn drop(&mut self) {
-        self.sign_of_life.abort();
+        self.liveness_task.abort();
     }
 }
 
-impl Local {
+impl RuntimeConnections {
     fn has_ended(&self) -> bool {
-        self.sign_of_life.is_finished()
+        self.liveness_task.is_finished()
     }
 
     pub(super) fn node(&self, address: &Address) -> Arc<Node> {
@@ -549,15 +558,15 @@ impl Local {
         node
     }
 
-    /// The connection to this server that there is.
-    fn way_to(&self, address: &Address) -> Option<Way> {
-        let node = self.known_node(address)?;
+    /// Returns the open connection to this server.
+    fn open_connection(&self, address: &Address) -> Option<Dispatch> {
+        let node = self.existing_node(address)?;
         let link = node.up()?;
-        Some(Way { node, link })
+        Some(Dispatch { node, link })
     }
 
-    /// What there is of this server.
-    fn known_node(&self, address: &Address) -> Option<Arc<Node>> {
+    /// Returns the state of this server if this runtime has used it.
+    fn existing_node(&self, address: &Address) -> Option<Arc<Node>> {
         lock(&self.nodes).iter().find(|node| node.address == *address).cloned()
     }
 }
@@ -567,28 +576,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn in_a_cluster_a_key_is_asked_for_where_its_slot_is() {
-        // A redirection would hide a wrong slot, and cost a round trip with each step.
-        let target = |url, name| Links::new(Config::from_url(url).unwrap()).target(name);
+    fn target_is_the_slot_of_the_key() {
+        // A redirection would hide a wrong slot, and cost a round trip with every call.
+        let target = |url, name| ConnectionManager::new(Config::from_url(url).unwrap()).target(name);
         for name in ["stanchion:{:a}", "stanchion:{:b}:queue", "stanchion:session:{0}"] {
             assert!(matches!(target("redis+cluster://one,two", name), Target::Slot(slot) if slot == slot_of(name)));
         }
         assert!(matches!(target("redis://one", "stanchion:{:a}"), Target::Slot(0)));
     }
 
-    /// Its connections ended with it: looked at, they would tell that the servers are lost.
+    /// The runtime's connections ended with it. If they were probed, the servers would look unavailable.
     #[test]
-    fn a_runtime_that_has_ended_is_not_looked_at() {
+    fn ended_runtimes_are_not_probed() {
         let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let links = Links::new(Config::from_url("redis+cluster://one").unwrap());
+        let manager = ConnectionManager::new(Config::from_url("redis+cluster://one").unwrap());
         let (first, second) = (runtime(), runtime());
-        let ids = [&first, &second].map(|runtime| runtime.block_on(async { links.local().unwrap().runtime.id() }));
-        let living = || -> Vec<_> { links.locals().iter().map(|local| local.runtime.id()).collect() };
+        let ids = [&first, &second].map(|runtime| runtime.block_on(async { manager.local().unwrap().runtime.id() }));
+        let living = || -> Vec<_> { manager.runtimes().iter().map(|local| local.runtime.id()).collect() };
         assert_eq!(living(), ids);
         let server = super::super::config::address("one", 1).unwrap();
-        lock(&links.locals)[0].1.node(&server);
+        lock(&manager.runtimes)[0].1.node(&server);
         drop(first);
         assert_eq!(living(), ids[1..]);
-        assert!(links.uses(&server), "holds outlive it");
+        assert!(manager.has_used(&server), "holds outlive it");
     }
 }

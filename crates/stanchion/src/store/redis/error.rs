@@ -1,66 +1,66 @@
-//! What servers and the client report, as errors of stanchion.
+//! Converts faults of servers and of the client to stanchion's errors.
 
 use redis::{RedisError, ServerErrorKind};
 
 use super::config::Address;
 use crate::error::{Error, ErrorKind};
 
-/// The store's name in errors and events.
+/// Name of the store in errors and events.
 pub(super) const NAME: &str = "redis";
 
-/// A message and its kind.
+/// Returns an error of this store.
 pub(super) fn error(kind: ErrorKind, message: impl Into<String>) -> Error {
     Error::new(kind, message).with_store(NAME)
 }
 
-/// What a server's answer says about the connection and the request.
+/// Consequence of a server's answer for the connection and the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// The server refused, and did nothing. The connection is good.
+    /// The server rejected the request and did nothing. The connection is still good.
     Refused,
-    /// The server refused, and another one is to be asked from now on.
-    NotHere,
-    /// The connection is gone, and nobody knows what became of the request.
+    /// The server rejected the request because it is not the primary, so another server gets the next one.
+    NotPrimary,
+    /// The connection is gone, and the outcome of the request is unknown.
     Broken,
 }
 
-/// A fault while a connection was being made: nothing was sent yet.
+/// Converts a fault of an attempt to connect, when no request was sent yet.
 pub(super) fn while_connecting(address: &Address, fault: &RedisError) -> Error {
     let (kind, what) = match kind_of(fault) {
         (ErrorKind::NetworkTimeout, what) => (ErrorKind::Unavailable, what),
-        // Why a server closes what was just opened, it says before we ask: mostly nobody reads that.
+        // The server sends its reason before the first request, and mostly nobody reads it.
         (kind, what) if fault.is_connection_dropped() && !fault.is_connection_refusal() => {
-            (kind, format!("{what}; it closes new connections, perhaps it has too many clients (maxclients)"))
+            (kind, format!("{what}; it closes new connections, perhaps because it has too many clients (maxclients)"))
         }
         other => other,
     };
     error(kind, format!("cannot connect to {address}: {what}")).in_doubt(false).with_source(fault.clone())
 }
 
-/// A fault of the client itself: what it was told cannot be.
+/// Converts a fault of the client itself, which got an invalid argument.
 pub(super) fn from_client(fault: &RedisError) -> Error {
     error(ErrorKind::InvalidArgument, fault.to_string())
 }
 
-/// A fault of a request that was sent.
+/// Converts a fault of a request that was sent.
 pub(super) fn from_answer(address: &Address, fault: &RedisError) -> (Error, Verdict) {
     let (kind, what) = kind_of(fault);
     let verdict = match fault.code() {
         None => Verdict::Broken,
-        Some(_) if is_elsewhere(fault) => Verdict::NotHere,
+        Some(_) if is_not_primary(fault) => Verdict::NotPrimary,
         Some(_) => Verdict::Refused,
     };
     let error = error(kind, format!("{address}: {what}")).in_doubt(verdict == Verdict::Broken);
     (error.with_source(fault.clone()), verdict)
 }
 
-/// The server is no primary any more, or not yet.
-fn is_elsewhere(fault: &RedisError) -> bool {
+/// Returns whether the server is not the primary, or not yet.
+fn is_not_primary(fault: &RedisError) -> bool {
     text(fault).contains("READONLY") || matches!(fault.code(), Some("MASTERDOWN" | "UNBLOCKED"))
 }
 
-/// Whether the server answers, and does not do this command for us: it lacks the command, or the user lacks the right. A proxy
-/// and a managed service have words of their own for that, mostly behind `ERR`.
+/// Returns whether the server works but rejects this command: it lacks the command, or the user lacks the right.
+/// Proxies and managed services have texts of their own for that, mostly with the code `ERR`.
 pub(super) fn is_refused(fault: &RedisError) -> bool {
     let kinds = [ErrorKind::Unauthorized, ErrorKind::Unsupported, ErrorKind::Internal];
     matches!(fault.code(), Some("NOPERM" | "ERR"))
@@ -68,7 +68,7 @@ pub(super) fn is_refused(fault: &RedisError) -> bool {
         && !text(fault).contains("Authentication required")
 }
 
-/// The command that a refusal names: the first word in quotes.
+/// Returns the command that a rejection names: the first word in quotes.
 fn named_command(text: &str) -> Option<&str> {
     let (_, rest) = text.split_once(['\'', '`'])?;
     let (command, _) = rest.split_once(['\'', '`'])?;
@@ -76,13 +76,13 @@ fn named_command(text: &str) -> Option<&str> {
     (!command.is_empty() && command.chars().all(is_command)).then_some(command)
 }
 
-/// What to do where a command that this library cannot do without is refused.
+/// Returns advice for the case that the server rejects a command that the store needs.
 fn advice(kind: ErrorKind, text: &str) -> String {
     match (kind, named_command(text)) {
         (ErrorKind::Unauthorized, Some(command)) if text.contains("permissions to run") => {
             format!("; grant it: `ACL SETUSER <user> +{}`", command.to_lowercase())
         }
-        // Redis 7.0 does not say which one it was.
+        // Redis 7.0 does not name the command.
         (ErrorKind::Unauthorized, _) if text.contains("can't run this command") => {
             let list: Vec<_> = include_str!("access_list.txt").lines().skip(1).collect();
             format!("; grant it what its scripts use: `ACL SETUSER <user> {}`", list.join(" "))
@@ -92,12 +92,12 @@ fn advice(kind: ErrorKind, text: &str) -> String {
     }
 }
 
-/// Code and detail: before Redis 7 what fails in a script comes as `ERR`, with the real code inside.
+/// Returns code and detail. Before Redis 7 a fault in a script has the code `ERR`, with the real code in the text.
 fn text(fault: &RedisError) -> String {
     format!("{} {}", fault.code().unwrap_or_default(), fault.detail().unwrap_or_default())
 }
 
-/// How a script fails on a record that has not the form it expects.
+/// Messages with which a script fails on a record of an unexpected form.
 const DAMAGED: &[&str] = &[
     "Bad data format",
     "Missing bytes in input",
@@ -125,17 +125,17 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
         };
     }
     let text = text(fault);
-    // In the order in which they count where several are named. The client keeps no code of what refuses a database, only the
-    // words after it.
+    // The first match wins if the text names several codes. For a rejected database the client keeps no code but only
+    // the text.
     let table: &[(&[&str], ErrorKind, &str)] = &[
         (
             &["NOPERM", "can't run this command", "has no permissions"],
             ErrorKind::Unauthorized,
             "the user lacks a right; see the access list in the documentation of the store",
         ),
-        (&["NOAUTH", "Authentication required"], ErrorKind::Unauthorized, "the server wants a user or a password"),
+        (&["NOAUTH", "Authentication required"], ErrorKind::Unauthorized, "the server requires a user or a password"),
         (&["WRONGPASS", "invalid password"], ErrorKind::Unauthorized, "the server refused the user or the password"),
-        (&["OOM "], ErrorKind::Unavailable, "the server is out of memory (maxmemory) and takes no new holds"),
+        (&["OOM "], ErrorKind::Unavailable, "the server is out of memory (maxmemory) and accepts no new holds"),
         (&["READONLY"], ErrorKind::Unavailable, "the server is a replica now"),
         (&["LOADING"], ErrorKind::Unavailable, "the server is loading its data"),
         (&["MASTERDOWN"], ErrorKind::Unavailable, "the server has lost its primary"),
@@ -144,7 +144,7 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
         (&["BUSY "], ErrorKind::Unavailable, "the server is busy with a script"),
         (&["NOREPLICAS"], ErrorKind::Unavailable, "the server has too few replicas (min-replicas-to-write)"),
         (&["max number of clients"], ErrorKind::RateLimited, "the server has too many clients (maxclients)"),
-        (&["MISCONF"], ErrorKind::Misconfigured, "the server cannot save its data and takes no writes; see its log"),
+        (&["MISCONF"], ErrorKind::Misconfigured, "the server cannot save its data and accepts no writes; see its log"),
         (
             &["MOVED", "ASK ", "not allowed in cluster mode"],
             ErrorKind::Misconfigured,
@@ -153,24 +153,24 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
         (
             &["DB index is out of range"],
             ErrorKind::InvalidArgument,
-            "the server has no such database; it has those from 0 to one less than its setting `databases`",
+            "the server has no such database; the setting `databases` limits the number",
         ),
         (&["CROSSSLOT"], ErrorKind::Internal, "keys of one lock are in several slots"),
         (
             &["WRONGTYPE", "RECORD "],
             ErrorKind::Misconfigured,
-            "a key of ours was written by something else; use another `prefix`",
+            "a Redis key with our prefix was written by something else; use another `prefix`",
         ),
-        (DAMAGED, ErrorKind::Misconfigured, "a key of ours is damaged or was written by something else"),
+        (DAMAGED, ErrorKind::Misconfigured, "a Redis key with our prefix is damaged or was written by something else"),
         (
             &["FENCE "],
             ErrorKind::Misconfigured,
-            "the key has the highest fence there is: the server's clock was far ahead once",
+            "the key has reached the highest fence: the server's clock was once far ahead",
         ),
         (
             &["unknown command", "Unknown Redis command", "NOPROTO"],
             ErrorKind::Unsupported,
-            "the server or a proxy before it lacks a command; Redis 6.2 or later is needed",
+            "the server, or a proxy in front of it, lacks a command; Redis 6.2 or later is needed",
         ),
     ];
     for (marks, kind, what) in table {
@@ -185,7 +185,7 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
     (kind, text.trim().to_owned())
 }
 
-/// A certificate that is not trusted does not become so by trying again.
+/// Returns whether a certificate is not trusted, which no retry changes.
 fn is_untrusted(fault: &RedisError) -> bool {
     let text = fault.to_string().to_lowercase();
     text.contains("certificate") || text.contains("corrupt message") || text.contains("invalidcontenttype")
@@ -203,9 +203,9 @@ mod tests {
         (error.kind(), error.is_in_doubt(), verdict)
     }
 
-    /// Those that a server can be made to say are also provoked on a real one, in the test kit.
+    /// The test kit also provokes these faults on a real server, as far as a server can be made to report them.
     #[test]
-    fn what_a_server_says_has_its_kind() {
+    fn server_faults_have_their_kinds() {
         use ErrorKind::*;
         for (line, kind) in [
             ("READONLY You can't write against a read only replica.", Unavailable),
@@ -239,7 +239,7 @@ mod tests {
             ("ERR something new", Internal),
         ] {
             let verdict = match line {
-                line if line.contains("READONLY") || line.starts_with("MASTERDOWN") => Verdict::NotHere,
+                line if line.contains("READONLY") || line.starts_with("MASTERDOWN") => Verdict::NotPrimary,
                 _ => Verdict::Refused,
             };
             assert_eq!(refused(line), (kind, false, verdict), "{line}");
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_are_told_from_faults() {
+    fn rejections_differ_from_faults() {
         let fault = |line: &str| {
             let (code, detail) = line.split_once(' ').unwrap_or((line, ""));
             redis::make_extension_error(code.to_owned(), Some(detail.to_owned()))
@@ -276,23 +276,23 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_names_the_command_and_the_grant() {
-        let told = |line: &str| {
+    fn rejection_names_command_and_grant() {
+        let message = |line: &str| {
             let (code, detail) = line.split_once(' ').unwrap_or((line, ""));
             kind_of(&redis::make_extension_error(code.to_owned(), Some(detail.to_owned()))).1
         };
-        let text = told("NOPERM this user has no permissions to run the 'evalsha' command");
+        let text = message("NOPERM this user has no permissions to run the 'evalsha' command");
         assert!(text.ends_with("grant it: `ACL SETUSER <user> +evalsha`"), "{text}");
-        let text = told("NOPERM User bob has no permissions to run the 'set' command script: 1, on @user_script:8.");
+        let text = message("NOPERM User bob has no permissions to run the 'set' command script: 1, on @user_script:8.");
         assert!(text.ends_with("grant it: `ACL SETUSER <user> +set`"), "{text}");
-        let text = told("ERR unknown command 'EVALSHA', with args beginning with: '1' '3' ");
+        let text = message("ERR unknown command 'EVALSHA', with args beginning with: '1' '3' ");
         assert!(text.ends_with("this library needs EVALSHA"), "{text}");
-        let text = told("NOPERM this user has no permissions to access one of the keys used as arguments");
+        let text = message("NOPERM this user has no permissions to access one of the keys used as arguments");
         assert!(text.ends_with(')'), "{text}");
     }
 
     #[test]
-    fn a_connection_that_breaks_leaves_the_request_in_doubt() {
+    fn broken_connection_makes_outcome_unknown() {
         let address = Address::Unix("/run/redis.sock".into());
         for (fault, kind) in [
             (std::io::ErrorKind::ConnectionReset, ErrorKind::Unavailable),

@@ -1,6 +1,6 @@
-//! Lists the keys of the servers, a page at a time: with SCAN, plain reads, and a look at the sessions in bulk.
+//! Lists the keys of the servers, a page at a time, with SCAN, plain reads, and queries of many sessions at once.
 //!
-//! No script runs on a key, and nothing is written but that a dead session is dead (`session_look.lua`).
+//! No script runs on a key, and the only write marks an expired session as expired (`session_remaining.lua`).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::{Duration, SystemTime};
@@ -8,13 +8,13 @@ use std::time::{Duration, SystemTime};
 use futures_util::future::join_all;
 use redis::{Pipeline, RedisError, Value};
 
+use super::codec::{Problem, Record, StoredWaiter};
 use super::config::Address;
 use super::connect::Target;
 use super::error::{error, from_answer};
-use super::record::{Problem, Record, Waiter};
 use super::reply::malformed;
-use super::sessions::Known;
-use super::{AT_ONCE, Inner};
+use super::sessions::CachedLiveness;
+use super::{Inner, MAX_CONCURRENT_REQUESTS};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
 use crate::store::{
@@ -22,11 +22,11 @@ use crate::store::{
 };
 use crate::token::SessionId;
 
-/// Maximum of what one SCAN may be asked to look at: it keeps the server from all others.
-const MAX_COUNT: usize = 10_000;
+/// Maximum number of keys that one SCAN may visit, because SCAN blocks the server for all other clients.
+const MAX_SCAN_COUNT: usize = 10_000;
 
-/// Where a listing is: at the server and the SCAN cursor there, behind the servers that are done. A page that met too many
-/// waiters leaves the names of keys, which are the next page.
+/// Position of a listing: the current server, the SCAN cursor there, and the servers that are done. If a page met too
+/// many waiters, the names of the remaining keys are here too, and make up the next page.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Place {
     server: String,
@@ -49,10 +49,10 @@ impl Place {
     fn read(cursor: &Cursor) -> Option<Self> {
         let (mut rest, mut texts) = (cursor.as_str(), Vec::new());
         while !rest.is_empty() {
-            let (length, behind) = rest.split_once(':')?;
-            let (text, behind) = behind.split_at_checked(length.parse().ok()?)?;
+            let (length, after) = rest.split_once(':')?;
+            let (text, after) = after.split_at_checked(length.parse().ok()?)?;
             texts.push(text.to_owned());
-            rest = behind;
+            rest = after;
         }
         let mut texts = texts.into_iter();
         let (server, scan, count) = (texts.next()?, texts.next()?, texts.next()?.parse().ok()?);
@@ -62,22 +62,24 @@ impl Place {
     }
 }
 
-/// What is read of a key before its sessions are looked at.
+/// A key and its record, before its sessions are queried.
 struct Found {
     key: Key,
     record: Record,
-    waiters: Vec<Waiter>,
+    waiters: Vec<StoredWaiter>,
 }
 
 impl Inner {
     pub(super) async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
         let place = cursor.map_or_else(|| Some(Place::default()), Place::read);
-        let mut place = place.ok_or_else(|| error(ErrorKind::InvalidArgument, "the cursor is of another store"))?;
+        let mut place =
+            place.ok_or_else(|| error(ErrorKind::InvalidArgument, "the cursor belongs to another store"))?;
         let mut listing = Listing::default();
-        let servers = self.links.servers().await?;
+        let servers = self.manager.servers().await?;
         let named = |address: &&Address| address.to_string() == place.server;
         let Some(server) = servers.iter().find(named).or_else(|| {
-            // The listing begins, or another server has taken the place of this one: its cursors are not the other's.
+            // The listing begins, or another server has replaced this one, which cannot continue the old server's
+            // cursor.
             (place.scan, place.names) = ("0".into(), Vec::new());
             servers.iter().find(|address| !place.done.contains(&address.to_string()))
         }) else {
@@ -85,7 +87,7 @@ impl Inner {
         };
         place.server = server.to_string();
         let names = if place.names.is_empty() {
-            let (next, names) = self.scan(server, &place.scan, prefix, limit.clamp(1, MAX_COUNT)).await?;
+            let (next, names) = self.scan(server, &place.scan, prefix, limit.clamp(1, MAX_SCAN_COUNT)).await?;
             place.scan = next;
             names
         } else {
@@ -103,10 +105,10 @@ impl Inner {
     async fn scan(&self, server: &Address, cursor: &str, prefix: &str, count: usize) -> Result<(String, Vec<Vec<u8>>)> {
         let mut command = redis::cmd("SCAN");
         command.arg(cursor).arg("MATCH").arg(self.names.pattern(prefix)).arg("COUNT").arg(count);
-        let page = self.links.ask(Target::Server(server.clone()), &command).await.map_err(|fault| {
+        let page = self.manager.query(Target::Server(server.clone()), &command).await.map_err(|fault| {
             let wanted = match fault.kind() {
-                ErrorKind::Unauthorized => "a listing needs the right to SCAN: ACL SETUSER … +scan",
-                ErrorKind::Unsupported => "a listing needs SCAN, which the server does not offer",
+                ErrorKind::Unauthorized => "listing keys needs the right to SCAN: ACL SETUSER … +scan",
+                ErrorKind::Unsupported => "listing keys needs SCAN, which the server does not offer",
                 _ => return fault,
             };
             let (kind, message) = (fault.kind(), format!("{wanted} ({})", fault.message()));
@@ -115,14 +117,14 @@ impl Inner {
         redis::from_redis_value(page).map_err(|_| malformed())
     }
 
-    /// Reads the keys of these names. What would be too much for one page is left.
+    /// Reads the keys with these names. Names that are too much for one page go to `remaining`.
     async fn read_page(
         &self,
         server: &Address,
         prefix: &str,
         names: Vec<Vec<u8>>,
         listing: &mut Listing,
-        left: &mut Vec<String>,
+        remaining: &mut Vec<String>,
     ) -> Result<StoreTime> {
         let mut keys: BTreeMap<String, Key> = BTreeMap::new();
         for name in names {
@@ -137,7 +139,7 @@ impl Inner {
         for name in keys.keys() {
             reads.cmd("GET").arg(name);
         }
-        let mut answers = self.links.ask_all(server, reads).await?.into_iter();
+        let mut answers = self.manager.query_all(server, reads).await?.into_iter();
         let (seconds, micros): (u64, u64) = self.answer(server, answers.next())?;
         let now = StoreTime::from_micros(seconds.saturating_mul(1_000_000).saturating_add(micros));
         let mut found = Vec::new();
@@ -147,34 +149,34 @@ impl Inner {
                 Ok(None) => {}
                 Ok(Some(Ok(record))) => found.push((name, Found { key, record, waiters: Vec::new() })),
                 Ok(Some(Err(problem))) => listing.damaged.push(DamagedEntry::new(key.as_encoded(), problem)),
-                Err(fault) => self.read_alone(&key, fault, listing).await?,
+                Err(fault) => self.read_single(&key, fault, listing).await?,
             }
         }
-        self.read_queues(server, &mut found, listing, left).await?;
+        self.read_queues(server, &mut found, listing, remaining).await?;
         let found: Vec<Found> = found.into_iter().map(|(_, found)| found).collect();
         self.show(found, now, listing).await?;
         Ok(now)
     }
 
-    /// The key of a name that SCAN found; nothing for the name of something else.
+    /// Returns the key of a name that SCAN found; `None` if the name belongs to something else.
     fn key_named(&self, name: &[u8]) -> std::result::Result<Option<(String, Key)>, DamagedEntry> {
         let text = String::from_utf8_lossy(name);
-        let problem = |text: &str| DamagedEntry::new(text, "its name is not that of a key");
+        let problem = |text: &str| DamagedEntry::new(text, "its name is not the name of a key");
         match self.names.key_of(&text) {
             None => Ok(None),
-            // Another name that reads like this key is not where the library looks for it.
+            // A different name that decodes to the same key is not where the library looks for the record.
             Some(Ok(key)) if self.names.lock(&key).record().as_bytes() == name => Ok(Some((text.into_owned(), key))),
             Some(_) => Err(problem(&text)),
         }
     }
 
-    /// Reads the waiters of the keys that have some, in order, until that is too much for one page.
+    /// Reads the waiters of the queued keys, in order, until the page is full.
     async fn read_queues(
         &self,
         server: &Address,
         found: &mut Vec<(String, Found)>,
         listing: &mut Listing,
-        left: &mut Vec<String>,
+        remaining: &mut Vec<String>,
     ) -> Result<()> {
         let mut counts = Pipeline::new();
         let is_queued = |found: &&(String, Found)| found.1.record.queued;
@@ -184,11 +186,11 @@ impl Inner {
         if counts.is_empty() {
             return Ok(());
         }
-        let mut counts = self.links.ask_all(server, counts).await?.into_iter();
+        let mut counts = self.manager.query_all(server, counts).await?.into_iter();
         let (mut rows, mut fits) = (0, 0);
         for (_, found) in found.iter() {
             if found.record.queued {
-                // What cannot be counted is named below.
+                // A queue that cannot be counted is reported as damaged below.
                 rows += self.answer::<usize>(server, counts.next()).unwrap_or(0);
             }
             rows += found.record.holds.len();
@@ -197,7 +199,7 @@ impl Inner {
             }
             fits += 1;
         }
-        left.extend(found.split_off(fits).into_iter().map(|(name, _)| name));
+        remaining.extend(found.split_off(fits).into_iter().map(|(name, _)| name));
         let mut reads = Pipeline::new();
         for (_, found) in found.iter().filter(is_queued) {
             let names = self.names.lock(&found.key);
@@ -207,16 +209,20 @@ impl Inner {
         if reads.is_empty() {
             return Ok(());
         }
-        let mut answers = self.links.ask_all(server, reads).await?.into_iter();
+        let mut answers = self.manager.query_all(server, reads).await?.into_iter();
         let mut damaged = HashSet::new();
         for (name, found) in found.iter_mut().filter(|found| found.1.record.queued) {
             let tokens: Result<Vec<Vec<u8>>> = self.answer(server, answers.next());
-            let asked: Result<HashMap<Vec<u8>, Vec<u8>>> = self.answer(server, answers.next());
-            // What a waiter asks for may be gone by now, or evicted.
-            let read = |tokens: Vec<Vec<u8>>, asked: HashMap<Vec<u8>, Vec<u8>>| {
-                tokens.iter().filter_map(|token| asked.get(token)).map(|asked| Waiter::read(asked)).collect()
+            let requests: Result<HashMap<Vec<u8>, Vec<u8>>> = self.answer(server, answers.next());
+            // The request of a waiter may be gone by now, or the server may have evicted it.
+            let read = |tokens: Vec<Vec<u8>>, requests: HashMap<Vec<u8>, Vec<u8>>| {
+                tokens
+                    .iter()
+                    .filter_map(|token| requests.get(token))
+                    .map(|requests| StoredWaiter::read(requests))
+                    .collect()
             };
-            match tokens.and_then(|tokens| Ok(read(tokens, asked?))) {
+            match tokens.and_then(|tokens| Ok(read(tokens, requests?))) {
                 Ok(Ok(waiters)) => {
                     found.waiters = waiters;
                     continue;
@@ -225,7 +231,7 @@ impl Inner {
                     let problem: Problem = problem;
                     listing.damaged.push(DamagedEntry::new(found.key.as_encoded(), format!("its queue: {problem}")));
                 }
-                Err(fault) => self.read_alone(&found.key, fault, listing).await?,
+                Err(fault) => self.read_single(&found.key, fault, listing).await?,
             }
             damaged.insert(name.clone());
         }
@@ -233,11 +239,12 @@ impl Inner {
         Ok(())
     }
 
-    /// The server refused to read this key. In a cluster it may be on its way to another node, where a step finds it.
-    async fn read_alone(&self, key: &Key, fault: Error, listing: &mut Listing) -> Result<()> {
+    /// Handles a key that the server refused to read. In a cluster the key may be on its way to another node, where a
+    /// script finds it.
+    async fn read_single(&self, key: &Key, fault: Error, listing: &mut Listing) -> Result<()> {
         let mut fault = fault;
-        if self.links.is_cluster() && is_damage(&fault) {
-            match Box::pin(self.settled(key, &self.names.lock(key))).await {
+        if self.manager.is_cluster() && is_damage(&fault) {
+            match Box::pin(self.reconciled_state(key, &self.names.lock(key))).await {
                 Ok(Reply { outcome, .. }) => {
                     let idle = outcome.holders.is_empty() && outcome.waiters.is_empty() && outcome.closed_for.is_none();
                     listing.keys.extend((!idle).then_some(outcome));
@@ -253,16 +260,16 @@ impl Inner {
         Ok(())
     }
 
-    /// Lists what is neither over nor of a dead session.
+    /// Lists the holds and waiters, except those of expired sessions and holds past their deadline.
     async fn show(&self, found: Vec<Found>, now: StoreTime, listing: &mut Listing) -> Result<()> {
         let mut sessions = BTreeSet::new();
         for found in &found {
             sessions.extend(found.record.holds.iter().filter(|hold| hold.ends_with_session).map(|hold| hold.session));
             sessions.extend(found.waiters.iter().map(|waiter| waiter.session));
         }
-        let (dead, unreadable) = self.dead_among(&sessions.into_iter().collect::<Vec<_>>()).await?;
+        let (expired, unreadable) = self.expired_or_unreadable(&sessions.into_iter().collect::<Vec<_>>()).await?;
         for Found { key, record, waiters } in found {
-            let lives = |session: &SessionId| !dead.contains(session);
+            let lives = |session: &SessionId| !expired.contains(session);
             let holds: Vec<_> = record
                 .holds
                 .into_iter()
@@ -306,27 +313,27 @@ impl Inner {
         Ok(())
     }
 
-    /// Those of the sessions that are dead, and those whose record cannot be read.
-    async fn dead_among(&self, sessions: &[SessionId]) -> Result<(HashSet<SessionId>, HashSet<SessionId>)> {
-        let (mut dead, mut unknown) = (HashSet::new(), Vec::new());
+    /// Returns the sessions that have expired, and the sessions whose records cannot be read.
+    async fn expired_or_unreadable(&self, sessions: &[SessionId]) -> Result<(HashSet<SessionId>, HashSet<SessionId>)> {
+        let (mut expired, mut unknown) = (HashSet::new(), Vec::new());
         let now = self.clock.now();
         for session in sessions {
-            match self.sessions.known(*session, now) {
-                Known::Alive(_) => {}
-                Known::Dead => drop(dead.insert(*session)),
-                Known::Unknown => unknown.push(*session),
+            match self.sessions.liveness(*session, now) {
+                CachedLiveness::Alive(_) => {}
+                CachedLiveness::Expired => drop(expired.insert(*session)),
+                CachedLiveness::Unknown => unknown.push(*session),
             }
         }
-        // In a cluster each is elsewhere.
-        let together = if self.links.is_cluster() { 1 } else { 100 };
-        for together in [together, 1] {
+        // In a cluster each session is in another slot.
+        let per_request = if self.manager.is_cluster() { 1 } else { 100 };
+        for per_request in [per_request, 1] {
             let mut failed = Vec::new();
-            for some in unknown.chunks(together * AT_ONCE) {
-                let looks = some.chunks(together).map(async |some| (some, self.look_at(some).await));
-                for (some, look) in join_all(looks).await {
-                    match look {
-                        Ok((found, _)) => dead.extend(found),
-                        // One of them cannot be read: each is asked for alone.
+            for some in unknown.chunks(per_request * MAX_CONCURRENT_REQUESTS) {
+                let queries = some.chunks(per_request).map(async |some| (some, self.query_sessions(some).await));
+                for (some, result) in join_all(queries).await {
+                    match result {
+                        Ok((found, _)) => expired.extend(found),
+                        // One of these sessions cannot be read, so each is queried in a request of its own.
                         Err(fault) if is_damage(&fault) => failed.extend_from_slice(some),
                         Err(fault) => return Err(fault),
                     }
@@ -334,10 +341,10 @@ impl Inner {
             }
             unknown = failed;
         }
-        Ok((dead, unknown.into_iter().collect()))
+        Ok((expired, unknown.into_iter().collect()))
     }
 
-    /// An answer of a pipeline to this server.
+    /// Reads one answer of a pipeline.
     fn answer<T: redis::FromRedisValue>(&self, server: &Address, answer: Option<Value>) -> Result<T> {
         match answer {
             Some(Value::ServerError(fault)) => Err(from_answer(server, &RedisError::from(fault)).0),
@@ -346,18 +353,18 @@ impl Inner {
         }
     }
 
-    /// What is wrong with the record of a key that a step could not read.
+    /// Returns the damage of a record that a script could not read.
     pub(super) async fn problem_of(&self, key: &Key) -> Option<Problem> {
         let name = self.names.lock(key);
         let mut read = redis::cmd("GET");
         read.arg(name.record());
-        let record = self.links.ask(self.links.target(name.record()), &read).await.ok()?;
+        let record = self.manager.query(self.manager.target(name.record()), &read).await.ok()?;
         let record: Option<Vec<u8>> = redis::from_redis_value(record).ok()?;
         record.and_then(|record| Record::read(&record).err())
     }
 }
 
-/// A fault that is one of the data and not of the server.
+/// Returns whether a fault comes from the data, and not from the server.
 pub(super) fn is_damage(fault: &Error) -> bool {
     matches!(fault.kind(), ErrorKind::Internal | ErrorKind::Misconfigured)
 }
@@ -367,7 +374,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_is_read_back_as_it_was_written() {
+    fn listing_cursor_round_trips() {
         let texts = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
         for (done, names) in [(vec![], vec![]), (texts(&["a:1"]), texts(&["x:{1:2}", ""])), (vec![], texts(&["é"]))] {
             let place = Place { server: "[::1]:6379".into(), scan: "17".into(), done, names };

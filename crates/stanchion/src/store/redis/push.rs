@@ -1,4 +1,4 @@
-//! Pushes: one subscription for each session, on a connection of its own.
+//! Receives pushes: one subscription for each session, on a connection of its own.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -13,22 +13,23 @@ use crate::key::Key;
 use crate::store::{LostToken, Push, PushSender};
 use crate::token::{SessionId, TokenId};
 
-pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(20);
-/// Short: it is one attempt for a whole process, and its success ends the pauses of all who wait for the server.
-pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+pub(super) const MIN_PAUSE: Duration = Duration::from_millis(20);
+/// Longest pause between attempts to subscribe. It is short because there is one attempt for the whole process, and its
+/// success ends the pauses of all tasks that wait for the server.
+pub(super) const MAX_PAUSE: Duration = Duration::from_millis(100);
 
-/// What was refused is allowed when somebody changes the server's settings.
+/// Pause after a rejected attempt, which succeeds only after somebody changes the server's settings.
 const REFUSED_PAUSE: Duration = Duration::from_secs(3);
 
-/// Maximum length of a message, in bytes: a key of 512 bytes, of which each may be escaped as three, and a reason.
-const LONGEST_MESSAGE: usize = 64 * 1024;
+/// Maximum length of a message in bytes: a key of 512 bytes, each of which may be escaped as three, and a reason.
+const MAX_MESSAGE_LENGTH: usize = 64 * 1024;
 
-/// After a recovery what is waited for is asked for again, after these pauses: whoever has to answer to a waiter's question
-/// may hear again a little later.
-const ASKED_AGAIN_AFTER: [Duration; 3] =
+/// Pauses before the waiters are polled again after a recovery. The holder that has to react to a waiter's poll may
+/// learn of the recovery a little later.
+const RECHECK_DELAYS: [Duration; 3] =
     [Duration::from_millis(50), Duration::from_millis(150), Duration::from_millis(300)];
 
-/// Listens for a session until it is aborted. `tried` fires when the first attempt is over.
+/// Listens for a session until the task is aborted. `tried` fires when the first attempt is over.
 pub(super) async fn listen(
     inner: Weak<Inner>,
     session: SessionId,
@@ -36,94 +37,97 @@ pub(super) async fn listen(
     tried: tokio::sync::oneshot::Sender<()>,
 ) {
     let mut tried = Some(tried);
-    let mut pause = FIRST_PAUSE;
+    let mut pause = MIN_PAUSE;
     let mut is_first = true;
-    let mut was_told = false;
+    let mut has_warned = false;
     loop {
         let Some(strong) = inner.upgrade() else { return };
-        let subscribed = strong.links.listen(&strong.names.session(session)).await;
-        let (names, links) = (strong.names.clone(), strong.links.clone());
+        let subscribed = strong.manager.listen(&strong.names.session(session)).await;
+        let (names, manager) = (strong.names.clone(), strong.manager.clone());
         drop(strong);
         let mut is_refused = false;
         match subscribed {
             Ok(mut pubsub) => {
                 drop(tried.take());
                 if let (true, Some(inner)) = (is_first, inner.upgrade()) {
-                    tell_unless_publishing_works(&inner, session, &pushes).await;
+                    warn_unless_publishing_works(&inner, session, &pushes).await;
                 }
                 if !is_first {
-                    tell_recovery(&pushes);
+                    report_recovery(&pushes);
                 }
                 is_first = false;
-                pause = FIRST_PAUSE;
+                pause = MIN_PAUSE;
                 let channel = names.session(session);
                 let key_of = |name: &str| names.key_of(name)?.ok();
                 let messages = pubsub.on_message().for_each(async |message| {
-                    // What cannot be read is somebody else's.
+                    // Unreadable messages come from somebody else.
                     if let Some(push) = read(message.get_payload_bytes(), key_of) {
                         pushes.send(push);
                     }
                 });
-                // The client's queue has no bound: whatever it has read is taken at once, so that a flood waits at the server.
+                // The client's queue is unbounded, so everything it has read is taken at once. A flood of messages then
+                // waits at the server.
                 let messages = tokio::task::unconstrained(messages);
                 tokio::select! {
                     () = messages => {}
-                    () = links.tell_recoveries(&channel, || tell_recovery(&pushes)) => {}
+                    () = manager.watch_recoveries(&channel, || report_recovery(&pushes)) => {}
                 }
             }
             Err(error) => {
                 drop(tried.take());
-                if !was_told {
+                if !has_warned {
                     pushes.send(Push::Warning(format!(
-                        "no pushes, waiting calls ask once a second: {}",
+                        "notifications unavailable, falling back to polling once per second: {}",
                         error.message()
                     )));
-                    was_told = true;
+                    has_warned = true;
                 }
                 is_first = false;
                 is_refused = !error.is_transient();
             }
         }
         sleep(jitter(if is_refused { REFUSED_PAUSE } else { pause })).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        pause = (pause * 2).min(MAX_PAUSE);
     }
 }
 
-/// Messages were missed, and what the server knows now may be less than what it knew.
-fn tell_recovery(pushes: &PushSender) {
+/// Requests a check of everything after a recovery: messages were missed, and the server may have lost data.
+fn report_recovery(pushes: &PushSender) {
     pushes.send(Push::VerifyAll);
     let pushes = pushes.clone();
     tokio::spawn(async move {
-        for pause in ASKED_AGAIN_AFTER {
+        for pause in RECHECK_DELAYS {
             sleep(pause).await;
             pushes.send(Push::RecheckAll);
         }
     });
 }
 
-/// Sends a message to itself, from a script as all messages are. Other processes' users have most likely the same rights.
-async fn tell_unless_publishing_works(inner: &Inner, session: SessionId, pushes: &PushSender) {
+/// Publishes a message to the own channel, from a script as for all messages. Users of other processes most likely have
+/// the same rights.
+async fn warn_unless_publishing_works(inner: &Inner, session: SessionId, pushes: &PushSender) {
     let channel = inner.names.session(session);
     let mut command = PUBLISH.by_hash(1);
     command.arg(&channel);
-    let answer = inner.links.run(inner.links.target(&channel), &PUBLISH, command).await;
+    let answer = inner.manager.run(inner.manager.target(&channel), &PUBLISH, command).await;
     if let Err(error) = answer
         && !error.is_transient()
     {
-        let message = format!("no pushes can be sent, waiting calls ask once a second: {}", error.message());
+        let why = error.message();
+        let message = format!("notifications cannot be sent, falling back to polling once per second: {why}");
         pushes.send(Push::Warning(message));
     }
 }
 
-#[allow(clippy::disallowed_methods, reason = "a pause between attempts to connect, not a deadline of the protocol")]
+#[allow(clippy::disallowed_methods, reason = "pauses between attempts to connect, not a deadline of the protocol")]
 pub(super) async fn sleep(pause: Duration) {
     tokio::time::sleep(pause).await;
 }
 
-/// `G` token fence record, or `F` token and what was lost.
+/// Reads a message: `G`, token, fence and record name, or `F`, token and loss.
 fn read(payload: &[u8], key_of: impl Fn(&str) -> Option<Key>) -> Option<Push> {
-    // No key and no reason is longer.
-    if payload.len() > LONGEST_MESSAGE {
+    // No key with its reason is longer.
+    if payload.len() > MAX_MESSAGE_LENGTH {
         return None;
     }
     let text = std::str::from_utf8(payload).ok()?;
@@ -139,7 +143,7 @@ fn read(payload: &[u8], key_of: impl Fn(&str) -> Option<Key>) -> Option<Push> {
     }
 }
 
-/// What was lost, as the session's list and its channel tell it.
+/// Encodes a loss for the session's list and its channel.
 pub(super) fn write_lost(key: &Key, reason: &str) -> String {
     let key = key.as_encoded();
     format!("{}:{key}{reason}", key.len())
@@ -151,12 +155,12 @@ pub(super) fn read_lost(token: TokenId, text: &str) -> Option<LostToken> {
     Some(LostToken { key: Key::from_encoded(key).ok()?, token, reason: reason.to_owned() })
 }
 
-/// Starts listening, and waits until that has succeeded or failed once.
+/// Starts listening, and waits until the first attempt has succeeded or failed.
 pub(super) async fn start(inner: &Arc<Inner>, session: SessionId, pushes: PushSender) {
     let (tried, first_attempt) = tokio::sync::oneshot::channel();
     let task = tokio::spawn(listen(Arc::downgrade(inner), session, pushes, tried));
-    inner.sessions.listens(session, task.abort_handle());
-    let _over = first_attempt.await;
+    inner.sessions.set_listener(session, task.abort_handle());
+    let _ = first_attempt.await; // The task drops the sender when the first attempt is over.
 }
 
 #[cfg(test)]
@@ -164,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_are_read_and_foreign_ones_are_not() {
+    fn foreign_messages_are_ignored() {
         let key = Key::new("n", "k:1").unwrap();
         let token = TokenId::random().unwrap();
         let lost = LostToken { key: key.clone(), token, reason: "by: hand".into() };
@@ -181,7 +185,7 @@ mod tests {
         {
             assert!(read(hostile.as_bytes(), no_key).is_none(), "{hostile}");
         }
-        let long = format!("F{}1:k{}", token.to_hex(), "x".repeat(LONGEST_MESSAGE));
+        let long = format!("F{}1:k{}", token.to_hex(), "x".repeat(MAX_MESSAGE_LENGTH));
         assert!(read(long.as_bytes(), no_key).is_none());
     }
 }

@@ -1,11 +1,11 @@
-//! Servers of a cluster that were lost, and how it is noticed that their slots are served again.
+//! Notices when unavailable servers of a cluster recover, and reports it to every session.
 //!
-//! A session listens at one server. That another one is lost ends no subscription: nobody who waits for a key of that one
-//! would hear of the new primary, and no holder of one would hear that it lacks the hold. So the servers that this process
-//! uses are looked at with each beat. Where one is lost, the map of slots is asked for again and again, and when its slots
-//! have another server, or it is there again, everybody is told.
+//! A session listens at one server of the cluster. If another server fails, no subscription ends: a waiter for a key on
+//! the failed server would not hear of the new primary, and a holder would not hear that its hold is missing. With each
+//! renewal of its session the keeper therefore probes the servers that this process uses. While one is unavailable, the
+//! slot map is queried repeatedly. When the server recovers, or another one has its slots, every session is notified.
 //!
-//! With one server, or with sentinels, the loss of the server ends the subscription, and listening anew is the search.
+//! With one server, or with sentinels, a failure ends the subscription, and subscribing again finds the new primary.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,95 +15,97 @@ use tokio::task::JoinSet;
 
 use super::cluster::SlotMap;
 use super::config::Address;
-use super::connect::{Links, Local, Target};
-use super::node::{CONNECT_WITHIN, within};
-use super::push::{FIRST_PAUSE, LONGEST_PAUSE, sleep};
+use super::connect::{ConnectionManager, RuntimeConnections, Target};
+use super::node::{CONNECT_TIMEOUT, within};
+use super::push::{MAX_PAUSE, MIN_PAUSE, sleep};
 use crate::clock::jitter;
 use crate::error::Result;
 
-/// Where nothing is lost but slots that no server has, it may be days until somebody gives them one.
-const LONGEST_PAUSE_FOR_SLOTS: Duration = Duration::from_secs(3);
+/// Longest pause between queries while only slots without a server are missing, because it may take days until somebody
+/// assigns them.
+const MAX_PAUSE_FOR_SLOTS: Duration = Duration::from_secs(3);
 
-/// A lost server has so long to answer before the map is asked for again.
-const BACK_WITHIN: Duration = Duration::from_millis(200);
+/// Time that an unavailable server has to answer before the map is queried again.
+const PROBE_TIMEOUT: Duration = Duration::from_millis(200);
 
-impl Links {
-    /// Tells each time that what was lost in a cluster is served again. Never returns.
-    pub(super) async fn tell_recoveries(self: &Arc<Self>, channel: &str, tell: impl Fn()) {
+impl ConnectionManager {
+    /// Calls `notify` each time that something in a cluster recovers. Never returns.
+    pub(super) async fn watch_recoveries(self: &Arc<Self>, channel: &str, notify: impl Fn()) {
         let (Some(slots), Some(local)) = (self.slots(), self.local()) else { return std::future::pending().await };
         let mut recoveries = slots.recoveries();
         loop {
             tokio::select! {
-                told = recoveries.changed() => if told.is_ok() { tell() },
-                () = self.search(&local, slots, channel) => {}
+                change = recoveries.changed() => if change.is_ok() { notify() },
+                () = self.find_unavailable(&local, slots, channel) => {}
             }
         }
     }
 
-    /// Looks for what is lost. One at a time does that, for everybody who waits to be told.
-    async fn search(self: &Arc<Self>, local: &Local, slots: &SlotMap, channel: &str) {
+    /// Waits for outages and detects recoveries. One task at a time does this, on behalf of all sessions.
+    async fn find_unavailable(self: &Arc<Self>, local: &RuntimeConnections, slots: &SlotMap, channel: &str) {
         let _one_at_a_time = slots.searching.lock().await;
-        let mut pause = FIRST_PAUSE;
+        let mut pause = MIN_PAUSE;
         loop {
-            slots.something_is_lost().await;
+            slots.wait_for_outage().await;
             if slots.lacks_only_slots() {
                 tokio::select! {
-                    () = sleep(jitter(pause)) => pause = (pause * 2).min(LONGEST_PAUSE_FOR_SLOTS),
-                    () = slots.next_loss() => pause = FIRST_PAUSE,
+                    () = sleep(jitter(pause)) => pause = (pause * 2).min(MAX_PAUSE_FOR_SLOTS),
+                    () = slots.next_outage() => pause = MIN_PAUSE,
                 }
             } else {
-                sleep(jitter(pause.min(LONGEST_PAUSE))).await;
-                pause = (pause * 2).min(LONGEST_PAUSE);
+                sleep(jitter(pause.min(MAX_PAUSE))).await;
+                pause = (pause * 2).min(MAX_PAUSE);
             }
             if self.learn_slots(local, slots).await.is_err() {
                 continue;
             }
-            for server in slots.lost_servers() {
-                if !slots.servers().contains(&server) || self.is_there(local, &server).await {
-                    slots.found(&server);
-                    self.reached(&server);
+            for server in slots.unavailable_servers() {
+                if !slots.servers().contains(&server) || self.has_recovered(local, &server).await {
+                    slots.mark_recovered(&server);
+                    self.report_reachable(&server);
                 }
             }
-            // Any command with a key is refused while the cluster is down.
+            // While the cluster is down, it rejects every command with a key.
             if slots.is_down()
                 && slots.is_complete()
-                && self.ask(self.target(channel), redis::cmd("PTTL").arg(channel)).await.is_ok()
+                && self.query(self.target(channel), redis::cmd("PTTL").arg(channel)).await.is_ok()
             {
-                slots.is_up_again();
+                slots.mark_cluster_recovered();
             }
         }
     }
 
-    async fn is_there(self: &Arc<Self>, local: &Local, server: &Address) -> bool {
-        local.node(server).hurry();
-        matches!(within(BACK_WITHIN, self.probe(server)).await, Some(Ok(_)))
+    async fn has_recovered(self: &Arc<Self>, local: &RuntimeConnections, server: &Address) -> bool {
+        local.node(server).allow_connect_now();
+        matches!(within(PROBE_TIMEOUT, self.probe(server)).await, Some(Ok(_)))
     }
 
-    /// Sends what every server allows that locks can be kept in: `PING` may be refused.
+    /// Sends a command that every usable server allows; `PING` may be rejected.
     async fn probe(self: &Arc<Self>, server: &Address) -> Result<Value> {
-        self.ask(Target::Server(server.clone()), &redis::cmd("TIME")).await
+        self.query(Target::Server(server.clone()), &redis::cmd("TIME")).await
     }
 
-    /// Looks whether the servers of the cluster that this process uses are there. A connection that broke tells more than a
-    /// new one: the server may be back, without what it had. What fails is noted where it fails.
-    pub(super) async fn look_at_servers(self: &Arc<Self>) {
+    /// Probes the servers of the cluster that this process uses. Open connections are probed too, because a new
+    /// connection does not reveal that the server restarted without its data. Each failure is recorded where it occurs.
+    pub(super) async fn probe_servers(self: &Arc<Self>) {
         let Some(slots) = self.slots() else { return };
-        let mut looks = JoinSet::new();
-        for server in slots.servers().into_iter().filter(|server| self.uses(server)) {
-            for way in self.ways_to(&server) {
-                let links = self.clone();
-                // Without an answer it may be the runtime that is busy.
-                looks.spawn(async move {
-                    let _noted = within(CONNECT_WITHIN, links.ask_there(way, &redis::cmd("TIME"))).await;
+        let mut probes = JoinSet::new();
+        for server in slots.servers().into_iter().filter(|server| self.has_used(server)) {
+            for dispatch in self.open_connections(&server) {
+                let manager = self.clone();
+                // A missing answer may only mean that this runtime is busy.
+                probes.spawn(async move {
+                    // Failures are recorded where they occur.
+                    let _ = within(CONNECT_TIMEOUT, manager.query_over(dispatch, &redis::cmd("TIME"))).await;
                 });
             }
-            let links = self.clone();
-            looks.spawn(async move {
-                if within(2 * CONNECT_WITHIN, links.probe(&server)).await.is_none() {
-                    links.forget(&server);
+            let manager = self.clone();
+            probes.spawn(async move {
+                if within(2 * CONNECT_TIMEOUT, manager.probe(&server)).await.is_none() {
+                    manager.report_unavailable(&server);
                 }
             });
         }
-        while looks.join_next().await.is_some() {}
+        while probes.join_next().await.is_some() {}
     }
 }

@@ -1,4 +1,4 @@
-//! The answers of scripts, read.
+//! Decodes the replies of scripts.
 
 use std::time::Duration;
 
@@ -10,11 +10,11 @@ use crate::fence::Fence;
 use crate::store::{Granted, Queued, StoreTime};
 use crate::token::{SessionId, TokenId};
 
-/// The answer of a script: what happened, when, and what else is told.
+/// The reply of a script: its status, the server's time, and further values.
 #[derive(Debug)]
 pub(super) struct Answer {
-    /// None: the short way was gone, and its only outcome happened.
-    word: Option<String>,
+    /// `None` if the script took its fast path, which has only one outcome.
+    status: Option<String>,
     pub(super) time: StoreTime,
     rest: Vec<Value>,
 }
@@ -46,23 +46,23 @@ impl Answer {
     pub(super) fn read(value: Value) -> Result<Self> {
         match value {
             Value::Array(mut rest) if rest.len() >= 2 => {
-                let word = text(&rest[0])?.to_owned();
+                let status = text(&rest[0])?.to_owned();
                 let time = time(&rest[1])?;
                 rest.drain(..2);
-                Ok(Self { word: Some(word), time, rest })
+                Ok(Self { status: Some(status), time, rest })
             }
             short => Ok(Self::short(time(&short)?)),
         }
     }
 
-    /// The only outcome of the short way.
+    /// Returns the only reply of the fast path.
     pub(super) fn short(time: StoreTime) -> Self {
-        Self { word: None, time, rest: Vec::new() }
+        Self { status: None, time, rest: Vec::new() }
     }
 
-    /// What happened; `short` where the script took its short way.
-    pub(super) fn word(&self) -> &str {
-        self.word.as_deref().unwrap_or("short")
+    /// Returns the status; `short` if the script took its fast path.
+    pub(super) fn status(&self) -> &str {
+        self.status.as_deref().unwrap_or("short")
     }
 
     fn at(&self, index: usize) -> Result<&Value> {
@@ -77,12 +77,12 @@ impl Answer {
         number(self.at(index)?)
     }
 
-    /// A number; none if the text is empty.
+    /// Returns a number, or `None` if the text is empty.
     pub(super) fn option<T: std::str::FromStr>(&self, index: usize) -> Result<Option<T>> {
         if self.text(index)?.is_empty() { Ok(None) } else { self.number(index).map(Some) }
     }
 
-    /// A span in µs; none if the text is empty.
+    /// Returns a time span that was sent in microseconds, or `None` if the text is empty.
     pub(super) fn span(&self, index: usize) -> Result<Option<Duration>> {
         span(self.at(index)?)
     }
@@ -92,7 +92,7 @@ impl Answer {
     }
 
     pub(super) fn granted(&self) -> Result<Granted> {
-        if self.word.is_none() {
+        if self.status.is_none() {
             return Ok(Granted { fence: Fence::new(self.time.as_micros()), remaining: None });
         }
         Ok(Granted { fence: self.fence(0)?, remaining: self.span(1)? })
@@ -113,7 +113,7 @@ impl Answer {
         Ok(TokenId::from_hex(self.text(index)?))
     }
 
-    /// The sessions that are told from there on.
+    /// Returns the sessions from this index on.
     pub(super) fn sessions(&self, from: usize) -> Result<Vec<SessionId>> {
         let rest = self.rest.get(from..).unwrap_or_default();
         rest.iter().map(|value| SessionId::from_hex(text(value)?).ok_or_else(malformed)).collect()
@@ -142,11 +142,11 @@ impl Answer {
     }
 }
 
-/// A hold or a waiter, as `inspect` tells it.
+/// A hold or a waiter in the reply of `inspect.lua`.
 pub(super) struct Row<'a>(&'a [Value]);
 
 impl<'a> Row<'a> {
-    /// The number of its fields.
+    /// Returns the number of fields.
     pub(super) fn len(&self) -> usize {
         self.0.len()
     }
@@ -179,7 +179,8 @@ fn span(value: &Value) -> Result<Option<Duration>> {
     }
 }
 
-/// Texts of a hold or a waiter: owner, metadata, trace, each with its length before it (`-`: none).
+/// Encodes the texts of a hold or a waiter: owner, metadata and trace, each with its length in front (`-` if there is
+/// none).
 pub(super) fn write_texts(texts: [Option<&str>; 3], into: &mut String) {
     for text in texts {
         match text {
@@ -213,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn texts_come_back_as_they_were() {
+    fn texts_round_trip() {
         for texts in
             [[Some("me"), None, Some("")], [Some("a:b-"), Some("3:x"), None], [Some("é"), Some("-"), Some(":")]]
         {

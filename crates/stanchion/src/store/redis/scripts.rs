@@ -1,4 +1,4 @@
-//! The scripts, one step each, and the names of the keys that they are given.
+//! Loads the scripts, each of which is one operation, and builds the names of the Redis keys that they use.
 
 use std::sync::OnceLock;
 
@@ -8,18 +8,18 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
 use crate::token::SessionId;
 
-/// What the commonest commands have room in, so that they are not moved while they are written.
-const ARGUMENTS: usize = 8;
-const BYTES: usize = 512;
+/// Number of arguments and bytes to reserve for a command, so that the usual ones are never reallocated.
+const USUAL_ARGUMENTS: usize = 8;
+const USUAL_BYTES: usize = 512;
 
-/// A script: one atomic step on the server.
+/// A script, which the server runs atomically.
 #[derive(Debug)]
 pub(super) struct Script {
     source: &'static str,
     hash: OnceLock<String>,
 }
 
-/// The script of a step on a key. Where there is a short way for the commonest case, it comes first.
+/// Builds the script of an operation on a key. A fast path for the most frequent case comes first.
 macro_rules! on_key {
     ($name:literal) => {
         on_key!("scripts/load.lua", $name)
@@ -41,33 +41,33 @@ pub(super) static BATCH: Script = Script::new(include_str!("scripts/batch.lua"))
 pub(super) static POLL: Script = on_key!("scripts/poll.lua");
 pub(super) static EXTEND: Script = on_key!("scripts/extend.lua");
 pub(super) static ADOPT: Script = on_key!("scripts/adopt.lua");
-pub(super) static EVICT: Script = on_key!("scripts/evict.lua");
-pub(super) static BURY: Script = on_key!("scripts/bury.lua");
+pub(super) static FORCE_RELEASE: Script = on_key!("scripts/force_release.lua");
+pub(super) static REAP: Script = on_key!("scripts/reap.lua");
 pub(super) static INSPECT: Script = on_key!("scripts/inspect.lua");
 pub(super) static TOUCH: Script = on_key!("scripts/touch.lua");
-/// A message to a session, as scripts send them.
+/// Publishes to a session's channel, from a script as all messages are sent.
 pub(super) static PUBLISH: Script = Script::new("return redis.call('PUBLISH', KEYS[1], '')");
 pub(super) static SESSION_OPEN: Script = on_session!("scripts/session_open.lua");
-pub(super) static SESSION_BEAT: Script = on_session!("scripts/session_beat.lua");
+pub(super) static SESSION_RENEW: Script = on_session!("scripts/session_renew.lua");
 pub(super) static SESSION_CLOSE: Script = on_session!("scripts/session_close.lua");
-pub(super) static SESSION_LOOK: Script = on_session!("scripts/session_look.lua");
-pub(super) static SESSION_LOST: Script = on_session!("scripts/session_lost.lua");
+pub(super) static SESSION_REMAINING: Script = on_session!("scripts/session_remaining.lua");
+pub(super) static SESSION_LOSSES: Script = on_session!("scripts/session_losses.lua");
 
 impl Script {
     const fn new(source: &'static str) -> Self {
         Self { source, hash: OnceLock::new() }
     }
 
-    /// The command that runs it by its hash; keys and arguments are to be added.
+    /// Returns the command that runs the script by its hash. The caller adds keys and arguments.
     pub(super) fn by_hash(&self, keys: usize) -> Cmd {
-        let mut command = Cmd::with_capacity(ARGUMENTS, BYTES);
+        let mut command = Cmd::with_capacity(USUAL_ARGUMENTS, USUAL_BYTES);
         command.arg("EVALSHA");
         let hash = self.hash.get_or_init(|| redis::Script::new(self.source).get_hash().to_owned());
         command.arg(hash.as_str()).arg(keys);
         command
     }
 
-    /// The same command with the script's text, for a server that does not know it yet.
+    /// Returns the same command with the script's text, for a server that does not have the script.
     pub(super) fn by_text(&self, by_hash: &Cmd) -> Cmd {
         let mut command = redis::cmd("EVAL");
         command.arg(self.source);
@@ -80,20 +80,20 @@ impl Script {
     }
 }
 
-/// How the keys of a store are called: `<prefix>:{<key>}`, the same with `:queue` and `:waiting`, and
+/// Builds the names of a store's Redis keys: `<prefix>:{<key>}`, the same with `:queue` and `:waiting`, and
 /// `<prefix>:session:{<id>}`.
 ///
-/// What is in braces decides the slot in a cluster, so the keys of one lock are together. Injective: a prefix has no
-/// brace, and in a key `%` and `}` are written as `%25` and `%7D`.
+/// The part in braces decides the slot in a cluster, so all Redis keys of one lock are together. No two locks share a
+/// name: a prefix has no brace, and `%` and `}` in a key are written as `%25` and `%7D`.
 #[derive(Clone, Debug)]
 pub(super) struct Names {
     prefix: String,
 }
 
-/// The names of the keys of one lock.
+/// The names of the Redis keys of one lock.
 #[derive(Clone, Debug)]
 pub(super) struct LockNames {
-    /// `R:queueR:waiting`, where R is the name of the record.
+    /// Has the form `R:queueR:waiting`, where R is the name of the record.
     names: String,
     record: usize,
 }
@@ -106,7 +106,7 @@ impl LockNames {
         &self.names[..self.record]
     }
 
-    /// The keys, in the order of the scripts.
+    /// Returns the names in the order that the scripts expect.
     pub(super) fn all(&self) -> [&str; 3] {
         let (queue, waiting) = self.names.split_at(self.record + QUEUE.len());
         [self.record(), queue, waiting]
@@ -132,13 +132,13 @@ impl Names {
         LockNames { names, record }
     }
 
-    /// The key of a record's name; none if it is the name of something else.
+    /// Returns the key of a record's name; `None` if the name belongs to something else.
     pub(super) fn key_of(&self, record: &str) -> Option<Result<Key>> {
         let inner = record.strip_prefix(&self.prefix)?.strip_prefix(":{")?.strip_suffix('}')?;
         Some(unescape(inner).and_then(|text| Key::from_encoded(&text)))
     }
 
-    /// A pattern that fits at least the records of all keys that begin so.
+    /// Returns a pattern that matches at least the records of all keys with this prefix.
     pub(super) fn pattern(&self, prefix: &str) -> String {
         let mut name = format!("{}:{{", self.prefix);
         escape(prefix, &mut name);
@@ -152,7 +152,7 @@ impl Names {
         pattern + "*}"
     }
 
-    /// The key of a session, which is the name of its channel too.
+    /// Returns the name of a session's Redis key and channel.
     pub(super) fn session(&self, session: SessionId) -> String {
         format!("{}:session:{{{}}}", self.prefix, session.to_hex())
     }
@@ -172,7 +172,7 @@ fn escape(text: &str, into: &mut String) {
 }
 
 fn unescape(text: &str) -> Result<String> {
-    let malformed = || Error::new(ErrorKind::Internal, "the store holds a malformed key");
+    let malformed = || Error::new(ErrorKind::Internal, "the store contains a malformed key");
     let mut parts = text.split('%');
     let mut unescaped = parts.next().unwrap_or_default().to_owned();
     for part in parts {
@@ -192,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_lead_back_to_their_keys_and_no_two_are_the_same() {
+    fn names_are_unique_and_lead_back_to_keys() {
         let names = Names::new("stanchion");
         let all = ["a", "}", "{", "{}", "%", "%7D", "a}:queue", "session:{1}", "a{b}c", "%25", "ä}"];
         let mut seen = std::collections::HashSet::new();

@@ -1,13 +1,15 @@
-//! The sentinels of a service: which server is its primary.
+//! Finds the primary of a service through its sentinels.
 //!
-//! # Whom to take
-//! All sentinels are asked, and the newest word counts, by their own numbering: one that missed a failover, or that is on
-//! the wrong side of a partition, does not lead to a server that was replaced. One that is silent is not waited for.
+//! # Which server counts
+//! All sentinels are queried, and the report with the newest epoch counts. A sentinel that missed a failover, or that
+//! is on the wrong side of a partition, thus does not lead to a replaced server. Nobody waits for an unresponsive
+//! sentinel.
 //!
-//! The sentinels name a new primary only when they have looked at it the next time, up to a second after it began to take
-//! writes. The one that leads the failover tells before that whom it has chosen. So the chosen replica is asked itself,
-//! and is taken as soon as it says that it is the primary. A replica that anybody else promoted is not taken, and while
-//! one was chosen, or while the sentinels agree that the lost one is down, that one is not taken either.
+//! A sentinel names the new primary only after it has polled it again, up to a second after the new primary began to
+//! accept writes. The sentinel that leads the failover reports the chosen replica earlier. The store therefore queries
+//! the chosen replica itself, and uses it as soon as it reports that it is the primary.
+//! - A replica that somebody else promoted is not used.
+//! - The old primary is not used while a replica is chosen to replace it, or while the sentinels agree that it is down.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -19,170 +21,172 @@ use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, FromRedisValue, RedisError};
 
 use super::config::{Address, Config};
-use super::connect::Local;
+use super::connect::RuntimeConnections;
 use super::error::{error, while_connecting};
-use super::node::{CONNECT_WITHIN, connect, in_task, too_slow, within};
+use super::node::{CONNECT_TIMEOUT, connect, in_task, timeout_error, within};
 use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, Result};
 
-/// How long one sentinel may take, and how long the others still have when one has answered.
-const ANSWER_WITHIN: Duration = Duration::from_secs(1);
-const STRAGGLERS_WITHIN: Duration = Duration::from_millis(200);
+/// Time limit for one sentinel, and time that the others get after the first answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+const STRAGGLER_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Who asks within this time after a search that found nothing gets the same answer: a thousand tasks are no storm.
-const NOTHING_NEW_WITHIN: Duration = Duration::from_millis(50);
+/// Time for which a failed search is not repeated: callers get the same error, so that a thousand tasks make no storm.
+const FAILURE_REUSE: Duration = Duration::from_millis(50);
 
-/// The servers of one service, as its sentinels know them.
+/// The servers of one service, as its sentinels report them.
 #[derive(Debug)]
 pub(super) struct Group {
     sentinels: Vec<Address>,
     service: String,
-    known: Mutex<Known>,
-    /// One at a time asks.
-    asking: tokio::sync::Mutex<()>,
+    state: Mutex<GroupState>,
+    /// Held by the one task that searches.
+    searching: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct GroupState {
     primary: Option<Address>,
-    /// The primary that there was, until there is one again.
+    /// The previous primary, until there is a new one.
     lost: Option<Address>,
-    /// The last search, if it found nothing.
-    nothing: Option<(BootTime, ErrorKind, String)>,
+    /// The time and the error of the last search, if it failed.
+    last_failure: Option<(BootTime, ErrorKind, String)>,
 }
 
-/// What one sentinel says.
+/// The report of one sentinel.
 #[derive(Clone, Debug)]
-struct Word {
+struct SentinelReport {
     primary: Address,
-    /// A word with a higher number is newer.
+    /// A report with a higher epoch is newer.
     epoch: u64,
-    /// The sentinels agree that the primary is down.
+    /// Whether the sentinels agree that the primary is down.
     is_down: bool,
-    /// The replica that is to take its place.
+    /// The replica that was chosen to replace the primary.
     chosen: Option<Address>,
 }
 
 impl Group {
     pub(super) fn new(sentinels: Vec<Address>, service: String) -> Self {
-        Self { sentinels, service, known: Mutex::default(), asking: tokio::sync::Mutex::default() }
+        Self { sentinels, service, state: Mutex::default(), searching: tokio::sync::Mutex::default() }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, GroupState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn primary(&self) -> Option<Address> {
         self.lock().primary.clone()
     }
 
-    /// This server does not serve: if it was the primary, another may be by now.
-    pub(super) fn lost(&self, address: &Address) {
-        let mut known = self.lock();
-        if known.primary.as_ref() == Some(address) {
-            known.lost = known.primary.take();
+    /// Marks a server as unavailable. If it was the primary, another server may be by now.
+    pub(super) fn mark_unavailable(&self, address: &Address) {
+        let mut state = self.lock();
+        if state.primary.as_ref() == Some(address) {
+            state.lost = state.primary.take();
         }
     }
 
-    /// The primary: the one that is known, or the one that the sentinels say.
-    pub(super) async fn find(&self, config: &Config, local: &Local, clock: &Clock) -> Result<Address> {
-        let _one_at_a_time = self.asking.lock().await;
+    /// Returns the cached primary, or finds it through the sentinels.
+    pub(super) async fn find(&self, config: &Config, local: &RuntimeConnections, clock: &Clock) -> Result<Address> {
+        let _one_at_a_time = self.searching.lock().await;
         let lost = {
-            let known = self.lock();
-            if let Some(primary) = &known.primary {
+            let state = self.lock();
+            if let Some(primary) = &state.primary {
                 return Ok(primary.clone());
             }
-            if let Some((at, kind, message)) = &known.nothing
-                && clock.now().since(*at) < NOTHING_NEW_WITHIN
+            if let Some((at, kind, message)) = &state.last_failure
+                && clock.now().since(*at) < FAILURE_REUSE
             {
                 return Err(error(*kind, message.clone()));
             }
-            known.lost.clone()
+            state.lost.clone()
         };
-        let found = self.ask(config, local, lost).await;
-        let mut known = self.lock();
+        let found = self.query(config, local, lost).await;
+        let mut state = self.lock();
         match &found {
-            Ok(primary) => *known = Known { primary: Some(primary.clone()), ..Known::default() },
-            Err(fault) => known.nothing = Some((clock.now(), fault.kind(), fault.message().to_owned())),
+            Ok(primary) => *state = GroupState { primary: Some(primary.clone()), ..GroupState::default() },
+            Err(fault) => state.last_failure = Some((clock.now(), fault.kind(), fault.message().to_owned())),
         }
         found
     }
 
-    async fn ask(&self, config: &Config, local: &Local, lost: Option<Address>) -> Result<Address> {
+    async fn query(&self, config: &Config, local: &RuntimeConnections, lost: Option<Address>) -> Result<Address> {
         let clients = self.sentinels.iter().map(|sentinel| Ok((sentinel.clone(), config.sentinel(sentinel)?)));
         let clients: Vec<_> = clients.collect::<Result<_>>()?;
         let service = self.service.clone();
-        let words = in_task(local, async move {
-            let ask = |(sentinel, client)| {
+        let reports = in_task(local, async move {
+            let query = |(sentinel, client)| {
                 let service = &service;
-                async move { ask_one(&sentinel, &client, service).await }
+                async move { query_sentinel(&sentinel, &client, service).await }
             };
-            let mut asked: FuturesUnordered<_> = clients.into_iter().map(ask).collect();
-            let (mut words, mut fault) = (Vec::new(), None);
-            let mut patience = ANSWER_WITHIN;
-            while let Some(Some(answer)) = within(patience, asked.next()).await {
+            let mut queries: FuturesUnordered<_> = clients.into_iter().map(query).collect();
+            let (mut reports, mut fault) = (Vec::new(), None);
+            let mut patience = ANSWER_TIMEOUT;
+            while let Some(Some(answer)) = within(patience, queries.next()).await {
                 match answer {
-                    Ok(word) => {
-                        words.push(word);
-                        patience = STRAGGLERS_WITHIN;
+                    Ok(report) => {
+                        reports.push(report);
+                        patience = STRAGGLER_TIMEOUT;
                     }
-                    // That there is no such service says more than that one sentinel is away.
+                    // A missing service is a more useful error than one unavailable sentinel.
                     Err(other) if fault.as_ref().is_none_or(|_: &Error| !other.is_transient()) => fault = Some(other),
                     Err(_) => {}
                 }
             }
-            (words, fault)
+            (reports, fault)
         });
-        let (words, fault) = words.await?;
-        let Some(newest) = newest(&words, lost.as_ref()) else {
-            return Err(fault.unwrap_or_else(|| error(ErrorKind::Unavailable, "no sentinel answers")));
+        let (reports, fault) = reports.await?;
+        let Some(newest) = newest(&reports, lost.as_ref()) else {
+            return Err(fault.unwrap_or_else(|| error(ErrorKind::Unavailable, "no sentinel answered")));
         };
         let Some(lost) = lost.filter(|lost| *lost == newest.primary) else { return Ok(newest.primary.clone()) };
-        for chosen in words.iter().filter_map(|word| word.chosen.as_ref()) {
+        for chosen in reports.iter().filter_map(|report| report.chosen.as_ref()) {
             if is_primary(config, local, chosen).await {
                 return Ok(chosen.clone());
             }
         }
-        if words.iter().any(|word| word.is_down || word.chosen.is_some()) {
-            return Err(error(ErrorKind::Unavailable, format!("{lost} is down, and no other is primary yet")));
+        if reports.iter().any(|report| report.is_down || report.chosen.is_some()) {
+            return Err(error(ErrorKind::Unavailable, format!("{lost} is down, and no other server is primary yet")));
         }
         Ok(lost)
     }
 }
 
-/// The newest word. A user with few rights is told no numbers: of two that are equally new, the one that names another than
-/// the lost one, and then the one that more of them say.
-fn newest<'a>(words: &'a [Word], lost: Option<&Address>) -> Option<&'a Word> {
-    let agree = |primary: &Address| words.iter().filter(|word| word.primary == *primary).count();
-    words.iter().max_by_key(|word| (word.epoch, lost != Some(&word.primary), agree(&word.primary)))
+/// Returns the newest report. A user with few rights gets no epochs. Of equally new reports, a report of another
+/// primary than the lost one wins, and then a report that more sentinels agree with.
+fn newest<'a>(reports: &'a [SentinelReport], lost: Option<&Address>) -> Option<&'a SentinelReport> {
+    let agree = |primary: &Address| reports.iter().filter(|report| report.primary == *primary).count();
+    reports.iter().max_by_key(|report| (report.epoch, lost != Some(&report.primary), agree(&report.primary)))
 }
 
-/// What one sentinel says.
-async fn ask_one(sentinel: &Address, client: &Client, service: &str) -> Result<Word> {
+/// Queries one sentinel.
+async fn query_sentinel(sentinel: &Address, client: &Client, service: &str) -> Result<SentinelReport> {
     let options = AsyncConnectionConfig::new()
-        .set_connection_timeout(Some(ANSWER_WITHIN))
-        .set_response_timeout(Some(ANSWER_WITHIN));
+        .set_connection_timeout(Some(ANSWER_TIMEOUT))
+        .set_response_timeout(Some(ANSWER_TIMEOUT));
     let answer = async {
         let connection = client.get_multiplexed_async_connection_with_config(&options).await?;
-        // At once, because a sentinel may be far, and the name last: it is not older than the number that comes with it.
+        // All at the same time, because a sentinel may be far away, and the name last, so that it is not older than its
+        // epoch.
         let (primary, replicas, named) = tokio::join!(
-            ask::<HashMap<String, String>>(connection.clone(), "MASTER", service),
-            ask::<Vec<HashMap<String, String>>>(connection.clone(), "REPLICAS", service),
-            ask::<Option<(String, u16)>>(connection.clone(), "GET-MASTER-ADDR-BY-NAME", service),
+            query::<HashMap<String, String>>(connection.clone(), "MASTER", service),
+            query::<Vec<HashMap<String, String>>>(connection.clone(), "REPLICAS", service),
+            query::<Option<(String, u16)>>(connection.clone(), "GET-MASTER-ADDR-BY-NAME", service),
         );
         let Some((host, port)) = named? else { return Ok(None) };
-        let mut word = Word { primary: Address::Tcp { host, port }, epoch: 0, is_down: false, chosen: None };
-        // Without the right to ask, or from something that only speaks like a sentinel, the name has to do.
-        word.describe(&primary.unwrap_or_default());
-        word.chosen = chosen(&replicas.unwrap_or_default());
-        Ok(Some(word))
+        let mut report =
+            SentinelReport { primary: Address::Tcp { host, port }, epoch: 0, is_down: false, chosen: None };
+        // Without that right, or from a server that only imitates a sentinel, the name has to do.
+        report.describe(&primary.unwrap_or_default());
+        report.chosen = chosen(&replicas.unwrap_or_default());
+        Ok(Some(report))
     };
-    let answer = within(ANSWER_WITHIN, answer).await.unwrap_or_else(|| Err(too_slow(ANSWER_WITHIN)));
-    let word = answer.map_err(|fault: RedisError| while_connecting(sentinel, &fault))?;
-    word.ok_or_else(|| error(ErrorKind::Misconfigured, format!("the sentinel {sentinel} knows no service `{service}`")))
+    let answer = within(ANSWER_TIMEOUT, answer).await.unwrap_or_else(|| Err(timeout_error(ANSWER_TIMEOUT)));
+    let report = answer.map_err(|fault: RedisError| while_connecting(sentinel, &fault))?;
+    report.ok_or_else(|| error(ErrorKind::Misconfigured, format!("the sentinel {sentinel} has no service `{service}`")))
 }
 
-async fn ask<T: FromRedisValue>(
+async fn query<T: FromRedisValue>(
     mut connection: MultiplexedConnection,
     what: &str,
     service: &str,
@@ -194,23 +198,23 @@ fn has_flag(server: &HashMap<String, String>, flag: &str) -> bool {
     server.get("flags").is_some_and(|flags| flags.split(',').any(|one| one == flag))
 }
 
-impl Word {
+impl SentinelReport {
     fn describe(&mut self, primary: &HashMap<String, String>) {
         self.epoch = primary.get("config-epoch").and_then(|epoch| epoch.parse().ok()).unwrap_or(0);
         self.is_down = has_flag(primary, "o_down");
     }
 }
 
-/// The replica that is being promoted. Only the sentinel that was elected to lead the failover knows.
+/// Returns the replica that is being promoted. Only the sentinel that leads the failover reports it.
 fn chosen(replicas: &[HashMap<String, String>]) -> Option<Address> {
     let chosen = replicas.iter().find(|replica| has_flag(replica, "promoted"))?;
     Some(Address::Tcp { host: chosen.get("ip")?.clone(), port: chosen.get("port")?.parse().ok()? })
 }
 
-/// Whether the server says of itself that it is a primary.
-async fn is_primary(config: &Config, local: &Local, address: &Address) -> bool {
+/// Returns whether the server itself reports that it is a primary.
+async fn is_primary(config: &Config, local: &RuntimeConnections, address: &Address) -> bool {
     let Ok(client) = config.server(address) else { return false };
-    let role = in_task(local, async move { within(CONNECT_WITHIN, connect(&client)).await });
+    let role = in_task(local, async move { within(CONNECT_TIMEOUT, connect(&client)).await });
     matches!(role.await, Ok(Some(Ok((_, Some(role))))) if role == "master")
 }
 
@@ -218,38 +222,38 @@ async fn is_primary(config: &Config, local: &Local, address: &Address) -> bool {
 mod tests {
     use super::*;
 
-    fn word(port: u16, epoch: u64) -> Word {
-        Word { primary: Address::Tcp { host: "h".into(), port }, epoch, is_down: false, chosen: None }
+    fn report(port: u16, epoch: u64) -> SentinelReport {
+        SentinelReport { primary: Address::Tcp { host: "h".into(), port }, epoch, is_down: false, chosen: None }
     }
 
     #[test]
-    fn the_newest_word_counts() {
-        let lost = word(1, 0).primary;
-        let port = |words: &[Word]| match &newest(words, Some(&lost)).unwrap().primary {
+    fn newest_report_wins() {
+        let lost = report(1, 0).primary;
+        let port = |reports: &[SentinelReport]| match &newest(reports, Some(&lost)).unwrap().primary {
             Address::Tcp { port, .. } => *port,
             Address::Unix(_) => 0,
         };
         // One sentinel missed the last failover, and names the primary before the lost one.
-        assert_eq!(port(&[word(2, 3), word(1, 4), word(1, 4)]), 1);
+        assert_eq!(port(&[report(2, 3), report(1, 4), report(1, 4)]), 1);
         // One sentinel missed this failover.
-        assert_eq!(port(&[word(1, 4), word(2, 5)]), 2);
-        assert_eq!(port(&[word(2, 5), word(1, 4)]), 2);
-        // Nobody tells numbers.
-        assert_eq!(port(&[word(1, 0), word(2, 0), word(1, 0)]), 2);
+        assert_eq!(port(&[report(1, 4), report(2, 5)]), 2);
+        assert_eq!(port(&[report(2, 5), report(1, 4)]), 2);
+        // No sentinel reports an epoch.
+        assert_eq!(port(&[report(1, 0), report(2, 0), report(1, 0)]), 2);
     }
 
     #[test]
-    fn without_numbers_most_of_them_count_unless_one_was_lost() {
-        let words = [word(1, 0), word(1, 0), word(2, 0)];
-        let at = |port| word(port, 0).primary;
-        assert_eq!(newest(&words, None).unwrap().primary, at(1));
-        assert_eq!(newest(&words, Some(&at(1))).unwrap().primary, at(2));
-        // One that tells a number knows more than all who do not.
-        assert_eq!(newest(&[word(1, 0), word(2, 1), word(1, 0)], None).unwrap().primary, at(2));
+    fn majority_wins_without_epochs() {
+        let reports = [report(1, 0), report(1, 0), report(2, 0)];
+        let at = |port| report(port, 0).primary;
+        assert_eq!(newest(&reports, None).unwrap().primary, at(1));
+        assert_eq!(newest(&reports, Some(&at(1))).unwrap().primary, at(2));
+        // A report with an epoch is newer than all reports without one.
+        assert_eq!(newest(&[report(1, 0), report(2, 1), report(1, 0)], None).unwrap().primary, at(2));
     }
 
     #[test]
-    fn the_chosen_replica_is_the_one_that_is_being_promoted() {
+    fn chosen_replica_is_the_promoted_one() {
         let replica = |port: &str, flags: &str| {
             let fields = [("ip", "10.0.0.1"), ("port", port), ("flags", flags)];
             fields.map(|(name, value)| (name.to_owned(), value.to_owned())).into()

@@ -1,7 +1,7 @@
--- acquire: the mutex that nobody holds or waits for. One GET, one SET; all else is further down.
+-- Fast path of acquire: grants a mutex without holder and waiters with one GET and one SET. Everything else is below.
 -- KEYS: record, queue, waiting
 -- ARGV: not_after .. enqueue (0 or 1) .. token .. session .. kind .. texts
---       and, unless it is a mutex without a deadline: term (µs, 0: none), units, capacity, life of the record (ms)
+--       and, unless it is a mutex without a deadline: lifetime (µs, 0: none), units, capacity, life of the record (ms)
 local call = redis.call
 local record = call('GET', KEYS[1])
 local time = call('TIME')

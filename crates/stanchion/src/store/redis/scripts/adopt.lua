@@ -1,5 +1,5 @@
 -- ARGV: from, to, session, owner as a text, not_after, life of the record (ms)
-settle()
+reconcile()
 local hold = find(ARGV[2])
 local answer
 if hold then
@@ -15,7 +15,7 @@ else
       hold.texts = ARGV[4] .. string.sub(hold.texts, #length + 2 + tonumber(length))
       hold.token, hold.session, changed = ARGV[2], ARGV[3], true
       local life = tonumber(ARGV[6])
-      if life > DAY and life > tonumber(state.life or 0) then state.life = ARGV[6] end
+      if life > RECORD_LIFE and life > tonumber(state.life or 0) then state.life = ARGV[6] end
     else
       answer = { 'gone', now }
     end

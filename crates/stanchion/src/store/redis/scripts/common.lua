@@ -1,22 +1,25 @@
--- The record of a key, and the rules for it. `record` and `now` are there already.
+-- The format of a key's record, and the operations on it. `record` and `now` are set already.
 --
--- A record is one of
---   '0' fence [closed]                          nobody has it: the newest fence, and until when it is closed
---   '1' fence at token session kind texts       one mutex without a deadline, and nobody waits
---   '2' and what cmsgpack makes of `state`      everything else
--- Fences and times are 16 digits, so that text order is number order and no digit is lost: a Lua number is exact up to
--- 2^53 only. Tokens and sessions are 32 hexadecimal digits, a kind is S (ends with its session) or F (fixed term).
--- Those who wait are in two keys that exist only then: `queue`, their tokens in order, and `waiting`, what they ask for.
--- A script sees sessions as names only: who reads the answer asks whether they live, and has the dead buried.
+-- The format of a record is one of:
+--   '0' fence [closed]                          nobody holds the key: its last fence, and until when it is closed
+--   '1' fence at token session kind texts       one mutex without a deadline and without waiters
+--   '2' and the table `state` as cmsgpack       everything else
+-- Fences and times have 16 digits, so that they compare as texts and no digit is lost: a Lua number is exact only up to
+-- 2^53. Tokens and sessions have 32 hexadecimal digits. A kind is S (ends with its session) or F (fixed lifetime).
+-- Waiters are in two keys that exist only while there are some: `queue` has their tokens in order, and `waiting` has
+-- their requests. Scripts see sessions only by name: the caller queries them, and reaps expired ones.
 
-local DAY = 86400000
--- A fence is remembered this long after the last release: a clock that is set back by less does no harm.
-local IDLE = 600000
--- For so long a token that was forced out is refused, in µs.
-local FORCED = 3600000000
-local MOST_WAITERS = 10000
-local SUBJECT = KEYS[1]
-local PREFIX = string.match(SUBJECT, '^[^{]*')
+-- Minimum time that a record with a hold is kept after a write, in ms.
+local RECORD_LIFE = 86400000
+-- Time that an idle record is kept after the last release, in ms. It preserves the fence: a clock that is set back by
+-- less does no harm.
+local IDLE_LIFE = 600000
+-- Time that a force-released token is rejected, in µs.
+local FORCED_RETENTION = 3600000000
+-- Maximum number of waiters of a key.
+local MAX_WAITERS = 10000
+local RECORD_NAME = KEYS[1]
+local PREFIX = string.match(RECORD_NAME, '^[^{]*')
 
 if #now < 16 then now = string.rep('0', 16 - #now) .. now end
 
@@ -28,18 +31,18 @@ local function minus(at, from)
   return string.format('%.0f', math.max(0, tonumber(at) - tonumber(from)))
 end
 
--- Whether the record is to be written.
+-- Whether the record has to be written.
 local changed = false
 
 local state
 local function is_record()
-  local form = string.byte(record)
-  if form == 48 then return (#record == 17 or #record == 33) and not string.find(record, '%D') end
-  if form == 49 then
+  local kind_byte = string.byte(record)
+  if kind_byte == 48 then return (#record == 17 or #record == 33) and not string.find(record, '%D') end
+  if kind_byte == 49 then
     return #record >= 98 and not string.find(string.sub(record, 2, 33), '%D')
       and not string.find(string.sub(record, 34, 97), '%X') and string.find(record, '^[SF]', 98)
   end
-  if form == 50 then
+  if kind_byte == 50 then
     local ok, read = pcall(cmsgpack.unpack, string.sub(record, 2))
     return ok and type(read) == 'table' and type(read.holds) == 'table' and type(read.forced) == 'table'
   end
@@ -73,8 +76,8 @@ local function next_fence()
   return fence
 end
 
--- The units of all holds, and their smallest capacity.
-local function taken()
+-- Returns the units of all holds, and their smallest capacity.
+local function usage()
   local units, capacity = 0, math.huge
   for _, hold in ipairs(state.holds) do
     units, capacity = units + hold.units, math.min(capacity, hold.capacity)
@@ -82,20 +85,20 @@ local function taken()
   return units, capacity
 end
 
--- Whether a request fits beside holds of so many units and this smallest capacity.
-local function fits(asked, units, capacity)
-  return units + asked.units <= math.min(capacity, asked.capacity)
+-- Returns whether a request fits with holds of these units and this smallest capacity.
+local function fits(request, units, capacity)
+  return units + request.units <= math.min(capacity, request.capacity)
 end
 
--- Makes a hold of what was asked for. Nothing, if there is no higher fence.
-local function grant(asked)
+-- Creates a hold for a request. Returns nil if there is no higher fence.
+local function grant(request)
   local fence = next_fence()
   if not fence then return nil end
   local hold = {
-    fence = fence, at = now, token = asked.token, session = asked.session, kind = asked.kind, texts = asked.texts,
-    units = asked.units, capacity = asked.capacity,
+    fence = fence, at = now, token = request.token, session = request.session, kind = request.kind,
+    texts = request.texts, units = request.units, capacity = request.capacity,
   }
-  if asked.term ~= '0' then hold.deadline = plus(now, asked.term) end
+  if request.term ~= '0' then hold.deadline = plus(now, request.term) end
   state.holds[#state.holds + 1] = hold
   return hold
 end
@@ -104,9 +107,9 @@ local function head()
   if not state.queued then return nil end
   local first = call('ZRANGE', KEYS[2], 0, 0)[1]
   while first do
-    local asked = call('HGET', KEYS[3], first)
-    if asked then return cmsgpack.unpack(asked) end
-    -- What it asks for is gone: only an eviction or a hand does that. Those behind it still wait.
+    local request = call('HGET', KEYS[3], first)
+    if request then return cmsgpack.unpack(request) end
+    -- The request is missing, which only an eviction or a manual change can cause. The waiters behind it still wait.
     call('ZREM', KEYS[2], first)
     first = call('ZRANGE', KEYS[2], 0, 0)[1]
   end
@@ -119,35 +122,36 @@ local function dequeue(token)
   call('HDEL', KEYS[3], token)
 end
 
--- Ends what time has ended, and gives the key to the head of the queue for as long as that fits.
-local function settle()
-  local kept = {}
+-- Ends expired holds, and grants the key to the head of the queue while its request fits.
+local function reconcile()
+  local live = {}
   for _, hold in ipairs(state.holds) do
-    if not hold.deadline or hold.deadline > now then kept[#kept + 1] = hold end
+    if not hold.deadline or hold.deadline > now then live[#live + 1] = hold end
   end
-  if #kept < #state.holds then state.holds, changed = kept, true end
+  if #live < #state.holds then state.holds, changed = live, true end
   if state.closed and state.closed <= now then state.closed, changed = nil, true end
   for token, forced in pairs(state.forced) do
-    if plus(forced.at, FORCED) <= now then state.forced[token], changed = nil, true end
+    if plus(forced.at, FORCED_RETENTION) <= now then state.forced[token], changed = nil, true end
   end
   local first = not state.closed and head()
   local units, capacity
-  if first then units, capacity = taken() end
+  if first then units, capacity = usage() end
   while first and fits(first, units, capacity) do
     dequeue(first.token)
     local hold = grant(first)
     if hold then
       units, capacity = units + hold.units, math.min(capacity, hold.capacity)
-      -- It outlives its session from when its holder has learned of it. Until then nobody believes it.
+      -- The hold outlives its session only after its holder has learned of it. Until then no guard relies on it.
       if hold.kind == 'F' then hold.unseen = true end
-      -- A hint: without the right to publish it is found by asking.
-      redis.pcall('PUBLISH', PREFIX .. 'session:{' .. first.session .. '}', 'G' .. first.token .. hold.fence .. SUBJECT)
+      -- Only a hint: without the right to publish, the waiter finds its grant by polling.
+      local message = 'G' .. first.token .. hold.fence .. RECORD_NAME
+      redis.pcall('PUBLISH', PREFIX .. 'session:{' .. first.session .. '}', message)
     end
     first = head()
   end
 end
 
--- The smallest capacity of the holds, if they share the key.
+-- Returns the smallest capacity of the holds that share the key.
 local function in_use()
   local capacity
   for _, hold in ipairs(state.holds) do
@@ -156,16 +160,16 @@ local function in_use()
   return capacity and tostring(capacity) or ''
 end
 
--- The holder has learned of its hold.
-local function saw(hold)
+-- Records that the holder has learned of its hold.
+local function mark_seen(hold)
   if hold.unseen then hold.unseen, changed = nil, true end
 end
 
--- The hold of a token, for whoever has the token: its holder has seen it then.
+-- Returns the hold of a token. Only its holder knows the token, so it has seen the hold now.
 local function find(token)
   for at, hold in ipairs(state.holds) do
     if hold.token == token then
-      saw(hold)
+      mark_seen(hold)
       return hold, at
     end
   end
@@ -175,7 +179,7 @@ local function ends_with_its_session(hold)
   return hold.kind == 'S' or hold.unseen
 end
 
--- Writes, also when memory is short: freeing some is allowed then, and so is what the same script does after that.
+-- Writes the record, also when memory is short: the server then allows deleting, and further writes of the same script.
 local function set(...)
   if redis.pcall('SET', KEYS[1], ...).err then
     call('DEL', KEYS[1])
@@ -183,49 +187,49 @@ local function set(...)
   end
 end
 
--- Writes the record back. `may_fail`: rather an error than a write that memory has no room for.
+-- Writes the record back. With `may_fail` it returns an error rather than writing when memory is short.
 local function save(may_fail)
   if not changed then return end
-  local put = set
-  if may_fail then put = function(...) call('SET', KEYS[1], ...) end end
-  local lone = state.holds[1]
-  if not lone and not state.queued and not next(state.forced) then
+  local write = set
+  if may_fail then write = function(...) call('SET', KEYS[1], ...) end end
+  local only = state.holds[1]
+  if not only and not state.queued and not next(state.forced) then
     if not state.last and not state.closed then
       if record then call('DEL', KEYS[1]) end
       return
     end
-    local life = IDLE
+    local life = IDLE_LIFE
     if state.closed then life = life + tonumber(minus(state.closed, now)) / 1000 end
-    return put('0' .. (state.last or '0000000000000000') .. (state.closed or ''), 'PX', string.format('%.0f', life))
+    return write('0' .. (state.last or '0000000000000000') .. (state.closed or ''), 'PX', string.format('%.0f', life))
   end
-  local life = math.max(DAY, tonumber(state.life or 0))
+  local life = math.max(RECORD_LIFE, tonumber(state.life or 0))
   for _, hold in ipairs(state.holds) do
-    if hold.deadline then life = math.max(life, tonumber(minus(hold.deadline, now)) / 1000 + IDLE) end
+    if hold.deadline then life = math.max(life, tonumber(minus(hold.deadline, now)) / 1000 + IDLE_LIFE) end
   end
-  if state.closed then life = math.max(life, tonumber(minus(state.closed, now)) / 1000 + IDLE) end
+  if state.closed then life = math.max(life, tonumber(minus(state.closed, now)) / 1000 + IDLE_LIFE) end
   life = string.format('%.0f', life)
-  if lone and not state.holds[2] and not state.queued and not next(state.forced) and not state.closed and not state.life
-    and not lone.deadline and lone.units == 1 and lone.capacity == 1 and lone.fence == state.last then
-    return put('1' .. lone.fence .. lone.at .. lone.token .. lone.session .. lone.kind .. lone.texts, 'PX', life)
+  if only and not state.holds[2] and not state.queued and not next(state.forced) and not state.closed and not state.life
+    and not only.deadline and only.units == 1 and only.capacity == 1 and only.fence == state.last then
+    return write('1' .. only.fence .. only.at .. only.token .. only.session .. only.kind .. only.texts, 'PX', life)
   end
-  put('2' .. cmsgpack.pack(state), 'PX', life)
+  write('2' .. cmsgpack.pack(state), 'PX', life)
   if state.queued then
     call('PEXPIRE', KEYS[2], life)
     call('PEXPIRE', KEYS[3], life)
   end
 end
 
--- A write that changes nothing: who waits for replicas (WAIT) waits for what was written over the same connection.
+-- Repeats a write without changing anything, because WAIT covers only writes of the same connection.
 local function write_again()
   local life = call('PTTL', KEYS[1])
-  call('PEXPIRE', KEYS[1], life > 0 and life or DAY)
+  call('PEXPIRE', KEYS[1], life > 0 and life or RECORD_LIFE)
 end
 
 local function remaining(hold)
   return hold.deadline and minus(hold.deadline, now) or ''
 end
 
--- When time alone may change something, in µs from now.
+-- Returns the time until the state may change without a request, in µs.
 local function check_in()
   local at = state.closed
   for _, hold in ipairs(state.holds) do
@@ -234,8 +238,8 @@ local function check_in()
   return at and minus(at, now) or ''
 end
 
--- The sessions on which it depends whether those who wait go on: those of the holders and of the head of the queue.
-local function in_the_way(answer)
+-- Adds the sessions that the waiters' progress depends on: those of the holders and of the head of the queue.
+local function blocking_sessions(answer)
   local seen = {}
   local function add(session)
     if not seen[session] then
@@ -255,22 +259,23 @@ local function granted(hold)
   return { 'granted', now, hold.fence, remaining(hold) }
 end
 
--- Who waits has those who hold the key told again that they do. A failover may forget a release: nobody would end that hold,
--- because the session that has it lives. The head does it each time it asks; those behind it now and then, because a failover
--- may have forgotten that the head has gone, too.
-local function tell_holders(ahead)
-  local tells = ahead == 0 or tonumber(string.sub(now, -4)) % (ahead + 1) == 0
+-- Reminds the holders of their holds on behalf of a waiter. A failover may forget a release, and nobody would end that
+-- hold while its session is alive. The head of the queue sends reminders with each poll. The waiters behind it do so
+-- now and then, because a failover may also have forgotten that the head has left.
+local function remind_holders(ahead)
+  local is_due = ahead == 0 or tonumber(string.sub(now, -4)) % (ahead + 1) == 0
   for _, hold in ipairs(state.holds) do
-    if tells and hold.kind == 'S' and plus(hold.at, '1000000') <= now then
-      redis.pcall('PUBLISH', PREFIX .. 'session:{' .. hold.session .. '}', 'G' .. hold.token .. hold.fence .. SUBJECT)
+    if is_due and hold.kind == 'S' and plus(hold.at, '1000000') <= now then
+      local message = 'G' .. hold.token .. hold.fence .. RECORD_NAME
+      redis.pcall('PUBLISH', PREFIX .. 'session:{' .. hold.session .. '}', message)
     end
   end
 end
 
 local function queued(token)
   local ahead = call('ZRANK', KEYS[2], token)
-  tell_holders(ahead)
-  return in_the_way({ 'queued', now, tostring(ahead), check_in(), in_use() })
+  remind_holders(ahead)
+  return blocking_sessions({ 'queued', now, tostring(ahead), check_in(), in_use() })
 end
 
-local OUT_OF_FENCES = redis.error_reply('FENCE this key has the highest fence there is')
+local OUT_OF_FENCES = redis.error_reply('FENCE this key has reached the highest fence')

@@ -1,4 +1,4 @@
-settle()
+reconcile()
 local token, answer = ARGV[1], nil
 local hold, at = find(token)
 local forced = state.forced[token]
@@ -18,6 +18,6 @@ else
   answer = { 'nothing', now }
 end
 if forced then answer[3] = forced.session end
-settle()
+reconcile()
 save()
 return answer

@@ -1,4 +1,4 @@
-settle()
+reconcile()
 save()
 local holds, waiters = {}, {}
 for _, hold in ipairs(state.holds) do
@@ -10,7 +10,9 @@ end
 if state.queued then
   for _, token in ipairs(call('ZRANGE', KEYS[2], 0, -1)) do
     local waiter = cmsgpack.unpack(call('HGET', KEYS[3], token))
-    waiters[#waiters + 1] = { tostring(waiter.units), waiter.session, waiter.at, waiter.texts, tostring(waiter.capacity) }
+    waiters[#waiters + 1] = {
+      tostring(waiter.units), waiter.session, waiter.at, waiter.texts, tostring(waiter.capacity),
+    }
   end
 end
 local closed = state.closed and minus(state.closed, now) or ''

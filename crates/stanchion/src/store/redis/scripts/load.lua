@@ -1,4 +1,4 @@
--- What a script that has no short way begins with.
+-- The beginning of a script without a fast path.
 local call = redis.call
 local record = call('GET', KEYS[1])
 local time = call('TIME')

@@ -1,13 +1,13 @@
-settle()
+reconcile()
 local held = {}
 for _, hold in ipairs(state.holds) do held[hold.token] = hold end
--- For each token: what it holds, or how many are before it, or nothing.
+-- For each token: its hold, or the number of waiters ahead of it, or nothing.
 local rows, front = {}, nil
 for at, token in ipairs(ARGV) do
   local hold, ahead = held[token], nil
   if not hold and state.queued then ahead = call('ZRANK', KEYS[2], token) end
   if hold then
-    saw(hold)
+    mark_seen(hold)
     rows[at] = { hold.fence, remaining(hold), hold.kind == 'S' and hold.session or '' }
   elseif ahead then
     rows[at] = { tostring(ahead) }
@@ -18,8 +18,8 @@ for at, token in ipairs(ARGV) do
 end
 local answer = { 'polled', now, rows, check_in(), in_use() }
 if front then
-  tell_holders(front)
-  in_the_way(answer)
+  remind_holders(front)
+  blocking_sessions(answer)
 end
 save()
 return answer

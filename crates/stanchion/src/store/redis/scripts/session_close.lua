@@ -1,4 +1,4 @@
--- KEYS: session.  ARGV: memory (ms)
+-- KEYS: session.  ARGV: retention (ms)
 local time = redis.call('TIME')
 local now = string.format('%016.0f', tonumber(time[1]) * 1000000 + tonumber(time[2]))
 redis.call('DEL', KEYS[1])

@@ -1,48 +1,48 @@
-//! Reads the record of a key without a script, for listings: what is there, or what is wrong with it.
+//! Decodes the record of a key without a script, for listings.
 //!
-//! `common.lua` says what a record is. A record of somebody else, or a broken one, is a [`Problem`] and no error: it must not
-//! keep the rest from being listed.
+//! `common.lua` defines the format. A damaged or foreign record is a [`Problem`] and not an error, because it must not
+//! keep the other keys from being listed.
 
 use super::reply::read_texts;
 use crate::fence::Fence;
 use crate::store::StoreTime;
 use crate::token::SessionId;
 
-/// A lowercase fragment that says what is wrong.
+/// A lowercase fragment that describes the damage.
 pub(super) type Problem = String;
 
 type Read<T> = Result<T, Problem>;
 
-/// Maximum depth of what cmsgpack packed. Ours has three.
+/// Maximum depth of nested values in a record. Valid records have three levels.
 const MAX_DEPTH: u32 = 8;
 
-/// The record of a key.
+/// The decoded record of a key.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Record {
     pub(super) last: Option<Fence>,
     pub(super) closed_until: Option<StoreTime>,
-    pub(super) holds: Vec<Hold>,
-    /// There are waiters, in keys of their own.
+    pub(super) holds: Vec<StoredHold>,
+    /// Whether there are waiters, which are in Redis keys of their own.
     pub(super) queued: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Hold {
+pub(super) struct StoredHold {
     pub(super) fence: Fence,
     pub(super) at: StoreTime,
     pub(super) deadline: Option<StoreTime>,
     pub(super) session: SessionId,
     pub(super) is_session_bound: bool,
-    /// It ends with its session: it is bound to it, or its holder has not learned of it yet.
+    /// Whether the hold ends with its session: it is session-bound, or its holder has not learned of it yet.
     pub(super) ends_with_session: bool,
     pub(super) units: u32,
     pub(super) capacity: u32,
     pub(super) texts: [Option<String>; 3],
 }
 
-/// A waiter, without its place.
+/// A waiter, without its position in the queue.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Waiter {
+pub(super) struct StoredWaiter {
     pub(super) at: StoreTime,
     pub(super) session: SessionId,
     pub(super) units: u32,
@@ -63,7 +63,7 @@ impl Record {
                 let part = |from: usize, to: usize| rest.get(from..to).ok_or("the record is too short");
                 let fence = Fence::new(digits(part(0, 16)?)?);
                 let is_session_bound = is_bound(part(96, 97)?)?;
-                let hold = Hold {
+                let hold = StoredHold {
                     fence,
                     at: time(part(16, 32)?)?,
                     deadline: None,
@@ -84,7 +84,7 @@ impl Record {
     fn unpack(packed: &[u8]) -> Read<Self> {
         let state = Packed::read(packed)?;
         let holds = match state.field("holds") {
-            Some(Packed::List(holds)) => holds.iter().map(Hold::unpack).collect::<Read<_>>()?,
+            Some(Packed::List(holds)) => holds.iter().map(StoredHold::unpack).collect::<Read<_>>()?,
             _ => return Err("the record lacks its holds".into()),
         };
         Ok(Self {
@@ -96,7 +96,7 @@ impl Record {
     }
 }
 
-impl Hold {
+impl StoredHold {
     fn unpack(hold: &Packed<'_>) -> Read<Self> {
         let is_session_bound = is_bound(hold.needed("kind")?)?;
         Ok(Self {
@@ -113,8 +113,8 @@ impl Hold {
     }
 }
 
-impl Waiter {
-    /// Reads what is kept of a waiter under its token.
+impl StoredWaiter {
+    /// Decodes the entry of a waiter.
     pub(super) fn read(packed: &[u8]) -> Read<Self> {
         let waiter = Packed::read(packed)?;
         Ok(Self {
@@ -129,7 +129,7 @@ impl Waiter {
 
 fn digits(text: &[u8]) -> Read<u64> {
     let text = std::str::from_utf8(text).ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
-    text.and_then(|text| text.parse().ok()).ok_or_else(|| "a number of the record is none".into())
+    text.and_then(|text| text.parse().ok()).ok_or_else(|| "a number in the record is malformed".into())
 }
 
 fn time(text: &[u8]) -> Read<StoreTime> {
@@ -138,7 +138,7 @@ fn time(text: &[u8]) -> Read<StoreTime> {
 
 fn session(text: &[u8]) -> Read<SessionId> {
     let session = std::str::from_utf8(text).ok().and_then(SessionId::from_hex);
-    session.ok_or_else(|| "the session of the record is none".into())
+    session.ok_or_else(|| "a session in the record is malformed".into())
 }
 
 fn is_bound(kind: &[u8]) -> Read<bool> {
@@ -154,7 +154,7 @@ fn texts(text: &[u8]) -> Read<[Option<String>; 3]> {
     read_texts(text).map_err(|_| "the texts of the record cannot be read".into())
 }
 
-/// What cmsgpack packed, as far as records have it.
+/// A value that cmsgpack packed, as far as records contain it.
 #[derive(Debug)]
 enum Packed<'a> {
     Text(&'a [u8]),
@@ -162,7 +162,7 @@ enum Packed<'a> {
     Flag(bool),
     List(Vec<Packed<'a>>),
     Map(Vec<(Packed<'a>, Packed<'a>)>),
-    /// Nothing that a field of ours is.
+    /// A value that no field of a record may have.
     Other,
 }
 
@@ -170,7 +170,7 @@ impl<'a> Packed<'a> {
     fn read(packed: &'a [u8]) -> Read<Self> {
         let mut rest = packed;
         let value = take(&mut rest, MAX_DEPTH)?;
-        if rest.is_empty() { Ok(value) } else { Err("the record goes on behind its end".into()) }
+        if rest.is_empty() { Ok(value) } else { Err("the record continues after its end".into()) }
     }
 
     fn field(&self, name: &str) -> Option<&Self> {
@@ -183,7 +183,7 @@ impl<'a> Packed<'a> {
         match self.field(name) {
             None => Ok(None),
             Some(Self::Text(text)) => Ok(Some(text)),
-            Some(_) => Err(format!("`{name}` of the record is no text")),
+            Some(_) => Err(format!("`{name}` of the record is not a text")),
         }
     }
 
@@ -228,7 +228,7 @@ fn take<'a>(rest: &mut &'a [u8], depth: u32) -> Read<Packed<'a>> {
         0x90..=0x9f => list(rest, usize::from(mark & 0x0f), depth)?,
         0xa0..=0xbf => Packed::Text(bytes(rest, usize::from(mark & 0x1f))?),
         0xc2 | 0xc3 => Packed::Flag(mark == 0xc3),
-        // Lua knows no other numbers than these: whole ones are packed as such.
+        // Lua has no other numbers than these; whole ones are packed as integers.
         0xca => skip(rest, 4)?,
         0xcb => skip(rest, 8)?,
         0xcc..=0xcf => number(unsigned(rest, 1 << (mark - 0xcc))?),
@@ -245,7 +245,7 @@ fn take<'a>(rest: &mut &'a [u8], depth: u32) -> Read<Packed<'a>> {
             map(rest, count, depth)?
         }
         0xe0..=0xff | 0xc0 => Packed::Other,
-        _ => return Err("the record is not what cmsgpack makes".into()),
+        _ => return Err("the record was not packed by cmsgpack".into()),
     })
 }
 
@@ -258,7 +258,7 @@ fn packed_text<'a>(rest: &mut &'a [u8], size: usize) -> Read<Packed<'a>> {
     bytes(rest, length).map(Packed::Text)
 }
 
-// Nothing is reserved for a length that is only claimed.
+// The lists below reserve no memory for a length, which may be forged.
 
 fn list<'a>(rest: &mut &'a [u8], count: usize, depth: u32) -> Read<Packed<'a>> {
     (0..count).map(|_| take(rest, depth)).collect::<Read<_>>().map(Packed::List)
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_records_are_named_and_none_panics() {
+    fn broken_records_are_reported_without_panic() {
         let session = "a".repeat(32);
         let plain = format!("1{:016}{:016}{}{session}S2:me--", 7, 9, "b".repeat(32));
         for end in 0..plain.len() {

@@ -1,20 +1,20 @@
-//! Looks at one key, settled.
+//! Inspects one key after reconciling it: expired holds and sessions are gone, and free capacity is granted.
 
 use std::time::{Duration, SystemTime};
 
 use super::error::error;
 use super::reply::{Answer, read_texts};
 use super::scripts::{self, LockNames};
-use super::{Inner, MOST_BURIALS};
+use super::{Inner, MAX_REAP_ROUNDS};
 use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{HolderState, KeyState, Reply, StoreTime, WaiterState};
 
 impl Inner {
-    /// The state of a key without anything of the dead.
-    pub(super) async fn settled(&self, key: &Key, names: &LockNames) -> Result<Reply<KeyState>> {
-        for _ in 0..MOST_BURIALS {
+    /// Returns the state of a key after reaping the leftovers of expired sessions.
+    pub(super) async fn reconciled_state(&self, key: &Key, names: &LockNames) -> Result<Reply<KeyState>> {
+        for _ in 0..MAX_REAP_ROUNDS {
             let answer = self.on_key(names, &scripts::INSPECT, &[]).await?;
             let mut sessions = Vec::new();
             for hold in answer.rows(2)? {
@@ -27,11 +27,11 @@ impl Inner {
             }
             sessions.sort_unstable();
             sessions.dedup();
-            if !self.bury_the_dead(key, &sessions).await? {
+            if !self.reap_expired(key, &sessions).await? {
                 return Ok(Reply { time: answer.time, outcome: state_of(key, &answer)? });
             }
         }
-        Err(error(ErrorKind::Unavailable, "sessions die faster than they can be buried"))
+        Err(error(ErrorKind::Unavailable, "too many expired sessions on this key; try again"))
     }
 }
 
