@@ -1,28 +1,29 @@
-//! The fault-free continuation of a state, for liveness.
+//! Checks liveness by continuing a state without further faults.
 //!
-//! From every visited state one schedule is played: everything on its way is lost or delivered, then nothing is lost any
-//! more. That is one schedule for each state, not a proof in temporal logic.
+//! Two schedules are played from each visited state: in one all messages in flight are lost, in the other they are
+//! delivered. Afterwards no message is lost. This is a check of two schedules per state and not a proof in temporal
+//! logic.
 
 use crate::client::Phase;
 use crate::message::Msg;
 use crate::model::{Protocol, State};
-use crate::mutant::Break;
+use crate::mutant::Mutation;
 use crate::store::DETACHED;
 
 /// The key does not become free.
 pub const L1: u8 = 1;
-/// A live waiter is not served.
+/// A waiter with a live session is not served.
 pub const L2: u8 = 2;
-/// Something abandoned stays.
+/// A hold or queue entry of an abandoned call stays.
 pub const L3: u8 = 4;
-/// A holder that was forced out does not learn it.
+/// The holder of a force-released hold is not notified.
 pub const L4: u8 = 8;
 
-/// More rounds than anything takes.
-const ROUNDS: u8 = 10;
+/// Number of rounds to play, which is more than any schedule needs.
+const MAX_ROUNDS: u8 = 10;
 
 impl Protocol {
-    /// A request, and at once its answer.
+    /// Delivers a request and its response at once.
     fn exchange(&self, state: &mut State, msg: &Msg) {
         for answer in self.serve(state, msg) {
             if !answer.is_push() {
@@ -31,10 +32,10 @@ impl Protocol {
         }
     }
 
-    fn beats(&self, state: &mut State) {
+    fn renew_sessions(&self, state: &mut State) {
         for at in 0..state.clients.len() {
-            if self.rules(state.now).session(&state.clients[at]) {
-                self.exchange(state, &Msg::Beat { by: at as u8, asked: state.now });
+            if self.rules(state.now).is_session_valid(&state.clients[at]) {
+                self.exchange(state, &Msg::Renew { by: at as u8, sent_at: state.now });
             }
         }
     }
@@ -44,40 +45,40 @@ impl Protocol {
         let rules = self.rules(now);
         let call = &mut state.clients[c].calls[k];
         match call.phase {
-            Phase::Asking if now > call.not_after => call.phase = Phase::Ending,
-            Phase::Asking => {
-                if self.broken == Some(Break::FreshToken) {
+            Phase::Acquiring if now > call.not_after => call.phase = Phase::Releasing,
+            Phase::Acquiring => {
+                if self.broken == Some(Mutation::FreshToken) {
                     call.token = (call.token & 0xf0) | ((call.token + 2) & 0xf);
                 }
-                let msg = self.question(call, c, now);
+                let msg = self.acquire(call, c, now);
                 self.exchange(state, &msg);
             }
-            Phase::Waiting if self.broken != Some(Break::NeverAsksAgain) => {
+            Phase::Waiting if self.broken != Some(Mutation::NeverPolls) => {
                 let msg = self.poll(state, c, k);
                 self.exchange(state, &msg);
             }
             _ => {}
         }
         let client = &state.clients[c];
-        let held = client.calls[k].phase == Phase::Held && rules.believes(client, &client.calls[k]);
-        // A grace is over at some time, and who took up what was detached releases it.
-        if held || matches!(client.calls[k].phase, Phase::Ending | Phase::Kept) {
-            let msg = self.end(state, c, k);
+        let held = client.calls[k].phase == Phase::Held && rules.is_hold_valid(client, &client.calls[k]);
+        // A grace ends at some time, and the client that adopted a detached hold releases it.
+        if held || matches!(client.calls[k].phase, Phase::Releasing | Phase::Detached) {
+            let msg = self.release(state, c, k);
             self.exchange(state, &msg);
         }
     }
 
-    /// Somebody waits at the head of the queue, and asks. Nothing of what follows is lost.
-    fn stranger(&self, state: &mut State) {
-        for push in self.serve(state, &Msg::Ask) {
+    /// Lets a waiter outside the model poll at the head of the queue. None of the resulting messages is lost.
+    fn poll_from_outside(&self, state: &mut State) {
+        for push in self.serve(state, &Msg::PollFromOutside) {
             self.deliver(state, &push);
         }
-        for end in std::mem::take(&mut state.net) {
-            self.exchange(state, &end);
+        for release in std::mem::take(&mut state.net) {
+            self.exchange(state, &release);
         }
     }
 
-    /// What is broken in the continuation of `state`.
+    /// Returns the liveness properties that fail in the continuation of `state`.
     pub fn continuation(&self, state: &State, delivered: bool) -> u8 {
         let mut state = state.clone();
         let mut bad = 0;
@@ -88,26 +89,29 @@ impl Protocol {
                 self.deliver(&mut state, &msg);
             }
         }
-        // The second step of a forced release is repeated by the one who forces.
+        // The operator repeats the second operation of a force-release.
         for msg in std::mem::take(&mut state.net) {
-            if matches!(msg, Msg::Record { .. }) {
+            if matches!(msg, Msg::RecordForceRelease { .. }) {
                 self.exchange(&mut state, &msg);
             }
         }
-        self.beats(&mut state);
+        self.renew_sessions(&mut state);
         for client in &state.clients {
-            let told = self.rules(state.now).session(client) || self.broken == Some(Break::TellTheDead);
-            let forced = |fence: u16| state.history.forced.contains(&fence);
-            let believes =
-                client.calls.iter().any(|call| self.rules(state.now).believes(client, call) && forced(call.fence));
-            if told && believes {
+            let is_reportable =
+                self.rules(state.now).is_session_valid(client) || self.broken == Some(Mutation::ReportAfterExpiry);
+            let force_released = |fence: u16| state.history.force_released.contains(&fence);
+            let is_valid = client
+                .calls
+                .iter()
+                .any(|call| self.rules(state.now).is_hold_valid(client, call) && force_released(call.fence));
+            if is_reportable && is_valid {
                 bad |= L4;
             }
         }
-        for _ in 0..ROUNDS {
-            self.beats(&mut state);
-            for fence in self.takeovers(&state) {
-                self.serve(&mut state, &Msg::Evict { fence });
+        for _ in 0..MAX_ROUNDS {
+            self.renew_sessions(&mut state);
+            for fence in self.expired_holds(&state) {
+                self.serve(&mut state, &Msg::Expire { fence });
             }
             for c in 0..state.clients.len() {
                 for k in 0..state.clients[c].calls.len() {
@@ -115,7 +119,7 @@ impl Protocol {
                 }
             }
             if self.config.failover {
-                self.stranger(&mut state);
+                self.poll_from_outside(&mut state);
             }
             self.tick(&mut state);
         }
@@ -125,17 +129,17 @@ impl Protocol {
     fn after(&self, state: &mut State) -> u8 {
         let mut bad = 0;
         for client in &state.clients {
-            if client.calls.iter().any(|call| matches!(call.phase, Phase::Asking | Phase::Waiting)) {
+            if client.calls.iter().any(|call| matches!(call.phase, Phase::Acquiring | Phase::Waiting)) {
                 bad |= L2;
             }
         }
-        // What nobody took up is ended by the one who detached it.
+        // If nobody adopts the detached hold, the client that detached it releases it.
         state.store.holds.retain(|hold| hold.token != DETACHED);
-        self.look(state);
+        self.inspect(state);
         if !state.store.holds.is_empty() || !state.store.queue.is_empty() {
             bad |= L3;
         }
-        // Whoever comes takes the whole key.
+        // The next client may request the whole key.
         if !state.store.holds.is_empty() || !state.store.queue.is_empty() {
             bad |= L1;
         }
