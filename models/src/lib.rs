@@ -14,13 +14,13 @@
 //! - `release` and `abandon`, repeated until their result is final.
 //! - `extend`, also to a shorter lifetime. A client waits only for the newest extension.
 //! - Force-release, and `adopt`.
-//! - Expiry of a dead session's holds, in the operation on the key or in a separate one.
+//! - Expiry of an expired session's holds, in the operation on the key or in a separate one.
 //! - The loss of all records of the key, and a failover to a store that lacks the newest operations on the key. After a
 //!   failover the store repeats its grants.
 //! - A resource that checks fences.
 //!
 //! # Not included
-//! Clock drift and clock steps, failover to a store that lacks the newest renewals, several keys, cooldown, queue
+//! Clock drift and clock jumps, failover to a store that lacks the newest renewals, several keys, cooldown, queue
 //! limits, and a second session of the same client. Because the model shares no code with the library, it cannot show
 //! that the library follows the rules; other tests do.
 //!

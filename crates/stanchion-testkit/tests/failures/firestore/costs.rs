@@ -177,7 +177,7 @@ fn release_skips_expired_waiters() {
     let fake = FirestoreFake::start();
     block_on(async {
         let url = fake.url();
-        let (mut one, dead) = (Client::open(&url, MINUTE).await, Client::open(&url, SHORT).await);
+        let (mut one, expired) = (Client::open(&url, MINUTE).await, Client::open(&url, SHORT).await);
         let held = one.request("k");
         let last = one.lock(&held).await;
         expired.enqueue("k").await;

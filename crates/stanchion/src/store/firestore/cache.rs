@@ -221,7 +221,7 @@ impl Inner {
         }
     }
 
-    /// Reads the sessions at the heads of queues entry known lifetime ends within `within` µs.
+    /// Reads the sessions at the heads of queues whose known lifetime ends within `within` µs.
     async fn read_queue_heads(&self, within: u64) -> Result<()> {
         let soon = self.estimate_time().saturating_add(within);
         let mut heads = Vec::new();
