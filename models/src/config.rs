@@ -1,147 +1,150 @@
-//! Configurations: what may happen in a run, and how often. Every run is small enough to visit all its states.
+//! Defines the bounds of a run: the events that may happen, and how often. Each run is small enough to visit all its
+//! states.
 
-/// How long a hold lasts.
+/// Lifetime of a hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Term {
-    /// As long as the session lives.
+pub enum Lifetime {
+    /// The hold ends with its session.
     Session,
-    /// Its own deadline.
+    /// The hold ends at its own deadline.
     Fixed,
-    /// Its own deadline, and no longer than the session lives.
+    /// The hold ends at its own deadline or with its session.
     Both,
 }
 
-impl Term {
-    /// Whether it has a deadline of its own.
+impl Lifetime {
+    /// Returns whether the hold has its own deadline.
     pub fn has_deadline(self) -> bool {
         self != Self::Session
     }
 
-    /// Whether it ends with its session.
+    /// Returns whether the hold ends with its session.
     pub fn is_bound(self) -> bool {
         self != Self::Fixed
     }
 }
 
-/// How much of the key a call takes.
+/// Share of the key that a call requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Demand {
-    /// What it takes.
+    /// Number of units.
     pub units: u8,
-    /// What it says the key has. A call that takes all of it is exclusive.
+    /// Capacity of the key according to this call. A call for all units is exclusive.
     pub capacity: u8,
 }
 
-/// The bounds of one run. All times are ticks.
+/// Bounds of one run. All times are in ticks.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
-    /// The name of the run.
+    /// Name of the run.
     pub name: &'static str,
-    /// What it looks at.
-    pub about: &'static str,
-    /// Clients; each is one process with one session.
+    /// Behaviour that the run explores.
+    pub description: &'static str,
+    /// Number of clients. Each is one process with one session.
     pub clients: usize,
-    /// Calls of each client.
+    /// Number of calls of each client.
     pub calls: [usize; 3],
-    /// The term that each client asks for.
-    pub terms: [Term; 3],
-    /// How long a session lives after a beat.
+    /// Lifetime that each client requests.
+    pub lifetimes: [Lifetime; 3],
+    /// Lifetime of a session after a renewal.
     pub session_ttl: u8,
-    /// How long a fixed term is.
+    /// Length of a fixed lifetime.
     pub fixed_ttl: u8,
-    /// How long after its first question a token may be created.
+    /// Time after its first acquire during which the store may enter a token.
     pub window: u8,
-    /// No tick after this time.
+    /// Time after which no more ticks happen.
     pub last_tick: u8,
-    /// How much each client takes. The last one is for what is detached, too.
+    /// Demand of each client. The last one also applies to the detached hold.
     pub demands: [Demand; 3],
-    /// How often a call sends `acquire` (or `adopt`).
-    pub asks: u8,
-    /// How often a call sends `poll`.
+    /// Maximum number of times that a call sends `acquire` or `adopt`.
+    pub acquires: u8,
+    /// Maximum number of times that a call sends `poll`.
     pub polls: u8,
-    /// How often a call sends `release` or `abandon`.
-    pub ends: u8,
-    /// How often a call sends `extend`.
+    /// Maximum number of times that a call sends `release` or `abandon`.
+    pub releases: u8,
+    /// Maximum number of times that a call sends `extend`.
     pub extends: u8,
-    /// The terms that the first extension, and those after it, ask for.
+    /// Lifetimes that the first extension and the later ones request.
     pub extend_by: [u8; 2],
-    /// How often a call writes to the fenced resource.
+    /// Maximum number of writes to the fenced resource per call.
     pub writes: u8,
-    /// How often a session beats.
-    pub beats: u8,
-    /// So many of the first clients never beat.
-    pub quiet: usize,
-    /// Forced releases by an operator.
-    pub forces: u8,
-    /// Calls may be given up before they are granted.
+    /// Maximum number of renewals per session.
+    pub renewals: u8,
+    /// Number of clients, from the first on, that never renew.
+    pub never_renewing: usize,
+    /// Maximum number of force-releases by an operator.
+    pub force_releases: u8,
+    /// Whether callers may give up before the grant.
     pub give_up: bool,
-    /// The lock's step does not see sessions: a contender reads the session and evicts by a step of its own.
+    /// Whether the store's operations on the key ignore sessions. A contender then reads the session and expires its
+    /// holds in a separate operation.
     pub blind: bool,
-    /// Records and fence counter may be lost once.
+    /// Whether the store may lose the key's records and fence counter once.
     pub forget: bool,
-    /// The calls take up one detached hold instead of asking for a new one. A detached session hold hangs on a session
-    /// that lives on.
+    /// Whether the calls adopt one detached hold instead of acquiring a new one. A detached session-bound hold belongs
+    /// to a session that stays alive.
     pub adopt: bool,
-    /// A session may be closed.
+    /// Whether sessions may be closed.
     pub close: bool,
-    /// Once, another store takes over that lacks the newest steps on the key; it has all sessions.
+    /// Whether another store may take over once. The new store has all sessions but lacks the newest operations on the
+    /// key.
     pub failover: bool,
-    /// A hold may be kept in the store without anybody who believes it: detached, or lost and in its grace.
-    pub keeps: bool,
-    /// How often the opening of a session is repeated.
+    /// Whether a hold may stay in the store without a valid guard, because it is detached, or lost and in its grace.
+    pub detaches: bool,
+    /// Maximum number of repeated requests to open a session.
     pub opens: u8,
-    /// Fences per tick of the store's clock.
+    /// Number of fences per tick of the store's clock.
     pub fences_per_tick: u16,
-    /// Fewer unique states than this mean that the run did not look at what it should.
-    pub floor: usize,
+    /// Minimum number of unique states. A run with fewer states did not explore its purpose.
+    pub min_states: usize,
 }
 
 impl Config {
-    /// What the client takes.
+    /// Returns the demand of a client.
     pub fn demand(&self, client: u8) -> Demand {
         self.demands[usize::from(client).min(2)]
     }
 
-    /// The term that the extension of this number asks for, counted from one.
+    /// Returns the lifetime that the extension of this number requests, counting from 1.
     pub fn extension(&self, nth: u8) -> u8 {
         self.extend_by[usize::from(nth > 1)]
     }
 }
 
-/// `units` of a key of `capacity`.
+/// Returns a demand for `units` of a key of `capacity`.
 pub const fn of(units: u8, capacity: u8) -> Demand {
     Demand { units, capacity }
 }
 
-/// The smallest run, on which the others are built.
+/// Bounds of the smallest run. The other runs change some of them.
 pub const BASE: Config = Config {
     name: "base",
-    about: "one call each, nothing repeated",
+    description: "one call per client, no repeated requests",
     clients: 2,
     calls: [1; 3],
-    terms: [Term::Session; 3],
+    lifetimes: [Lifetime::Session; 3],
     session_ttl: 2,
     fixed_ttl: 2,
     window: 1,
     last_tick: 3,
     demands: [of(1, 1); 3],
-    asks: 1,
+    acquires: 1,
     polls: 0,
-    ends: 1,
+    releases: 1,
     extends: 0,
     extend_by: [2; 2],
     writes: 0,
-    beats: 1,
-    quiet: 0,
-    forces: 0,
+    renewals: 1,
+    never_renewing: 0,
+    force_releases: 0,
     give_up: true,
     blind: false,
     forget: false,
     adopt: false,
     close: false,
     failover: false,
-    keeps: false,
+    detaches: false,
     opens: 0,
     fences_per_tick: 8,
-    floor: 1_000,
+    min_states: 1_000,
 };

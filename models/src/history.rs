@@ -1,40 +1,40 @@
-//! What the properties remember of the past.
+//! Records the past events that the properties need.
 
 use crate::message::Token;
 
-/// What the properties remember of the past.
+/// Past events that the properties need.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct History {
-    /// The highest fence granted.
+    /// Highest fence that was granted.
     pub issued: u16,
-    /// The highest fence that the resource accepted.
+    /// Highest fence that the resource has accepted.
     pub accepted: u16,
-    /// Fences up to this one were forgotten with their records.
+    /// Highest fence that the store has forgotten with its records.
     pub forgotten: u16,
-    /// Whether the records were lost.
+    /// Whether the store has lost its records.
     pub lost_records: bool,
-    /// Whether another store took over.
+    /// Whether another store has taken over.
     pub failed_over: bool,
-    /// Fences that were forced out.
-    pub forced: Vec<u16>,
+    /// Fences of force-released holds.
+    pub force_released: Vec<u16>,
     /// Tokens that were granted.
     pub granted: Vec<Token>,
-    /// Sessions that were dead once, a bit each.
-    pub dead: u8,
-    /// Forced releases sent.
-    pub forces: u8,
-    /// A fence was granted that is not above all before it.
+    /// Bit set of the sessions that have expired.
+    pub expired: u8,
+    /// Number of force-releases that were sent.
+    pub force_releases: u8,
+    /// Whether a granted fence was not higher than all earlier ones.
     pub bad_fence: bool,
-    /// A token was granted twice while its call lived.
+    /// Whether a token was granted twice while its call was alive.
     pub bad_token: bool,
-    /// The resource accepted a write below one before it.
+    /// Whether the resource accepted a write with a lower fence than an earlier write.
     pub bad_write: bool,
-    /// A call was granted before another that had asked earlier.
+    /// Whether a call was granted before another one that had queued earlier.
     pub bad_order: bool,
 }
 
 impl History {
-    /// A grant was made.
+    /// Records a grant.
     pub fn granted(&mut self, token: Token, fence: u16, live: bool) {
         self.bad_fence |= fence <= self.issued;
         self.issued = self.issued.max(fence);
@@ -46,19 +46,19 @@ impl History {
         }
     }
 
-    /// The resource accepted a write.
+    /// Records a write that the resource accepted.
     pub fn write(&mut self, fence: u16) {
         self.bad_write |= fence < self.accepted;
         self.accepted = self.accepted.max(fence);
     }
 
-    /// A hold was forced out by this fence.
-    pub fn forced(&mut self, fence: u16) {
-        self.forced.push(fence);
+    /// Records that the hold with this fence was force-released.
+    pub fn record_force_release(&mut self, fence: u16) {
+        self.force_released.push(fence);
     }
 
-    /// A session died.
-    pub fn died(&mut self, session: u8) {
-        self.dead |= 1 << session;
+    /// Records that a session has expired.
+    pub fn expire_session(&mut self, session: u8) {
+        self.expired |= 1 << session;
     }
 }

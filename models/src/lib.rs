@@ -1,52 +1,65 @@
-//! A model of stanchion's lock protocol, checked with stateright over all its states. No code of stanchion is in it:
-//! it models the rules, so that a rule can be broken and the breakage seen.
+//! Models stanchion's lock protocol and checks all its states with stateright. It contains no code of stanchion. It
+//! models the rules, so that a mutant can break one rule and a property shows the damage.
 //!
-//! # What is modelled
-//! One key, a few clients, one session each. The store does one atomic step for each request, and settles the key
-//! first. Requests and answers overtake each other, come late or never; pushes come late, never, or many times. A pause
-//! of a client is time that passes while it takes no step. Time is ticks of one clock that all share.
+//! # Included
+//! - One key and a few clients with one session each.
+//! - The store runs one atomic operation per request and first reconciles the key: it expires holds and waiters whose
+//!   time is over, and then grants to the queue.
+//! - Requests and responses overtake each other, arrive late or get lost. Pushes arrive late, never or several times.
+//! - A client pauses whenever time passes without any action of the client. All clocks show the same time, in ticks.
+//! - Mutexes, readers and permits with different capacities.
+//! - Sessions with renewals and a local deadline; repeated requests to open a session.
+//! - Lifetimes that are bound to the session, fixed, or both.
+//! - `acquire` with `not_after`, repeated with the same token; a queue; `poll`; hand-off with a push.
+//! - `release` and `abandon`, repeated until their result is final.
+//! - `extend`, also to a shorter lifetime. A client waits only for the newest extension.
+//! - Force-release, and `adopt`.
+//! - Expiry of an expired session's holds, in the operation on the key or in a separate one.
+//! - The loss of all records of the key, and a failover to a store that lacks the newest operations on the key. After a
+//!   failover the store repeats its grants.
+//! - A resource that checks fences.
 //!
-//! Mutexes, readers and permits, with limits that differ. Sessions with beats and a local deadline; session and fixed terms, and those that end with either; `acquire` with
-//! `not_after`, repeated with the same token; a queue; `poll`; hand-off with a push; `release` and `abandon`, repeated until
-//! definite; `extend`, also to a shorter term, of which a client waits for the newest alone; forced release; takeover, in
-//! the lock's own step or by a step of its own; the loss of all records of the key; a failover to a store that lacks the
-//! newest steps on the key, and grants that are told again after it; the opening of a session, repeated; `adopt`; a
-//! resource that checks fences.
-//!
-//! # What is not modelled
-//! Drift and steps of clocks, failover to a store that lacks the newest beats, several keys, cooldown, limits of the
-//! queue, a second session of the same client. The model has no code in common
-//! with the library: that the library keeps the rules is shown elsewhere.
+//! # Not included
+//! Clock drift and clock jumps, failover to a store that lacks the newest renewals, several keys, cooldown, queue
+//! limits, and a second session of the same client. Because the model shares no code with the library, it cannot show
+//! that the library follows the rules; other tests do.
 //!
 //! # Liveness
-//! `L1` to `L4` are checked by playing, from every visited state, two schedules without faults: one where everything on
-//! its way is lost, one where it is delivered first. That is two schedules for each state, **not a proof in temporal
-//! logic**: a livelock that needs another schedule is not seen.
+//! `L1` to `L4` are checked by playing two schedules without faults from each visited state: in one all messages in
+//! flight are lost, in the other they are delivered first. These are two schedules per state and **not a proof in
+//! temporal logic**: a livelock that needs another schedule is not found.
 //!
 //! # How to run
-//! `cargo test -p stanchion-models -- --nocapture` visits every run and every mutant. `cargo run -p stanchion-models --
-//! list` names them; `run NAME` and `mutant NAME` do one and print the way to what breaks.
+//! `cargo test -p stanchion-models -- --nocapture` checks all runs and mutants. `cargo run -p stanchion-models -- list`
+//! lists their names. `run NAME` and `mutant NAME` check one of them and print the trace to each broken property.
 //!
 //! # Properties
-//! - `I1` no more believers than the key has room. `I2` who believes has a live record with its token and fence. Beliefs
-//!   in a fence that was forced out, or whose record the store lost, are excused from both.
-//! - `I3` no more records than the key has room: who takes all is alone, and nobody's limit is exceeded.
-//! - `I4` fences strictly increase over all grants. `I5` the resource accepts nothing below what it accepted.
-//! - `I7` a lost hold is never believed again. `I8` a token is granted once while its call and its session live.
-//! - `I9` a dead session stays dead. `I10` what is detached or in its grace stays in the store while its session lives.
-//!   `I11` nobody is granted before a call that waits longer.
-//! - `L1` the key becomes free. `L2` every waiter whose session lives is served. `L3` no hold and no queue entry stays.
-//!   `L4` who was forced out learns it by its next beat, if its session lives.
+//! A hold is *valid* if its client relies on it.
+//! - `I1`: The valid holds fit into the key together.
+//! - `I2`: Each valid hold has a record with its token and fence that has not expired. `I1` and `I2` ignore holds that
+//!   were force-released or whose record the store has lost.
+//! - `I3`: The records fit into the key together: an exclusive hold is alone, and no hold's capacity is exceeded.
+//! - `I4`: Fences strictly increase over all grants.
+//! - `I5`: The resource accepts no fence below an earlier one.
+//! - `I7`: A lost hold never becomes valid again.
+//! - `I8`: A token is granted once while its call and its session are alive.
+//! - `I9`: An expired session stays expired.
+//! - `I10`: A hold that is detached or in its grace stays in the store while its session is alive.
+//! - `I11`: No call is granted before another call that has queued earlier.
+//! - `L1`: The key becomes free.
+//! - `L2`: Each waiter with a live session is served.
+//! - `L3`: No hold and no queue entry stays forever.
+//! - `L4`: A holder learns of a force-release at its next renewal, if its session is alive.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod client;
 pub mod config;
 pub mod history;
+pub mod liveness;
 pub mod message;
 pub mod model;
 pub mod mutant;
 pub mod properties;
 pub mod run;
 pub mod runs;
-pub mod settle;
 pub mod store;

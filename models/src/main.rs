@@ -1,4 +1,4 @@
-//! `list`, `run NAME`, `mutant NAME`, with `all` in place of a name; `exhaust NAME` runs a mutant on to its last state.
+//! Lists and checks the runs and mutants. `exhaust NAME` checks a mutant until its last state.
 #![allow(clippy::print_stdout)]
 
 use std::process::ExitCode;
@@ -7,23 +7,23 @@ use stanchion_models::mutant::Mutant;
 use stanchion_models::run::{Report, run, run_mutant};
 use stanchion_models::{mutant, runs};
 
-fn show(report: &Report, steps: bool) {
+fn show(report: &Report, with_traces: bool) {
     println!("{report}");
-    for (name, way) in report.broken.iter().filter(|_| steps) {
+    for (name, trace) in report.broken.iter().filter(|_| with_traces) {
         println!("  {name}:");
-        for action in way {
+        for action in trace {
             println!("    {action:?}");
         }
     }
 }
 
 fn main() -> ExitCode {
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    match words.as_slice() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments.as_slice() {
         ["list"] => {
             for config in runs::all().into_iter().chain(runs::long()) {
-                println!("run    {:26} {}", config.name, config.about);
+                println!("run    {:26} {}", config.name, config.description);
             }
             for mutant in mutant::all() {
                 println!(
@@ -49,7 +49,7 @@ fn main() -> ExitCode {
             None => return ExitCode::FAILURE,
         },
         _ => {
-            println!("list | run NAME | run all | mutant NAME | mutant all | exhaust NAME");
+            println!("usage: list | run NAME | run all | mutant NAME | mutant all | exhaust NAME");
             return ExitCode::FAILURE;
         }
     }

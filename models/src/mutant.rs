@@ -1,121 +1,122 @@
-//! Mutants: one rule broken at a time.
+//! Defines the mutants, each of which breaks one rule.
 
 use crate::config::{BASE, Config};
 use crate::runs::by_name;
 
-/// A rule that is broken.
+/// A rule that a mutant breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Break {
-    /// A session's validity is counted from the answer of a beat, not from before its question.
+pub enum Mutation {
+    /// A session's validity starts at the response of a renewal and not at its request.
     ValidityFromReply,
-    /// `release` ends whatever hold there is.
+    /// `release` releases any hold without comparing its token.
     ReleaseWithoutToken,
-    /// `extend` enters a hold that is gone.
+    /// `extend` creates a hold that does not exist.
     ExtendCreates,
-    /// A takeover ends whatever hold there is.
-    TakeoverWithoutCompare,
-    /// Fences are counted from the record alone, without the clock.
+    /// Expiry removes any hold without comparing its fence.
+    ExpiryWithoutCompare,
+    /// Fences come from a counter in the record, without the clock.
     PlainCounter,
     /// The resource accepts every write.
     ResourceUnfenced,
     /// A repeated `acquire` has a fresh token.
     FreshToken,
-    /// The first answer to `release` or `abandon` ends the token.
-    FirstEndIsDefinite,
-    /// A push is believed although its call was ended.
-    PushAfterEnd,
-    /// A waiter lives by pushes alone.
-    NeverAsksAgain,
-    /// A fixed term counts as a whole from the question that was answered.
-    TermFromQuestion,
-    /// A fixed term counts from the last question that was asked, whichever was answered.
-    TermFromLastQuestion,
-    /// A fixed term is believed on the push.
-    TermFromPush,
-    /// A beat's answer is accepted after the local deadline.
-    LateBeat,
-    /// `abandon` ends only the place in the queue.
-    AbandonQueueOnly,
-    /// The head of the queue is granted and stays in the queue.
+    /// The client regards the first response to `release` or `abandon` as final.
+    FirstReleaseIsFinal,
+    /// The client accepts a push for a call that it is releasing.
+    PushAfterRelease,
+    /// A waiter relies on pushes and never polls.
+    NeverPolls,
+    /// A fixed lifetime starts in full at the request that was answered, even if the request was a repeated one.
+    LifetimeFromRequest,
+    /// A fixed lifetime starts at the last request even if an earlier one was answered.
+    LifetimeFromLastRequest,
+    /// A fixed lifetime starts at the push.
+    LifetimeFromPush,
+    /// The client accepts a renewal's response after its local deadline.
+    LateRenewal,
+    /// `abandon` removes only a waiter and no hold.
+    AbandonDequeuesOnly,
+    /// The store grants to the head of the queue without removing it from the queue.
     HeadNotPopped,
-    /// A forced release ends whatever hold there is.
-    ForceWithoutCompare,
-    /// The store revives a dead session by a beat.
+    /// A force-release removes any hold without comparing its fence.
+    ForceReleaseWithoutCompare,
+    /// The store revives an expired session at a renewal.
     Revive,
-    /// The store revives a dead session, and the client believes it.
-    ReviveAndBelieve,
+    /// The store revives an expired session, and the client accepts it.
+    ReviveAndTrust,
     /// `adopt` does not compare the token.
     AdoptWithoutCompare,
-    /// `poll` enters what is not there.
+    /// `poll` enters a token that the store does not have.
     PollCreates,
-    /// `acquire` is good for ever.
+    /// `acquire` ignores `not_after`.
     NoNotAfter,
-    /// `adopt` is good for ever.
+    /// `adopt` ignores `not_after`.
     AdoptNoNotAfter,
-    /// A hold is believed although the session is over.
+    /// A hold stays valid after its session is over.
     IgnoresSession,
-    /// A repeated `acquire` is a new question to the store.
+    /// The store treats a repeated `acquire` as a new request.
     NotIdempotent,
-    /// Nobody takes over from a dead session.
-    NoTakeover,
-    /// A forced release is told by push only.
-    ForceNotTold,
-    /// A token that was forced out may be entered again.
-    ForcedReenters,
-    /// A forced release is recorded against the session by a step of its own, which may be late.
-    ForceInTwoSteps,
-    /// An answer is counted for every question of its token.
+    /// Holds of an expired session never expire.
+    NoExpiry,
+    /// A force-release is reported by push only.
+    ForceReleaseNotReported,
+    /// The store may enter a force-released token again.
+    ForceReleasedReenters,
+    /// A separate operation records the force-release in the session, and may be late.
+    ForceReleaseInTwoOperations,
+    /// One response counts for all acquires of its token.
     AnswersPerToken,
-    /// An answer counts although it came after the end of its token was sent.
-    AnswersAfterEnd,
-    /// The records are lost and the store is back within one unit of its clock.
+    /// A response counts although it arrived after the release was sent.
+    AnswersAfterRelease,
+    /// The store loses its records and returns within one unit of its clock.
     LossInNoTime,
-    /// More grants than units of the store's clock.
+    /// The store makes more grants than its clock has units.
     CoarseClock,
-    /// Not a rule but a wish: a holder is told of a forced release although its session is over.
-    TellTheDead,
-    /// An extension counts from its answer.
+    /// A holder is expected to learn of a force-release after its session has expired. This is a wish and no rule of
+    /// the protocol.
+    ReportAfterExpiry,
+    /// An extended lifetime starts at the response.
     ExtendFromReply,
-    /// A shorter extension counts only when it is answered.
+    /// A shorter lifetime takes effect only at the response.
     ShorterFromReply,
-    /// An extension without an answer is forgotten when the next one is answered.
+    /// The client forgets an unanswered extension when a later one is answered.
     ExtendForgets,
-    /// Holders are not told again of what they hold when somebody waits for it.
-    GrantNotToldAgain,
-    /// A grant that nobody has any more is not ended when it is told again.
+    /// The store does not repeat grants to holders when a waiter polls.
+    GrantNotRepeated,
+    /// The client does not release a repeated grant that none of its calls has.
     UnknownGrantIgnored,
-    /// A grant that is told again is ended although it is detached or in its grace.
-    KeptNotHeeded,
-    /// A session counts from a repeated question to open it.
+    /// The client releases a repeated grant although the hold is detached or in its grace.
+    DetachedIsReleased,
+    /// A session's validity starts again at a repeated request to open it.
     OpenCountsAgain,
-    /// A repeated question opens a session that has ended.
+    /// A repeated request to open a session revives it after it has expired.
     OpenRevives,
-    /// A request looks at its own capacity alone.
+    /// A request considers only its own capacity.
     OwnLimitCounts,
-    /// A request looks at the capacities of the holds alone, if there are any.
+    /// A request considers only the capacities of the holds, if there are any.
     HeldLimitCounts,
-    /// A request looks at the capacity of the oldest hold alone, if there is one.
+    /// A request considers only the capacity of the oldest hold, if there is one.
     OldestLimitCounts,
-    /// A request that fits passes those that wait.
+    /// A request that fits overtakes the queue.
     QueuePassed,
-    /// The first of the queue that fits is granted, not the head alone.
+    /// The store grants to the first waiter that fits, even if it is not the head of the queue.
     QueueSearched,
 }
 
-/// A mutant and what kills it.
+/// A mutant and the property that detects it.
 #[derive(Clone, Copy, Debug)]
 pub struct Mutant {
-    /// Its name.
+    /// Name of the mutant.
     pub name: &'static str,
-    /// The rule that it breaks.
-    pub broken: Break,
-    /// The run that it is put into.
+    /// Rule that the mutant breaks.
+    pub broken: Mutation,
+    /// Run in which the mutant is checked.
     pub config: Config,
-    /// The property that kills it; nothing, if it survives.
+    /// Property that fails, or `None` if the mutant survives.
     pub killed_by: Option<&'static str>,
 }
 
-const fn mutant(name: &'static str, broken: Break, config: Config, killed_by: Option<&'static str>) -> Mutant {
+const fn mutant(name: &'static str, broken: Mutation, config: Config, killed_by: Option<&'static str>) -> Mutant {
     Mutant { name, broken, config, killed_by }
 }
 
@@ -123,53 +124,53 @@ fn run(name: &str) -> Config {
     by_name(name).unwrap_or(BASE)
 }
 
-/// All mutants.
+/// Returns all mutants.
 pub fn all() -> Vec<Mutant> {
-    use Break::*;
-    let waiter = Config { name: "waiter, given up", give_up: true, beats: 0, polls: 1, ..run("waiter") };
+    use Mutation::*;
+    let waiter = Config { name: "waiter, given up", give_up: true, renewals: 0, polls: 1, ..run("waiter") };
     let coarse = Config { name: "forget, coarse clock", fences_per_tick: 1, ..run("forget") };
-    let retry = Config { name: "retry, late", last_tick: 4, beats: 1, ..run("retry") };
+    let retry = Config { name: "retry, late", last_tick: 4, renewals: 1, ..run("retry") };
     vec![
-        mutant("validity-from-reply", ValidityFromReply, run("beats"), Some("I2")),
-        mutant("release-without-token", ReleaseWithoutToken, run("ends"), Some("I2")),
+        mutant("validity-from-reply", ValidityFromReply, run("renewals"), Some("I2")),
+        mutant("release-without-token", ReleaseWithoutToken, run("releases"), Some("I2")),
         mutant("extend-creates", ExtendCreates, run("extend"), Some("I3")),
         mutant("extend-from-reply", ExtendFromReply, run("extend"), Some("I2")),
         mutant("shorter-from-reply", ShorterFromReply, run("extend-shorter"), Some("I2")),
         mutant("extend-forgets", ExtendForgets, run("extend-shorter"), Some("I2")),
         mutant("both-ignores-session", IgnoresSession, run("both"), Some("I2")),
-        mutant("both-from-push", TermFromPush, run("both"), Some("I2")),
-        mutant("grant-not-told-again", GrantNotToldAgain, run("failover"), Some("L1")),
+        mutant("both-from-push", LifetimeFromPush, run("both"), Some("I2")),
+        mutant("grant-not-repeated", GrantNotRepeated, run("failover"), Some("L1")),
         mutant("unknown-grant-ignored", UnknownGrantIgnored, run("failover"), Some("L1")),
-        mutant("kept-not-heeded", KeptNotHeeded, run("failover-kept"), Some("I10")),
+        mutant("detached-is-released", DetachedIsReleased, run("failover-detached"), Some("I10")),
         mutant("open-counts-again", OpenCountsAgain, run("open"), Some("I2")),
         mutant("open-revives", OpenRevives, run("open"), Some("I9")),
-        mutant("takeover-without-compare", TakeoverWithoutCompare, run("blind"), Some("I2")),
-        mutant("no-takeover", NoTakeover, run("base"), Some("L1")),
+        mutant("expiry-without-compare", ExpiryWithoutCompare, run("blind"), Some("I2")),
+        mutant("no-expiry", NoExpiry, run("base"), Some("L1")),
         mutant("plain-counter", PlainCounter, run("forget"), Some("I4")),
         mutant("loss-in-no-time", LossInNoTime, run("forget"), Some("I4")),
         mutant("coarse-clock", CoarseClock, coarse, Some("I4")),
         mutant("resource-unfenced", ResourceUnfenced, run("resource"), Some("I5")),
         mutant("fresh-token", FreshToken, run("retry"), Some("L3")),
         mutant("not-idempotent", NotIdempotent, run("fixed"), Some("I8")),
-        mutant("first-end-is-definite", FirstEndIsDefinite, run("base"), Some("L3")),
-        mutant("answers-after-end", AnswersAfterEnd, run("base"), Some("L3")),
+        mutant("first-release-is-final", FirstReleaseIsFinal, run("base"), Some("L3")),
+        mutant("answers-after-release", AnswersAfterRelease, run("base"), Some("L3")),
         mutant("answers-per-token", AnswersPerToken, retry, Some("L3")),
-        mutant("push-after-end", PushAfterEnd, waiter, Some("I2")),
-        mutant("never-asks-again", NeverAsksAgain, run("waiter"), Some("L2")),
-        mutant("term-from-question", TermFromQuestion, run("fixed"), Some("I2")),
-        mutant("term-from-last-question", TermFromLastQuestion, run("fixed"), Some("I2")),
-        mutant("term-from-push", TermFromPush, run("fixed"), Some("I2")),
-        mutant("late-beat", LateBeat, run("beats"), Some("I7")),
-        mutant("revive", Revive, run("beats"), Some("I9")),
-        mutant("revive-and-believe", ReviveAndBelieve, run("beats"), Some("I7")),
+        mutant("push-after-release", PushAfterRelease, waiter, Some("I2")),
+        mutant("never-polls", NeverPolls, run("waiter"), Some("L2")),
+        mutant("lifetime-from-request", LifetimeFromRequest, run("fixed"), Some("I2")),
+        mutant("lifetime-from-last-request", LifetimeFromLastRequest, run("fixed"), Some("I2")),
+        mutant("lifetime-from-push", LifetimeFromPush, run("fixed"), Some("I2")),
+        mutant("late-renewal", LateRenewal, run("renewals"), Some("I7")),
+        mutant("revive", Revive, run("renewals"), Some("I9")),
+        mutant("revive-and-trust", ReviveAndTrust, run("renewals"), Some("I7")),
         mutant("ignores-session", IgnoresSession, run("base"), Some("I2")),
-        mutant("abandon-queue-only", AbandonQueueOnly, run("base"), Some("L3")),
+        mutant("abandon-dequeues-only", AbandonDequeuesOnly, run("base"), Some("L3")),
         mutant("head-not-popped", HeadNotPopped, run("fixed"), Some("I8")),
-        mutant("force-without-compare", ForceWithoutCompare, run("force"), Some("I2")),
-        mutant("force-not-told", ForceNotTold, run("force"), Some("L4")),
-        mutant("dead-not-told", TellTheDead, run("force-fixed"), Some("L4")),
-        mutant("force-in-two-steps", ForceInTwoSteps, run("blind-force"), Some("I8")),
-        mutant("forced-reenters", ForcedReenters, run("force-retry"), Some("I8")),
+        mutant("force-release-without-compare", ForceReleaseWithoutCompare, run("force"), Some("I2")),
+        mutant("force-release-not-reported", ForceReleaseNotReported, run("force"), Some("L4")),
+        mutant("expired-not-reported", ReportAfterExpiry, run("force-fixed"), Some("L4")),
+        mutant("force-release-in-two-operations", ForceReleaseInTwoOperations, run("blind-force"), Some("I8")),
+        mutant("force-released-reenters", ForceReleasedReenters, run("force-retry"), Some("I8")),
         mutant("adopt-without-compare", AdoptWithoutCompare, run("adopt"), Some("I1")),
         mutant("adopt-no-not-after", AdoptNoNotAfter, run("adopt-session"), Some("L3")),
         mutant("poll-creates", PollCreates, waiter, Some("L3")),
@@ -182,7 +183,7 @@ pub fn all() -> Vec<Mutant> {
     ]
 }
 
-/// The mutant of this name.
+/// Returns the mutant with this name.
 pub fn by_mutant(name: &str) -> Option<Mutant> {
     all().into_iter().find(|mutant| mutant.name == name)
 }

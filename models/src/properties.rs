@@ -1,4 +1,5 @@
-//! What must always be so, and what must happen in some run, or the runs prove little.
+//! Defines the properties that must always hold, and the events that at least one run must reach. Without these events
+//! the runs would prove little.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -7,15 +8,15 @@ use stateright::Property;
 
 use crate::client::{Call, Phase};
 use crate::config::Demand;
+use crate::liveness::{L1, L2, L3, L4};
 use crate::message::Msg;
 use crate::model::{Protocol, State};
-use crate::settle::{L1, L2, L3, L4};
 
-/// All properties.
+/// Returns all properties.
 pub fn all() -> Vec<Property<Protocol>> {
     vec![
-        Property::always("I1", believers_fit),
-        Property::always("I2", belief_has_record),
+        Property::always("I1", valid_holds_fit),
+        Property::always("I2", valid_hold_has_record),
         Property::always("I3", |_, state: &State| {
             fit_together(&state.store.holds.iter().map(|hold| hold.demand).collect::<Vec<_>>())
         }),
@@ -23,50 +24,52 @@ pub fn all() -> Vec<Property<Protocol>> {
         Property::always("I5", |_, state: &State| !state.history.bad_write),
         Property::always("I7", lost_is_final),
         Property::always("I8", |_, state: &State| !state.history.bad_token),
-        Property::always("I9", dead_stays_dead),
-        Property::always("I10", kept_stays),
+        Property::always("I9", expired_stays_expired),
+        Property::always("I10", detached_stays),
         Property::always("I11", |_, state: &State| !state.history.bad_order),
         Property::always("L1", |model: &Protocol, state: &State| continued(model, state) & L1 == 0),
         Property::always("L2", |model: &Protocol, state: &State| continued(model, state) & L2 == 0),
         Property::always("L3", |model: &Protocol, state: &State| continued(model, state) & L3 == 0),
         Property::always("L4", |model: &Protocol, state: &State| continued(model, state) & L4 == 0),
         Property::sometimes("two calls held", |_, state: &State| calls(state).filter(|call| call.held).count() > 1),
-        Property::sometimes("two believe", |model: &Protocol, state: &State| believed(model, state).len() > 1),
-        Property::sometimes("one believes with another limit than another", |model: &Protocol, state: &State| {
-            let limits = believed(model, state).into_iter().map(|(token, _)| model.config.demand(token / 16).capacity);
+        Property::sometimes("two valid holds", |model: &Protocol, state: &State| valid_holds(model, state).len() > 1),
+        Property::sometimes("two valid holds with different capacities", |model: &Protocol, state: &State| {
+            let limits =
+                valid_holds(model, state).into_iter().map(|(token, _)| model.config.demand(token / 16).capacity);
             limits.collect::<BTreeSet<_>>().len() > 1
         }),
         Property::sometimes("a hold was lost", |_, state: &State| calls(state).any(|call| call.lost)),
-        Property::sometimes("a hold was forced out", |_, state: &State| !state.history.forced.is_empty()),
-        Property::sometimes("a grant after the loss of records", |_, state: &State| {
+        Property::sometimes("a hold was force-released", |_, state: &State| !state.history.force_released.is_empty()),
+        Property::sometimes("a grant after the records were lost", |_, state: &State| {
             state.history.forgotten > 0 && state.history.issued > state.history.forgotten
         }),
-        Property::sometimes("a detached hold was taken up", |model: &Protocol, state: &State| {
+        Property::sometimes("a detached hold was adopted", |model: &Protocol, state: &State| {
             model.config.adopt && calls(state).any(|call| call.held)
         }),
-        Property::sometimes("a believer after a session died", |model: &Protocol, state: &State| {
-            state.history.dead != 0 && state.history.granted.len() > 1 && !believed(model, state).is_empty()
+        Property::sometimes("a valid hold after a session expired", |model: &Protocol, state: &State| {
+            state.history.expired != 0 && state.history.granted.len() > 1 && !valid_holds(model, state).is_empty()
         }),
         Property::sometimes("a push for a waiter", |_, state: &State| {
             let waits = |token: u8| calls(state).any(|call| call.token == token && call.phase == Phase::Waiting);
             state.net.iter().any(|msg| matches!(msg, Msg::PushGranted { token, .. } if waits(*token)))
         }),
-        Property::sometimes("a late question", |_, state: &State| {
+        Property::sometimes("a late acquire", |_, state: &State| {
             let late = |msg: &Msg| matches!(msg, Msg::Acquire { not_after, .. } if *not_after < state.now);
             state.net.iter().any(late)
         }),
-        Property::sometimes("a release was forgotten", |model: &Protocol, state: &State| {
+        Property::sometimes("a failover undid a release", |model: &Protocol, state: &State| {
             let held = |call: &Call| state.store.holds.iter().any(|hold| hold.token == call.token);
             model.config.failover && calls(state).any(|call| call.held && call.phase == Phase::Done && held(call))
         }),
-        Property::sometimes("a hold was kept while another waited", |_, state: &State| {
-            calls(state).any(|call| call.phase == Phase::Kept) && calls(state).any(|call| call.phase == Phase::Waiting)
+        Property::sometimes("a detached hold while a call waited", |_, state: &State| {
+            calls(state).any(|call| call.phase == Phase::Detached)
+                && calls(state).any(|call| call.phase == Phase::Waiting)
         }),
-        Property::sometimes("a late question for a session that has ended", |_, state: &State| {
-            let late = |msg: &Msg| matches!(msg, Msg::Open { by, .. } if state.history.dead & (1 << by) != 0);
+        Property::sometimes("a late request to open an expired session", |_, state: &State| {
+            let late = |msg: &Msg| matches!(msg, Msg::Open { by, .. } if state.history.expired & (1 << by) != 0);
             state.net.iter().any(late)
         }),
-        Property::sometimes("a stale write on its way", |_, state: &State| {
+        Property::sometimes("a stale write in flight", |_, state: &State| {
             state.history.accepted > 0
                 && state.net.iter().any(|msg| matches!(msg, Msg::Write { fence } if *fence < state.history.accepted))
         }),
@@ -77,13 +80,14 @@ fn calls(state: &State) -> impl Iterator<Item = &Call> {
     state.clients.iter().flat_map(|client| &client.calls)
 }
 
-/// Fences of believers, without those that were forced out or forgotten by the store.
-fn believed(model: &Protocol, state: &State) -> Vec<(u8, u16)> {
+/// Returns the tokens and fences of valid holds, without holds that were force-released or whose record the store has
+/// lost.
+fn valid_holds(model: &Protocol, state: &State) -> Vec<(u8, u16)> {
     let rules = model.rules(state.now);
     let mut found = Vec::new();
     for client in &state.clients {
-        for call in client.calls.iter().filter(|call| rules.believes(client, call)) {
-            let excused = state.history.forced.contains(&call.fence) || call.fence <= state.history.forgotten;
+        for call in client.calls.iter().filter(|call| rules.is_hold_valid(client, call)) {
+            let excused = state.history.force_released.contains(&call.fence) || call.fence <= state.history.forgotten;
             if !excused {
                 found.push((call.token, call.fence));
             }
@@ -92,25 +96,25 @@ fn believed(model: &Protocol, state: &State) -> Vec<(u8, u16)> {
     found
 }
 
-fn believers_fit(model: &Protocol, state: &State) -> bool {
+fn valid_holds_fit(model: &Protocol, state: &State) -> bool {
     let demand = |(token, _): (u8, u16)| model.config.demand(token / 16);
-    fit_together(&believed(model, state).into_iter().map(demand).collect::<Vec<_>>())
+    fit_together(&valid_holds(model, state).into_iter().map(demand).collect::<Vec<_>>())
 }
 
-/// Who takes all is alone, and nobody's limit is exceeded.
+/// Returns whether an exclusive demand is alone and no capacity is exceeded.
 fn fit_together(all: &[Demand]) -> bool {
-    let units: u8 = all.iter().map(|one| one.units).sum();
-    let is_exclusive = |one: &Demand| one.units == one.capacity;
-    (all.len() <= 1 || !all.iter().any(is_exclusive)) && all.iter().all(|one| units <= one.capacity)
+    let units: u8 = all.iter().map(|demand| demand.units).sum();
+    let is_exclusive = |demand: &Demand| demand.units == demand.capacity;
+    (all.len() <= 1 || !all.iter().any(is_exclusive)) && all.iter().all(|demand| units <= demand.capacity)
 }
 
-fn belief_has_record(model: &Protocol, state: &State) -> bool {
+fn valid_hold_has_record(model: &Protocol, state: &State) -> bool {
     let now = state.now;
-    believed(model, state).into_iter().all(|(token, fence)| {
+    valid_holds(model, state).into_iter().all(|(token, fence)| {
         state.store.holds.iter().any(|hold| {
             let session = state.store.sessions.get(usize::from(hold.session));
-            let alive = hold.expires.is_none_or(|expires| now < expires)
-                && (!hold.is_bound || session.is_some_and(|found| now < found.expires));
+            let alive = hold.expires_at.is_none_or(|expires_at| now < expires_at)
+                && (!hold.is_bound || session.is_some_and(|found| now < found.expires_at));
             hold.token == token && hold.fence == fence && alive
         })
     })
@@ -118,18 +122,19 @@ fn belief_has_record(model: &Protocol, state: &State) -> bool {
 
 fn lost_is_final(model: &Protocol, state: &State) -> bool {
     let rules = model.rules(state.now);
-    state.clients.iter().all(|client| client.calls.iter().all(|call| !(call.lost && rules.believes(client, call))))
+    state.clients.iter().all(|client| client.calls.iter().all(|call| !(call.lost && rules.is_hold_valid(client, call))))
 }
 
-fn dead_stays_dead(_: &Protocol, state: &State) -> bool {
-    let dead = |at: usize| state.history.dead & (1 << at) != 0;
-    state.store.sessions.iter().enumerate().all(|(at, session)| !dead(at) || state.now >= session.expires)
+fn expired_stays_expired(_: &Protocol, state: &State) -> bool {
+    let is_expired = |at: usize| state.history.expired & (1 << at) != 0;
+    state.store.sessions.iter().enumerate().all(|(at, session)| !is_expired(at) || state.now >= session.expires_at)
 }
 
-fn kept_stays(model: &Protocol, state: &State) -> bool {
-    state.clients.iter().filter(|client| model.rules(state.now).session(client)).all(|client| {
-        let kept = client.calls.iter().filter(|call| call.phase == Phase::Kept && call.fence > state.history.forgotten);
-        kept.into_iter().all(|call| state.store.holds.iter().any(|hold| hold.token == call.token))
+fn detached_stays(model: &Protocol, state: &State) -> bool {
+    state.clients.iter().filter(|client| model.rules(state.now).is_session_valid(client)).all(|client| {
+        let mut detached =
+            client.calls.iter().filter(|call| call.phase == Phase::Detached && call.fence > state.history.forgotten);
+        detached.all(|call| state.store.holds.iter().any(|hold| hold.token == call.token))
     })
 }
 
@@ -137,7 +142,7 @@ thread_local! {
     static LAST: RefCell<Option<(State, u8)>> = const { RefCell::new(None) };
 }
 
-/// The continuation's result, kept for the properties that ask for the same state.
+/// Returns the failed liveness properties of a state, cached for the other properties of the same state.
 fn continued(model: &Protocol, state: &State) -> u8 {
     LAST.with_borrow_mut(|last| {
         if let Some((seen, bad)) = last

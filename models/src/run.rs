@@ -1,4 +1,4 @@
-//! One run: all states within the bounds.
+//! Checks one run by visiting all states within its bounds.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -10,31 +10,31 @@ use crate::config::Config;
 use crate::model::{Action, Protocol};
 use crate::mutant::Mutant;
 
-/// What a run saw.
+/// Result of a run.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// The name of the run or mutant.
+    /// Name of the run or mutant.
     pub name: &'static str,
-    /// The name of the configuration.
+    /// Name of the bounds.
     pub config: &'static str,
-    /// Unique states.
+    /// Number of unique states.
     pub states: usize,
-    /// How long it took.
-    pub took: Duration,
-    /// The longest path that the search followed.
+    /// Wall time of the run.
+    pub duration: Duration,
+    /// Length of the longest path that the search followed.
     pub depth: usize,
     /// Whether every state within the bounds was visited.
     pub complete: bool,
-    /// What happened of the things that must happen in some run.
+    /// Events that this run reached.
     pub reached: Vec<&'static str>,
-    /// Broken properties, each with the way to it.
+    /// Broken properties with the trace to each.
     pub broken: Vec<(&'static str, Vec<Action>)>,
 }
 
 impl Report {
-    /// The way to a broken property.
-    pub fn way(&self, property: &str) -> Option<&[Action]> {
-        self.broken.iter().find(|(name, _)| *name == property).map(|(_, way)| way.as_slice())
+    /// Returns the trace to a broken property.
+    pub fn trace(&self, property: &str) -> Option<&[Action]> {
+        self.broken.iter().find(|(name, _)| *name == property).map(|(_, trace)| trace.as_slice())
     }
 }
 
@@ -46,26 +46,27 @@ impl fmt::Display for Report {
             self.name,
             self.config,
             self.states,
-            self.took.as_secs_f64(),
+            self.duration.as_secs_f64(),
             self.depth
         )?;
         if self.broken.is_empty() {
             return write!(f, " holds");
         }
-        for (name, way) in &self.broken {
-            write!(f, " {name}({})", way.len())?;
+        for (name, trace) in &self.broken {
+            write!(f, " {name}({})", trace.len())?;
         }
         Ok(())
     }
 }
 
-// How long a run takes is measured; nothing in the model depends on it.
+// The clock measures only how long a run takes; nothing in the model depends on it.
 #[allow(clippy::disallowed_methods)]
 fn search(name: &'static str, protocol: Protocol, threads: usize, until: HasDiscoveries) -> Report {
     let began = Instant::now();
     let config = protocol.config.name;
     let checker = protocol.checker().threads(threads).finish_when(until).spawn_bfs().join();
-    let mut broken: Vec<_> = checker.discoveries().into_iter().map(|(name, way)| (name, way.into_actions())).collect();
+    let mut broken: Vec<_> =
+        checker.discoveries().into_iter().map(|(name, trace)| (name, trace.into_actions())).collect();
     broken.sort_unstable_by_key(|(name, _)| *name);
     let sometimes = |name: &str| name.contains(' ');
     let reached = broken.iter().map(|(name, _)| *name).filter(|name| sometimes(name)).collect();
@@ -77,19 +78,19 @@ fn search(name: &'static str, protocol: Protocol, threads: usize, until: HasDisc
         complete,
         reached,
         states: checker.unique_state_count(),
-        took: began.elapsed(),
+        duration: began.elapsed(),
         depth: checker.max_depth(),
         broken,
     }
 }
 
-/// Visits every state of a configuration; the protocol as it stands. Goes on to the end unless a property breaks.
+/// Checks the unbroken protocol by visiting every state within these bounds, and stops early only if a property fails.
 pub fn run(config: Config) -> Report {
     let protocol = Protocol { config, broken: None };
     search(config.name, protocol, 2, HasDiscoveries::AnyFailures)
 }
 
-/// Searches a mutant until its property breaks, or to the end. One thread, breadth first: the way is a shortest one.
+/// Checks a mutant until its property fails. A breadth-first search with one thread finds a shortest trace.
 pub fn run_mutant(mutant: Mutant) -> Report {
     let protocol = Protocol { config: mutant.config, broken: Some(mutant.broken) };
     let until = match mutant.killed_by {

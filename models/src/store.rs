@@ -1,150 +1,151 @@
-//! The store: one atomic step for each request.
+//! Models the store, which runs one atomic operation per request.
 
-use crate::config::{Config, Demand, Term};
+use crate::config::{Config, Demand, Lifetime};
 use crate::history::History;
 use crate::message::{Msg, Outcome, Token};
-use crate::mutant::Break;
+use crate::mutant::Mutation;
 
-/// The token of the hold that is detached when a run of `adopt` begins.
+/// Token of the detached hold at the start of an `adopt` run.
 pub const DETACHED: Token = 200;
 
-/// A session's record.
+/// Record of a session.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Session {
-    /// Dead from this time on.
-    pub expires: u8,
-    /// Tokens that were forced out, until they are ended.
-    pub forced: Vec<Token>,
+pub struct SessionRecord {
+    /// Time at which the session expires.
+    pub expires_at: u8,
+    /// Force-released tokens that their holders have not released yet.
+    pub force_released: Vec<Token>,
 }
 
-/// A hold.
+/// Record of a hold.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Hold {
-    /// Whose.
+pub struct HoldRecord {
+    /// Token of the hold.
     pub token: Token,
-    /// Its fence.
+    /// Fence of the hold.
     pub fence: u16,
-    /// Its session.
+    /// Session of the hold.
     pub session: u8,
-    /// Its own deadline.
-    pub expires: Option<u8>,
-    /// Whether it ends with its session.
+    /// Deadline of a fixed lifetime.
+    pub expires_at: Option<u8>,
+    /// Whether the hold ends with its session.
     pub is_bound: bool,
-    /// How much it takes.
+    /// Units and capacity.
     pub demand: Demand,
 }
 
-/// A place in the queue.
+/// Record of a waiter in the queue.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Place {
-    /// Whose.
+pub struct WaiterRecord {
+    /// Token of the waiter.
     pub token: Token,
-    /// Its session.
+    /// Session of the waiter.
     pub session: u8,
-    /// What it asks for.
-    pub term: Term,
-    /// How much it takes.
+    /// Requested lifetime.
+    pub lifetime: Lifetime,
+    /// Units and capacity.
     pub demand: Demand,
 }
 
-/// The store's records.
+/// Records of the store.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Store {
-    /// By client.
-    pub sessions: Vec<Session>,
-    /// The key's holds.
-    pub holds: Vec<Hold>,
-    /// The key's queue, first come first.
-    pub queue: Vec<Place>,
-    /// The newest fence of the key's record.
+    /// Sessions, by client.
+    pub sessions: Vec<SessionRecord>,
+    /// Holds of the key.
+    pub holds: Vec<HoldRecord>,
+    /// Queue of the key in order of arrival.
+    pub queue: Vec<WaiterRecord>,
+    /// Newest fence in the key's record.
     pub last: u16,
 }
 
-/// One step: the records, and what surrounds them.
+/// One operation on the store, with its context.
 #[derive(Debug)]
-pub struct Step<'a> {
-    /// The bounds.
+pub struct StoreOperation<'a> {
+    /// Bounds of the run.
     pub config: &'a Config,
-    /// The rule that is broken.
-    pub broken: Option<Break>,
-    /// The records.
+    /// Rule that is broken.
+    pub broken: Option<Mutation>,
+    /// Records of the store.
     pub store: &'a mut Store,
-    /// What the properties remember.
+    /// Past events that the properties need.
     pub history: &'a mut History,
-    /// The store's clock.
+    /// Time of the store's clock.
     pub now: u8,
-    /// Answers and pushes.
+    /// Responses and pushes of this operation.
     pub out: Vec<Msg>,
-    /// Tokens whose call lives, for I8.
+    /// Tokens of live calls, for `I8`.
     pub live: Vec<Token>,
 }
 
-impl Step<'_> {
-    fn broken(&self, rule: Break) -> bool {
+impl StoreOperation<'_> {
+    fn broken(&self, rule: Mutation) -> bool {
         self.broken == Some(rule)
     }
 
-    /// Whether the session lives.
-    pub fn lives(&self, session: u8) -> bool {
-        self.store.sessions.get(usize::from(session)).is_some_and(|session| self.now < session.expires)
+    /// Returns whether a session is alive.
+    pub fn is_alive(&self, session: u8) -> bool {
+        self.store.sessions.get(usize::from(session)).is_some_and(|session| self.now < session.expires_at)
     }
 
-    /// The session-bound holds are told to their sessions again.
-    fn tell_again(&mut self) {
-        if !self.broken(Break::GrantNotToldAgain) {
+    /// Pushes all session-bound grants to their sessions again.
+    fn repeat_grants(&mut self) {
+        if !self.broken(Mutation::GrantNotRepeated) {
             let held = self.store.holds.iter().filter(|hold| hold.is_bound);
             self.out.extend(held.map(|hold| Msg::PushGranted { token: hold.token, fence: hold.fence }));
         }
     }
 
-    /// Whether a request fits beside the holds: all units together, and the smallest capacity of all.
+    /// Returns whether a request fits: all units together must not exceed the smallest capacity.
     pub fn fits(&self, demand: Demand) -> bool {
         let used: u8 = self.store.holds.iter().map(|hold| hold.demand.units).sum();
         let mut held = self.store.holds.iter().map(|hold| hold.demand.capacity);
-        let capacity = if self.broken(Break::OwnLimitCounts) {
+        let capacity = if self.broken(Mutation::OwnLimitCounts) {
             demand.capacity
-        } else if self.broken(Break::OldestLimitCounts) {
+        } else if self.broken(Mutation::OldestLimitCounts) {
             held.next().unwrap_or(demand.capacity)
         } else {
-            let own = if self.broken(Break::HeldLimitCounts) { u8::MAX } else { demand.capacity };
+            let own = if self.broken(Mutation::HeldLimitCounts) { u8::MAX } else { demand.capacity };
             held.min().unwrap_or(demand.capacity).min(own)
         };
         used + demand.units <= capacity
     }
 
-    /// The place in the queue that is to be granted now.
+    /// Returns the position in the queue of the next waiter to grant.
     fn next(&self) -> Option<usize> {
-        let places = if self.broken(Break::QueueSearched) { self.store.queue.len() } else { 1 };
-        self.store.queue.iter().take(places).position(|place| self.fits(place.demand))
+        let candidates = if self.broken(Mutation::QueueSearched) { self.store.queue.len() } else { 1 };
+        self.store.queue.iter().take(candidates).position(|waiter| self.fits(waiter.demand))
     }
 
-    fn grant(&mut self, place: &Place, ahead: usize) -> (u16, Option<u8>) {
+    fn grant(&mut self, waiter: &WaiterRecord, ahead: usize) -> (u16, Option<u8>) {
         self.history.bad_order |= ahead > 0;
         let clock = u16::from(self.now) * self.config.fences_per_tick;
-        let clock = if self.broken(Break::PlainCounter) { 0 } else { clock };
+        let clock = if self.broken(Mutation::PlainCounter) { 0 } else { clock };
         let fence = (self.store.last + 1).max(clock);
         self.store.last = fence;
-        let expires = place.term.has_deadline().then(|| self.now + self.config.fixed_ttl);
-        let is_bound = place.term.is_bound();
-        let (token, session, demand) = (place.token, place.session, place.demand);
-        self.store.holds.push(Hold { token, fence, session, expires, is_bound, demand });
-        self.history.granted(place.token, fence, self.live.contains(&place.token));
-        (fence, expires)
+        let expires_at = waiter.lifetime.has_deadline().then(|| self.now + self.config.fixed_ttl);
+        let is_bound = waiter.lifetime.is_bound();
+        let (token, session, demand) = (waiter.token, waiter.session, waiter.demand);
+        self.store.holds.push(HoldRecord { token, fence, session, expires_at, is_bound, demand });
+        self.history.granted(waiter.token, fence, self.live.contains(&waiter.token));
+        (fence, expires_at)
     }
 
-    /// What every step does first: the dead go, the head of the queue is granted while it fits.
-    pub fn settle(&mut self) {
+    /// Reconciles the key: removes expired holds and waiters, and then grants to the head of the queue while it fits.
+    pub fn reconcile(&mut self) {
         let (now, blind) = (self.now, self.config.blind);
-        let live: Vec<bool> = self.store.sessions.iter().map(|session| now < session.expires).collect();
-        let lives = |session: u8| blind || live.get(usize::from(session)).copied().unwrap_or(false);
-        let keep = self.broken(Break::NoTakeover);
+        let live: Vec<bool> = self.store.sessions.iter().map(|session| now < session.expires_at).collect();
+        let is_alive = |session: u8| blind || live.get(usize::from(session)).copied().unwrap_or(false);
+        let keep = self.broken(Mutation::NoExpiry);
         self.store.holds.retain(|hold| {
-            hold.expires.is_none_or(|expires| now < expires) && (!hold.is_bound || keep || lives(hold.session))
+            hold.expires_at.is_none_or(|expires_at| now < expires_at)
+                && (!hold.is_bound || keep || is_alive(hold.session))
         });
-        self.store.queue.retain(|place| lives(place.session));
+        self.store.queue.retain(|waiter| is_alive(waiter.session));
         while let Some(at) = self.next() {
             let head = self.store.queue[at].clone();
-            if self.broken(Break::HeadNotPopped) {
+            if self.broken(Mutation::HeadNotPopped) {
                 if self.store.holds.iter().any(|hold| hold.token == head.token) {
                     break;
                 }
@@ -156,181 +157,194 @@ impl Step<'_> {
         }
     }
 
-    /// Does one request.
-    pub fn take(&mut self, msg: &Msg) {
+    /// Runs one request.
+    pub fn run(&mut self, msg: &Msg) {
         match *msg {
-            Msg::Beat { by, asked } => return self.beat(by, asked),
+            Msg::Renew { by, sent_at } => return self.renew(by, sent_at),
             Msg::Write { fence } => return self.write(fence),
-            Msg::Open { by, asked } => return self.open(by, asked),
-            _ => self.settle(),
+            Msg::Open { by, sent_at } => return self.open(by, sent_at),
+            _ => self.reconcile(),
         }
         match *msg {
-            Msg::Acquire { token, by, term, not_after, asked } => {
-                let outcome = self.acquire(token, by, term, Some(not_after));
-                self.out.push(Msg::Acquired { token, outcome, asked });
+            Msg::Acquire { token, by, lifetime, not_after, sent_at } => {
+                let outcome = self.acquire(token, by, lifetime, Some(not_after));
+                self.out.push(Msg::Acquired { token, outcome, sent_at });
             }
-            Msg::Poll { token, by, term, asked } => {
-                let outcome = if self.broken(Break::PollCreates) {
-                    self.acquire(token, by, term, None)
+            Msg::Poll { token, by, lifetime, sent_at } => {
+                let outcome = if self.broken(Mutation::PollCreates) {
+                    self.acquire(token, by, lifetime, None)
                 } else {
-                    self.look(token).unwrap_or(Outcome::Gone)
+                    self.find(token).unwrap_or(Outcome::Gone)
                 };
-                self.out.push(Msg::Polled { token, outcome, asked });
-                // A failover may have forgotten a release.
+                self.out.push(Msg::Polled { token, outcome, sent_at });
+                // A failover may have undone a release, so repeat the grants.
                 if self.config.failover && self.store.queue.first().is_some_and(|head| head.token == token) {
-                    self.tell_again();
+                    self.repeat_grants();
                 }
             }
-            Msg::End { token, release, sure } => {
-                self.end(token, release);
-                self.out.push(Msg::Ended { token, time: self.now, sure });
+            Msg::Release { token, held, is_final } => {
+                self.release(token, held);
+                self.out.push(Msg::Released { token, time: self.now, is_final });
             }
-            Msg::Extend { token, by, fence, nth, asked } => {
+            Msg::Extend { token, by, fence, nth, sent_at } => {
                 let done = self.extend(token, by, fence, nth);
-                self.out.push(Msg::Extended { token, done, nth, asked });
+                self.out.push(Msg::Extended { token, done, nth, sent_at });
             }
-            Msg::Ask => self.tell_again(),
-            Msg::Force { fence } => self.force(fence),
-            Msg::Evict { fence } => self.evict(fence),
-            Msg::Adopt { from, to, by, not_after, asked } => {
+            Msg::PollFromOutside => self.repeat_grants(),
+            Msg::ForceRelease { fence } => self.force_release(fence),
+            Msg::Expire { fence } => self.expire(fence),
+            Msg::Adopt { from, to, by, not_after, sent_at } => {
                 let outcome = self.adopt(from, to, by, not_after);
-                self.out.push(Msg::Acquired { token: to, outcome, asked });
+                self.out.push(Msg::Acquired { token: to, outcome, sent_at });
             }
-            Msg::Record { session, token } if self.lives(session) => {
-                self.store.sessions[usize::from(session)].forced.push(token);
+            Msg::RecordForceRelease { session, token } if self.is_alive(session) => {
+                self.store.sessions[usize::from(session)].force_released.push(token);
             }
             Msg::Close { by } => {
-                self.store.sessions[usize::from(by)].expires = 0;
-                self.history.died(by);
+                self.store.sessions[usize::from(by)].expires_at = 0;
+                self.history.expire_session(by);
             }
             _ => {}
         }
-        self.settle();
+        self.reconcile();
     }
 
-    fn beat(&mut self, by: u8, asked: u8) {
-        let revive = self.broken(Break::Revive) || self.broken(Break::ReviveAndBelieve);
-        let lives = self.lives(by) || revive;
+    fn renew(&mut self, by: u8, sent_at: u8) {
+        let revive = self.broken(Mutation::Revive) || self.broken(Mutation::ReviveAndTrust);
+        let is_alive = self.is_alive(by) || revive;
         let session = &mut self.store.sessions[usize::from(by)];
-        if lives {
-            session.expires = self.now + self.config.session_ttl;
+        if is_alive {
+            session.expires_at = self.now + self.config.session_ttl;
         }
-        let forced = if self.broken == Some(Break::ForceNotTold) { Vec::new() } else { session.forced.clone() };
-        self.out.push(Msg::Beaten { by, asked, lives, forced });
+        let force_released = if self.broken == Some(Mutation::ForceReleaseNotReported) {
+            Vec::new()
+        } else {
+            session.force_released.clone()
+        };
+        self.out.push(Msg::Renewed { by, sent_at, is_alive, force_released });
     }
 
-    /// Asked for again it is the same session, and is not renewed.
-    fn open(&mut self, by: u8, asked: u8) {
-        let lives = self.lives(by) || self.broken(Break::OpenRevives);
-        if !self.lives(by) && lives {
-            self.store.sessions[usize::from(by)].expires = self.now + self.config.session_ttl;
+    /// Handles a request to open a session. A repeated request does not renew the session.
+    fn open(&mut self, by: u8, sent_at: u8) {
+        let is_alive = self.is_alive(by) || self.broken(Mutation::OpenRevives);
+        if !self.is_alive(by) && is_alive {
+            self.store.sessions[usize::from(by)].expires_at = self.now + self.config.session_ttl;
         }
-        self.out.push(Msg::Opened { by, asked, lives });
+        self.out.push(Msg::Opened { by, sent_at, is_alive });
     }
 
     fn write(&mut self, fence: u16) {
-        if fence >= self.history.accepted || self.broken(Break::ResourceUnfenced) {
+        if fence >= self.history.accepted || self.broken(Mutation::ResourceUnfenced) {
             self.history.write(fence);
         }
     }
 
-    /// What the token has.
-    fn look(&self, token: Token) -> Option<Outcome> {
+    /// Returns the token's hold or place in the queue.
+    fn find(&self, token: Token) -> Option<Outcome> {
         if let Some(hold) = self.store.holds.iter().find(|hold| hold.token == token) {
-            let remaining = hold.expires.map(|expires| expires - self.now);
+            let remaining = hold.expires_at.map(|expires_at| expires_at - self.now);
             return Some(Outcome::Granted { fence: hold.fence, remaining });
         }
-        self.store.queue.iter().any(|place| place.token == token).then_some(Outcome::Queued)
+        self.store.queue.iter().any(|waiter| waiter.token == token).then_some(Outcome::Queued)
     }
 
-    fn acquire(&mut self, token: Token, by: u8, term: Term, not_after: Option<u8>) -> Outcome {
-        if !self.config.blind && !self.lives(by) {
+    fn acquire(&mut self, token: Token, by: u8, lifetime: Lifetime, not_after: Option<u8>) -> Outcome {
+        if !self.config.blind && !self.is_alive(by) {
             return Outcome::SessionGone;
         }
-        if !self.broken(Break::ForcedReenters) && self.store.sessions[usize::from(by)].forced.contains(&token) {
-            return Outcome::Forced;
+        if !self.broken(Mutation::ForceReleasedReenters)
+            && self.store.sessions[usize::from(by)].force_released.contains(&token)
+        {
+            return Outcome::ForceReleased;
         }
-        if let (Some(found), false) = (self.look(token), self.broken(Break::NotIdempotent)) {
+        if let (Some(found), false) = (self.find(token), self.broken(Mutation::NotIdempotent)) {
             return found;
         }
-        if not_after.is_some_and(|until| self.now > until) && !self.broken(Break::NoNotAfter) {
+        if not_after.is_some_and(|until| self.now > until) && !self.broken(Mutation::NoNotAfter) {
             return Outcome::Stale;
         }
-        let place = Place { token, session: by, term, demand: self.config.demand(by) };
+        let waiter = WaiterRecord { token, session: by, lifetime, demand: self.config.demand(by) };
         let ahead = self.store.queue.len();
-        if (ahead == 0 || self.broken(Break::QueuePassed)) && self.fits(place.demand) {
-            let (fence, expires) = self.grant(&place, ahead);
-            return Outcome::Granted { fence, remaining: expires.map(|expires| expires - self.now) };
+        if (ahead == 0 || self.broken(Mutation::QueuePassed)) && self.fits(waiter.demand) {
+            let (fence, expires_at) = self.grant(&waiter, ahead);
+            return Outcome::Granted { fence, remaining: expires_at.map(|expires_at| expires_at - self.now) };
         }
-        self.store.queue.push(place);
+        self.store.queue.push(waiter);
         Outcome::Queued
     }
 
-    fn end(&mut self, token: Token, release: bool) {
-        if release && self.broken(Break::ReleaseWithoutToken) {
+    fn release(&mut self, token: Token, held: bool) {
+        if held && self.broken(Mutation::ReleaseWithoutToken) {
             self.store.holds.clear();
-        } else if release || !self.broken(Break::AbandonQueueOnly) {
+        } else if held || !self.broken(Mutation::AbandonDequeuesOnly) {
             self.store.holds.retain(|hold| hold.token != token);
         }
-        self.store.queue.retain(|place| place.token != token);
+        self.store.queue.retain(|waiter| waiter.token != token);
         for session in &mut self.store.sessions {
-            session.forced.retain(|forced| *forced != token);
+            session.force_released.retain(|force_released| *force_released != token);
         }
     }
 
     fn extend(&mut self, token: Token, by: u8, fence: u16, nth: u8) -> bool {
-        let expires = self.now + self.config.extension(nth);
+        let expires_at = self.now + self.config.extension(nth);
         if let Some(hold) = self.store.holds.iter_mut().find(|hold| hold.token == token) {
-            hold.expires = Some(expires);
+            hold.expires_at = Some(expires_at);
             return true;
         }
-        if self.broken(Break::ExtendCreates) {
+        if self.broken(Mutation::ExtendCreates) {
             let demand = self.config.demand(by);
-            self.store.holds.push(Hold { token, fence, session: by, expires: Some(expires), is_bound: false, demand });
+            self.store.holds.push(HoldRecord {
+                token,
+                fence,
+                session: by,
+                expires_at: Some(expires_at),
+                is_bound: false,
+                demand,
+            });
             return true;
         }
         false
     }
 
-    fn force(&mut self, fence: u16) {
-        let any = self.broken(Break::ForceWithoutCompare);
+    fn force_release(&mut self, fence: u16) {
+        let any = self.broken(Mutation::ForceReleaseWithoutCompare);
         let Some(at) = self.store.holds.iter().position(|hold| any || hold.fence == fence) else { return };
         let hold = self.store.holds.remove(at);
         self.store.last += 1;
-        self.history.forced(fence);
-        if self.broken(Break::ForceInTwoSteps) {
-            self.out.push(Msg::Record { session: hold.session, token: hold.token });
-        } else if self.lives(hold.session) {
-            let forced = &mut self.store.sessions[usize::from(hold.session)].forced;
-            forced.push(hold.token);
-            forced.sort_unstable();
+        self.history.record_force_release(fence);
+        if self.broken(Mutation::ForceReleaseInTwoOperations) {
+            self.out.push(Msg::RecordForceRelease { session: hold.session, token: hold.token });
+        } else if self.is_alive(hold.session) {
+            let force_released = &mut self.store.sessions[usize::from(hold.session)].force_released;
+            force_released.push(hold.token);
+            force_released.sort_unstable();
         }
-        self.out.push(Msg::PushForced { token: hold.token });
+        self.out.push(Msg::PushForceReleased { token: hold.token });
     }
 
-    fn evict(&mut self, fence: u16) {
-        let any = self.broken(Break::TakeoverWithoutCompare);
+    fn expire(&mut self, fence: u16) {
+        let any = self.broken(Mutation::ExpiryWithoutCompare);
         if let Some(at) = self.store.holds.iter().position(|hold| any || hold.fence == fence) {
             self.store.holds.remove(at);
         }
     }
 
     fn adopt(&mut self, from: Token, to: Token, by: u8, not_after: u8) -> Outcome {
-        if !self.lives(by) {
+        if !self.is_alive(by) {
             return Outcome::SessionGone;
         }
-        if let Some(found) = self.look(to) {
+        if let Some(found) = self.find(to) {
             return found;
         }
-        if self.now > not_after && !self.broken(Break::AdoptNoNotAfter) {
+        if self.now > not_after && !self.broken(Mutation::AdoptNoNotAfter) {
             return Outcome::Stale;
         }
-        let any = self.broken(Break::AdoptWithoutCompare);
+        let any = self.broken(Mutation::AdoptWithoutCompare);
         let Some(hold) = self.store.holds.iter_mut().find(|hold| any || hold.token == from) else {
             return Outcome::Gone;
         };
         hold.token = to;
         hold.session = by;
-        self.look(to).unwrap_or(Outcome::Gone)
+        self.find(to).unwrap_or(Outcome::Gone)
     }
 }

@@ -1,4 +1,4 @@
-//! The protocol holds in every run, and every mutant is killed by the property that is named for it.
+//! Checks that the protocol holds in every run, and that each mutant breaks its property.
 #![allow(clippy::print_stdout)]
 
 use std::collections::BTreeSet;
@@ -12,32 +12,32 @@ fn holds(config: Config) -> Report {
     println!("{report}");
     assert!(report.broken.is_empty(), "{report}");
     assert!(report.complete, "{} did not visit all its states", config.name);
-    assert!(report.states >= config.floor, "{} visited {} states only", config.name, report.states);
+    assert!(report.states >= config.min_states, "{} visited only {} states", config.name, report.states);
     report
 }
 
 #[test]
-fn the_protocol_holds_in_every_run() {
+fn protocol_holds_in_every_run() {
     let reached: BTreeSet<&str> = runs::all().into_iter().flat_map(|config| holds(config).reached).collect();
     for name in properties::all().iter().map(|property| property.name).filter(|name| name.contains(' ')) {
-        assert!(reached.contains(name), "never: {name}");
+        assert!(reached.contains(name), "no run reached: {name}");
     }
 }
 
 #[test]
-fn every_mutant_is_killed_by_its_property() {
+fn each_mutant_breaks_its_property() {
     for mutant in mutant::all() {
         let report = run_mutant(mutant);
         println!("{report}");
         match mutant.killed_by {
-            Some(property) => assert!(report.way(property).is_some(), "{} survived {property}", mutant.name),
-            None => assert!(report.complete, "{} was said to survive", mutant.name),
+            Some(property) => assert!(report.trace(property).is_some(), "{} survived {property}", mutant.name),
+            None => assert!(report.complete, "{} was expected to survive but did not complete", mutant.name),
         }
     }
 }
 
 #[test]
-fn names_are_unique() {
+fn run_and_mutant_names_are_unique() {
     let mut names: Vec<&str> = runs::all().iter().chain(&runs::long()).map(|config| config.name).collect();
     names.extend(mutant::all().iter().map(|mutant| mutant.name));
     let all = names.len();

@@ -1,4 +1,4 @@
-//! The tool on Firestore, in Google's emulator. `./test` runs this where the machine has it.
+//! Runs the tool on Firestore in Google's emulator. `./test` runs these tests if the machine has an emulator.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 use crate::common::*;
@@ -19,7 +19,7 @@ impl crate::on_a_server::Server for Emulator {
 }
 
 fn emulator() -> Emulator {
-    let jar = firestore_emulator().expect("this machine has no emulator of Firestore");
+    let jar = firestore_emulator().expect("this machine has no Firestore emulator");
     let running = FirestoreEmulator::start(&jar);
     Emulator { url: running.url(), running: Some(running) }
 }
@@ -32,7 +32,7 @@ on_a_server! { emulator =>
 }
 
 #[test]
-fn what_cannot_be_used_has_its_code() {
+fn unusable_urls_have_their_exit_codes() {
     let world = World::new();
     let run = |url: &str| world.stanchion(["run", "-w", "1s", "--store", url, "k", "--", "true"]).finish();
     run("firestore://p?emulator=127.0.0.1:1").code(69).says(&["cannot connect"]);
@@ -41,11 +41,11 @@ fn what_cannot_be_used_has_its_code() {
 }
 
 #[test]
-fn limits_hold_while_the_server_is_away() {
+fn limits_apply_while_server_is_unavailable() {
     let world = World::new();
-    for away in stanchion_testkit::servers::Away::all() {
-        let url = format!("firestore://project?emulator={}", away.address);
-        limits_are_kept(away.name, |options| {
+    for server in stanchion_testkit::servers::Away::all() {
+        let url = format!("firestore://project?emulator={}", server.address);
+        limits_are_kept(server.name, |options| {
             world.stanchion([&["run"], options, &["--store", &url, "k", "--", "true"]].concat())
         });
     }

@@ -1,4 +1,4 @@
-//! The emulator of Firestore, as Google ships it.
+//! Starts Google's Firestore emulator.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use super::{Process, free_port, in_path, wait};
 
-/// An emulator.
+/// A running emulator, which stops when it is dropped.
 #[derive(Debug)]
 pub struct FirestoreEmulator {
     _process: Process,
@@ -14,8 +14,8 @@ pub struct FirestoreEmulator {
     _folder: tempfile::TempDir,
 }
 
-/// Where the emulator's archive is: what `STANCHION_FIRESTORE_EMULATOR` names, or the one of Google's package. It cannot be
-/// installed from Debian's archives, so a machine may have none.
+/// Returns the path of the emulator's archive: the value of `STANCHION_FIRESTORE_EMULATOR`, or the archive in Google's
+/// package. Debian's archives don't contain the emulator, so a machine may have none.
 pub fn firestore_emulator() -> Option<PathBuf> {
     in_path("java")?;
     if let Some(named) = std::env::var_os("STANCHION_FIRESTORE_EMULATOR") {
@@ -24,26 +24,26 @@ pub fn firestore_emulator() -> Option<PathBuf> {
     let name = "cloud-firestore-emulator.jar";
     let listed = Command::new("dpkg").args(["-L", "google-cloud-cli-firestore-emulator"]).output().ok();
     let listed = listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-    let of_package = listed.lines().find(|line| line.ends_with(name)).map(PathBuf::from);
-    let usual = Path::new("/usr/lib/google-cloud-sdk/platform/cloud-firestore-emulator").join(name);
-    of_package.into_iter().chain([usual]).find(|jar| jar.exists())
+    let from_package = listed.lines().find(|line| line.ends_with(name)).map(PathBuf::from);
+    let default = Path::new("/usr/lib/google-cloud-sdk/platform/cloud-firestore-emulator").join(name);
+    from_package.into_iter().chain([default]).find(|jar| jar.exists())
 }
 
 impl FirestoreEmulator {
-    /// One that all tests of this process share; none if this machine has none, which is said loudly.
+    /// Returns the emulator that all tests of this process share, or `None` if this machine has none.
     pub fn shared() -> Option<&'static Self> {
         static SHARED: OnceLock<Option<FirestoreEmulator>> = OnceLock::new();
         SHARED.get_or_init(|| firestore_emulator().map(|jar| Self::start(&jar))).as_ref()
     }
 
-    /// Starts one.
+    /// Starts an emulator.
     ///
     /// # Panics
-    /// When it does not start.
+    /// Panics if the emulator does not start.
     pub fn start(jar: &Path) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let port = free_port();
-        // It keeps every version of every document.
+        // The emulator keeps every version of every document, so it needs a large heap.
         let arguments = [
             "-Xmx3g",
             "-XX:+UseSerialGC",
@@ -57,7 +57,7 @@ impl FirestoreEmulator {
         let java = in_path("java").expect("java is missing: the emulator needs it");
         let process = Process::start(&java, &arguments.map(str::to_owned), folder.path());
         let emulator = Self { _process: process, port, _folder: folder };
-        // Its first answers take seconds on a busy machine: it is asked for everything once.
+        // The first responses take seconds on a busy machine, so send each kind of request once.
         wait("the emulator answers", || {
             crate::block_on(async {
                 let locks = stanchion::Locks::open(&emulator.url()).await?;
@@ -70,12 +70,12 @@ impl FirestoreEmulator {
         emulator
     }
 
-    /// Its port on 127.0.0.1.
+    /// Returns the emulator's port on 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The URL of a project of its own: nothing of it is seen from another.
+    /// Returns the URL of a new project, which shares no data with other projects.
     pub fn url(&self) -> String {
         static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let project = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);

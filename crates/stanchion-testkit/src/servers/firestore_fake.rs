@@ -1,5 +1,5 @@
-//! A small Firestore in this process: documents, preconditions, three kinds of query, listening. It does what the emulator
-//! cannot be made to do: lose answers, refuse, hold back, end streams, and have another time.
+//! Runs a small Firestore in this process, with documents, preconditions, three kinds of query, and listening. Unlike
+//! the emulator it can lose responses, reject or delay requests, end streams, and run on another clock.
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
@@ -20,27 +20,29 @@ use tonic::server::{Grpc, ServerStreamingService, StreamingService, UnaryService
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_prost::ProstCodec;
 
-/// What becomes of one commit.
+/// Says what happens to one commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CommitFault {
-    /// It is refused with this code, and not done.
-    Refused(Code),
-    /// It is done, and this code is the answer.
-    DoneBut(Code),
-    /// It is done, and never answered.
-    Silent,
-    /// It is done when [`FirestoreFake::let_go`] is called, and answered to whoever still waits for that.
-    HeldBack,
-    /// It is done, and answered when [`FirestoreFake::let_go`] is called.
+    /// The commit is rejected with this code and not done.
+    Rejected(Code),
+    /// The commit is done, and the client receives this error code.
+    DoneWithError(Code),
+    /// The commit is done, and the client receives no response.
+    Unanswered,
+    /// The commit is done when the test calls [`FirestoreFake::finish_delayed_commits`]. The client receives a response
+    /// if it still waits then.
+    Delayed,
+    /// The commit is done at once, but the client receives the response when the test calls
+    /// [`FirestoreFake::finish_delayed_commits`].
     AnsweredLate,
 }
 
-/// A Firestore. It ends when it is dropped.
+/// A running fake, which stops when it is dropped.
 #[derive(Debug)]
 pub struct FirestoreFake {
     inner: Arc<Inner>,
     port: u16,
-    _lives: oneshot::Sender<()>,
+    _keep_running: oneshot::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -50,29 +52,29 @@ struct Inner {
     streams: watch::Sender<u64>,
     offset: AtomicI64,
     is_unauthenticated: AtomicBool,
-    deaf: AtomicBool,
+    suppresses_changes: AtomicBool,
     faults: Mutex<std::collections::VecDeque<CommitFault>>,
-    held_back: Mutex<Vec<HeldBack>>,
-    /// So many reads are still answered; none: all of them.
+    delayed_commits: Mutex<Vec<DelayedCommit>>,
+    /// Number of reads that are still answered, or `None` for no limit.
     reads: watch::Sender<Option<u64>>,
-    /// Who asks to listen is not answered.
-    mute: watch::Sender<bool>,
-    calls: Mutex<HashMap<String, u64>>,
+    /// Whether the fake leaves requests to listen unanswered.
+    ignores_listens: watch::Sender<bool>,
+    request_counts: Mutex<HashMap<String, u64>>,
 }
 
 type Answer = Result<api::CommitResponse, Status>;
 
-/// A commit that nobody has been answered.
+/// A commit whose response is delayed.
 #[derive(Debug)]
-struct HeldBack {
-    /// Or what was done.
-    what: Result<Box<Answer>, api::CommitRequest>,
-    tell: oneshot::Sender<Answer>,
+struct DelayedCommit {
+    /// The response of a finished commit, or a request that is still to be done.
+    work: Result<Box<Answer>, api::CommitRequest>,
+    sender: oneshot::Sender<Answer>,
 }
 
 #[derive(Debug, Default)]
 struct Documents {
-    /// Those that are gone keep the time at which they went.
+    /// Documents by name, with the time of the last write. A deleted document keeps the time of its deletion.
     all: BTreeMap<String, (Option<api::Document>, u64)>,
     last: u64,
 }
@@ -90,14 +92,14 @@ fn micros(time: &Timestamp) -> u64 {
 }
 
 impl FirestoreFake {
-    /// Starts one.
+    /// Starts a fake.
     ///
     /// # Panics
-    /// When it cannot.
+    /// Panics if the fake cannot open a port.
     pub fn start() -> Self {
         let inner = Arc::new(Inner::default());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let (lives, ends) = oneshot::channel::<()>();
+        let (keep_running, stopped) = oneshot::channel::<()>();
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let port = listener.local_addr().unwrap().port();
         let service = Service(inner.clone());
@@ -105,113 +107,113 @@ impl FirestoreFake {
             runtime.block_on(async move {
                 let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
                 let serve = tonic::transport::Server::builder().serve_with_incoming(service, incoming);
-                tokio::select! { _ = ends => {}, served = serve => served.unwrap() }
+                tokio::select! { _ = stopped => {}, served = serve => served.unwrap() }
             });
         });
-        Self { inner, port, _lives: lives }
+        Self { inner, port, _keep_running: keep_running }
     }
 
-    /// The URL of a project of its own.
+    /// Returns the URL of a new project.
     pub fn url(&self) -> String {
         static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         format!("firestore://fake-{}?emulator=127.0.0.1:{}", NEXT.fetch_add(1, Ordering::Relaxed), self.port)
     }
 
-    /// The next commits go like this, one each.
+    /// Applies these faults to the next commits, one to each.
     pub fn next_commits(&self, faults: impl IntoIterator<Item = CommitFault>) {
         lock(&self.inner.faults).extend(faults);
     }
 
-    /// Faults that no commit has met yet.
+    /// Returns the number of faults that have not been applied yet.
     pub fn faults_left(&self) -> usize {
         lock(&self.inner.faults).len()
     }
 
-    /// Commits that are held back.
-    pub fn held_back(&self) -> usize {
-        lock(&self.inner.held_back).len()
+    /// Returns the number of delayed commits.
+    pub fn delayed_commits(&self) -> usize {
+        lock(&self.inner.delayed_commits).len()
     }
 
-    /// Does what was held back, late, and answers. How many of them were done?
-    pub fn let_go(&self) -> usize {
-        let held_back = std::mem::take(&mut *lock(&self.inner.held_back));
-        let answer = |HeldBack { what, tell }| {
-            let answer = what.map_or_else(|request| self.inner.commit(&request), |done| *done);
+    /// Does the delayed commits and sends their responses. Returns the number of commits that succeeded.
+    pub fn finish_delayed_commits(&self) -> usize {
+        let held_back = std::mem::take(&mut *lock(&self.inner.delayed_commits));
+        let answer = |DelayedCommit { work, sender }| {
+            let answer = work.map_or_else(|request| self.inner.commit(&request), |done| *done);
             let is_done = answer.is_ok();
-            let _nobody_waits = tell.send(answer);
+            let _ = sender.send(answer); // the client may have stopped waiting
             is_done
         };
         held_back.into_iter().map(answer).filter(|is_done| *is_done).count()
     }
 
-    /// So many more reads of documents are answered; those after them wait until [`answer_reads`](Self::answer_reads).
+    /// Answers this many more reads of documents. Later reads wait until [`answer_reads`](Self::answer_reads).
     pub fn hold_reads_after(&self, answered: u64) {
         self.inner.reads.send_replace(Some(answered));
     }
 
-    /// How many reads wait.
-    pub fn reads_held(&self) -> usize {
+    /// Returns the number of waiting reads.
+    pub fn held_reads(&self) -> usize {
         self.inner.reads.receiver_count()
     }
 
-    /// Answers all reads again.
+    /// Answers all waiting and later reads.
     pub fn answer_reads(&self) {
         self.inner.reads.send_replace(None);
     }
 
-    /// Who asks to listen is not answered, until this is said again.
-    pub fn be_mute(&self, mute: bool) {
-        self.inner.mute.send_replace(mute);
+    /// Sets whether requests to listen stay unanswered.
+    pub fn ignore_listens(&self, ignores: bool) {
+        self.inner.ignores_listens.send_replace(ignores);
     }
 
-    /// A document says what nobody can read.
+    /// Makes a document's record unreadable.
     ///
     /// # Panics
-    /// When there is none of this name.
-    pub fn spoil(&self, name: &str) {
+    /// Panics if there is no document of this name.
+    pub fn corrupt(&self, name: &str) {
         let mut documents = lock(&self.inner.documents);
         let there = documents.all.iter_mut().find(|(whole, _)| whole.ends_with(&format!("/documents/{name}")));
         let document = there.and_then(|(_, (document, _))| document.as_mut()).expect("no such document");
-        let rubbish = api::Value { value_type: Some(api::value::ValueType::BytesValue(vec![0xff])) };
-        document.fields.insert("record".to_owned(), rubbish);
+        let garbage = api::Value { value_type: Some(api::value::ValueType::BytesValue(vec![0xff])) };
+        document.fields.insert("record".to_owned(), garbage);
     }
 
-    /// The service's clock is so many seconds off.
-    pub fn set_clock_off_by(&self, seconds: i64) {
+    /// Moves the service's clock this many seconds away from the machine's clock.
+    pub fn set_clock_offset(&self, seconds: i64) {
         self.inner.offset.store(seconds * 1_000_000, Ordering::SeqCst);
     }
 
-    /// Credentials are no good any more, or are again.
+    /// Sets whether the service rejects all credentials.
     pub fn refuse_credentials(&self, refuses: bool) {
         self.inner.is_unauthenticated.store(refuses, Ordering::SeqCst);
     }
 
-    /// How many streams are open.
+    /// Returns the number of open streams.
     pub fn streams(&self) -> usize {
         self.inner.streams.receiver_count()
     }
 
-    /// Ends every stream, as a service does that is being replaced.
+    /// Ends all streams, as a real server does before it is replaced.
     pub fn end_streams(&self) {
         self.inner.streams.send_modify(|ended| *ended += 1);
     }
 
-    /// Streams say nothing any more, or say it again.
-    pub fn be_deaf(&self, deaf: bool) {
-        self.inner.deaf.store(deaf, Ordering::SeqCst);
+    /// Sets whether streams stop reporting changes.
+    pub fn suppress_changes(&self, suppresses: bool) {
+        self.inner.suppresses_changes.store(suppresses, Ordering::SeqCst);
     }
 
-    /// How many requests came of each kind.
-    pub fn calls(&self) -> HashMap<String, u64> {
-        lock(&self.inner.calls).clone()
+    /// Returns the number of requests by method.
+    pub fn request_counts(&self) -> HashMap<String, u64> {
+        lock(&self.inner.request_counts).clone()
     }
 
-    /// Requests of this kind: `Commit`, `BatchGetDocuments`, `RunQuery`, `Listen`.
-    pub fn called(&self, method: &str) -> u64 {
-        self.calls().get(method).copied().unwrap_or_default()
+    /// Returns the number of requests of one method: `Commit`, `BatchGetDocuments`, `RunQuery` or `Listen`.
+    pub fn request_count(&self, method: &str) -> u64 {
+        self.request_counts().get(method).copied().unwrap_or_default()
     }
 
-    /// The ids of the documents that there are, with their collections.
+    /// Returns the names of the existing documents, including their collections.
     pub fn documents(&self) -> Vec<String> {
         let documents = lock(&self.inner.documents);
         let there = documents.all.iter().filter(|(_, (document, _))| document.is_some());
@@ -220,7 +222,7 @@ impl FirestoreFake {
 }
 
 impl Inner {
-    /// The service's clock, later than all that has happened.
+    /// Returns the time of the service's clock, which never returns the same time twice.
     fn now(&self, documents: &mut Documents) -> u64 {
         let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_micros() as i64;
         let now = (wall + self.offset.load(Ordering::SeqCst)) as u64;
@@ -242,14 +244,14 @@ impl Inner {
             let there = documents.all.get(name).filter(|(document, _)| document.is_some()).map(|(_, at)| *at);
             match write.current_document.as_ref().and_then(|condition| condition.condition_type.as_ref()) {
                 Some(ConditionType::Exists(false)) if there.is_some() => {
-                    return Err(Status::already_exists("it is there"));
+                    return Err(Status::already_exists("the document exists"));
                 }
-                // As the service says it; the emulator calls it a failed condition.
+                // The real service reports this; the emulator reports a failed precondition instead.
                 Some(ConditionType::Exists(true) | ConditionType::UpdateTime(_)) if there.is_none() => {
                     return Err(Status::not_found(format!("No document to update: {name}")));
                 }
                 Some(ConditionType::UpdateTime(time)) if there != Some(micros(time)) => {
-                    return Err(Status::failed_precondition("it was changed"));
+                    return Err(Status::failed_precondition("the document has changed"));
                 }
                 _ => {}
             }
@@ -278,44 +280,44 @@ impl Inner {
         Ok(api::CommitResponse { write_results: results, commit_time: Some(stamp(now)) })
     }
 
-    async fn answer_commit(&self, request: api::CommitRequest) -> Result<api::CommitResponse, Status> {
+    async fn respond_to_commit(&self, request: api::CommitRequest) -> Result<api::CommitResponse, Status> {
         let fault = lock(&self.faults).pop_front();
         match fault {
             None => self.commit(&request),
-            Some(CommitFault::Refused(code)) => Err(Status::new(code, "refused by the test")),
-            Some(CommitFault::DoneBut(code)) => {
+            Some(CommitFault::Rejected(code)) => Err(Status::new(code, "rejected by the test")),
+            Some(CommitFault::DoneWithError(code)) => {
                 self.commit(&request)?;
-                Err(Status::new(code, "done, says the test"))
+                Err(Status::new(code, "done, but the test reports an error"))
             }
-            Some(CommitFault::Silent) => {
+            Some(CommitFault::Unanswered) => {
                 drop(self.commit(&request));
                 std::future::pending().await
             }
-            Some(CommitFault::HeldBack) => self.hold_back(Err(request)).await,
-            Some(CommitFault::AnsweredLate) => self.hold_back(Ok(Box::new(self.commit(&request)))).await,
+            Some(CommitFault::Delayed) => self.delay(Err(request)).await,
+            Some(CommitFault::AnsweredLate) => self.delay(Ok(Box::new(self.commit(&request)))).await,
         }
     }
 
-    async fn hold_back(&self, what: Result<Box<Answer>, api::CommitRequest>) -> Answer {
-        let (tell, told) = oneshot::channel();
-        lock(&self.held_back).push(HeldBack { what, tell });
-        match told.await {
+    async fn delay(&self, work: Result<Box<Answer>, api::CommitRequest>) -> Answer {
+        let (sender, receiver) = oneshot::channel();
+        lock(&self.delayed_commits).push(DelayedCommit { work, sender });
+        match receiver.await {
             Ok(answer) => answer,
             Err(_) => std::future::pending().await,
         }
     }
 
-    /// Waits while reads are held.
-    async fn may_read(&self) {
+    /// Waits until reads are allowed.
+    async fn wait_for_reads(&self) {
         let mut reads = self.reads.subscribe();
         loop {
-            let mut may = false;
+            let mut is_allowed = false;
             self.reads.send_if_modified(|left| {
-                may = *left != Some(0);
+                is_allowed = *left != Some(0);
                 *left = left.map(|left| left.saturating_sub(1));
                 false
             });
-            if may {
+            if is_allowed {
                 return;
             }
             drop(reads.changed().await);
@@ -369,19 +371,19 @@ impl Inner {
         use api::listen_response::ResponseType;
         let (changed, ended) = (self.changed.subscribe(), self.streams.subscribe());
         let start = (changed, ended, HashMap::<String, u64>::new(), true);
-        let listened = futures_util::stream::unfold(start, move |(mut changed, mut ended, mut told, is_first)| {
+        let listened = futures_util::stream::unfold(start, move |(mut changed, mut ended, mut sent, is_first)| {
             let (inner, first) = (self.clone(), first.clone());
             async move {
                 if !is_first {
-                    // A stream that was ended tells nothing that changed since.
+                    // An ended stream must not report later changes.
                     tokio::select! {
                         biased;
                         _ = ended.changed() => return None,
                         _ = changed.changed() => {}
                     }
                 }
-                if inner.deaf.load(Ordering::SeqCst) && !is_first {
-                    return Some((Vec::new(), (changed, ended, told, false)));
+                if inner.suppresses_changes.load(Ordering::SeqCst) && !is_first {
+                    return Some((Vec::new(), (changed, ended, sent, false)));
                 }
                 let Some(api::listen_request::TargetChange::AddTarget(target)) = &first.target_change else {
                     return None;
@@ -393,7 +395,7 @@ impl Inner {
                 let mut answers = Vec::new();
                 for document in inner.found(&query.parent, structured).0 {
                     let at = micros(&document.update_time.unwrap());
-                    if told.insert(document.name.clone(), at) != Some(at) {
+                    if sent.insert(document.name.clone(), at) != Some(at) {
                         let change = api::DocumentChange {
                             document: Some(document),
                             target_ids: vec![1],
@@ -408,19 +410,19 @@ impl Inner {
                     answers.push(ResponseType::TargetChange(current));
                 }
                 let answers = answers.into_iter().map(|answer| Ok(api::ListenResponse { response_type: Some(answer) }));
-                Some((answers.collect(), (changed, ended, told, false)))
+                Some((answers.collect(), (changed, ended, sent, false)))
             }
         });
         listened.flat_map(|answers: Vec<_>| futures_util::stream::iter(answers)).boxed()
     }
 }
 
-/// What values are sorted by. One field has values of one kind.
+/// Returns the sort key of a value. All values of one field must have the same type.
 fn rank(value: &api::Value) -> (u64, String) {
     match value.value_type.as_ref().unwrap() {
         api::value::ValueType::StringValue(text) => (0, text.clone()),
         api::value::ValueType::TimestampValue(time) => (micros(time), String::new()),
-        other => panic!("the fake does not compare {other:?}"),
+        other => panic!("the fake cannot sort by {other:?}"),
     }
 }
 
@@ -440,42 +442,42 @@ fn fits(document: &api::Document, filter: &api::structured_query::Filter) -> boo
                     api::value::ValueType::ArrayValue(array) => array.values.contains(with),
                     _ => false,
                 },
-                other => panic!("the fake has no {other:?}"),
+                other => panic!("the fake does not support {other:?}"),
             }
         }
-        FilterType::UnaryFilter(_) => panic!("the fake has no unary filters"),
+        FilterType::UnaryFilter(_) => panic!("the fake does not support unary filters"),
     }
 }
 
 #[derive(Clone, Debug)]
 struct Service(Arc<Inner>);
 
-type Future_<T> = Pin<Box<dyn Future<Output = Result<Response<T>, Status>> + Send>>;
+type ResponseFuture<T> = Pin<Box<dyn Future<Output = Result<Response<T>, Status>> + Send>>;
 
 struct Commit(Arc<Inner>);
 
 impl UnaryService<api::CommitRequest> for Commit {
     type Response = api::CommitResponse;
-    type Future = Future_<api::CommitResponse>;
+    type Future = ResponseFuture<api::CommitResponse>;
 
     fn call(&mut self, request: Request<api::CommitRequest>) -> Self::Future {
         let inner = self.0.clone();
-        Box::pin(async move { inner.answer_commit(request.into_inner()).await.map(Response::new) })
+        Box::pin(async move { inner.respond_to_commit(request.into_inner()).await.map(Response::new) })
     }
 }
 
-/// A question with several answers.
+/// Answers requests that have a stream of responses.
 struct Read(Arc<Inner>);
 
 impl ServerStreamingService<api::BatchGetDocumentsRequest> for Read {
     type Response = api::BatchGetDocumentsResponse;
     type ResponseStream = BoxStream<'static, Result<Self::Response, Status>>;
-    type Future = Future_<Self::ResponseStream>;
+    type Future = ResponseFuture<Self::ResponseStream>;
 
     fn call(&mut self, request: Request<api::BatchGetDocumentsRequest>) -> Self::Future {
         let inner = self.0.clone();
         Box::pin(async move {
-            inner.may_read().await;
+            inner.wait_for_reads().await;
             let answers = inner.read(request.get_ref()).into_iter().map(Ok);
             Ok(Response::new(futures_util::stream::iter(answers).boxed()))
         })
@@ -485,7 +487,7 @@ impl ServerStreamingService<api::BatchGetDocumentsRequest> for Read {
 impl ServerStreamingService<api::RunQueryRequest> for Read {
     type Response = api::RunQueryResponse;
     type ResponseStream = BoxStream<'static, Result<Self::Response, Status>>;
-    type Future = Future_<Self::ResponseStream>;
+    type Future = ResponseFuture<Self::ResponseStream>;
 
     fn call(&mut self, request: Request<api::RunQueryRequest>) -> Self::Future {
         let answers = self.0.run_query(request.get_ref()).into_iter().map(Ok);
@@ -496,14 +498,14 @@ impl ServerStreamingService<api::RunQueryRequest> for Read {
 impl StreamingService<api::ListenRequest> for Read {
     type Response = api::ListenResponse;
     type ResponseStream = BoxStream<'static, Result<Self::Response, Status>>;
-    type Future = Future_<Self::ResponseStream>;
+    type Future = ResponseFuture<Self::ResponseStream>;
 
     fn call(&mut self, request: Request<Streaming<api::ListenRequest>>) -> Self::Future {
         let inner = self.0.clone();
         Box::pin(async move {
-            drop(inner.mute.subscribe().wait_for(|mute| !mute).await);
+            drop(inner.ignores_listens.subscribe().wait_for(|ignores| !ignores).await);
             let mut requests = request.into_inner();
-            let first = requests.message().await?.ok_or_else(|| Status::cancelled("nothing was asked"))?;
+            let first = requests.message().await?.ok_or_else(|| Status::cancelled("the client sent no request"))?;
             Ok(Response::new(inner.listen(first)))
         })
     }
@@ -522,7 +524,7 @@ impl tonic::codegen::Service<http::Request<Body>> for Service {
         let inner = self.0.clone();
         Box::pin(async move {
             let method = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
-            *lock(&inner.calls).entry(method.clone()).or_default() += 1;
+            *lock(&inner.request_counts).entry(method.clone()).or_default() += 1;
             if inner.is_unauthenticated.load(Ordering::SeqCst) {
                 return Ok(Status::unauthenticated("the token has expired").into_http());
             }
@@ -540,7 +542,7 @@ impl tonic::codegen::Service<http::Request<Body>> for Service {
                     let codec = ProstCodec::<_, api::ListenRequest>::default();
                     Grpc::new(codec).streaming(Read(inner), request).await
                 }
-                other => Status::unimplemented(format!("the fake has no {other}")).into_http(),
+                other => Status::unimplemented(format!("the fake does not support {other}")).into_http(),
             })
         })
     }

@@ -1,4 +1,4 @@
-//! Firestore against the whole suite, in Google's emulator. `./test --full` runs this where the machine has it.
+//! Runs the whole suite on Firestore in Google's emulator. `./test --full` runs it if the machine has an emulator.
 
 mod times;
 
@@ -6,9 +6,9 @@ use stanchion::store::Firestore;
 use stanchion_testkit::servers::FirestoreEmulator;
 use stanchion_testkit::{Environment, conformance};
 
-/// Fresh data in an emulator that all cases share: a project of its own.
+/// Returns an environment with a new project in the shared emulator.
 fn emulator() -> Environment<Firestore> {
-    let emulator = FirestoreEmulator::shared().expect("this machine has no emulator of Firestore");
+    let emulator = FirestoreEmulator::shared().expect("this machine has no Firestore emulator");
     let url = emulator.url();
     Environment::new(move || Firestore::from_url(&url).unwrap())
 }

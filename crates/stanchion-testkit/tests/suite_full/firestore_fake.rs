@@ -1,4 +1,5 @@
-//! Firestore's fake. A machine without the emulator tests the store like this; the fake is tested by the emulator's results.
+//! Runs the whole suite on the Firestore fake. This tests the store on machines without the emulator, and the same
+//! suite on the emulator tests the fake.
 
 use stanchion::store::{Firestore, Prefixed};
 use stanchion_testkit::{Environment, conformance};
@@ -7,7 +8,7 @@ use crate::environments::firestore_fake;
 
 conformance!(direct direct, firestore_fake);
 
-fn in_a_prefix() -> Environment<Prefixed<Firestore>> {
+fn prefixed_environment() -> Environment<Prefixed<Firestore>> {
     firestore_fake().prefixed()
 }
-conformance!(dynamic prefixed, in_a_prefix);
+conformance!(dynamic prefixed, prefixed_environment);

@@ -1,4 +1,4 @@
-//! What steps cost, in requests.
+//! Checks how many requests each operation costs.
 
 use std::collections::HashMap;
 
@@ -10,96 +10,97 @@ use stanchion_testkit::{block_on, until};
 use super::{Client, MINUTE, SHORT};
 
 #[test]
-fn an_acquire_and_a_release_are_one_request_each() {
+fn acquire_and_release_take_one_request_each() {
     let fake = FirestoreFake::start();
     block_on(async {
         let client = Client::open(&fake.url(), MINUTE).await;
-        let before = fake.calls();
+        let before = fake.request_counts();
         for i in 0..50 {
             let lifetime = if i % 2 == 0 { Lifetime::Fixed(MINUTE) } else { Lifetime::Session { max_hold: None } };
             let request = AcquireRequest { lifetime, ..client.request(&format!("k{}", i % 3)) };
-            client.gets(&request).await;
+            client.lock(&request).await;
             let ended = client.store.release(&request.key, request.token, None).await.unwrap().outcome;
             assert_eq!(ended, EndOutcome::Released);
         }
-        let mut after = fake.calls();
+        let mut after = fake.request_counts();
         *after.get_mut("Commit").unwrap() -= 100;
-        assert_eq!(after, before, "100 commits and nothing else");
+        assert_eq!(after, before, "the client sends 100 commits and nothing else");
     });
 }
 
 #[test]
-fn a_beat_is_one_request() {
+fn renewal_takes_one_request() {
     let fake = FirestoreFake::start();
     block_on(async {
         let client = Client::open(&fake.url(), MINUTE).await;
-        let before = fake.calls();
+        let before = fake.request_counts();
         for _ in 0..20 {
-            let beaten = client.store.renew_session(client.session).await.unwrap().outcome;
-            assert_eq!(beaten, RenewOutcome::Alive { lost: vec![] });
+            let renewed = client.store.renew_session(client.session).await.unwrap().outcome;
+            assert_eq!(renewed, RenewOutcome::Alive { lost: vec![] });
         }
-        let mut after = fake.calls();
+        let mut after = fake.request_counts();
         *after.get_mut("Commit").unwrap() -= 20;
         assert_eq!(after, before);
     });
 }
 
-/// Requests since then, by kind: commits, reads of documents.
-fn since(before: &HashMap<String, u64>, fake: &FirestoreFake) -> (u64, u64) {
-    let count = |method| fake.called(method) - before.get(method).copied().unwrap_or_default();
+/// Returns the number of commits and of document reads since `before`.
+fn requests_since(before: &HashMap<String, u64>, fake: &FirestoreFake) -> (u64, u64) {
+    let count = |method| fake.request_count(method) - before.get(method).copied().unwrap_or_default();
     (count("Commit"), count("BatchGetDocuments"))
 }
 
 impl Client {
-    async fn queues(&self, name: &str) -> AcquireRequest {
+    async fn enqueue(&self, name: &str) -> AcquireRequest {
         let request = self.request(name);
-        assert!(matches!(self.asks(&request).await, AcquireOutcome::Queued(_)));
+        assert!(matches!(self.acquire(&request).await, AcquireOutcome::Queued(_)));
         request
     }
 
-    async fn releases(&self, request: &AcquireRequest) {
+    async fn release(&self, request: &AcquireRequest) {
         let ended = self.store.release(&request.key, request.token, None).await.unwrap().outcome;
         assert_eq!(ended, EndOutcome::Released);
     }
 
-    async fn is_called(&mut self, request: &AcquireRequest) -> Fence {
+    async fn wait_for_grant(&mut self, request: &AcquireRequest) -> Fence {
         loop {
             match self.pushes.next().await {
                 Some(Push::Granted { token, fence, .. }) if token == request.token => return fence,
                 Some(_) => {}
-                None => panic!("the stream is over"),
+                None => panic!("the stream ended"),
             }
         }
     }
 
-    /// Everything that was written before this is heard by this one, on its stream: what is called twice comes after it.
-    async fn has_heard(&mut self, other: &Self) {
+    /// Waits until this client has received every notification that was written before this call. Two grants on extra
+    /// keys mark that point, because their notifications come later on the same stream.
+    async fn receive_all_from(&mut self, other: &Self) {
         for signal in ["first signal", "second signal"] {
             let held = other.request(signal);
-            other.gets(&held).await;
-            let waiting = self.queues(signal).await;
-            other.releases(&held).await;
-            self.is_called(&waiting).await;
-            self.releases(&waiting).await;
+            other.lock(&held).await;
+            let waiting = self.enqueue(signal).await;
+            other.release(&held).await;
+            self.wait_for_grant(&waiting).await;
+            self.release(&waiting).await;
         }
     }
 }
 
 #[test]
-fn a_release_that_hands_over_is_one_request() {
+fn hand_off_takes_one_request() {
     let fake = FirestoreFake::start();
     block_on(async {
         let url = fake.url();
         let (mut one, mut two) = (Client::open(&url, MINUTE).await, Client::open(&url, MINUTE).await);
         let mut held = one.request("k");
-        let mut last = one.gets(&held).await;
+        let mut last = one.lock(&held).await;
         for _ in 0..4 {
-            let waiting = two.queues("k").await;
-            one.has_heard(&two).await;
-            let before = fake.calls();
-            one.releases(&held).await;
-            assert_eq!(since(&before, &fake), (1, 0), "a commit, and nothing read");
-            let fence = two.is_called(&waiting).await;
+            let waiting = two.enqueue("k").await;
+            one.receive_all_from(&two).await;
+            let before = fake.request_counts();
+            one.release(&held).await;
+            assert_eq!(requests_since(&before, &fake), (1, 0), "the hand-off takes one commit and no read");
+            let fence = two.wait_for_grant(&waiting).await;
             assert!(fence > last);
             assert_eq!(two.holders("k").await, [fence]);
             (held, last) = (waiting, fence);
@@ -108,115 +109,120 @@ fn a_release_that_hands_over_is_one_request() {
     });
 }
 
-/// Waiters of two processes, who were all there before the first was granted, and let go at once.
+/// All waiters of two processes queue before the first grant, and each releases as soon as it is granted.
 #[test]
-fn a_wave_of_waiters_is_one_request_for_each() {
+fn queued_hand_offs_take_one_request_each() {
     let fake = FirestoreFake::start();
     block_on(async {
         let url = fake.url();
         let mut clients = [Client::open(&url, MINUTE).await, Client::open(&url, MINUTE).await];
         let held = clients[0].request("k");
-        clients[0].gets(&held).await;
+        clients[0].lock(&held).await;
         let mut waiting = Vec::new();
-        // The last of them comes from the one who holds it: that one knows of all.
-        for turn in 1..21 {
-            waiting.push(clients[turn % 2].queues("k").await);
+        // The holder's own handle adds the last waiter, so it knows the whole queue.
+        for number in 1..21 {
+            waiting.push(clients[number % 2].enqueue("k").await);
         }
-        clients[0].releases(&held).await;
-        let before = fake.calls();
+        clients[0].release(&held).await;
+        let before = fake.request_counts();
         let mut fences = Vec::new();
-        for (turn, waiting) in (1..).zip(&waiting) {
-            fences.push(clients[turn % 2].is_called(waiting).await);
-            clients[turn % 2].releases(waiting).await;
+        for (number, waiting) in (1..).zip(&waiting) {
+            fences.push(clients[number % 2].wait_for_grant(waiting).await);
+            clients[number % 2].release(waiting).await;
         }
-        assert_eq!(since(&before, &fake), (20, 0));
+        assert_eq!(requests_since(&before, &fake), (20, 0));
         assert!(fences.is_sorted_by(|a, b| a < b), "{fences:?}");
         assert!(!fake.documents().iter().any(|name| name.contains("_calls") || name.starts_with("stanchion_keys")));
     });
 }
 
-/// What a holder was told is older than what is there: whoever came meanwhile is next all the same.
+/// The holder's cached record is outdated: a waiter has joined and another one has left. The release must still grant
+/// the key to the right waiter.
 #[test]
-fn a_release_that_knows_too_little_grants_who_is_next() {
+fn outdated_release_grants_next_waiter() {
     let fake = FirestoreFake::start();
     block_on(async {
         let url = fake.url();
         let (mut one, two) = (Client::open(&url, MINUTE).await, Client::open(&url, MINUTE).await);
         let mut three = Client::open(&url, MINUTE).await;
         let held = one.request("k");
-        let last = one.gets(&held).await;
-        let gives_up = two.queues("k").await;
-        one.has_heard(&two).await;
-        let waiting = three.queues("k").await;
-        two.store.abandon(&gives_up.key, gives_up.token).await.unwrap();
-        let before = fake.calls();
-        one.releases(&held).await;
-        assert_eq!(since(&before, &fake), (2, 1), "refused, and done again from what is there");
-        let fence = three.is_called(&waiting).await;
+        let last = one.lock(&held).await;
+        let abandoned = two.enqueue("k").await;
+        one.receive_all_from(&two).await;
+        let waiting = three.enqueue("k").await;
+        two.store.abandon(&abandoned.key, abandoned.token).await.unwrap();
+        let before = fake.request_counts();
+        one.release(&held).await;
+        assert_eq!(requests_since(&before, &fake), (2, 1), "the first commit is rejected, then the key is read");
+        let fence = three.wait_for_grant(&waiting).await;
         assert!(fence > last);
         assert_eq!(one.holders("k").await, [fence]);
-        assert_eq!(two.store.poll(&gives_up.key, &[gives_up.token]).await.unwrap().outcome[0], PollOutcome::Gone);
-        // The next who holds it by this handle looks first, and finds that it need not have.
-        let again = one.queues("k").await;
-        three.releases(&waiting).await;
-        one.is_called(&again).await;
+        assert_eq!(two.store.poll(&abandoned.key, &[abandoned.token]).await.unwrap().outcome[0], PollOutcome::Gone);
+        // The next holder of this handle reads the key first, and learns that its cached record was right.
+        let again = one.enqueue("k").await;
+        three.release(&waiting).await;
+        one.wait_for_grant(&again).await;
         for reads in [1, 0] {
-            let before = fake.calls();
-            one.releases(&again).await;
-            assert_eq!(since(&before, &fake), (1, reads));
-            let AcquireOutcome::Granted(_) = one.asks(&again).await else { panic!("nobody has it") };
+            let before = fake.request_counts();
+            one.release(&again).await;
+            assert_eq!(requests_since(&before, &fake), (1, reads));
+            let AcquireOutcome::Granted(_) = one.acquire(&again).await else { panic!("the free key was not granted") };
         }
     });
 }
 
-/// The dead at the head of the queue cost nobody else any time.
+/// The head of the queue has expired. The release must grant the key to the next waiter, because nobody polls.
 #[test]
-fn a_release_passes_over_the_dead() {
+fn release_skips_expired_waiters() {
     let fake = FirestoreFake::start();
     block_on(async {
         let url = fake.url();
-        let (mut one, dead) = (Client::open(&url, MINUTE).await, Client::open(&url, SHORT).await);
+        let (mut one, expired) = (Client::open(&url, MINUTE).await, Client::open(&url, SHORT).await);
         let held = one.request("k");
-        let last = one.gets(&held).await;
-        dead.queues("k").await;
-        // This handle knows all of the queue.
-        let waiting = one.queues("k").await;
-        fake.set_clock_off_by(10);
+        let last = one.lock(&held).await;
+        expired.enqueue("k").await;
+        // This handle has added the last waiter, so it knows the whole queue.
+        let waiting = one.enqueue("k").await;
+        fake.set_clock_offset(10);
         one.store.renew_session(one.session).await.unwrap();
-        one.releases(&held).await;
-        let called = tokio::time::timeout(MINUTE, one.is_called(&waiting)).await;
-        assert!(called.expect("nobody asks again, so nobody else finds it") > last);
+        one.release(&held).await;
+        let granted = tokio::time::timeout(MINUTE, one.wait_for_grant(&waiting)).await;
+        assert!(granted.expect("the release must grant the key, because nobody polls") > last);
     });
 }
 
-/// What a record says of the session at the head runs out. With its beats a holder looks at that again.
+/// A cached record says only until when the session at the head lives. At each renewal the holder reads that session
+/// again.
 #[test]
-fn a_release_after_a_long_wait_is_one_request() {
-    const TERM: std::time::Duration = std::time::Duration::from_secs(30);
+fn late_hand_off_takes_one_request() {
+    const TTL: std::time::Duration = std::time::Duration::from_secs(30);
     let fake = FirestoreFake::start();
     block_on(async {
         let url = fake.url();
-        let (mut one, mut two) = (Client::open(&url, MINUTE).await, Client::open(&url, TERM).await);
+        let (mut one, mut two) = (Client::open(&url, MINUTE).await, Client::open(&url, TTL).await);
         let held = one.request("k");
-        one.gets(&held).await;
-        let waiting = two.queues("k").await;
-        one.has_heard(&two).await;
-        fake.set_clock_off_by(20);
+        one.lock(&held).await;
+        let waiting = two.enqueue("k").await;
+        one.receive_all_from(&two).await;
+        fake.set_clock_offset(20);
         two.store.renew_session(two.session).await.unwrap();
-        fake.set_clock_off_by(40);
-        let before = fake.calls();
+        fake.set_clock_offset(40);
+        let before = fake.request_counts();
         one.store.renew_session(one.session).await.unwrap();
-        until("the head is looked at", async || since(&before, &fake).1 == 1).await;
-        // The answer is here when a later one is.
+        until("the holder reads the head's session", async || requests_since(&before, &fake).1 == 1).await;
+        // This request is sent later on the same connection, so the background read is finished when it returns.
         one.holders("other").await;
-        // The head's session has two seconds more.
-        fake.set_clock_off_by(48);
-        let before = fake.calls();
-        one.releases(&held).await;
-        assert_eq!(since(&before, &fake), (1, 0));
-        two.is_called(&waiting).await;
+        // The head's session lives 2 seconds longer.
+        fake.set_clock_offset(48);
+        let before = fake.request_counts();
+        one.release(&held).await;
+        assert_eq!(requests_since(&before, &fake), (1, 0));
+        two.wait_for_grant(&waiting).await;
         let state = two.store.inspect(&waiting.key).await.unwrap();
         let age = state.outcome.holders[0].age;
-        assert!(age < std::time::Duration::from_secs(7), "it begins with the commit, not with what was known: {age:?}");
+        assert!(
+            age < std::time::Duration::from_secs(7),
+            "the hold starts at the commit, not at the cached time: {age:?}"
+        );
     });
 }

@@ -1,4 +1,4 @@
-//! Listings: damaged documents, and pages.
+//! Checks listings with damaged documents and expired holds.
 
 use super::*;
 use stanchion_testkit::read_pages;
@@ -9,12 +9,12 @@ fn damaged_documents_are_named_and_skipped() {
     let url = fake.url();
     block_on(async {
         let good = Client::open(&url, MINUTE).await;
-        good.gets(&good.request("good")).await;
-        good.gets(&good.request("bad")).await;
+        good.lock(&good.request("good")).await;
+        good.lock(&good.request("bad")).await;
         let before = fake.documents();
-        good.gets(&good.request("worse")).await;
+        good.lock(&good.request("worse")).await;
         let worse = fake.documents().into_iter().find(|document| !before.contains(document)).unwrap();
-        fake.spoil(&worse);
+        fake.corrupt(&worse);
         let observer = Firestore::from_url(&url).unwrap();
         let (pages, damaged) = read_pages(&observer, ":", 2).await;
         let keys: Vec<_> = pages.iter().flat_map(|page| &page.keys).map(|state| state.key.name()).collect();
@@ -26,20 +26,20 @@ fn damaged_documents_are_named_and_skipped() {
 }
 
 #[test]
-fn a_listing_writes_nothing() {
+fn list_writes_nothing() {
     let fake = FirestoreFake::start();
     let url = fake.url();
     block_on(async {
-        let (dead, actor) = (Client::open(&url, MINUTE).await, Client::open(&url, MINUTE).await);
+        let (expired, actor) = (Client::open(&url, MINUTE).await, Client::open(&url, MINUTE).await);
         for at in 0..50 {
-            dead.gets(&dead.request(&format!("k{at}"))).await;
+            expired.lock(&expired.request(&format!("k{at}"))).await;
         }
-        actor.gets(&actor.request("last")).await;
-        dead.store.close_session(dead.session).await.unwrap();
+        actor.lock(&actor.request("last")).await;
+        expired.store.close_session(expired.session).await.unwrap();
         let observer = Firestore::from_url(&url).unwrap();
-        let before = fake.called("Commit");
+        let before = fake.request_count("Commit");
         let (pages, _) = read_pages(&observer, "", 10).await;
         let keys: Vec<_> = pages.iter().flat_map(|page| &page.keys).map(|state| state.key.name()).collect();
-        assert_eq!((keys, fake.called("Commit")), (vec!["last"], before));
+        assert_eq!((keys, fake.request_count("Commit")), (vec!["last"], before));
     });
 }

@@ -1,4 +1,4 @@
-//! What the store relies on in the times that the service gives (ADR 13).
+//! Checks the assumptions about the service's times on which the store relies (ADR 13).
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
@@ -11,7 +11,7 @@ use tonic::transport::{Channel, Endpoint};
 const DATABASE: &str = "projects/times/databases/(default)";
 
 async fn client() -> FirestoreClient<Channel> {
-    let emulator = FirestoreEmulator::shared().expect("this machine has no emulator of Firestore");
+    let emulator = FirestoreEmulator::shared().expect("this machine has no Firestore emulator");
     let address = format!("http://127.0.0.1:{}", emulator.port());
     FirestoreClient::new(Endpoint::from_shared(address).unwrap().connect_lazy())
 }
@@ -30,25 +30,28 @@ fn delete(name: &str) -> api::Write {
     api::Write { operation: Some(api::write::Operation::Delete(name.to_owned())), ..api::Write::default() }
 }
 
-/// When it was committed, and when each document was written by that.
+/// Commits the writes. Returns the commit time and the update time of each document, in µs.
 async fn commit(client: &mut FirestoreClient<Channel>, writes: Vec<api::Write>) -> (u64, Vec<Option<u64>>) {
     let micros = |time: prost_types::Timestamp| time.seconds as u64 * 1_000_000 + time.nanos as u64 / 1_000;
     let request = api::CommitRequest { database: DATABASE.to_owned(), writes, transaction: Vec::new() };
     let mut request = tonic::Request::new(request);
     request.metadata_mut().insert("authorization", "Bearer owner".parse().unwrap());
     let done = client.commit(request).await.unwrap().into_inner();
-    (micros(done.commit_time.unwrap()), done.write_results.iter().map(|one| one.update_time.map(micros)).collect())
+    (
+        micros(done.commit_time.unwrap()),
+        done.write_results.iter().map(|result| result.update_time.map(micros)).collect(),
+    )
 }
 
 #[test]
-fn the_times_of_a_document_increase_over_its_deletion() {
+fn document_times_increase_across_deletion() {
     block_on(async {
         let mut client = client().await;
         let name = format!("{DATABASE}/documents/keys/k");
         let mut last = 0;
         for round in 0..300 {
             let (created, written) = commit(&mut client, vec![create(&name)]).await;
-            assert_eq!(written, [Some(created)], "its update time is the commit's");
+            assert_eq!(written, [Some(created)], "the update time is the commit time");
             let (deleted, _) = commit(&mut client, vec![delete(&name)]).await;
             assert!(last < created && created < deleted, "round {round}: {last}, {created}, {deleted}");
             last = deleted;
@@ -56,9 +59,9 @@ fn the_times_of_a_document_increase_over_its_deletion() {
     });
 }
 
-/// A call is written with the key's document, and tells by its own time when that was.
+/// A notification is written with the key's document, and its own update time must tell when that was.
 #[test]
-fn the_documents_of_a_commit_have_its_time() {
+fn committed_documents_share_one_time() {
     block_on(async {
         let mut client = client().await;
         for round in 0..50 {
@@ -70,18 +73,18 @@ fn the_documents_of_a_commit_have_its_time() {
 }
 
 #[test]
-fn fences_increase_over_the_deletion_of_the_key() {
-    let emulator = FirestoreEmulator::shared().expect("this machine has no emulator of Firestore");
+fn fences_increase_across_key_deletion() {
+    let emulator = FirestoreEmulator::shared().expect("this machine has no Firestore emulator");
     block_on(async {
         let url = emulator.url();
         let both = [Locks::open(&url).await.unwrap(), Locks::open(&url).await.unwrap()];
         let mut last = None;
-        for turn in 0..300 {
-            let guard = both[turn % 2].lock("k").await.unwrap();
-            assert!(Some(guard.fence()) > last, "{turn}: {last:?}, then {}", guard.fence());
+        for number in 0..300 {
+            let guard = both[number % 2].lock("k").await.unwrap();
+            assert!(Some(guard.fence()) > last, "{number}: {last:?}, then {}", guard.fence());
             last = Some(guard.fence());
             guard.release().await.unwrap();
         }
-        assert!(both[0].list("").await.unwrap().is_empty(), "no document is left");
+        assert!(both[0].list("").await.unwrap().is_empty(), "the key's document is deleted");
     });
 }

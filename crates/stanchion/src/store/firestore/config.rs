@@ -1,4 +1,4 @@
-//! Where the store is: its URL and its options.
+//! Parses the store's URL and its options.
 
 use super::error::error;
 use crate::error::{Error, ErrorKind, Result};
@@ -6,38 +6,38 @@ use crate::store::url::percent_decoded;
 
 const OPTIONS: &str = "the options are `collection` and `emulator`";
 
-/// All that a URL says.
+/// Settings of a store URL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Config {
     /// `projects/PROJECT/databases/DATABASE`.
     pub(super) database: String,
-    /// What the names of the collections begin with.
+    /// Prefix of the collection names.
     pub(super) collection: String,
-    /// `host:port` of an emulator: in plain text, and without credentials.
+    /// `host:port` of an emulator, which is used in plain text and without credentials.
     pub(super) emulator: Option<String>,
 }
 
 impl Config {
-    /// Reads a URL. An emulator that the environment names is used, unless the URL names another.
+    /// Parses a URL. An emulator in the URL overrides the one in `FIRESTORE_EMULATOR_HOST`.
     pub(super) fn from_url(url: &str) -> Result<Self> {
         let environment = std::env::var("FIRESTORE_EMULATOR_HOST").ok();
         Self::read(url, environment.filter(|host| !host.is_empty()))
     }
 
     fn read(url: &str, environment: Option<String>) -> Result<Self> {
-        let rest = url.strip_prefix("firestore://").ok_or_else(|| invalid("a URL begins with `firestore://`"))?;
+        let rest = url.strip_prefix("firestore://").ok_or_else(|| invalid("a URL must begin with `firestore://`"))?;
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (project, database) = path.split_once('/').unwrap_or((path, ""));
         let project = text("the project", project)?;
         let database = text("the database", database)?;
-        // A project's id may have a domain before it: `example.com:project`.
+        // A project ID can start with a domain: `example.com:project`.
         let fits_project = |c: char| c.is_ascii_alphanumeric() || "-.:".contains(c);
         if project.is_empty() || !project.chars().all(fits_project) {
-            return Err(invalid("a project is missing or not one: `firestore://PROJECT/DATABASE`"));
+            return Err(invalid("the project is missing or invalid: a URL is `firestore://PROJECT/DATABASE`"));
         }
         let database = if database.is_empty() { "(default)".to_owned() } else { database };
         if database != "(default)" && !database.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
-            return Err(invalid("a database has letters, digits and `-`, or is `(default)`"));
+            return Err(invalid("a database name consists of letters, digits and `-`, or is `(default)`"));
         }
         let (mut collection, mut emulator) = ("stanchion".to_owned(), environment);
         for option in query.split('&').filter(|option| !option.is_empty()) {
@@ -45,7 +45,7 @@ impl Config {
             match name {
                 "collection" => collection = text("`collection`", value)?,
                 "emulator" => emulator = Some(text("`emulator`", value)?),
-                _ => return Err(invalid(format!("there is no such option; {OPTIONS}"))),
+                _ => return Err(invalid(format!("unknown option; {OPTIONS}"))),
             }
         }
         let fits = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
@@ -54,13 +54,13 @@ impl Config {
             || !collection.chars().all(fits)
             || collection.starts_with('_')
         {
-            let message = "`collection` has 1 to 100 letters, digits, `-`, `_`, and does not begin with `_`";
+            let message = "`collection` must have 1 to 100 letters, digits, `-` or `_`, and must not begin with `_`";
             return Err(invalid(message));
         }
-        // A host with a user before it: there are no credentials for an emulator, and none may be shown.
+        // Reject `user@host`: an emulator has no credentials, and a secret in the URL would appear in errors.
         let fits_host = |host: &String| !host.contains('@') && format!("http://{host}").parse::<http::Uri>().is_ok();
         if emulator.as_ref().is_some_and(|host| !fits_host(host)) {
-            return Err(invalid("an emulator is `host:port`"));
+            return Err(invalid("`emulator` must be `host:port`"));
         }
         Ok(Self { database: format!("projects/{project}/databases/{database}"), collection, emulator })
     }
@@ -70,10 +70,10 @@ fn invalid(message: impl Into<String>) -> Error {
     error(ErrorKind::InvalidArgument, message)
 }
 
-fn text(what: &str, encoded: &str) -> Result<String> {
+fn text(name: &str, encoded: &str) -> Result<String> {
     let bytes = percent_decoded(encoded)
-        .ok_or_else(|| invalid(format!("{what}: a `%` must be followed by two hexadecimal digits")))?;
-    String::from_utf8(bytes).map_err(|_| invalid(format!("{what} is not UTF-8")))
+        .ok_or_else(|| invalid(format!("{name}: a `%` must be followed by two hexadecimal digits")))?;
+    String::from_utf8(bytes).map_err(|_| invalid(format!("{name} is not UTF-8")))
 }
 
 #[cfg(test)]
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_url_names_project_database_and_collection() {
+    fn url_sets_project_database_and_collection() {
         let read = |url| Config::read(url, None).unwrap();
         let plain = read("firestore://p");
         assert_eq!(
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn an_emulator_of_the_environment_is_used_unless_the_url_names_another() {
+    fn url_emulator_overrides_environment() {
         let environment = Some("localhost:1".to_owned());
         assert_eq!(Config::read("firestore://p", environment.clone()).unwrap().emulator, environment);
         let named = Config::read("firestore://p?emulator=localhost:2", environment).unwrap();
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_that_cannot_be_read_is_refused() {
+    fn malformed_urls_are_rejected() {
         for url in [
             "firestore:p",
             "firestore://",

@@ -1,8 +1,8 @@
-//! The connections to the service, and the four requests that the store makes: read, ask, commit, listen.
+//! Connects to the service and sends the four requests that the store uses: read, query, commit and listen.
 //!
-//! Everything runs in a thread of the store's own, so that a step can be asked for from any runtime, or from none, and
-//! what the user's runtime does delays no answer. One connection carries the steps on keys, another what keeps the
-//! sessions: no crowd of steps delays a beat.
+//! All I/O runs on a thread of the store's own. A caller can therefore use any runtime or none, and a busy runtime of
+//! the user delays no response. One connection carries the operations on keys and another one carries the sessions, so
+//! that many operations cannot delay a renewal.
 //!
 //! The client never repeats a request (rule 7 of the store trait).
 
@@ -23,39 +23,41 @@ use tonic::{Code, Request, Streaming};
 
 use super::config::Config;
 use super::document::micros_of;
-use super::error::{Does, error, from_status, malformed};
+use super::error::{RequestKind, error, from_status, malformed};
 use crate::error::{Error, ErrorKind, Result};
 use crate::thread::RuntimeThread;
 
 const SERVICE: &str = "https://firestore.googleapis.com";
 const SCOPE: &str = "https://www.googleapis.com/auth/datastore";
 
-/// How long making a connection may take.
-const CONNECT_WITHIN: Duration = Duration::from_secs(3);
+/// Time limit for establishing a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// A request without an answer for so long is in doubt, and its connection is not used again.
-pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// Time after which an unanswered request has an unknown outcome and its connection is replaced.
+pub(super) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A connection is asked whether it lives, and closed if it does not answer: a listener would notice nothing else.
-const PING_EVERY: Duration = Duration::from_secs(10);
-const PING_WITHIN: Duration = Duration::from_secs(5);
+/// Interval between pings. Without pings a listener would never notice a dead connection.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The most documents that one request reads.
-const MOST_READ: usize = 300;
+/// Time limit for the answer to a ping.
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Which connection.
+/// Maximum number of documents that one request reads.
+const MAX_DOCUMENTS_PER_READ: usize = 300;
+
+/// Identifies one of the two connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lane {
-    Steps,
-    Session,
+    Keys,
+    Sessions,
 }
 
 #[derive(Debug)]
 pub(super) struct Service {
     pub(super) config: Config,
-    /// Drives the connections. Started with the first request.
+    /// Runs the connections' runtime. The first request starts it.
     driver: Mutex<Option<RuntimeThread>>,
-    lanes: [Mutex<Option<Channel>>; 2],
+    channels: [Mutex<Option<Channel>>; 2],
     credentials: Mutex<Option<Credentials>>,
 }
 
@@ -63,44 +65,45 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What a commit did.
+/// Describes a commit that was done.
 #[derive(Clone, Debug)]
 pub(super) struct Committed {
-    /// When, in µs.
+    /// Commit time in µs.
     pub(super) time: u64,
-    /// When the documents were last written, one for each write; none for a delete.
+    /// New `update_time` of each written document, in the order of the writes; `None` for a delete.
     pub(super) written: Vec<Option<Timestamp>>,
 }
 
-/// Why a commit was not done, or is in doubt.
+/// Says why a commit failed.
 #[derive(Debug)]
-pub(super) enum Refused {
-    /// A document is not as it was said to be. Nothing was done.
+pub(super) enum CommitError {
+    /// A precondition did not hold. Nothing was written.
     Changed,
-    /// The service gave up before others who write the same. Nothing was done.
+    /// The service gave up because of concurrent writers. Nothing was written.
     Contended,
+    /// The request failed for another reason, and its outcome may be unknown.
     Fault(Error),
 }
 
-/// What a listener hears, as long as it is kept.
-pub(super) struct Heard {
+/// Receives the changes to a query's documents until it is dropped.
+pub(super) struct ListenStream {
     pub(super) stream: Streaming<api::ListenResponse>,
-    _listens: oneshot::Sender<()>,
+    _keep_open: oneshot::Sender<()>,
 }
 
 impl Service {
     pub(super) fn new(config: Config) -> Self {
-        Self { config, driver: Mutex::default(), lanes: Default::default(), credentials: Mutex::default() }
+        Self { config, driver: Mutex::default(), channels: Default::default(), credentials: Mutex::default() }
     }
 
-    /// The runtime that connections live in.
+    /// Returns the runtime of the connections and starts it if necessary.
     pub(super) fn runtime(&self) -> Result<Handle> {
         let mut driver = lock(&self.driver);
         match &*driver {
             Some(driver) => Ok(driver.runtime.clone()),
             None => {
                 let started = RuntimeThread::start("stanchion-firestore").map_err(|fault| {
-                    error(ErrorKind::Unavailable, format!("no thread for the connections: {fault}"))
+                    error(ErrorKind::Unavailable, format!("cannot start the thread for the connections: {fault}"))
                 })?;
                 let runtime = started.runtime.clone();
                 *driver = Some(started);
@@ -109,19 +112,20 @@ impl Service {
         }
     }
 
-    /// Documents by name, in that order, and a time of the service's, in µs: none of them is from before it.
+    /// Reads documents by name, in the order of `names`. The returned time, in µs, is a read time of the service that
+    /// is not later than the read time of any document.
     pub(super) async fn read(&self, lane: Lane, names: &[String]) -> Result<(Vec<Option<api::Document>>, u64)> {
         let mut found = std::collections::HashMap::new();
-        // More than one request reads are of several times: the first one is true of all.
+        // Chunks have different read times; the first one holds for all documents.
         let mut time = None;
-        for names in names.chunks(MOST_READ) {
+        for names in names.chunks(MAX_DOCUMENTS_PER_READ) {
             let request = api::BatchGetDocumentsRequest {
                 database: self.config.database.clone(),
                 documents: names.to_vec(),
                 ..api::BatchGetDocumentsRequest::default()
             };
             let (mut client, request) = self.prepare(lane, request).await?;
-            let asked = async {
+            let response = async {
                 let mut answers = client.batch_get_documents(request).await?.into_inner();
                 let mut all = Vec::new();
                 while let Some(answer) = answers.message().await? {
@@ -130,7 +134,9 @@ impl Service {
                 Ok(all)
             };
             let mut read = 0;
-            for answer in self.answered(lane, asked).await?.map_err(|status| from_status(status, Does::Read))? {
+            for answer in
+                self.in_time(lane, response).await?.map_err(|status| from_status(status, RequestKind::Read))?
+            {
                 read = read.max(micros_of(answer.read_time)?);
                 if let Some(api::batch_get_documents_response::Result::Found(document)) = answer.result {
                     found.insert(document.name.clone(), document);
@@ -141,8 +147,8 @@ impl Service {
         Ok((names.iter().map(|name| found.remove(name)).collect(), time.unwrap_or_default()))
     }
 
-    /// The documents that a query finds, and when.
-    pub(super) async fn ask(
+    /// Runs a query and returns its documents and the read time in µs.
+    pub(super) async fn run_query(
         &self,
         lane: Lane,
         parent: &str,
@@ -154,7 +160,7 @@ impl Service {
             ..api::RunQueryRequest::default()
         };
         let (mut client, request) = self.prepare(lane, request).await?;
-        let asked = async {
+        let response = async {
             let mut answers = client.run_query(request).await?.into_inner();
             let (mut found, mut time) = (Vec::new(), None);
             while let Some(answer) = answers.message().await? {
@@ -163,34 +169,36 @@ impl Service {
             }
             Ok((found, time))
         };
-        let (found, time) = self.answered(lane, asked).await?.map_err(|status| from_status(status, Does::Read))?;
+        let (found, time) =
+            self.in_time(lane, response).await?.map_err(|status| from_status(status, RequestKind::Read))?;
         Ok((found, micros_of(time)?))
     }
 
-    /// All of these writes or none.
-    pub(super) async fn commit(&self, lane: Lane, writes: Vec<api::Write>) -> Result<Committed, Refused> {
+    /// Commits either all of these writes or none.
+    pub(super) async fn commit(&self, lane: Lane, writes: Vec<api::Write>) -> Result<Committed, CommitError> {
         let request = api::CommitRequest { database: self.config.database.clone(), writes, transaction: Vec::new() };
-        let (mut client, request) = self.prepare(lane, request).await.map_err(Refused::Fault)?;
-        let asked = async { client.commit(request).await.map(tonic::Response::into_inner) };
-        let answer = self.answered(lane, asked).await.map_err(|late| Refused::Fault(late.in_doubt(true)))?;
+        let (mut client, request) = self.prepare(lane, request).await.map_err(CommitError::Fault)?;
+        let response = async { client.commit(request).await.map(tonic::Response::into_inner) };
+        let answer = self.in_time(lane, response).await.map_err(|late| CommitError::Fault(late.in_doubt(true)))?;
         let answer = answer.map_err(|status| match status.code() {
-            // All that we ask of a document is that it is there, or not, or unchanged.
-            Code::AlreadyExists | Code::FailedPrecondition => Refused::Changed,
-            // Of a database that was set back.
-            Code::InvalidArgument if status.message().contains("base version") => Refused::Changed,
-            // Of a document that somebody has deleted, whose name has that of its database in it; or there is no database.
+            // Our only preconditions are that a document exists, does not exist or is unchanged.
+            Code::AlreadyExists | Code::FailedPrecondition => CommitError::Changed,
+            // The service reports this for a database that was rewound.
+            Code::InvalidArgument if status.message().contains("base version") => CommitError::Changed,
+            // Another client has deleted the document: then the message contains the document's full name. A message
+            // about a missing database must not match.
             Code::NotFound if status.message().contains("/documents/") || !status.message().contains("database") => {
-                Refused::Changed
+                CommitError::Changed
             }
-            Code::Aborted => Refused::Contended,
-            _ => Refused::Fault(from_status(status, Does::Write)),
+            Code::Aborted => CommitError::Contended,
+            _ => CommitError::Fault(from_status(status, RequestKind::Write)),
         })?;
-        let time = micros_of(answer.commit_time).map_err(|fault| Refused::Fault(fault.in_doubt(true)))?;
+        let time = micros_of(answer.commit_time).map_err(|fault| CommitError::Fault(fault.in_doubt(true)))?;
         Ok(Committed { time, written: answer.write_results.into_iter().map(|result| result.update_time).collect() })
     }
 
-    /// What changes in the documents of a query, from now on.
-    pub(super) async fn listen(&self, parent: &str, query: api::StructuredQuery) -> Result<Heard> {
+    /// Listens to changes in a query's documents, starting with all documents that exist now.
+    pub(super) async fn listen(&self, parent: &str, query: api::StructuredQuery) -> Result<ListenStream> {
         let target = api::target::QueryTarget {
             parent: parent.to_owned(),
             query_type: Some(api::target::query_target::QueryType::StructuredQuery(query)),
@@ -205,30 +213,33 @@ impl Service {
             target_change: Some(api::listen_request::TargetChange::AddTarget(target)),
             ..api::ListenRequest::default()
         };
-        let (mut client, request) = self.prepare(Lane::Session, request).await?;
-        // The service ends the stream when the client has no more to say; and the stream stays in the connection until then,
-        // whoever has given it up. So it has no more to say as soon as this is dropped, answered or not.
-        let (listens, gives_up) = oneshot::channel::<()>();
-        let says_nothing = futures_util::stream::once(gives_up).filter_map(|_| std::future::ready(None));
-        let request = request.map(|first| futures_util::stream::iter([first]).chain(says_nothing));
-        let asked = async { client.listen(request).await.map(tonic::Response::into_inner) };
-        let stream = self.answered(Lane::Session, asked).await?.map_err(|status| from_status(status, Does::Read))?;
-        Ok(Heard { stream, _listens: listens })
+        let (mut client, request) = self.prepare(Lane::Sessions, request).await?;
+        // The service ends the stream when the client's half closes. Until then the stream occupies the connection,
+        // even if its receiver was dropped. Dropping the sender closes the client's half, whether the service has
+        // answered or not.
+        let (keep_open, closed) = oneshot::channel::<()>();
+        let until_closed = futures_util::stream::once(closed).filter_map(|_| std::future::ready(None));
+        let request = request.map(|first| futures_util::stream::iter([first]).chain(until_closed));
+        let response = async { client.listen(request).await.map(tonic::Response::into_inner) };
+        let stream =
+            self.in_time(Lane::Sessions, response).await?.map_err(|status| from_status(status, RequestKind::Read))?;
+        Ok(ListenStream { stream, _keep_open: keep_open })
     }
 
-    /// The answer, if it comes in time. After a long silence another connection is made.
-    async fn answered<T>(&self, lane: Lane, asked: impl Future<Output = T>) -> Result<T> {
-        match within(ANSWER_WITHIN, asked).await {
+    /// Waits for a response, but no longer than `RESPONSE_TIMEOUT`. After a timeout the next request uses a new
+    /// connection.
+    async fn in_time<T>(&self, lane: Lane, response: impl Future<Output = T>) -> Result<T> {
+        match timeout(RESPONSE_TIMEOUT, response).await {
             Some(answer) => Ok(answer),
             None => {
-                *lock(&self.lanes[lane as usize]) = None;
-                let message = format!("no answer within {ANSWER_WITHIN:?}");
+                *lock(&self.channels[lane as usize]) = None;
+                let message = format!("no answer within {RESPONSE_TIMEOUT:?}");
                 Err(error(ErrorKind::NetworkTimeout, message).in_doubt(false))
             }
         }
     }
 
-    /// A client on a lane, and the request with what every request carries.
+    /// Returns a client for this connection, and the request with the headers that every request needs.
     async fn prepare<T>(&self, lane: Lane, message: T) -> Result<(FirestoreClient<Channel>, Request<T>)> {
         let database = &self.config.database;
         let mut request = Request::new(message);
@@ -239,15 +250,16 @@ impl Service {
         if self.config.emulator.is_some() {
             metadata.insert("authorization", MetadataValue::from_static("Bearer owner"));
         } else {
-            let none = |kind, fault: &dyn std::fmt::Display| {
-                let mend = "on a machine that has none by itself set GOOGLE_APPLICATION_CREDENTIALS to a key's file";
-                error(kind, format!("no credentials ({mend}): {fault}")).in_doubt(false)
+            let no_credentials = |kind, fault: &dyn std::fmt::Display| {
+                let advice = "outside Google Cloud, set GOOGLE_APPLICATION_CREDENTIALS to the path of a key file";
+                error(kind, format!("no credentials ({advice}): {fault}")).in_doubt(false)
             };
-            let given = within(ANSWER_WITHIN, self.credentials()?.headers(http::Extensions::new())).await;
-            let late = || error(ErrorKind::Unavailable, "no credentials in time").in_doubt(false);
-            match given.ok_or_else(late)?.map_err(|fault| match fault.is_transient() {
-                true => none(ErrorKind::Unavailable, &fault),
-                false => none(ErrorKind::Unauthorized, &fault),
+            let headers = timeout(RESPONSE_TIMEOUT, self.credentials()?.headers(http::Extensions::new())).await;
+            let late =
+                || error(ErrorKind::Unavailable, format!("no credentials within {RESPONSE_TIMEOUT:?}")).in_doubt(false);
+            match headers.ok_or_else(late)?.map_err(|fault| match fault.is_transient() {
+                true => no_credentials(ErrorKind::Unavailable, &fault),
+                false => no_credentials(ErrorKind::Unauthorized, &fault),
             })? {
                 CacheableResource::New { data, .. } => metadata.as_mut().extend(data),
                 CacheableResource::NotModified => return Err(malformed()),
@@ -257,12 +269,13 @@ impl Service {
     }
 
     fn channel(&self, lane: Lane) -> Result<Channel> {
-        let mut channel = lock(&self.lanes[lane as usize]);
+        let mut channel = lock(&self.channels[lane as usize]);
         if let Some(channel) = &*channel {
             return Ok(channel.clone());
         }
-        let invalid =
-            |fault: tonic::transport::Error| error(ErrorKind::Misconfigured, format!("no connection: {fault}"));
+        let invalid = |fault: tonic::transport::Error| {
+            error(ErrorKind::Misconfigured, format!("cannot set up a connection: {fault}"))
+        };
         let endpoint = match &self.config.emulator {
             Some(host) => Endpoint::from_shared(format!("http://{host}")).map_err(invalid)?,
             None => {
@@ -271,30 +284,31 @@ impl Service {
             }
         };
         let endpoint = endpoint
-            .connect_timeout(CONNECT_WITHIN)
+            .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
-            .http2_keep_alive_interval(PING_EVERY)
-            .keep_alive_timeout(PING_WITHIN);
+            .http2_keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PING_TIMEOUT);
         Ok(channel.insert(endpoint.connect_lazy()).clone())
     }
 
-    /// Google's own way to find credentials, and to renew them.
+    /// Returns Google's default credentials, which renew themselves.
     fn credentials(&self) -> Result<Credentials> {
         let mut credentials = lock(&self.credentials);
         if let Some(credentials) = &*credentials {
             return Ok(credentials.clone());
         }
-        // That crate takes the cryptography of the process, and has none of its own. Who chose one before has chosen.
-        let _chosen = rustls::crypto::ring::default_provider().install_default();
+        // The credentials crate needs a process-wide crypto provider and has none of its own. If the program has
+        // installed one already, this call fails and changes nothing.
+        let _ = rustls::crypto::ring::default_provider().install_default(); // fails if there is one already
         let built = google_cloud_auth::credentials::Builder::default().with_scopes([SCOPE]).build();
         let built = built.map_err(|fault| error(ErrorKind::Unauthorized, format!("no credentials: {fault}")))?;
         Ok(credentials.insert(built).clone())
     }
 }
 
-/// The outcome, if it comes in time.
+/// Returns the output of `work`, or `None` after `limit`.
 #[allow(clippy::disallowed_methods, reason = "a limit on a request, not a deadline of the protocol")]
-pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+pub(super) async fn timeout<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
     tokio::time::timeout(limit, work).await.ok()
 }
 
@@ -303,34 +317,34 @@ pub(super) async fn pause(span: Duration) {
     tokio::time::sleep(span).await;
 }
 
-/// Runs work where connections live. Who no longer waits for it is seen by [`Interest`], and finds it finished or stopped
-/// between two requests.
-pub(super) async fn in_driver<T, F>(service: &Service, work: impl FnOnce(Interest) -> F) -> Result<T>
+/// Runs work on the store's runtime. If the caller drops the returned future, the work either finishes or stops between
+/// two requests, at the next [`CallerWatch::check`].
+pub(super) async fn run_on_driver<T, F>(service: &Service, work: impl FnOnce(CallerWatch) -> F) -> Result<T>
 where
     T: Send + 'static,
     F: Future<Output = Result<T>> + Send + 'static,
 {
-    let waits = Arc::new(());
-    let task = service.runtime()?.spawn(work(Interest::by(&waits)));
+    let caller_token = Arc::new(());
+    let task = service.runtime()?.spawn(work(CallerWatch::of(&caller_token)));
     let done = task.await;
-    drop(waits);
-    done.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the store was dropped while it was used")))
+    drop(caller_token);
+    done.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the store was dropped during an operation")))
 }
 
-/// Whether anybody still waits for a step.
+/// Tells a running operation whether its caller still waits for the result.
 #[derive(Clone, Debug)]
-pub(super) struct Interest(std::sync::Weak<()>);
+pub(super) struct CallerWatch(std::sync::Weak<()>);
 
-impl Interest {
-    /// Somebody who keeps this.
-    pub(super) fn by(waits: &Arc<()>) -> Self {
-        Self(Arc::downgrade(waits))
+impl CallerWatch {
+    /// Watches a caller that keeps `caller_token` alive while it waits.
+    pub(super) fn of(caller_token: &Arc<()>) -> Self {
+        Self(Arc::downgrade(caller_token))
     }
 
-    /// Stops a step whose caller has gone, between two requests.
+    /// Fails if the caller is gone, so that an operation stops between two requests.
     pub(super) fn check(&self) -> Result<()> {
         if self.0.strong_count() == 0 {
-            return Err(error(ErrorKind::Unavailable, "nobody waits for this step any more").in_doubt(false));
+            return Err(error(ErrorKind::Unavailable, "the caller no longer waits for this operation").in_doubt(false));
         }
         Ok(())
     }

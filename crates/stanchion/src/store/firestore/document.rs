@@ -1,4 +1,4 @@
-//! Documents: what they are called, and what is in them.
+//! Builds document names, field values and writes, and reads field values.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::key::Key;
 use crate::token::{SessionId, TokenId};
 
-/// The names of documents and collections.
+/// Names the store's documents and collections.
 #[derive(Clone, Debug)]
 pub(super) struct Names {
     /// `projects/…/databases/…/documents`.
@@ -23,7 +23,7 @@ impl Names {
         Self { root: format!("{database}/documents"), collection: collection.to_owned() }
     }
 
-    /// What collections at the top belong to.
+    /// Returns the parent of the top-level collections.
     pub(super) fn root(&self) -> &str {
         &self.root
     }
@@ -36,8 +36,8 @@ impl Names {
         format!("{}_sessions", self.collection)
     }
 
-    /// The collection of the calls of a session, below its document.
-    pub(super) fn calls(&self) -> String {
+    /// Returns the name of the collection of notifications below each session's document.
+    pub(super) fn notifications(&self) -> String {
         format!("{}_calls", self.collection)
     }
 
@@ -45,7 +45,7 @@ impl Names {
         format!("{}/{}/{}", self.root, self.keys(), key_id(key))
     }
 
-    /// A page of the queue of the key that has this document.
+    /// Returns the name of a queue page below this key's document.
     pub(super) fn page(&self, key: &str, number: u64) -> String {
         format!("{key}/{}_pages/{number}", self.collection)
     }
@@ -54,13 +54,13 @@ impl Names {
         format!("{}/{}/{}", self.root, self.sessions(), session.to_hex())
     }
 
-    pub(super) fn call(&self, session: SessionId, token: TokenId) -> String {
-        format!("{}/{}/{}", self.session(session), self.calls(), token.to_hex())
+    pub(super) fn notification(&self, session: SessionId, token: TokenId) -> String {
+        format!("{}/{}/{}", self.session(session), self.notifications(), token.to_hex())
     }
 }
 
-/// The id of a key's document: 8 digits that spread keys that are alike over the service's machines, and the key itself in
-/// letters that every id may have. Injective, and at most 1,060 of the 1500 bytes that an id may have.
+/// Returns the ID of a key's document: 8 hexadecimal digits that spread similar keys over the service's machines, and
+/// then the key in base64url. IDs are unique per key and have at most 1,060 bytes, where Firestore allows 1,500.
 pub(super) fn key_id(key: &Key) -> String {
     const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
     let bytes = key.as_encoded().as_bytes();
@@ -74,7 +74,8 @@ pub(super) fn key_id(key: &Key) -> String {
     id
 }
 
-/// FNV-1a and a finisher: alike keys get numbers that are far apart. Nothing depends on it being hard to invert.
+/// Hashes with FNV-1a and a finalizer, so that similar keys get distant numbers. Nothing depends on the hash being hard
+/// to invert.
 fn spread(bytes: &[u8]) -> u64 {
     let sum = bytes
         .iter()
@@ -83,21 +84,21 @@ fn spread(bytes: &[u8]) -> u64 {
     mixed ^ (mixed >> 33)
 }
 
-/// Microseconds, which is what the service gives.
+/// Converts a timestamp to microseconds, which is the service's precision.
 pub(super) fn micros(time: Timestamp) -> Result<u64> {
     let seconds = u64::try_from(time.seconds).map_err(|_| malformed())?;
     let below = u64::try_from(time.nanos).map_err(|_| malformed())? / 1_000;
     Ok(seconds.saturating_mul(1_000_000).saturating_add(below))
 }
 
-/// The same of a field that every answer has.
+/// Converts a timestamp that every response must contain.
 pub(super) fn micros_of(time: Option<Timestamp>) -> Result<u64> {
     micros(time.ok_or_else(malformed)?)
 }
 
 pub(super) fn timestamp(micros: u64) -> api::Value {
     let seconds = i64::try_from(micros / 1_000_000).unwrap_or(i64::MAX);
-    // Below a thousand million.
+    // This is below 1,000,000,000.
     let nanos = i32::try_from(micros % 1_000_000 * 1_000).unwrap_or_default();
     value(api::value::ValueType::TimestampValue(Timestamp { seconds, nanos }))
 }
@@ -118,14 +119,14 @@ pub(super) fn ids(sessions: impl Iterator<Item = SessionId>) -> api::Value {
     value(api::value::ValueType::ArrayValue(api::ArrayValue { values: sessions.map(id).collect() }))
 }
 
-/// Its bytes: as text they are twice as many, and a key's document has up to 10,000.
+/// Encodes a session ID as bytes: text would be twice as long, and a key's document can contain 10,000 of them.
 pub(super) fn id(session: SessionId) -> api::Value {
     bytes(session.as_bytes().to_vec())
 }
 
 pub(super) type Fields = HashMap<String, api::Value>;
 
-/// The fields of these names.
+/// Collects named values into a map.
 pub(super) fn fields<const N: usize>(named: [(&str, api::Value); N]) -> Fields {
     named.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
@@ -144,45 +145,46 @@ pub(super) fn text_of<'a>(document: &'a api::Document, field: &str) -> Result<&'
     }
 }
 
-/// What must be so for a write to be done, and all others of its commit.
+/// Condition of a write. If one fails, the service rejects the whole commit.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Only {
+pub(super) enum WriteIf {
     Always,
-    IfMissing,
-    /// The document was last written then.
-    IfStill(Timestamp),
+    Missing,
+    /// The document still has this `update_time`.
+    Unchanged(Timestamp),
 }
 
-fn precondition(only: Only) -> Option<api::Precondition> {
-    let condition = match only {
-        Only::Always => return None,
-        Only::IfMissing => api::precondition::ConditionType::Exists(false),
-        Only::IfStill(time) => api::precondition::ConditionType::UpdateTime(time),
+fn precondition(write_if: WriteIf) -> Option<api::Precondition> {
+    let condition = match write_if {
+        WriteIf::Always => return None,
+        WriteIf::Missing => api::precondition::ConditionType::Exists(false),
+        WriteIf::Unchanged(time) => api::precondition::ConditionType::UpdateTime(time),
     };
     Some(api::Precondition { condition_type: Some(condition) })
 }
 
-/// Writes a whole document.
-pub(super) fn put(name: String, fields: Fields, only: Only) -> api::Write {
+/// Returns a write that replaces the whole document.
+pub(super) fn put(name: String, fields: Fields, write_if: WriteIf) -> api::Write {
     let document = api::Document { name, fields, create_time: None, update_time: None };
     api::Write {
         update_mask: None,
         update_transforms: Vec::new(),
-        current_document: precondition(only),
+        current_document: precondition(write_if),
         operation: Some(api::write::Operation::Update(document)),
     }
 }
 
-pub(super) fn delete(name: String, only: Only) -> api::Write {
+pub(super) fn delete(name: String, write_if: WriteIf) -> api::Write {
     api::Write {
         update_mask: None,
         update_transforms: Vec::new(),
-        current_document: precondition(only),
+        current_document: precondition(write_if),
         operation: Some(api::write::Operation::Delete(name)),
     }
 }
 
-/// The documents of a collection of which a field compares like this, by that field.
+/// Builds a query for the documents of a collection that satisfy all conditions on one field, optionally ordered by
+/// that field.
 pub(super) fn query(
     collection: String,
     field: &str,
@@ -219,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_are_legal_injective_and_spread() {
+    fn key_ids_are_legal_unique_and_spread() {
         let mut names: Vec<String> =
             ["/", ".", "..", "a/b", "__x__", "__id7__", "é", "鍵", "🔒", "a", "A", " ", "a ", "\u{7f}"]
                 .map(str::to_owned)
@@ -239,15 +241,15 @@ mod tests {
                 assert!(ids.insert(id), "{name}");
             }
         }
-        let mut begins: Vec<u8> =
+        let mut first_digits: Vec<u8> =
             (0..1_000).map(|i| key_id(&Key::new("", &format!("invoice:{i}")).unwrap()).as_bytes()[0]).collect();
-        begins.sort_unstable();
-        begins.dedup();
-        assert_eq!(begins.len(), 16, "keys in sequence begin with every digit");
+        first_digits.sort_unstable();
+        first_digits.dedup();
+        assert_eq!(first_digits.len(), 16, "IDs of consecutive keys begin with all 16 digits");
     }
 
     #[test]
-    fn times_are_kept_to_the_microsecond() {
+    fn timestamps_round_trip_in_microseconds() {
         let Some(api::value::ValueType::TimestampValue(time)) = timestamp(1_795_269_318_534_297).value_type else {
             panic!("a time")
         };

@@ -1,16 +1,16 @@
-//! Steps on keys: what is read, decided and committed, until nobody else came between.
+//! Runs operations on a key: read, apply the rules, commit, and retry if another client committed in between.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 
-use super::connect::{Committed, Interest, Lane, Refused, lock, pause};
-use super::document::{Only, delete, key_id};
+use super::cache::{CachedDocument, CachedToken, SoleHold};
+use super::connect::{CallerWatch, CommitError, Committed, Lane, lock, pause};
+use super::document::{WriteIf, delete, key_id};
 use super::error::{error, malformed};
-use super::known::{Alone, Known, KnownDocument};
-use super::record::{KeyRecord, Page, PageName};
-use super::step::{Leaf, Loaded, Operation, Writes, fresh};
+use super::record::{KeyRecord, PageRef, StoredPage};
+use super::update::{KeyUpdate, LoadedKey, QueuePage, Writes, create_document};
 use super::{Inner, reply};
 use crate::clock::jitter;
 use crate::error::{Error, ErrorKind, Result};
@@ -19,18 +19,18 @@ use crate::key::Key;
 use crate::store::{AcquireOutcome, AcquireRequest, EndOutcome, Granted, PollOutcome, Reply, StoreTime};
 use crate::token::TokenId;
 
-/// A step that finds the key changed by others tries so often, with longer and longer pauses.
-const ROUNDS: u32 = 14;
+/// Maximum number of attempts of an operation whose key keeps changing. The delay between them grows.
+const MAX_ATTEMPTS: u32 = 14;
 
-/// One of several attempts.
+/// Number of an attempt, starting at 0.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Round(u32);
+pub(super) struct Attempt(u32);
 
-pub(super) fn rounds() -> impl Iterator<Item = Round> {
-    (0..ROUNDS).map(Round)
+pub(super) fn attempts() -> impl Iterator<Item = Attempt> {
+    (0..MAX_ATTEMPTS).map(Attempt)
 }
 
-impl Round {
+impl Attempt {
     pub(super) async fn pause(self) {
         if self.0 > 0 {
             pause(jitter(Duration::from_millis(2 << self.0.min(7)))).await;
@@ -38,213 +38,226 @@ impl Round {
     }
 }
 
-/// Nothing was done, and it may be tried again.
-pub(super) fn busy() -> Error {
-    error(ErrorKind::Unavailable, "too many change this document at once").in_doubt(false)
+/// Reports that concurrent writers prevented an operation. Nothing was changed, and the caller may retry.
+pub(super) fn contended() -> Error {
+    error(ErrorKind::Unavailable, "too many clients write this document at once").in_doubt(false)
 }
 
-/// The turn of a step. The last one takes its mutex with it.
-pub(super) struct Turn<'a> {
+/// Gives one operation of this handle exclusive use of a key. The last guard removes the key's mutex.
+pub(super) struct KeyGuard<'a> {
     inner: &'a Inner,
     id: String,
     guard: Option<tokio::sync::OwnedMutexGuard<()>>,
 }
 
-impl Drop for Turn<'_> {
+impl Drop for KeyGuard<'_> {
     fn drop(&mut self) {
         drop(self.guard.take());
-        let mut turns = lock(&self.inner.turns);
-        if turns.get(&self.id).is_some_and(|mutex| Arc::strong_count(mutex) == 1) {
-            turns.remove(&self.id);
+        let mut key_mutexes = lock(&self.inner.key_mutexes);
+        if key_mutexes.get(&self.id).is_some_and(|mutex| Arc::strong_count(mutex) == 1) {
+            key_mutexes.remove(&self.id);
         }
     }
 }
 
 impl Inner {
-    /// Waits for the turn of a step on this key.
-    pub(super) async fn turn(&self, key: &Key) -> Turn<'_> {
+    /// Waits until no other operation of this handle uses the key.
+    pub(super) async fn lock_key(&self, key: &Key) -> KeyGuard<'_> {
         let id = key_id(key);
-        let mutex = lock(&self.turns).entry(id.clone()).or_default().clone();
+        let mutex = lock(&self.key_mutexes).entry(id.clone()).or_default().clone();
         let guard = mutex.lock_owned().await;
-        Turn { inner: self, id, guard: Some(guard) }
+        KeyGuard { inner: self, id, guard: Some(guard) }
     }
 
-    /// Reads all of a key, as it was at this time.
-    pub(super) async fn load(&self, key: &Key) -> Result<(Loaded, u64)> {
-        // A queue that changes between the two requests is read again.
-        for round in rounds() {
-            round.pause().await;
-            let (documents, now) = self.service.read(Lane::Steps, &[self.names.key(key)]).await?;
+    /// Reads a key's document and queue pages. The returned time, in µs, is not later than any of these reads.
+    pub(super) async fn load(&self, key: &Key) -> Result<(LoadedKey, u64)> {
+        // Read again if the queue changes between the two requests.
+        for attempt in attempts() {
+            attempt.pause().await;
+            let (documents, now) = self.service.read(Lane::Keys, &[self.names.key(key)]).await?;
             let loaded = match documents.first().and_then(Option::as_ref) {
-                Some(document) => self.load_rest(document).await?,
-                None => Some((Loaded::default(), 0)),
+                Some(document) => self.load_pages(document).await?,
+                None => Some((LoadedKey::default(), 0)),
             };
             if let Some((loaded, later)) = loaded {
-                self.taken.set(key, loaded.written.is_some());
-                self.tell(now.max(later));
+                self.has_document.set(key, loaded.written.is_some());
+                self.observe_time(now.max(later));
                 return Ok((loaded, now));
             }
         }
-        Err(busy())
+        Err(contended())
     }
 
-    /// What belongs to a key's document: its pages. None if they are not what the document says any more.
-    pub(super) async fn load_rest(&self, document: &api::Document) -> Result<Option<(Loaded, u64)>> {
+    /// Reads the queue pages of a key's document. Returns `None` if a page no longer matches the document.
+    pub(super) async fn load_pages(&self, document: &api::Document) -> Result<Option<(LoadedKey, u64)>> {
         let (mut record, written) = KeyRecord::read(document)?;
         let named = std::mem::take(&mut record.pages);
         let names: Vec<_> = named.iter().map(|name| self.names.page(&document.name, name.number)).collect();
-        let mut leaves: Vec<Option<Leaf>> = {
-            let remembered = lock(&self.pages);
-            let at_hand =
-                |(name, place): (&PageName, &String)| remembered.get(place).filter(|leaf| leaf.name == *name).cloned();
-            named.iter().zip(&names).map(at_hand).collect()
+        let mut queue_pages: Vec<Option<QueuePage>> = {
+            let cached_pages = lock(&self.pages);
+            let from_cache = |(name, id): (&PageRef, &String)| {
+                cached_pages.get(id).filter(|queue_page| queue_page.name == *name).cloned()
+            };
+            named.iter().zip(&names).map(from_cache).collect()
         };
-        let missing: Vec<_> = (0..leaves.len()).filter(|at| leaves[*at].is_none()).collect();
+        let missing: Vec<_> = (0..queue_pages.len()).filter(|at| queue_pages[*at].is_none()).collect();
         let mut time = 0;
         if !missing.is_empty() {
-            let wanted: Vec<_> = missing.iter().map(|at| names[*at].clone()).collect();
-            let (documents, now) = self.service.read(Lane::Steps, &wanted).await?;
+            let missing_names: Vec<_> = missing.iter().map(|at| names[*at].clone()).collect();
+            let (documents, now) = self.service.read(Lane::Keys, &missing_names).await?;
             time = now;
             for (at, page) in missing.into_iter().zip(documents) {
                 let Some(page) = page else { return Ok(None) };
-                let page = Page::read(&page)?;
+                let page = StoredPage::read(&page)?;
                 if page.revision != named[at].revision {
                     return Ok(None);
                 }
-                leaves[at] = Some(Leaf { name: named[at], page: Arc::new(page) });
+                queue_pages[at] = Some(QueuePage { name: named[at], page: Arc::new(page) });
             }
         }
-        let pages: Vec<Leaf> = leaves.into_iter().flatten().collect();
-        self.remember_pages(&document.name, &pages);
+        let pages: Vec<QueuePage> = queue_pages.into_iter().flatten().collect();
+        self.cache_pages(&document.name, &pages);
         record.pages = named;
-        Ok(Some((Loaded { written: Some(written), record, pages }, time)))
+        Ok(Some((LoadedKey { written: Some(written), record, pages }, time)))
     }
 
-    /// One step on a key: read, settled, decided, settled, committed. Until nobody else came between.
-    pub(super) async fn step<T>(
+    /// Runs one operation on a key: reads it, reconciles, applies `decide`, reconciles again, and commits. Retries if
+    /// another client changes the key in between, so `decide` may be called several times.
+    pub(super) async fn update<T>(
         &self,
         key: &Key,
-        wanted: &Interest,
-        mut decide: impl FnMut(&mut Operation<'_>) -> T + Send,
+        caller: &CallerWatch,
+        mut decide: impl FnMut(&mut KeyUpdate<'_>) -> T + Send,
     ) -> Result<Reply<T>> {
-        for round in rounds() {
-            round.pause().await;
-            wanted.check()?;
+        for attempt in attempts() {
+            attempt.pause().await;
+            caller.check()?;
             let (loaded, read) = self.load(key).await?;
             let mut now = read;
-            let mut lives = self.sessions.known();
+            let mut session_states = self.sessions.snapshot();
             let (writes, after, outcome) = loop {
-                let mut step = Operation::new(key, &self.names, &loaded, &lives, now);
-                step.settle();
-                let outcome = decide(&mut step);
-                step.settle();
-                let unknown = step.unknown();
-                if unknown.is_empty() {
-                    if step.is_used_up() {
+                let mut update = KeyUpdate::new(key, &self.names, &loaded, &session_states, now);
+                update.reconcile();
+                let outcome = decide(&mut update);
+                update.reconcile();
+                let unread = update.unread_sessions();
+                if unread.is_empty() {
+                    if update.is_fence_exhausted() {
                         return Err(Fence::used_up());
                     }
-                    let (writes, after) = step.writes()?;
+                    let (writes, after) = update.writes()?;
                     break (writes, after, outcome);
                 }
-                let (found, later) = self.sessions.read(&self.service, &self.names, &unknown).await?;
-                lives.extend(found);
+                let (found, later) = self.sessions.read(&self.service, &self.names, &unread).await?;
+                session_states.extend(found);
                 now = now.max(later);
             };
             if writes.is_empty() {
-                self.remember(key, &loaded, now);
-                self.tell(now);
-                // Since the key was read, before its sessions were, somebody may have come.
+                self.cache_key(key, &loaded, now);
+                self.observe_time(now);
+                // Return the time of the read of the key: its sessions were read later, and the key may have changed
+                // since.
                 return Ok(reply(read, outcome));
             }
-            wanted.check()?;
+            caller.check()?;
             if let Some(time) = self.commit(key, writes, after).await? {
                 return Ok(reply(time, outcome));
             }
         }
-        Err(busy())
+        Err(contended())
     }
 
-    /// Commits what a step has decided. None: somebody else came before it, and nothing was done.
-    async fn commit(&self, key: &Key, writes: Writes, mut after: Loaded) -> Result<Option<u64>> {
-        let Committed { time, written } = match self.service.commit(Lane::Steps, writes).await {
+    /// Commits the writes of an operation. Returns `None` if another client changed the key first; then nothing was
+    /// written.
+    async fn commit(&self, key: &Key, writes: Writes, mut after: LoadedKey) -> Result<Option<u64>> {
+        let Committed { time, written } = match self.service.commit(Lane::Keys, writes).await {
             Ok(done) => done,
-            Err(Refused::Changed | Refused::Contended) => return Ok(None),
-            Err(Refused::Fault(fault)) => return Err(fault),
+            Err(CommitError::Changed | CommitError::Contended) => return Ok(None),
+            Err(CommitError::Fault(fault)) => return Err(fault),
         };
-        self.tell(time);
+        self.observe_time(time);
         after.written = written.first().copied().flatten();
-        self.taken.set(key, after.written.is_some());
-        after.record.settle_commit(time);
-        for leaf in &mut after.pages {
-            Arc::make_mut(&mut leaf.page).settle_commit(time);
+        self.has_document.set(key, after.written.is_some());
+        after.record.apply_commit_time(time);
+        for queue_page in &mut after.pages {
+            Arc::make_mut(&mut queue_page.page).apply_commit_time(time);
         }
-        self.remember_pages(&self.names.key(key), &after.pages);
-        self.remember(key, &after, time);
+        self.cache_pages(&self.names.key(key), &after.pages);
+        self.cache_key(key, &after, time);
         Ok(Some(time))
     }
 
-    /// Creates the document of a key that nobody has: the hold, in one request. None: somebody has it.
+    /// Creates the document of a free key with the hold in it, in one request. Returns `None` if the key has a
+    /// document.
     async fn create(&self, request: &AcquireRequest, owner: String) -> Result<Option<Reply<AcquireOutcome>>> {
-        let lives = self.sessions.ends(request.session);
-        let write = fresh(&self.names, request, owner, lives, self.estimate());
-        let (time, written) = match self.service.commit(Lane::Steps, vec![write]).await {
+        let alive_until = self.sessions.expires_at(request.session);
+        let write = create_document(&self.names, request, owner, alive_until, self.estimate_time());
+        let (time, written) = match self.service.commit(Lane::Keys, vec![write]).await {
             Ok(Committed { time, written }) => (time, written.first().copied().flatten().ok_or_else(malformed)?),
-            Err(Refused::Changed | Refused::Contended) => {
-                self.taken.set(&request.key, true);
+            Err(CommitError::Changed | CommitError::Contended) => {
+                self.has_document.set(&request.key, true);
                 return Ok(None);
             }
-            Err(Refused::Fault(fault)) => return Err(fault),
+            Err(CommitError::Fault(fault)) => return Err(fault),
         };
-        self.tell(time);
+        self.observe_time(time);
         if time > request.not_after.as_micros() {
-            // It never was: everybody who reads it sees that. It need not stay, either.
+            // The hold never existed, because each reader compares the commit time with `not_after`. Delete the
+            // document to save space.
             let name = self.names.key(&request.key);
-            drop(self.service.commit(Lane::Steps, vec![delete(name, Only::IfStill(written))]).await);
+            drop(self.service.commit(Lane::Keys, vec![delete(name, WriteIf::Unchanged(written))]).await);
             return Ok(Some(reply(time, AcquireOutcome::Stale)));
         }
         let length = request.lifetime.length();
         let session_bound = matches!(request.lifetime, crate::store::Lifetime::Session { .. });
         let deadline = length.map(|length| StoreTime::from_micros(time).after(length).as_micros());
-        let alone = KnownDocument::Alone(Alone { written, session_bound, deadline, called: false });
-        let known = Known { session: request.session, document: alone };
-        lock(&self.known).insert((request.key.clone(), request.token), known);
+        let sole = CachedDocument::SoleHold(SoleHold { written, session_bound, deadline, has_notification: false });
+        let cached = CachedToken { session: request.session, document: sole };
+        lock(&self.tokens).insert((request.key.clone(), request.token), cached);
         let granted = Granted { fence: Fence::new(time), remaining: length };
         Ok(Some(reply(time, AcquireOutcome::Granted(granted))))
     }
 
-    pub(super) async fn acquire(&self, request: &AcquireRequest, wanted: &Interest) -> Result<Reply<AcquireOutcome>> {
-        let _turn = self.turn(&request.key).await;
-        wanted.check()?;
-        self.expect(&request.key, request.token, request.session);
-        let done = self.enter(request, wanted).await;
-        // In doubt it may have been entered, and will be ended.
-        let is_out = |done: &Reply<_>| !matches!(done.outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_));
-        if done.as_ref().is_ok_and(is_out) {
-            self.forget(&request.key, request.token);
+    pub(super) async fn acquire(
+        &self,
+        request: &AcquireRequest,
+        caller: &CallerWatch,
+    ) -> Result<Reply<AcquireOutcome>> {
+        let _guard = self.lock_key(&request.key).await;
+        caller.check()?;
+        self.track(&request.key, request.token, request.session);
+        let done = self.acquire_with_lock(request, caller).await;
+        // After an error with an unknown outcome the token may be entered; the keeper will release it, so keep it in
+        // the cache.
+        let is_not_entered =
+            |done: &Reply<_>| !matches!(done.outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_));
+        if done.as_ref().is_ok_and(is_not_entered) {
+            self.untrack(&request.key, request.token);
         }
         done
     }
 
-    async fn enter(&self, request: &AcquireRequest, wanted: &Interest) -> Result<Reply<AcquireOutcome>> {
-        let mut owner = self.sessions.owner_if_alive(request.session).filter(|_| !self.taken.is(&request.key));
-        for round in rounds() {
-            round.pause().await;
-            wanted.check()?;
+    async fn acquire_with_lock(&self, request: &AcquireRequest, caller: &CallerWatch) -> Result<Reply<AcquireOutcome>> {
+        let mut owner =
+            self.sessions.owner_if_valid(request.session).filter(|_| !self.has_document.is_set(&request.key));
+        for attempt in attempts() {
+            attempt.pause().await;
+            caller.check()?;
             if let Some(owner) = owner.take()
                 && let Some(done) = self.create(request, owner).await?
             {
                 return Ok(done);
             }
             let mut found = None;
-            let decided = self.step(&request.key, wanted, |step| {
-                found = Some(step.owner_of(request.session));
-                step.acquire(request)
+            let decided = self.update(&request.key, caller, |update| {
+                found = Some(update.owner_of(request.session));
+                update.acquire(request)
             });
             let Reply { time, outcome } = decided.await?;
             match outcome {
                 Some(AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_))
                     if time.as_micros() > request.not_after.as_micros()
-                        && !self.was_entered(request, wanted).await? =>
+                        && !self.is_present(request, caller).await? =>
                 {
                     return Ok(Reply { time, outcome: AcquireOutcome::Stale });
                 }
@@ -257,75 +270,77 @@ impl Inner {
                 None => owner = found,
             }
         }
-        Err(busy())
+        Err(contended())
     }
 
-    /// Whether what was written late was there before.
-    async fn was_entered(&self, request: &AcquireRequest, wanted: &Interest) -> Result<bool> {
-        let poll = self.step(&request.key, wanted, |step| step.poll(&[request.token])).await?;
+    /// Returns whether the token of a late acquire is present, which means that an earlier call had entered it.
+    async fn is_present(&self, request: &AcquireRequest, caller: &CallerWatch) -> Result<bool> {
+        let poll = self.update(&request.key, caller, |update| update.poll(&[request.token])).await?;
         Ok(poll.outcome != [PollOutcome::Gone])
     }
 
-    /// Ends what entered a session that was closed while it was on its way: what was settled then did not have it yet.
-    pub(super) async fn take_back(&self, key: &Key, token: TokenId) -> Result<StoreTime> {
-        let waits = Arc::new(());
-        let ended = self.end(key, token, None, &Interest::by(&waits)).await;
-        // Entered it is, whatever its end may be.
+    /// Releases a token that entered a session while the session was being closed: `close_session` reconciled the keys
+    /// before the token was there.
+    pub(super) async fn release_orphan(&self, key: &Key, token: TokenId) -> Result<StoreTime> {
+        let caller_token = Arc::new(());
+        let ended = self.release(key, token, None, &CallerWatch::of(&caller_token)).await;
+        // The token was entered in any case, so a failure here leaves its outcome unknown.
         ended.map(|ended| ended.time).map_err(|fault| fault.in_doubt(true))
     }
 
-    pub(super) async fn end(
+    pub(super) async fn release(
         &self,
         key: &Key,
         token: TokenId,
         cooldown: Option<Duration>,
-        wanted: &Interest,
+        caller: &CallerWatch,
     ) -> Result<Reply<EndOutcome>> {
-        let _turn = self.turn(key).await;
-        wanted.check()?;
-        let known = self.forget(key, token);
+        let _guard = self.lock_key(key).await;
+        caller.check()?;
+        let cached = self.untrack(key, token);
         let cooldown = cooldown.filter(|cooldown| !cooldown.is_zero());
-        // The beginning of a cooldown is a time that has to be read.
-        let Some(Known { session, document }) = known.filter(|_| cooldown.is_none()) else {
-            return self.step(key, wanted, |step| step.end(token, cooldown)).await;
+        // A cooldown starts at a time that has to be read, so it cannot use the cached document.
+        let Some(CachedToken { session, document }) = cached.filter(|_| cooldown.is_none()) else {
+            return self.update(key, caller, |update| update.release(token, cooldown)).await;
         };
         let is_over = |session_bound, deadline: Option<u64>, time| {
-            deadline.is_some_and(|deadline| deadline <= time) || (session_bound && self.sessions.ends(session) <= time)
+            deadline.is_some_and(|deadline| deadline <= time)
+                || (session_bound && self.sessions.expires_at(session) <= time)
         };
         let ended = |is_over| if is_over { EndOutcome::Nothing } else { EndOutcome::Released };
         let seen = document.written();
         match document {
-            _ if self.crowded.is(key) => {}
-            KnownDocument::Unknown => {}
-            KnownDocument::Alone(alone) => {
-                let mut writes = vec![delete(self.names.key(key), Only::IfStill(alone.written))];
-                if alone.called {
-                    writes.push(delete(self.names.call(session, token), Only::Always));
+            _ if self.read_first.is_set(key) => {}
+            CachedDocument::Unknown => {}
+            CachedDocument::SoleHold(sole) => {
+                let mut writes = vec![delete(self.names.key(key), WriteIf::Unchanged(sole.written))];
+                if sole.has_notification {
+                    writes.push(delete(self.names.notification(session, token), WriteIf::Always));
                 }
-                if let Some(time) = self.commit(key, writes, Loaded::default()).await? {
-                    return Ok(reply(time, ended(is_over(alone.session_bound, alone.deadline, time))));
+                if let Some(time) = self.commit(key, writes, LoadedKey::default()).await? {
+                    return Ok(reply(time, ended(is_over(sole.session_bound, sole.deadline, time))));
                 }
-                self.crowded.set(key, true);
+                self.read_first.set(key, true);
             }
-            KnownDocument::WaitedFor(waited_for) => {
-                if let Some(hold) = waited_for.loaded.record.holds.first()
-                    && let Some((writes, after)) = self.hand_over(key, token, &waited_for)?
+            CachedDocument::HoldWithQueue(with_queue) => {
+                if let Some(hold) = with_queue.loaded.record.holds.first()
+                    && let Some((writes, after)) = self.hand_off(key, token, &with_queue)?
                 {
                     if let Some(time) = self.commit(key, writes, after).await? {
                         return Ok(reply(time, ended(is_over(hold.entry.session_bound, hold.deadline, time))));
                     }
-                    self.crowded.set(key, true);
+                    self.read_first.set(key, true);
                 }
             }
         }
         let mut was_seen = false;
-        let decide = |step: &mut Operation<'_>| {
-            was_seen = seen.is_some() && step.is_still(seen);
-            step.end(token, None)
+        let decide = |update: &mut KeyUpdate<'_>| {
+            was_seen = seen.is_some() && update.is_still(seen);
+            update.release(token, None)
         };
-        let done = self.step(key, wanted, decide).await?;
+        let done = self.update(key, caller, decide).await?;
         if was_seen {
-            self.crowded.set(key, false);
+            self.read_first.set(key, false);
         }
         Ok(done)
     }

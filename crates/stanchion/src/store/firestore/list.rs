@@ -1,4 +1,4 @@
-//! Lists keys by a query, in order, a page at a time. Nothing is written: what is over is left out.
+//! Lists keys in order, one page per query. It writes nothing and skips expired holds and waiters.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use googleapis_tonic_google_firestore_v1::google::firestore::v1::structured_quer
 use super::connect::Lane;
 use super::document::{query, text, text_of};
 use super::record::{KeyRecord, session_of};
-use super::step::{Life, Loaded, Operation};
+use super::update::{KeyUpdate, LoadedKey, SessionState};
 use super::{Inner, reply};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
@@ -19,8 +19,8 @@ use crate::token::SessionId;
 /// Maximum number of documents that one query reads.
 const MAX_DOCUMENTS: usize = 300;
 
-/// Number of waiters on a page of a queue, about.
-const WAITERS_PER_LEAF: usize = 200;
+/// Approximate number of waiters in a queue page.
+const WAITERS_PER_PAGE: usize = 200;
 
 impl Inner {
     pub(super) async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
@@ -30,13 +30,13 @@ impl Inner {
         };
         let limit = limit.clamp(1, MAX_DOCUMENTS);
         let page = query(self.names.keys(), "key", vec![condition], true, limit);
-        let (documents, now) = self.service.ask(Lane::Steps, self.names.root(), page).await?;
-        self.tell(now);
+        let (documents, now) = self.service.run_query(Lane::Keys, self.names.root(), page).await?;
+        self.observe_time(now);
         let mut listing = Listing::default();
         let (mut found, mut rows, mut last) = (Vec::new(), 0, None);
         let mut is_last = documents.len() < limit;
         for document in &documents {
-            // The query gives only those that have it, as a text.
+            // The query returns only documents with a text in this field.
             let name = text_of(document, "key")?;
             if !name.starts_with(prefix) {
                 is_last = true;
@@ -53,32 +53,33 @@ impl Inner {
             last = Some(name);
         }
         listing.next = last.filter(|_| !is_last).map(Cursor::new);
-        self.show(found, now, &mut listing).await?;
+        self.describe(found, now, &mut listing).await?;
         Ok(reply(now, listing))
     }
 
-    /// All of a listed key, or what is wrong with it. None: the page has no room for it.
+    /// Reads a listed key with its queue. Returns `None` if the page has no room for it, and a description if the key
+    /// is damaged.
     async fn read_listed(
         &self,
         document: &api::Document,
         name: &str,
         rows: &mut usize,
         is_first: bool,
-    ) -> Result<std::result::Result<Option<(Key, Loaded)>, String>> {
+    ) -> Result<std::result::Result<Option<(Key, LoadedKey)>, String>> {
         let read = Key::from_encoded(name).and_then(|key| Ok((key, KeyRecord::read(document)?.0)));
         let (key, record) = match read {
             Ok(read) => read,
             Err(problem) => return Ok(Err(problem.message().to_owned())),
         };
         if document.name != self.names.key(&key) {
-            return Ok(Err("its document is not where that of this key is looked for".into()));
+            return Ok(Err("the document's name does not match its key".into()));
         }
-        *rows += record.holds.len() + record.front.len() + record.pages.len() * WAITERS_PER_LEAF;
+        *rows += record.holds.len() + record.front.len() + record.pages.len() * WAITERS_PER_PAGE;
         if *rows > MAX_ROWS_PER_PAGE && !is_first {
             return Ok(Ok(None));
         }
-        let loaded = match self.load_rest(document).await {
-            // It changes just now.
+        let loaded = match self.load_pages(document).await {
+            // The key is being changed, so read it again.
             Ok(None) => self.load(&key).await.map(|(loaded, _)| loaded),
             loaded => loaded.map(|loaded| loaded.map(|(loaded, _)| loaded).unwrap_or_default()),
         };
@@ -89,66 +90,67 @@ impl Inner {
         }
     }
 
-    /// Lists what is neither over nor of a dead session.
-    async fn show(&self, found: Vec<(Key, Loaded)>, now: u64, listing: &mut Listing) -> Result<()> {
-        let (mut lives, mut now) = (self.sessions.known(), now);
+    /// Adds the keys to the listing, without expired holds and waiters.
+    async fn describe(&self, found: Vec<(Key, LoadedKey)>, now: u64, listing: &mut Listing) -> Result<()> {
+        let (mut session_states, mut now) = (self.sessions.snapshot(), now);
         let mut unreadable = HashSet::new();
         loop {
-            let (mut keys, mut damaged, mut unknown) = (Vec::new(), Vec::new(), HashSet::new());
+            let (mut keys, mut damaged, mut unread) = (Vec::new(), Vec::new(), HashSet::new());
             for (key, loaded) in &found {
-                let mut step = Operation::new(key, &self.names, loaded, &lives, now);
-                step.end_what_is_over();
-                step.settle_all();
-                unknown.extend(step.unknown());
-                if step.sessions().any(|session| session_of(session).is_ok_and(|it| unreadable.contains(&it))) {
-                    let problem = "the session of a holder or of a waiter cannot be read";
+                let mut update = KeyUpdate::new(key, &self.names, loaded, &session_states, now);
+                update.expire_holds();
+                update.drop_expired_waiters();
+                unread.extend(update.unread_sessions());
+                if update.sessions().any(|session| session_of(session).is_ok_and(|it| unreadable.contains(&it))) {
+                    let problem = "the session of a holder or waiter cannot be read";
                     damaged.push(DamagedEntry::new(key.as_encoded(), problem));
-                } else if !step.is_idle() {
-                    keys.push(step.state());
+                } else if !update.is_idle() {
+                    keys.push(update.state());
                 }
             }
-            if unknown.is_empty() {
+            if unread.is_empty() {
                 listing.keys = keys;
                 listing.damaged.append(&mut damaged);
                 return Ok(());
             }
-            let unknown: Vec<SessionId> = unknown.into_iter().collect();
-            let (read, later) = match self.sessions.read(&self.service, &self.names, &unknown).await {
-                Err(fault) if is_damage(&fault) => self.read_each(&unknown, &mut unreadable, now).await?,
+            let unread: Vec<SessionId> = unread.into_iter().collect();
+            let (read, later) = match self.sessions.read(&self.service, &self.names, &unread).await {
+                Err(fault) if is_damage(&fault) => self.read_each(&unread, &mut unreadable, now).await?,
                 read => read?,
             };
-            lives.extend(read);
+            session_states.extend(read);
             now = now.max(later);
         }
     }
 
-    /// Reads sessions one by one, because one of them cannot be read.
+    /// Reads sessions one by one, because at least one of them is unreadable.
     async fn read_each(
         &self,
         sessions: &[SessionId],
         unreadable: &mut HashSet<SessionId>,
         now: u64,
-    ) -> Result<(Vec<(SessionId, Life)>, u64)> {
-        let (mut lives, mut now) = (Vec::new(), now);
+    ) -> Result<(Vec<(SessionId, SessionState)>, u64)> {
+        let (mut session_states, mut now) = (Vec::new(), now);
         for session in sessions {
             match self.sessions.read(&self.service, &self.names, std::slice::from_ref(session)).await {
                 Ok((read, later)) => {
-                    lives.extend(read);
+                    session_states.extend(read);
                     now = now.max(later);
                 }
                 Err(fault) if is_damage(&fault) => {
                     unreadable.insert(*session);
-                    // As if it lived: the keys that it has are named.
-                    lives.push((*session, Life { ends: u64::MAX, owner: Arc::default(), document: None }));
+                    // Treat it as alive, so that its keys are reported as damaged.
+                    session_states
+                        .push((*session, SessionState { expires_at: u64::MAX, owner: Arc::default(), document: None }));
                 }
                 Err(fault) => return Err(fault),
             }
         }
-        Ok((lives, now))
+        Ok((session_states, now))
     }
 }
 
-/// A fault that is one of the data and not of the service.
+/// Returns whether the data caused the error, and not the service.
 fn is_damage(fault: &Error) -> bool {
     matches!(fault.kind(), ErrorKind::Internal | ErrorKind::Misconfigured)
 }

@@ -1,35 +1,38 @@
-//! Firestore: locks in Google's document database, by its own clock.
+//! Stores locks in Google Firestore and takes every time from the service's clock.
 //!
-//! # What is where
-//! | document | what |
+//! # Documents
+//! | document | contents |
 //! |---|---|
-//! | `COLLECTION_keys/ID` | a key that is held, waited for or closed: its record, with its holds and the head of its queue |
-//! | `COLLECTION_keys/ID/COLLECTION_pages/N` | the rest of a long queue, 200 waiters a page |
-//! | `COLLECTION_sessions/ID` | a session; a beat writes it |
-//! | `COLLECTION_sessions/ID/COLLECTION_calls/TOKEN` | a grant to one who waited, or a release by force: the session's listener hears of it |
+//! | `COLLECTION_keys/ID` | a key that has a holder, waiters or a cooldown: its record, with the holds and the head of the queue |
+//! | `COLLECTION_keys/ID/COLLECTION_pages/N` | the rest of a long queue, 200 waiters per page |
+//! | `COLLECTION_sessions/ID` | a session; each renewal writes it |
+//! | `COLLECTION_sessions/ID/COLLECTION_calls/TOKEN` | a notification of a grant from the queue, of a waiter or of a force-release; the session's listener receives it |
 //!
-//! # What one request means
-//! A step reads documents, decides, and commits: "if the key's document is still what I read". So of two steps one
-//! succeeds, and the other reads again; no lock is left in the service by who dies or gives up between the two. What an
-//! acquire writes to a key that nobody has, and what a release deletes, are known beforehand: those are one commit each,
-//! with nothing to read. A holder that somebody waits for is told the key's record, so that its release reads nothing either.
+//! # How an operation works
+//! An operation reads documents, applies the rules, and commits under the condition that the key's document is
+//! unchanged. If two operations compete, one succeeds and the other reads again. The service keeps no lock between the
+//! two requests, so a client that dies or gives up between them blocks nobody. Two operations need no read because
+//! their result is known beforehand: an acquire of a free key creates the document, and a release without waiters
+//! deletes it; each is one commit. A holder with waiters receives the key's record in a notification, so its release
+//! reads nothing either.
 //!
-//! Nobody knows when a commit will be done. What depends on that time is therefore decided by the time that the service
-//! gave it, by whoever reads the document (`record.rs`): the fence, the beginning of the lifetime, whether an acquire came too
-//! late and never was, whether a beat came too late and its session is dead.
+//! A client cannot know when its commit will happen. Everything that depends on that time is therefore computed from
+//! the commit time that the service returns, by each client that reads the document (`record.rs`): the fence, the start
+//! of the lifetime, whether an acquire came too late and never took effect, and whether a renewal came too late and its
+//! session has expired.
 
+mod cache;
 mod config;
 mod connect;
 mod document;
 mod error;
 mod keys;
-mod known;
 mod list;
-mod listen;
+mod push;
+mod reaper;
 mod record;
 mod session;
-mod step;
-mod sweep;
+mod update;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -37,14 +40,14 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+use self::cache::{CachedToken, KeyHint};
 use self::config::Config;
-use self::connect::{Interest, Service, in_driver, lock};
+use self::connect::{CallerWatch, Service, lock, run_on_driver};
 use self::document::Names;
 use self::error::NAME;
-use self::known::{Guess, Known};
-use self::listen::Listener;
-use self::session::Sessions;
-use self::step::{Leaf, Operation};
+use self::push::Listener;
+use self::session::SessionCache;
+use self::update::{KeyUpdate, QueuePage};
 use crate::clock::{BootTime, Clock};
 use crate::error::Result;
 use crate::key::Key;
@@ -55,23 +58,24 @@ use crate::store::{
 };
 use crate::token::{SessionId, TokenId};
 
-/// Locks in Firestore, in native mode.
+/// Stores locks in Firestore in native mode.
 ///
 /// # URL
-/// `firestore://PROJECT/DATABASE`; without a database the default one. Options:
+/// `firestore://PROJECT/DATABASE`. Without a database it means `(default)`. Options:
 ///
-/// | option | |
+/// | option | meaning |
 /// |---|---|
-/// | `collection` | what the names of the collections begin with; `stanchion` |
-/// | `emulator` | `host:port` of Google's emulator: plain text, no credentials. `FIRESTORE_EMULATOR_HOST` does the same |
+/// | `collection` | prefix of the collection names; default `stanchion` |
+/// | `emulator` | `host:port` of Google's emulator, which is used in plain text and without credentials. The variable `FIRESTORE_EMULATOR_HOST` has the same effect |
 ///
 /// # Credentials
-/// Where the platform keeps them ("application default credentials"): the file that `GOOGLE_APPLICATION_CREDENTIALS` names,
-/// that of `gcloud auth application-default login`, workload identity, the metadata server.
+/// The store uses "application default credentials": the file in `GOOGLE_APPLICATION_CREDENTIALS`, the file that
+/// `gcloud auth application-default login` writes, workload identity, or the metadata server.
 ///
-/// # Rights and rules
-/// The account needs the role `roles/datastore.user`, on a database that has nothing but locks if that can be: who may
-/// write these documents can take any lock. Accounts pass by security rules; for everybody else:
+/// # Permissions and security rules
+/// The account needs the role `roles/datastore.user`. Use a database that contains nothing but locks if you can,
+/// because anyone with write access to these documents can take any lock. Security rules do not apply to service
+/// accounts. For all other clients, deny access:
 /// ```text
 /// match /databases/{database}/documents {
 ///   match /stanchion_keys/{document=**} { allow read, write: if false; }
@@ -79,8 +83,8 @@ use crate::token::{SessionId, TokenId};
 /// }
 /// ```
 ///
-/// # Set up
-/// Nothing has to be created. Two things save money where keys are many:
+/// # Setup
+/// There is nothing to create. If you have many keys, two settings save money: TTL policies and no index on `record`.
 /// ```text
 /// gcloud firestore fields ttls update expire_at --collection-group=stanchion_keys --enable-ttl
 /// gcloud firestore fields ttls update expire_at --collection-group=stanchion_calls --enable-ttl
@@ -88,37 +92,39 @@ use crate::token::{SessionId, TokenId};
 /// gcloud firestore indexes fields update record --collection-group=stanchion_sessions --disable-indexes
 /// gcloud firestore indexes fields update record --collection-group=stanchion_calls --disable-indexes
 /// ```
-/// Never put a TTL policy on sessions. Without any policy other processes sweep up what is over, with their beats.
+/// Never put a TTL policy on sessions. If there is no TTL policy, processes delete expired documents of others while
+/// they renew their own sessions.
 ///
-/// # What it costs
-/// | | reads | writes | deletes |
+/// # Costs
+/// | operation | reads | writes | deletes |
 /// |---|---|---|---|
 /// | acquire a free key | | 1 | |
-/// | release it, nobody waits | | | 1 |
-/// | the same with a cooldown | 1 | 1 | |
-/// | an hour of a session, with its holds however many (ttl 10 s, a beat every 2 s) | | 1,800 | |
-/// | an hour of a held key | | | |
-/// | try a key that is held | 1 | | |
-/// | begin to wait | 1 | 1 | |
-/// | the first who waits for a holder, beside that | 1 | 1 | 1 |
-/// | an hour of waiting for a key, in one process (a poll a second, in case a call was lost) | 3,600 | | |
-/// | a hand-off, with the call, where the holder knows who is next | 1 | 2 | |
-/// | the same where somebody came to wait since it was told | 2 | 2 | |
-/// | an hour of holding what somebody waits for (whether the next one lives) | 600 | | |
-/// | release after a hand-off | | | 2 |
+/// | release a key without waiters | | | 1 |
+/// | release a key without waiters, with a cooldown | 1 | 1 | |
+/// | keep a session for an hour, with any number of holds (ttl 10 s, renewed every 2 s) | | 1,800 | |
+/// | hold a key for an hour | | | |
+/// | try to lock a key that is held | 1 | | |
+/// | join the queue | 1 | 1 | |
+/// | join an empty queue, in addition | 1 | 1 | 1 |
+/// | wait for a key for an hour, per process (one poll per second, in case a notification is lost) | 3,600 | | |
+/// | hand off a key, if the holder knows the next waiter (includes the notification) | 1 | 2 | |
+/// | hand off a key, if a waiter joined since the holder was notified | 2 | 2 | |
+/// | hold a key with waiters for an hour (checks that the next waiter is alive) | 600 | | |
+/// | release a key after a hand-off | | | 2 |
 /// | open and close a session | 2 | 2 | |
 ///
-/// A session that has ended, and a holder that is followed by force or by time, cost a few reads more. An attempt that is
-/// refused because somebody else was faster may be charged as a read. A longer `session_ttl` makes beats rarer: a minute
-/// costs 300 writes an hour. The service sustains one write a second for a document, so a ttl below 5 s is warned of; what
-/// is more than that on one key, hand-offs included, gets slower and is tried again.
+/// An expired session, a force-release and a hold that times out cost a few more reads. An attempt that fails because
+/// another client was faster may be charged as a read. A longer `session_ttl` makes renewals rarer: with one minute
+/// they cost 300 writes per hour. The service sustains one write per second to a document. The store therefore warns
+/// about a ttl below 5 s, and operations on one key beyond that rate, hand-offs included, become slower and are
+/// retried.
 ///
 /// # Limits
-/// 10,000 waiters a key. About 600 kB of holds a key: who would be one too many waits. Keys in alphabetical order that are
-/// written more than 500 times a second meet the limit of the index by which they are listed.
+/// A key can have 10,000 waiters and about 600 kB of holds. If its holds are that large, a further request waits. If you
+/// write keys in alphabetical order more than 500 times per second, you reach the limit of the index that `list` uses.
 ///
-/// # What it does not do
-/// A database that is restored from a backup, or set back, has the holds of that time, with fences from the restore. Fences
+/// # Backups
+/// A database that is restored or rewound contains the holds of that time, and fences continue from the restore. Fences
 /// keep rising as long as the service's clock does.
 #[derive(Clone, Debug)]
 pub struct Firestore {
@@ -129,20 +135,20 @@ pub struct Firestore {
 struct Inner {
     service: Service,
     names: Names,
-    sessions: Sessions,
+    sessions: SessionCache,
     listeners: Mutex<HashMap<SessionId, Listener>>,
-    /// What its acquires entered.
-    known: Mutex<HashMap<(Key, TokenId), Known>>,
-    /// Steps of this handle on one key take turns: they would only get in each other's way.
-    turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
-    /// Keys that had a document when they were last looked at: it is not tried to create one.
-    taken: Guess,
-    /// Keys whose document was another than was known when a hold was ended: it is read first.
-    crowded: Guess,
-    pages: Mutex<HashMap<String, Leaf>>,
-    /// The newest time that the service told, and when that was.
-    told: Mutex<(u64, BootTime)>,
-    swept: Mutex<BootTime>,
+    /// Tokens that this handle has entered, with the newest known version of their key's document.
+    tokens: Mutex<HashMap<(Key, TokenId), CachedToken>>,
+    /// Serializes this handle's operations on the same key, because concurrent ones would only make each other retry.
+    key_mutexes: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// Hint: the key had a document when this handle last read it, so do not try to create one.
+    has_document: KeyHint,
+    /// Hint: the cached document was outdated at the last release, so read the document first.
+    read_first: KeyHint,
+    pages: Mutex<HashMap<String, QueuePage>>,
+    /// Newest time that the service returned, in µs, and the local time of that response.
+    latest_time: Mutex<(u64, BootTime)>,
+    last_reaped: Mutex<BootTime>,
     clock: Clock,
 }
 
@@ -151,45 +157,46 @@ fn reply<T>(time: u64, outcome: T) -> Reply<T> {
 }
 
 impl Firestore {
-    /// A store at this URL. Nothing is connected yet.
+    /// Creates a store for this URL without connecting.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if the URL is malformed.
+    /// Returns [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if the URL is malformed.
     pub fn from_url(url: &str) -> Result<Self> {
         Self::with_clock(url, Clock::system())
     }
 
-    /// The same with another clock. It measures how long ago something was, and decides nothing.
+    /// Creates a store with its own clock, for tests. The clock only measures elapsed time and never decides about a
+    /// lock.
     ///
     /// # Errors
-    /// As [`from_url`](Self::from_url).
+    /// Returns the errors of [`from_url`](Self::from_url).
     pub fn with_clock(url: &str, clock: Clock) -> Result<Self> {
         let config = Config::from_url(url)?;
         let inner = Inner {
             names: Names::new(&config.database, &config.collection),
             service: Service::new(config),
-            sessions: Sessions::new(clock.clone()),
+            sessions: SessionCache::new(clock.clone()),
             listeners: Mutex::default(),
-            known: Mutex::default(),
-            turns: Mutex::default(),
-            taken: Guess::new(),
-            crowded: Guess::new(),
+            tokens: Mutex::default(),
+            key_mutexes: Mutex::default(),
+            has_document: KeyHint::new(),
+            read_first: KeyHint::new(),
             pages: Mutex::default(),
-            told: Mutex::new((0, clock.now())),
-            swept: Mutex::new(clock.now()),
+            latest_time: Mutex::new((0, clock.now())),
+            last_reaped: Mutex::new(clock.now()),
             clock,
         };
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Runs a step where connections live.
-    async fn run<T, F>(&self, work: impl FnOnce(Arc<Inner>, Interest) -> F) -> Result<T>
+    /// Runs an operation on the store's own runtime.
+    async fn run<T, F>(&self, work: impl FnOnce(Arc<Inner>, CallerWatch) -> F) -> Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
         let inner = self.inner.clone();
-        in_driver(&self.inner.service, move |wanted| work(inner, wanted)).await
+        run_on_driver(&self.inner.service, move |caller| work(inner, caller)).await
     }
 }
 
@@ -197,61 +204,63 @@ impl Firestore {
 #[deny(clippy::missing_trait_methods)]
 impl Store for Firestore {
     fn capabilities(&self) -> Capabilities {
-        // A session reads a document of its own; one who may write that may write the locks too.
+        // A session's listener reads only its own collection, and a client that can write there can write the locks
+        // too.
         Capabilities::new(NAME).with_authentic_push()
     }
 
     async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {
         self.run(async move |inner: Arc<Inner>, _| {
             inner.listen(request.session).await?;
-            if let Some(warning) = session::too_fast(request.ttl) {
+            if let Some(warning) = session::renewal_rate_warning(request.ttl) {
                 inner.warn(request.session, warning);
             }
             let done = inner.sessions.open(&inner.service, &inner.names, request).await?;
-            inner.tell(done.time.as_micros());
+            inner.observe_time(done.time.as_micros());
             Ok(done)
         })
         .await
     }
 
     async fn renew_session(&self, session: SessionId) -> Result<Reply<RenewOutcome>> {
-        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
-            let done = inner.sessions.renew_session(&inner.service, &inner.names, session, &wanted).await?;
-            inner.tell(done.time.as_micros());
-            inner.look_ahead(session);
-            inner.tidy();
+        self.run(async move |inner: Arc<Inner>, caller: CallerWatch| {
+            let done = inner.sessions.renew_session(&inner.service, &inner.names, session, &caller).await?;
+            inner.observe_time(done.time.as_micros());
+            inner.refresh_queue_heads(session);
+            inner.reap_if_due();
             Ok(done)
         })
         .await
     }
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
-        // First: whether it is answered or not, nobody hears this session any more, and nobody ends what it has.
+        // Do this first: even if the request fails, nobody reads this session's notifications any more, and nobody
+        // releases its tokens.
         lock(&self.inner.listeners).remove(&session);
-        lock(&self.inner.known).retain(|_, known| known.session != session);
-        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
+        lock(&self.inner.tokens).retain(|_, cached| cached.session != session);
+        self.run(async move |inner: Arc<Inner>, caller: CallerWatch| {
             let time = inner.sessions.close(&inner.service, &inner.names, session).await?;
-            inner.settle_keys_of(session, &wanted).await?;
-            Ok(reply(time.max(lock(&inner.told).0), ()))
+            inner.reconcile_keys_of(session, &caller).await?;
+            Ok(reply(time.max(lock(&inner.latest_time).0), ()))
         })
         .await
     }
 
     async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
-        self.run(async move |inner: Arc<Inner>, _wanted: Interest| {
+        self.run(async move |inner: Arc<Inner>, _: CallerWatch| {
             let (read, now) = inner.sessions.read(&inner.service, &inner.names, &[session]).await?;
-            inner.tell(now);
-            Ok(reply(now, read.iter().any(|(_, life)| life.ends != 0)))
+            inner.observe_time(now);
+            Ok(reply(now, read.iter().any(|(_, state)| state.expires_at != 0)))
         })
         .await
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
-        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
-            let done = inner.acquire(&request, &wanted).await?;
+        self.run(async move |inner: Arc<Inner>, caller: CallerWatch| {
+            let done = inner.acquire(&request, &caller).await?;
             let is_entered = matches!(done.outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_));
             if is_entered && inner.sessions.is_closed(request.session) {
-                let time = inner.take_back(&request.key, request.token).await?;
+                let time = inner.release_orphan(&request.key, request.token).await?;
                 return Ok(Reply { time, outcome: AcquireOutcome::SessionGone });
             }
             Ok(done)
@@ -261,8 +270,8 @@ impl Store for Firestore {
 
     async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
         let (key, tokens) = (key.clone(), tokens.to_vec());
-        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
-            inner.step(&key, &wanted, |step| step.poll(&tokens)).await
+        self.run(async move |inner: Arc<Inner>, caller: CallerWatch| {
+            inner.update(&key, &caller, |update| update.poll(&tokens)).await
         })
         .await
     }
@@ -273,39 +282,42 @@ impl Store for Firestore {
 
     async fn release(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
         let key = key.clone();
-        self.run(async move |inner: Arc<Inner>, wanted: Interest| inner.end(&key, token, cooldown, &wanted).await).await
+        self.run(async move |inner: Arc<Inner>, caller: CallerWatch| {
+            inner.release(&key, token, cooldown, &caller).await
+        })
+        .await
     }
 
     async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
         let key = key.clone();
-        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
-            let _turn = inner.turn(&key).await;
-            inner.step(&key, &wanted, |step| step.extend(token, ttl)).await
+        self.run(async move |inner: Arc<Inner>, caller: CallerWatch| {
+            let _guard = inner.lock_key(&key).await;
+            inner.update(&key, &caller, |update| update.extend(token, ttl)).await
         })
         .await
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
-        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
-            let turn = inner.turn(&request.key).await;
-            inner.expect(&request.key, request.to, request.session);
-            let done = inner.step(&request.key, &wanted, |step| step.adopt(&request)).await?;
+        self.run(async move |inner: Arc<Inner>, caller: CallerWatch| {
+            let guard = inner.lock_key(&request.key).await;
+            inner.track(&request.key, request.to, request.session);
+            let done = inner.update(&request.key, &caller, |update| update.adopt(&request)).await?;
             if !matches!(done.outcome, AdoptOutcome::Adopted { .. }) {
-                inner.forget(&request.key, request.to);
+                inner.untrack(&request.key, request.to);
             }
             if matches!(done.outcome, AdoptOutcome::Adopted { .. }) && done.time > request.not_after {
-                // It was committed too late, or was adopted before and is asked for again.
-                let poll = inner.step(&request.key, &wanted, |step| step.poll(&[request.to])).await?;
+                // Either the commit was too late, or an earlier call adopted the hold and this one repeats it.
+                let poll = inner.update(&request.key, &caller, |update| update.poll(&[request.to])).await?;
                 if poll.outcome == [PollOutcome::Gone] {
                     return Ok(Reply { time: poll.time, outcome: AdoptOutcome::Stale });
                 }
             }
-            drop(turn);
+            drop(guard);
             if matches!(done.outcome, AdoptOutcome::Adopted { session_bound: true, .. })
                 && inner.sessions.is_closed(request.session)
             {
-                // It was adopted, and ended with its session.
-                inner.take_back(&request.key, request.to).await?;
+                // The hold was adopted, but its session was closed in the meantime.
+                inner.release_orphan(&request.key, request.to).await?;
             }
             Ok(done)
         })
@@ -313,22 +325,22 @@ impl Store for Firestore {
     }
 
     async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
-        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
-            let _turn = inner.turn(&request.key).await;
-            inner.step(&request.key, &wanted, |step| step.force_release(&request)).await
+        self.run(async move |inner: Arc<Inner>, caller: CallerWatch| {
+            let _guard = inner.lock_key(&request.key).await;
+            inner.update(&request.key, &caller, |update| update.force_release(&request)).await
         })
         .await
     }
 
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
         let key = key.clone();
-        self.run(async move |inner: Arc<Inner>, wanted: Interest| {
-            let look = |step: &mut Operation<'_>| {
-                step.settle_all();
-                step.settle();
-                step.state()
+        self.run(async move |inner: Arc<Inner>, caller: CallerWatch| {
+            let describe = |update: &mut KeyUpdate<'_>| {
+                update.drop_expired_waiters();
+                update.reconcile();
+                update.state()
             };
-            inner.step(&key, &wanted, look).await
+            inner.update(&key, &caller, describe).await
         })
         .await
     }

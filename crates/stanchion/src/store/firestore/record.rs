@@ -1,12 +1,13 @@
-//! What the store keeps of a key and of a session, in documents.
+//! Defines the records of keys and sessions that the documents contain.
 //!
-//! # Written now, true from the commit on
-//! Whoever writes a document does not know when it will be committed. So what is new in it is judged by the document's own
-//! `update_time`, which the service sets:
-//! - a hold without a fence got it with the commit that wrote it: its fence and its beginning are that time;
-//! - an entry with `not_after` was made by the commit that wrote it. If that was later, the entry never was.
+//! # Written before the commit, completed after it
+//! A client does not know when its write will be committed. New data in a record is therefore completed with the
+//! document's `update_time`, which the service sets:
+//! - a hold without a fence was granted by the commit that wrote it: its fence and its start are the commit time;
+//! - an entry with `not_after` was made by the commit that wrote it. If the commit was later than `not_after`, the
+//!   entry never existed.
 //!
-//! [`KeyRecord::settle_commit`] makes that explicit when a document is read, before anybody looks at it.
+//! [`KeyRecord::apply_commit_time`] completes a record as soon as it is read, before any other code sees it.
 
 use googleapis_tonic_google_firestore_v1::google::firestore::v1::Document;
 use prost::Message as _;
@@ -19,15 +20,15 @@ use crate::fence::Fence;
 use crate::store::{Demand, Granted, Lifetime, StoreTime};
 use crate::token::{SessionId, TokenId};
 
-/// The version of the records that this program writes and reads.
+/// Version of the records that this program writes and reads.
 const VERSION: u32 = 1;
 
-/// What a key's document holds in the field `record`. Times are in µs of the service's clock; 0 is none.
+/// Contents of the field `record` of a key's document. Times are in µs of the service's clock, and 0 means none.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct KeyRecord {
     #[prost(uint32, tag = "1")]
     pub(super) version: u32,
-    /// Changes with each write: a write that changes nothing would leave `update_time` as it was.
+    /// Changes with each write, because a write without a change would leave `update_time` as it was.
     #[prost(uint64, tag = "2")]
     pub(super) revision: u64,
     #[prost(uint64, tag = "3")]
@@ -35,60 +36,60 @@ pub(super) struct KeyRecord {
     #[prost(uint64, tag = "4")]
     pub(super) closed_until: u64,
     #[prost(message, repeated, tag = "5")]
-    pub(super) holds: Vec<Hold>,
-    /// The queue from its head on, as far as it is here.
+    pub(super) holds: Vec<StoredHold>,
+    /// The head of the queue. Later waiters are in the pages.
     #[prost(message, repeated, tag = "6")]
-    pub(super) front: Vec<Entry>,
-    /// The pages that the rest of the queue is on, in order.
+    pub(super) front: Vec<StoredEntry>,
+    /// Pages with the rest of the queue, in order.
     #[prost(message, repeated, tag = "7")]
-    pub(super) pages: Vec<PageName>,
-    /// Tokens that were released by force and have not been ended.
+    pub(super) pages: Vec<PageRef>,
+    /// Tokens that were force-released and that their holders have not released yet.
     #[prost(message, repeated, tag = "8")]
-    pub(super) forced: Vec<Forced>,
+    pub(super) force_released: Vec<StoredForceRelease>,
 }
 
-/// Which page, and the revision of the key's record that it was last written with.
+/// Refers to a queue page and to the revision of the key's record that wrote the page last.
 #[derive(Clone, Copy, PartialEq, prost::Message)]
-pub(super) struct PageName {
+pub(super) struct PageRef {
     #[prost(uint64, tag = "1")]
     pub(super) number: u64,
     #[prost(uint64, tag = "2")]
     pub(super) revision: u64,
 }
 
-/// A page of a queue, in a document of its own.
+/// A part of the queue in its own document.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct Page {
+pub(super) struct StoredPage {
     #[prost(message, repeated, tag = "1")]
-    pub(super) waiters: Vec<Entry>,
-    /// The revision of the key's record that it was written with.
+    pub(super) waiters: Vec<StoredEntry>,
+    /// Revision of the key's record that wrote this page.
     #[prost(uint64, tag = "2")]
     pub(super) revision: u64,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct Hold {
+pub(super) struct StoredHold {
     #[prost(message, required, tag = "1")]
-    pub(super) entry: Entry,
-    /// 0: the time of the commit.
+    pub(super) entry: StoredEntry,
+    /// Fence of the hold; 0 means the commit time.
     #[prost(uint64, tag = "4")]
     pub(super) fence: u64,
     #[prost(uint64, optional, tag = "6")]
     pub(super) deadline: Option<u64>,
-    /// There is a document that calls it: it was granted to one who waited, or others wait for it.
+    /// The token has a notification document, because it was granted from the queue or has waiters.
     #[prost(bool, tag = "14")]
-    pub(super) called: bool,
-    /// It was granted to one who waited, and is called by that.
+    pub(super) has_notification: bool,
+    /// The hold was granted from the queue, and its notification says so.
     #[prost(bool, tag = "17")]
-    pub(super) was_handed_over: bool,
-    /// Whose it was until the commit that wrote this, if that was an adoption.
+    pub(super) granted_from_queue: bool,
+    /// Holder before the commit that wrote this hold, if that commit was an adoption.
     #[prost(message, optional, tag = "15")]
-    pub(super) former: Option<Former>,
+    pub(super) previous: Option<PreviousHolder>,
 }
 
-/// What an adoption that came too late did not change.
+/// Holder that keeps a hold if the adoption's commit comes too late.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct Former {
+pub(super) struct PreviousHolder {
     #[prost(bytes = "vec", tag = "1")]
     pub(super) token: Vec<u8>,
     #[prost(bytes = "vec", tag = "2")]
@@ -99,19 +100,19 @@ pub(super) struct Former {
     pub(super) not_after: u64,
 }
 
-/// What an acquire entered: it waits, or it holds.
+/// An acquired token, which waits or holds.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct Entry {
+pub(super) struct StoredEntry {
     #[prost(bytes = "vec", tag = "1")]
     pub(super) token: Vec<u8>,
     #[prost(bytes = "vec", tag = "2")]
     pub(super) session: Vec<u8>,
     #[prost(bool, tag = "3")]
     pub(super) session_bound: bool,
-    /// Since when it waits, or holds. Of a hold 0: since the commit.
+    /// Time since when the token waits or holds; 0 in a hold means the commit time.
     #[prost(uint64, tag = "5")]
-    pub(super) at: u64,
-    /// How long it holds, from the grant on.
+    pub(super) since: u64,
+    /// Lifetime of the hold in µs, starting at the grant.
     #[prost(uint64, optional, tag = "7")]
     pub(super) length: Option<u64>,
     #[prost(uint32, tag = "8")]
@@ -124,23 +125,24 @@ pub(super) struct Entry {
     pub(super) metadata: Option<String>,
     #[prost(string, optional, tag = "12")]
     pub(super) trace: Option<String>,
-    /// It was entered by the commit that wrote this, if that was not later.
+    /// Latest commit time at which this new entry takes effect. 0 means that it has taken effect.
     #[prost(uint64, tag = "13")]
     pub(super) not_after: u64,
-    /// Its session lives until then at least, unless it is closed, and then it ends this.
+    /// Time until which its session lives at least. If the session is closed earlier, the closing client releases this
+    /// token.
     #[prost(uint64, tag = "16")]
-    pub(super) session_lives: u64,
+    pub(super) session_alive_until: u64,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct Forced {
+pub(super) struct StoredForceRelease {
     #[prost(bytes = "vec", tag = "1")]
     pub(super) token: Vec<u8>,
     #[prost(bytes = "vec", tag = "2")]
     pub(super) session: Vec<u8>,
 }
 
-/// What a session's document holds in the field `record`.
+/// Contents of the field `record` of a session's document. Times are in µs.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct SessionRecord {
     #[prost(uint32, tag = "1")]
@@ -149,21 +151,21 @@ pub(super) struct SessionRecord {
     pub(super) ttl: u64,
     #[prost(string, tag = "3")]
     pub(super) owner: String,
-    /// The beat that wrote this was in time if it was committed before. 0: it was no beat.
+    /// Latest commit time at which this renewal takes effect. 0 means that another kind of write made this record.
     #[prost(uint64, tag = "4")]
-    pub(super) beaten_before: u64,
-    /// When it ends, where another than the session itself wrote the document. 0: its ttl after the last write.
+    pub(super) renewed_before: u64,
+    /// Time of expiry, if another client wrote the document last. 0 means the ttl after the last write.
     #[prost(uint64, tag = "5")]
-    pub(super) expires: u64,
+    pub(super) fixed_expiry: u64,
     #[prost(bool, tag = "6")]
     pub(super) closed: bool,
-    /// What was taken from it by force.
+    /// Holds of this session that were force-released.
     #[prost(message, repeated, tag = "7")]
-    pub(super) lost: Vec<Lost>,
+    pub(super) lost: Vec<StoredLoss>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct Lost {
+pub(super) struct StoredLoss {
     #[prost(string, tag = "1")]
     pub(super) key: String,
     #[prost(bytes = "vec", tag = "2")]
@@ -176,7 +178,8 @@ fn checked(version: u32) -> Result<()> {
     match version {
         VERSION => Ok(()),
         newer if newer > VERSION => {
-            let message = format!("a record has version {newer}, this program reads {VERSION}: update this program");
+            let message =
+                format!("a record has version {newer}, but this program reads version {VERSION}: update this program");
             Err(error(ErrorKind::Misconfigured, message))
         }
         _ => Err(malformed()),
@@ -197,28 +200,28 @@ impl KeyRecord {
         let mut record = Self::decode(bytes_of(document, "record")?).map_err(|fault| malformed().with_source(fault))?;
         checked(record.version)?;
         let written = document.update_time.ok_or_else(malformed)?;
-        record.settle_commit(micros_of(document.update_time)?);
+        record.apply_commit_time(micros_of(document.update_time)?);
         Ok((record, written))
     }
 
-    /// Makes explicit what the commit decided that wrote this.
-    pub(super) fn settle_commit(&mut self, committed: u64) {
+    /// Completes the new parts of the record with the time of the commit that wrote them.
+    pub(super) fn apply_commit_time(&mut self, committed: u64) {
         self.holds.retain_mut(|hold| is_in_time(&mut hold.entry.not_after, committed));
         for hold in &mut self.holds {
             if hold.fence == 0 {
                 hold.fence = committed;
                 self.last_fence = self.last_fence.max(committed);
             }
-            if hold.entry.at == 0 {
-                hold.entry.at = committed;
+            if hold.entry.since == 0 {
+                hold.entry.since = committed;
                 hold.deadline = hold.entry.length.map(|length| committed.saturating_add(length));
             }
-            if let Some(former) = hold.former.take()
-                && committed > former.not_after
+            if let Some(previous) = hold.previous.take()
+                && committed > previous.not_after
             {
                 let entry = &mut hold.entry;
-                (entry.token, entry.session, entry.owner) = (former.token, former.session, former.owner);
-                hold.entry.session_lives = 0;
+                (entry.token, entry.session, entry.owner) = (previous.token, previous.session, previous.owner);
+                hold.entry.session_alive_until = 0;
             }
         }
         self.front.retain_mut(|waiter| is_in_time(&mut waiter.not_after, committed));
@@ -229,40 +232,40 @@ impl KeyRecord {
     }
 }
 
-impl Page {
+impl StoredPage {
     pub(super) fn read(document: &Document) -> Result<Self> {
         let mut page = Self::decode(bytes_of(document, "record")?).map_err(|fault| malformed().with_source(fault))?;
-        page.settle_commit(micros_of(document.update_time)?);
+        page.apply_commit_time(micros_of(document.update_time)?);
         Ok(page)
     }
 
-    /// Makes explicit what the commit decided that wrote this.
-    pub(super) fn settle_commit(&mut self, committed: u64) {
+    /// Removes new waiters that the commit wrote too late.
+    pub(super) fn apply_commit_time(&mut self, committed: u64) {
         self.waiters.retain_mut(|waiter| is_in_time(&mut waiter.not_after, committed));
     }
 }
 
-/// Whether an entry was made in time. From then on it needs no proof.
+/// Returns whether an entry took effect, and clears its limit so that later commits don't check it again.
 fn is_in_time(not_after: &mut u64, committed: u64) -> bool {
     let is_in_time = *not_after == 0 || committed <= *not_after;
     *not_after = 0;
     is_in_time
 }
 
-impl Hold {
+impl StoredHold {
     pub(super) fn granted(&self, now: u64) -> Granted {
         let until = |deadline: u64| StoreTime::from_micros(deadline).since(StoreTime::from_micros(now));
         Granted { fence: Fence::new(self.fence), remaining: self.deadline.map(until) }
     }
 }
 
-impl Entry {
+impl StoredEntry {
     pub(super) fn lifetime(lifetime: Lifetime) -> (bool, Option<u64>) {
         let length = lifetime.length().map(|length| u64::try_from(length.as_micros()).unwrap_or(u64::MAX));
         (matches!(lifetime, Lifetime::Session { .. }), length)
     }
 
-    /// A damaged one takes the whole key.
+    /// Returns the requested units and capacity. A damaged entry counts as exclusive.
     pub(super) fn demand(&self) -> Demand {
         Demand::new(self.units, self.capacity).unwrap_or(Demand::MUTEX)
     }
@@ -273,7 +276,7 @@ impl SessionRecord {
         Self { version: VERSION, ttl, owner, ..Self::default() }
     }
 
-    /// What is left of one that was closed.
+    /// Returns the record that a closed session leaves behind.
     pub(super) fn closed() -> Self {
         Self { version: VERSION, closed: true, ..Self::default() }
     }
@@ -285,12 +288,13 @@ impl SessionRecord {
         Ok((record, document.update_time.ok_or_else(malformed)?))
     }
 
-    /// When it ends, if nobody writes it any more. A beat that came too late ended it: 0.
-    pub(super) fn ends(&self, written: u64) -> u64 {
-        if self.closed || (self.beaten_before != 0 && written > self.beaten_before) {
+    /// Returns when the session expires unless someone writes it again, or 0 if it was closed or its last renewal came
+    /// too late.
+    pub(super) fn expires_at(&self, written: u64) -> u64 {
+        if self.closed || (self.renewed_before != 0 && written > self.renewed_before) {
             0
-        } else if self.expires != 0 {
-            self.expires
+        } else if self.fixed_expiry != 0 {
+            self.fixed_expiry
         } else {
             written.saturating_add(self.ttl)
         }
@@ -302,50 +306,55 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_late_commit_made_never_was() {
-        let waiter = |not_after| Entry { token: vec![1; 16], not_after, ..Entry::default() };
-        let hold = |not_after| Hold {
-            entry: Entry { token: vec![1; 16], not_after, length: Some(5), ..Entry::default() },
-            ..Hold::default()
+    fn late_commit_makes_no_entry() {
+        let waiter = |not_after| StoredEntry { token: vec![1; 16], not_after, ..StoredEntry::default() };
+        let hold = |not_after| StoredHold {
+            entry: StoredEntry { token: vec![1; 16], not_after, length: Some(5), ..StoredEntry::default() },
+            ..StoredHold::default()
         };
         for (committed, entries) in [(99, 1), (100, 1), (101, 0)] {
             let mut record = KeyRecord { holds: vec![hold(100)], front: vec![waiter(100)], ..KeyRecord::default() };
-            record.settle_commit(committed);
+            record.apply_commit_time(committed);
             assert_eq!((record.holds.len(), record.front.len()), (entries, entries), "committed at {committed}");
             if let Some(hold) = record.holds.first() {
-                assert_eq!((hold.fence, hold.entry.at, hold.deadline), (committed, committed, Some(committed + 5)));
+                assert_eq!((hold.fence, hold.entry.since, hold.deadline), (committed, committed, Some(committed + 5)));
                 assert_eq!(record.last_fence, committed);
             }
-            // Read again after others wrote, nothing is judged anew.
+            // When the record is read again after other writes, the new commit time must change nothing.
             let before = record.clone();
-            record.settle_commit(1_000);
+            record.apply_commit_time(1_000);
             assert_eq!(record, before);
         }
     }
 
     #[test]
-    fn an_adoption_that_came_too_late_changed_nothing() {
-        let former = Some(Former { token: vec![1; 16], session: vec![1; 16], owner: "one".into(), not_after: 100 });
-        let entry = Entry { token: vec![2; 16], ..Entry::default() };
-        let hold = Hold { entry, fence: 7, former, ..Hold::default() };
+    fn late_adoption_changes_nothing() {
+        let previous =
+            Some(PreviousHolder { token: vec![1; 16], session: vec![1; 16], owner: "one".into(), not_after: 100 });
+        let entry = StoredEntry { token: vec![2; 16], ..StoredEntry::default() };
+        let hold = StoredHold { entry, fence: 7, previous, ..StoredHold::default() };
         for (committed, token) in [(100, 2), (101, 1)] {
             let mut record = KeyRecord { holds: vec![hold.clone()], ..KeyRecord::default() };
-            record.settle_commit(committed);
-            assert_eq!((record.holds[0].entry.token[0], record.holds[0].former.is_none()), (token, true));
+            record.apply_commit_time(committed);
+            assert_eq!((record.holds[0].entry.token[0], record.holds[0].previous.is_none()), (token, true));
         }
     }
 
     #[test]
-    fn a_late_beat_ends_its_session_for_good() {
-        let beaten = SessionRecord { ttl: 10, beaten_before: 100, ..SessionRecord::default() };
-        assert_eq!(beaten.ends(100), 110);
-        assert_eq!(beaten.ends(101), 0);
-        assert_eq!(SessionRecord { expires: 105, ..beaten.clone() }.ends(99), 105, "written by another meanwhile");
-        assert_eq!(SessionRecord { closed: true, ..beaten }.ends(99), 0);
+    fn late_renewal_ends_the_session() {
+        let renewed = SessionRecord { ttl: 10, renewed_before: 100, ..SessionRecord::default() };
+        assert_eq!(renewed.expires_at(100), 110);
+        assert_eq!(renewed.expires_at(101), 0);
+        assert_eq!(
+            SessionRecord { fixed_expiry: 105, ..renewed.clone() }.expires_at(99),
+            105,
+            "another client's write keeps the expiry"
+        );
+        assert_eq!(SessionRecord { closed: true, ..renewed }.expires_at(99), 0);
     }
 
     #[test]
-    fn a_record_of_a_newer_program_is_not_touched() {
+    fn newer_record_version_is_rejected() {
         assert!(checked(VERSION).is_ok());
         assert_eq!(checked(VERSION + 1).unwrap_err().kind(), ErrorKind::Misconfigured);
         assert_eq!(checked(0).unwrap_err().kind(), ErrorKind::Internal);

@@ -1,31 +1,31 @@
-//! What ends a hold or a place in the queue, and what moves the end.
+//! Applies release, extend and force-release to a key.
 
 use std::time::Duration;
 
 use prost_types::Timestamp;
 
-use super::super::document::{Only, micros};
-use super::super::record::{Forced, Lost, SessionRecord, session_of};
+use super::super::document::{WriteIf, micros};
+use super::super::record::{SessionRecord, StoredForceRelease, StoredLoss, session_of};
 use super::super::session;
-use super::{Operation, in_micros};
+use super::{KeyUpdate, in_micros};
 use crate::fence::Fence;
 use crate::store::{EndOutcome, ExtendOutcome, ForceReleaseOutcome, ForceReleaseRequest};
 use crate::token::{SessionId, TokenId};
 
-impl Operation<'_> {
-    pub(crate) fn end(&mut self, token: TokenId, cooldown: Option<Duration>) -> EndOutcome {
-        self.end_forced(token);
+impl KeyUpdate<'_> {
+    pub(crate) fn release(&mut self, token: TokenId, cooldown: Option<Duration>) -> EndOutcome {
+        self.clear_force_release(token);
         if let Some(at) = self.record.holds.iter().position(|hold| hold.entry.token == token.as_bytes()) {
             let hold = self.record.holds.remove(at);
-            if hold.called {
-                self.end_call(&hold.entry.session, &hold.entry.token);
+            if hold.has_notification {
+                self.delete_notification(&hold.entry.session, &hold.entry.token);
             }
             if let Some(cooldown) = cooldown {
                 let until = self.now.saturating_add(in_micros(cooldown));
                 self.record.closed_until = self.record.closed_until.max(until);
             }
             EndOutcome::Released
-        } else if self.place(token).is_some() {
+        } else if self.queue_position(token).is_some() {
             self.remove_waiters(|waiter| waiter.token == token.as_bytes());
             EndOutcome::Dequeued
         } else {
@@ -33,27 +33,30 @@ impl Operation<'_> {
         }
     }
 
-    /// What was forced out is told no more.
-    fn end_forced(&mut self, token: TokenId) {
-        let Some(at) = self.record.forced.iter().position(|forced| forced.token == token.as_bytes()) else { return };
-        let forced = self.record.forced.remove(at);
-        self.end_call(&forced.session, &forced.token);
-        let Ok(session) = session_of(&forced.session) else { return };
+    /// Removes the traces of a force-released token from the key, the session and the notifications.
+    fn clear_force_release(&mut self, token: TokenId) {
+        let Some(at) = self.record.force_released.iter().position(|released| released.token == token.as_bytes()) else {
+            return;
+        };
+        let released = self.record.force_released.remove(at);
+        self.delete_notification(&released.session, &released.token);
+        let Ok(session) = session_of(&released.session) else { return };
         if let Some((record, written)) = self.document_of(session) {
             let mut record = record.clone();
-            record.lost.retain(|lost| lost.token != forced.token);
+            record.lost.retain(|lost| lost.token != released.token);
             self.rewrite_session(session, record, *written);
         }
     }
 
-    /// Writes a session's document without moving its end.
+    /// Writes a session's document without changing its expiry.
     pub(super) fn rewrite_session(&mut self, session: SessionId, mut record: SessionRecord, written: Timestamp) {
         let Ok(at) = micros(written) else { return };
-        record.expires = record.ends(at);
-        record.beaten_before = 0;
-        if record.expires != 0 {
-            let document = session::document(self.names, session, &record, record.expires, Only::IfStill(written));
-            self.others.push(document);
+        record.fixed_expiry = record.expires_at(at);
+        record.renewed_before = 0;
+        if record.fixed_expiry != 0 {
+            let document =
+                session::document(self.names, session, &record, record.fixed_expiry, WriteIf::Unchanged(written));
+            self.other_writes.push(document);
         }
     }
 
@@ -77,24 +80,26 @@ impl Operation<'_> {
             };
         };
         let hold = self.record.holds.remove(at);
-        // Nothing is granted after the highest fence, so it need not be raised.
+        // No grant can follow the highest fence, so it need not be raised.
         self.record.last_fence = self.next_fence().unwrap_or(self.record.last_fence);
         let Ok(session) = session_of(&hold.entry.session) else { return ForceReleaseOutcome::Released };
-        if self.lives(session)
+        if self.is_alive(session)
             && let Some((record, written)) = self.document_of(session)
         {
             let mut record = record.clone();
-            let lost = Lost {
+            let lost = StoredLoss {
                 key: self.key.as_encoded().to_owned(),
                 token: hold.entry.token.clone(),
                 reason: request.reason.clone(),
             };
             record.lost.push(lost);
             self.rewrite_session(session, record, *written);
-            self.record.forced.push(Forced { token: hold.entry.token.clone(), session: hold.entry.session.clone() });
-            self.call(&hold.entry.session, &hold.entry.token, Some(hold.fence), Some(&request.reason));
-        } else if hold.called {
-            self.end_call(&hold.entry.session, &hold.entry.token);
+            self.record
+                .force_released
+                .push(StoredForceRelease { token: hold.entry.token.clone(), session: hold.entry.session.clone() });
+            self.notify(&hold.entry.session, &hold.entry.token, Some(hold.fence), Some(&request.reason));
+        } else if hold.has_notification {
+            self.delete_notification(&hold.entry.session, &hold.entry.token);
         }
         ForceReleaseOutcome::Released
     }

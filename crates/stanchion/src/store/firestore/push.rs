@@ -1,7 +1,7 @@
-//! Pushes: the documents that call a session's tokens, listened to for as long as the session lives.
+//! Listens to a session's notifications and turns them into pushes.
 //!
-//! Who grants a key to one who waits, or takes it by force, writes such a document in the same commit. One stream for each
-//! session hears of all of them; who ends the token deletes it.
+//! A client that grants a key to a waiter, or force-releases a hold, writes a notification document in the same commit.
+//! Each session has one stream that receives all of its notifications. The release of a token deletes its notification.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
 use super::Inner;
-use super::connect::{Heard, lock, pause, within};
+use super::connect::{ListenStream, lock, pause, timeout};
 use super::document::{micros, query, text_of};
 use super::error::malformed;
 use super::record::KeyRecord;
@@ -23,13 +23,16 @@ use crate::key::Key;
 use crate::store::{LostToken, Push, PushSender};
 use crate::token::{SessionId, TokenId};
 
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Delay before the first repeated attempt to listen. It doubles with each failure.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(20);
 
-/// Opening a session waits so long for its listener.
-const READY_WITHIN: Duration = Duration::from_secs(1);
+/// Maximum delay between attempts to listen.
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
 
-/// A session's stream, and what fills it.
+/// Time limit for `open_session` to wait for its listener.
+const LISTENER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A session's push stream and the task that feeds it.
 #[derive(Debug)]
 pub(super) struct Listener {
     pub(super) pushes: PushSender,
@@ -45,18 +48,18 @@ impl Drop for Listener {
 }
 
 impl Inner {
-    /// Starts listening, if nobody does yet, and waits until that has succeeded or failed once.
+    /// Starts the session's listener unless it runs already, and waits for its first success or failure.
     pub(super) async fn listen(self: &Arc<Self>, session: SessionId) -> Result<()> {
         let runtime = self.service.runtime()?;
         let (tried, first_attempt) = oneshot::channel();
-        // The task is known before it is waited for: who asks again meanwhile, or ends the session, finds it.
+        // Store the task before waiting for it, so that a concurrent call or the end of the session finds it.
         if let Some(listener) = lock(&self.listeners).get_mut(&session).filter(|listener| listener.task.is_none()) {
             let task = runtime.spawn(listen(Arc::downgrade(self), session, listener.pushes.clone(), tried));
             listener.task = Some(task.abort_handle());
         } else {
             return Ok(());
         }
-        let _late = within(READY_WITHIN, first_attempt).await;
+        let _ = timeout(LISTENER_TIMEOUT, first_attempt).await; // the listener keeps trying
         Ok(())
     }
 
@@ -69,40 +72,43 @@ impl Inner {
 
 async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, tried: oneshot::Sender<()>) {
     let mut tried = Some(tried);
-    let mut wait = FIRST_PAUSE;
+    let mut delay = MIN_RETRY_DELAY;
     let (mut is_first, mut failures) = (true, 0);
     loop {
         let Some(strong) = inner.upgrade() else { return };
-        let calls = query(strong.names.calls(), "key", Vec::new(), false, i32::MAX as usize);
-        // Of all there is: what was called while nobody listened is there too.
-        let calls = api::StructuredQuery { limit: None, ..calls };
-        let stream = strong.service.listen(&strong.names.session(session), calls).await;
+        let notifications = query(strong.names.notifications(), "key", Vec::new(), false, i32::MAX as usize);
+        // Without a limit: a notification that was written before the stream started must be received too.
+        let notifications = api::StructuredQuery { limit: None, ..notifications };
+        let stream = strong.service.listen(&strong.names.session(session), notifications).await;
         drop(strong);
-        let heard = match stream {
-            Ok(stream) => hear(stream, &inner, &pushes, &mut tried, is_first).await,
+        let outcome = match stream {
+            Ok(stream) => forward(stream, &inner, &pushes, &mut tried, is_first).await,
             Err(fault) => Err(fault),
         };
         drop(tried.take());
         is_first = false;
-        match heard {
-            // The service ends every stream after a while.
-            Ok(()) => (wait, failures) = (FIRST_PAUSE, 0),
+        match outcome {
+            // The service ends each stream after some time.
+            Ok(()) => (delay, failures) = (MIN_RETRY_DELAY, 0),
             Err(fault) => {
                 failures += 1;
                 if failures == 3 {
                     let why = fault.message();
-                    pushes.send(Push::Warning(format!("no pushes, waiting calls ask once a second: {why}")));
+                    pushes.send(Push::Warning(format!(
+                        "notifications unavailable, falling back to polling once per second: {why}"
+                    )));
                 }
             }
         }
-        pause(jitter(wait)).await;
-        wait = (wait * 2).min(LONGEST_PAUSE);
+        pause(jitter(delay)).await;
+        delay = (delay * 2).min(MAX_RETRY_DELAY);
     }
 }
 
-/// Passes on what a stream says. It is an error if it said nothing.
-async fn hear(
-    mut heard: Heard,
+/// Forwards the notifications of a stream as pushes. Returns an error if the stream ended before its first snapshot was
+/// complete.
+async fn forward(
+    mut listened: ListenStream,
     inner: &Weak<Inner>,
     pushes: &PushSender,
     tried: &mut Option<oneshot::Sender<()>>,
@@ -113,18 +119,18 @@ async fn hear(
 
     let mut is_current = false;
     loop {
-        let answer = match heard.stream.message().await {
+        let answer = match listened.stream.message().await {
             Ok(Some(answer)) => answer,
             Ok(None) | Err(_) if is_current => return Ok(()),
             Ok(None) => return Err(malformed()),
-            Err(status) => return Err(super::error::from_status(status, super::error::Does::Read)),
+            Err(status) => return Err(super::error::from_status(status, super::error::RequestKind::Read)),
         };
         match answer.response_type {
             Some(ResponseType::DocumentChange(change)) => {
-                // What cannot be read is not ours.
-                if let Some(Ok(Call { key, token, push, told })) = change.document.as_ref().map(read) {
+                // Skip a document that cannot be read: this store did not write it.
+                if let Some(Ok(Notification { key, token, push, pushed })) = change.document.as_ref().map(read) {
                     if let Some(inner) = inner.upgrade() {
-                        inner.remember_told(&key, token, told);
+                        inner.cache_pushed_record(&key, token, pushed);
                     }
                     if let Some(push) = push {
                         pushes.send(push);
@@ -142,7 +148,7 @@ async fn hear(
                 TargetChangeType::Remove => {
                     let status = change.cause.unwrap_or_default();
                     let status = tonic::Status::new(tonic::Code::from(status.code), status.message);
-                    return Err(super::error::from_status(status, super::error::Does::Read));
+                    return Err(super::error::from_status(status, super::error::RequestKind::Read));
                 }
                 _ => {}
             },
@@ -151,17 +157,17 @@ async fn hear(
     }
 }
 
-/// What a document says.
-struct Call {
+/// A notification document.
+struct Notification {
     key: Key,
     token: TokenId,
-    /// None: nothing but that somebody waits for this hold.
+    /// Push to forward. `None` means only that a waiter has joined the queue of this hold.
     push: Option<Push>,
-    /// The record of the key, written by the same commit, and when that was.
-    told: Option<(KeyRecord, Timestamp, u64)>,
+    /// The key's record from the same commit, with its `update_time` and that time in µs.
+    pushed: Option<(KeyRecord, Timestamp, u64)>,
 }
 
-fn read(document: &api::Document) -> Result<Call> {
+fn read(document: &api::Document) -> Result<Notification> {
     let id = document.name.rsplit('/').next().unwrap_or_default();
     let token = TokenId::from_hex(id).ok_or_else(malformed)?;
     let key = Key::from_encoded(text_of(document, "key")?)?;
@@ -173,12 +179,12 @@ fn read(document: &api::Document) -> Result<Call> {
     } else {
         None
     };
-    let told = match document.fields.contains_key("record") {
+    let pushed = match document.fields.contains_key("record") {
         true => {
             let (record, written) = KeyRecord::read(document)?;
             Some((record, written, micros(written)?))
         }
         false => None,
     };
-    Ok(Call { key, token, push, told })
+    Ok(Notification { key, token, push, pushed })
 }
