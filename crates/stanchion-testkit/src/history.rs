@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_good_history_passes() {
+    fn good_history_passes() {
         // The second was asked for early and waited; the third has no order with it.
         let history = of(vec![grant(1, 1, 0, 1, 5), grant(2, 2, 0, 6, 9), grant(1, 3, 5, 10, 12)]);
         assert_eq!(history.check_fences(), Ok(()));
@@ -174,13 +174,13 @@ mod tests {
     }
 
     #[test]
-    fn a_repeated_fence_is_found() {
+    fn repeated_fence_is_found() {
         let history = of(vec![grant(1, 7, 0, 1, 2), grant(2, 7, 3, 4, 5)]);
         assert!(matches!(history.check_fences(), Err(Violation::FenceRepeated(..))));
     }
 
     #[test]
-    fn a_fence_that_falls_is_found() {
+    fn falling_fence_is_found() {
         let history = of(vec![grant(1, 7, 0, 1, 2), grant(2, 6, 3, 4, 5)]);
         assert!(matches!(history.check_fences(), Err(Violation::FenceOrder(..))));
         let concurrent = of(vec![grant(1, 7, 0, 3, 3), grant(2, 6, 2, 4, 5)]);
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn two_believers_are_found_also_when_a_third_stands_between() {
+    fn overlapping_holders_are_found() {
         let history = of(vec![grant(1, 1, 0, 1, 20), grant(2, 2, 0, 21, 22), grant(3, 3, 0, 30, 31)]);
         assert_eq!(history.check_beliefs(), Ok(()));
         let history = of(vec![grant(1, 1, 0, 1, 100), grant(2, 2, 0, 2, 3)]);
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stale_write_is_found() {
+    fn stale_write_is_found() {
         let write = |fence, accepted| Write { key: "k".into(), fence, accepted };
         let good =
             History { grants: vec![], writes: vec![write(1, true), write(3, true), write(2, false), write(3, true)] };

@@ -24,7 +24,7 @@
 //! ```
 //!
 //! A case that needs what the store does not declare says so on the standard error and passes: `not applicable:
-//! a_push_names_key_token_and_fence needs push`. [`cases`] lists all of them with what they need.
+//! push_names_key_token_and_fence needs push`. [`cases`] lists all of them with what they need.
 //!
 //! `BEHAVIOURS.md` says which behaviour of which library each case stands for.
 #![allow(

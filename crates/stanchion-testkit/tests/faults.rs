@@ -152,8 +152,8 @@ async fn run(seed: u64, faults: &[Fault], end_sessions: bool) -> History {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn lost_late_and_repeated_messages_break_nothing() {
-    let history = run(seed("lost_late_and_repeated_messages_break_nothing"), &MESSAGES, false).await;
+async fn random_message_faults_break_nothing() {
+    let history = run(seed("random_message_faults_break_nothing"), &MESSAGES, false).await;
     history.check_fences().unwrap();
     history.check_beliefs().unwrap();
     history.check_writes().unwrap();
@@ -161,18 +161,18 @@ async fn lost_late_and_repeated_messages_break_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sessions_that_end_unseen_do_no_harm_at_a_resource_that_checks_fences() {
+async fn fencing_resource_rejects_stale_writes() {
     let faults = [Fault::LoseReply, Fault::DelayReply(Duration::from_millis(2))];
-    let history = run(seed("sessions_that_end_unseen_do_no_harm"), &faults, true).await;
+    let history = run(seed("fencing_resource_rejects_stale_writes"), &faults, true).await;
     history.check_fences().unwrap();
     history.check_writes().unwrap();
     assert!(history.writes.iter().any(|write| !write.accepted), "nobody was late: this run shows nothing");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slot_is_run_once_whatever_is_lost_late_or_repeated() {
+async fn slot_runs_once_despite_message_faults() {
     const SLOTS: u64 = 60;
-    let seed = seed("a_slot_is_run_once_whatever_is_lost");
+    let seed = seed("slot_runs_once_despite_message_faults");
     let memory = Memory::new();
     let (mut clients, mut all_faults) = (Vec::new(), Vec::new());
     for client in 0..4 {
@@ -226,9 +226,9 @@ async fn a_slot_is_run_once_whatever_is_lost_late_or_repeated() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn leaders_follow_each_other_whatever_is_lost_late_or_repeated() {
+async fn leaders_never_overlap_under_faults() {
     const TERMS: usize = 150;
-    let seed = seed("leaders_follow_each_other");
+    let seed = seed("leaders_never_overlap_under_faults");
     let memory = Memory::new();
     let resource = Arc::new(Mutex::new(Resource::default()));
     let (mut candidates, mut all_faults) = (Vec::new(), Vec::new());

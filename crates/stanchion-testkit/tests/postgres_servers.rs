@@ -36,7 +36,7 @@ fn busy(server: &PostgresServer) -> Child {
 }
 
 #[test]
-fn each_version_starts_and_is_the_one_asked_for() {
+fn each_version_starts() {
     for (kind, version) in KINDS.into_iter().zip(["15", "18"]) {
         let server = PostgresServer::with(kind, &[("max_connections", "77"), ("deadlock_timeout", "5s")]);
         assert!(server.psql("SHOW server_version").starts_with(version));
@@ -53,13 +53,13 @@ fn each_version_starts_and_is_the_one_asked_for() {
 
 #[test]
 #[should_panic(expected = "relation \"nothing\" does not exist")]
-fn sql_that_is_refused_panics_with_the_message() {
+fn failed_sql_panics_with_the_message() {
     PostgresServer::start(Postgres::V15).psql("SELECT * FROM nothing");
 }
 
 #[test]
 #[should_panic(expected = "unrecognized configuration parameter")]
-fn a_setting_that_does_not_exist_is_told_at_once() {
+fn unknown_setting_panics_at_start() {
     PostgresServer::with(Postgres::V15, &[("no_such_setting", "1")]);
 }
 
@@ -72,7 +72,7 @@ fn servers_of_a_kind_share_no_data() {
 
 /// The commits stay; a query that runs ends with the server.
 #[test]
-fn a_killed_server_returns_with_its_data() {
+fn killed_server_keeps_its_data() {
     for kind in KINDS {
         let mut server = PostgresServer::start(kind);
         server.psql("CREATE TABLE t (x int)");
@@ -94,7 +94,7 @@ fn a_killed_server_returns_with_its_data() {
 
 /// Not only `kill` ends it: a signal does too, and what is left of it is in nobody's way.
 #[test]
-fn a_server_killed_by_a_signal_takes_its_idle_processes_along() {
+fn sigkill_ends_idle_server_processes() {
     for kind in KINDS {
         let mut server = PostgresServer::start(kind);
         server.process().unwrap().signal("KILL");
@@ -105,7 +105,7 @@ fn a_server_killed_by_a_signal_takes_its_idle_processes_along() {
 }
 
 #[test]
-fn a_server_stops_in_good_order_and_returns() {
+fn fast_stop_is_clean_and_restartable() {
     for kind in KINDS {
         let mut server = PostgresServer::start(kind);
         server.psql("CREATE TABLE t (x int)");
@@ -136,7 +136,7 @@ fn passwords_are_required_over_tcp() {
 }
 
 #[test]
-fn tls_refuses_plain_connections() {
+fn tls_server_rejects_plain_connections() {
     for kind in KINDS {
         let server = PostgresServer::with_tls(kind);
         let refused = connect(server.port(), "sslmode=disable", "SELECT 1").unwrap_err();
@@ -150,7 +150,7 @@ fn tls_refuses_plain_connections() {
 }
 
 #[test]
-fn pgbouncer_gives_a_connection_for_a_transaction() {
+fn pgbouncer_pools_per_transaction() {
     for kind in KINDS {
         let server = PostgresServer::start(kind);
         let mut pooler = PgBouncer::with(&server, &[("default_pool_size", "1")]);
@@ -170,13 +170,13 @@ fn pgbouncer_gives_a_connection_for_a_transaction() {
 }
 
 #[test]
-fn pgbouncer_stands_before_a_server_with_passwords() {
+fn pgbouncer_reaches_password_server() {
     let server = PostgresServer::with_passwords(Postgres::V15, &[]);
     assert_eq!(PgBouncer::start(&server).psql_in("postgres", "SELECT 1"), "1");
 }
 
 #[test]
-fn a_standby_streams_reads_and_can_be_promoted() {
+fn standby_streams_and_can_be_promoted() {
     for kind in KINDS {
         let mut primary = PostgresServer::start(kind);
         primary.psql("CREATE TABLE t (x int)");
@@ -199,7 +199,7 @@ fn a_standby_streams_reads_and_can_be_promoted() {
 }
 
 #[test]
-fn a_standby_of_a_server_with_passwords_has_them_too() {
+fn standby_requires_the_same_passwords() {
     let primary = PostgresServer::with_passwords(Postgres::V18, &[]);
     let standby = PostgresServer::standby_of(&primary);
     assert!(connect(standby.port(), "", "SELECT 1").unwrap_err().contains("no password supplied"));
@@ -207,7 +207,7 @@ fn a_standby_of_a_server_with_passwords_has_them_too() {
 }
 
 #[test]
-fn nothing_of_a_server_survives_its_handle() {
+fn dropped_server_leaves_nothing() {
     for kind in KINDS {
         let server = PostgresServer::start(kind);
         let pooler = PgBouncer::start(&server);
@@ -245,7 +245,7 @@ fn process_with_a_server() {
 }
 
 #[test]
-fn nothing_survives_a_test_process_that_is_killed() {
+fn killed_test_process_leaves_nothing() {
     for kind in ["15", "18"] {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["process_with_a_server", "--exact", "--nocapture"])

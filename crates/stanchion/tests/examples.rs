@@ -82,7 +82,7 @@ fn place(lines: &[String], beginning: &str) -> usize {
 }
 
 #[test]
-fn the_scheduler_is_led_by_one_after_the_other_in_rising_terms() {
+fn scheduler_leaders_have_rising_terms() {
     let lines = says("leader_scheduler");
     let mut led = Vec::new();
     let mut last_term = 0;
@@ -101,7 +101,7 @@ fn the_scheduler_is_led_by_one_after_the_other_in_rising_terms() {
 }
 
 #[test]
-fn the_long_job_ends_in_good_order_when_it_is_told_to() {
+fn long_job_ends_cleanly_on_sigterm() {
     let lines = says("graceful_shutdown");
     place(&lines, "batch 1 is in, under the fence ");
     let told = place(&lines, "told to end after batch ");
@@ -113,7 +113,7 @@ fn the_long_job_ends_in_good_order_when_it_is_told_to() {
 }
 
 #[test]
-fn the_report_is_made_once_for_each_day_and_again_after_a_failure() {
+fn report_runs_once_a_day_until_success() {
     let lines = says("once_report");
     let of_day = |day: &str, what: &str| lines.iter().filter(|line| line.contains(day) && line.contains(what)).count();
     assert_eq!((of_day("day 20412", "made under the fence"), of_day("day 20412", "done by")), (1, 2), "{lines:#?}");
@@ -127,7 +127,7 @@ fn the_report_is_made_once_for_each_day_and_again_after_a_failure() {
 }
 
 #[test]
-fn transfers_lose_no_money_and_an_old_fence_is_refused() {
+fn transfers_keep_money_and_check_fences() {
     let lines = says("transfer");
     place(&lines, "alice has 9400 cents, bob has 10600, together 20000");
     let refused = place(&lines, "refused: alice has seen the fence ");
@@ -135,7 +135,7 @@ fn transfers_lose_no_money_and_an_old_fence_is_refused() {
 }
 
 #[test]
-fn a_loss_is_told_in_every_way() {
+fn loss_is_reported_in_every_way() {
     let lines = says("on_lost");
     let forced = "it was released by force";
     place(&lines, &format!("the guard says: {forced}"));
@@ -151,7 +151,7 @@ fn a_loss_is_told_in_every_way() {
 }
 
 #[test]
-fn readers_share_and_do_not_pass_a_writer_that_waits() {
+fn readers_share_and_never_pass_a_writer() {
     let lines = says("readers_writers");
     assert!(place(&lines, "the first reader is in") < place(&lines, "the second reader is in"));
     let writer = place(&lines, "the writer is in");

@@ -91,7 +91,7 @@ fn documented(heading: &str) -> BTreeSet<String> {
 
 /// One test, because recorder and subscriber are the process's.
 #[test]
-fn what_is_told_has_the_documented_names_and_shows_keys_as_asked() {
+fn telemetry_names_match_the_docs() {
     let recorder = DebuggingRecorder::new();
     let snapshotter = recorder.snapshotter();
     recorder.install().unwrap();

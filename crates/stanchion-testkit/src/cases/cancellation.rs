@@ -73,7 +73,7 @@ async fn at_every_poll<T>(observer: &Locks, what: &str, mut work: impl AsyncFnMu
     panic!("{what} did not complete within {MOST} polls");
 }
 
-pub async fn a_call_that_is_dropped_at_any_await_leaves_nothing<S: Store>(env: &Environment<S>) {
+pub async fn dropped_calls_leave_nothing<S: Store>(env: &Environment<S>) {
     with_slow_stores(env, async |Handles { slow, locks, observer }| {
         at_every_poll(&observer, "lock", async || locks.lock("k").await.unwrap()).await;
         at_every_poll(&observer, "a fixed lifetime", async || locks.lock("k").ttl(MINUTE).await.unwrap()).await;
@@ -120,7 +120,7 @@ pub async fn a_call_that_is_dropped_at_any_await_leaves_nothing<S: Store>(env: &
     .await;
 }
 
-pub async fn a_wait_that_is_dropped_at_any_await_leaves_nothing<S: Store>(env: &Environment<S>) {
+pub async fn dropped_waits_leave_nothing<S: Store>(env: &Environment<S>) {
     with_slow_stores(env, async |Handles { locks, observer, .. }| {
         for ttl in [None, Some(MINUTE)] {
             let held = async || match ttl {
@@ -165,7 +165,7 @@ pub async fn a_wait_that_is_dropped_at_any_await_leaves_nothing<S: Store>(env: &
     .await;
 }
 
-pub async fn what_is_made_of_locks_may_be_dropped_at_any_await<S: Store>(env: &Environment<S>) {
+pub async fn dropped_primitives_leave_nothing<S: Store>(env: &Environment<S>) {
     with_slow_stores(env, async |Handles { locks, observer, .. }| {
         at_every_poll(&observer, "read", async || locks.read("k").await.unwrap()).await;
         at_every_poll(&observer, "write", async || locks.write("k").await.unwrap()).await;

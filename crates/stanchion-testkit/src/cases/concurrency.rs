@@ -10,7 +10,7 @@ use tokio::task::LocalSet;
 
 use crate::environment::{Environment, Random, key, seed};
 
-pub async fn of_many_contenders_one_wins_each_round<S: Store>(env: &Environment<S>) {
+pub async fn contending_tasks_have_one_winner<S: Store>(env: &Environment<S>) {
     let mut actors = Vec::new();
     for _ in 0..8 {
         actors.push(std::rc::Rc::new(env.actor().await));
@@ -55,8 +55,8 @@ struct Expected {
     last: Option<Fence>,
 }
 
-pub async fn random_operations_agree_with_an_oracle<S: Store>(env: &Environment<S>) {
-    let mut random = Random::new(seed("random_operations_agree_with_an_oracle"));
+pub async fn random_operations_match_an_oracle<S: Store>(env: &Environment<S>) {
+    let mut random = Random::new(seed("random_operations_match_an_oracle"));
     let mut actors = Vec::new();
     for _ in 0..4 {
         actors.push(env.actor().await);

@@ -16,7 +16,7 @@ fn taking<S: Store>(actor: &Actor<S>, units: u32) -> AcquireRequest {
     AcquireRequest { demand: Demand::new(units, 3).unwrap(), ..actor.request(&key("k")) }
 }
 
-pub async fn a_hand_off_is_found_by_asking_alone<S: Store>(env: &Environment<S>) {
+pub async fn poll_finds_handoff_without_push<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, granted) = holder.takes(&key("k")).await;
     let request = waiter.request(&key("k"));
@@ -27,7 +27,7 @@ pub async fn a_hand_off_is_found_by_asking_alone<S: Store>(env: &Environment<S>)
     assert_eq!(waiter.gets(&request).await, polled, "asking again gives the same");
 }
 
-pub async fn a_head_that_gives_up_lets_the_next_in<S: Store>(env: &Environment<S>) {
+pub async fn abandoning_head_lets_next_waiter_in<S: Store>(env: &Environment<S>) {
     let (holder, big, small) = (env.actor().await, env.actor().await, env.actor().await);
     holder.gets(&taking(&holder, 2)).await;
     let head = taking(&big, 2);
@@ -40,7 +40,7 @@ pub async fn a_head_that_gives_up_lets_the_next_in<S: Store>(env: &Environment<S
     assert!(small.granted(&key("k"), next.token).await.is_some());
 }
 
-pub async fn a_writer_that_gives_up_lets_the_readers_in<S: Store>(env: &Environment<S>) {
+pub async fn abandoning_writer_lets_readers_in<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let demanding = |demand| AcquireRequest { demand, ..actor.request(&key("k")) };
     actor.gets(&demanding(Demand::READ)).await;
@@ -57,7 +57,7 @@ pub async fn a_writer_that_gives_up_lets_the_readers_in<S: Store>(env: &Environm
     assert_eq!(actor.sees(&key("k")).await.holders.len(), 3);
 }
 
-pub async fn a_stream_of_readers_does_not_starve_a_writer<S: Store>(env: &Environment<S>) {
+pub async fn reader_stream_never_starves_a_writer<S: Store>(env: &Environment<S>) {
     let (readers, writer) = (env.actor().await, env.actor().await);
     let reading = || AcquireRequest { demand: Demand::READ, ..readers.request(&key("k")) };
     let mut inside: Vec<TokenId> = Vec::new();
@@ -83,7 +83,7 @@ pub async fn a_stream_of_readers_does_not_starve_a_writer<S: Store>(env: &Enviro
     }
 }
 
-pub async fn one_release_serves_as_many_as_fit_in_order<S: Store>(env: &Environment<S>) {
+pub async fn release_serves_fitting_waiters_in_order<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let all = taking(&actor, 3);
     let mut last = actor.gets(&all).await.fence;
@@ -101,7 +101,7 @@ pub async fn one_release_serves_as_many_as_fit_in_order<S: Store>(env: &Environm
     assert!(matches!(third, PollOutcome::Queued(queued) if queued.ahead == 0), "{third:?}");
 }
 
-pub async fn a_small_demand_does_not_pass_a_large_one<S: Store>(env: &Environment<S>) {
+pub async fn small_demand_cannot_pass_a_large_one<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
     let held = taking(&actor, 1);
     actor.gets(&held).await;
@@ -116,7 +116,7 @@ pub async fn a_small_demand_does_not_pass_a_large_one<S: Store>(env: &Environmen
     assert_eq!(other.granted(&key("k"), small.token).await, None);
 }
 
-pub async fn an_oversized_mix_never_exceeds_the_capacity<S: Store>(env: &Environment<S>) {
+pub async fn mixed_demands_never_exceed_capacity<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let mut open = Vec::new();
     for units in [2, 1, 3, 2, 2, 1, 1, 3, 1, 2] {
@@ -142,7 +142,7 @@ pub async fn an_oversized_mix_never_exceeds_the_capacity<S: Store>(env: &Environ
     assert!(!actor.sees_held(&key("k")).await);
 }
 
-pub async fn every_way_to_leave_tells_the_next<S: Store>(env: &Environment<S>) {
+pub async fn every_kind_of_release_notifies_next<S: Store>(env: &Environment<S>) {
     for way in 0..4 {
         let (holder, mut waiter) = (env.actor().await, env.actor().await);
         let (token, granted) = holder.takes(&key("k")).await;
@@ -163,7 +163,7 @@ pub async fn every_way_to_leave_tells_the_next<S: Store>(env: &Environment<S>) {
     }
 }
 
-pub async fn each_of_several_tokens_of_a_session_is_told<S: Store>(env: &Environment<S>) {
+pub async fn push_reaches_each_token_of_a_session<S: Store>(env: &Environment<S>) {
     let (holder, mut waiter) = (env.actor().await, env.actor().await);
     let mut expected = Vec::new();
     for name in ["a", "b", "c"] {
@@ -184,7 +184,7 @@ pub async fn each_of_several_tokens_of_a_session_is_told<S: Store>(env: &Environ
     assert_eq!(told, expected);
 }
 
-pub async fn a_waiter_stays_after_its_question_has_become_too_late<S: Store>(env: &Environment<S>) {
+pub async fn waiter_outlives_its_request_deadline<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let now = waiter.store.inspect(&key("k")).await.unwrap().time;
@@ -206,7 +206,7 @@ pub async fn a_waiter_stays_after_its_question_has_become_too_late<S: Store>(env
     assert!(!waiter.sees_held(&key("k")).await);
 }
 
-pub async fn a_late_message_of_an_old_token_does_not_touch_the_next_one<S: Store>(env: &Environment<S>) {
+pub async fn late_messages_spare_the_next_token<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
     let fixed = Lifetime::Fixed(Duration::from_secs(60));
     let old = AcquireRequest { lifetime: fixed, ..actor.request(&key("k")) };
@@ -228,7 +228,7 @@ pub async fn a_late_message_of_an_old_token_does_not_touch_the_next_one<S: Store
     assert!(other.granted(&key("k"), waiting).await.is_some());
 }
 
-pub async fn a_queue_full_of_the_dead_has_room<S: Store>(env: &Environment<S>) {
+pub async fn full_queue_of_dead_waiters_has_room<S: Store>(env: &Environment<S>) {
     let (holder, dying, last) = (env.actor().await, env.mortal(Duration::from_secs(3)).await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let mut entered = 0;

@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use stanchion::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, EndOutcome, ExtendOutcome, Lifetime, PollOutcome,
-};
+use stanchion::store::{AcquireOutcome, AcquireRequest, EndOutcome, ExtendOutcome, Lifetime, PollOutcome};
 use stanchion::{Store, TokenId};
 
 use crate::environment::{Actor, Environment, key};
@@ -16,7 +14,7 @@ fn fixed<S: Store>(actor: &Actor<S>, ttl: Duration) -> AcquireRequest {
     AcquireRequest { lifetime: Lifetime::Fixed(ttl), ..actor.request(&key("k")) }
 }
 
-pub async fn a_free_key_is_granted_and_released<S: Store>(env: &Environment<S>) {
+pub async fn free_key_is_granted_and_released<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let (token, granted) = actor.takes(&key("k")).await;
     assert_eq!(granted.remaining, None, "a session hold has no deadline");
@@ -25,7 +23,7 @@ pub async fn a_free_key_is_granted_and_released<S: Store>(env: &Environment<S>) 
     assert!(!actor.sees_held(&key("k")).await);
 }
 
-pub async fn three_keys_at_once_are_independent<S: Store>(env: &Environment<S>) {
+pub async fn held_keys_are_independent<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let (a, _) = actor.takes(&key("a")).await;
     actor.takes(&key("b")).await;
@@ -35,7 +33,7 @@ pub async fn three_keys_at_once_are_independent<S: Store>(env: &Environment<S>) 
     assert!(actor.sees_held(&key("b")).await && actor.sees_held(&key("c")).await);
 }
 
-pub async fn a_held_key_is_busy_also_for_its_holder<S: Store>(env: &Environment<S>) {
+pub async fn held_key_is_busy_even_for_its_holder<S: Store>(env: &Environment<S>) {
     let (holder, other) = (env.actor().await, env.actor().await);
     holder.takes(&key("k")).await;
     for actor in [&holder, &other] {
@@ -46,7 +44,7 @@ pub async fn a_held_key_is_busy_also_for_its_holder<S: Store>(env: &Environment<
     assert!(holder.sees(&key("k")).await.waiters.is_empty());
 }
 
-pub async fn a_repeated_acquire_returns_the_same_grant<S: Store>(env: &Environment<S>) {
+pub async fn repeated_acquire_returns_same_grant<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let request = actor.request(&key("k"));
     let first = actor.gets(&request).await;
@@ -57,7 +55,7 @@ pub async fn a_repeated_acquire_returns_the_same_grant<S: Store>(env: &Environme
     assert!(!actor.sees_held(&key("k")).await, "one release is enough");
 }
 
-pub async fn a_repeated_release_finds_nothing<S: Store>(env: &Environment<S>) {
+pub async fn repeated_release_finds_nothing<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
     let (token, _) = actor.takes(&key("k")).await;
     assert_eq!(actor.releases(&key("k"), token).await, EndOutcome::Released);
@@ -67,7 +65,7 @@ pub async fn a_repeated_release_finds_nothing<S: Store>(env: &Environment<S>) {
     assert!(other.granted(&key("k"), next).await.is_some(), "the next holder is not touched");
 }
 
-pub async fn a_wrong_token_does_nothing<S: Store>(env: &Environment<S>) {
+pub async fn wrong_token_changes_nothing<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let request = fixed(&actor, MINUTE);
     let granted = actor.gets(&request).await;
@@ -88,14 +86,14 @@ pub async fn a_wrong_token_does_nothing<S: Store>(env: &Environment<S>) {
     assert_eq!(actor.releases(&key("k"), request.token).await, EndOutcome::Released);
 }
 
-pub async fn an_abandoned_grant_is_gone<S: Store>(env: &Environment<S>) {
+pub async fn abandon_releases_the_grant<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let (token, _) = actor.takes(&key("k")).await;
     assert_eq!(actor.store.abandon(&key("k"), token).await.unwrap().outcome, EndOutcome::Released);
     assert!(!actor.sees_held(&key("k")).await);
 }
 
-pub async fn a_fixed_term_ends_and_another_can_have_the_key<S: Store>(env: &Environment<S>) {
+pub async fn expired_fixed_hold_frees_the_key<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
     let request = fixed(&actor, SHORT);
     let granted = actor.gets(&request).await;
@@ -112,7 +110,7 @@ pub async fn a_fixed_term_ends_and_another_can_have_the_key<S: Store>(env: &Envi
     assert!(other.granted(&key("k"), token).await.is_some());
 }
 
-pub async fn a_fixed_term_counts_from_the_grant_not_from_the_question<S: Store>(env: &Environment<S>) {
+pub async fn repeated_acquire_moves_no_deadline<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let request = fixed(&actor, MINUTE);
     let first = actor.gets(&request).await.remaining.unwrap();
@@ -123,7 +121,7 @@ pub async fn a_fixed_term_counts_from_the_grant_not_from_the_question<S: Store>(
     assert!(polled <= repeated);
 }
 
-pub async fn a_session_hold_ends_at_its_max_hold<S: Store>(env: &Environment<S>) {
+pub async fn session_hold_ends_at_max_hold<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
     let lifetime = Lifetime::Session { max_hold: Some(SHORT) };
     let request = AcquireRequest { lifetime, ..actor.request(&key("k")) };
@@ -132,7 +130,7 @@ pub async fn a_session_hold_ends_at_its_max_hold<S: Store>(env: &Environment<S>)
     other.takes(&key("k")).await;
 }
 
-pub async fn extending_counts_from_now_keeps_the_fence_and_may_shorten<S: Store>(env: &Environment<S>) {
+pub async fn extend_sets_deadline_and_keeps_fence<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     // A third of it is left for a machine that is busy.
     let ttl = 2 * SHORT;
@@ -152,7 +150,7 @@ pub async fn extending_counts_from_now_keeps_the_fence_and_may_shorten<S: Store>
     assert_eq!(actor.polls(&key("k"), request.token).await, PollOutcome::Gone);
 }
 
-pub async fn extending_never_creates_and_never_revives<S: Store>(env: &Environment<S>) {
+pub async fn extend_never_creates_or_revives<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let request = fixed(&actor, SHORT);
     actor.gets(&request).await;
@@ -166,7 +164,7 @@ pub async fn extending_never_creates_and_never_revives<S: Store>(env: &Environme
     assert_eq!(extend().await, ExtendOutcome::NotHeld);
 }
 
-pub async fn extending_races_a_contender_at_the_end_and_one_of_them_wins<S: Store>(env: &Environment<S>) {
+pub async fn extend_or_contender_wins_at_expiry<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
     for _ in 0..8 {
         let request = fixed(&actor, Duration::from_millis(30));
@@ -185,58 +183,7 @@ pub async fn extending_races_a_contender_at_the_end_and_one_of_them_wins<S: Stor
     }
 }
 
-fn adopting<S: Store>(actor: &Actor<S>, from: TokenId) -> AdoptRequest {
-    let request = actor.request(&key("k"));
-    AdoptRequest { key: key("k"), from, to: request.token, session: actor.session, not_after: request.not_after }
-}
-
-pub async fn of_two_who_adopt_one_gets_it<S: Store>(env: &Environment<S>) {
-    let (first, second, third) = (env.actor().await, env.actor().await, env.actor().await);
-    let request = fixed(&first, MINUTE);
-    let fence = first.gets(&request).await.fence;
-    let (a, b) = (adopting(&second, request.token), adopting(&third, request.token));
-    let (one, two) = tokio::join!(second.store.adopt(a.clone()), third.store.adopt(b.clone()));
-    let outcomes = [one.unwrap().outcome, two.unwrap().outcome];
-    let adopted: Vec<_> = outcomes.iter().filter(|outcome| matches!(outcome, AdoptOutcome::Adopted { .. })).collect();
-    assert_eq!(adopted.len(), 1, "{outcomes:?}");
-    let AdoptOutcome::Adopted { granted, session_bound } = *adopted[0] else { unreachable!() };
-    assert_eq!(granted.fence, fence);
-    assert!(granted.remaining.unwrap() <= MINUTE && !session_bound);
-    assert_eq!(first.polls(&key("k"), request.token).await, PollOutcome::Gone, "the old token is over");
-    // Asked again, the answer is the same.
-    let again =
-        if matches!(outcomes[0], AdoptOutcome::Adopted { .. }) { second.store.adopt(a) } else { third.store.adopt(b) };
-    assert!(matches!(again.await.unwrap().outcome, AdoptOutcome::Adopted { .. }));
-}
-
-pub async fn an_adopted_session_hold_moves_to_the_new_session<S: Store>(env: &Environment<S>) {
-    let (first, second) = (env.actor().await, env.actor().await);
-    let (token, granted) = first.takes(&key("k")).await;
-    let request = adopting(&second, token);
-    let outcome = second.store.adopt(request.clone()).await.unwrap().outcome;
-    assert_eq!(outcome, AdoptOutcome::Adopted { granted, session_bound: true });
-    first.store.close_session(first.session).await.unwrap();
-    assert!(second.granted(&key("k"), request.to).await.is_some());
-    second.store.close_session(second.session).await.unwrap();
-    assert!(!env.actor().await.sees_held(&key("k")).await);
-}
-
-pub async fn adopting_nothing_creates_nothing<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
-    let request = adopting(&actor, TokenId::random().unwrap());
-    assert_eq!(actor.store.adopt(request.clone()).await.unwrap().outcome, AdoptOutcome::Gone);
-    let request_late = AdoptRequest { not_after: stanchion::store::StoreTime::from_micros(0), ..request };
-    let held = fixed(&actor, MINUTE);
-    actor.gets(&held).await;
-    let late = AdoptRequest { from: held.token, ..request_late };
-    assert_eq!(actor.store.adopt(late).await.unwrap().outcome, AdoptOutcome::Stale);
-    assert!(actor.granted(&key("k"), held.token).await.is_some());
-    actor.store.close_session(actor.session).await.unwrap();
-    let dead = adopting(&actor, held.token);
-    assert_eq!(actor.store.adopt(dead).await.unwrap().outcome, AdoptOutcome::SessionGone);
-}
-
-pub async fn fences_rise_over_every_grant_however_the_last_one_ended<S: Store>(env: &Environment<S>) {
+pub async fn fences_rise_however_holds_end<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let mut last = None;
     for round in 0..40 {
@@ -257,7 +204,7 @@ pub async fn fences_rise_over_every_grant_however_the_last_one_ended<S: Store>(e
     }
 }
 
-pub async fn fences_of_many_keys_never_repeat_when_they_come_back<S: Store>(env: &Environment<S>) {
+pub async fn reused_keys_never_repeat_fences<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let mut fences = Vec::new();
     for round in 0..2 {

@@ -75,7 +75,7 @@ fn odd_names() -> Vec<String> {
     names
 }
 
-pub async fn keys_of_any_content_are_apart_and_read_back_whole<S: Store>(env: &Environment<S>) {
+pub async fn keys_of_any_content_stay_distinct<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let mut keys: Vec<Key> = odd_names().iter().map(|name| key(name)).collect();
     keys.extend(["1", ":", "a"].map(|namespace| Key::new(namespace, "a").unwrap()));
@@ -99,13 +99,13 @@ pub async fn keys_of_any_content_are_apart_and_read_back_whole<S: Store>(env: &E
     }
 }
 
-pub async fn a_composed_and_a_decomposed_key_are_the_same<S: Store>(env: &Environment<S>) {
+pub async fn composed_and_decomposed_keys_are_equal<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     actor.takes(&key("caf\u{e9}")).await;
     actor.queues(&key("cafe\u{301}")).await;
 }
 
-pub async fn an_unknown_key_is_free_and_not_listed<S: Store>(env: &Environment<S>) {
+pub async fn unknown_key_is_free_and_not_listed<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let state = actor.sees(&key("never")).await;
     assert_eq!((state.holders.len(), state.waiters.len(), state.closed_for), (0, 0, None));
@@ -114,7 +114,7 @@ pub async fn an_unknown_key_is_free_and_not_listed<S: Store>(env: &Environment<S
     assert!(actor.lists("").await.is_empty(), "only what is held, waited for or closed");
 }
 
-pub async fn what_is_seen_of_holders_and_waiters<S: Store>(env: &Environment<S>) {
+pub async fn inspect_shows_holders_and_waiters<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let request = AcquireRequest {
         metadata: Some("nightly \u{1b}[2J 鍵".into()),
@@ -152,7 +152,7 @@ pub async fn what_is_seen_of_holders_and_waiters<S: Store>(env: &Environment<S>)
     assert_eq!((state.holders[0].units, state.holders[0].remaining), (3, None));
 }
 
-pub async fn nothing_that_is_seen_holds_a_token<S: Store>(env: &Environment<S>) {
+pub async fn inspect_shows_no_token<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let waiting = waiter.queues(&key("k")).await;
@@ -162,7 +162,7 @@ pub async fn nothing_that_is_seen_holds_a_token<S: Store>(env: &Environment<S>) 
     }
 }
 
-pub async fn listing_goes_by_prefix_and_page<S: Store>(env: &Environment<S>) {
+pub async fn list_selects_by_prefix_and_page<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     for i in 0..25 {
         actor.takes(&key(&format!("a{i:02}"))).await;
@@ -183,7 +183,7 @@ pub async fn listing_goes_by_prefix_and_page<S: Store>(env: &Environment<S>) {
     assert!(actor.lists(":nothing").await.is_empty());
 }
 
-pub async fn what_has_ended_is_not_listed<S: Store>(env: &Environment<S>) {
+pub async fn ended_holds_are_not_listed<S: Store>(env: &Environment<S>) {
     let (dead, actor) = (env.actor().await, env.actor().await);
     dead.takes(&key("dead")).await;
     let short = Lifetime::Fixed(Duration::from_secs(1));

@@ -11,7 +11,7 @@ use crate::environment::{Environment, until};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-pub async fn a_lock_waits_for_the_one_before_it<S: Store>(env: &Environment<S>) {
+pub async fn lock_waits_for_earlier_holder<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let guard = one.lock("k").metadata("first").await.unwrap();
     assert!(two.try_lock("k").await.unwrap().is_none());
@@ -25,7 +25,7 @@ pub async fn a_lock_waits_for_the_one_before_it<S: Store>(env: &Environment<S>) 
     until("a dropped guard releases", async || !one.is_locked("k").await.unwrap()).await;
 }
 
-pub async fn a_wait_has_a_limit<S: Store>(env: &Environment<S>) {
+pub async fn wait_limit_ends_the_wait<S: Store>(env: &Environment<S>) {
     let locks = env.locks().open().await.unwrap();
     let _guard = locks.lock("k").await.unwrap();
     let waiting = tokio::spawn(locks.lock("k").wait(Duration::from_millis(1500)).into_future());
@@ -35,7 +35,7 @@ pub async fn a_wait_has_a_limit<S: Store>(env: &Environment<S>) {
     until("its place is given up", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
 }
 
-pub async fn at_most_the_capacity_is_ever_inside<S: Store>(env: &Environment<S>) {
+pub async fn permits_never_exceed_capacity<S: Store>(env: &Environment<S>) {
     let handles = [env.locks().open().await.unwrap(), env.locks().open().await.unwrap()];
     let (inside, most) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
     let tasks: Vec<_> = (0..12)
@@ -60,7 +60,7 @@ pub async fn at_most_the_capacity_is_ever_inside<S: Store>(env: &Environment<S>)
     assert!(!handles[0].is_locked("k").await.unwrap());
 }
 
-pub async fn a_read_modify_write_under_the_lock_loses_nothing<S: Store>(env: &Environment<S>) {
+pub async fn run_makes_read_modify_write_atomic<S: Store>(env: &Environment<S>) {
     let handles = [env.locks().open().await.unwrap(), env.locks().open().await.unwrap()];
     let counter = Arc::new(AtomicU32::new(0));
     let tasks: Vec<_> = (0..8)
@@ -84,7 +84,7 @@ pub async fn a_read_modify_write_under_the_lock_loses_nothing<S: Store>(env: &En
     assert_eq!(counter.load(Ordering::SeqCst), 120);
 }
 
-pub async fn a_forced_release_ends_the_running_body<S: Store>(env: &Environment<S>) {
+pub async fn force_release_ends_running_body<S: Store>(env: &Environment<S>) {
     let (locks, operator) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let running = tokio::spawn({
         let locks = locks.clone();
@@ -97,7 +97,7 @@ pub async fn a_forced_release_ends_the_running_body<S: Store>(env: &Environment<
     assert!(operator.lock("k").await.unwrap().fence() > fence);
 }
 
-pub async fn a_detached_hold_is_taken_up_by_another_handle<S: Store>(env: &Environment<S>) {
+pub async fn other_handle_adopts_detached_hold<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let guard = one.lock("k").ttl(MINUTE).await.unwrap();
     let fence = guard.fence();
@@ -113,7 +113,7 @@ pub async fn a_detached_hold_is_taken_up_by_another_handle<S: Store>(env: &Envir
     assert!(!two.is_locked("k").await.unwrap());
 }
 
-pub async fn a_fixed_term_is_lost_before_another_can_have_it<S: Store>(env: &Environment<S>) {
+pub async fn fixed_hold_is_lost_before_key_is_free<S: Store>(env: &Environment<S>) {
     let locks = env.locks().open().await.unwrap();
     let ttl = Duration::from_millis(400);
     let guard = locks.lock("k").ttl(ttl).await.unwrap();
@@ -132,7 +132,7 @@ pub async fn a_fixed_term_is_lost_before_another_can_have_it<S: Store>(env: &Env
     until("free", async || locks.try_lock("k").await.unwrap().is_some()).await;
 }
 
-pub async fn a_cooldown_skips_those_who_come_too_soon<S: Store>(env: &Environment<S>) {
+pub async fn cooldown_rejects_early_requests<S: Store>(env: &Environment<S>) {
     let locks = env.locks().open().await.unwrap();
     let pause = Duration::from_millis(200);
     let mut ran = 0;
@@ -147,7 +147,7 @@ pub async fn a_cooldown_skips_those_who_come_too_soon<S: Store>(env: &Environmen
     assert!(locks.try_lock("k").await.unwrap().is_some());
 }
 
-pub async fn namespaces_are_apart<S: Store>(env: &Environment<S>) {
+pub async fn namespaces_are_isolated<S: Store>(env: &Environment<S>) {
     let one = env.locks().namespace("one").open().await.unwrap();
     let two = env.locks().namespace("two").open().await.unwrap();
     let _guard = one.lock("k").await.unwrap();
@@ -157,7 +157,7 @@ pub async fn namespaces_are_apart<S: Store>(env: &Environment<S>) {
     assert!(env.locks().open().await.unwrap().list("").await.unwrap().is_empty());
 }
 
-pub async fn bad_arguments_are_refused_and_leave_nothing<S: Store>(env: &Environment<S>) {
+pub async fn invalid_arguments_are_rejected<S: Store>(env: &Environment<S>) {
     let locks = env.locks().open().await.unwrap();
     for name in ["".to_owned(), "x".repeat(513), "a\0b".to_owned()] {
         for error in [

@@ -68,7 +68,7 @@ pub async fn one_queue_serves_every_kind_in_order<S: Store>(env: &Environment<S>
     }
 }
 
-pub async fn smaller_limit_holds_until_its_holders_go<S: Store>(env: &Environment<S>) {
+pub async fn smaller_limit_applies_until_release<S: Store>(env: &Environment<S>) {
     let (old, new) = (env.actor().await, env.actor().await);
     let of_three = wanting(&old, of(1, 3));
     old.gets(&of_three).await;
@@ -90,7 +90,7 @@ pub async fn smaller_limit_holds_until_its_holders_go<S: Store>(env: &Environmen
     assert_eq!(new.sees(&key("k")).await.capacity(), Some(5));
 }
 
-pub async fn raised_limit_counts_once_old_holders_go<S: Store>(env: &Environment<S>) {
+pub async fn raised_limit_applies_after_old_holders<S: Store>(env: &Environment<S>) {
     let (old, new) = (env.actor().await, env.actor().await);
     let held: [_; 3] = std::array::from_fn(|_| wanting(&old, of(1, 3)));
     for request in &held {
@@ -133,7 +133,7 @@ pub async fn lowered_limit_waits_for_old_holders<S: Store>(env: &Environment<S>)
     }
 }
 
-pub async fn forced_out_holder_limits_nobody<S: Store>(env: &Environment<S>) {
+pub async fn force_released_holder_limits_nobody<S: Store>(env: &Environment<S>) {
     let (old, new) = (env.actor().await, env.actor().await);
     let fence = old.gets(&wanting(&old, of(1, 2))).await.fence;
     new.gets(&wanting(&new, of(1, 4))).await;
@@ -152,8 +152,8 @@ struct Call {
 }
 
 /// One step after the other, with random kinds and limits, on the store and on the reference.
-pub async fn random_limits_agree_with_a_reference<S: Store>(env: &Environment<S>) {
-    let mut random = Random::new(seed("random_limits_agree_with_a_reference"));
+pub async fn random_limits_match_the_reference<S: Store>(env: &Environment<S>) {
+    let mut random = Random::new(seed("random_limits_match_the_reference"));
     let k = key("k");
     let mut actors = Vec::new();
     for _ in 0..3 {

@@ -14,7 +14,7 @@ use crate::environment::{Environment, key, until};
 const SHORT: Duration = Duration::from_secs(2);
 const MINUTE: Duration = Duration::from_secs(60);
 
-pub async fn a_session_that_ended_by_time_is_not_opened_again<S: Store>(env: &Environment<S>) {
+pub async fn expired_session_cannot_reopen<S: Store>(env: &Environment<S>) {
     let actor = env.mortal(SHORT).await;
     env.pass(SHORT + Duration::from_millis(10)).await;
     let again = OpenSession { session: actor.session, ttl: MINUTE, owner: "again".into() };
@@ -24,7 +24,7 @@ pub async fn a_session_that_ended_by_time_is_not_opened_again<S: Store>(env: &En
     assert_eq!(actor.ask(&actor.request(&key("k"))).await, AcquireOutcome::SessionGone);
 }
 
-pub async fn a_beat_keeps_its_own_session_alone<S: Store>(env: &Environment<S>) {
+pub async fn renewal_keeps_only_its_own_session<S: Store>(env: &Environment<S>) {
     let life = 2 * SHORT;
     let (beating, silent, other) = (env.mortal(life).await, env.mortal(life).await, env.actor().await);
     let (kept, _) = beating.takes(&key("kept")).await;
@@ -41,7 +41,7 @@ pub async fn a_beat_keeps_its_own_session_alone<S: Store>(env: &Environment<S>) 
     assert_eq!(silent.store.renew_session(silent.session).await.unwrap().outcome, RenewOutcome::Gone);
 }
 
-pub async fn asking_is_no_beat<S: Store>(env: &Environment<S>) {
+pub async fn requests_do_not_renew_session<S: Store>(env: &Environment<S>) {
     let actor = env.mortal(SHORT).await;
     let request = actor.request(&key("k"));
     for _ in 0..4 {
@@ -52,7 +52,7 @@ pub async fn asking_is_no_beat<S: Store>(env: &Environment<S>) {
     assert_eq!(actor.polls(&key("k"), request.token).await, PollOutcome::Gone, "only a beat renews");
 }
 
-pub async fn the_end_of_a_session_is_told_to_the_waiter_beforehand<S: Store>(env: &Environment<S>) {
+pub async fn waiter_learns_session_deadline<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.mortal(SHORT).await, env.actor().await);
     holder.takes(&key("k")).await;
     let request = waiter.request(&key("k"));
@@ -63,7 +63,7 @@ pub async fn the_end_of_a_session_is_told_to_the_waiter_beforehand<S: Store>(env
     until("granted", async || waiter.granted(&key("k"), request.token).await.is_some()).await;
 }
 
-pub async fn asking_for_a_session_that_was_never_opened_enters_nothing<S: Store>(env: &Environment<S>) {
+pub async fn unknown_session_cannot_acquire<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let request = AcquireRequest { session: SessionId::random().unwrap(), ..actor.request(&key("k")) };
     assert_eq!(actor.ask(&request).await, AcquireOutcome::SessionGone);
@@ -73,14 +73,14 @@ pub async fn asking_for_a_session_that_was_never_opened_enters_nothing<S: Store>
     assert!(actor.sees(&key("k")).await.waiters.is_empty());
 }
 
-pub async fn closing_a_session_that_is_not_there_is_nothing<S: Store>(env: &Environment<S>) {
+pub async fn closing_unknown_session_changes_nothing<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let (token, _) = actor.takes(&key("k")).await;
     actor.store.close_session(SessionId::random().unwrap()).await.unwrap();
     assert!(actor.granted(&key("k"), token).await.is_some());
 }
 
-pub async fn a_dead_token_can_do_nothing_any_more<S: Store>(env: &Environment<S>) {
+pub async fn token_of_closed_session_changes_nothing<S: Store>(env: &Environment<S>) {
     let (dead, next) = (env.actor().await, env.actor().await);
     let request = AcquireRequest { lifetime: Lifetime::Session { max_hold: Some(MINUTE) }, ..dead.request(&key("k")) };
     dead.gets(&request).await;
@@ -95,7 +95,7 @@ pub async fn a_dead_token_can_do_nothing_any_more<S: Store>(env: &Environment<S>
     assert_eq!(next.granted(&key("k"), token).await, Some(granted));
 }
 
-pub async fn a_dead_head_that_did_not_fit_lets_the_next_in<S: Store>(env: &Environment<S>) {
+pub async fn dead_head_lets_next_waiter_in<S: Store>(env: &Environment<S>) {
     let (holder, dying, next) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
     let permits = |units| Demand::new(units, 3).unwrap();
     let held = AcquireRequest { demand: permits(2), ..holder.request(&key("k")) };
@@ -109,7 +109,7 @@ pub async fn a_dead_head_that_did_not_fit_lets_the_next_in<S: Store>(env: &Envir
     assert!(next.granted(&key("k"), held.token).await.is_some(), "beside the one that was there");
 }
 
-pub async fn a_crashed_reader_goes_though_other_readers_stay<S: Store>(env: &Environment<S>) {
+pub async fn dead_reader_leaves_other_readers<S: Store>(env: &Environment<S>) {
     let (staying, dying, writer) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
     let stays = AcquireRequest { demand: Demand::READ, ..staying.request(&key("k")) };
     staying.gets(&stays).await;
@@ -123,7 +123,7 @@ pub async fn a_crashed_reader_goes_though_other_readers_stay<S: Store>(env: &Env
     assert!(writer.granted(&key("k"), writes.token).await.is_some());
 }
 
-pub async fn a_dead_session_leaves_no_cooldown<S: Store>(env: &Environment<S>) {
+pub async fn dead_session_leaves_no_cooldown<S: Store>(env: &Environment<S>) {
     let (dying, next) = (env.mortal(SHORT).await, env.actor().await);
     dying.takes(&key("k")).await;
     env.dies(dying).await;
@@ -132,7 +132,7 @@ pub async fn a_dead_session_leaves_no_cooldown<S: Store>(env: &Environment<S>) {
     next.takes(&key("k")).await;
 }
 
-pub async fn a_session_that_is_closed_loses_its_places_in_every_queue<S: Store>(env: &Environment<S>) {
+pub async fn closed_session_leaves_every_queue<S: Store>(env: &Environment<S>) {
     let (holder, leaving, next) = (env.actor().await, env.actor().await, env.actor().await);
     let mut waiting = Vec::new();
     for name in ["a", "b", "c"] {
@@ -149,7 +149,7 @@ pub async fn a_session_that_is_closed_loses_its_places_in_every_queue<S: Store>(
     }
 }
 
-pub async fn a_fixed_hold_of_a_dead_session_is_extended_and_ended_by_its_token<S: Store>(env: &Environment<S>) {
+pub async fn token_controls_fixed_hold_after_death<S: Store>(env: &Environment<S>) {
     let (dying, other) = (env.mortal(SHORT).await, env.actor().await);
     let request = AcquireRequest { lifetime: Lifetime::Fixed(MINUTE), ..dying.request(&key("k")) };
     let fence = dying.gets(&request).await.fence;
@@ -162,7 +162,7 @@ pub async fn a_fixed_hold_of_a_dead_session_is_extended_and_ended_by_its_token<S
     assert_eq!(other.releases(&key("k"), request.token).await, EndOutcome::Released);
 }
 
-pub async fn the_death_of_a_session_leaves_its_fixed_permit<S: Store>(env: &Environment<S>) {
+pub async fn dead_session_leaves_its_fixed_permit<S: Store>(env: &Environment<S>) {
     let (dying, other) = (env.mortal(SHORT).await, env.actor().await);
     let two = |request: AcquireRequest| AcquireRequest { demand: Demand::new(1, 2).unwrap(), ..request };
     let fixed = two(AcquireRequest { lifetime: Lifetime::Fixed(MINUTE), ..dying.request(&key("k")) });
@@ -175,7 +175,7 @@ pub async fn the_death_of_a_session_leaves_its_fixed_permit<S: Store>(env: &Envi
     assert!(holders.len() == 2 && holders.contains(&fence), "{holders:?}, the fixed one is {fence:?}");
 }
 
-pub async fn dead_waiter_is_gone_from_a_closed_key<S: Store>(env: &Environment<S>) {
+pub async fn dead_waiter_leaves_a_closed_key<S: Store>(env: &Environment<S>) {
     let (holder, dying, other) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     dying.waits(&dying.request(&key("k"))).await;

@@ -3,27 +3,12 @@
 use std::time::Duration;
 
 use stanchion::Store;
-use stanchion::store::{
-    AcquireOutcome, AcquireRequest, Demand, EndOutcome, ExtendOutcome, ForceReleaseOutcome, ForceReleaseRequest,
-    Lifetime, LostToken, PollOutcome, Push, RenewOutcome, StoreTime,
-};
-use stanchion::{Fence, TokenId};
+use stanchion::TokenId;
+use stanchion::store::{AcquireOutcome, AcquireRequest, Demand, EndOutcome, Lifetime, PollOutcome, StoreTime};
 
-use crate::environment::{Actor, Environment, key};
+use crate::environment::{Environment, key};
 
-async fn force<S: Store>(actor: &Actor<S>, fence: Fence) -> ForceReleaseOutcome {
-    let request = ForceReleaseRequest { key: key("k"), fence, reason: "stuck".into() };
-    actor.store.force_release(request).await.unwrap().outcome
-}
-
-async fn lost<S: Store>(actor: &Actor<S>) -> Vec<LostToken> {
-    match actor.store.renew_session(actor.session).await.unwrap().outcome {
-        RenewOutcome::Alive { lost } => lost,
-        RenewOutcome::Gone => panic!("the session is gone"),
-    }
-}
-
-pub async fn every_answer_tells_a_time_that_does_not_run_back<S: Store>(env: &Environment<S>) {
+pub async fn reply_times_never_decrease<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let mut last = StoreTime::from_micros(0);
     for _ in 0..5 {
@@ -43,7 +28,7 @@ pub async fn every_answer_tells_a_time_that_does_not_run_back<S: Store>(env: &En
     }
 }
 
-pub async fn an_acquire_that_comes_too_late_changes_nothing<S: Store>(env: &Environment<S>) {
+pub async fn late_acquire_changes_nothing<S: Store>(env: &Environment<S>) {
     let (actor, holder) = (env.actor().await, env.actor().await);
     let now = actor.store.inspect(&key("k")).await.unwrap().time;
     env.pass(Duration::from_millis(20)).await;
@@ -55,7 +40,7 @@ pub async fn an_acquire_that_comes_too_late_changes_nothing<S: Store>(env: &Envi
     assert!(actor.sees(&key("k")).await.waiters.is_empty());
 }
 
-pub async fn an_acquire_that_comes_after_its_end_is_ended_again<S: Store>(env: &Environment<S>) {
+pub async fn acquire_after_abandon_can_be_abandoned<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let request = actor.request(&key("k"));
     assert_eq!(actor.store.abandon(&key("k"), request.token).await.unwrap().outcome, EndOutcome::Nothing);
@@ -68,7 +53,7 @@ pub async fn an_acquire_that_comes_after_its_end_is_ended_again<S: Store>(env: &
     assert_eq!(actor.ask(&late).await, AcquireOutcome::Stale, "after it, never");
 }
 
-pub async fn a_poll_never_creates<S: Store>(env: &Environment<S>) {
+pub async fn poll_never_creates<S: Store>(env: &Environment<S>) {
     let (holder, other) = (env.actor().await, env.actor().await);
     let unknown = TokenId::random().unwrap();
     assert_eq!(other.polls(&key("k"), unknown).await, PollOutcome::Gone);
@@ -83,7 +68,7 @@ pub async fn a_poll_never_creates<S: Store>(env: &Environment<S>) {
 }
 
 /// A handle polls a key for all of its waiters at once: few tokens, many, unknown ones among them, one of them twice.
-pub async fn poll_answers_tokens_in_their_order<S: Store>(env: &Environment<S>) {
+pub async fn poll_answers_in_token_order<S: Store>(env: &Environment<S>) {
     let (holder, other) = (env.actor().await, env.actor().await);
     let (held, granted) = holder.takes(&key("k")).await;
     let mut waiting = Vec::new();
@@ -107,7 +92,7 @@ pub async fn poll_answers_tokens_in_their_order<S: Store>(env: &Environment<S>) 
     }
 }
 
-pub async fn poll_settles_a_key_once_for_all_tokens<S: Store>(env: &Environment<S>) {
+pub async fn poll_reconciles_a_key_once<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let two = Demand::new(1, 2).unwrap();
     for _ in 0..2 {
@@ -156,7 +141,7 @@ pub async fn poll_of_ended_tokens_answers_gone<S: Store>(env: &Environment<S>) {
     }
 }
 
-pub async fn a_dropped_question_leaves_no_half_step<S: Store>(env: &Environment<S>) {
+pub async fn dropped_acquire_can_be_abandoned<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     for polls in 0..3 {
         let now = actor.store.inspect(&key("k")).await.unwrap().time;
@@ -179,58 +164,4 @@ pub async fn a_dropped_question_leaves_no_half_step<S: Store>(env: &Environment<
         let (token, _) = actor.takes(&key("k")).await;
         actor.releases(&key("k"), token).await;
     }
-}
-
-pub async fn a_forced_release_needs_the_fence_that_is_there<S: Store>(env: &Environment<S>) {
-    let (holder, operator) = (env.actor().await, env.actor().await);
-    let (token, granted) = holder.takes(&key("k")).await;
-    let wrong = Fence::new(granted.fence.get() - 1);
-    assert_eq!(force(&operator, wrong).await, ForceReleaseOutcome::NoSuchHold { live: vec![granted.fence] });
-    assert!(holder.granted(&key("k"), token).await.is_some());
-    assert_eq!(force(&operator, granted.fence).await, ForceReleaseOutcome::Released);
-    assert_eq!(force(&operator, granted.fence).await, ForceReleaseOutcome::NoSuchHold { live: vec![] });
-    let (_, next) = operator.takes(&key("k")).await;
-    assert!(next.fence.get() > granted.fence.get() + 1, "a forced release raises the fence by itself");
-    assert_eq!(force(&operator, granted.fence).await, ForceReleaseOutcome::NoSuchHold { live: vec![next.fence] });
-}
-
-pub async fn a_forced_release_is_told_by_push_and_by_every_beat<S: Store>(env: &Environment<S>) {
-    let (mut holder, operator) = (env.actor().await, env.actor().await);
-    let (token, granted) = holder.takes(&key("k")).await;
-    force(&operator, granted.fence).await;
-    let expected = LostToken { key: key("k"), token, reason: "stuck".into() };
-    assert_eq!(holder.pushed().await, Push::ForceReleased(expected.clone()));
-    for _ in 0..2 {
-        assert_eq!(lost(&holder).await, vec![expected.clone()], "until the token is ended");
-    }
-    assert_eq!(holder.releases(&key("k"), token).await, EndOutcome::Nothing);
-    assert_eq!(lost(&holder).await, vec![]);
-}
-
-pub async fn a_token_that_was_forced_out_is_over<S: Store>(env: &Environment<S>) {
-    let (holder, operator) = (env.actor().await, env.actor().await);
-    let request = holder.request(&key("k"));
-    let granted = holder.gets(&request).await;
-    let waiting = operator.queues(&key("k")).await;
-    force(&operator, granted.fence).await;
-    assert!(operator.granted(&key("k"), waiting).await.is_some(), "handed on in the same step");
-    assert_eq!(holder.polls(&key("k"), request.token).await, PollOutcome::Gone);
-    assert_eq!(holder.ask(&request).await, AcquireOutcome::ForceReleased, "a repeat is not granted anew");
-    let extended = holder.store.extend(&key("k"), request.token, Duration::from_secs(9)).await.unwrap().outcome;
-    assert_eq!(extended, ExtendOutcome::NotHeld);
-    assert_eq!(operator.sees(&key("k")).await.waiters.len(), 0);
-}
-
-pub async fn one_of_several_permits_can_be_forced_out<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
-    let mut grants = Vec::new();
-    for _ in 0..3 {
-        let demand = stanchion::Demand::new(1, 3).unwrap();
-        let request = AcquireRequest { demand, ..actor.request(&key("k")) };
-        grants.push((request.token, actor.gets(&request).await.fence));
-    }
-    force(&actor, grants[1].1).await;
-    assert!(actor.granted(&key("k"), grants[0].0).await.is_some());
-    assert_eq!(actor.polls(&key("k"), grants[1].0).await, PollOutcome::Gone);
-    assert!(actor.granted(&key("k"), grants[2].0).await.is_some());
 }

@@ -14,7 +14,7 @@ use crate::environment::{Environment, GENEROUS, Random, list_all, seed, until};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-pub async fn readers_share_and_a_writer_is_alone<S: Store>(env: &Environment<S>) {
+pub async fn readers_share_and_writer_excludes<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let readers = [one.read("k").await.unwrap(), two.read("k").await.unwrap()];
     assert!(one.write("k").try_acquire().await.unwrap().is_none());
@@ -28,7 +28,7 @@ pub async fn readers_share_and_a_writer_is_alone<S: Store>(env: &Environment<S>)
     writer.release().await.unwrap();
 }
 
-pub async fn permits_are_given_up_to_the_limit<S: Store>(env: &Environment<S>) {
+pub async fn permits_are_granted_up_to_the_limit<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let both = one.semaphore("k", 3).permits(2).await.unwrap();
     let third = two.semaphore("k", 3).await.unwrap();
@@ -44,7 +44,7 @@ pub async fn permits_are_given_up_to_the_limit<S: Store>(env: &Environment<S>) {
     third.release().await.unwrap();
 }
 
-pub async fn differing_limits_are_told_and_refuse_nobody<S: Store>(env: &Environment<S>) {
+pub async fn differing_limits_are_reported<S: Store>(env: &Environment<S>) {
     let (old, new) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let held = old.semaphore("k", 3).permits(2).await.unwrap();
     let mut events = new.events();
@@ -82,7 +82,7 @@ pub async fn differing_limits_are_told_and_refuse_nobody<S: Store>(env: &Environ
     }
 }
 
-pub async fn several_keys_are_taken_all_or_nothing<S: Store>(env: &Environment<S>) {
+pub async fn lock_all_takes_all_keys_or_none<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let guards = one.lock_all(["c", "a", "b", "a"]).await.unwrap();
     assert_eq!(guards.iter().map(|guard| guard.key().name()).collect::<Vec<_>>(), ["a", "b", "c"]);
@@ -109,7 +109,7 @@ pub async fn several_keys_are_taken_all_or_nothing<S: Store>(env: &Environment<S
     until("nothing is left", async || two.list("").await.unwrap().is_empty()).await;
 }
 
-pub async fn a_wait_for_several_keys_has_one_limit_and_keeps_nothing<S: Store>(env: &Environment<S>) {
+pub async fn lock_all_has_one_wait_limit<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let mut limits = [2, 8, 32].map(Duration::from_secs).into_iter();
     // Real time goes on while a slow machine looks: it looks again with more of it.
@@ -170,9 +170,9 @@ fn crowd_lasts() -> Duration {
     }
 }
 
-pub async fn a_crowd_over_sets_of_keys_neither_dead_locks_nor_leaves_anything<S: Store>(env: &Environment<S>) {
+pub async fn crowd_on_key_sets_never_deadlocks<S: Store>(env: &Environment<S>) {
     const KEYS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
-    let seed = seed("a_crowd_over_sets_of_keys");
+    let seed = seed("crowd_on_key_sets_never_deadlocks");
     let handles =
         [env.locks().open().await.unwrap(), env.locks().open().await.unwrap(), env.locks().open().await.unwrap()];
     // Per key: how many read it, or −1 where one has it alone.
@@ -228,7 +228,7 @@ pub async fn a_crowd_over_sets_of_keys_neither_dead_locks_nor_leaves_anything<S:
     until("nothing is left", async || handles[0].list("").await.unwrap().is_empty()).await;
 }
 
-pub async fn a_crowd_of_readers_does_not_keep_a_writer_waiting<S: Store>(env: &Environment<S>) {
+pub async fn crowd_of_readers_never_starves_writers<S: Store>(env: &Environment<S>) {
     let until_then = Instant::now() + crowd_lasts();
     let (readers, writers) = (Arc::new(AtomicI64::new(0)), Arc::new(AtomicI64::new(0)));
     // Those writers that have not had to wait yet: the crowd stays for them, in a slow store too.
@@ -309,7 +309,7 @@ async fn must_not_run(_: &stanchion::OnceGuard) -> Result<i32, Error> {
     panic!("it was run")
 }
 
-pub async fn what_was_run_once_is_not_run_again_for_its_cooldown<S: Store>(env: &Environment<S>) {
+pub async fn once_skips_runs_during_cooldown<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let pause = Duration::from_millis(700);
     let ran = one.once("k").cooldown(pause).run(async |_| Ok::<_, Error>(7)).await.unwrap();
@@ -345,7 +345,7 @@ pub async fn what_was_run_once_is_not_run_again_for_its_cooldown<S: Store>(env: 
     until("the former records are gone", async || records().await == 1).await;
 }
 
-pub async fn a_period_counts_from_the_beginning_and_leaves_a_tenth<S: Store>(env: &Environment<S>) {
+pub async fn period_counts_from_run_start<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let period = MINUTE * 10;
     let body = async |_: &stanchion::OnceGuard| {
@@ -362,7 +362,7 @@ pub async fn a_period_counts_from_the_beginning_and_leaves_a_tenth<S: Store>(env
     }
 }
 
-pub async fn a_run_that_fails_does_not_count_unless_it_is_to<S: Store>(env: &Environment<S>) {
+pub async fn failed_run_counts_only_on_request<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let fails = async |_: &stanchion::OnceGuard| Err::<i32, _>(Error::new(ErrorKind::Internal, "of the body"));
     let error = one.once("k").cooldown(MINUTE).run(fails).await.unwrap_err();
@@ -393,7 +393,7 @@ pub async fn a_run_that_fails_does_not_count_unless_it_is_to<S: Store>(env: &Env
     );
 }
 
-pub async fn who_waits_for_a_run_finds_it_done<S: Store>(env: &Environment<S>) {
+pub async fn waiting_once_sees_finished_run<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     for succeeds in [true, false] {
         let (finish, finished) = tokio::sync::oneshot::channel::<()>();
@@ -421,7 +421,7 @@ pub async fn who_waits_for_a_run_finds_it_done<S: Store>(env: &Environment<S>) {
     }
 }
 
-pub async fn a_slot_is_run_once_however_clocks_differ<S: Store>(env: &Environment<S>) {
+pub async fn slot_runs_once_despite_clock_skew<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     assert_eq!(one.once("k").slot(100).run(async |_| Ok::<_, Error>(1)).await.unwrap(), OnceOutcome::Ran(1));
     env.pass(Duration::from_millis(300)).await;
@@ -439,7 +439,7 @@ pub async fn a_slot_is_run_once_however_clocks_differ<S: Store>(env: &Environmen
     assert_eq!(two.once("p").every(period).run(async |_| Ok::<_, Error>(2)).await.unwrap(), OnceOutcome::Ran(2));
 }
 
-pub async fn the_last_run_is_known<S: Store>(env: &Environment<S>) {
+pub async fn last_run_is_recorded<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().owner("the worker").open().await.unwrap(), env.locks().open().await.unwrap());
     assert_eq!(two.last_run("k").await.unwrap(), None);
     for round in 0..3 {
@@ -460,7 +460,7 @@ pub async fn the_last_run_is_known<S: Store>(env: &Environment<S>) {
     assert_eq!(two.last_run("another").await.unwrap(), None);
 }
 
-pub async fn a_run_of_the_longest_name_is_recorded<S: Store>(env: &Environment<S>) {
+pub async fn run_of_longest_key_is_recorded<S: Store>(env: &Environment<S>) {
     // Each byte of it is written as three where a store cannot have it as it is.
     let (namespace, key) = ("/".repeat(stanchion::MAX_NAMESPACE_BYTES), "\u{1}%".repeat(stanchion::MAX_KEY_BYTES / 2));
     let locks = env.locks().namespace(&namespace).open().await.unwrap();
@@ -471,7 +471,7 @@ pub async fn a_run_of_the_longest_name_is_recorded<S: Store>(env: &Environment<S
     assert_eq!(other.last_run(&key).await.unwrap(), None);
 }
 
-pub async fn a_leader_resigns_and_the_next_in_line_leads<S: Store>(env: &Environment<S>) {
+pub async fn next_candidate_leads_after_resign<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().owner("one").open().await.unwrap(), env.locks().owner("two").open().await.unwrap());
     let mut observed = two.elect("office").observe();
     assert_eq!(observed.next().await.unwrap(), None);
@@ -508,7 +508,7 @@ pub async fn a_leader_resigns_and_the_next_in_line_leads<S: Store>(env: &Environ
     until("it has resigned", async || two.elect("office").leader().await.unwrap().is_none()).await;
 }
 
-pub async fn what_became_of_a_hold_is_told<S: Store>(env: &Environment<S>) {
+pub async fn status_reports_fate_of_a_hold<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().owner("one").open().await.unwrap(), env.locks().owner("two").open().await.unwrap());
     let token = one.lock("k").await.unwrap().detach();
     assert_eq!(two.status(&token).await.unwrap(), OwnerStatus::Running);
@@ -535,7 +535,7 @@ pub async fn what_became_of_a_hold_is_told<S: Store>(env: &Environment<S>) {
     assert!(two.is_locked("j").await.unwrap());
 }
 
-pub async fn a_long_job_gives_signs_of_life_and_hears_when_to_stop<S: Store>(env: &Environment<S>) {
+pub async fn long_job_stops_on_loss_and_drain<S: Store>(env: &Environment<S>) {
     let (locks, operator) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
     let guard = locks.lock("k").heartbeat_within(MINUTE).await.unwrap();
     for _ in 0..10_000 {

@@ -13,7 +13,7 @@ fn demanding<S: Store>(actor: &Actor<S>, demand: Demand) -> AcquireRequest {
     AcquireRequest { demand, ..actor.request(&key("k")) }
 }
 
-pub async fn a_release_hands_the_key_to_the_head_and_tells_it_alone<S: Store>(env: &Environment<S>) {
+pub async fn release_grants_and_notifies_only_the_head<S: Store>(env: &Environment<S>) {
     let (holder, mut first, mut second) = (env.actor().await, env.actor().await, env.actor().await);
     let (token, granted) = holder.takes(&key("k")).await;
     let a = first.queues(&key("k")).await;
@@ -29,7 +29,7 @@ pub async fn a_release_hands_the_key_to_the_head_and_tells_it_alone<S: Store>(en
     assert_eq!(second.pushed_grant().await.0, b, "its first grant is its own");
 }
 
-pub async fn waiters_are_served_in_the_order_in_which_they_asked<S: Store>(env: &Environment<S>) {
+pub async fn waiters_are_served_in_order<S: Store>(env: &Environment<S>) {
     let mut actors = Vec::new();
     for _ in 0..4 {
         actors.push(env.actor().await);
@@ -52,7 +52,7 @@ pub async fn waiters_are_served_in_the_order_in_which_they_asked<S: Store>(env: 
     assert!(!actors[0].sees_held(&key("k")).await);
 }
 
-pub async fn nobody_passes_the_queue<S: Store>(env: &Environment<S>) {
+pub async fn new_request_cannot_pass_the_queue<S: Store>(env: &Environment<S>) {
     let (holder, waiter, passing) = (env.actor().await, env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let waiting = waiter.queues(&key("k")).await;
@@ -63,7 +63,7 @@ pub async fn nobody_passes_the_queue<S: Store>(env: &Environment<S>) {
     assert!(waiter.granted(&key("k"), waiting).await.is_some());
 }
 
-pub async fn a_repeated_question_of_a_waiter_keeps_its_place<S: Store>(env: &Environment<S>) {
+pub async fn repeated_acquire_keeps_queue_place<S: Store>(env: &Environment<S>) {
     let (holder, a, b) = (env.actor().await, env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let first = a.request(&key("k"));
@@ -79,7 +79,7 @@ pub async fn a_repeated_question_of_a_waiter_keeps_its_place<S: Store>(env: &Env
     assert_eq!(a.gets(&first).await, a.granted(&key("k"), first.token).await.unwrap());
 }
 
-pub async fn a_waiter_that_gives_up_leaves_no_place<S: Store>(env: &Environment<S>) {
+pub async fn abandoned_waiter_leaves_the_queue<S: Store>(env: &Environment<S>) {
     let (holder, a, b) = (env.actor().await, env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let first = a.queues(&key("k")).await;
@@ -96,7 +96,7 @@ pub async fn a_waiter_that_gives_up_leaves_no_place<S: Store>(env: &Environment<
     assert_eq!(b.sees(&key("k")).await.closed_for, None, "without a cooldown");
 }
 
-pub async fn a_grant_that_nobody_collects_is_ended_by_its_token<S: Store>(env: &Environment<S>) {
+pub async fn abandon_ends_uncollected_grant<S: Store>(env: &Environment<S>) {
     let (holder, gone, next) = (env.actor().await, env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let forgotten = gone.queues(&key("k")).await;
@@ -106,7 +106,7 @@ pub async fn a_grant_that_nobody_collects_is_ended_by_its_token<S: Store>(env: &
     assert!(next.granted(&key("k"), waiting).await.is_some());
 }
 
-pub async fn a_hand_off_starts_a_fixed_term_at_the_grant<S: Store>(env: &Environment<S>) {
+pub async fn fixed_ttl_starts_at_handoff<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let lifetime = Lifetime::Fixed(Duration::from_secs(60));
@@ -122,7 +122,7 @@ pub async fn a_hand_off_starts_a_fixed_term_at_the_grant<S: Store>(env: &Environ
     assert!(later <= remaining - Duration::from_millis(100));
 }
 
-pub async fn the_end_of_a_term_serves_the_waiter_when_it_asks<S: Store>(env: &Environment<S>) {
+pub async fn poll_after_expiry_grants_the_waiter<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let request = AcquireRequest { lifetime: Lifetime::Fixed(SHORT), ..holder.request(&key("k")) };
     holder.gets(&request).await;
@@ -133,7 +133,7 @@ pub async fn the_end_of_a_term_serves_the_waiter_when_it_asks<S: Store>(env: &En
     assert!(waiter.granted(&key("k"), waiting.token).await.is_some());
 }
 
-pub async fn a_semaphore_admits_its_capacity_and_no_more<S: Store>(env: &Environment<S>) {
+pub async fn semaphore_never_exceeds_capacity<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let permit = Demand::new(1, 3).unwrap();
     let mut held = Vec::new();
@@ -156,7 +156,7 @@ pub async fn a_semaphore_admits_its_capacity_and_no_more<S: Store>(env: &Environ
     assert!(fences[0] < fences[1], "each permit has a fence of its own, oldest first");
 }
 
-pub async fn readers_share_and_a_writer_waits_for_those_before_it_alone<S: Store>(env: &Environment<S>) {
+pub async fn writer_waits_only_for_earlier_readers<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let (one, two) = (demanding(&actor, Demand::READ), demanding(&actor, Demand::READ));
     actor.gets(&one).await;
@@ -176,7 +176,7 @@ pub async fn readers_share_and_a_writer_waits_for_those_before_it_alone<S: Store
     assert!(actor.granted(&key("k"), four.token).await.is_some());
 }
 
-pub async fn a_cooldown_keeps_the_key_closed_and_then_serves_the_waiter<S: Store>(env: &Environment<S>) {
+pub async fn cooldown_delays_the_next_grant<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let request = waiter.request(&key("k"));
@@ -196,7 +196,7 @@ pub async fn a_cooldown_keeps_the_key_closed_and_then_serves_the_waiter<S: Store
     assert_eq!(holder.sees(&key("k")).await.closed_for, None);
 }
 
-pub async fn a_cooldown_ends_without_a_waiter_too<S: Store>(env: &Environment<S>) {
+pub async fn cooldown_ends_without_a_waiter<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let (token, first) = actor.takes(&key("k")).await;
     actor.store.release(&key("k"), token, Some(SHORT)).await.unwrap();
@@ -208,7 +208,7 @@ pub async fn a_cooldown_ends_without_a_waiter_too<S: Store>(env: &Environment<S>
     assert!(second.fence > first.fence);
 }
 
-pub async fn a_full_queue_refuses_and_enters_nothing<S: Store>(env: &Environment<S>) {
+pub async fn full_queue_rejects_requests<S: Store>(env: &Environment<S>) {
     let (holder, other) = (env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let mut first = None;
@@ -227,7 +227,7 @@ pub async fn a_full_queue_refuses_and_enters_nothing<S: Store>(env: &Environment
     assert!(other.granted(&key("k"), request.token).await.is_some());
 }
 
-pub async fn a_push_names_key_token_and_fence<S: Store>(env: &Environment<S>) {
+pub async fn push_names_key_token_and_fence<S: Store>(env: &Environment<S>) {
     let (holder, mut waiter) = (env.actor().await, env.actor().await);
     let odd = key("odd/ {key} é");
     let (token, _) = holder.takes(&odd).await;
@@ -243,7 +243,7 @@ pub async fn a_push_names_key_token_and_fence<S: Store>(env: &Environment<S>) {
     assert_eq!(push, Push::Granted { key: odd, token: waiting, fence });
 }
 
-pub async fn a_waiter_in_another_process_is_called<S: Store>(env: &Environment<S>) {
+pub async fn waiter_in_other_process_is_notified<S: Store>(env: &Environment<S>) {
     // Each actor has a handle of its own, as a process has.
     let mut actors = Vec::new();
     for _ in 0..6 {

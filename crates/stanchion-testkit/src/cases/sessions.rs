@@ -12,7 +12,7 @@ use crate::environment::{key, until};
 
 const SHORT: Duration = Duration::from_secs(2);
 
-pub async fn opening_a_session_again_is_the_same_session<S: Store>(env: &Environment<S>) {
+pub async fn reopening_keeps_the_session<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let (token, granted) = actor.takes(&key("k")).await;
     let request = OpenSession { session: actor.session, ttl: Duration::from_secs(3_600), owner: "again".into() };
@@ -20,14 +20,14 @@ pub async fn opening_a_session_again_is_the_same_session<S: Store>(env: &Environ
     assert_eq!(actor.granted(&key("k"), token).await, Some(granted));
 }
 
-pub async fn a_beat_of_a_session_that_was_never_opened_is_gone<S: Store>(env: &Environment<S>) {
+pub async fn renewing_unknown_session_answers_gone<S: Store>(env: &Environment<S>) {
     let store = env.open();
     let unknown = SessionId::random().unwrap();
     assert_eq!(store.renew_session(unknown).await.unwrap().outcome, RenewOutcome::Gone);
     assert_eq!(store.renew_session(unknown).await.unwrap().outcome, RenewOutcome::Gone, "a beat does not create");
 }
 
-pub async fn a_beaten_session_lives_on<S: Store>(env: &Environment<S>) {
+pub async fn renewed_session_stays_alive<S: Store>(env: &Environment<S>) {
     let actor = env.mortal(SHORT).await;
     let (token, _) = actor.takes(&key("k")).await;
     for _ in 0..6 {
@@ -40,7 +40,7 @@ pub async fn a_beaten_session_lives_on<S: Store>(env: &Environment<S>) {
     assert!(actor.granted(&key("k"), token).await.is_some());
 }
 
-pub async fn a_closed_session_never_lives_again<S: Store>(env: &Environment<S>) {
+pub async fn closed_session_cannot_reopen<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     actor.store.close_session(actor.session).await.unwrap();
     actor.store.close_session(actor.session).await.unwrap();
@@ -51,7 +51,7 @@ pub async fn a_closed_session_never_lives_again<S: Store>(env: &Environment<S>) 
     assert!(!actor.sees_held(&key("k")).await);
 }
 
-pub async fn a_session_that_did_not_beat_is_dead_for_good<S: Store>(env: &Environment<S>) {
+pub async fn unrenewed_session_expires_for_good<S: Store>(env: &Environment<S>) {
     let actor = env.mortal(SHORT).await;
     let other = env.actor().await;
     let (token, _) = actor.takes(&key("k")).await;
@@ -62,7 +62,7 @@ pub async fn a_session_that_did_not_beat_is_dead_for_good<S: Store>(env: &Enviro
     other.takes(&key("k")).await;
 }
 
-pub async fn a_session_lives_as_long_as_its_process<S: Store>(env: &Environment<S>) {
+pub async fn session_lives_as_long_as_its_process<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.mortal(SHORT).await, env.actor().await);
     let (token, _) = actor.takes(&key("k")).await;
     let waiting = other.queues(&key("k")).await;
@@ -73,7 +73,7 @@ pub async fn a_session_lives_as_long_as_its_process<S: Store>(env: &Environment<
     until("the waiter has it", async || other.granted(&key("k"), waiting).await.is_some()).await;
 }
 
-pub async fn closing_a_session_hands_its_keys_on<S: Store>(env: &Environment<S>) {
+pub async fn closing_session_hands_off_its_keys<S: Store>(env: &Environment<S>) {
     let (leaving, mut waiting) = (env.actor().await, env.actor().await);
     let (_, first) = leaving.takes(&key("k")).await;
     let token = waiting.queues(&key("k")).await;
@@ -84,7 +84,7 @@ pub async fn closing_a_session_hands_its_keys_on<S: Store>(env: &Environment<S>)
     assert_eq!(waiting.granted(&key("k"), token).await.unwrap().fence, fence);
 }
 
-pub async fn a_dead_holder_is_followed_by_the_next_who_asks<S: Store>(env: &Environment<S>) {
+pub async fn next_waiter_replaces_dead_holder<S: Store>(env: &Environment<S>) {
     let (dying, waiting, late) = (env.mortal(SHORT).await, env.actor().await, env.actor().await);
     let (_, first) = dying.takes(&key("k")).await;
     let token = waiting.queues(&key("k")).await;
@@ -94,7 +94,7 @@ pub async fn a_dead_holder_is_followed_by_the_next_who_asks<S: Store>(env: &Envi
     late.queues(&key("k")).await;
 }
 
-pub async fn a_dead_holder_of_many_keys_loses_them_all<S: Store>(env: &Environment<S>) {
+pub async fn dead_holder_loses_all_its_keys<S: Store>(env: &Environment<S>) {
     let (dying, other) = (env.mortal(2 * SHORT).await, env.actor().await);
     let keys: Vec<_> = (0..50).map(|i| key(&format!("k{i}"))).collect();
     for key in &keys {
@@ -107,7 +107,7 @@ pub async fn a_dead_holder_of_many_keys_loses_them_all<S: Store>(env: &Environme
     }
 }
 
-pub async fn dead_waiters_are_skipped_all_at_once<S: Store>(env: &Environment<S>) {
+pub async fn one_release_skips_all_dead_waiters<S: Store>(env: &Environment<S>) {
     let (holder, dying, last) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     for _ in 0..50 {
@@ -121,7 +121,7 @@ pub async fn dead_waiters_are_skipped_all_at_once<S: Store>(env: &Environment<S>
     assert!(last.granted(&key("k"), waiting).await.is_some(), "one release is enough");
 }
 
-pub async fn a_fixed_hold_outlives_its_session<S: Store>(env: &Environment<S>) {
+pub async fn fixed_hold_outlives_its_session<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
     let request = AcquireRequest { lifetime: Lifetime::Fixed(Duration::from_secs(60)), ..actor.request(&key("k")) };
     let granted = actor.gets(&request).await;
@@ -135,7 +135,7 @@ pub async fn a_fixed_hold_outlives_its_session<S: Store>(env: &Environment<S>) {
     other.queues(&key("k")).await;
 }
 
-pub async fn a_waiter_for_a_fixed_term_dies_with_its_session<S: Store>(env: &Environment<S>) {
+pub async fn fixed_waiter_ends_with_its_session<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let request = AcquireRequest { lifetime: Lifetime::Fixed(Duration::from_secs(60)), ..waiter.request(&key("k")) };
@@ -145,7 +145,7 @@ pub async fn a_waiter_for_a_fixed_term_dies_with_its_session<S: Store>(env: &Env
     assert!(!holder.sees_held(&key("k")).await);
 }
 
-pub async fn a_fixed_term_that_the_dead_were_granted_keeps_nobody_out<S: Store>(env: &Environment<S>) {
+pub async fn fixed_grant_to_dead_waiter_blocks_nobody<S: Store>(env: &Environment<S>) {
     let (holder, dying, next) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let request = AcquireRequest { lifetime: Lifetime::Fixed(Duration::from_secs(600)), ..dying.request(&key("k")) };
@@ -160,7 +160,7 @@ pub async fn a_fixed_term_that_the_dead_were_granted_keeps_nobody_out<S: Store>(
     .await;
 }
 
-pub async fn a_fixed_term_that_its_holder_has_seen_outlives_the_session<S: Store>(env: &Environment<S>) {
+pub async fn polled_fixed_grant_outlives_its_session<S: Store>(env: &Environment<S>) {
     let (holder, dying, next) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let request = AcquireRequest { lifetime: Lifetime::Fixed(Duration::from_secs(600)), ..dying.request(&key("k")) };
@@ -184,7 +184,7 @@ pub async fn dead_holder_limits_nobody<S: Store>(env: &Environment<S>) {
     until("its limit is gone with it", async || next.granted(&key("k"), waiting.token).await.is_some()).await;
 }
 
-pub async fn many_dead_sessions_do_not_keep_a_key_from_others<S: Store>(env: &Environment<S>) {
+pub async fn many_dead_sessions_block_nobody<S: Store>(env: &Environment<S>) {
     let (dying, next) = (env.mortal(4 * SHORT).await, env.actor().await);
     dying.takes(&key("k")).await;
     for _ in 0..60 {
@@ -203,7 +203,7 @@ pub async fn many_dead_sessions_do_not_keep_a_key_from_others<S: Store>(env: &En
     assert!(next.sees(&key("k")).await.waiters.is_empty());
 }
 
-pub async fn ten_sessions_of_one_process_are_ten_sessions<S: Store>(env: &Environment<S>) {
+pub async fn sessions_of_one_process_are_independent<S: Store>(env: &Environment<S>) {
     let mut actors = Vec::new();
     for i in 0..10 {
         let actor = env.actor().await;
@@ -216,7 +216,7 @@ pub async fn ten_sessions_of_one_process_are_ten_sessions<S: Store>(env: &Enviro
     assert!(actors[0].sees_held(&key("k1")).await);
 }
 
-pub async fn others_see_whether_a_session_lives<S: Store>(env: &Environment<S>) {
+pub async fn other_clients_see_session_liveness<S: Store>(env: &Environment<S>) {
     let (closed, killed, other) = (env.actor().await, env.mortal(SHORT).await, env.actor().await);
     let lives = async |session| other.store.session_lives(session).await.unwrap().outcome;
     assert!(!lives(SessionId::random().unwrap()).await, "one that never was");
@@ -228,7 +228,7 @@ pub async fn others_see_whether_a_session_lives<S: Store>(env: &Environment<S>) 
     until("it is seen to be dead", async || !lives(session).await).await;
 }
 
-pub async fn looking_at_a_session_renews_nothing<S: Store>(env: &Environment<S>) {
+pub async fn querying_session_does_not_renew_it<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.mortal(SHORT).await, env.actor().await);
     for _ in 0..6 {
         env.pass(SHORT / 3).await;

@@ -45,7 +45,7 @@ async fn several<S: Store>(env: &Environment<S>, count: usize) -> Vec<Actor<S>> 
     actors
 }
 
-pub async fn of_contenders_in_threads_one_wins_each_round<S: Store>(env: &Environment<S>) {
+pub async fn contending_threads_have_one_winner<S: Store>(env: &Environment<S>) {
     let mut actors = several(env, 6).await;
     let mut last = None;
     for round in 0..20 {
@@ -68,7 +68,7 @@ pub async fn of_contenders_in_threads_one_wins_each_round<S: Store>(env: &Enviro
     }
 }
 
-pub async fn a_semaphore_under_contention_admits_exactly_its_capacity<S: Store>(env: &Environment<S>) {
+pub async fn contended_semaphore_fills_its_capacity<S: Store>(env: &Environment<S>) {
     let mut actors = several(env, 6).await;
     for round in 0..10 {
         let (back, outcomes) = at_once(actors, |_, actor| async move {
@@ -87,7 +87,7 @@ pub async fn a_semaphore_under_contention_admits_exactly_its_capacity<S: Store>(
     }
 }
 
-pub async fn one_question_asked_many_times_at_once_is_one_hold<S: Store>(env: &Environment<S>) {
+pub async fn concurrent_repeats_are_one_hold<S: Store>(env: &Environment<S>) {
     let (mut actors, asker) = (several(env, 5).await, env.actor().await);
     for _ in 0..10 {
         let request = asker.request(&key("k"));
@@ -104,7 +104,7 @@ pub async fn one_question_asked_many_times_at_once_is_one_hold<S: Store>(env: &E
     }
 }
 
-pub async fn a_token_is_ended_once_however_many_try<S: Store>(env: &Environment<S>) {
+pub async fn concurrent_ends_release_a_token_once<S: Store>(env: &Environment<S>) {
     let mut actors = several(env, 6).await;
     for round in 0..10 {
         let (token, granted) = actors[0].takes(&key("k")).await;
@@ -124,7 +124,7 @@ pub async fn a_token_is_ended_once_however_many_try<S: Store>(env: &Environment<
     }
 }
 
-pub async fn wrong_tokens_at_once_end_nothing<S: Store>(env: &Environment<S>) {
+pub async fn concurrent_wrong_tokens_end_nothing<S: Store>(env: &Environment<S>) {
     let (actors, holder) = (several(env, 6).await, env.actor().await);
     let (token, granted) = holder.takes(&key("k")).await;
     let (_, ended) = at_once(actors, |_, actor| async move {
@@ -139,7 +139,7 @@ pub async fn wrong_tokens_at_once_end_nothing<S: Store>(env: &Environment<S>) {
     assert_eq!(holder.releases(&key("k"), token).await, EndOutcome::Released);
 }
 
-pub async fn of_many_who_adopt_at_once_one_gets_it<S: Store>(env: &Environment<S>) {
+pub async fn adopting_threads_have_one_winner<S: Store>(env: &Environment<S>) {
     let mut actors = several(env, 5).await;
     for round in 0..8 {
         let (from, granted) = actors[0].takes(&key("k")).await;
@@ -157,7 +157,7 @@ pub async fn of_many_who_adopt_at_once_one_gets_it<S: Store>(env: &Environment<S
     }
 }
 
-pub async fn waiters_in_threads_never_overlap_and_leave_nothing<S: Store>(env: &Environment<S>) {
+pub async fn waiting_threads_never_overlap<S: Store>(env: &Environment<S>) {
     let inside = AtomicU32::new(0);
     let (back, fences) = at_once(several(env, 6).await, |_, actor| {
         let inside = &inside;
@@ -185,7 +185,7 @@ pub async fn waiters_in_threads_never_overlap_and_leave_nothing<S: Store>(env: &
     assert!(back[0].lists("").await.is_empty());
 }
 
-pub async fn a_counter_kept_under_the_lock_loses_nothing<S: Store>(env: &Environment<S>) {
+pub async fn locked_counter_loses_no_increment<S: Store>(env: &Environment<S>) {
     let counter = AtomicU32::new(0);
     let (_, results) = at_once(several(env, 5).await, |_, actor| {
         let counter = &counter;
@@ -210,7 +210,7 @@ pub async fn a_counter_kept_under_the_lock_loses_nothing<S: Store>(env: &Environ
     assert_eq!(seen, (1..=100).collect::<Vec<_>>());
 }
 
-pub async fn different_keys_do_not_wait_for_each_other<S: Store>(env: &Environment<S>) {
+pub async fn different_keys_never_block_each_other<S: Store>(env: &Environment<S>) {
     let actors = several(env, 6).await;
     let (_, busy) = at_once(actors, |at, actor| async move {
         let own = key(&format!("k{at}"));
@@ -229,7 +229,7 @@ pub async fn different_keys_do_not_wait_for_each_other<S: Store>(env: &Environme
     assert_eq!(busy, vec![0; 6], "nobody else wants it");
 }
 
-pub async fn waiters_that_come_and_go_in_threads_leave_nothing<S: Store>(env: &Environment<S>) {
+pub async fn abandoning_threads_leave_nothing<S: Store>(env: &Environment<S>) {
     let (back, _) = at_once(several(env, 6).await, |at, actor| async move {
         for round in 0..25 {
             let request = actor.request(&key("k"));
@@ -251,7 +251,7 @@ pub async fn waiters_that_come_and_go_in_threads_leave_nothing<S: Store>(env: &E
     assert!(back[0].lists("").await.is_empty());
 }
 
-pub async fn sessions_that_end_in_the_middle_leave_nothing<S: Store>(env: &Environment<S>) {
+pub async fn sessions_closed_midway_leave_nothing<S: Store>(env: &Environment<S>) {
     for _ in 0..3 {
         let actors = several(env, 5).await;
         let (_, _) = at_once(actors, |at, actor| async move {

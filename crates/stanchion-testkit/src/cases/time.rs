@@ -19,7 +19,7 @@ fn permit<S: Store>(actor: &Actor<S>, lifetime: Lifetime) -> AcquireRequest {
     AcquireRequest { lifetime, demand: Demand::new(1, 2).unwrap(), ..actor.request(&key("k")) }
 }
 
-pub async fn terms_of_any_length_are_kept<S: Store>(env: &Environment<S>) {
+pub async fn lifetimes_of_any_length_are_kept<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     // The longest that a call takes: a store may refuse what is much longer.
     for ttl in [Duration::from_millis(100), Duration::from_secs(1), MINUTE * 60, *stanchion::DURATION_RANGE.end()] {
@@ -35,7 +35,7 @@ pub async fn terms_of_any_length_are_kept<S: Store>(env: &Environment<S>) {
     }
 }
 
-pub async fn a_max_hold_counts_from_the_grant<S: Store>(env: &Environment<S>) {
+pub async fn max_hold_counts_from_the_grant<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let lifetime = Lifetime::Session { max_hold: Some(MINUTE) };
@@ -47,7 +47,7 @@ pub async fn a_max_hold_counts_from_the_grant<S: Store>(env: &Environment<S>) {
     assert!(remaining > MINUTE - SHORT && remaining <= MINUTE, "{remaining:?}");
 }
 
-pub async fn a_max_hold_does_not_outlive_its_session<S: Store>(env: &Environment<S>) {
+pub async fn max_hold_ends_with_its_session<S: Store>(env: &Environment<S>) {
     let (holder, other) = (env.actor().await, env.actor().await);
     let lifetime = Lifetime::Session { max_hold: Some(MINUTE) };
     let request = AcquireRequest { lifetime, ..holder.request(&key("k")) };
@@ -59,7 +59,7 @@ pub async fn a_max_hold_does_not_outlive_its_session<S: Store>(env: &Environment
     other.takes(&key("k")).await;
 }
 
-pub async fn a_beat_moves_no_deadline<S: Store>(env: &Environment<S>) {
+pub async fn renewal_moves_no_deadline<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
     let lifetime = Lifetime::Session { max_hold: Some(SHORT) };
     let request = AcquireRequest { lifetime, ..actor.request(&key("k")) };
@@ -71,7 +71,7 @@ pub async fn a_beat_moves_no_deadline<S: Store>(env: &Environment<S>) {
     other.takes(&key("k")).await;
 }
 
-pub async fn a_shorter_term_is_told_to_the_waiter<S: Store>(env: &Environment<S>) {
+pub async fn waiter_learns_shortened_deadline<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let held = fixed(&holder, MINUTE);
     holder.gets(&held).await;
@@ -88,7 +88,7 @@ pub async fn a_shorter_term_is_told_to_the_waiter<S: Store>(env: &Environment<S>
     assert!(waiter.granted(&key("k"), waiting).await.is_some());
 }
 
-pub async fn a_longer_term_keeps_the_waiter_waiting<S: Store>(env: &Environment<S>) {
+pub async fn extended_hold_keeps_waiter_waiting<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let held = fixed(&holder, SHORT * 4);
     holder.gets(&held).await;
@@ -99,7 +99,7 @@ pub async fn a_longer_term_keeps_the_waiter_waiting<S: Store>(env: &Environment<
     assert!(holder.granted(&key("k"), held.token).await.is_some());
 }
 
-pub async fn the_first_of_several_deadlines_is_told<S: Store>(env: &Environment<S>) {
+pub async fn waiter_learns_earliest_deadline<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let (long, short) = (permit(&actor, Lifetime::Fixed(MINUTE)), permit(&actor, Lifetime::Fixed(SHORT)));
     actor.gets(&long).await;
@@ -112,7 +112,7 @@ pub async fn the_first_of_several_deadlines_is_told<S: Store>(env: &Environment<
     assert!(actor.granted(&key("k"), long.token).await.is_some(), "only what ended is over");
 }
 
-pub async fn extending_one_permit_leaves_the_others<S: Store>(env: &Environment<S>) {
+pub async fn extend_moves_only_its_own_permit<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let (one, two) = (permit(&actor, Lifetime::Fixed(SHORT)), permit(&actor, Lifetime::Fixed(SHORT)));
     actor.gets(&one).await;
@@ -124,7 +124,7 @@ pub async fn extending_one_permit_leaves_the_others<S: Store>(env: &Environment<
     assert_eq!(actor.polls(&key("k"), two.token).await, PollOutcome::Gone);
 }
 
-pub async fn extending_a_waiter_does_nothing<S: Store>(env: &Environment<S>) {
+pub async fn extend_ignores_a_waiter<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     let request = fixed(&waiter, MINUTE);
@@ -135,7 +135,7 @@ pub async fn extending_a_waiter_does_nothing<S: Store>(env: &Environment<S>) {
     assert!(waiter.granted(&key("k"), request.token).await.unwrap().remaining.unwrap() <= MINUTE);
 }
 
-pub async fn a_term_that_ends_serves_as_many_as_fit<S: Store>(env: &Environment<S>) {
+pub async fn expiry_serves_fitting_waiters<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let all = AcquireRequest { demand: Demand::new(3, 3).unwrap(), ..fixed(&actor, SHORT) };
     actor.gets(&all).await;
@@ -152,7 +152,7 @@ pub async fn a_term_that_ends_serves_as_many_as_fit<S: Store>(env: &Environment<
     assert_eq!(actor.granted(&key("k"), waiting[3]).await, None);
 }
 
-pub async fn a_term_that_ends_closes_nothing<S: Store>(env: &Environment<S>) {
+pub async fn expired_hold_starts_no_cooldown<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
     let request = fixed(&actor, SHORT);
     actor.gets(&request).await;
@@ -163,7 +163,7 @@ pub async fn a_term_that_ends_closes_nothing<S: Store>(env: &Environment<S>) {
     other.takes(&key("k")).await;
 }
 
-pub async fn giving_up_closes_nothing<S: Store>(env: &Environment<S>) {
+pub async fn abandon_starts_no_cooldown<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
     let (token, _) = actor.takes(&key("k")).await;
     assert_eq!(actor.store.abandon(&key("k"), token).await.unwrap().outcome, EndOutcome::Released);
@@ -171,7 +171,7 @@ pub async fn giving_up_closes_nothing<S: Store>(env: &Environment<S>) {
     other.takes(&key("k")).await;
 }
 
-pub async fn a_cooldown_of_a_permit_closes_the_key_and_leaves_the_others<S: Store>(env: &Environment<S>) {
+pub async fn permit_cooldown_leaves_other_permits<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let session = Lifetime::Session { max_hold: None };
     let (one, two, three) = (permit(&actor, session), permit(&actor, session), permit(&actor, session));
@@ -188,7 +188,7 @@ pub async fn a_cooldown_of_a_permit_closes_the_key_and_leaves_the_others<S: Stor
     assert!(actor.granted(&key("k"), one.token).await.is_some());
 }
 
-pub async fn a_shorter_cooldown_opens_nothing_sooner<S: Store>(env: &Environment<S>) {
+pub async fn shorter_cooldown_never_opens_sooner<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let session = Lifetime::Session { max_hold: None };
     let (one, two) = (permit(&actor, session), permit(&actor, session));
@@ -200,7 +200,7 @@ pub async fn a_shorter_cooldown_opens_nothing_sooner<S: Store>(env: &Environment
     actor.waits(&permit(&actor, session)).await;
 }
 
-pub async fn a_cooldown_of_nothing_closes_nothing<S: Store>(env: &Environment<S>) {
+pub async fn zero_cooldown_closes_nothing<S: Store>(env: &Environment<S>) {
     let (actor, other) = (env.actor().await, env.actor().await);
     let (token, _) = actor.takes(&key("k")).await;
     let waiting = other.queues(&key("k")).await;
@@ -209,7 +209,7 @@ pub async fn a_cooldown_of_nothing_closes_nothing<S: Store>(env: &Environment<S>
     until("it is handed on", async || other.granted(&key("k"), waiting).await.is_some()).await;
 }
 
-pub async fn a_closed_key_keeps_its_waiters_in_order<S: Store>(env: &Environment<S>) {
+pub async fn closed_key_keeps_waiters_in_order<S: Store>(env: &Environment<S>) {
     let (holder, first, second) = (env.actor().await, env.actor().await, env.actor().await);
     let (token, _) = holder.takes(&key("k")).await;
     holder.store.release(&key("k"), token, Some(SHORT)).await.unwrap();

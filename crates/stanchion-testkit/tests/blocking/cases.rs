@@ -26,9 +26,9 @@ macro_rules! blocking_cases {
             #[allow(unused_imports)]
             use super::*;
             $crate::blocking_cases! { $open;
-                the_whole_surface_without_a_runtime, one_at_a_time_between_threads, works_in_spawn_blocking,
-                works_inside_a_task_of_a_runtime_of_one_thread, a_body_is_told_that_the_lock_is_lost,
-                a_closed_handle_refuses, a_wait_is_cancelled_from_another_thread,
+                every_method_works_without_a_runtime, threads_hold_one_at_a_time, lock_works_in_spawn_blocking,
+                lock_works_inside_a_current_thread_task, body_learns_of_a_lost_lock,
+                closed_handle_rejects_calls, other_thread_cancels_a_wait,
             }
         }
     };
@@ -48,7 +48,7 @@ fn until(what: &str, mut so: impl FnMut() -> bool) {
     }
 }
 
-pub(crate) fn the_whole_surface_without_a_runtime(open: Open<'_>) {
+pub(crate) fn every_method_works_without_a_runtime(open: Open<'_>) {
     let (locks, other) = (open(), open());
     let guard = locks.lock("k").metadata("first").acquire().unwrap();
     let first = guard.fence();
@@ -86,7 +86,7 @@ pub(crate) fn the_whole_surface_without_a_runtime(open: Open<'_>) {
     locks.close().unwrap();
 }
 
-pub(crate) fn one_at_a_time_between_threads(open: Open<'_>) {
+pub(crate) fn threads_hold_one_at_a_time(open: Open<'_>) {
     let (inside, total) = (AtomicU32::new(0), AtomicU32::new(0));
     let handles = [open(), open()];
     std::thread::scope(|scope| {
@@ -110,7 +110,7 @@ pub(crate) fn one_at_a_time_between_threads(open: Open<'_>) {
     assert!(!handles[0].is_locked("k").unwrap());
 }
 
-pub(crate) fn works_in_spawn_blocking(open: Open<'_>) {
+pub(crate) fn lock_works_in_spawn_blocking(open: Open<'_>) {
     let locks = open();
     let mut runtimes = [tokio::runtime::Builder::new_current_thread(), tokio::runtime::Builder::new_multi_thread()];
     for builder in &mut runtimes {
@@ -127,7 +127,7 @@ pub(crate) fn works_in_spawn_blocking(open: Open<'_>) {
 
 /// Its thread is blocked, so nothing may depend on that runtime; and Tokio's budget for a task, 128 operations, is never
 /// renewed, because the task does not yield.
-pub(crate) fn works_inside_a_task_of_a_runtime_of_one_thread(open: Open<'_>) {
+pub(crate) fn lock_works_inside_a_current_thread_task(open: Open<'_>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let locks = open();
     let (done, is_done) = std::sync::mpsc::channel();
@@ -145,7 +145,7 @@ pub(crate) fn works_inside_a_task_of_a_runtime_of_one_thread(open: Open<'_>) {
     thread.join().unwrap();
 }
 
-pub(crate) fn a_body_is_told_that_the_lock_is_lost(open: Open<'_>) {
+pub(crate) fn body_learns_of_a_lost_lock(open: Open<'_>) {
     let (locks, other) = (open(), open());
     let outcome = locks.lock("k").run(|guard| {
         let token = guard.cancel_token();
@@ -158,7 +158,7 @@ pub(crate) fn a_body_is_told_that_the_lock_is_lost(open: Open<'_>) {
     assert!(!other.is_locked("k").unwrap(), "released when it returns");
 }
 
-pub(crate) fn a_closed_handle_refuses(open: Open<'_>) {
+pub(crate) fn closed_handle_rejects_calls(open: Open<'_>) {
     let locks = open();
     let guard = locks.lock("k").acquire().unwrap();
     locks.close().unwrap();
@@ -168,7 +168,7 @@ pub(crate) fn a_closed_handle_refuses(open: Open<'_>) {
     let _answered_or_not = locks.inspect("k");
 }
 
-pub(crate) fn a_wait_is_cancelled_from_another_thread(open: Open<'_>) {
+pub(crate) fn other_thread_cancels_a_wait(open: Open<'_>) {
     let locks = open();
     let _held = locks.lock("k").acquire().unwrap();
     let cancel = tokio_util::sync::CancellationToken::new();

@@ -16,14 +16,14 @@ conformance!(dynamic prefixed, in_a_prefix);
 
 /// Sessions are files.
 #[test]
-fn calls_that_are_dropped_leave_no_session() {
+fn dropped_calls_leave_no_session() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("store");
     let sessions = path.join("sessions");
     let environment = Environment::new(move || Sqlite::open(&path).expect("an embedded store"));
     let left = || std::fs::read_dir(&sessions).expect("the folder of sessions").count();
     block_on(async {
-        cancellation::a_call_that_is_dropped_at_any_await_leaves_nothing(&environment).await;
+        cancellation::dropped_calls_leave_nothing(&environment).await;
         until("no file of a session is left", async || left() == 0).await;
     });
 }

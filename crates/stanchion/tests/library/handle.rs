@@ -21,7 +21,7 @@ async fn is_free(locks: &Locks, key: &str) -> bool {
 }
 
 #[tokio::test]
-async fn one_at_a_time_first_come_first_served() {
+async fn lock_serves_waiters_in_order() {
     let locks = Locks::open("memory:").await.unwrap();
     let first = locks.lock("k").await.unwrap();
     assert!(locks.try_lock("k").await.unwrap().is_none());
@@ -46,7 +46,7 @@ async fn one_at_a_time_first_come_first_served() {
 }
 
 #[tokio::test]
-async fn a_wait_limit_ends_the_wait_and_leaves_nothing() {
+async fn expired_wait_leaves_nothing() {
     let locks = Locks::open("memory:").await.unwrap();
     let held = locks.lock("k").await.unwrap();
     let error = locks.lock("k").wait(Duration::from_millis(30)).await.unwrap_err();
@@ -58,7 +58,7 @@ async fn a_wait_limit_ends_the_wait_and_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn a_hold_is_lost_on_time_when_the_store_is_gone() {
+async fn hold_is_lost_on_time_without_store() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
@@ -87,7 +87,7 @@ async fn a_hold_is_lost_on_time_when_the_store_is_gone() {
 }
 
 #[tokio::test]
-async fn a_session_counts_from_the_first_time_it_was_asked_for() {
+async fn session_counts_from_first_open_request() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
@@ -112,7 +112,7 @@ async fn a_session_counts_from_the_first_time_it_was_asked_for() {
 }
 
 #[tokio::test]
-async fn a_lost_answer_is_asked_for_again_and_gives_the_same_grant() {
+async fn lost_reply_is_retried_with_same_grant() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::with_store(store).await.unwrap();
@@ -129,7 +129,7 @@ async fn a_lost_answer_is_asked_for_again_and_gives_the_same_grant() {
 }
 
 #[tokio::test]
-async fn an_unknown_outcome_is_told_and_cleaned_up() {
+async fn unknown_outcome_is_reported_and_cleaned() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let retry = RetryPolicy { attempts: 2, ..RetryPolicy::default() };
@@ -143,7 +143,7 @@ async fn an_unknown_outcome_is_told_and_cleaned_up() {
 }
 
 #[tokio::test]
-async fn a_request_that_arrives_late_does_not_leave_a_hold() {
+async fn late_acquire_leaves_no_hold() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let retry = RetryPolicy { attempts: 1, ..RetryPolicy::default() };
@@ -157,7 +157,7 @@ async fn a_request_that_arrives_late_does_not_leave_a_hold() {
 }
 
 #[tokio::test]
-async fn a_forced_release_tells_the_holder_by_push_and_without() {
+async fn holder_learns_of_force_release() {
     for lose_pushes in [false, true] {
         let store = Faulty::new(Memory::new());
         let faults = store.faults();
@@ -178,7 +178,7 @@ async fn a_forced_release_tells_the_holder_by_push_and_without() {
 }
 
 #[tokio::test]
-async fn a_fixed_hold_whose_session_was_lost_is_still_told_of_a_forced_release() {
+async fn force_release_reaches_orphaned_fixed_hold() {
     let memory = Memory::new();
     let locks = Locks::builder_with_store(memory.clone()).session_ttl(SECOND / 2).open().await.unwrap();
     let guard = locks.lock("k").ttl(60 * SECOND).await.unwrap();
@@ -191,7 +191,7 @@ async fn a_fixed_hold_whose_session_was_lost_is_still_told_of_a_forced_release()
 }
 
 #[tokio::test]
-async fn a_lost_push_costs_time_only() {
+async fn lost_push_only_costs_time() {
     let store = Faulty::new(Memory::new());
     store.faults().lose_pushes(true);
     let locks = Locks::with_store(store).await.unwrap();
@@ -206,7 +206,7 @@ async fn a_lost_push_costs_time_only() {
 }
 
 #[tokio::test]
-async fn the_body_is_dropped_when_the_lock_is_lost() {
+async fn run_drops_the_body_on_loss() {
     let locks = Locks::open("memory:").await.unwrap();
     let dropped = Arc::new(());
     let seen = dropped.clone();
@@ -229,7 +229,7 @@ async fn the_body_is_dropped_when_the_lock_is_lost() {
 }
 
 #[tokio::test]
-async fn a_heartbeat_that_stays_away_and_a_max_hold_end_the_hold() {
+async fn missed_heartbeat_and_max_hold_end_hold() {
     let time = VirtualClock::new();
     let locks = Locks::builder_with_store(Memory::with_clock(time.clock())).clock(time.clock()).open().await.unwrap();
     let quiet = locks.lock("a").heartbeat_within(SECOND).await.unwrap();
@@ -253,7 +253,7 @@ async fn a_heartbeat_that_stays_away_and_a_max_hold_end_the_hold() {
 }
 
 #[tokio::test]
-async fn a_fixed_term_can_be_detached_and_adopted_once() {
+async fn detached_fixed_hold_is_adopted_once() {
     let store = Memory::new();
     let first = Locks::with_store(store.clone()).await.unwrap();
     let second = Locks::with_store(store).await.unwrap();
@@ -271,7 +271,7 @@ async fn a_fixed_term_can_be_detached_and_adopted_once() {
 }
 
 #[tokio::test]
-async fn an_extension_that_comes_late_never_ends_a_hold_that_is_still_believed() {
+async fn late_extend_never_ends_a_valid_hold() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).retry(RetryPolicy::never()).open().await.unwrap();
@@ -294,7 +294,7 @@ async fn an_extension_that_comes_late_never_ends_a_hold_that_is_still_believed()
 }
 
 #[tokio::test]
-async fn an_extension_that_was_refused_limits_none_after_it() {
+async fn failed_extend_limits_no_later_one() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).retry(RetryPolicy::never()).open().await.unwrap();
@@ -306,7 +306,7 @@ async fn an_extension_that_was_refused_limits_none_after_it() {
 }
 
 #[tokio::test]
-async fn a_term_that_is_too_short_for_its_store_ends_in_an_error_not_in_a_loop() {
+async fn ttl_too_short_for_store_is_an_error() {
     let store = Faulty::new(Memory::new());
     store.faults().always(Operation::Acquire, Fault::DelayReply(Duration::from_millis(15)));
     let locks = Locks::with_store(store).await.unwrap();
@@ -316,7 +316,7 @@ async fn a_term_that_is_too_short_for_its_store_ends_in_an_error_not_in_a_loop()
 }
 
 #[tokio::test]
-async fn holder_has_all_of_its_time() {
+async fn holder_can_use_its_whole_ttl() {
     let time = VirtualClock::new();
     let memory = Memory::with_clock(time.clock());
     let open = || Locks::builder_with_store(memory.clone()).clock(time.clock()).session_ttl(3_600 * SECOND).open();
@@ -358,7 +358,7 @@ async fn holder_has_all_of_its_time() {
 }
 
 #[tokio::test]
-async fn longest_time_is_granted_whole() {
+async fn longest_ttl_is_granted_whole() {
     let locks = Locks::open("memory:").await.unwrap();
     let longest = *stanchion::DURATION_RANGE.end();
     let guard = locks.lock("k").ttl(longest).await.unwrap();
@@ -368,7 +368,7 @@ async fn longest_time_is_granted_whole() {
 }
 
 #[tokio::test]
-async fn closing_does_not_wait_for_the_grace_of_what_was_lost() {
+async fn close_skips_grace_of_lost_holds() {
     let time = VirtualClock::new();
     let memory = Memory::with_clock(time.clock());
     let watch = Locks::builder_with_store(memory.clone()).clock(time.clock()).open().await.unwrap();
@@ -384,7 +384,7 @@ async fn closing_does_not_wait_for_the_grace_of_what_was_lost() {
 }
 
 #[tokio::test]
-async fn closing_ends_the_session_although_a_release_fails() {
+async fn close_ends_session_despite_failed_release() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::with_store(store.clone()).await.unwrap();
@@ -398,7 +398,7 @@ async fn closing_ends_the_session_although_a_release_fails() {
 }
 
 #[tokio::test]
-async fn draining_and_closing() {
+async fn drain_rejects_calls_and_close_loses_holds() {
     let locks = Locks::open("memory:").await.unwrap();
     let guard = locks.lock("k").await.unwrap();
     let waiter = tokio::spawn({
@@ -418,7 +418,7 @@ async fn draining_and_closing() {
 }
 
 #[tokio::test]
-async fn when_the_keeper_dies_every_hold_is_lost_and_nobody_waits_for_ever() {
+async fn dead_keeper_loses_holds_and_ends_waits() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::builder_with_store(store.clone()).session_ttl(SECOND).open().await.unwrap();
@@ -438,7 +438,7 @@ async fn when_the_keeper_dies_every_hold_is_lost_and_nobody_waits_for_ever() {
 }
 
 #[tokio::test]
-async fn readers_share_and_writers_are_not_starved() {
+async fn readers_share_and_never_starve_writers() {
     let locks = Locks::open("memory:").await.unwrap();
     let reader = locks.lock("k").demand(Demand::READ).await.unwrap();
     let second = locks.lock("k").demand(Demand::READ).await.unwrap();
@@ -456,7 +456,7 @@ async fn readers_share_and_writers_are_not_starved() {
 }
 
 #[test]
-fn a_guard_outlives_its_runtime_and_is_dropped_without_one() {
+fn guard_outlives_its_runtime() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let (locks, guard) = runtime.block_on(async {
         let locks = Locks::open("memory:").await.unwrap();
@@ -470,7 +470,7 @@ fn a_guard_outlives_its_runtime_and_is_dropped_without_one() {
 }
 
 #[test]
-fn requests_and_guards_can_be_sent() {
+fn requests_and_guards_are_send() {
     fn send<T: Send + 'static>() {}
     fn sync<T: Sync>() {}
     send::<Locks>();
@@ -491,7 +491,7 @@ fn requests_and_guards_can_be_sent() {
 }
 
 #[tokio::test]
-async fn drift_that_leaves_nothing_is_rejected() {
+async fn excessive_drift_is_rejected() {
     let open = async |per_mille, fixed, ttl| {
         let drift = stanchion::Drift { per_mille, fixed };
         Locks::builder("memory:").drift(drift).session_ttl(ttl).open().await.map(drop)

@@ -58,7 +58,7 @@ impl Bench {
 const AWAY: [Fault; 2] = [Fault::Fail(ErrorKind::Unavailable), Fault::Delay(Duration::from_secs(3_600))];
 
 #[tokio::test]
-async fn calls_keep_their_limits_while_away() {
+async fn calls_keep_limits_during_outage() {
     for fault in AWAY {
         let bench = Bench::new(RetryPolicy { attempts: 1_000, ..RetryPolicy::default() }).await;
         bench.go_away(fault);
@@ -111,7 +111,7 @@ async fn opening_keeps_its_limit() {
 
 /// Neither an error nor a drop blocks the one thread of this runtime.
 #[tokio::test]
-async fn no_drop_blocks_the_executor() {
+async fn drop_never_blocks_the_executor() {
     for fails in [true, false] {
         let store = Faulty::new(Memory::new());
         if fails {
@@ -181,7 +181,7 @@ fn opening_without_a_thread_is_an_error() {
 }
 
 #[test]
-fn opening_with_few_descriptors_does_not_panic() {
+fn open_with_few_descriptors_never_panics() {
     let mut refused = 0;
     for limit in 8..30 {
         let output = played("part_opens_with_few_descriptors", "prlimit", &[&format!("--nofile={limit}")]);

@@ -137,14 +137,14 @@ impl Drop for SetOnDrop {
 }
 
 #[tokio::test]
-async fn the_key_is_made_of_the_arguments() {
+async fn key_is_formatted_from_arguments() {
     let service = Service::new().await;
     let request = Request { id: 42, tags: (7, "a") };
     assert_eq!(service.key_of(request).await.unwrap(), "files:42:a{}");
 }
 
 #[tokio::test]
-async fn the_body_runs_under_the_lock_and_knows_its_guard() {
+async fn body_runs_locked_and_sees_its_guard() {
     let service = Service::new().await;
     let (first, second) = (service.fence().await.unwrap(), service.fence().await.unwrap());
     assert!(second > first);
@@ -152,7 +152,7 @@ async fn the_body_runs_under_the_lock_and_knows_its_guard() {
 }
 
 #[tokio::test]
-async fn what_the_body_returns_is_returned() {
+async fn result_of_the_body_is_returned() {
     let mut service = Service::new().await;
     assert_eq!(service.failing(true).await.unwrap_err().kind(), None);
     assert!(!service.locks.is_locked("k").await.unwrap());
@@ -160,7 +160,7 @@ async fn what_the_body_returns_is_returned() {
 }
 
 #[tokio::test]
-async fn a_lock_that_is_not_obtained_is_an_error() {
+async fn unavailable_lock_is_an_error() {
     let service = Service::new().await;
     let held = service.locks.lock("k").await.unwrap();
     assert_eq!(service.at_once().await.unwrap_err().kind(), Some(ErrorKind::Busy));
@@ -191,7 +191,7 @@ async fn options_reach_the_request() {
 }
 
 #[tokio::test]
-async fn a_lost_lock_drops_the_body() {
+async fn lost_lock_drops_the_body() {
     let service = Service::new().await;
     let (entered, dropped) = (Arc::new(tokio::sync::Notify::new()), Arc::new(AtomicBool::new(false)));
     let force = async {
@@ -205,7 +205,7 @@ async fn a_lost_lock_drops_the_body() {
 }
 
 #[tokio::test]
-async fn a_dropped_call_releases() {
+async fn dropped_call_releases() {
     let service = Service::new().await;
     let entered = Arc::new(tokio::sync::Notify::new());
     tokio::select! {
@@ -298,7 +298,7 @@ fn is_send<T>(future: impl Future<Output = T> + Send) -> impl Future<Output = T>
 }
 
 #[tokio::test]
-async fn functions_of_every_shape_keep_it() {
+async fn attribute_accepts_every_function_shape() {
     let locks = LOCKS.get_or_init(|| LAZY.clone());
     assert_eq!(is_send(shapes("n", (1, 2), [1, 2, 3], "")).await.unwrap(), ("n".to_owned(), 7));
     assert_eq!(is_send(opaque(5)).await.unwrap().to_string(), "<5>");

@@ -23,7 +23,7 @@ async fn depose(locks: &Locks, guard: &stanchion::Guard) {
 }
 
 #[tokio::test]
-async fn a_hook_is_called_once_for_each_hold_and_may_block() {
+async fn hook_runs_once_per_hold_and_may_block() {
     let (sender, calls) = mpsc::channel::<Loss>();
     let hook = OnLost::hook(move |loss| {
         std::thread::sleep(Duration::from_millis(50));
@@ -49,7 +49,7 @@ async fn a_hook_is_called_once_for_each_hold_and_may_block() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_hook_is_called_for_a_hold_that_nobody_was_given() {
+async fn hook_ignores_undelivered_holds() {
     for round in 0..300 {
         let (sender, calls) = mpsc::channel();
         let hook = OnLost::hook(move |loss| sender.send(loss.fence).unwrap());
@@ -76,7 +76,7 @@ async fn no_hook_is_called_for_a_hold_that_nobody_was_given() {
 }
 
 #[test]
-fn a_process_that_does_not_stop_in_time_aborts() {
+fn slow_process_aborts_after_grace() {
     use std::os::unix::process::ExitStatusExt as _;
 
     for (part, lost) in [
@@ -93,13 +93,13 @@ fn a_process_that_does_not_stop_in_time_aborts() {
 }
 
 #[test]
-fn a_process_that_stops_in_time_lives_on() {
+fn stopping_in_time_avoids_the_abort() {
     let out = play("part_stops");
     assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("lives on"), "{out:?}");
 }
 
 #[test]
-fn draining_the_process_drains_every_handle_of_it() {
+fn process_drain_drains_every_handle() {
     let out = play("part_drains");
     assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("drained"), "{out:?}");
 }

@@ -12,7 +12,7 @@ use stanchion::{Error, ErrorKind, Locks, OnLost, OnceGuard, OnceOutcome, RetryPo
 const SECOND: Duration = Duration::from_secs(1);
 
 #[tokio::test]
-async fn several_keys_that_are_not_all_had_close_none() {
+async fn failed_lock_all_starts_no_cooldown() {
     let locks = Locks::open("memory:").await.unwrap();
     let _held = locks.lock("b").await.unwrap();
     let request = || locks.lock_all(["a", "b"]).cooldown(60 * SECOND);
@@ -29,7 +29,7 @@ async fn several_keys_that_are_not_all_had_close_none() {
 }
 
 #[tokio::test]
-async fn the_first_of_several_keys_stays_while_the_last_is_waited_for() {
+async fn lock_all_keeps_first_key_while_waiting() {
     let time = VirtualClock::new();
     let store = Memory::with_clock(time.clock());
     let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
@@ -50,7 +50,7 @@ async fn the_first_of_several_keys_stays_while_the_last_is_waited_for() {
 }
 
 #[tokio::test]
-async fn a_record_that_comes_late_is_not_the_last_run() {
+async fn late_record_is_not_the_last_run() {
     let memory = Memory::new();
     let slow = Faulty::new(memory.clone());
     let retry = RetryPolicy { attempts: 1, ..RetryPolicy::default() };
@@ -70,7 +70,7 @@ async fn a_record_that_comes_late_is_not_the_last_run() {
 }
 
 #[tokio::test]
-async fn a_run_is_recorded_although_the_store_was_away_for_longer_than_a_question_may_be_on_its_way() {
+async fn run_is_recorded_after_long_outage() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
@@ -92,7 +92,7 @@ async fn a_run_is_recorded_although_the_store_was_away_for_longer_than_a_questio
 }
 
 #[tokio::test]
-async fn many_losses_at_once_are_told_by_one_thread() {
+async fn one_thread_reports_many_losses() {
     let (sender, calls) = mpsc::channel();
     let hook = OnLost::hook(move |loss| sender.send((loss.fence, std::thread::current().id())).unwrap());
     let locks = Locks::builder("memory:").on_lost(hook).open().await.unwrap();
@@ -112,7 +112,7 @@ async fn many_losses_at_once_are_told_by_one_thread() {
 }
 
 #[tokio::test]
-async fn a_failed_run_of_a_later_slot_leaves_the_slots_that_were_done() {
+async fn failed_slot_keeps_finished_slots() {
     let locks = Locks::open("memory:").await.unwrap();
     let ran = async |slot, succeeds: bool| {
         let once = locks.once("k");
@@ -139,7 +139,7 @@ async fn a_failed_run_of_a_later_slot_leaves_the_slots_that_were_done() {
 }
 
 #[tokio::test]
-async fn a_leader_outlasts_a_store_that_is_away_for_longer_than_a_step_is_repeated() {
+async fn lead_retries_through_long_outage() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let millis = Duration::from_millis;

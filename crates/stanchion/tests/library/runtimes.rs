@@ -39,7 +39,7 @@ fn until(what: &str, mut so: impl FnMut() -> bool) {
 }
 
 #[test]
-fn everything_works_without_any_runtime() {
+fn locks_work_without_any_runtime() {
     let locks = block_on(Locks::open("memory:")).unwrap();
     let guard = block_on(locks.lock("k").ttl(Duration::from_secs(60)).into_future()).unwrap();
     let limit = Duration::from_millis(20);
@@ -56,7 +56,7 @@ fn everything_works_without_any_runtime() {
 }
 
 #[test]
-fn a_handle_serves_several_runtimes_and_outlives_each() {
+fn handle_outlives_the_runtimes_it_serves() {
     let first = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let locks = first.block_on(Locks::open("memory:")).unwrap();
     let guard = first.block_on(locks.lock("k").into_future()).unwrap();
@@ -76,7 +76,7 @@ fn a_handle_serves_several_runtimes_and_outlives_each() {
 }
 
 #[test]
-fn a_guard_dropped_while_unwinding_releases() {
+fn guard_dropped_in_unwinding_releases() {
     let locks = block_on(Locks::open("memory:")).unwrap();
     let panicked = std::thread::spawn({
         let locks = locks.clone();
@@ -90,7 +90,7 @@ fn a_guard_dropped_while_unwinding_releases() {
 }
 
 #[test]
-fn the_last_drop_ends_the_session() {
+fn last_drop_ends_the_session() {
     let store = stanchion::store::Memory::new();
     let watch = block_on(Locks::with_store(store.clone())).unwrap();
     let locks = block_on(Locks::with_store(store)).unwrap();
@@ -103,7 +103,7 @@ fn the_last_drop_ends_the_session() {
 }
 
 #[test]
-fn opening_and_closing_leaves_no_thread() {
+fn open_and_close_leave_no_thread() {
     let threads = || std::fs::read_dir("/proc/self/task").map(Iterator::count).unwrap_or(0);
     for _ in 0..3 {
         block_on(async { Locks::open("memory:").await.unwrap().close().await.unwrap() });
@@ -117,7 +117,7 @@ fn opening_and_closing_leaves_no_thread() {
 }
 
 #[test]
-fn bad_urls_and_settings_are_refused_with_what_would_be_right() {
+fn invalid_settings_are_rejected_with_a_hint() {
     let no_project = match cfg!(feature = "firestore") {
         true => (ErrorKind::InvalidArgument, "project"),
         false => (ErrorKind::Unsupported, "this build"),

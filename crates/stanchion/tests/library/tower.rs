@@ -81,7 +81,7 @@ fn over_http(address: SocketAddr, request: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_two_requests_with_one_key_the_second_is_told_when_to_come_again() {
+async fn second_request_gets_retry_after() {
     let locks = Locks::open("memory:").await.unwrap();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -114,7 +114,7 @@ async fn of_two_requests_with_one_key_the_second_is_told_when_to_come_again() {
 }
 
 #[tokio::test]
-async fn busy_is_answered_as_chosen_and_with_what_is_known_of_the_holder() {
+async fn busy_answer_uses_status_and_deadline() {
     let locks = Locks::open("memory:").await.unwrap();
     let app =
         Gate::default().app(by_path(&locks).busy_status(StatusCode::LOCKED).retry_after(Duration::from_millis(6_500)));
@@ -134,7 +134,7 @@ async fn busy_is_answered_as_chosen_and_with_what_is_known_of_the_holder() {
 }
 
 #[tokio::test]
-async fn the_longest_time_to_come_again_can_be_told() {
+async fn longest_retry_after_is_sent() {
     let locks = Locks::open("memory:").await.unwrap();
     let app = Gate::default().app(by_path(&locks).retry_after(Duration::MAX));
     let _held = locks.lock("k").await.unwrap();
@@ -142,7 +142,7 @@ async fn the_longest_time_to_come_again_can_be_told() {
 }
 
 #[tokio::test]
-async fn a_limit_lets_requests_wait() {
+async fn wait_limit_lets_requests_wait() {
     let locks = Locks::open("memory:").await.unwrap();
     let gate = Gate::default();
     let app = gate.app(by_path(&locks).wait(LONG));
@@ -165,7 +165,7 @@ async fn a_limit_lets_requests_wait() {
 }
 
 #[tokio::test]
-async fn a_lost_lock_drops_the_service_and_is_answered_503() {
+async fn lost_lock_drops_service_and_answers_503() {
     let locks = Locks::open("memory:").await.unwrap();
     let gate = Gate::default();
     let app = gate.app(by_path(&locks));
@@ -182,7 +182,7 @@ async fn a_lost_lock_drops_the_service_and_is_answered_503() {
 }
 
 #[tokio::test]
-async fn a_lock_that_was_lost_when_the_service_had_ended_is_answered_503() {
+async fn loss_found_after_service_answers_503() {
     let locks = Locks::open("memory:").await.unwrap();
     let of_service = locks.clone();
     // It loses the lock and returns without a pause.
@@ -197,7 +197,7 @@ async fn a_lock_that_was_lost_when_the_service_had_ended_is_answered_503() {
 }
 
 #[tokio::test]
-async fn faults_and_bad_keys_are_told_apart() {
+async fn faults_and_invalid_keys_differ_in_status() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).retry(RetryPolicy::never()).open().await.unwrap();
@@ -217,7 +217,7 @@ async fn faults_and_bad_keys_are_told_apart() {
 }
 
 #[tokio::test]
-async fn a_request_without_a_key_needs_no_lock() {
+async fn request_without_key_needs_no_lock() {
     let locks = Locks::open("memory:").await.unwrap();
     locks.close().await.unwrap();
     let handler = async |fence: Option<Extension<Fence>>| assert!(fence.is_none());
@@ -226,7 +226,7 @@ async fn a_request_without_a_key_needs_no_lock() {
 }
 
 #[tokio::test]
-async fn a_client_that_goes_away_leaves_no_lock() {
+async fn disconnected_client_leaves_no_lock() {
     let locks = Locks::open("memory:").await.unwrap();
     let gate = Gate::default();
     let app = gate.app(by_path(&locks));
@@ -239,7 +239,7 @@ async fn a_client_that_goes_away_leaves_no_lock() {
 }
 
 #[tokio::test]
-async fn a_held_lock_that_is_kept_keeps_nothing() {
+async fn kept_held_lock_prolongs_nothing() {
     let locks = Locks::open("memory:").await.unwrap();
     let (sender, mut kept) = mpsc::unbounded_channel();
     let handler = move |Extension(held): Extension<HeldLock>| async move { sender.send(held).unwrap() };
@@ -284,7 +284,7 @@ fn sending(locks: &Locks) -> (Router, mpsc::UnboundedReceiver<mpsc::UnboundedSen
 }
 
 #[tokio::test]
-async fn a_lock_may_be_held_until_the_body_has_ended() {
+async fn lock_is_held_until_the_body_ends() {
     let locks = Locks::open("memory:").await.unwrap();
     let (app, mut given) = sending(&locks);
     let mut body = ask(&app, "/k").await.into_body();
@@ -306,7 +306,7 @@ async fn a_lock_may_be_held_until_the_body_has_ended() {
 }
 
 #[tokio::test]
-async fn a_body_ends_with_an_error_when_its_lock_is_lost() {
+async fn lost_lock_ends_the_body_with_an_error() {
     let locks = Locks::open("memory:").await.unwrap();
     let (app, mut given) = sending(&locks);
     let mut body = ask(&app, "/k").await.into_body();

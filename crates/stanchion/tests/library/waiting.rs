@@ -52,7 +52,7 @@ async fn waiters_of_a_key_share_its_polls() {
 }
 
 #[tokio::test]
-async fn lost_pushes_of_many_waiters_cost_time_only() {
+async fn lost_pushes_only_cost_waiters_time() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
@@ -83,7 +83,7 @@ async fn lost_pushes_of_many_waiters_cost_time_only() {
 }
 
 #[tokio::test]
-async fn panicking_poll_fails_the_call_alone() {
+async fn panicking_poll_fails_only_its_call() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
@@ -106,7 +106,7 @@ async fn panicking_poll_fails_the_call_alone() {
 }
 
 #[tokio::test]
-async fn silent_polls_are_the_reason_at_the_limit() {
+async fn wait_limit_reports_unanswered_polls() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();

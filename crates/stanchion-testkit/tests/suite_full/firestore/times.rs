@@ -41,7 +41,7 @@ async fn commit(client: &mut FirestoreClient<Channel>, writes: Vec<api::Write>) 
 }
 
 #[test]
-fn the_times_of_a_document_increase_over_its_deletion() {
+fn document_times_increase_over_deletion() {
     block_on(async {
         let mut client = client().await;
         let name = format!("{DATABASE}/documents/keys/k");
@@ -58,7 +58,7 @@ fn the_times_of_a_document_increase_over_its_deletion() {
 
 /// A call is written with the key's document, and tells by its own time when that was.
 #[test]
-fn the_documents_of_a_commit_have_its_time() {
+fn documents_get_the_commit_time() {
     block_on(async {
         let mut client = client().await;
         for round in 0..50 {
@@ -70,7 +70,7 @@ fn the_documents_of_a_commit_have_its_time() {
 }
 
 #[test]
-fn fences_increase_over_the_deletion_of_the_key() {
+fn fences_increase_over_key_deletion() {
     let emulator = FirestoreEmulator::shared().expect("this machine has no emulator of Firestore");
     block_on(async {
         let url = emulator.url();

@@ -13,7 +13,7 @@ async fn listed<S: Store>(actor: &Actor<S>, prefix: &str) -> Vec<String> {
     actor.lists(prefix).await.iter().map(|state| state.key.name().to_owned()).collect()
 }
 
-pub async fn looking_changes_nothing<S: Store>(env: &Environment<S>) {
+pub async fn inspect_and_list_change_nothing<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let (token, granted) = holder.takes(&key("k")).await;
     let waiting = waiter.queues(&key("k")).await;
@@ -28,7 +28,7 @@ pub async fn looking_changes_nothing<S: Store>(env: &Environment<S>) {
     assert!(waiter.granted(&key("k"), waiting).await.is_some());
 }
 
-pub async fn two_who_look_see_the_same<S: Store>(env: &Environment<S>) {
+pub async fn observers_see_the_same_state<S: Store>(env: &Environment<S>) {
     let (holder, one, two) = (env.actor().await, env.actor().await, env.actor().await);
     let (_, granted) = holder.takes(&key("k")).await;
     one.queues(&key("k")).await;
@@ -43,7 +43,7 @@ pub async fn two_who_look_see_the_same<S: Store>(env: &Environment<S>) {
     assert_eq!(still(b), still(listed), "inspected and listed");
 }
 
-pub async fn waiters_are_seen_in_order<S: Store>(env: &Environment<S>) {
+pub async fn inspect_lists_waiters_in_order<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     actor.takes(&key("k")).await;
     let texts: Vec<String> = (0..12).map(|i| format!("waiter {i}")).collect();
@@ -55,7 +55,7 @@ pub async fn waiters_are_seen_in_order<S: Store>(env: &Environment<S>) {
     assert_eq!(seen, texts);
 }
 
-pub async fn texts_of_the_full_length_are_kept<S: Store>(env: &Environment<S>) {
+pub async fn longest_texts_are_kept<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     let metadata = Some("é\n\"'\\%{}".repeat(409));
     let trace = Some("\u{1b}".repeat(4_096));
@@ -74,7 +74,7 @@ pub async fn texts_of_the_full_length_are_kept<S: Store>(env: &Environment<S>) {
     holder.releases(&key("none"), token).await;
 }
 
-pub async fn an_age_grows_and_a_beginning_stays<S: Store>(env: &Environment<S>) {
+pub async fn age_grows_and_since_stays<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     actor.takes(&key("k")).await;
     let before = actor.sees(&key("k")).await.holders.remove(0);
@@ -84,7 +84,7 @@ pub async fn an_age_grows_and_a_beginning_stays<S: Store>(env: &Environment<S>) 
     assert_eq!(after.since, before.since);
 }
 
-pub async fn what_is_closed_or_waited_for_is_listed<S: Store>(env: &Environment<S>) {
+pub async fn closed_keys_are_listed<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let (token, _) = actor.takes(&key("closed")).await;
     actor.store.release(&key("closed"), token, Some(Duration::from_secs(60))).await.unwrap();
@@ -97,7 +97,7 @@ pub async fn what_is_closed_or_waited_for_is_listed<S: Store>(env: &Environment<
     assert!(page.iter().all(|state| state.closed_for.is_some()));
 }
 
-pub async fn a_prefix_is_taken_letter_by_letter<S: Store>(env: &Environment<S>) {
+pub async fn prefix_is_matched_literally<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let names =
         ["%", "%a", "_", "_a", "*", "*a", "?a", "[a]", "a", "A", "ab", "Ab", "\\%", "\\a", "é", "éa", "e", "''"];
@@ -112,7 +112,7 @@ pub async fn a_prefix_is_taken_letter_by_letter<S: Store>(env: &Environment<S>) 
     }
 }
 
-pub async fn pages_of_any_size_give_every_key_once<S: Store>(env: &Environment<S>) {
+pub async fn pages_return_every_key_once<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let mut names: Vec<String> = (0..23).map(|i| format!("{}k{}", if i % 3 == 0 { "é" } else { "" }, i)).collect();
     for name in &names {
@@ -129,7 +129,7 @@ pub async fn pages_of_any_size_give_every_key_once<S: Store>(env: &Environment<S
     }
 }
 
-pub async fn pages_that_find_nothing_lead_on<S: Store>(env: &Environment<S>) {
+pub async fn empty_pages_lead_to_the_next<S: Store>(env: &Environment<S>) {
     let (actor, dead) = (env.actor().await, env.actor().await);
     for i in 0..60 {
         dead.takes(&key(&format!("dead {i:02}"))).await;
@@ -147,7 +147,7 @@ pub async fn pages_that_find_nothing_lead_on<S: Store>(env: &Environment<S>) {
     }
 }
 
-pub async fn paging_goes_on_while_keys_come_and_go<S: Store>(env: &Environment<S>) {
+pub async fn paging_survives_concurrent_changes<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let mut tokens = Vec::new();
     for i in 0..120 {
@@ -173,7 +173,7 @@ pub async fn paging_goes_on_while_keys_come_and_go<S: Store>(env: &Environment<S
     }
 }
 
-pub async fn listing_leaves_out_what_is_over<S: Store>(env: &Environment<S>) {
+pub async fn list_omits_ended_holds_and_waiters<S: Store>(env: &Environment<S>) {
     let (holder, waiter, dead) = (env.actor().await, env.actor().await, env.mortal(Duration::from_secs(3)).await);
     dead.takes(&key("held by the dead")).await;
     holder.takes(&key("waited for by the dead")).await;
@@ -191,7 +191,7 @@ pub async fn listing_leaves_out_what_is_over<S: Store>(env: &Environment<S>) {
     assert_eq!(seen, [("read by both", 1, 0), ("waited for by the dead", 1, 0)]);
 }
 
-pub async fn a_namespace_is_no_prefix_of_a_name<S: Store>(env: &Environment<S>) {
+pub async fn namespaces_and_names_never_mix<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let keys = [("", "ab"), ("a", "b"), ("ab", "c"), ("a", "bc"), ("", "1:ab"), ("", "a:b"), ("1:a", "b")];
     let keys = keys.map(|(namespace, name)| Key::new(namespace, name).unwrap());
@@ -206,7 +206,7 @@ pub async fn a_namespace_is_no_prefix_of_a_name<S: Store>(env: &Environment<S>) 
     assert_eq!(listed(&actor, ":").await, ["1:ab", "a:b", "ab"]);
 }
 
-pub async fn a_name_like_an_internal_one_is_a_name<S: Store>(env: &Environment<S>) {
+pub async fn internal_looking_names_are_plain_keys<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let mut names: Vec<String> = [
         "keys",
@@ -263,7 +263,7 @@ pub async fn a_name_like_an_internal_one_is_a_name<S: Store>(env: &Environment<S
     assert_eq!(listed(&actor, "").await.len(), names.len() + 1);
 }
 
-pub async fn a_key_of_the_full_length_does_everything<S: Store>(env: &Environment<S>) {
+pub async fn longest_key_supports_every_operation<S: Store>(env: &Environment<S>) {
     let (holder, waiter) = (env.actor().await, env.actor().await);
     // Two that differ in the last byte alone.
     let stem = "k".repeat(stanchion::MAX_KEY_BYTES - 1);
@@ -281,7 +281,7 @@ pub async fn a_key_of_the_full_length_does_everything<S: Store>(env: &Environmen
     assert_eq!(holder.lists(two.as_encoded()).await[0].key, two);
 }
 
-pub async fn fences_are_in_order_as_text<S: Store>(env: &Environment<S>) {
+pub async fn fence_text_sorts_like_fences<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let mut last = String::new();
     for _ in 0..20 {
@@ -294,7 +294,7 @@ pub async fn fences_are_in_order_as_text<S: Store>(env: &Environment<S>) {
     }
 }
 
-pub async fn the_fences_of_a_key_do_not_move_with_those_of_another<S: Store>(env: &Environment<S>) {
+pub async fn fences_of_keys_are_independent<S: Store>(env: &Environment<S>) {
     let actor = env.actor().await;
     let (_, quiet) = actor.takes(&key("quiet")).await;
     for _ in 0..50 {
@@ -305,7 +305,7 @@ pub async fn the_fences_of_a_key_do_not_move_with_those_of_another<S: Store>(env
     assert_eq!(actor.sees(&key("quiet")).await.holders[0].fence, quiet.fence);
 }
 
-pub async fn a_second_handle_sees_what_the_first_did<S: Store>(env: &Environment<S>) {
+pub async fn second_handle_sees_changes_at_once<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.actor().await, env.open());
     let (token, granted) = one.takes(&key("k")).await;
     let seen = two.inspect(&key("k")).await.unwrap().outcome;
