@@ -1,4 +1,4 @@
-//! What a user of the library sees, whatever the store.
+//! The public API of the library, on any store.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,23 +16,23 @@ pub async fn lock_waits_for_earlier_holder<S: Store>(env: &Environment<S>) {
     let guard = one.lock("k").metadata("first").await.unwrap();
     assert!(two.try_lock("k").await.unwrap().is_none());
     let waiting = tokio::spawn(two.lock("k").into_future());
-    until("it waits", async || two.inspect("k").await.unwrap().waiters.len() == 1).await;
+    until("the second handle waits", async || two.inspect("k").await.unwrap().waiters.len() == 1).await;
     let fence = guard.fence();
     assert_eq!(guard.release().await.unwrap(), Released::Now);
     let guard = waiting.await.unwrap().unwrap();
     assert!(guard.fence() > fence && guard.is_held());
     drop(guard);
-    until("a dropped guard releases", async || !one.is_locked("k").await.unwrap()).await;
+    until("the dropped guard has released the key", async || !one.is_locked("k").await.unwrap()).await;
 }
 
 pub async fn wait_limit_ends_the_wait<S: Store>(env: &Environment<S>) {
     let locks = env.locks().open().await.unwrap();
     let _guard = locks.lock("k").await.unwrap();
     let waiting = tokio::spawn(locks.lock("k").wait(Duration::from_millis(1500)).into_future());
-    until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
-    env.pass(Duration::from_millis(1510)).await;
+    until("the second handle waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+    env.advance(Duration::from_millis(1510)).await;
     assert_eq!(waiting.await.unwrap().unwrap_err().kind(), ErrorKind::Timeout);
-    until("its place is given up", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
+    until("the queue is empty", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
 }
 
 pub async fn permits_never_exceed_capacity<S: Store>(env: &Environment<S>) {
@@ -90,7 +90,7 @@ pub async fn force_release_ends_running_body<S: Store>(env: &Environment<S>) {
         let locks = locks.clone();
         async move { locks.lock("k").run(async |_| std::future::pending::<()>().await).await }
     });
-    until("it runs", async || operator.is_locked("k").await.unwrap()).await;
+    until("the body runs", async || operator.is_locked("k").await.unwrap()).await;
     let fence = operator.inspect("k").await.unwrap().holders[0].fence;
     assert_eq!(operator.force_release("k", fence, "stuck").await.unwrap(), ForceReleaseOutcome::Released);
     assert_eq!(running.await.unwrap().unwrap_err().kind(), ErrorKind::Lost(LossCause::ForceReleased));
@@ -106,7 +106,7 @@ pub async fn other_handle_adopts_detached_hold<S: Store>(env: &Environment<S>) {
     assert!(two.owns(&token).await.unwrap());
     let guard = two.adopt(token.to_string().parse().unwrap()).await.unwrap();
     assert_eq!(guard.fence(), fence);
-    assert!(!two.owns(&token).await.unwrap(), "the old token is over");
+    assert!(!two.owns(&token).await.unwrap(), "the old token has ended");
     assert_eq!(two.adopt(token).await.unwrap_err().kind(), ErrorKind::Lost(LossCause::Missing));
     guard.extend(MINUTE * 2).await.unwrap();
     assert_eq!(guard.release().await.unwrap(), Released::Now);
@@ -121,15 +121,15 @@ pub async fn fixed_hold_is_lost_before_key_is_free<S: Store>(env: &Environment<S
     let slack = Duration::from_millis(10);
     assert!(
         remaining < ttl + slack && remaining < valid_for,
-        "{remaining:?} of {ttl:?}, and the store keeps it for {valid_for:?}"
+        "the guard has {remaining:?} of {ttl:?}, and the store keeps the hold for {valid_for:?}"
     );
-    env.pass(remaining).await;
+    env.advance(remaining).await;
     assert!(!guard.is_held());
-    assert!(locks.try_lock("k").await.unwrap().is_none(), "the key stays taken while its holder stops");
+    assert!(locks.try_lock("k").await.unwrap().is_none(), "the key stays locked during the holder's grace");
     assert_eq!(guard.lost().await, LossCause::TtlExpired);
     assert_eq!(guard.extend(ttl).await.unwrap_err().kind(), ErrorKind::Lost(LossCause::TtlExpired));
     assert_eq!(guard.release().await.unwrap(), Released::AlreadyLost);
-    until("free", async || locks.try_lock("k").await.unwrap().is_some()).await;
+    until("the key is free", async || locks.try_lock("k").await.unwrap().is_some()).await;
 }
 
 pub async fn cooldown_rejects_early_requests<S: Store>(env: &Environment<S>) {
@@ -143,7 +143,7 @@ pub async fn cooldown_rejects_early_requests<S: Store>(env: &Environment<S>) {
         }
     }
     assert_eq!(ran, 1);
-    env.pass(pause + Duration::from_millis(10)).await;
+    env.advance(pause + Duration::from_millis(10)).await;
     assert!(locks.try_lock("k").await.unwrap().is_some());
 }
 
@@ -151,7 +151,7 @@ pub async fn namespaces_are_isolated<S: Store>(env: &Environment<S>) {
     let one = env.locks().namespace("one").open().await.unwrap();
     let two = env.locks().namespace("two").open().await.unwrap();
     let _guard = one.lock("k").await.unwrap();
-    let _other = two.try_lock("k").await.unwrap().expect("another namespace");
+    let _other = two.try_lock("k").await.unwrap().expect("the other namespace has its own key");
     assert_eq!(one.list("").await.unwrap().len(), 1);
     assert!(one.list("x").await.unwrap().is_empty());
     assert!(env.locks().open().await.unwrap().list("").await.unwrap().is_empty());

@@ -1,6 +1,7 @@
-//! The cases, by subject. Each is a function named after the behaviour; [`for_every_case`](crate::for_every_case) lists
-//! them all, once.
-#![allow(missing_docs, reason = "a case's name says what it is")]
+//! Defines the cases of the suite, one module per subject.
+//!
+//! Each case is a function named after the behaviour. [`for_every_case`](crate::for_every_case) lists every case once.
+#![allow(missing_docs, reason = "the name of a case describes it")]
 
 pub mod adoption;
 pub mod cancellation;
@@ -228,7 +229,7 @@ macro_rules! for_every_case {
 mod tests {
     use std::collections::BTreeSet;
 
-    /// Every case in every file is in the list: a case that is not run is no case.
+    /// The list has every case of every file, because a case that is not listed never runs.
     #[test]
     fn every_case_is_listed() {
         let mut written = BTreeSet::new();
@@ -244,6 +245,6 @@ mod tests {
         let listed: BTreeSet<_> =
             crate::cases().iter().map(|case| format!("{}::{}", case.subject, case.name)).collect();
         assert_eq!(listed, written);
-        assert_eq!(listed.len(), crate::cases().len(), "none is listed twice");
+        assert_eq!(listed.len(), crate::cases().len(), "a case is listed twice");
     }
 }

@@ -1,4 +1,4 @@
-//! The blocking surface: on every store, and what does not depend on the store.
+//! Tests the blocking API: on every store, and the parts that do not depend on the store.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 #[macro_use]
@@ -21,11 +21,11 @@ blocking_cases!(sqlite, {
 });
 
 blocking_cases!(firestore_fake, {
-    // A database of its own each time that it is asked for one; it lives as long as this.
+    // The fake creates a new database for each call of `url` and lives as long as this closure.
     let fake = FirestoreFake::start();
     let url = fake.url();
     move || {
-        let _lives = &fake;
+        let _ = &fake; // moves the fake into the closure, which keeps it alive
         Locks::open(&url).unwrap()
     }
 });

@@ -1,4 +1,4 @@
-//! Firestore against the whole suite, in Google's emulator. `./test --full` runs this where the machine has it.
+//! Runs the suite on Firestore in Google's emulator. `./test --full` runs this if the machine has the emulator.
 
 mod times;
 
@@ -6,9 +6,9 @@ use stanchion::store::Firestore;
 use stanchion_testkit::servers::FirestoreEmulator;
 use stanchion_testkit::{Environment, conformance};
 
-/// Fresh data in an emulator that all cases share: a project of its own.
+/// Returns an environment with its own project in an emulator that all cases share.
 fn emulator() -> Environment<Firestore> {
-    let emulator = FirestoreEmulator::shared().expect("this machine has no emulator of Firestore");
+    let emulator = FirestoreEmulator::shared().expect("the Firestore emulator is installed");
     let url = emulator.url();
     Environment::new(move || Firestore::from_url(&url).unwrap())
 }

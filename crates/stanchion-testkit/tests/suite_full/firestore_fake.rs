@@ -1,4 +1,4 @@
-//! Firestore's fake. A machine without the emulator tests the store like this; the fake is tested by the emulator's results.
+//! Runs the suite on Firestore's fake, for machines without the emulator. The results of the emulator check the fake.
 
 use stanchion::store::{Firestore, Prefixed};
 use stanchion_testkit::{Environment, conformance};

@@ -1,4 +1,4 @@
-//! The embedded store, not through `Arc<dyn Store>`, and inside of another store.
+//! Runs the suite on the embedded store as a concrete type, and inside another store.
 #![allow(clippy::expect_used, reason = "a test may panic")]
 
 use stanchion::store::{Prefixed, Sqlite};
@@ -14,7 +14,7 @@ fn in_a_prefix() -> Environment<Prefixed<Sqlite>> {
 }
 conformance!(dynamic prefixed, in_a_prefix);
 
-/// Sessions are files.
+/// Sessions of the embedded store are files, so the test counts files.
 #[test]
 fn dropped_calls_leave_no_session() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -24,6 +24,6 @@ fn dropped_calls_leave_no_session() {
     let left = || std::fs::read_dir(&sessions).expect("the folder of sessions").count();
     block_on(async {
         cancellation::dropped_calls_leave_nothing(&environment).await;
-        until("no file of a session is left", async || left() == 0).await;
+        until("no session file is left", async || left() == 0).await;
     });
 }

@@ -1,4 +1,4 @@
-//! What the store relies on in the times that the service gives (ADR 13).
+//! Tests the guarantees on Firestore's timestamps that the store relies on (ADR 13).
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
@@ -11,7 +11,7 @@ use tonic::transport::{Channel, Endpoint};
 const DATABASE: &str = "projects/times/databases/(default)";
 
 async fn client() -> FirestoreClient<Channel> {
-    let emulator = FirestoreEmulator::shared().expect("this machine has no emulator of Firestore");
+    let emulator = FirestoreEmulator::shared().expect("the Firestore emulator is installed");
     let address = format!("http://127.0.0.1:{}", emulator.port());
     FirestoreClient::new(Endpoint::from_shared(address).unwrap().connect_lazy())
 }
@@ -30,14 +30,17 @@ fn delete(name: &str) -> api::Write {
     api::Write { operation: Some(api::write::Operation::Delete(name.to_owned())), ..api::Write::default() }
 }
 
-/// When it was committed, and when each document was written by that.
+/// Commits writes. Returns the commit time and the update time of each document, in microseconds.
 async fn commit(client: &mut FirestoreClient<Channel>, writes: Vec<api::Write>) -> (u64, Vec<Option<u64>>) {
     let micros = |time: prost_types::Timestamp| time.seconds as u64 * 1_000_000 + time.nanos as u64 / 1_000;
     let request = api::CommitRequest { database: DATABASE.to_owned(), writes, transaction: Vec::new() };
     let mut request = tonic::Request::new(request);
     request.metadata_mut().insert("authorization", "Bearer owner".parse().unwrap());
     let done = client.commit(request).await.unwrap().into_inner();
-    (micros(done.commit_time.unwrap()), done.write_results.iter().map(|one| one.update_time.map(micros)).collect())
+    (
+        micros(done.commit_time.unwrap()),
+        done.write_results.iter().map(|result| result.update_time.map(micros)).collect(),
+    )
 }
 
 #[test]
@@ -48,7 +51,7 @@ fn document_times_increase_over_deletion() {
         let mut last = 0;
         for round in 0..300 {
             let (created, written) = commit(&mut client, vec![create(&name)]).await;
-            assert_eq!(written, [Some(created)], "its update time is the commit's");
+            assert_eq!(written, [Some(created)], "the update time differs from the commit time");
             let (deleted, _) = commit(&mut client, vec![delete(&name)]).await;
             assert!(last < created && created < deleted, "round {round}: {last}, {created}, {deleted}");
             last = deleted;
@@ -56,7 +59,7 @@ fn document_times_increase_over_deletion() {
     });
 }
 
-/// A call is written with the key's document, and tells by its own time when that was.
+/// The store writes a call in the same commit as its key, and takes the time of the call from its document.
 #[test]
 fn documents_get_the_commit_time() {
     block_on(async {
@@ -71,17 +74,17 @@ fn documents_get_the_commit_time() {
 
 #[test]
 fn fences_increase_over_key_deletion() {
-    let emulator = FirestoreEmulator::shared().expect("this machine has no emulator of Firestore");
+    let emulator = FirestoreEmulator::shared().expect("the Firestore emulator is installed");
     block_on(async {
         let url = emulator.url();
         let both = [Locks::open(&url).await.unwrap(), Locks::open(&url).await.unwrap()];
         let mut last = None;
-        for turn in 0..300 {
-            let guard = both[turn % 2].lock("k").await.unwrap();
-            assert!(Some(guard.fence()) > last, "{turn}: {last:?}, then {}", guard.fence());
+        for round in 0..300 {
+            let guard = both[round % 2].lock("k").await.unwrap();
+            assert!(Some(guard.fence()) > last, "round {round}: {last:?}, then {}", guard.fence());
             last = Some(guard.fence());
             guard.release().await.unwrap();
         }
-        assert!(both[0].list("").await.unwrap().is_empty(), "no document is left");
+        assert!(both[0].list("").await.unwrap().is_empty(), "the database is not empty");
     });
 }
