@@ -120,9 +120,8 @@ pub fn applies<S: Store>(name: &str, needs: &[Need], environment: &Environment<S
 /// Makes a test of every case of the suite for a store.
 ///
 /// The macro defines a module with the given name that has two modules, `direct` and `dynamic`, each with one test per
-/// case.
-/// `direct` uses the concrete store, and `dynamic` uses `Arc<dyn Store>`. The second argument is a [`Fixture`] or a
-/// function that returns an [`Environment`] with fresh data.
+/// case. The tests in `direct` use the concrete store, and those in `dynamic` use `Arc<dyn Store>`. The second argument
+/// is a [`Fixture`] or a function that returns an [`Environment`] with fresh data.
 ///
 /// `conformance!(dynamic name, fixture)` makes only the tests through `Arc<dyn Store>`, and `conformance!(direct name,
 /// fixture)` only those on the concrete store. The dynamic tests share their code between stores and so compile

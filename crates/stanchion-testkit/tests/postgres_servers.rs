@@ -142,9 +142,9 @@ fn tls_server_rejects_plain_connections() {
         let error = connect(server.port(), "sslmode=disable", "SELECT 1").unwrap_err();
         assert!(error.contains("no encryption"), "{error}");
         let verified = format!("hostaddr=127.0.0.1 sslmode=verify-full sslrootcert={}", server.ca_file().display());
-        let ask = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
-        assert_eq!(connect(server.port(), &format!("host=localhost {verified}"), ask).unwrap(), "t");
-        let error = connect(server.port(), &format!("host=elsewhere {verified}"), ask).unwrap_err();
+        let query = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+        assert_eq!(connect(server.port(), &format!("host=localhost {verified}"), query).unwrap(), "t");
+        let error = connect(server.port(), &format!("host=elsewhere {verified}"), query).unwrap_err();
         assert!(error.contains("does not match host name"), "{error}");
     }
 }

@@ -84,17 +84,17 @@ pub async fn dropped_calls_leave_nothing<S: Store>(env: &Environment<S>) {
         at_every_poll(&observer, "lock and release", released).await;
         let extended = async || locks.lock("k").ttl(MINUTE).await.unwrap().extend(MINUTE * 2).await.unwrap();
         at_every_poll(&observer, "extend", extended).await;
-        let forced = async || {
+        let force_released = async || {
             let guard = observer.lock("k").await.unwrap();
             locks.force_release("k", guard.fence(), "test").await.unwrap()
         };
-        at_every_poll(&observer, "force_release", forced).await;
-        let looked = async || {
+        at_every_poll(&observer, "force_release", force_released).await;
+        let inspected = async || {
             locks.inspect("k").await.unwrap();
             locks.is_locked("k").await.unwrap();
             locks.list("").await.unwrap()
         };
-        at_every_poll(&observer, "inspect, is_locked and list", looked).await;
+        at_every_poll(&observer, "inspect, is_locked and list", inspected).await;
         let slept = async || {
             let guard = locks.lock("k").await.unwrap();
             guard.verify().await.unwrap();

@@ -63,9 +63,9 @@ pub async fn random_operations_match_an_oracle<S: Store>(env: &Environment<S>) {
     }
     let keys = ["a", "b", "c"].map(key);
     let mut expected: HashMap<usize, Expected> = HashMap::new();
-    for step in 0..600 {
-        let (k, who) = (random.below(3) as usize, random.below(4) as usize);
-        let (key, client) = (&keys[k], &clients[who]);
+    for round in 0..600 {
+        let (k, chosen) = (random.below(3) as usize, random.below(4) as usize);
+        let (key, client) = (&keys[k], &clients[chosen]);
         let state = expected.entry(k).or_default();
         match random.below(7) {
             0 | 1 => {
@@ -73,23 +73,23 @@ pub async fn random_operations_match_an_oracle<S: Store>(env: &Environment<S>) {
                 let request = AcquireRequest { enqueue, ..client.request(key) };
                 match client.acquire(&request).await {
                     AcquireOutcome::Granted(granted) => {
-                        assert!(state.held.is_none(), "step {step}: granted while another client holds the key");
-                        assert!(Some(granted.fence) > state.last, "step {step}");
+                        assert!(state.held.is_none(), "round {round}: granted while another client holds the key");
+                        assert!(Some(granted.fence) > state.last, "round {round}");
                         state.last = Some(granted.fence);
-                        state.held = Some((who, request.token, granted.fence));
+                        state.held = Some((chosen, request.token, granted.fence));
                     }
                     AcquireOutcome::Queued(queued) => {
-                        assert!(enqueue && state.held.is_some(), "step {step}");
-                        assert_eq!(queued.ahead as usize, state.queue.len(), "step {step}");
-                        state.queue.push_back((who, request.token));
+                        assert!(enqueue && state.held.is_some(), "round {round}");
+                        assert_eq!(queued.ahead as usize, state.queue.len(), "round {round}");
+                        state.queue.push_back((chosen, request.token));
                     }
-                    AcquireOutcome::Busy { .. } => assert!(!enqueue && state.held.is_some(), "step {step}"),
-                    other => panic!("step {step}: {other:?}"),
+                    AcquireOutcome::Busy { .. } => assert!(!enqueue && state.held.is_some(), "round {round}"),
+                    other => panic!("round {round}: {other:?}"),
                 }
             }
             2 | 3 => {
                 let Some((_, token, _)) = state.held.take() else { continue };
-                assert_eq!(client.release(key, token).await, EndOutcome::Released, "step {step}");
+                assert_eq!(client.release(key, token).await, EndOutcome::Released, "round {round}");
             }
             4 => {
                 if state.queue.is_empty() {
@@ -100,13 +100,13 @@ pub async fn random_operations_match_an_oracle<S: Store>(env: &Environment<S>) {
                 assert_eq!(
                     client.store.abandon(key, token).await.unwrap().outcome,
                     EndOutcome::Dequeued,
-                    "step {step}"
+                    "round {round}"
                 );
             }
             5 => {
                 let stranger = TokenId::random().unwrap();
-                assert_eq!(client.release(key, stranger).await, EndOutcome::Nothing, "step {step}");
-                assert_eq!(client.poll(key, stranger).await, PollOutcome::Gone, "step {step}");
+                assert_eq!(client.release(key, stranger).await, EndOutcome::Nothing, "round {round}");
+                assert_eq!(client.poll(key, stranger).await, PollOutcome::Gone, "round {round}");
             }
             _ => env.advance(Duration::from_micros(200)).await,
         }
@@ -115,15 +115,15 @@ pub async fn random_operations_match_an_oracle<S: Store>(env: &Environment<S>) {
             && let Some((next, token)) = state.queue.pop_front()
         {
             let granted = clients[next].current_grant(key, token).await.expect("the head of the queue has a grant");
-            assert!(Some(granted.fence) > state.last, "step {step}");
+            assert!(Some(granted.fence) > state.last, "round {round}");
             state.last = Some(granted.fence);
             state.held = Some((next, token, granted.fence));
         }
         let seen = client.inspect(key).await;
         let holders: Vec<_> = seen.holders.iter().map(|holder| holder.fence).collect();
         let fences: Vec<_> = state.held.iter().map(|(_, _, fence)| *fence).collect();
-        assert_eq!(holders, fences, "step {step}");
-        assert_eq!(seen.waiters.len(), state.queue.len(), "step {step}");
+        assert_eq!(holders, fences, "round {round}");
+        assert_eq!(seen.waiters.len(), state.queue.len(), "round {round}");
     }
     assert!(expected.values().all(|state| state.last.is_some()), "a run that granted nothing shows nothing");
 }

@@ -103,8 +103,8 @@ pub async fn failed_force_release_changes_nothing<S: Store>(env: &Environment<S>
     let (token, granted) = client.lock(&key("k")).await;
     let (_, other) = client.lock(&key("other")).await;
     if other.fence != granted.fence {
-        let refused = force(&client, &key("k"), other.fence).await;
-        assert_eq!(refused, ForceReleaseOutcome::NoSuchHold { live: vec![granted.fence] });
+        let outcome = force(&client, &key("k"), other.fence).await;
+        assert_eq!(outcome, ForceReleaseOutcome::NoSuchHold { live: vec![granted.fence] });
     }
     let state = client.inspect(&key("k")).await;
     assert_eq!(state.last_fence, Some(granted.fence), "a failed force-release uses up no fence");

@@ -161,8 +161,8 @@ pub async fn random_limits_match_the_reference<S: Store>(env: &Environment<S>) {
     }
     let (mut reference, mut calls, mut last) = (Reference::<TokenId>::default(), Vec::<Call>::new(), None);
     let (mut most_held, mut waited) = (0, 0);
-    for step in 0..400 {
-        let who = random.below(3) as usize;
+    for round in 0..400 {
+        let chosen = random.below(3) as usize;
         let some = (!calls.is_empty()).then(|| random.below(calls.len() as u64) as usize);
         match (random.below(16), some) {
             (0..7, _) | (_, None) => {
@@ -173,24 +173,24 @@ pub async fn random_limits_match_the_reference<S: Store>(env: &Environment<S>) {
                     _ => of(1 + random.below(capacity.into()) as u32, capacity),
                 };
                 let enqueue = random.below(4) > 0;
-                let request = AcquireRequest { demand, enqueue, ..clients[who].request(&k) };
+                let request = AcquireRequest { demand, enqueue, ..clients[chosen].request(&k) };
                 let granted = reference.acquire(request.token, demand, enqueue);
                 let in_use = reference.in_use();
-                match clients[who].acquire(&request).await {
-                    AcquireOutcome::Granted(_) => assert!(granted, "step {step}: {demand:?} was granted"),
+                match clients[chosen].acquire(&request).await {
+                    AcquireOutcome::Granted(_) => assert!(granted, "round {round}: {demand:?} was granted"),
                     AcquireOutcome::Queued(queued) => {
-                        assert!(enqueue && !granted, "step {step}: {demand:?} was queued");
-                        assert_eq!(queued.ahead as usize, reference.ahead(request.token).unwrap(), "step {step}");
-                        assert_eq!(queued.in_use, in_use, "step {step}");
+                        assert!(enqueue && !granted, "round {round}: {demand:?} was queued");
+                        assert_eq!(queued.ahead as usize, reference.ahead(request.token).unwrap(), "round {round}");
+                        assert_eq!(queued.in_use, in_use, "round {round}");
                     }
                     AcquireOutcome::Busy { in_use: reported, .. } => {
-                        assert!(!enqueue && !granted, "step {step}: {demand:?} was refused");
-                        assert_eq!(reported, in_use, "step {step}");
+                        assert!(!enqueue && !granted, "round {round}: {demand:?} was rejected");
+                        assert_eq!(reported, in_use, "round {round}");
                     }
-                    other => panic!("step {step}: {other:?}"),
+                    other => panic!("round {round}: {other:?}"),
                 }
                 if granted || enqueue {
-                    calls.push(Call { client: who, request, fence: None });
+                    calls.push(Call { client: chosen, request, fence: None });
                 }
             }
             (7..11, Some(at)) => {
@@ -200,61 +200,61 @@ pub async fn random_limits_match_the_reference<S: Store>(env: &Environment<S>) {
                 let token = call.request.token;
                 // Both operations end a hold or a wait.
                 let ended = match random.below(2) {
-                    0 => clients[who].store.release(&k, token, None).await,
-                    _ => clients[who].store.abandon(&k, token).await,
+                    0 => clients[chosen].store.release(&k, token, None).await,
+                    _ => clients[chosen].store.abandon(&k, token).await,
                 };
-                assert_eq!(ended.unwrap().outcome, expected, "step {step}");
+                assert_eq!(ended.unwrap().outcome, expected, "round {round}");
             }
             (11, Some(at)) => {
                 // A repeated acquire gets the same answer.
                 let Call { client, request, fence } = &calls[at];
                 match clients[*client].acquire(request).await {
-                    AcquireOutcome::Granted(granted) => assert_eq!(Some(granted.fence), *fence, "step {step}"),
+                    AcquireOutcome::Granted(granted) => assert_eq!(Some(granted.fence), *fence, "round {round}"),
                     AcquireOutcome::Queued(queued) => {
-                        assert_eq!(Some(queued.ahead as usize), reference.ahead(request.token), "step {step}");
+                        assert_eq!(Some(queued.ahead as usize), reference.ahead(request.token), "round {round}");
                     }
-                    other => panic!("step {step}: {other:?}"),
+                    other => panic!("round {round}: {other:?}"),
                 }
             }
             (12 | 13, Some(at)) => {
                 let request = &calls[at].request;
-                match clients[who].poll(&k, request.token).await {
-                    PollOutcome::Granted(granted) => assert_eq!(Some(granted.fence), calls[at].fence, "step {step}"),
+                match clients[chosen].poll(&k, request.token).await {
+                    PollOutcome::Granted(granted) => assert_eq!(Some(granted.fence), calls[at].fence, "round {round}"),
                     PollOutcome::Queued(queued) => {
-                        assert_eq!(Some(queued.ahead as usize), reference.ahead(request.token), "step {step}");
-                        assert_eq!(queued.in_use, reference.in_use(), "step {step}");
+                        assert_eq!(Some(queued.ahead as usize), reference.ahead(request.token), "round {round}");
+                        assert_eq!(queued.in_use, reference.in_use(), "round {round}");
                     }
-                    PollOutcome::Gone => panic!("step {step}: gone"),
+                    PollOutcome::Gone => panic!("round {round}: gone"),
                 }
             }
             (14, Some(at)) => {
                 let Some(fence) = calls[at].fence else { continue };
                 let request = ForceReleaseRequest { key: k.clone(), fence, reason: String::new() };
                 assert_eq!(
-                    clients[who].store.force_release(request).await.unwrap().outcome,
+                    clients[chosen].store.force_release(request).await.unwrap().outcome,
                     ForceReleaseOutcome::Released
                 );
                 reference.end(calls.remove(at).request.token);
             }
             (_, Some(_)) => {
-                let client = std::mem::replace(&mut clients[who], env.client().await);
+                let client = std::mem::replace(&mut clients[chosen], env.client().await);
                 client.store.close_session(client.session).await.unwrap();
-                let ended: Vec<_> = calls.extract_if(.., |call| call.client == who).collect();
+                let ended: Vec<_> = calls.extract_if(.., |call| call.client == chosen).collect();
                 reference.end_all(&ended.iter().map(|call| call.request.token).collect::<Vec<_>>());
             }
         }
-        let seen = clients[who].inspect(&k).await;
+        let seen = clients[chosen].inspect(&k).await;
         let holders: Vec<_> = seen.holders.iter().map(|holder| (holder.units, holder.capacity)).collect();
         let waiters: Vec<_> = seen.waiters.iter().map(|waiter| (waiter.units, waiter.capacity)).collect();
-        assert_eq!((holders, waiters), (reference.holders(), reference.waiters()), "step {step}");
+        assert_eq!((holders, waiters), (reference.holders(), reference.waiters()), "round {round}");
         // Both lists are in grant order.
         for (holder, token) in seen.holders.iter().zip(reference.held()) {
             let call = calls.iter_mut().find(|call| call.request.token == token).expect("the holder's call is known");
             if call.fence.is_none() {
-                assert!(Some(holder.fence) > last, "step {step}: the fence did not rise");
+                assert!(Some(holder.fence) > last, "round {round}: the fence did not rise");
                 (call.fence, last) = (Some(holder.fence), Some(holder.fence));
             }
-            assert_eq!(call.fence, Some(holder.fence), "step {step}");
+            assert_eq!(call.fence, Some(holder.fence), "round {round}");
         }
         (most_held, waited) = (most_held.max(seen.holders.len()), waited.max(seen.waiters.len()));
     }

@@ -26,14 +26,14 @@ pub async fn expired_session_cannot_reopen<S: Store>(env: &Environment<S>) {
 
 pub async fn renewal_keeps_only_its_own_session<S: Store>(env: &Environment<S>) {
     let life = 2 * SHORT;
-    let (beating, silent, other) =
+    let (renewing, silent, other) =
         (env.client_with_ttl(life).await, env.client_with_ttl(life).await, env.client().await);
-    let (kept, _) = beating.lock(&key("kept")).await;
+    let (kept, _) = renewing.lock(&key("kept")).await;
     silent.lock(&key("left")).await;
     for _ in 0..6 {
         env.advance(life / 4).await;
         assert_eq!(
-            beating.store.renew_session(beating.session).await.unwrap().outcome,
+            renewing.store.renew_session(renewing.session).await.unwrap().outcome,
             RenewOutcome::Alive { lost: vec![] }
         );
     }
@@ -112,15 +112,15 @@ pub async fn dead_head_lets_next_waiter_in<S: Store>(env: &Environment<S>) {
 
 pub async fn dead_reader_leaves_other_readers<S: Store>(env: &Environment<S>) {
     let (staying, dying, writer) = (env.client().await, env.client_with_ttl(SHORT).await, env.client().await);
-    let stays = AcquireRequest { demand: Demand::READ, ..staying.request(&key("k")) };
-    staying.expect_grant(&stays).await;
-    let dies = AcquireRequest { demand: Demand::READ, ..dying.request(&key("k")) };
-    dying.expect_grant(&dies).await;
+    let read_of_staying = AcquireRequest { demand: Demand::READ, ..staying.request(&key("k")) };
+    staying.expect_grant(&read_of_staying).await;
+    let read_of_dying = AcquireRequest { demand: Demand::READ, ..dying.request(&key("k")) };
+    dying.expect_grant(&read_of_dying).await;
     let writes = AcquireRequest { demand: Demand::WRITE, ..writer.request(&key("k")) };
     writer.expect_queued(&writes).await;
     env.kill(dying).await;
     until("one reader is left", async || writer.inspect(&key("k")).await.holders.len() == 1).await;
-    staying.release(&key("k"), stays.token).await;
+    staying.release(&key("k"), read_of_staying.token).await;
     assert!(writer.current_grant(&key("k"), writes.token).await.is_some());
 }
 

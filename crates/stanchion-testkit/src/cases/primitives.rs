@@ -325,9 +325,9 @@ pub async fn once_skips_runs_during_cooldown<S: Store>(env: &Environment<S>) {
     two.lock("k").await.unwrap().release().await.unwrap();
     env.advance(pause + Duration::from_millis(10)).await;
     // The body can change the cooldown.
-    let body = async |turn: &stanchion::OnceGuard| -> Result<_, Error> {
-        assert!(turn.last().is_some_and(|last| last.succeeded));
-        turn.set_cooldown(None)?;
+    let body = async |guard: &stanchion::OnceGuard| -> Result<_, Error> {
+        assert!(guard.last().is_some_and(|last| last.succeeded));
+        guard.set_cooldown(None)?;
         Ok(8)
     };
     assert_eq!(two.once("k").cooldown(MINUTE).run(body).await.unwrap(), OnceOutcome::Ran(8));
@@ -442,8 +442,8 @@ pub async fn last_run_is_recorded<S: Store>(env: &Environment<S>) {
     assert_eq!(two.last_run("k").await.unwrap(), None);
     for round in 0..3 {
         let mut fence = None;
-        let body = async |turn: &stanchion::OnceGuard| {
-            fence = Some(turn.fence());
+        let body = async |guard: &stanchion::OnceGuard| {
+            fence = Some(guard.fence());
             env.advance(Duration::from_millis(30)).await;
             Ok::<_, Error>(())
         };

@@ -42,11 +42,11 @@ pub async fn waiters_are_served_in_order<S: Store>(env: &Environment<S>) {
         queue.push((i % 4, request.token));
     }
     let mut holder = 0;
-    for (who, waiting) in queue {
+    for (next_holder, waiting) in queue {
         clients[holder].release(&key("k"), token).await;
-        let next = clients[who].current_grant(&key("k"), waiting).await.expect("the oldest waiter is granted");
+        let next = clients[next_holder].current_grant(&key("k"), waiting).await.expect("the oldest waiter is granted");
         assert!(next.fence > granted.fence);
-        (holder, token, granted) = (who, waiting, next);
+        (holder, token, granted) = (next_holder, waiting, next);
     }
     clients[holder].release(&key("k"), token).await;
     assert!(!clients[0].is_locked(&key("k")).await);

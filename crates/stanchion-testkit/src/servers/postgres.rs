@@ -96,14 +96,14 @@ impl Drop for Folder {
 /// The server refuses to run as root. If this process is root, the server and its tools run as the user `postgres`.
 /// This user may enter every folder, because the programs and the data can be in a folder that is closed to others,
 /// like root's home.
-fn words(program: &Path) -> Vec<String> {
+fn command_line(program: &Path) -> Vec<String> {
     let program = program.to_str().unwrap().to_owned();
     if !is_root() {
         return vec![program];
     }
     let become_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"];
-    let look = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"];
-    become_user.into_iter().chain(look).map(str::to_owned).chain(std::iter::once(program)).collect()
+    let access = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"];
+    become_user.into_iter().chain(access).map(str::to_owned).chain(std::iter::once(program)).collect()
 }
 
 fn is_root() -> bool {
@@ -111,17 +111,17 @@ fn is_root() -> bool {
 }
 
 fn command(program: &Path) -> Command {
-    let words = words(program);
-    let mut command = Command::new(&words[0]);
-    command.args(&words[1..]).current_dir("/");
+    let command_line = command_line(program);
+    let mut command = Command::new(&command_line[0]);
+    command.args(&command_line[1..]).current_dir("/");
     command
 }
 
 /// Starts a server with this working folder.
 fn start(program: &Path, arguments: &[String], folder: &Path) -> Process {
-    let words = words(program);
-    let arguments = [&words[1..], arguments].concat();
-    Process::start(Path::new(&words[0]), &arguments, folder)
+    let command_line = command_line(program);
+    let arguments = [&command_line[1..], arguments].concat();
+    Process::start(Path::new(&command_line[0]), &arguments, folder)
 }
 
 /// Runs a command and returns its output.

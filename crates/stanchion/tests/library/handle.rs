@@ -1,4 +1,4 @@
-//! The handle, its requests and its guards, on the memory store.
+//! Tests the handle, its requests and its guards on the memory store.
 #![allow(
     clippy::disallowed_methods,
     clippy::unwrap_used,
@@ -31,7 +31,7 @@ async fn lock_serves_waiters_in_order() {
             let locks = locks.clone();
             async move { (i, locks.lock("k").await.unwrap().fence()) }
         });
-        until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == i + 1).await;
+        until("the call waits", async || locks.inspect("k").await.unwrap().waiters.len() == i + 1).await;
         waiters.push(task);
     }
     let mut last = first.fence();
@@ -39,10 +39,10 @@ async fn lock_serves_waiters_in_order() {
     for (expected, task) in waiters.into_iter().enumerate() {
         let (i, fence) = task.await.unwrap();
         assert_eq!(i, expected);
-        assert!(fence > last, "fences rise");
+        assert!(fence > last, "the fence did not rise");
         last = fence;
     }
-    until("free", async || is_free(&locks, "k").await).await;
+    until("the key is free", async || is_free(&locks, "k").await).await;
 }
 
 #[tokio::test]
@@ -53,7 +53,7 @@ async fn expired_wait_leaves_nothing() {
     assert_eq!(error.kind(), ErrorKind::Timeout);
     assert_eq!(error.to_string(), "key `k` in memory: not obtained within 30ms");
     assert_eq!(locks.lock("k").wait(Duration::ZERO).await.unwrap_err().kind(), ErrorKind::Busy);
-    until("no waiter", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
+    until("the queue is empty", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
     assert_eq!(held.release().await.unwrap(), Released::Now);
 }
 
@@ -64,11 +64,11 @@ async fn hold_is_lost_on_time_without_store() {
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
     let guard = locks.lock("k").await.unwrap();
-    // The session is beaten at 2, 4, … seconds.
+    // The keeper renews the session at 2, 4, … seconds.
     for _ in 0..20 {
-        let beats = faults.count(Operation::RenewSession);
+        let renewals = faults.count(Operation::RenewSession);
         time.advance(2 * SECOND);
-        until("it beats", async || faults.count(Operation::RenewSession) > beats).await;
+        until("the keeper renews the session", async || faults.count(Operation::RenewSession) > renewals).await;
     }
     assert!(guard.is_held());
     let left = guard.remaining().unwrap();
@@ -76,14 +76,14 @@ async fn hold_is_lost_on_time_without_store() {
     faults.always(Operation::RenewSession, Fault::Fail(ErrorKind::Unavailable));
     time.advance(left);
     assert!(!guard.is_held());
-    assert!(guard.valid_for().unwrap() >= 2 * SECOND, "others cannot have it yet");
+    assert!(guard.valid_for().unwrap() >= 2 * SECOND, "the store keeps the hold during the grace");
     assert_eq!(guard.lost().await, LossCause::SessionExpired);
     assert_eq!(guard.release().await.unwrap(), Released::AlreadyLost);
     faults.clear();
-    // Another session is opened, but nobody gets the key while the holder may still be stopping.
+    // The handle opens a new session, but the key stays locked during the grace of the old holder.
     assert!(locks.try_lock("k").await.unwrap().is_none());
     time.advance(3 * SECOND);
-    until("another can have it", async || locks.try_lock("k").await.unwrap().is_some()).await;
+    until("another caller gets the key", async || locks.try_lock("k").await.unwrap().is_some()).await;
 }
 
 #[tokio::test]
@@ -91,14 +91,14 @@ async fn session_counts_from_first_open_request() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
-    // It is opened at once, and that is learned five seconds later.
+    // The store opens the session at once, and the handle learns of it five seconds later.
     faults.next(Operation::OpenSession, Fault::LoseReply);
     faults.always(Operation::RenewSession, Fault::Fail(ErrorKind::Unavailable));
     let started = time.clock().now();
     let opening = tokio::spawn(Locks::builder_with_store(store).clock(time.clock()).open());
-    until("asked", async || faults.count(Operation::OpenSession) == 1).await;
+    until("the handle has sent its request", async || faults.count(Operation::OpenSession) == 1).await;
     time.advance(5 * SECOND);
-    until("opened", async || {
+    until("the handle is open", async || {
         time.advance(Duration::from_millis(1));
         opening.is_finished()
     })
@@ -106,9 +106,9 @@ async fn session_counts_from_first_open_request() {
     let locks = opening.await.unwrap().unwrap();
     let guard = locks.lock("k").await.unwrap();
     assert!(guard.is_held());
-    let store_forgets_it = started.after(10 * SECOND);
-    time.advance(store_forgets_it.since(time.clock().now()));
-    assert!(!guard.is_held(), "the session ended in the store now: another may have the key");
+    let expires_in_store = started.after(10 * SECOND);
+    time.advance(expires_in_store.since(time.clock().now()));
+    assert!(!guard.is_held(), "the guard is valid although the session has expired in the store");
 }
 
 #[tokio::test]
@@ -123,9 +123,9 @@ async fn lost_reply_is_retried_with_same_grant() {
     assert_eq!(
         guard.release().await.unwrap(),
         Released::Now,
-        "the repeat found nothing, because the first had done it"
+        "the repeat finds nothing, because the first request released the key"
     );
-    until("free", async || is_free(&locks, "k").await).await;
+    until("the key is free", async || is_free(&locks, "k").await).await;
 }
 
 #[tokio::test]
@@ -139,7 +139,7 @@ async fn unknown_outcome_is_reported_and_cleaned() {
     assert_eq!(error.kind(), ErrorKind::Indeterminate);
     assert!(error.token().is_some());
     faults.clear();
-    until("cleaned up", async || is_free(&locks, "k").await).await;
+    until("the keeper has cleaned up", async || is_free(&locks, "k").await).await;
 }
 
 #[tokio::test]
@@ -150,10 +150,10 @@ async fn late_acquire_leaves_no_hold() {
     let locks = Locks::builder_with_store(store).retry(retry).session_ttl(2 * SECOND).open().await.unwrap();
     faults.next(Operation::Acquire, Fault::Hold);
     assert_eq!(locks.lock("k").await.unwrap_err().kind(), ErrorKind::Indeterminate);
-    until("the keeper ended it once", async || faults.count(Operation::Abandon) > 0).await;
+    until("the keeper has abandoned the token once", async || faults.count(Operation::Abandon) > 0).await;
     assert_eq!(faults.deliver().await, 1);
-    assert!(!is_free(&locks, "k").await, "the late request took effect: the test is worth something");
-    until("cleaned up again", async || is_free(&locks, "k").await).await;
+    assert!(!is_free(&locks, "k").await, "the late request had no effect, so the test proves nothing");
+    until("the keeper has cleaned up again", async || is_free(&locks, "k").await).await;
 }
 
 #[tokio::test]
@@ -165,14 +165,14 @@ async fn holder_learns_of_force_release() {
         let mut events = locks.events();
         let guard = locks.lock("k").await.unwrap();
         faults.lose_pushes(lose_pushes);
-        locks.force_release("k", guard.fence(), "the operator says so").await.unwrap();
+        locks.force_release("k", guard.fence(), "the operator's reason").await.unwrap();
         assert_eq!(guard.lost().await, LossCause::ForceReleased);
         let reason = loop {
             if let Event::Lost { reason, .. } = events.next().await.unwrap() {
                 break reason;
             }
         };
-        assert_eq!(reason.as_deref(), Some("the operator says so"));
+        assert_eq!(reason.as_deref(), Some("the operator's reason"));
         assert!(locks.lock("k").await.unwrap().fence() > guard.fence());
     }
 }
@@ -184,8 +184,8 @@ async fn force_release_reaches_orphaned_fixed_hold() {
     let guard = locks.lock("k").ttl(60 * SECOND).await.unwrap();
     let session = locks.session().unwrap();
     memory.close_session(session).await.unwrap();
-    until("another session", async || locks.session().is_some_and(|now| now != session)).await;
-    assert!(guard.is_held(), "it outlives its session");
+    until("the handle has a new session", async || locks.session().is_some_and(|now| now != session)).await;
+    assert!(guard.is_held(), "a fixed hold outlives its session");
     locks.force_release("k", guard.fence(), "stuck").await.unwrap();
     assert_eq!(guard.lost().await, LossCause::Missing);
 }
@@ -200,7 +200,7 @@ async fn lost_push_only_costs_time() {
         let locks = locks.clone();
         async move { locks.lock("k").await.map(|guard| guard.is_held()) }
     });
-    until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+    until("the call waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
     drop(held);
     assert!(waiter.await.unwrap().unwrap());
 }
@@ -241,15 +241,15 @@ async fn missed_heartbeat_and_max_hold_end_hold() {
     time.advance(Duration::from_millis(100));
     assert_eq!(quiet.lost().await, LossCause::HeartbeatMissed);
     assert!(quiet.heartbeat().is_err());
-    assert!(!is_free(&locks, "a").await, "its holder has a quarter of that time to stop");
+    assert!(!is_free(&locks, "a").await, "the grace is a quarter of the heartbeat limit");
     time.advance(Duration::from_millis(250));
-    until("released", async || is_free(&locks, "a").await).await;
-    assert!(capped.is_held(), "the holder has all of it");
+    until("the key is free", async || is_free(&locks, "a").await).await;
+    assert!(capped.is_held(), "the holder has its whole max_hold");
     time.advance(Duration::from_millis(900));
     assert_eq!(capped.lost().await, LossCause::MaxHold);
     assert!(!is_free(&locks, "b").await);
     drop(capped);
-    until("released", async || is_free(&locks, "b").await).await;
+    until("the key is free", async || is_free(&locks, "b").await).await;
 }
 
 #[tokio::test]
@@ -278,13 +278,17 @@ async fn late_extend_never_ends_a_valid_hold() {
     let guard = locks.lock("k").ttl(60 * SECOND).await.unwrap();
     faults.next(Operation::Extend, Fault::Hold);
     assert!(guard.extend(10 * SECOND).await.is_err());
-    assert!(guard.remaining().unwrap() < 11 * SECOND, "it may have been done");
+    assert!(guard.remaining().unwrap() < 11 * SECOND, "the failed extend may have taken effect");
     guard.extend(60 * SECOND).await.unwrap();
-    assert!(guard.remaining().unwrap() < 10 * SECOND, "it may still come, after this one");
+    assert!(guard.remaining().unwrap() < 10 * SECOND, "the failed extend may still arrive after this one");
     assert_eq!(faults.deliver().await, 1);
     let left = locks.inspect("k").await.unwrap().holders[0].remaining.unwrap();
-    assert!(guard.valid_for().unwrap() <= left, "{:?} is believed, {left:?} is true", guard.valid_for());
-    // Extensions at once are done in one order.
+    assert!(
+        guard.valid_for().unwrap() <= left,
+        "the guard counts on {:?}, and the store keeps {left:?}",
+        guard.valid_for()
+    );
+    // The guard sends concurrent extends one after the other.
     let guard = locks.lock("other").ttl(60 * SECOND).await.unwrap();
     faults.next(Operation::Extend, Fault::DelayReply(Duration::from_millis(30)));
     let (long, short) = tokio::join!(guard.extend(90 * SECOND), guard.extend(20 * SECOND));
@@ -302,7 +306,7 @@ async fn failed_extend_limits_no_later_one() {
     faults.next(Operation::Extend, Fault::Fail(ErrorKind::Unavailable));
     assert!(guard.extend(10 * SECOND).await.is_err());
     guard.extend(60 * SECOND).await.unwrap();
-    assert!(guard.remaining().unwrap() > 40 * SECOND, "nothing of the other one can come");
+    assert!(guard.remaining().unwrap() > 40 * SECOND, "a rejected extend cannot arrive later");
 }
 
 #[tokio::test]
@@ -324,10 +328,10 @@ async fn holder_can_use_its_whole_ttl() {
     for ttl in [SECOND / 5, SECOND, 10 * SECOND, 60 * SECOND] {
         let extended = locks.lock("c").ttl(2 * ttl.min(SECOND)).await.unwrap();
         extended.extend(ttl).await.unwrap();
-        // One grant comes by hand-off.
+        // This grant comes by a hand-off.
         let before = other.lock("d").await.unwrap();
         let waiting = tokio::spawn(locks.lock("d").ttl(ttl).into_future());
-        until("it waits", async || other.inspect("d").await.unwrap().waiters.len() == 1).await;
+        until("the call waits", async || other.inspect("d").await.unwrap().waiters.len() == 1).await;
         drop(before);
         let guards = [
             locks.lock("a").ttl(ttl).await.unwrap(),
@@ -341,14 +345,14 @@ async fn holder_can_use_its_whole_ttl() {
         }
         time.advance(ttl / 20);
         for guard in &guards {
-            assert!(!guard.is_held(), "{ttl:?}: {} is held for longer than was asked for", guard.key());
-            assert!(other.is_locked(guard.key().name()).await.unwrap(), "{ttl:?}: its holder has no time to stop");
+            assert!(!guard.is_held(), "{ttl:?}: {} is held for longer than requested", guard.key());
+            assert!(other.is_locked(guard.key().name()).await.unwrap(), "{ttl:?}: the holder has no grace");
         }
         drop(guards);
         for key in ["a", "b", "c", "d"] {
-            until("free", async || is_free(&locks, key).await).await;
+            until("the key is free", async || is_free(&locks, key).await).await;
         }
-        // A rate limit is as long as it says.
+        // `expires_after` keeps the key locked for exactly this time.
         locks.lock("limit").expires_after(ttl).await.unwrap().detach();
         time.advance(ttl - Duration::from_millis(1));
         assert!(other.is_locked("limit").await.unwrap());
@@ -378,8 +382,8 @@ async fn close_skips_grace_of_lost_holds() {
     time.advance(SECOND * 61 / 10);
     assert_eq!(capped.lost().await, LossCause::MaxHold);
     assert_eq!(fixed.lost().await, LossCause::TtlExpired);
-    // Nobody moves the clock on.
-    tokio::time::timeout(3 * SECOND, locks.close()).await.expect("closing takes no grace").unwrap();
+    // The clock stands still, so a wait for the grace would never end.
+    tokio::time::timeout(3 * SECOND, locks.close()).await.expect("close does not wait for the grace").unwrap();
     assert!(is_free(&watch, "a").await && is_free(&watch, "b").await);
 }
 
@@ -405,7 +409,7 @@ async fn drain_rejects_calls_and_close_loses_holds() {
         let locks = locks.clone();
         async move { locks.lock("k").await }
     });
-    until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+    until("the call waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
     locks.drain("deploy");
     assert_eq!(waiter.await.unwrap().unwrap_err().kind(), ErrorKind::Draining);
     assert_eq!(guard.draining(), Some("deploy"));
@@ -426,7 +430,7 @@ async fn dead_keeper_loses_holds_and_ends_waits() {
     let guard = locks.lock("k").await.unwrap();
     let held = other.lock("busy").await.unwrap();
     let waiting = tokio::spawn(locks.lock("busy").into_future());
-    until("it waits", async || other.inspect("busy").await.unwrap().waiters.len() == 1).await;
+    until("the call waits", async || other.inspect("busy").await.unwrap().waiters.len() == 1).await;
     faults.next(Operation::RenewSession, Fault::Panic);
     assert_eq!(guard.lost().await, LossCause::Closed);
     assert!(guard.cancel_token().is_cancelled());
@@ -434,7 +438,7 @@ async fn dead_keeper_loses_holds_and_ends_waits() {
     assert_eq!(guard.release().await.unwrap(), Released::AlreadyLost);
     assert_eq!(locks.lock("x").await.unwrap_err().kind(), ErrorKind::Draining);
     locks.close().await.unwrap();
-    assert!(held.is_held(), "the other handle has a keeper of its own");
+    assert!(held.is_held(), "the other handle has its own keeper");
 }
 
 #[tokio::test]
@@ -447,12 +451,15 @@ async fn readers_share_and_never_starve_writers() {
         async move { locks.lock("k").demand(Demand::WRITE).await.unwrap() }
     });
     until("the writer waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
-    assert!(locks.lock("k").demand(Demand::READ).try_acquire().await.unwrap().is_none(), "not past the writer");
+    assert!(
+        locks.lock("k").demand(Demand::READ).try_acquire().await.unwrap().is_none(),
+        "a reader passed the waiting writer"
+    );
     drop((reader, second));
     let writer = writer.await.unwrap();
     assert!(writer.is_held());
     let permit = locks.lock("k").demand(Demand::new(1, 3).unwrap());
-    assert!(permit.try_acquire().await.unwrap().is_none(), "a writer excludes permits of any limit");
+    assert!(permit.try_acquire().await.unwrap().is_none(), "a writer must exclude permits of any limit");
 }
 
 #[test]
@@ -466,7 +473,7 @@ fn guard_outlives_its_runtime() {
     drop(runtime);
     drop(guard);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(until("released", async || is_free(&locks, "k").await));
+    runtime.block_on(until("the key is free", async || is_free(&locks, "k").await));
 }
 
 #[test]
@@ -487,7 +494,7 @@ fn requests_and_guards_are_send() {
         send_value(guard.release());
         send_value(locks.close());
     };
-    let _never_called = check;
+    let _ = check; // only has to compile
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! Whatever drives the futures: a runtime of any kind, several of them, or none at all.
+//! Tests the library on any runtime, on several runtimes, and without a runtime.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
 use std::future::Future;
@@ -17,7 +17,7 @@ impl Wake for Unpark {
     }
 }
 
-/// The smallest executor there is: the calling thread.
+/// Runs a future on the calling thread, without a runtime.
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     let waker = Arc::new(Unpark(std::thread::current())).into();
     let mut context = Context::from_waker(&waker);
@@ -30,10 +30,10 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-fn until(what: &str, mut so: impl FnMut() -> bool) {
+fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
-    while !so() {
-        assert!(start.elapsed() < Duration::from_secs(30), "never: {what}");
+    while !condition() {
+        assert!(start.elapsed() < Duration::from_secs(30), "timed out while waiting until {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -49,7 +49,7 @@ fn locks_work_without_any_runtime() {
         let locks = locks.clone();
         move || block_on(locks.lock("k").run(async |guard| guard.is_held())).unwrap()
     });
-    until("it waits", || block_on(locks.inspect("k")).unwrap().waiters.len() == 1);
+    until("the call waits", || block_on(locks.inspect("k")).unwrap().waiters.len() == 1);
     drop(guard);
     assert!(waiter.join().unwrap());
     block_on(locks.close()).unwrap();
@@ -62,16 +62,16 @@ fn handle_outlives_the_runtimes_it_serves() {
     let guard = first.block_on(locks.lock("k").into_future()).unwrap();
     let second = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
     let waiting = second.spawn(locks.lock("k").into_future());
-    until("it waits", || block_on(locks.inspect("k")).unwrap().waiters.len() == 1);
+    until("the call waits", || block_on(locks.inspect("k")).unwrap().waiters.len() == 1);
     first.shutdown_background();
     drop(guard);
     let guard = second.block_on(waiting).unwrap().unwrap();
     assert!(guard.is_held());
-    // A runtime that ends drops its tasks: what they waited for is cleaned up.
-    let _never_ends = second.spawn(locks.lock("k").into_future());
-    until("it waits", || block_on(locks.inspect("k")).unwrap().waiters.len() == 1);
+    // A runtime that ends drops its tasks, and the handle abandons their requests.
+    drop(second.spawn(locks.lock("k").into_future())); // the detached task waits until its runtime ends
+    until("the call waits", || block_on(locks.inspect("k")).unwrap().waiters.len() == 1);
     second.shutdown_background();
-    until("its place is given up", || block_on(locks.inspect("k")).unwrap().waiters.is_empty());
+    until("the queue is empty", || block_on(locks.inspect("k")).unwrap().waiters.is_empty());
     assert!(guard.is_held());
 }
 
@@ -86,7 +86,7 @@ fn guard_dropped_in_unwinding_releases() {
         }
     });
     assert!(panicked.join().is_err());
-    until("released", || !block_on(locks.is_locked("k")).unwrap());
+    until("the key is free", || !block_on(locks.is_locked("k")).unwrap());
 }
 
 #[test]
@@ -96,10 +96,10 @@ fn last_drop_ends_the_session() {
     let locks = block_on(Locks::with_store(store)).unwrap();
     let guard = block_on(locks.lock("k").into_future()).unwrap();
     drop(locks);
-    assert!(guard.is_held(), "a guard keeps the session");
+    assert!(guard.is_held(), "a guard keeps the session alive");
     assert!(block_on(watch.is_locked("k")).unwrap());
     drop(guard);
-    assert!(!block_on(watch.is_locked("k")).unwrap(), "released when the drop returns");
+    assert!(!block_on(watch.is_locked("k")).unwrap(), "the drop returned before the key was free");
 }
 
 #[test]
@@ -112,7 +112,7 @@ fn open_and_close_leave_no_thread() {
     for _ in 0..50 {
         block_on(async { Locks::open("memory:").await.unwrap().close().await.unwrap() });
     }
-    // Other tests of this file run beside it, with threads of their own.
+    // Other tests run at the same time and have their own threads, so the count is not exact.
     until("the threads have ended", || threads() < before + 20);
 }
 
