@@ -1,4 +1,4 @@
-//! Firestore, in Google's emulator where the machine has it: what a commit takes, and a hand-off beside it.
+//! Measures commits and hand-offs on Firestore in Google's emulator, if the machine has it.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -8,7 +8,7 @@ use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use stanchion::{Clock, Locks};
 use stanchion_testkit::servers::FirestoreEmulator;
 
-/// Pairs, hand-offs between two handles, and a wave of waiters.
+/// Measures acquire + release, hand-offs between two handles, and a wave of waiters.
 pub(crate) async fn all() {
     const PAIRS: usize = 300;
     const TURNS: usize = 200;
@@ -33,33 +33,36 @@ pub(crate) async fn all() {
     for _ in 0..PAIRS {
         pair().await;
     }
-    // What is first measured of an emulator that has just been started is slow: both are measured together.
+    // A fresh emulator is slow at first. Drop these figures, and measure commits during the hand-offs.
     commits.lock().unwrap().clear();
-    // A hold is longer than the way of the call that somebody waits.
-    let meanwhile = async || {
+    // Each hold lasts until the holder's store has learned of the waiter.
+    let pause = async || {
         let start = clock.now();
         while clock.now().since(start) < HELD {
             pair().await;
         }
     };
     let (mut answers, mut spans) =
-        super::in_turn(&locks, TURNS, meanwhile).await.into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
+        super::in_turn(&locks, TURNS, pause).await.into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
     let commit = super::median(&mut commits.lock().unwrap());
-    println!("firestore  a step of one commit (acquire or release): p50 {commit:.2?}");
+    println!("firestore  an operation of one commit (acquire or release): p50 {commit:.2?}");
     let handoff = super::median(&mut spans);
     let ratio = handoff.as_secs_f64() / commit.as_secs_f64();
     let answered = super::median(&mut answers);
-    let of_its_own = handoff.as_secs_f64() / answered.as_secs_f64();
+    let own_ratio = handoff.as_secs_f64() / answered.as_secs_f64();
     println!(
-        "firestore  hand-off, two handles: p50 {handoff:.2?}, {ratio:.2} such steps; its own commit is answered after \
-         {answered:.2?}, {of_its_own:.2} of that"
+        "firestore  hand-off, two handles: p50 {handoff:.2?}, {ratio:.2} such operations; the reply to its own commit \
+         takes {answered:.2?}, and the hand-off {own_ratio:.2} times that"
     );
     wave(&locks, WAITERS, commit).await;
     bare(emulator.port(), TURNS, HELD).await;
 }
 
-/// What the emulator takes by itself, without this library: to commit one document that nobody listens to, and to commit
-/// two, until the answer and until a stream has heard of the second. A hand-off writes two, and no hand-off takes less.
+/// Measures the emulator without this library.
+///
+/// The figures are the time to commit one document without a listener, and for a commit of two documents the times
+/// until its reply and until a stream reports the second document. A hand-off writes two documents, so it cannot be
+/// faster.
 async fn bare(port: u16, turns: usize, pause: Duration) {
     use api::firestore_client::FirestoreClient;
     use api::listen_response::ResponseType;
@@ -84,11 +87,11 @@ async fn bare(port: u16, turns: usize, pause: Duration) {
     let target_change = Some(api::listen_request::TargetChange::AddTarget(target));
     let first = api::ListenRequest { database: DATABASE.into(), target_change, ..Default::default() };
     let requests = futures_util::stream::iter([first]).chain(futures_util::stream::pending());
-    let mut heard = reader.listen(requests).await.unwrap().into_inner();
+    let mut stream = reader.listen(requests).await.unwrap().into_inner();
     let clock = Clock::system();
     let [mut commits, mut answers, mut calls] = [const { Vec::new() }; 3];
     for turn in 0..turns {
-        // Always the same documents: what a stream takes grows with what it finds.
+        // Every round writes the same documents, because a stream gets slower with more documents.
         let mut commit = async |collections: &[&str]| {
             let write = |collection| {
                 let turn = api::Value { value_type: Some(ValueType::IntegerValue(turn as i64)) };
@@ -108,29 +111,29 @@ async fn bare(port: u16, turns: usize, pause: Duration) {
             commits.push(commit(&["others"]).await);
         }
         let start = clock.now();
-        let heard = async {
+        let report = async {
             loop {
-                let answer = heard.message().await.unwrap().unwrap();
-                let Some(ResponseType::DocumentChange(change)) = answer.response_type else { continue };
+                let message = stream.message().await.unwrap().unwrap();
+                let Some(ResponseType::DocumentChange(change)) = message.response_type else { continue };
                 let written = change.document.and_then(|mut document| document.fields.remove("turn"));
                 if written.is_some_and(|written| written.value_type == Some(ValueType::IntegerValue(turn as i64))) {
                     return clock.now().since(start);
                 }
             }
         };
-        let (answered, called) = tokio::join!(commit(&["keys", "calls"]), heard);
+        let (answered, reported) = tokio::join!(commit(&["keys", "calls"]), report);
         answers.push(answered);
-        calls.push(called);
+        calls.push(reported);
     }
     let [commit, answered, call] = [commits, answers, calls].map(|mut spans| super::median(&mut spans));
     let ratio = call.as_secs_f64() / commit.as_secs_f64();
     println!(
-        "firestore  the emulator alone: commit p50 {commit:.2?}; of two documents with a listener, until the answer \
-         {answered:.2?}, until it is heard {call:.2?}, {ratio:.2} commits"
+        "firestore  the emulator alone: commit p50 {commit:.2?}; two documents with a listener: reply after \
+         {answered:.2?}, stream after {call:.2?}, {ratio:.2} commits"
     );
 }
 
-/// Waiters that came one after another are served one after another.
+/// Measures the hand-offs of waiters that arrived one after another.
 async fn wave(locks: &[Locks; 2], waiters: usize, commit: Duration) {
     let clock = Clock::system();
     let held = locks[0].lock("wave").await.unwrap();
@@ -146,8 +149,8 @@ async fn wave(locks: &[Locks; 2], waiters: usize, commit: Duration) {
         while locks[0].inspect("wave").await.unwrap().waiters.len() <= i {}
     }
     held.release().await.unwrap();
-    for one in waiting {
-        one.await.unwrap();
+    for task in waiting {
+        task.await.unwrap();
     }
     let served = served.lock().unwrap();
     let in_order = served.windows(2).filter(|pair| pair[0].0 < pair[1].0).count();

@@ -1,14 +1,13 @@
-//! What stanchion costs, measured. Figures drift with the machine: compare those of one run.
+//! Measures the cost of stanchion. Figures drift with the machine, so compare only figures of one run.
 //!
-//! `cargo run --release -p stanchion-bench [WHAT…]` with `pairs`, `handoff`, `processes`, `redis`, `postgres`, `firestore`, `held`,
-//! `waiters`;
-//! all by default.
+//! Usage: `cargo run --release -p stanchion-bench [WHAT…]`, with `pairs`, `handoff`, `processes`, `redis`, `postgres`,
+//! `firestore`, `held` or `waiters`. Without arguments everything is measured.
 #![allow(
     clippy::disallowed_methods,
     clippy::print_stdout,
     clippy::unwrap_used,
     clippy::expect_used,
-    reason = "a measuring program prints, reads the clock and may stop at the first fault"
+    reason = "a benchmark prints, reads the clock and may stop at the first error"
 )]
 
 mod firestore;
@@ -24,7 +23,7 @@ use stanchion::store::{Faulty, Memory, Operation, Sqlite};
 use stanchion::{Clock, Locks};
 
 fn main() {
-    // One thread: beside a server on the other core, two would take turns with it.
+    // One thread by default, because a second one would compete with the server for the other core.
     let runtime = match std::env::var("STANCHION_BENCH_THREADS") {
         Ok(threads) => tokio::runtime::Builder::new_multi_thread()
             .worker_threads(threads.parse().unwrap())
@@ -42,36 +41,36 @@ fn main() {
     if let Ok(order) = std::env::var(waiters::ORDER) {
         return runtime.block_on(waiters::sleep(&order));
     }
-    let wanted: Vec<String> = std::env::args().skip(1).collect();
-    let wants = |what: &str| wanted.is_empty() || wanted.iter().any(|one| one == what);
+    let selected: Vec<String> = std::env::args().skip(1).collect();
+    let is_selected = |what: &str| selected.is_empty() || selected.iter().any(|name| name == what);
     let folder = tempfile::tempdir().unwrap();
     runtime.block_on(async {
-        if wants("pairs") {
+        if is_selected("pairs") {
             pairs(folder.path()).await;
         }
-        if wants("handoff") {
+        if is_selected("handoff") {
             handoff(folder.path()).await;
         }
-        if wants("processes") {
+        if is_selected("processes") {
             processes(folder.path()).await;
         }
-        if wants("redis") {
+        if is_selected("redis") {
             redis::pairs().await;
             if std::env::var("PAIRS_ONLY").is_err() {
                 redis::handoff().await;
                 redis::held().await;
             }
         }
-        if wants("postgres") {
+        if is_selected("postgres") {
             postgres::all().await;
         }
-        if wants("firestore") {
+        if is_selected("firestore") {
             firestore::all().await;
         }
-        if wants("held") {
+        if is_selected("held") {
             held(folder.path()).await;
         }
-        if wants("waiters") {
+        if is_selected("waiters") {
             waiters::all(folder.path()).await;
         }
     });
@@ -86,7 +85,7 @@ async fn open(folder: &Path) -> Locks {
     Locks::with_store(Sqlite::open(folder.join("store")).unwrap()).await.unwrap()
 }
 
-/// Uncontended acquire + release, one task and fifty, beside the bare store and bare SQLite's floor.
+/// Measures uncontended acquire + release with one and with fifty tasks.
 async fn pairs(folder: &Path) {
     const PAIRS: u32 = 20_000;
     for (name, locks) in [("memory", Locks::open("memory:").await.unwrap()), ("sqlite", open(folder).await)] {
@@ -112,7 +111,7 @@ async fn pairs(folder: &Path) {
     }
 }
 
-/// From release to the waiter's return, two handles of one process.
+/// Measures the time from a release until the waiting call returns, with two handles in one process.
 async fn handoff(folder: &Path) {
     const TURNS: usize = 2_000;
     let locks = [open(folder).await, open(folder).await];
@@ -120,9 +119,11 @@ async fn handoff(folder: &Path) {
     print_spans("handoff    sqlite, two handles", spans);
 }
 
-/// From release until its answer, and to the waiter's return, the two taking turns. What is done while one waits and the
-/// other holds is not measured.
-async fn in_turn(locks: &[Locks; 2], turns: usize, meanwhile: impl AsyncFn()) -> Vec<(Duration, Duration)> {
+/// Hands the key back and forth between two handles.
+///
+/// Returns for each turn the time from the release until its reply, and the time until the waiting call returned.
+/// `pause` runs while one handle holds the key and the other one waits; its time is not measured.
+async fn in_turn(locks: &[Locks; 2], turns: usize, pause: impl AsyncFn()) -> Vec<(Duration, Duration)> {
     let clock = Clock::system();
     let mut spans = Vec::with_capacity(turns);
     let mut held = locks[0].lock("handoff").await.unwrap();
@@ -136,7 +137,7 @@ async fn in_turn(locks: &[Locks; 2], turns: usize, meanwhile: impl AsyncFn()) ->
             }
         });
         while locks[0].inspect("handoff").await.unwrap().waiters.is_empty() {}
-        meanwhile().await;
+        pause().await;
         let released = clock.now();
         held.release().await.unwrap();
         let answered = clock.now().since(released);
@@ -148,7 +149,8 @@ async fn in_turn(locks: &[Locks; 2], turns: usize, meanwhile: impl AsyncFn()) ->
     spans
 }
 
-/// The same between processes: each waiter says when its wait returned and when it let go.
+/// Measures hand-offs between ten processes, each of which reports when its waits returned and when it released the
+/// key.
 async fn processes(folder: &Path) {
     const WAITERS: usize = 10;
     let folder = folder.join("processes");
@@ -172,8 +174,8 @@ async fn processes(folder: &Path) {
     for child in children {
         let output = child.wait_with_output().unwrap();
         for line in String::from_utf8(output.stdout).unwrap().lines() {
-            let (got, let_go) = line.split_once(' ').unwrap();
-            turns.push((got.parse().unwrap(), let_go.parse().unwrap()));
+            let (acquired_at, released_at) = line.split_once(' ').unwrap();
+            turns.push((acquired_at.parse().unwrap(), released_at.parse().unwrap()));
         }
     }
     turns.sort_unstable();
@@ -186,21 +188,21 @@ async fn waiter(folder: &Path) {
     let locks = open(folder).await;
     for _ in 0..100 {
         let guard = locks.lock("handoff").await.unwrap();
-        let got = clock.now().as_nanos();
-        // Long enough for the one before to be back in the queue.
+        let acquired_at = clock.now().as_nanos();
+        // Hold the key until the previous holder is back in the queue.
         tokio::time::sleep(Duration::from_millis(2)).await;
-        println!("{got} {}", clock.now().as_nanos());
+        println!("{acquired_at} {}", clock.now().as_nanos());
         guard.release().await.unwrap();
     }
 }
 
-/// What ten thousand held locks cost: memory for each, and requests while nothing happens.
+/// Measures the memory of each of ten thousand held locks, and the requests while nothing happens.
 async fn held(folder: &Path) {
     const HOLDS: usize = 10_000;
     let store = Faulty::new(Sqlite::open(folder.join("store")).unwrap());
     let faults = store.faults();
     let locks = Locks::with_store(store).await.unwrap();
-    // Warm up, so that caches and pools are not counted as locks.
+    // Fill caches and pools first, so that their memory does not count.
     for i in 0..1_000 {
         locks.lock(format!("warm{i}")).await.unwrap().release().await.unwrap();
     }
@@ -212,7 +214,7 @@ async fn held(folder: &Path) {
     let each = resident_bytes().saturating_sub(before) / HOLDS;
     println!("held       sqlite, {HOLDS} locks: {each} bytes of memory each");
     let count = || {
-        let steps = [
+        let operations = [
             Operation::RenewSession,
             Operation::Acquire,
             Operation::Poll,
@@ -220,12 +222,12 @@ async fn held(folder: &Path) {
             Operation::Abandon,
             Operation::Extend,
         ];
-        steps.map(|step| faults.count(step)).iter().sum::<u64>()
+        operations.map(|operation| faults.count(operation)).iter().sum::<u64>()
     };
-    let (all, beats) = (count(), faults.count(Operation::RenewSession));
+    let (all, renewals) = (count(), faults.count(Operation::RenewSession));
     tokio::time::sleep(Duration::from_secs(10)).await;
-    let (all, beats) = (count() - all, faults.count(Operation::RenewSession) - beats);
-    println!("held       sqlite, {HOLDS} locks: {all} requests in 10 s, of which {beats} beats");
+    let (all, renewals) = (count() - all, faults.count(Operation::RenewSession) - renewals);
+    println!("held       sqlite, {HOLDS} locks: {all} requests in 10 s, of which {renewals} renewals");
     drop(guards);
     let memory = Locks::with_store(Memory::new()).await.unwrap();
     let before = resident_bytes();

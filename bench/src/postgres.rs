@@ -1,4 +1,4 @@
-//! PostgreSQL: acquire + release beside a raw UPSERT + DELETE loop, and hand-off, in one run on one server.
+//! Measures PostgreSQL: acquire + release and a raw loop of UPSERT + DELETE, and hand-offs, in one run on one server.
 
 use std::future::poll_fn;
 use std::task::{Poll, ready};
@@ -17,7 +17,7 @@ const TURNS: usize = 300;
 const PAUSE: Duration = Duration::from_millis(1);
 
 pub(crate) async fn all() {
-    // The last stands for a disk on which a commit takes its time.
+    // The last setting simulates a disk with slow commits.
     let slow: &[_] = &[("fsync", "on"), ("commit_delay", "2000"), ("commit_siblings", "0")];
     let disks = [
         ("fsync off", &[("fsync", "off")][..], 200),
@@ -45,7 +45,7 @@ async fn compare(server: &PostgresServer, disk: &str, pairs: usize) {
     for pool in [16, TASKS] {
         let locks = Locks::open(&format!("{}?pool={pool}", server.url())).await.unwrap();
         let mut rates: [Vec<f64>; 2] = Default::default();
-        // The first round makes connections and plans.
+        // The first round only makes connections and plans.
         for round in 0..=ROUNDS {
             let raw = rate(pairs, |task| raw(clients[task].clone(), task, pairs)).await;
             let ours = rate(pairs, |task| ours(locks.clone(), task, pairs)).await;
@@ -94,8 +94,10 @@ async fn raw(client: std::sync::Arc<Client>, task: usize, pairs: usize) {
     }
 }
 
-/// From the release of one handle to the grant of the other; beside it a raw commit, and one whose NOTIFY another connection
-/// hears. One after the other everything is in the caches of the processor, and after a pause nothing is.
+/// Measures the time from the release of one handle until the grant of the other one.
+///
+/// For comparison it also measures a raw commit, and a commit until another connection gets its NOTIFY. Each is
+/// measured twice: one after the other, with warm processor caches, and after a pause, with cold ones.
 async fn handoff(server: &PostgresServer, disk: &str) {
     let raw = Raw::new(server).await;
     let (one, other) = (Locks::open(&server.url()).await.unwrap(), Locks::open(&server.url()).await.unwrap());
@@ -105,14 +107,14 @@ async fn handoff(server: &PostgresServer, disk: &str) {
                 tokio::time::sleep(pause).await;
             }
         };
-        let [mut commits, mut heard, mut answers, mut grants] = [const { Vec::new() }; 4];
+        let [mut commits, mut notified, mut answers, mut grants] = [const { Vec::new() }; 4];
         for _ in 0..TURNS {
             pause().await;
             commits.push(raw.commit().await);
         }
         for _ in 0..TURNS {
             pause().await;
-            heard.push(raw.heard().await);
+            notified.push(raw.notified().await);
         }
         for turn in 0..TURNS {
             let (holder, waiter) = if turn % 2 == 0 { (&one, &other) } else { (&other, &one) };
@@ -129,53 +131,53 @@ async fn handoff(server: &PostgresServer, disk: &str) {
             let start = Instant::now();
             held.release().await.unwrap();
             answers.push(start.elapsed());
-            let (got, guard) = waiting.await.unwrap();
-            grants.push(got - start);
+            let (acquired_at, guard) = waiting.await.unwrap();
+            grants.push(acquired_at - start);
             guard.release().await.unwrap();
         }
         crate::print_spans(&format!("commit     postgres, {disk}, {when}: a raw upsert"), commits);
         crate::print_spans(
-            &format!("notify     postgres, {disk}, {when}: a raw upsert with NOTIFY, until it is heard"),
-            heard,
+            &format!("notify     postgres, {disk}, {when}: a raw upsert with NOTIFY, until it is received"),
+            notified,
         );
         crate::print_spans(
-            &format!("release    postgres, {disk}, {when}: while another waits, until the answer"),
+            &format!("release    postgres, {disk}, {when}: while another call waits, until the reply"),
             answers,
         );
         crate::print_spans(&format!("handoff    postgres, {disk}, {when}: two handles"), grants);
     }
 }
 
-/// What the same costs without locks, in a table of its own.
+/// Runs the same kinds of commits without locks, in a table of their own.
 struct Raw {
     client: Client,
     commit: Statement,
     notify: Statement,
-    heard: Mutex<UnboundedReceiver<()>>,
-    _listens: Client,
+    notifications: Mutex<UnboundedReceiver<()>>,
+    _listener: Client,
 }
 
 impl Raw {
     async fn new(server: &PostgresServer) -> Self {
         let (client, connection) = tokio_postgres::connect(&server.url(), NoTls).await.unwrap();
         tokio::spawn(connection);
-        let (listens, mut connection) = tokio_postgres::connect(&server.url(), NoTls).await.unwrap();
-        let (hears, heard) = unbounded_channel();
+        let (listener, mut connection) = tokio_postgres::connect(&server.url(), NoTls).await.unwrap();
+        let (sender, notifications) = unbounded_channel();
         tokio::spawn(poll_fn(move |context| {
             while let Some(message) = ready!(connection.poll_message(context)) {
                 if matches!(message, Ok(AsyncMessage::Notification(_))) {
-                    hears.send(()).unwrap();
+                    sender.send(()).unwrap();
                 }
             }
             Poll::Ready(())
         }));
-        listens.batch_execute("LISTEN raw").await.unwrap();
+        listener.batch_execute("LISTEN raw").await.unwrap();
         let upsert =
             "INSERT INTO raw VALUES ('commit', 'token', now()) ON CONFLICT (key) DO UPDATE SET expires = now()";
         let commit = client.prepare(upsert).await.unwrap();
         let notify = format!("WITH upsert AS ({upsert} RETURNING token) SELECT pg_notify('raw', token) FROM upsert");
         let notify = client.prepare(&notify).await.unwrap();
-        Self { client, commit, notify, heard: Mutex::new(heard), _listens: listens }
+        Self { client, commit, notify, notifications: Mutex::new(notifications), _listener: listener }
     }
 
     async fn commit(&self) -> Duration {
@@ -184,10 +186,10 @@ impl Raw {
         start.elapsed()
     }
 
-    async fn heard(&self) -> Duration {
+    async fn notified(&self) -> Duration {
         let start = Instant::now();
         self.client.query(&self.notify, &[]).await.unwrap();
-        self.heard.lock().await.recv().await.unwrap();
+        self.notifications.lock().await.recv().await.unwrap();
         start.elapsed()
     }
 }

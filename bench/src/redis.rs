@@ -1,4 +1,4 @@
-//! Redis: acquire + release beside the bare client and beside `rslock`, in one run on one server.
+//! Measures Redis: acquire + release of stanchion, of the bare client and of `rslock`, in one run on one server.
 
 use std::future::Future;
 use std::time::{Duration, Instant};
@@ -8,11 +8,12 @@ use redis::{AsyncConnectionConfig, Client};
 use stanchion::Locks;
 use stanchion_testkit::servers::{Redis, RedisServer};
 
-/// Tasks and pairs of each, in turn with the others. Short turns, and many: the machine is not as fast in each of them.
+/// Number of tasks, and number of pairs of each task in a turn. Turns are short and many, because the machine's speed
+/// varies.
 const PAIRS: [(u32, u32); 2] = [(1, 2_000), (50, 600)];
 const ROUNDS: usize = 25;
 
-/// Uncontended acquire + release, one task and fifty.
+/// Measures uncontended acquire + release with one and with fifty tasks.
 pub(crate) async fn pairs() {
     let server = RedisServer::start(Redis::Redis7);
     let url = format!("redis://127.0.0.1:{}", server.port());
@@ -32,25 +33,25 @@ pub(crate) async fn pairs() {
         let mut spent = [Spent::default(); 4];
         for round in 0..ROUNDS {
             for turn in 0..names.len() {
-                // Backwards every other time, so that nobody always comes after the same one.
-                let who = if round % 2 == 0 { turn } else { names.len() - 1 - turn };
+                // Reverse the order in every other round, so that no client always runs after the same one.
+                let client_index = if round % 2 == 0 { turn } else { names.len() - 1 - turn };
                 let before = Spent::so_far(&server);
-                let rate = match who {
+                let rate = match client_index {
                     0 => rate(tasks, pairs, |task| bare(raw.clone(), task, pairs)).await,
                     1 => rate(tasks, pairs, |task| bare_scripts(raw.clone(), task, pairs)).await,
                     2 => rate(tasks, pairs, |task| ours(locks.clone(), task, pairs)).await,
                     _ => rate(tasks, pairs, |task| theirs(rslock.clone(), task, pairs)).await,
                 };
-                rates[who].push(rate);
-                spent[who].add(before, Spent::so_far(&server));
+                rates[client_index].push(rate);
+                spent[client_index].add(before, Spent::so_far(&server));
             }
         }
         let rates = rates.map(median);
-        for ((who, rate), spent) in names.iter().zip(rates).zip(spent) {
+        for ((name, rate), spent) in names.iter().zip(rates).zip(spent) {
             let each = |ticks: u64| ticks as f64 * 10_000.0 / (f64::from(tasks * pairs) * ROUNDS as f64);
             println!(
-                "redis      {tasks} task(s), {who}: {rate:.0} acquire + release a second, {:.2} of the bare client; {:.1} µs \
-                 here and {:.1} µs in the server for each; median of {ROUNDS}",
+                "redis      {tasks} task(s), {name}: {rate:.0} acquire + release a second, {:.2} of the bare client; {:.1} \
+                 µs here and {:.1} µs in the server for each; median of {ROUNDS}",
                 rate / rates[0],
                 each(spent.here),
                 each(spent.server)
@@ -62,7 +63,7 @@ pub(crate) async fn pairs() {
     println!("redis      one acquire + release: {:?} scripts called", calls(&server) - before);
 }
 
-/// Processor time, in ticks of the system: hundredths of a second.
+/// Processor time in hundredths of a second.
 #[derive(Clone, Copy, Default)]
 struct Spent {
     here: u64,
@@ -136,7 +137,7 @@ async fn bare(mut connection: MultiplexedConnection, task: u32, pairs: u32) {
     }
 }
 
-/// What the scripts alone cost: they are ours, and nothing else is.
+/// Runs the scripts of this library on the bare client, to measure the scripts alone.
 async fn bare_scripts(mut connection: MultiplexedConnection, task: u32, pairs: u32) {
     macro_rules! script {
         ($name:literal) => {
@@ -150,9 +151,9 @@ async fn bare_scripts(mut connection: MultiplexedConnection, task: u32, pairs: u
     let names = ["", ":queue", ":waiting"].map(|end| format!("bare:{{s{task}}}{end}"));
     let [acquire, end] = [redis::Script::new(script!("acquire")), redis::Script::new(script!("end"))];
     let token = "0123456789abcdef0123456789abcdef";
-    let asked = format!("99999999999999990{token}{token}S00000000");
+    let request = format!("99999999999999990{token}{token}S00000000");
     for _ in 0..pairs {
-        let fence: String = acquire.key(&names).arg(&asked).invoke_async(&mut connection).await.unwrap();
+        let fence: String = acquire.key(&names).arg(&request).invoke_async(&mut connection).await.unwrap();
         assert_eq!(fence.len(), 16);
         let time: String = end.key(&names).arg(token).invoke_async(&mut connection).await.unwrap();
         assert!(time > fence);
@@ -167,10 +168,10 @@ async fn theirs(manager: rslock::LockManager, task: u32, pairs: u32) {
     }
 }
 
-/// The URL, the number of waiters and the turns of each, for a child of [`handoff`].
+/// Environment variable of a child of [`handoff`]. Its value is the URL, the number of waiters and the turns of each.
 pub(crate) const WAITER: &str = "STANCHION_BENCH_REDIS_WAITER";
 
-/// From the release of one waiter to the grant of the next, in ten processes, beside one round trip.
+/// Measures the time from the release of one waiter until the grant of the next, in ten processes, and one round trip.
 pub(crate) async fn handoff() {
     for (waiters, processes, turns) in [(2, 2, 2_000), (50, 10, 80), (1_000, 10, 4)] {
         let server = RedisServer::start(Redis::Redis7);
@@ -209,15 +210,15 @@ pub(crate) async fn handoff() {
         let spans: Vec<_> =
             spans.windows(2).map(|two| Duration::from_nanos(two[1].0.saturating_sub(two[0].1))).collect();
         crate::print_spans(&format!("handoff    redis, {waiters} waiters in {processes} processes"), spans);
-        crate::print_spans("           one round trip in those processes, meanwhile", trips);
+        crate::print_spans("           one round trip in these processes at the same time", trips);
         let stats = server.command(&["INFO", "commandstats"]);
         let count = |name: &str| -> f64 {
             let line = stats.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{name}:calls=")));
             line.and_then(|line| line.split(',').next()).map_or(0.0, |calls| calls.parse().unwrap())
         };
         println!(
-            "           {:.2} commands on the wire for each grant (a new question included), {:.2} messages, {:.0} grants \
-             a second",
+            "           {:.2} commands on the wire for each grant (including the next request), {:.2} messages, {:.0} \
+             grants a second",
             count("evalsha") / grants as f64,
             count("publish") / grants as f64,
             grants as f64 / (took as f64 / 1e9)
@@ -234,15 +235,18 @@ pub(crate) async fn waiter(order: &str) {
         .map(|_| {
             let (locks, clock) = (locks.clone(), clock.clone());
             tokio::spawn(async move {
-                let mut told = Vec::new();
+                let mut report = Vec::new();
                 for _ in 0..turns {
                     let guard = locks.lock("handoff").await.unwrap();
-                    let got = clock.now().as_nanos();
-                    let let_go = clock.now().as_nanos();
+                    let acquired_at = clock.now().as_nanos();
+                    let released_at = clock.now().as_nanos();
                     guard.release().await.unwrap();
-                    told.push(format!("turn {got} {let_go}\ntrip {}", clock.now().as_nanos() - let_go));
+                    report.push(format!(
+                        "turn {acquired_at} {released_at}\ntrip {}",
+                        clock.now().as_nanos() - released_at
+                    ));
                 }
-                told
+                report
             })
         })
         .collect();
@@ -251,7 +255,7 @@ pub(crate) async fn waiter(order: &str) {
     }
 }
 
-/// What a hundred thousand held locks cost: memory, and commands while nothing happens.
+/// Measures the memory of a hundred thousand held locks, and the commands while nothing happens.
 pub(crate) async fn held() {
     const HOLDS: usize = 100_000;
     let server = RedisServer::start(Redis::Redis7);

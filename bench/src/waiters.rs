@@ -1,5 +1,7 @@
-//! Measures the cost of many waiting calls of one process: the processor time of their process and of the server while nothing happens,
-//! and the time that serving them takes.
+//! Measures the cost of many waiting calls in one process.
+//!
+//! The figures are the processor time of the process and of the server while nothing happens, and the time to serve the
+//! calls.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Stdio};
@@ -9,16 +11,17 @@ use stanchion::store::{Memory, Postgres};
 use stanchion::{Locks, store::Sqlite};
 use stanchion_testkit::servers::{FirestoreFake, Postgres as PostgresKind, PostgresServer, Redis, RedisServer};
 
-/// `URL WAITERS KEYS`: this process has the waiters.
+/// Environment variable that makes this process the one with the waiters. Its value is `URL WAITERS KEYS`.
 pub(crate) const ORDER: &str = "STANCHION_BENCH_SLEEPERS";
 
 const WAITERS: usize = 1_000;
 const SERVED: usize = 300;
-/// How long everybody waits before the processor time is taken, and how long it is taken.
+/// Time that all calls wait before the measurement starts.
 const SETTLED_AFTER: Duration = Duration::from_secs(5);
+/// Duration of the measurement.
 const MEASURED: Duration = Duration::from_secs(20);
 
-/// Processor time of a process, in hundredths of a second.
+/// Returns the processor time of a process in hundredths of a second.
 fn ticks(pid: &str) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
@@ -27,28 +30,28 @@ fn ticks(pid: &str) -> u64 {
 
 pub(crate) async fn all(folder: &std::path::Path) {
     let only = std::env::var("WAITERS_ONLY").unwrap_or_default();
-    let wants = |name: &str| only.is_empty() || only.split(',').any(|one| one == name);
-    if wants("memory") {
+    let is_selected = |name: &str| only.is_empty() || only.split(',').any(|selected| selected == name);
+    if is_selected("memory") {
         sleep_beside("memory:", &[]).await;
     }
-    if wants("sqlite") {
+    if is_selected("sqlite") {
         let store = folder.join("waiters");
         sleep_beside(&format!("sqlite:{}", store.display()), &[]).await;
         serve("sqlite", Locks::with_store(Sqlite::open(store).unwrap()).await.unwrap()).await;
     }
-    if wants("redis") {
+    if is_selected("redis") {
         let server = RedisServer::start(Redis::Redis7);
         let url = format!("redis://127.0.0.1:{}", server.port());
         sleep_beside(&url, &[server.process().unwrap().pid()]).await;
         serve("redis", Locks::open(&url).await.unwrap()).await;
     }
-    if wants("postgres") {
+    if is_selected("postgres") {
         let server = PostgresServer::with(PostgresKind::V15, &[("fsync", "off")]);
         server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
         sleep_beside(&server.url(), &server.processes()).await;
         serve("postgres", Locks::open(&server.url()).await.unwrap()).await;
     }
-    if wants("firestore") {
+    if is_selected("firestore") {
         let fake = FirestoreFake::start();
         sleep_beside(&fake.url(), &[]).await;
     }
@@ -69,20 +72,20 @@ async fn sleep_beside(url: &str, servers: &[i32]) {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let (said, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        let (sender, mut received) = tokio::sync::mpsc::unbounded_channel();
         std::thread::spawn(move || {
             while let Some(Ok(line)) = lines.next() {
-                let _over = said.send(line);
+                let _ = sender.send(line); // the measurement may be over
             }
         });
-        heard.recv().await.unwrap();
+        received.recv().await.unwrap();
         let pids = |pids: &[i32]| pids.iter().map(|pid| ticks(&pid.to_string())).sum::<u64>();
-        // Connections of PostgreSQL are processes that came since.
+        // PostgreSQL has started a process for each connection since then.
         let family = |servers: &[i32]| {
             let mut all = servers.to_vec();
             for pid in servers {
-                let of = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-                all.extend(of.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+                let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+                all.extend(children.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
             }
             all.sort_unstable();
             all.dedup();
@@ -90,7 +93,7 @@ async fn sleep_beside(url: &str, servers: &[i32]) {
         };
         let all = family(servers);
         let before = pids(&all);
-        let here = heard.recv().await.unwrap();
+        let here = received.recv().await.unwrap();
         let server = pids(&all) - before;
         let percent = |ticks: u64| ticks as f64 / MEASURED.as_secs_f64();
         println!(
@@ -108,7 +111,7 @@ async fn sleep_beside(url: &str, servers: &[i32]) {
     }
 }
 
-/// The process with the waiters.
+/// Runs the process with the waiters.
 pub(crate) async fn sleep(order: &str) {
     let words: Vec<_> = order.split(' ').collect();
     let (url, waiters, keys) = (words[0], words[1].parse::<usize>().unwrap(), words[2].parse::<usize>().unwrap());
@@ -140,7 +143,7 @@ pub(crate) async fn sleep(order: &str) {
     std::future::pending::<()>().await;
 }
 
-/// From the release of a key until all who waited for it have had it, one after the other.
+/// Measures the time from the release of a key until all its waiters have had it, one after the other.
 async fn serve(name: &str, locks: Locks) {
     for _ in 0..3 {
         let held = locks.lock("served").await.unwrap();

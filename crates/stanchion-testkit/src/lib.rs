@@ -1,7 +1,7 @@
-//! The conformance suite that decides what a stanchion store is.
+//! Tests whether a store conforms to the contract of [`stanchion::Store`], and provides real servers and faults for
+//! tests.
 //!
-//! One line instantiates every case for a store, each as a test named after the behaviour, on the concrete store and
-//! through `Arc<dyn Store>`:
+//! One line makes a test of every case, named after the behaviour, on the concrete store and through `Arc<dyn Store>`:
 //!
 //! ```
 //! use stanchion::VirtualClock;
@@ -23,16 +23,16 @@
 //! conformance!(memory, MemoryFixture);
 //! ```
 //!
-//! A case that needs what the store does not declare says so on the standard error and passes: `not applicable:
-//! a_push_names_key_token_and_fence needs push`. [`cases`] lists all of them with what they need.
+//! If a case needs a capability that the store does not declare, the test passes and prints to the standard error:
+//! `not applicable: push_names_key_token_and_fence needs push`. [`cases`] lists all cases with their needs.
 //!
-//! `BEHAVIOURS.md` says which behaviour of which library each case stands for.
+//! `BEHAVIOURS.md` maps the behaviours that other libraries test to the cases.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::disallowed_methods,
     clippy::print_stdout,
-    reason = "all of this is test code: it may panic, wait on the real clock and print"
+    reason = "this crate is test code: it may panic, wait on the real clock and print"
 )]
 
 #[doc(hidden)]
@@ -46,31 +46,33 @@ pub mod servers;
 use stanchion::Store;
 use stanchion::store::{Capabilities, Liveness};
 
-pub use environment::{Actor, Environment, Fixture, block_on, list_all, read_pages, seed, until};
+#[doc(hidden)]
+pub use environment::Client as Actor;
+pub use environment::{Client, Environment, Fixture, block_on, list_all, read_pages, seed, until};
 
 /// A case of the suite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Case {
-    /// What it is about.
+    /// Name of the module, which is the subject of the case.
     pub subject: &'static str,
-    /// The behaviour.
+    /// Name of the behaviour.
     pub name: &'static str,
-    /// What a store must declare for it.
+    /// Capabilities that a store must declare for the case to apply.
     pub needs: &'static [Need],
 }
 
-/// Something that only some stores can do.
+/// A capability that only some stores have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Need {
-    /// Waiters are granted in the order in which they asked.
+    /// Waiters are granted in the order of their requests.
     Fair,
-    /// Grants are pushed.
+    /// The store pushes grants.
     Push,
-    /// Sessions live by beats.
+    /// A session lives until its ttl has passed without a renewal.
     Beat,
-    /// Sessions live by their process.
+    /// A session lives as long as its process.
     Process,
 }
 
@@ -79,7 +81,7 @@ impl Need {
         match self {
             Self::Fair => "fair",
             Self::Push => "push",
-            Self::Beat => "liveness by beats",
+            Self::Beat => "liveness by renewals",
             Self::Process => "liveness by process",
         }
     }
@@ -94,12 +96,12 @@ impl Need {
     }
 }
 
-/// Every case, in the order of the table.
+/// Returns every case, in the order of the table.
 pub fn cases() -> &'static [Case] {
     CASES
 }
 
-/// Whether a case applies to this store. If not, says so where a test's captured output does not hide it.
+/// Returns whether a case applies to this store. If not, prints the reason without being captured by the test harness.
 #[doc(hidden)]
 pub fn applies<S: Store>(name: &str, needs: &[Need], environment: &Environment<S>) -> bool {
     use std::io::Write;
@@ -108,20 +110,22 @@ pub fn applies<S: Store>(name: &str, needs: &[Need], environment: &Environment<S
     match needs.iter().find(|need| !need.is_met(can)) {
         Some(missing) => {
             let line = format!("not applicable: {name} needs {} ({})\n", missing.name(), can.name);
-            let _nobody_reads_it = std::io::stderr().write_all(line.as_bytes());
+            let _ = std::io::stderr().write_all(line.as_bytes()); // the standard error may be closed
             false
         }
         None => true,
     }
 }
 
-/// Instantiates every case of the suite for a store: a module of this name with two modules in it, `direct` and
-/// `dynamic`, each with one test per case. `dynamic` runs the case through `Arc<dyn Store>`.
+/// Makes a test of every case of the suite for a store.
 ///
-/// The second argument is a [`Fixture`], or a function that makes an [`Environment`]: fresh data each time.
+/// The macro defines a module with the given name that has two modules, `direct` and `dynamic`, each with one test per
+/// case. The tests in `direct` use the concrete store, and those in `dynamic` use `Arc<dyn Store>`. The second argument
+/// is a [`Fixture`] or a function that returns an [`Environment`] with fresh data.
 ///
-/// `conformance!(dynamic name, fixture)` makes only the tests through `Arc<dyn Store>`. They cost little to compile, because
-/// their code is the same for every store, so they suit a store's second and third configuration. `direct` makes the others.
+/// `conformance!(dynamic name, fixture)` makes only the tests through `Arc<dyn Store>`, and `conformance!(direct name,
+/// fixture)` only those on the concrete store. The dynamic tests share their code between stores and so compile
+/// quickly; use them for the second and third configuration of a store.
 #[macro_export]
 macro_rules! conformance {
     ($name:ident, $fixture:expr) => {
@@ -171,10 +175,10 @@ macro_rules! instantiate_erased {
     };
 }
 
-/// Every case through `Arc<dyn Store>`: compiled once, here, and not again for each store.
+/// Defines every case for `Arc<dyn Store>`. They are compiled once, here, and not again for each store.
 #[doc(hidden)]
 pub mod erased {
-    #![allow(missing_docs, reason = "a case's name says what it is")]
+    #![allow(missing_docs, reason = "the name of a case describes it")]
 
     use std::sync::Arc;
 
@@ -192,9 +196,9 @@ pub mod erased {
     crate::for_every_case!(erased);
 }
 
-macro_rules! listed {
+macro_rules! define_cases {
     ($($subject:ident :: $case:ident $([$($need:ident),+])?),* $(,)?) => {
         static CASES: &[Case] = &[$(Case { subject: stringify!($subject), name: stringify!($case), needs: &[$($(Need::$need),+)?] }),*];
     };
 }
-for_every_case!(listed);
+for_every_case!(define_cases);

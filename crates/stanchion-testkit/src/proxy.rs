@@ -1,4 +1,4 @@
-//! A TCP proxy that loses, holds back and cuts, between a client and a real server.
+//! Runs a TCP proxy between a client and a real server that loses, delays, holds and cuts traffic.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -8,95 +8,96 @@ use std::time::Duration;
 
 use crate::environment::Random;
 
-/// How often a thread that waits looks at what it should do.
-const LOOK: Duration = Duration::from_millis(2);
+/// Interval at which a waiting thread checks the faults.
+const CHECK_INTERVAL: Duration = Duration::from_millis(2);
 
-/// What a proxy does to what passes. Everything can be changed while it runs.
+/// The faults of a proxy. They can be changed while the proxy runs.
 #[derive(Debug)]
 pub struct Faults {
-    /// Of a thousand answers so many are lost: the request was done, the connection breaks instead of the answer.
+    /// Number of replies, out of 1,000, that are lost: the server executes the request, and the connection breaks.
     lose_answers: AtomicU32,
-    /// Of a thousand requests so many are lost with their connection.
+    /// Number of requests, out of 1,000, that are lost together with their connection.
     lose_requests: AtomicU32,
-    /// Nothing passes, connections stay: a link that is dead, and nobody says so.
+    /// Whether nothing passes although connections stay open, as on a link that is dead without notice.
     is_silent: AtomicBool,
-    /// Requests pass, their answers wait.
+    /// Whether replies wait in the proxy while requests pass.
     holds_answers: AtomicBool,
-    /// New connections are closed at once.
+    /// Whether new connections are closed at once.
     refuses: AtomicBool,
-    /// Where new connections lead.
+    /// Port to which new connections lead.
     to: AtomicU16,
-    /// Each answer comes so many milliseconds later.
+    /// Delay of each reply, in milliseconds.
     delay: AtomicU64,
-    /// Raised to break what is connected now.
+    /// Incremented to break the current connections.
     generation: AtomicU64,
-    /// Raised to silence what is connected now.
+    /// Incremented to silence the current connections.
     strandings: AtomicU64,
     lost: AtomicU64,
     connections: AtomicU64,
-    /// Redis commands that the server is not asked to do, in capitals, and what is answered to each.
+    /// Redis commands, in capitals, that do not reach the server, and the error that the client gets for each.
     refused: Mutex<Vec<(String, String)>>,
     random: Mutex<Random>,
     ended: AtomicBool,
 }
 
 impl Faults {
-    /// Of a thousand answers so many are lost with their connection.
+    /// Sets the number of replies, out of 1,000, that are lost together with their connection.
     pub fn lose_answers(&self, per_mille: u32) {
         self.lose_answers.store(per_mille, Ordering::SeqCst);
     }
 
-    /// Of a thousand requests so many are lost with their connection.
+    /// Sets the number of requests, out of 1,000, that are lost together with their connection.
     pub fn lose_requests(&self, per_mille: u32) {
         self.lose_requests.store(per_mille, Ordering::SeqCst);
     }
 
-    /// Lets nothing pass, or lets it pass again: what was sent meanwhile arrives then.
+    /// Stops or resumes all traffic. Data that was sent in between arrives after the resume.
     pub fn silence(&self, is_silent: bool) {
         self.is_silent.store(is_silent, Ordering::SeqCst);
     }
 
-    /// Requests pass and answers wait here, or come now.
+    /// Holds replies in the proxy while requests pass, or sends the held replies.
     pub fn hold_answers(&self, holds: bool) {
         self.holds_answers.store(holds, Ordering::SeqCst);
     }
 
-    /// New connections lead to the server at this port; those there are stay where they are.
+    /// Sends new connections to the server at this port. Current connections stay with their server.
     pub fn lead_to(&self, port: u16) {
         self.to.store(port, Ordering::SeqCst);
     }
 
-    /// Closes new connections at once, or no longer.
+    /// Sets whether new connections are closed at once.
     pub fn refuse(&self, refuses: bool) {
         self.refuses.store(refuses, Ordering::SeqCst);
     }
 
-    /// Answers come so much later.
+    /// Delays each reply by this time.
     pub fn delay_answers(&self, by: Duration) {
         self.delay.store(by.as_millis() as u64, Ordering::SeqCst);
     }
 
-    /// New connections, to a Redis server, get this error for this command, as from a proxy or a managed service that lacks it.
+    /// Answers a Redis command with an error on new connections, like a proxy or a managed service that lacks the
+    /// command.
     pub fn refuse_command(&self, name: &str, error: &str) {
         self.refused.lock().unwrap().push((name.to_uppercase(), error.to_owned()));
     }
 
-    /// Breaks all connections there are.
+    /// Breaks all current connections.
     pub fn cut(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Lets nothing pass any more on the connections that there are, which stay: as when a firewall has forgotten them.
+    /// Stops all traffic on the current connections, which stay open, like a firewall that has forgotten them.
     pub fn strand(&self) {
         self.strandings.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// How many answers and requests were lost.
+    /// Returns the number of replies and requests that were lost.
     pub fn lost(&self) -> u64 {
         self.lost.load(Ordering::SeqCst)
     }
 
-    /// How many connections were made.
+    /// Returns the number of connections that clients made.
     pub fn connections(&self) -> u64 {
         self.connections.load(Ordering::SeqCst)
     }
@@ -116,10 +117,10 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Starts a proxy to this port; `seed` decides what is lost.
+    /// Starts a proxy to this port. `seed` determines which messages are lost.
     ///
     /// # Panics
-    /// When it cannot listen.
+    /// If the proxy cannot listen.
     pub fn start(to: u16, seed: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -166,12 +167,12 @@ impl Proxy {
         Self { port, faults }
     }
 
-    /// Where it listens on 127.0.0.1.
+    /// Returns its port on 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// What it does.
+    /// Returns the faults, to change them.
     pub fn faults(&self) -> &Faults {
         &self.faults
     }
@@ -181,11 +182,11 @@ impl Drop for Proxy {
     fn drop(&mut self) {
         self.faults.ended.store(true, Ordering::SeqCst);
         self.faults.cut();
-        let _wakes_the_listener = TcpStream::connect(("127.0.0.1", self.port));
+        let _ = TcpStream::connect(("127.0.0.1", self.port)); // wakes the listener, which then ends
     }
 }
 
-/// Passes on what comes, until one side ends or a fault does.
+/// Forwards data until one side closes the connection or a fault breaks it.
 fn pass(mut from: TcpStream, mut to: TcpStream, is_request: bool, faults: &Faults) {
     let (generation, strandings) = (faults.generation.load(Ordering::SeqCst), faults.strandings.load(Ordering::SeqCst));
     let (per_mille, delay) = match is_request {
@@ -193,8 +194,8 @@ fn pass(mut from: TcpStream, mut to: TcpStream, is_request: bool, faults: &Fault
         false => (&faults.lose_answers, Some(&faults.delay)),
     };
     let is_cut = || faults.generation.load(Ordering::SeqCst) != generation;
-    let _without_these_it_is_slower = (from.set_nodelay(true), to.set_nodelay(true));
-    let _looked_at_often = from.set_read_timeout(Some(LOOK * 10));
+    let _ = (from.set_nodelay(true), to.set_nodelay(true)); // only makes the proxy faster
+    let _ = from.set_read_timeout(Some(CHECK_INTERVAL * 10)); // so that an idle connection notices a cut
     let mut buffer = vec![0; 64 * 1024];
     let mut filter = CommandFilter { refused: faults.refused.lock().unwrap().clone(), ..CommandFilter::default() };
     filter.refused.retain(|_| is_request);
@@ -219,20 +220,20 @@ fn pass(mut from: TcpStream, mut to: TcpStream, is_request: bool, faults: &Fault
                 || !is_request && faults.holds_answers.load(Ordering::SeqCst)
         };
         while is_held() && !is_cut() {
-            std::thread::sleep(LOOK);
+            std::thread::sleep(CHECK_INTERVAL);
         }
         if is_cut() || faults.loses(per_mille) || to.write_all(filter.pass(&buffer[..length])).is_err() {
             break;
         }
     }
-    let _closed = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+    let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both)); // one of them may be closed already
 }
 
-/// Has commands of Redis refused: the server gets a script in their place that answers the error, so that answers stay in order.
+/// Replaces rejected Redis commands by a script that returns the error, so that replies stay in order.
 #[derive(Debug, Default)]
 struct CommandFilter {
     refused: Vec<(String, String)>,
-    /// The received bytes of an incomplete command.
+    /// Received bytes of an incomplete command.
     begun: Vec<u8>,
     passed: Vec<u8>,
 }
@@ -257,7 +258,7 @@ impl CommandFilter {
     }
 }
 
-/// The name in capitals of the command that the bytes begin with, and its length, if it is there whole.
+/// Returns the name, in capitals, and the length of the first command of the bytes, if the command is complete.
 fn command(bytes: &[u8]) -> Option<(String, usize)> {
     let line = |at: usize| {
         let length = bytes.get(at..)?.windows(2).position(|two| two == b"\r\n")?;

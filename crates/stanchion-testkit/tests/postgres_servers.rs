@@ -1,4 +1,4 @@
-//! The PostgreSQL servers that tests start: they come, return, follow each other, and go.
+//! Tests the PostgreSQL servers of the testkit: start, restart, replication, and clean-up.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout, reason = "test code")]
 
 use std::io::{BufRead as _, BufReader, Read as _};
@@ -10,7 +10,7 @@ use stanchion_testkit::servers::{PgBouncer, Postgres, PostgresServer, runs, wait
 
 const KINDS: [Postgres; 2] = [Postgres::V15, Postgres::V18];
 
-/// What a client over TCP is told. `more` is the rest of a connection string.
+/// Runs SQL over TCP and returns the output or the error. `more` is the rest of a connection string.
 fn connect(port: u16, more: &str, sql: &str) -> Result<String, String> {
     let target = format!("host=127.0.0.1 port={port} user=postgres dbname=postgres {more}");
     let psql = Command::new(Postgres::V15.program("psql"))
@@ -22,7 +22,7 @@ fn connect(port: u16, more: &str, sql: &str) -> Result<String, String> {
     if psql.status.success() { Ok(text(psql.stdout)) } else { Err(text(psql.stderr)) }
 }
 
-/// A client whose query computes for hours, and so does not look whether the server is still there.
+/// Starts a client whose query computes for hours and so does not notice that the server has gone.
 fn busy(server: &PostgresServer) -> Child {
     let client = Command::new(Postgres::V15.program("psql"))
         .args(["-X", "-c", "SELECT count(*) FROM (SELECT generate_series(1, 10000000000)) AS numbers", &server.url()])
@@ -30,13 +30,13 @@ fn busy(server: &PostgresServer) -> Child {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let runs_now = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT count(*) FROM (SELECT gen%'";
-    wait("a query that runs", || server.psql(runs_now) == "1");
+    let count_running = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT count(*) FROM (SELECT gen%'";
+    wait("the query to run", || server.psql(count_running) == "1");
     client
 }
 
 #[test]
-fn each_version_starts_and_is_the_one_asked_for() {
+fn each_version_starts() {
     for (kind, version) in KINDS.into_iter().zip(["15", "18"]) {
         let server = PostgresServer::with(kind, &[("max_connections", "77"), ("deadlock_timeout", "5s")]);
         assert!(server.psql("SHOW server_version").starts_with(version));
@@ -53,13 +53,13 @@ fn each_version_starts_and_is_the_one_asked_for() {
 
 #[test]
 #[should_panic(expected = "relation \"nothing\" does not exist")]
-fn sql_that_is_refused_panics_with_the_message() {
+fn failed_sql_panics_with_the_message() {
     PostgresServer::start(Postgres::V15).psql("SELECT * FROM nothing");
 }
 
 #[test]
 #[should_panic(expected = "unrecognized configuration parameter")]
-fn a_setting_that_does_not_exist_is_told_at_once() {
+fn unknown_setting_panics_at_start() {
     PostgresServer::with(Postgres::V15, &[("no_such_setting", "1")]);
 }
 
@@ -70,9 +70,9 @@ fn servers_of_a_kind_share_no_data() {
     assert_eq!(servers[1].psql("SELECT count(*) FROM pg_class WHERE relname = 't'"), "0");
 }
 
-/// The commits stay; a query that runs ends with the server.
+/// Commits survive a kill, and a running query ends with the server.
 #[test]
-fn a_killed_server_returns_with_its_data() {
+fn killed_server_keeps_its_data() {
     for kind in KINDS {
         let mut server = PostgresServer::start(kind);
         server.psql("CREATE TABLE t (x int)");
@@ -92,20 +92,20 @@ fn a_killed_server_returns_with_its_data() {
     }
 }
 
-/// Not only `kill` ends it: a signal does too, and what is left of it is in nobody's way.
+/// A server that a signal killed leaves nothing that blocks its restart.
 #[test]
-fn a_server_killed_by_a_signal_takes_its_idle_processes_along() {
+fn sigkill_ends_idle_server_processes() {
     for kind in KINDS {
         let mut server = PostgresServer::start(kind);
         server.process().unwrap().signal("KILL");
-        wait("processes that see that the first one is gone", || server.processes().is_empty());
+        wait("all processes to notice the death of the first one", || server.processes().is_empty());
         server.restart();
         assert_eq!(server.psql("SELECT 1"), "1");
     }
 }
 
 #[test]
-fn a_server_stops_in_good_order_and_returns() {
+fn fast_stop_is_clean_and_restartable() {
     for kind in KINDS {
         let mut server = PostgresServer::start(kind);
         server.psql("CREATE TABLE t (x int)");
@@ -123,10 +123,10 @@ fn passwords_are_required_over_tcp() {
     for kind in KINDS {
         let server = PostgresServer::with_passwords(kind, &[("max_connections", "55")]);
         server.psql("CREATE ROLE other LOGIN PASSWORD 'secret'");
-        let refused = connect(server.port(), "", "SELECT 1").unwrap_err();
-        assert!(refused.contains("no password supplied"), "{refused}");
-        let refused = connect(server.port(), "user=other password=wrong", "SELECT 1").unwrap_err();
-        assert!(refused.contains("password authentication failed"), "{refused}");
+        let error = connect(server.port(), "", "SELECT 1").unwrap_err();
+        assert!(error.contains("no password supplied"), "{error}");
+        let error = connect(server.port(), "user=other password=wrong", "SELECT 1").unwrap_err();
+        assert!(error.contains("password authentication failed"), "{error}");
         assert_eq!(connect(server.port(), "user=other password=secret", "SELECT current_user").unwrap(), "other");
         let mut by_url = Command::new(Postgres::V15.program("psql"));
         by_url.args(["-X", "-w", "-c", "SELECT 1", &server.url()]).stdout(Stdio::null());
@@ -136,27 +136,27 @@ fn passwords_are_required_over_tcp() {
 }
 
 #[test]
-fn tls_refuses_plain_connections() {
+fn tls_server_rejects_plain_connections() {
     for kind in KINDS {
         let server = PostgresServer::with_tls(kind);
-        let refused = connect(server.port(), "sslmode=disable", "SELECT 1").unwrap_err();
-        assert!(refused.contains("no encryption"), "{refused}");
+        let error = connect(server.port(), "sslmode=disable", "SELECT 1").unwrap_err();
+        assert!(error.contains("no encryption"), "{error}");
         let verified = format!("hostaddr=127.0.0.1 sslmode=verify-full sslrootcert={}", server.ca_file().display());
-        let ask = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
-        assert_eq!(connect(server.port(), &format!("host=localhost {verified}"), ask).unwrap(), "t");
-        let refused = connect(server.port(), &format!("host=elsewhere {verified}"), ask).unwrap_err();
-        assert!(refused.contains("does not match host name"), "{refused}");
+        let query = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+        assert_eq!(connect(server.port(), &format!("host=localhost {verified}"), query).unwrap(), "t");
+        let error = connect(server.port(), &format!("host=elsewhere {verified}"), query).unwrap_err();
+        assert!(error.contains("does not match host name"), "{error}");
     }
 }
 
 #[test]
-fn pgbouncer_gives_a_connection_for_a_transaction() {
+fn pgbouncer_pools_per_transaction() {
     for kind in KINDS {
         let server = PostgresServer::start(kind);
         let mut pooler = PgBouncer::with(&server, &[("default_pool_size", "1")]);
         assert_eq!(connect(pooler.port(), "", "SELECT 1").unwrap(), "1");
         let first = pooler.psql_in("postgres", "SELECT pg_backend_pid()");
-        // Another client, the same connection.
+        // Another client gets the same connection.
         assert_eq!(pooler.psql_in("postgres", "SELECT pg_backend_pid()"), first);
         assert!(pooler.psql_in("pgbouncer", "SHOW CONFIG").contains("pool_mode|transaction|"));
         let old = pooler.process().unwrap().pid();
@@ -170,25 +170,25 @@ fn pgbouncer_gives_a_connection_for_a_transaction() {
 }
 
 #[test]
-fn pgbouncer_stands_before_a_server_with_passwords() {
+fn pgbouncer_reaches_password_server() {
     let server = PostgresServer::with_passwords(Postgres::V15, &[]);
     assert_eq!(PgBouncer::start(&server).psql_in("postgres", "SELECT 1"), "1");
 }
 
 #[test]
-fn a_standby_streams_reads_and_can_be_promoted() {
+fn standby_streams_and_can_be_promoted() {
     for kind in KINDS {
         let mut primary = PostgresServer::start(kind);
         primary.psql("CREATE TABLE t (x int)");
         let mut standby = PostgresServer::standby_of(&primary);
         primary.psql("INSERT INTO t VALUES (1)");
-        wait("a row that streams", || standby.psql("SELECT count(*) FROM t") == "1");
-        let refused = connect(standby.port(), "", "INSERT INTO t VALUES (2)").unwrap_err();
-        assert!(refused.contains("read-only transaction"), "{refused}");
+        wait("a row to arrive at the standby", || standby.psql("SELECT count(*) FROM t") == "1");
+        let error = connect(standby.port(), "", "INSERT INTO t VALUES (2)").unwrap_err();
+        assert!(error.contains("read-only transaction"), "{error}");
         standby.kill();
         standby.restart();
         primary.psql("INSERT INTO t VALUES (3)");
-        wait("a row that streams after a restart", || standby.psql("SELECT count(*) FROM t") == "2");
+        wait("a row to arrive after a restart", || standby.psql("SELECT count(*) FROM t") == "2");
         primary.kill();
         standby.promote();
         standby.psql("INSERT INTO t VALUES (4)");
@@ -199,7 +199,7 @@ fn a_standby_streams_reads_and_can_be_promoted() {
 }
 
 #[test]
-fn a_standby_of_a_server_with_passwords_has_them_too() {
+fn standby_requires_the_same_passwords() {
     let primary = PostgresServer::with_passwords(Postgres::V18, &[]);
     let standby = PostgresServer::standby_of(&primary);
     assert!(connect(standby.port(), "", "SELECT 1").unwrap_err().contains("no password supplied"));
@@ -207,7 +207,7 @@ fn a_standby_of_a_server_with_passwords_has_them_too() {
 }
 
 #[test]
-fn nothing_of_a_server_survives_its_handle() {
+fn dropped_server_leaves_nothing() {
     for kind in KINDS {
         let server = PostgresServer::start(kind);
         let pooler = PgBouncer::start(&server);
@@ -215,7 +215,7 @@ fn nothing_of_a_server_survives_its_handle() {
         let mut busy = busy(&server);
         let mut processes = server.processes();
         processes.push(pooler.process().unwrap().pid());
-        // A session that ends can be among them.
+        // A few of these processes may be ending already.
         assert!(processes.iter().filter(|pid| runs(**pid)).count() > 5, "{processes:?}");
         let folder = server.folder().to_owned();
         drop(pooler);
@@ -227,10 +227,10 @@ fn nothing_of_a_server_survives_its_handle() {
     }
 }
 
-/// The folder for what a child tells.
+/// Environment variable that tells a child process which version to start.
 const CHILD: &str = "STANCHION_TEST_SERVERS";
 
-/// Not a test of its own: a process with a server, to be killed.
+/// Not a test: the process with a server that [`killed_test_process_leaves_nothing`] kills.
 #[test]
 fn process_with_a_server() {
     let Ok(kind) = std::env::var(CHILD) else { return };
@@ -245,7 +245,7 @@ fn process_with_a_server() {
 }
 
 #[test]
-fn nothing_survives_a_test_process_that_is_killed() {
+fn killed_test_process_leaves_nothing() {
     for kind in ["15", "18"] {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["process_with_a_server", "--exact", "--nocapture"])
@@ -255,15 +255,15 @@ fn nothing_survives_a_test_process_that_is_killed() {
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
-        let mut told = lines.filter_map(|line| line.split_once("server ").map(|(_, told)| told.to_owned()));
-        let told = told.next().unwrap();
-        let (folder, processes) = told.split_once(' ').unwrap();
+        let mut reports = lines.filter_map(|line| line.split_once("server ").map(|(_, report)| report.to_owned()));
+        let report = reports.next().unwrap();
+        let (folder, processes) = report.split_once(' ').unwrap();
         let processes: Vec<i32> = processes.split(' ').map(|pid| pid.parse().unwrap()).collect();
-        // A session that ends can be among them.
+        // A few of these processes may be ending already.
         assert!(processes.iter().filter(|pid| runs(**pid)).count() > 5, "{processes:?}");
         child.kill().unwrap();
         child.wait().unwrap();
-        wait("processes that end", || processes.iter().all(|pid| !runs(*pid)));
-        wait("a folder that is removed", || !Path::new(folder).exists());
+        wait("all processes to end", || processes.iter().all(|pid| !runs(*pid)));
+        wait("the folder to be removed", || !Path::new(folder).exists());
     }
 }

@@ -1,10 +1,10 @@
-//! Every example runs, ends by itself and says what it is there to show.
+//! Tests that every example runs, ends by itself, and prints the output that it is meant to show.
 //!
-//! The examples are part of this test, which runs them in processes of its own: they are what was built last, and their own
-//! children find the way too.
+//! The examples are compiled into this test, which runs each in a child process of itself. Therefore the test never runs an
+//! outdated build, and an example that starts itself as a child process works, too.
 #![cfg(feature = "sqlite")]
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
-#![allow(clippy::print_stdout, reason = "a test that fails shows what the example said")]
+#![allow(clippy::print_stdout, reason = "a failed test shows the output of the example")]
 #![allow(dead_code, reason = "the main functions of the examples are for a shell")]
 
 use std::io::Read;
@@ -27,10 +27,10 @@ mod readers_writers;
 #[path = "../examples/transfer.rs"]
 mod transfer;
 
-/// Says which example this process is.
+/// Environment variable that tells a child process which example to run.
 const EXAMPLE: &str = "STANCHION_EXAMPLE";
 
-/// Not a test by itself: what a process that is an example does.
+/// Not a test: runs an example in a child process.
 #[test]
 fn example() {
     let Ok(name) = std::env::var(EXAMPLE) else { return };
@@ -43,19 +43,19 @@ fn example() {
             "once_report" => once_report::run().await.unwrap(),
             "readers_writers" => readers_writers::run().await.unwrap(),
             "transfer" => transfer::run().await.unwrap(),
-            unknown => panic!("there is no example {unknown}"),
+            unknown => panic!("unknown example {unknown}"),
         }
     });
 }
 
-/// What an example says, line by line.
-fn says(name: &str) -> Vec<String> {
+/// Runs an example and returns the lines that it prints.
+fn output_of(name: &str) -> Vec<String> {
     let mut process = Command::new(std::env::current_exe().unwrap());
     process.args(["--exact", "example", "--nocapture", "--quiet"]).env(EXAMPLE, name);
-    // A group of its own, so that nothing of it stays when it does not end.
+    // The child has its own process group, so that the test can kill all of it if it does not end.
     let mut process = process.process_group(0).stdout(Stdio::piped()).spawn().unwrap();
     let start = Instant::now();
-    // What it says fits into the pipe.
+    // The output fits into the pipe, so the child never blocks.
     let ended = loop {
         if let Some(ended) = process.try_wait().unwrap() {
             break Some(ended);
@@ -73,92 +73,93 @@ fn says(name: &str) -> Vec<String> {
     out.lines().map(str::to_owned).collect()
 }
 
-/// The place of the only line that begins so.
+/// Returns the index of the only line with this beginning.
 #[track_caller]
-fn place(lines: &[String], beginning: &str) -> usize {
+fn index_of(lines: &[String], beginning: &str) -> usize {
     let found: Vec<_> = lines.iter().enumerate().filter(|(_, line)| line.starts_with(beginning)).collect();
-    assert_eq!(found.len(), 1, "{beginning:?} is there {} times: {lines:#?}", found.len());
+    assert_eq!(found.len(), 1, "{} lines begin with {beginning:?}: {lines:#?}", found.len());
     found[0].0
 }
 
 #[test]
-fn the_scheduler_is_led_by_one_after_the_other_in_rising_terms() {
-    let lines = says("leader_scheduler");
+fn scheduler_leaders_have_rising_terms() {
+    let lines = output_of("leader_scheduler");
     let mut led = Vec::new();
     let mut last_term = 0;
     for (at, line) in lines.iter().enumerate() {
         let Some((name, rest)) = line.split_once(" leads in term ") else { continue };
-        let (term, says) = rest.split_once(" and says: ").unwrap();
+        let (term, rest) = rest.split_once(" and says: ").unwrap();
         let term: u64 = term.parse().unwrap();
-        assert!(term > last_term && says.starts_with("process "), "{lines:#?}");
+        assert!(term > last_term && rest.starts_with("process "), "{lines:#?}");
         last_term = term;
         assert_eq!(lines[at + 1], format!("{name} was killed"));
         led.push(name);
     }
     led.sort_unstable();
-    assert_eq!(led, ["one", "three", "two"], "each led once: {lines:#?}");
-    place(&lines, "the runs are in the order of their terms: true");
+    assert_eq!(led, ["one", "three", "two"], "each process must lead once: {lines:#?}");
+    index_of(&lines, "the runs are in the order of their terms: true");
 }
 
 #[test]
-fn the_long_job_ends_in_good_order_when_it_is_told_to() {
-    let lines = says("graceful_shutdown");
-    place(&lines, "batch 1 is in, under the fence ");
-    let told = place(&lines, "told to end after batch ");
+fn long_job_ends_cleanly_on_sigterm() {
+    let lines = output_of("graceful_shutdown");
+    index_of(&lines, "batch 1 is in, under the fence ");
+    let told = index_of(&lines, "told to end after batch ");
     assert!(lines[told].contains("SIGTERM"), "{lines:#?}");
     let done = lines[told].split(' ').nth(5).unwrap().trim_end_matches(':').to_owned();
-    assert!(place(&lines, &format!("the state after batch {done} is kept")) < told);
-    let refused = place(&lines, "nothing new is begun: ");
+    assert!(index_of(&lines, &format!("the state after batch {done} is kept")) < told);
+    let refused = index_of(&lines, "nothing new is begun: ");
     assert!(refused > told && lines[refused].contains("SIGTERM"), "{lines:#?}");
 }
 
 #[test]
-fn the_report_is_made_once_for_each_day_and_again_after_a_failure() {
-    let lines = says("once_report");
+fn report_runs_once_a_day_until_success() {
+    let lines = output_of("once_report");
     let of_day = |day: &str, what: &str| lines.iter().filter(|line| line.contains(day) && line.contains(what)).count();
     assert_eq!((of_day("day 20412", "made under the fence"), of_day("day 20412", "done by")), (1, 2), "{lines:#?}");
     let made = lines.iter().find(|line| line.contains("day 20412 made under")).unwrap();
     let by = made.split_once(':').unwrap().0;
     assert_eq!(of_day("day 20412", &format!("done by {by}")), 2, "{lines:#?}");
     assert!(
-        place(&lines, "one: day 20413 failed: the printer is on fire") < place(&lines, "two: day 20413 made under")
+        index_of(&lines, "one: day 20413 failed: the printer is on fire")
+            < index_of(&lines, "two: day 20413 made under")
     );
-    place(&lines, "the last run was by two for day Some(20413)");
+    index_of(&lines, "the last run was by two for day Some(20413)");
 }
 
 #[test]
-fn transfers_lose_no_money_and_an_old_fence_is_refused() {
-    let lines = says("transfer");
-    place(&lines, "alice has 9400 cents, bob has 10600, together 20000");
-    let refused = place(&lines, "refused: alice has seen the fence ");
+fn transfers_keep_money_and_check_fences() {
+    let lines = output_of("transfer");
+    index_of(&lines, "alice has 9400 cents, bob has 10600, together 20000");
+    let refused = index_of(&lines, "refused: alice has seen the fence ");
     assert!(lines[refused].ends_with(": 00000000000000000000 is too old"), "{lines:#?}");
 }
 
 #[test]
-fn a_loss_is_told_in_every_way() {
-    let lines = says("on_lost");
+fn loss_is_reported_in_every_way() {
+    let lines = output_of("on_lost");
     let forced = "it was released by force";
-    place(&lines, &format!("the guard says: {forced}"));
-    place(&lines, "its token is cancelled: true");
-    assert!(lines[place(&lines, "a check fails: key `ledger` in memory: ")].ends_with(forced));
-    place(&lines, "the release finds: AlreadyLost");
-    let hook = &lines[place(&lines, "the hook was told of ledger with Fence(")];
+    index_of(&lines, &format!("the guard says: {forced}"));
+    index_of(&lines, "its token is cancelled: true");
+    assert!(lines[index_of(&lines, "a check fails: key `ledger` in memory: ")].ends_with(forced));
+    index_of(&lines, "the release finds: AlreadyLost");
+    let hook = &lines[index_of(&lines, "the hook was told of ledger with Fence(")];
     assert!(hook.ends_with(forced), "{hook}");
-    assert!(place(&lines, "the body works") < place(&lines, "the call fails: key `report` in memory: "));
+    assert!(index_of(&lines, "the body works") < index_of(&lines, "the call fails: key `report` in memory: "));
     assert!(!lines.iter().any(|line| line.contains("never comes here")), "{lines:#?}");
-    place(&lines, "a process that does not listen ends by signal Some(6)");
-    assert!(lines[place(&lines, "its last words: stanchion: key `ledger` was lost")].contains(forced), "{lines:#?}");
+    index_of(&lines, "a process that does not listen ends by signal Some(6)");
+    assert!(lines[index_of(&lines, "its last words: stanchion: key `ledger` was lost")].contains(forced), "{lines:#?}");
 }
 
 #[test]
-fn readers_share_and_do_not_pass_a_writer_that_waits() {
-    let lines = says("readers_writers");
-    assert!(place(&lines, "the first reader is in") < place(&lines, "the second reader is in"));
-    let writer = place(&lines, "the writer is in");
-    assert!(place(&lines, "the writer and two readers wait") < writer);
-    place(&lines, "beside the writer there are 0 holders");
+fn readers_share_and_never_pass_a_writer() {
+    let lines = output_of("readers_writers");
+    assert!(index_of(&lines, "the first reader is in") < index_of(&lines, "the second reader is in"));
+    let writer = index_of(&lines, "the writer is in");
+    assert!(index_of(&lines, "the writer and two readers wait") < writer);
+    index_of(&lines, "beside the writer there are 0 holders");
     for reader in ["the third reader is in", "the fourth reader is in"] {
-        assert!(place(&lines, reader) > writer, "{lines:#?}");
+        assert!(index_of(&lines, reader) > writer, "{lines:#?}");
     }
-    place(&lines, "2 readers are in together");
+    index_of(&lines, "2 readers are in together");
 }

@@ -1,4 +1,4 @@
-//! Spans, log events and metrics: what is told, under the names of `docs/telemetry.md` and no others.
+//! Tests that spans, log events and metrics have exactly the names in `docs/telemetry.md`.
 #![cfg(all(feature = "tracing", feature = "metrics"))]
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
@@ -16,7 +16,7 @@ use support::until;
 use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
 
-/// What was logged: the name, and all fields as one text.
+/// Recorded log events and spans: the name and all fields as one text.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<(String, String)>>>);
 
@@ -48,40 +48,40 @@ impl<S: tracing::Subscriber> Layer<S> for Log {
     }
 }
 
-/// Everything that can be told, once.
-async fn everything(shown: KeyRedaction) {
+/// Causes each log event and metric at least once.
+async fn cause_all_events(redaction: KeyRedaction) {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let retry = RetryPolicy { attempts: 1, ..RetryPolicy::default() };
-    let builder = Locks::builder_with_store(store.clone()).retry(retry).redact_keys(shown);
+    let builder = Locks::builder_with_store(store.clone()).retry(retry).redact_keys(redaction);
     let locks = builder.session_ttl(Duration::from_millis(500)).open().await.unwrap();
     let guard = locks.lock("secret-name").ttl(Duration::from_secs(60)).await.unwrap();
     guard.extend(Duration::from_secs(90)).await.unwrap();
     let waiting = tokio::spawn(locks.lock("secret-name").into_future());
-    until("it waits", async || locks.inspect("secret-name").await.unwrap().waiters.len() == 1).await;
+    until("the call waits", async || locks.inspect("secret-name").await.unwrap().waiters.len() == 1).await;
     guard.release().await.unwrap();
     let guard = waiting.await.unwrap().unwrap();
     locks.force_release("secret-name", guard.fence(), "because").await.unwrap();
     guard.lost().await;
-    // A release whose answers are missing, in the background.
+    // A background release fails once.
     faults.next(Operation::Release, Fault::Fail(stanchion::ErrorKind::Unavailable));
     drop(locks.lock("secret-name").await.unwrap());
-    until("it is free", async || !locks.is_locked("secret-name").await.unwrap()).await;
-    // Holders and a request that disagree about the limit.
+    until("the key is free", async || !locks.is_locked("secret-name").await.unwrap()).await;
+    // A request with another limit than the holders.
     let two = locks.semaphore("secret-name", 3).permits(2).await.unwrap();
     assert!(locks.semaphore("secret-name", 5).permits(2).try_acquire().await.unwrap().is_none());
     two.release().await.unwrap();
-    // The session goes, with what it holds.
+    // The session ends, and its hold with it.
     let session = locks.session().unwrap();
     let guard = locks.lock("secret-name").await.unwrap();
     stanchion::Store::close_session(&store, session).await.unwrap();
     guard.lost().await;
-    until("another session", async || locks.session().is_some_and(|now| now != session)).await;
+    until("the handle has a new session", async || locks.session().is_some_and(|now| now != session)).await;
     locks.drain("because");
     locks.close().await.unwrap();
 }
 
-/// The names in the first column of a table under this heading.
+/// Returns the names in the first column of the table under a heading.
 fn documented(heading: &str) -> BTreeSet<String> {
     let docs = include_str!("../../../docs/telemetry.md");
     let section = docs.split("\n## ").find(|section| section.starts_with(heading)).unwrap();
@@ -89,41 +89,41 @@ fn documented(heading: &str) -> BTreeSet<String> {
     names.map(str::to_owned).collect()
 }
 
-/// One test, because recorder and subscriber are the process's.
+/// There is only one test, because recorder and subscriber are global to the process.
 #[test]
-fn what_is_told_has_the_documented_names_and_shows_keys_as_asked() {
+fn telemetry_matches_docs_and_redacts_keys() {
     let recorder = DebuggingRecorder::new();
     let snapshotter = recorder.snapshotter();
     recorder.install().unwrap();
     let log = Log::default();
     tracing::subscriber::set_global_default(tracing_subscriber::registry().with(log.clone())).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    for shown in [KeyRedaction::None, KeyRedaction::Hashed, KeyRedaction::Omitted] {
-        runtime.block_on(everything(shown));
-        let told = std::mem::take(&mut *log.0.lock().unwrap());
-        let ours: Vec<_> = told.iter().filter(|(name, _)| name.starts_with("stanchion.")).collect();
+    for redaction in [KeyRedaction::None, KeyRedaction::Hashed, KeyRedaction::Omitted] {
+        runtime.block_on(cause_all_events(redaction));
+        let recorded = std::mem::take(&mut *log.0.lock().unwrap());
+        let ours: Vec<_> = recorded.iter().filter(|(name, _)| name.starts_with("stanchion.")).collect();
         let all: String = ours.iter().map(|(_, fields)| fields.as_str()).collect();
-        assert_eq!(all.contains("secret-name"), shown == KeyRedaction::None, "{shown:?}: {all}");
+        assert_eq!(all.contains("secret-name"), redaction == KeyRedaction::None, "{redaction:?}: {all}");
         let names: BTreeSet<_> =
             ours.iter().map(|(name, _)| name.clone()).filter(|name| name != "stanchion.acquire").collect();
         let mut expected = documented("Log events");
-        // The memory store has nothing to warn of.
+        // The memory store has no warnings.
         assert!(expected.remove("stanchion.warning"));
         assert_eq!(names, expected);
         assert!(ours.iter().any(|(name, _)| name == "stanchion.acquire"));
         let lost = ours.iter().find(|(name, _)| name == "stanchion.lost").unwrap();
         assert!(lost.1.contains("cause=\"forced\"") && lost.1.contains("because"), "{}", lost.1);
-        if shown == KeyRedaction::Hashed {
+        if redaction == KeyRedaction::Hashed {
             let hash =
                 |fields: &str| fields.split("key=\"").nth(1).and_then(|rest| rest.split('"').next()).map(str::to_owned);
             let hashes: BTreeSet<_> = ours.iter().filter_map(|(_, fields)| hash(fields)).collect();
-            assert_eq!(hashes.len(), 1, "one key, one text: {hashes:?}");
+            assert_eq!(hashes.len(), 1, "one key has several hashes: {hashes:?}");
             assert!(hashes.iter().all(|hash| hash.len() == 24 && hash.bytes().all(|byte| byte.is_ascii_hexdigit())));
         }
     }
     let mut expected = documented("Metrics");
     assert!(expected.remove("stanchion_warnings_total"));
-    let told: BTreeSet<_> =
+    let recorded: BTreeSet<_> =
         snapshotter.snapshot().into_vec().into_iter().map(|(key, ..)| key.key().name().to_owned()).collect();
-    assert_eq!(told, expected);
+    assert_eq!(recorded, expected);
 }

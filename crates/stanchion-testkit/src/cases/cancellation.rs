@@ -1,4 +1,4 @@
-//! Every future of the library, dropped at its first, second, … n-th poll: soon after, nothing is left.
+//! Drops every future of the library at its first, second, … n-th poll, and checks that the store is empty soon after.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -12,22 +12,22 @@ use crate::environment::{Environment, until};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// The most polls that a future may take until it completes.
-const MOST: usize = 400;
+/// Maximum number of polls until a future completes.
+const MAX_POLLS: usize = 400;
 
-/// A handle whose store takes a moment for every answer, and one that looks on.
+/// A handle on a slow store, and a second handle that observes the same data.
 struct Handles<S> {
     slow: Arc<Faulty<S>>,
     locks: Locks,
     observer: Locks,
 }
 
-/// With a store that is slow before it does a step, and with one that is slow after it.
+/// Calls `each` twice: with a store that delays every operation, and with a store that delays every reply.
 async fn with_slow_stores<S: Store>(env: &Environment<S>, mut each: impl AsyncFnMut(Handles<S>)) {
     for fault in [Fault::Delay, Fault::DelayReply] {
         let slow = Arc::new(Faulty::new(env.open()));
-        for step in Operation::ALL {
-            slow.faults().always(*step, fault(Duration::from_millis(1)));
+        for operation in Operation::ALL {
+            slow.faults().always(*operation, fault(Duration::from_millis(1)));
         }
         let locks = env.locks_on(slow.clone()).open().await.unwrap();
         let observer = env.locks().open().await.unwrap();
@@ -35,7 +35,7 @@ async fn with_slow_stores<S: Store>(env: &Environment<S>, mut each: impl AsyncFn
     }
 }
 
-/// Polls a future `polls` times and drops it. Tells whether it had completed.
+/// Polls a future up to `polls` times and drops it. Returns whether the future completed.
 async fn dropped_after<T>(polls: usize, future: impl Future<Output = T>) -> bool {
     let mut future = Box::pin(future);
     let mut polled = 0;
@@ -46,7 +46,7 @@ async fn dropped_after<T>(polls: usize, future: impl Future<Output = T>) -> bool
         polled += 1;
         match future.as_mut().poll(context) {
             Poll::Ready(_) => Poll::Ready(true),
-            // Dropped while it waits for an answer, not only when one has come.
+            // Drop the future while it waits for a reply, and not only after a reply has woken it.
             Poll::Pending if polled == polls => Poll::Ready(false),
             Poll::Pending => Poll::Pending,
         }
@@ -54,26 +54,26 @@ async fn dropped_after<T>(polls: usize, future: impl Future<Output = T>) -> bool
     .await
 }
 
-/// No hold is left, and no place in a queue.
-async fn nothing_is_left(observer: &Locks, what: &str, polls: usize) {
+/// Waits until the store has neither holds nor waiters.
+async fn until_empty(observer: &Locks, what: &str, polls: usize) {
     let left = async || observer.list("").await.unwrap();
-    until(&format!("nothing is left of {what}, dropped after {polls} polls"), async || left().await.is_empty()).await;
+    until(&format!("{what}, dropped after {polls} polls, leaves nothing"), async || left().await.is_empty()).await;
 }
 
-/// Drops what `work` makes at each of its polls, until it completes.
+/// Calls `work` again and again, drops its future one poll later each time, and stops when a future completes.
 async fn at_every_poll<T>(observer: &Locks, what: &str, mut work: impl AsyncFnMut() -> T) {
-    for polls in 0..MOST {
+    for polls in 0..MAX_POLLS {
         let completed = dropped_after(polls, work()).await;
-        nothing_is_left(observer, what, polls).await;
+        until_empty(observer, what, polls).await;
         if completed {
-            assert!(polls > 0, "{what} did not run");
+            assert!(polls > 0, "{what} completed without a poll");
             return;
         }
     }
-    panic!("{what} did not complete within {MOST} polls");
+    panic!("{what} did not complete within {MAX_POLLS} polls");
 }
 
-pub async fn a_call_that_is_dropped_at_any_await_leaves_nothing<S: Store>(env: &Environment<S>) {
+pub async fn dropped_calls_leave_nothing<S: Store>(env: &Environment<S>) {
     with_slow_stores(env, async |Handles { slow, locks, observer }| {
         at_every_poll(&observer, "lock", async || locks.lock("k").await.unwrap()).await;
         at_every_poll(&observer, "a fixed lifetime", async || locks.lock("k").ttl(MINUTE).await.unwrap()).await;
@@ -84,23 +84,23 @@ pub async fn a_call_that_is_dropped_at_any_await_leaves_nothing<S: Store>(env: &
         at_every_poll(&observer, "lock and release", released).await;
         let extended = async || locks.lock("k").ttl(MINUTE).await.unwrap().extend(MINUTE * 2).await.unwrap();
         at_every_poll(&observer, "extend", extended).await;
-        let forced = async || {
+        let force_released = async || {
             let guard = observer.lock("k").await.unwrap();
             locks.force_release("k", guard.fence(), "test").await.unwrap()
         };
-        at_every_poll(&observer, "force_release", forced).await;
-        let looked = async || {
+        at_every_poll(&observer, "force_release", force_released).await;
+        let inspected = async || {
             locks.inspect("k").await.unwrap();
             locks.is_locked("k").await.unwrap();
             locks.list("").await.unwrap()
         };
-        at_every_poll(&observer, "inspect and its like", looked).await;
+        at_every_poll(&observer, "inspect, is_locked and list", inspected).await;
         let slept = async || {
             let guard = locks.lock("k").await.unwrap();
             guard.verify().await.unwrap();
             let time_passes = async {
                 loop {
-                    env.pass(Duration::from_millis(5)).await;
+                    env.advance(Duration::from_millis(5)).await;
                     tokio::task::yield_now().await;
                 }
             };
@@ -120,7 +120,7 @@ pub async fn a_call_that_is_dropped_at_any_await_leaves_nothing<S: Store>(env: &
     .await;
 }
 
-pub async fn a_wait_that_is_dropped_at_any_await_leaves_nothing<S: Store>(env: &Environment<S>) {
+pub async fn dropped_waits_leave_nothing<S: Store>(env: &Environment<S>) {
     with_slow_stores(env, async |Handles { locks, observer, .. }| {
         for ttl in [None, Some(MINUTE)] {
             let held = async || match ttl {
@@ -131,7 +131,7 @@ pub async fn a_wait_that_is_dropped_at_any_await_leaves_nothing<S: Store>(env: &
                 let mut first = Some(held().await);
                 let request = locks.lock("k");
                 let mut waiting = Box::pin(if let Some(ttl) = ttl { request.ttl(ttl) } else { request }.into_future());
-                // Let go as soon as it waits, so that the grant and the end of the wait can meet.
+                // Release the key right after the first poll, so that the grant can race the drop of the wait.
                 let granted = std::future::poll_fn(|context| {
                     let poll = waiting.as_mut().poll(context);
                     drop(first.take());
@@ -140,24 +140,24 @@ pub async fn a_wait_that_is_dropped_at_any_await_leaves_nothing<S: Store>(env: &
                 granted.await.unwrap()
             };
             at_every_poll(&observer, "a hand-off", handed_over).await;
-            // What is detached is left on purpose, until somebody adopts it: then the one who gives up releases it.
-            for polls in 0..MOST {
+            // A detached hold stays until a call adopts it. If that call is dropped, its handle must release the hold.
+            for polls in 0..MAX_POLLS {
                 let token = held().await.detach();
                 let completed = dropped_after(polls, async { locks.adopt(token.clone()).await.unwrap() }).await;
-                // If adopting was not even asked for, the old token still holds.
+                // If the call was dropped before it sent its request, the old token still holds the key.
                 if observer.owns(&token).await.unwrap() {
                     drop(observer.adopt(token).await);
                 }
-                nothing_is_left(&observer, "adopt", polls).await;
+                until_empty(&observer, "adopt", polls).await;
                 if completed {
                     break;
                 }
-                assert!(polls < MOST - 1, "adopt did not complete");
+                assert!(polls < MAX_POLLS - 1, "adopt did not complete");
             }
         }
         let lost = async || {
             let guard = locks.lock("k").await.unwrap();
-            let _outcome = observer.force_release("k", guard.fence(), "test").await.unwrap();
+            observer.force_release("k", guard.fence(), "test").await.unwrap();
             guard.lost().await
         };
         at_every_poll(&observer, "lost", lost).await;
@@ -165,7 +165,7 @@ pub async fn a_wait_that_is_dropped_at_any_await_leaves_nothing<S: Store>(env: &
     .await;
 }
 
-pub async fn what_is_made_of_locks_may_be_dropped_at_any_await<S: Store>(env: &Environment<S>) {
+pub async fn dropped_primitives_leave_nothing<S: Store>(env: &Environment<S>) {
     with_slow_stores(env, async |Handles { locks, observer, .. }| {
         at_every_poll(&observer, "read", async || locks.read("k").await.unwrap()).await;
         at_every_poll(&observer, "write", async || locks.write("k").await.unwrap()).await;
@@ -180,23 +180,23 @@ pub async fn what_is_made_of_locks_may_be_dropped_at_any_await<S: Store>(env: &E
             let _guard = observer.lock("b").await.unwrap();
             locks.lock_all(["a", "b"]).try_acquire().await.unwrap()
         };
-        at_every_poll(&observer, "lock_all of what is taken", taken).await;
+        at_every_poll(&observer, "lock_all of a locked key", taken).await;
         let once = async || locks.once("k").run(async |_| Ok::<_, Error>(())).await.unwrap();
         at_every_poll(&observer, "once", once).await;
         let skipped = async || {
             let _guard = observer.lock("k").await.unwrap();
             locks.once("k").run(async |_| Ok::<_, Error>(())).await.unwrap()
         };
-        at_every_poll(&observer, "once, while it runs", skipped).await;
+        at_every_poll(&observer, "once during another run", skipped).await;
         let election = locks.elect("k");
         at_every_poll(&observer, "campaign", async || election.campaign().await.unwrap()).await;
         let resigned = async || election.campaign().await.unwrap().resign().await.unwrap();
         at_every_poll(&observer, "resign", resigned).await;
         at_every_poll(&observer, "lead", async || election.clone().lead(async |_| ()).await.unwrap()).await;
-        // A token that nobody has any more is told of, and nothing comes of asking.
+        // Querying the status of a token that has ended creates nothing.
         let token = observer.lock("k").await.unwrap().detach();
         drop(observer.adopt(token.clone()).await.unwrap());
-        nothing_is_left(&observer, "adopt", 0).await;
+        until_empty(&observer, "adopt", 0).await;
         at_every_poll(&observer, "status", async || locks.status(&token).await.unwrap()).await;
     })
     .await;

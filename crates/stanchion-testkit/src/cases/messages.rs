@@ -1,40 +1,25 @@
-//! Messages that come late, twice or never, and releases by force.
+//! Messages that are late, repeated or lost, and polls.
 
 use std::time::Duration;
 
 use stanchion::Store;
-use stanchion::store::{
-    AcquireOutcome, AcquireRequest, Demand, EndOutcome, ExtendOutcome, ForceReleaseOutcome, ForceReleaseRequest,
-    Lifetime, LostToken, PollOutcome, Push, RenewOutcome, StoreTime,
-};
-use stanchion::{Fence, TokenId};
+use stanchion::TokenId;
+use stanchion::store::{AcquireOutcome, AcquireRequest, Demand, EndOutcome, Lifetime, PollOutcome, StoreTime};
 
-use crate::environment::{Actor, Environment, key};
+use crate::environment::{Environment, key};
 
-async fn force<S: Store>(actor: &Actor<S>, fence: Fence) -> ForceReleaseOutcome {
-    let request = ForceReleaseRequest { key: key("k"), fence, reason: "stuck".into() };
-    actor.store.force_release(request).await.unwrap().outcome
-}
-
-async fn lost<S: Store>(actor: &Actor<S>) -> Vec<LostToken> {
-    match actor.store.renew_session(actor.session).await.unwrap().outcome {
-        RenewOutcome::Alive { lost } => lost,
-        RenewOutcome::Gone => panic!("the session is gone"),
-    }
-}
-
-pub async fn every_answer_tells_a_time_that_does_not_run_back<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
+pub async fn reply_times_never_decrease<S: Store>(env: &Environment<S>) {
+    let client = env.client().await;
     let mut last = StoreTime::from_micros(0);
     for _ in 0..5 {
-        env.pass(Duration::from_millis(2)).await;
-        let request = actor.request(&key("k"));
+        env.advance(Duration::from_millis(2)).await;
+        let request = client.request(&key("k"));
         let times = [
-            actor.store.acquire(request.clone()).await.unwrap().time,
-            actor.store.poll(&key("k"), &[request.token]).await.unwrap().time,
-            actor.store.inspect(&key("k")).await.unwrap().time,
-            actor.store.renew_session(actor.session).await.unwrap().time,
-            actor.store.release(&key("k"), request.token, None).await.unwrap().time,
+            client.store.acquire(request.clone()).await.unwrap().time,
+            client.store.poll(&key("k"), &[request.token]).await.unwrap().time,
+            client.store.inspect(&key("k")).await.unwrap().time,
+            client.store.renew_session(client.session).await.unwrap().time,
+            client.store.release(&key("k"), request.token, None).await.unwrap().time,
         ];
         for time in times {
             assert!(time >= last);
@@ -43,52 +28,52 @@ pub async fn every_answer_tells_a_time_that_does_not_run_back<S: Store>(env: &En
     }
 }
 
-pub async fn an_acquire_that_comes_too_late_changes_nothing<S: Store>(env: &Environment<S>) {
-    let (actor, holder) = (env.actor().await, env.actor().await);
-    let now = actor.store.inspect(&key("k")).await.unwrap().time;
-    env.pass(Duration::from_millis(20)).await;
-    let late = AcquireRequest { not_after: now, ..actor.request(&key("k")) };
-    assert_eq!(actor.ask(&late).await, AcquireOutcome::Stale);
-    assert!(!actor.sees_held(&key("k")).await);
-    holder.takes(&key("k")).await;
-    assert_eq!(actor.ask(&late).await, AcquireOutcome::Stale, "no place in the queue either");
-    assert!(actor.sees(&key("k")).await.waiters.is_empty());
+pub async fn late_acquire_changes_nothing<S: Store>(env: &Environment<S>) {
+    let (client, holder) = (env.client().await, env.client().await);
+    let now = client.store.inspect(&key("k")).await.unwrap().time;
+    env.advance(Duration::from_millis(20)).await;
+    let late = AcquireRequest { not_after: now, ..client.request(&key("k")) };
+    assert_eq!(client.acquire(&late).await, AcquireOutcome::Stale);
+    assert!(!client.is_locked(&key("k")).await);
+    holder.lock(&key("k")).await;
+    assert_eq!(client.acquire(&late).await, AcquireOutcome::Stale, "a late acquire is not queued either");
+    assert!(client.inspect(&key("k")).await.waiters.is_empty());
 }
 
-pub async fn an_acquire_that_comes_after_its_end_is_ended_again<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
-    let request = actor.request(&key("k"));
-    assert_eq!(actor.store.abandon(&key("k"), request.token).await.unwrap().outcome, EndOutcome::Nothing);
-    // The store remembers nothing of a token that it ended: until `not_after` the late question counts.
-    actor.gets(&request).await;
-    assert_eq!(actor.store.abandon(&key("k"), request.token).await.unwrap().outcome, EndOutcome::Released);
-    let now = actor.store.inspect(&key("k")).await.unwrap().time;
-    env.pass(Duration::from_millis(20)).await;
+pub async fn acquire_after_abandon_can_be_abandoned<S: Store>(env: &Environment<S>) {
+    let client = env.client().await;
+    let request = client.request(&key("k"));
+    assert_eq!(client.store.abandon(&key("k"), request.token).await.unwrap().outcome, EndOutcome::Nothing);
+    // The store keeps no record of ended tokens, so an acquire that arrives before its `not_after` still counts.
+    client.expect_grant(&request).await;
+    assert_eq!(client.store.abandon(&key("k"), request.token).await.unwrap().outcome, EndOutcome::Released);
+    let now = client.store.inspect(&key("k")).await.unwrap().time;
+    env.advance(Duration::from_millis(20)).await;
     let late = AcquireRequest { not_after: now, ..request };
-    assert_eq!(actor.ask(&late).await, AcquireOutcome::Stale, "after it, never");
+    assert_eq!(client.acquire(&late).await, AcquireOutcome::Stale, "an acquire after its `not_after` never counts");
 }
 
-pub async fn a_poll_never_creates<S: Store>(env: &Environment<S>) {
-    let (holder, other) = (env.actor().await, env.actor().await);
+pub async fn poll_never_creates<S: Store>(env: &Environment<S>) {
+    let (holder, other) = (env.client().await, env.client().await);
     let unknown = TokenId::random().unwrap();
-    assert_eq!(other.polls(&key("k"), unknown).await, PollOutcome::Gone);
-    let (token, _) = holder.takes(&key("k")).await;
-    assert_eq!(other.polls(&key("k"), unknown).await, PollOutcome::Gone);
-    let waiting = other.queues(&key("k")).await;
+    assert_eq!(other.poll(&key("k"), unknown).await, PollOutcome::Gone);
+    let (token, _) = holder.lock(&key("k")).await;
+    assert_eq!(other.poll(&key("k"), unknown).await, PollOutcome::Gone);
+    let waiting = other.enqueue(&key("k")).await;
     other.store.abandon(&key("k"), waiting).await.unwrap();
-    assert_eq!(other.polls(&key("k"), waiting).await, PollOutcome::Gone, "a late poll of an ended token");
-    holder.releases(&key("k"), token).await;
-    assert_eq!(other.polls(&key("k"), waiting).await, PollOutcome::Gone);
-    assert!(!other.sees_held(&key("k")).await && other.sees(&key("k")).await.waiters.is_empty());
+    assert_eq!(other.poll(&key("k"), waiting).await, PollOutcome::Gone, "a late poll revives no token");
+    holder.release(&key("k"), token).await;
+    assert_eq!(other.poll(&key("k"), waiting).await, PollOutcome::Gone);
+    assert!(!other.is_locked(&key("k")).await && other.inspect(&key("k")).await.waiters.is_empty());
 }
 
-/// A handle polls a key for all of its waiters at once: few tokens, many, unknown ones among them, one of them twice.
-pub async fn poll_answers_tokens_in_their_order<S: Store>(env: &Environment<S>) {
-    let (holder, other) = (env.actor().await, env.actor().await);
-    let (held, granted) = holder.takes(&key("k")).await;
+/// A handle polls a key for all of its waiters at once, so the tokens may be few or many, unknown or repeated.
+pub async fn poll_answers_in_token_order<S: Store>(env: &Environment<S>) {
+    let (holder, other) = (env.client().await, env.client().await);
+    let (held, granted) = holder.lock(&key("k")).await;
     let mut waiting = Vec::new();
     for place in 0..20 {
-        waiting.push(if place % 2 == 0 { holder.queues(&key("k")).await } else { other.queues(&key("k")).await });
+        waiting.push(if place % 2 == 0 { holder.enqueue(&key("k")).await } else { other.enqueue(&key("k")).await });
     }
     let unknown = TokenId::random().unwrap();
     let few = vec![unknown, waiting[5], held, waiting[0], waiting[5]];
@@ -107,20 +92,20 @@ pub async fn poll_answers_tokens_in_their_order<S: Store>(env: &Environment<S>) 
     }
 }
 
-pub async fn poll_settles_a_key_once_for_all_tokens<S: Store>(env: &Environment<S>) {
-    let (holder, waiter) = (env.actor().await, env.actor().await);
+pub async fn poll_reconciles_a_key_once<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.client().await, env.client().await);
     let two = Demand::new(1, 2).unwrap();
     for _ in 0..2 {
         let lifetime = Lifetime::Fixed(Duration::from_secs(2));
-        holder.gets(&AcquireRequest { lifetime, demand: two, ..holder.request(&key("k")) }).await;
+        holder.expect_grant(&AcquireRequest { lifetime, demand: two, ..holder.request(&key("k")) }).await;
     }
     let mut waiting = Vec::new();
     for _ in 0..12 {
         let request = AcquireRequest { demand: two, ..waiter.request(&key("k")) };
-        waiter.waits(&request).await;
+        waiter.expect_queued(&request).await;
         waiting.push(request.token);
     }
-    env.pass(Duration::from_millis(2_100)).await;
+    env.advance(Duration::from_millis(2_100)).await;
     let outcomes = waiter.store.poll(&key("k"), &waiting).await.unwrap().outcome;
     for (place, outcome) in (0..).zip(&outcomes) {
         match outcome {
@@ -129,108 +114,54 @@ pub async fn poll_settles_a_key_once_for_all_tokens<S: Store>(env: &Environment<
             PollOutcome::Gone => panic!("{place} is gone"),
         }
     }
-    let fences: Vec<_> = waiter.sees(&key("k")).await.holders.iter().map(|holder| holder.fence).collect();
-    let told = outcomes.iter().filter_map(|outcome| match outcome {
+    let fences: Vec<_> = waiter.inspect(&key("k")).await.holders.iter().map(|holder| holder.fence).collect();
+    let granted = outcomes.iter().filter_map(|outcome| match outcome {
         PollOutcome::Granted(granted) => Some(granted.fence),
         _ => None,
     });
-    assert_eq!(told.collect::<Vec<_>>(), fences);
+    assert_eq!(granted.collect::<Vec<_>>(), fences);
 }
 
 pub async fn poll_of_ended_tokens_answers_gone<S: Store>(env: &Environment<S>) {
-    let (holder, other, ended) = (env.actor().await, env.actor().await, env.actor().await);
-    holder.takes(&key("k")).await;
+    let (holder, other, ended) = (env.client().await, env.client().await, env.client().await);
+    holder.lock(&key("k")).await;
     let (mut tokens, mut gone) = (Vec::new(), Vec::new());
     for _ in 0..5 {
-        gone.push(ended.queues(&key("k")).await);
-        tokens.push(other.queues(&key("k")).await);
+        gone.push(ended.enqueue(&key("k")).await);
+        tokens.push(other.enqueue(&key("k")).await);
     }
-    let given_up = other.queues(&key("k")).await;
-    other.store.abandon(&key("k"), given_up).await.unwrap();
-    gone.push(given_up);
+    let abandoned = other.enqueue(&key("k")).await;
+    other.store.abandon(&key("k"), abandoned).await.unwrap();
+    gone.push(abandoned);
     ended.store.close_session(ended.session).await.unwrap();
-    let asked: Vec<_> = gone.iter().chain(&tokens).copied().collect();
-    let outcomes = other.store.poll(&key("k"), &asked).await.unwrap().outcome;
-    for (token, outcome) in asked.iter().zip(outcomes) {
+    let polled: Vec<_> = gone.iter().chain(&tokens).copied().collect();
+    let outcomes = other.store.poll(&key("k"), &polled).await.unwrap().outcome;
+    for (token, outcome) in polled.iter().zip(outcomes) {
         assert_eq!(outcome == PollOutcome::Gone, gone.contains(token), "{outcome:?}");
     }
 }
 
-pub async fn a_dropped_question_leaves_no_half_step<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
+pub async fn dropped_acquire_can_be_abandoned<S: Store>(env: &Environment<S>) {
+    let client = env.client().await;
     for polls in 0..3 {
-        let now = actor.store.inspect(&key("k")).await.unwrap().time;
+        let now = client.store.inspect(&key("k")).await.unwrap().time;
         let not_after = now.after(Duration::from_millis(200));
-        let request = AcquireRequest { not_after, ..actor.request(&key("k")) };
+        let request = AcquireRequest { not_after, ..client.request(&key("k")) };
         {
-            let mut asking = Box::pin(actor.store.acquire(request.clone()));
+            let mut acquiring = Box::pin(client.store.acquire(request.clone()));
             let mut context = std::task::Context::from_waker(std::task::Waker::noop());
             for _ in 0..polls {
-                if asking.as_mut().poll(&mut context).is_ready() {
+                if acquiring.as_mut().poll(&mut context).is_ready() {
                     break;
                 }
             }
         }
-        // Done or not done, or done after the first end: an end after `not_after` makes it certain.
-        while actor.store.abandon(&key("k"), request.token).await.unwrap().time <= not_after {
-            env.pass(Duration::from_millis(20)).await;
+        // The acquire may take effect at any time until `not_after`. After that time an abandon ends it for certain.
+        while client.store.abandon(&key("k"), request.token).await.unwrap().time <= not_after {
+            env.advance(Duration::from_millis(20)).await;
         }
-        assert!(!actor.sees_held(&key("k")).await);
-        let (token, _) = actor.takes(&key("k")).await;
-        actor.releases(&key("k"), token).await;
+        assert!(!client.is_locked(&key("k")).await);
+        let (token, _) = client.lock(&key("k")).await;
+        client.release(&key("k"), token).await;
     }
-}
-
-pub async fn a_forced_release_needs_the_fence_that_is_there<S: Store>(env: &Environment<S>) {
-    let (holder, operator) = (env.actor().await, env.actor().await);
-    let (token, granted) = holder.takes(&key("k")).await;
-    let wrong = Fence::new(granted.fence.get() - 1);
-    assert_eq!(force(&operator, wrong).await, ForceReleaseOutcome::NoSuchHold { live: vec![granted.fence] });
-    assert!(holder.granted(&key("k"), token).await.is_some());
-    assert_eq!(force(&operator, granted.fence).await, ForceReleaseOutcome::Released);
-    assert_eq!(force(&operator, granted.fence).await, ForceReleaseOutcome::NoSuchHold { live: vec![] });
-    let (_, next) = operator.takes(&key("k")).await;
-    assert!(next.fence.get() > granted.fence.get() + 1, "a forced release raises the fence by itself");
-    assert_eq!(force(&operator, granted.fence).await, ForceReleaseOutcome::NoSuchHold { live: vec![next.fence] });
-}
-
-pub async fn a_forced_release_is_told_by_push_and_by_every_beat<S: Store>(env: &Environment<S>) {
-    let (mut holder, operator) = (env.actor().await, env.actor().await);
-    let (token, granted) = holder.takes(&key("k")).await;
-    force(&operator, granted.fence).await;
-    let expected = LostToken { key: key("k"), token, reason: "stuck".into() };
-    assert_eq!(holder.pushed().await, Push::ForceReleased(expected.clone()));
-    for _ in 0..2 {
-        assert_eq!(lost(&holder).await, vec![expected.clone()], "until the token is ended");
-    }
-    assert_eq!(holder.releases(&key("k"), token).await, EndOutcome::Nothing);
-    assert_eq!(lost(&holder).await, vec![]);
-}
-
-pub async fn a_token_that_was_forced_out_is_over<S: Store>(env: &Environment<S>) {
-    let (holder, operator) = (env.actor().await, env.actor().await);
-    let request = holder.request(&key("k"));
-    let granted = holder.gets(&request).await;
-    let waiting = operator.queues(&key("k")).await;
-    force(&operator, granted.fence).await;
-    assert!(operator.granted(&key("k"), waiting).await.is_some(), "handed on in the same step");
-    assert_eq!(holder.polls(&key("k"), request.token).await, PollOutcome::Gone);
-    assert_eq!(holder.ask(&request).await, AcquireOutcome::ForceReleased, "a repeat is not granted anew");
-    let extended = holder.store.extend(&key("k"), request.token, Duration::from_secs(9)).await.unwrap().outcome;
-    assert_eq!(extended, ExtendOutcome::NotHeld);
-    assert_eq!(operator.sees(&key("k")).await.waiters.len(), 0);
-}
-
-pub async fn one_of_several_permits_can_be_forced_out<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
-    let mut grants = Vec::new();
-    for _ in 0..3 {
-        let demand = stanchion::Demand::new(1, 3).unwrap();
-        let request = AcquireRequest { demand, ..actor.request(&key("k")) };
-        grants.push((request.token, actor.gets(&request).await.fence));
-    }
-    force(&actor, grants[1].1).await;
-    assert!(actor.granted(&key("k"), grants[0].0).await.is_some());
-    assert_eq!(actor.polls(&key("k"), grants[1].0).await, PollOutcome::Gone);
-    assert!(actor.granted(&key("k"), grants[2].0).await.is_some());
 }

@@ -1,263 +1,266 @@
-//! The queue: order, hand-off, demands, cooldowns.
+//! The queue: its order, demands, cooldowns and limit.
 
 use std::time::Duration;
 
 use stanchion::Store;
 use stanchion::store::{AcquireOutcome, AcquireRequest, Demand, EndOutcome, Lifetime, MAX_WAITERS, PollOutcome, Push};
 
-use crate::environment::{Actor, Environment, key, until};
+use crate::environment::{Client, Environment, key, until};
 
 const SHORT: Duration = Duration::from_secs(2);
 
-fn demanding<S: Store>(actor: &Actor<S>, demand: Demand) -> AcquireRequest {
-    AcquireRequest { demand, ..actor.request(&key("k")) }
+fn demanding<S: Store>(client: &Client<S>, demand: Demand) -> AcquireRequest {
+    AcquireRequest { demand, ..client.request(&key("k")) }
 }
 
-pub async fn a_release_hands_the_key_to_the_head_and_tells_it_alone<S: Store>(env: &Environment<S>) {
-    let (holder, mut first, mut second) = (env.actor().await, env.actor().await, env.actor().await);
-    let (token, granted) = holder.takes(&key("k")).await;
-    let a = first.queues(&key("k")).await;
-    let b = second.queues(&key("k")).await;
-    holder.releases(&key("k"), token).await;
-    let state = holder.sees(&key("k")).await;
-    assert_eq!((state.holders.len(), state.waiters.len()), (1, 1), "granted in the same step");
-    let (pushed, fence) = first.pushed_grant().await;
+pub async fn release_grants_and_notifies_only_the_head<S: Store>(env: &Environment<S>) {
+    let (holder, mut first, mut second) = (env.client().await, env.client().await, env.client().await);
+    let (token, granted) = holder.lock(&key("k")).await;
+    let a = first.enqueue(&key("k")).await;
+    let b = second.enqueue(&key("k")).await;
+    holder.release(&key("k"), token).await;
+    let state = holder.inspect(&key("k")).await;
+    assert_eq!((state.holders.len(), state.waiters.len()), (1, 1), "the release also grants the head");
+    let (pushed, fence) = first.next_grant().await;
     assert_eq!(pushed, a);
     assert!(fence > granted.fence);
     assert_eq!(state.holders[0].fence, fence);
-    assert_eq!(first.releases(&key("k"), a).await, EndOutcome::Released);
-    assert_eq!(second.pushed_grant().await.0, b, "its first grant is its own");
+    assert_eq!(first.release(&key("k"), a).await, EndOutcome::Released);
+    assert_eq!(second.next_grant().await.0, b, "the second waiter got no push before its own grant");
 }
 
-pub async fn waiters_are_served_in_the_order_in_which_they_asked<S: Store>(env: &Environment<S>) {
-    let mut actors = Vec::new();
+pub async fn waiters_are_served_in_order<S: Store>(env: &Environment<S>) {
+    let mut clients = Vec::new();
     for _ in 0..4 {
-        actors.push(env.actor().await);
+        clients.push(env.client().await);
     }
-    let (mut token, mut granted) = actors[0].takes(&key("k")).await;
+    let (mut token, mut granted) = clients[0].lock(&key("k")).await;
     let mut queue = Vec::new();
     for i in 0..64 {
-        let request = actors[i % 4].request(&key("k"));
-        assert_eq!(actors[i % 4].waits(&request).await.ahead, i as u32);
+        let request = clients[i % 4].request(&key("k"));
+        assert_eq!(clients[i % 4].expect_queued(&request).await.ahead, i as u32);
         queue.push((i % 4, request.token));
     }
     let mut holder = 0;
-    for (who, waiting) in queue {
-        actors[holder].releases(&key("k"), token).await;
-        let next = actors[who].granted(&key("k"), waiting).await.expect("the one who asked first");
+    for (next_holder, waiting) in queue {
+        clients[holder].release(&key("k"), token).await;
+        let next = clients[next_holder].current_grant(&key("k"), waiting).await.expect("the oldest waiter is granted");
         assert!(next.fence > granted.fence);
-        (holder, token, granted) = (who, waiting, next);
+        (holder, token, granted) = (next_holder, waiting, next);
     }
-    actors[holder].releases(&key("k"), token).await;
-    assert!(!actors[0].sees_held(&key("k")).await);
+    clients[holder].release(&key("k"), token).await;
+    assert!(!clients[0].is_locked(&key("k")).await);
 }
 
-pub async fn nobody_passes_the_queue<S: Store>(env: &Environment<S>) {
-    let (holder, waiter, passing) = (env.actor().await, env.actor().await, env.actor().await);
-    let (token, _) = holder.takes(&key("k")).await;
-    let waiting = waiter.queues(&key("k")).await;
+pub async fn new_request_cannot_pass_the_queue<S: Store>(env: &Environment<S>) {
+    let (holder, waiter, passing) = (env.client().await, env.client().await, env.client().await);
+    let (token, _) = holder.lock(&key("k")).await;
+    let waiting = waiter.enqueue(&key("k")).await;
     let request = AcquireRequest { enqueue: false, ..passing.request(&key("k")) };
-    assert!(matches!(passing.ask(&request).await, AcquireOutcome::Busy { .. }));
-    holder.releases(&key("k"), token).await;
-    assert!(matches!(passing.ask(&request).await, AcquireOutcome::Busy { .. }));
-    assert!(waiter.granted(&key("k"), waiting).await.is_some());
+    assert!(matches!(passing.acquire(&request).await, AcquireOutcome::Busy { .. }));
+    holder.release(&key("k"), token).await;
+    assert!(matches!(passing.acquire(&request).await, AcquireOutcome::Busy { .. }));
+    assert!(waiter.current_grant(&key("k"), waiting).await.is_some());
 }
 
-pub async fn a_repeated_question_of_a_waiter_keeps_its_place<S: Store>(env: &Environment<S>) {
-    let (holder, a, b) = (env.actor().await, env.actor().await, env.actor().await);
-    let (token, _) = holder.takes(&key("k")).await;
+pub async fn repeated_acquire_keeps_queue_place<S: Store>(env: &Environment<S>) {
+    let (holder, a, b) = (env.client().await, env.client().await, env.client().await);
+    let (token, _) = holder.lock(&key("k")).await;
     let first = a.request(&key("k"));
-    a.waits(&first).await;
-    let second = b.queues(&key("k")).await;
+    a.expect_queued(&first).await;
+    let second = b.enqueue(&key("k")).await;
     for _ in 0..3 {
-        assert_eq!(a.waits(&first).await.ahead, 0);
-        assert!(matches!(a.polls(&key("k"), first.token).await, PollOutcome::Queued(queued) if queued.ahead == 0));
-        assert!(matches!(b.polls(&key("k"), second).await, PollOutcome::Queued(queued) if queued.ahead == 1));
+        assert_eq!(a.expect_queued(&first).await.ahead, 0);
+        assert!(matches!(a.poll(&key("k"), first.token).await, PollOutcome::Queued(queued) if queued.ahead == 0));
+        assert!(matches!(b.poll(&key("k"), second).await, PollOutcome::Queued(queued) if queued.ahead == 1));
     }
-    assert_eq!(holder.sees(&key("k")).await.waiters.len(), 2);
-    holder.releases(&key("k"), token).await;
-    assert_eq!(a.gets(&first).await, a.granted(&key("k"), first.token).await.unwrap());
+    assert_eq!(holder.inspect(&key("k")).await.waiters.len(), 2);
+    holder.release(&key("k"), token).await;
+    assert_eq!(a.expect_grant(&first).await, a.current_grant(&key("k"), first.token).await.unwrap());
 }
 
-pub async fn a_waiter_that_gives_up_leaves_no_place<S: Store>(env: &Environment<S>) {
-    let (holder, a, b) = (env.actor().await, env.actor().await, env.actor().await);
-    let (token, _) = holder.takes(&key("k")).await;
-    let first = a.queues(&key("k")).await;
-    let second = b.queues(&key("k")).await;
+pub async fn abandoned_waiter_leaves_the_queue<S: Store>(env: &Environment<S>) {
+    let (holder, a, b) = (env.client().await, env.client().await, env.client().await);
+    let (token, _) = holder.lock(&key("k")).await;
+    let first = a.enqueue(&key("k")).await;
+    let second = b.enqueue(&key("k")).await;
     assert_eq!(a.store.abandon(&key("k"), first).await.unwrap().outcome, EndOutcome::Dequeued);
     assert_eq!(a.store.abandon(&key("k"), first).await.unwrap().outcome, EndOutcome::Nothing);
-    assert!(matches!(b.polls(&key("k"), second).await, PollOutcome::Queued(queued) if queued.ahead == 0));
-    // Releasing a waiter's token is giving up too.
-    let third = a.queues(&key("k")).await;
+    assert!(matches!(b.poll(&key("k"), second).await, PollOutcome::Queued(queued) if queued.ahead == 0));
+    // Releasing the token of a waiter abandons the wait, too.
+    let third = a.enqueue(&key("k")).await;
     let released = a.store.release(&key("k"), third, Some(SHORT)).await.unwrap().outcome;
     assert_eq!(released, EndOutcome::Dequeued);
-    holder.releases(&key("k"), token).await;
-    assert!(b.granted(&key("k"), second).await.is_some());
-    assert_eq!(b.sees(&key("k")).await.closed_for, None, "without a cooldown");
+    holder.release(&key("k"), token).await;
+    assert!(b.current_grant(&key("k"), second).await.is_some());
+    assert_eq!(b.inspect(&key("k")).await.closed_for, None, "a waiter's release starts no cooldown");
 }
 
-pub async fn a_grant_that_nobody_collects_is_ended_by_its_token<S: Store>(env: &Environment<S>) {
-    let (holder, gone, next) = (env.actor().await, env.actor().await, env.actor().await);
-    let (token, _) = holder.takes(&key("k")).await;
-    let forgotten = gone.queues(&key("k")).await;
-    let waiting = next.queues(&key("k")).await;
-    holder.releases(&key("k"), token).await;
+pub async fn abandon_ends_uncollected_grant<S: Store>(env: &Environment<S>) {
+    let (holder, gone, next) = (env.client().await, env.client().await, env.client().await);
+    let (token, _) = holder.lock(&key("k")).await;
+    let forgotten = gone.enqueue(&key("k")).await;
+    let waiting = next.enqueue(&key("k")).await;
+    holder.release(&key("k"), token).await;
     assert_eq!(gone.store.abandon(&key("k"), forgotten).await.unwrap().outcome, EndOutcome::Released);
-    assert!(next.granted(&key("k"), waiting).await.is_some());
+    assert!(next.current_grant(&key("k"), waiting).await.is_some());
 }
 
-pub async fn a_hand_off_starts_a_fixed_term_at_the_grant<S: Store>(env: &Environment<S>) {
-    let (holder, waiter) = (env.actor().await, env.actor().await);
-    let (token, _) = holder.takes(&key("k")).await;
+pub async fn fixed_ttl_starts_at_handoff<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.client().await, env.client().await);
+    let (token, _) = holder.lock(&key("k")).await;
     let lifetime = Lifetime::Fixed(Duration::from_secs(60));
     let request = AcquireRequest { lifetime, ..waiter.request(&key("k")) };
-    waiter.waits(&request).await;
-    // It waits for longer than a slow machine takes from the release to the answer.
-    env.pass(Duration::from_secs(2)).await;
-    holder.releases(&key("k"), token).await;
-    let remaining = waiter.granted(&key("k"), request.token).await.unwrap().remaining.unwrap();
-    assert!(remaining > Duration::from_millis(58_100), "counted from the grant: {remaining:?}");
-    env.pass(Duration::from_millis(100)).await;
-    let later = waiter.granted(&key("k"), request.token).await.unwrap().remaining.unwrap();
+    waiter.expect_queued(&request).await;
+    // The wait is longer than the time that a slow machine takes between the release and the reply.
+    env.advance(Duration::from_secs(2)).await;
+    holder.release(&key("k"), token).await;
+    let remaining = waiter.current_grant(&key("k"), request.token).await.unwrap().remaining.unwrap();
+    assert!(remaining > Duration::from_millis(58_100), "the ttl was counted from the request: {remaining:?} remain");
+    env.advance(Duration::from_millis(100)).await;
+    let later = waiter.current_grant(&key("k"), request.token).await.unwrap().remaining.unwrap();
     assert!(later <= remaining - Duration::from_millis(100));
 }
 
-pub async fn the_end_of_a_term_serves_the_waiter_when_it_asks<S: Store>(env: &Environment<S>) {
-    let (holder, waiter) = (env.actor().await, env.actor().await);
+pub async fn poll_after_expiry_grants_the_waiter<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.client().await, env.client().await);
     let request = AcquireRequest { lifetime: Lifetime::Fixed(SHORT), ..holder.request(&key("k")) };
-    holder.gets(&request).await;
+    holder.expect_grant(&request).await;
     let waiting = waiter.request(&key("k"));
-    let check_in = waiter.waits(&waiting).await.check_in.expect("time will free it");
+    let check_in = waiter.expect_queued(&waiting).await.check_in.expect("the hold has a deadline");
     assert!(check_in <= SHORT, "{check_in:?}");
-    env.pass(check_in + Duration::from_millis(5)).await;
-    assert!(waiter.granted(&key("k"), waiting.token).await.is_some());
+    env.advance(check_in + Duration::from_millis(5)).await;
+    assert!(waiter.current_grant(&key("k"), waiting.token).await.is_some());
 }
 
-pub async fn a_semaphore_admits_its_capacity_and_no_more<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
+pub async fn semaphore_never_exceeds_capacity<S: Store>(env: &Environment<S>) {
+    let client = env.client().await;
     let permit = Demand::new(1, 3).unwrap();
     let mut held = Vec::new();
     for _ in 0..3 {
-        let request = demanding(&actor, permit);
-        actor.gets(&request).await;
+        let request = demanding(&client, permit);
+        client.expect_grant(&request).await;
         held.push(request.token);
     }
-    let fourth = demanding(&actor, permit);
-    actor.waits(&fourth).await;
-    let two = demanding(&actor, Demand::new(2, 3).unwrap());
-    actor.waits(&two).await;
-    actor.releases(&key("k"), held[0]).await;
-    assert!(actor.granted(&key("k"), fourth.token).await.is_some());
-    actor.releases(&key("k"), held[1]).await;
-    assert_eq!(actor.granted(&key("k"), two.token).await, None, "one unit is free, it needs two");
-    actor.releases(&key("k"), held[2]).await;
-    assert!(actor.granted(&key("k"), two.token).await.is_some());
-    let fences: Vec<_> = actor.sees(&key("k")).await.holders.iter().map(|holder| holder.fence).collect();
-    assert!(fences[0] < fences[1], "each permit has a fence of its own, oldest first");
+    let fourth = demanding(&client, permit);
+    client.expect_queued(&fourth).await;
+    let two = demanding(&client, Demand::new(2, 3).unwrap());
+    client.expect_queued(&two).await;
+    client.release(&key("k"), held[0]).await;
+    assert!(client.current_grant(&key("k"), fourth.token).await.is_some());
+    client.release(&key("k"), held[1]).await;
+    assert_eq!(client.current_grant(&key("k"), two.token).await, None, "the request needs two units, and one is free");
+    client.release(&key("k"), held[2]).await;
+    assert!(client.current_grant(&key("k"), two.token).await.is_some());
+    let fences: Vec<_> = client.inspect(&key("k")).await.holders.iter().map(|holder| holder.fence).collect();
+    assert!(fences[0] < fences[1], "each permit has its own fence, oldest first");
 }
 
-pub async fn readers_share_and_a_writer_waits_for_those_before_it_alone<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
-    let (one, two) = (demanding(&actor, Demand::READ), demanding(&actor, Demand::READ));
-    actor.gets(&one).await;
-    actor.gets(&two).await;
-    let writer = demanding(&actor, Demand::WRITE);
-    actor.waits(&writer).await;
-    let (three, four) = (demanding(&actor, Demand::READ), demanding(&actor, Demand::READ));
-    actor.waits(&three).await;
-    actor.waits(&four).await;
-    actor.releases(&key("k"), one.token).await;
-    assert_eq!(actor.granted(&key("k"), writer.token).await, None);
-    actor.releases(&key("k"), two.token).await;
-    assert!(actor.granted(&key("k"), writer.token).await.is_some(), "new readers did not pass it");
-    assert_eq!(actor.granted(&key("k"), three.token).await, None);
-    actor.releases(&key("k"), writer.token).await;
-    assert!(actor.granted(&key("k"), three.token).await.is_some(), "all readers at the head enter together");
-    assert!(actor.granted(&key("k"), four.token).await.is_some());
+pub async fn writer_waits_only_for_earlier_readers<S: Store>(env: &Environment<S>) {
+    let client = env.client().await;
+    let (one, two) = (demanding(&client, Demand::READ), demanding(&client, Demand::READ));
+    client.expect_grant(&one).await;
+    client.expect_grant(&two).await;
+    let writer = demanding(&client, Demand::WRITE);
+    client.expect_queued(&writer).await;
+    let (three, four) = (demanding(&client, Demand::READ), demanding(&client, Demand::READ));
+    client.expect_queued(&three).await;
+    client.expect_queued(&four).await;
+    client.release(&key("k"), one.token).await;
+    assert_eq!(client.current_grant(&key("k"), writer.token).await, None);
+    client.release(&key("k"), two.token).await;
+    assert!(client.current_grant(&key("k"), writer.token).await.is_some(), "no later reader passed the writer");
+    assert_eq!(client.current_grant(&key("k"), three.token).await, None);
+    client.release(&key("k"), writer.token).await;
+    assert!(
+        client.current_grant(&key("k"), three.token).await.is_some(),
+        "all readers at the head are granted together"
+    );
+    assert!(client.current_grant(&key("k"), four.token).await.is_some());
 }
 
-pub async fn a_cooldown_keeps_the_key_closed_and_then_serves_the_waiter<S: Store>(env: &Environment<S>) {
-    let (holder, waiter) = (env.actor().await, env.actor().await);
-    let (token, _) = holder.takes(&key("k")).await;
+pub async fn cooldown_delays_the_next_grant<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.client().await, env.client().await);
+    let (token, _) = holder.lock(&key("k")).await;
     let request = waiter.request(&key("k"));
-    waiter.waits(&request).await;
+    waiter.expect_queued(&request).await;
     let released = holder.store.release(&key("k"), token, Some(SHORT)).await.unwrap().outcome;
     assert_eq!(released, EndOutcome::Released);
     let busy = AcquireRequest { enqueue: false, ..holder.request(&key("k")) };
-    match holder.ask(&busy).await {
+    match holder.acquire(&busy).await {
         AcquireOutcome::Busy { check_in, .. } => assert!(check_in.unwrap() <= SHORT),
-        other => panic!("closed, but {other:?}"),
+        other => panic!("the key is closed, but the reply is {other:?}"),
     }
-    let PollOutcome::Queued(queued) = waiter.polls(&key("k"), request.token).await else { panic!("not waiting") };
-    let check_in = queued.check_in.expect("the end of a cooldown is known");
-    assert!(holder.sees(&key("k")).await.closed_for.unwrap() <= SHORT);
-    env.pass(check_in + Duration::from_millis(5)).await;
-    assert!(waiter.granted(&key("k"), request.token).await.is_some());
-    assert_eq!(holder.sees(&key("k")).await.closed_for, None);
+    let PollOutcome::Queued(queued) = waiter.poll(&key("k"), request.token).await else { panic!("not queued") };
+    let check_in = queued.check_in.expect("the cooldown has an end");
+    assert!(holder.inspect(&key("k")).await.closed_for.unwrap() <= SHORT);
+    env.advance(check_in + Duration::from_millis(5)).await;
+    assert!(waiter.current_grant(&key("k"), request.token).await.is_some());
+    assert_eq!(holder.inspect(&key("k")).await.closed_for, None);
 }
 
-pub async fn a_cooldown_ends_without_a_waiter_too<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
-    let (token, first) = actor.takes(&key("k")).await;
-    actor.store.release(&key("k"), token, Some(SHORT)).await.unwrap();
-    // A repeated release does not make it longer.
-    env.pass(SHORT * 2 / 3).await;
-    actor.store.release(&key("k"), token, Some(SHORT)).await.unwrap();
-    env.pass(SHORT / 2).await;
-    let (_, second) = actor.takes(&key("k")).await;
+pub async fn cooldown_ends_without_a_waiter<S: Store>(env: &Environment<S>) {
+    let client = env.client().await;
+    let (token, first) = client.lock(&key("k")).await;
+    client.store.release(&key("k"), token, Some(SHORT)).await.unwrap();
+    // A repeated release does not extend the cooldown.
+    env.advance(SHORT * 2 / 3).await;
+    client.store.release(&key("k"), token, Some(SHORT)).await.unwrap();
+    env.advance(SHORT / 2).await;
+    let (_, second) = client.lock(&key("k")).await;
     assert!(second.fence > first.fence);
 }
 
-pub async fn a_full_queue_refuses_and_enters_nothing<S: Store>(env: &Environment<S>) {
-    let (holder, other) = (env.actor().await, env.actor().await);
-    let (token, _) = holder.takes(&key("k")).await;
+pub async fn full_queue_rejects_requests<S: Store>(env: &Environment<S>) {
+    let (holder, other) = (env.client().await, env.client().await);
+    let (token, _) = holder.lock(&key("k")).await;
     let mut first = None;
     for _ in 0..MAX_WAITERS {
-        let waiting = holder.queues(&key("k")).await;
+        let waiting = holder.enqueue(&key("k")).await;
         first.get_or_insert(waiting);
     }
     let request = other.request(&key("k"));
-    assert_eq!(other.ask(&request).await, AcquireOutcome::QueueFull { limit: MAX_WAITERS });
-    assert_eq!(other.polls(&key("k"), request.token).await, PollOutcome::Gone);
-    holder.releases(&key("k"), token).await;
-    assert!(holder.granted(&key("k"), first.unwrap()).await.is_some());
-    other.waits(&request).await;
-    // All of the queue ends with its session, in one go.
+    assert_eq!(other.acquire(&request).await, AcquireOutcome::QueueFull { limit: MAX_WAITERS });
+    assert_eq!(other.poll(&key("k"), request.token).await, PollOutcome::Gone);
+    holder.release(&key("k"), token).await;
+    assert!(holder.current_grant(&key("k"), first.unwrap()).await.is_some());
+    other.expect_queued(&request).await;
+    // Closing the session ends its hold and all its places at once.
     holder.store.close_session(holder.session).await.unwrap();
-    assert!(other.granted(&key("k"), request.token).await.is_some());
+    assert!(other.current_grant(&key("k"), request.token).await.is_some());
 }
 
-pub async fn a_push_names_key_token_and_fence<S: Store>(env: &Environment<S>) {
-    let (holder, mut waiter) = (env.actor().await, env.actor().await);
+pub async fn push_names_key_token_and_fence<S: Store>(env: &Environment<S>) {
+    let (holder, mut waiter) = (env.client().await, env.client().await);
     let odd = key("odd/ {key} é");
-    let (token, _) = holder.takes(&odd).await;
-    let waiting = waiter.queues(&odd).await;
-    holder.releases(&odd, token).await;
+    let (token, _) = holder.lock(&odd).await;
+    let waiting = waiter.enqueue(&odd).await;
+    holder.release(&odd, token).await;
     let push = loop {
-        match waiter.pushed().await {
+        match waiter.next_push().await {
             Push::Recheck { .. } | Push::RecheckAll | Push::VerifyAll | Push::Warning(_) => {}
             push => break push,
         }
     };
-    let fence = waiter.granted(&odd, waiting).await.unwrap().fence;
+    let fence = waiter.current_grant(&odd, waiting).await.unwrap().fence;
     assert_eq!(push, Push::Granted { key: odd, token: waiting, fence });
 }
 
-pub async fn a_waiter_in_another_process_is_called<S: Store>(env: &Environment<S>) {
-    // Each actor has a handle of its own, as a process has.
-    let mut actors = Vec::new();
+pub async fn waiter_in_other_process_is_notified<S: Store>(env: &Environment<S>) {
+    // Each client has its own handle, like a process of its own.
+    let mut clients = Vec::new();
     for _ in 0..6 {
-        actors.push(env.actor().await);
+        clients.push(env.client().await);
     }
-    let (token, _) = actors[0].takes(&key("k")).await;
+    let (token, _) = clients[0].lock(&key("k")).await;
     let mut tokens = vec![token];
-    for actor in &actors[1..] {
-        tokens.push(actor.queues(&key("k")).await);
+    for client in &clients[1..] {
+        tokens.push(client.enqueue(&key("k")).await);
     }
     for i in 0..5 {
-        assert_eq!(actors[i].releases(&key("k"), tokens[i]).await, EndOutcome::Released);
-        assert_eq!(actors[i + 1].pushed_grant().await.0, tokens[i + 1]);
+        assert_eq!(clients[i].release(&key("k"), tokens[i]).await, EndOutcome::Released);
+        assert_eq!(clients[i + 1].next_grant().await.0, tokens[i + 1]);
     }
-    actors[5].releases(&key("k"), tokens[5]).await;
-    until("free", async || !actors[0].sees_held(&key("k")).await).await;
+    clients[5].release(&key("k"), tokens[5]).await;
+    until("the key is free", async || !clients[0].is_locked(&key("k")).await).await;
 }

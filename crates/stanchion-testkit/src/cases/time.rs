@@ -1,223 +1,233 @@
-//! Deadlines, cooldowns, and what is said about them beforehand.
+//! Deadlines and cooldowns, and the times at which waiters are told to poll again.
 
 use std::time::{Duration, Instant};
 
 use stanchion::Store;
 use stanchion::store::{AcquireOutcome, AcquireRequest, Demand, EndOutcome, ExtendOutcome, Lifetime, PollOutcome};
 
-use crate::environment::{Actor, Environment, key, until};
+use crate::environment::{Client, Environment, key, until};
 
 const SHORT: Duration = Duration::from_secs(2);
 const BIT: Duration = Duration::from_millis(10);
 const MINUTE: Duration = Duration::from_secs(60);
 
-fn fixed<S: Store>(actor: &Actor<S>, ttl: Duration) -> AcquireRequest {
-    AcquireRequest { lifetime: Lifetime::Fixed(ttl), ..actor.request(&key("k")) }
+fn fixed<S: Store>(client: &Client<S>, ttl: Duration) -> AcquireRequest {
+    AcquireRequest { lifetime: Lifetime::Fixed(ttl), ..client.request(&key("k")) }
 }
 
-fn permit<S: Store>(actor: &Actor<S>, lifetime: Lifetime) -> AcquireRequest {
-    AcquireRequest { lifetime, demand: Demand::new(1, 2).unwrap(), ..actor.request(&key("k")) }
+fn permit<S: Store>(client: &Client<S>, lifetime: Lifetime) -> AcquireRequest {
+    AcquireRequest { lifetime, demand: Demand::new(1, 2).unwrap(), ..client.request(&key("k")) }
 }
 
-pub async fn terms_of_any_length_are_kept<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
-    // The longest that a call takes: a store may refuse what is much longer.
+pub async fn lifetimes_of_any_length_are_kept<S: Store>(env: &Environment<S>) {
+    let client = env.client().await;
+    // The longest duration that a call accepts. A store may reject a much longer one.
     for ttl in [Duration::from_millis(100), Duration::from_secs(1), MINUTE * 60, *stanchion::DURATION_RANGE.end()] {
         for lifetime in [Lifetime::Fixed(ttl), Lifetime::Session { max_hold: Some(ttl) }] {
-            let request = AcquireRequest { lifetime, ..actor.request(&key("k")) };
-            let asked = Instant::now();
-            let remaining = actor.gets(&request).await.remaining.unwrap();
+            let request = AcquireRequest { lifetime, ..client.request(&key("k")) };
+            let sent_at = Instant::now();
+            let remaining = client.expect_grant(&request).await.remaining.unwrap();
             assert!(remaining <= ttl && remaining > ttl / 2, "{ttl:?}: {remaining:?}");
-            // A lifetime of 100 ms may have ended on a machine that stood still.
-            assert!(actor.sees_held(&key("k")).await || asked.elapsed() >= ttl, "{ttl:?}");
-            actor.releases(&key("k"), request.token).await;
+            // A lifetime of 100 ms may have ended if the machine stalled.
+            assert!(client.is_locked(&key("k")).await || sent_at.elapsed() >= ttl, "{ttl:?}");
+            client.release(&key("k"), request.token).await;
         }
     }
 }
 
-pub async fn a_max_hold_counts_from_the_grant<S: Store>(env: &Environment<S>) {
-    let (holder, waiter) = (env.actor().await, env.actor().await);
-    let (token, _) = holder.takes(&key("k")).await;
+pub async fn max_hold_counts_from_the_grant<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.client().await, env.client().await);
+    let (token, _) = holder.lock(&key("k")).await;
     let lifetime = Lifetime::Session { max_hold: Some(MINUTE) };
     let request = AcquireRequest { lifetime, ..waiter.request(&key("k")) };
-    waiter.waits(&request).await;
-    env.pass(SHORT).await;
-    holder.releases(&key("k"), token).await;
-    let remaining = waiter.granted(&key("k"), request.token).await.unwrap().remaining.unwrap();
+    waiter.expect_queued(&request).await;
+    env.advance(SHORT).await;
+    holder.release(&key("k"), token).await;
+    let remaining = waiter.current_grant(&key("k"), request.token).await.unwrap().remaining.unwrap();
     assert!(remaining > MINUTE - SHORT && remaining <= MINUTE, "{remaining:?}");
 }
 
-pub async fn a_max_hold_does_not_outlive_its_session<S: Store>(env: &Environment<S>) {
-    let (holder, other) = (env.actor().await, env.actor().await);
+pub async fn max_hold_ends_with_its_session<S: Store>(env: &Environment<S>) {
+    let (holder, other) = (env.client().await, env.client().await);
     let lifetime = Lifetime::Session { max_hold: Some(MINUTE) };
     let request = AcquireRequest { lifetime, ..holder.request(&key("k")) };
-    holder.gets(&request).await;
-    assert!(other.sees(&key("k")).await.holders[0].session_bound);
+    holder.expect_grant(&request).await;
+    assert!(other.inspect(&key("k")).await.holders[0].session_bound);
     let extended = holder.store.extend(&key("k"), request.token, MINUTE * 9).await.unwrap().outcome;
-    assert_eq!(extended, ExtendOutcome::Extended, "it has a deadline");
+    assert_eq!(extended, ExtendOutcome::Extended, "a hold with max_hold can be extended");
     holder.store.close_session(holder.session).await.unwrap();
-    other.takes(&key("k")).await;
+    other.lock(&key("k")).await;
 }
 
-pub async fn a_beat_moves_no_deadline<S: Store>(env: &Environment<S>) {
-    let (actor, other) = (env.actor().await, env.actor().await);
+pub async fn renewal_moves_no_deadline<S: Store>(env: &Environment<S>) {
+    let (client, other) = (env.client().await, env.client().await);
     let lifetime = Lifetime::Session { max_hold: Some(SHORT) };
-    let request = AcquireRequest { lifetime, ..actor.request(&key("k")) };
-    actor.gets(&request).await;
+    let request = AcquireRequest { lifetime, ..client.request(&key("k")) };
+    client.expect_grant(&request).await;
     for _ in 0..4 {
-        env.pass(SHORT / 4 + BIT).await;
-        actor.store.renew_session(actor.session).await.unwrap();
+        env.advance(SHORT / 4 + BIT).await;
+        client.store.renew_session(client.session).await.unwrap();
     }
-    other.takes(&key("k")).await;
+    other.lock(&key("k")).await;
 }
 
-pub async fn a_shorter_term_is_told_to_the_waiter<S: Store>(env: &Environment<S>) {
-    let (holder, waiter) = (env.actor().await, env.actor().await);
+pub async fn waiter_learns_shortened_deadline<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.client().await, env.client().await);
     let held = fixed(&holder, MINUTE);
-    holder.gets(&held).await;
-    let waiting = waiter.queues(&key("k")).await;
-    let told = async || match waiter.polls(&key("k"), waiting).await {
-        PollOutcome::Queued(queued) => queued.check_in.expect("a deadline is known"),
+    holder.expect_grant(&held).await;
+    let waiting = waiter.enqueue(&key("k")).await;
+    let reported = async || match waiter.poll(&key("k"), waiting).await {
+        PollOutcome::Queued(queued) => queued.check_in.expect("a deadline is reported"),
         other => panic!("{other:?}"),
     };
-    assert!(told().await <= MINUTE);
+    assert!(reported().await <= MINUTE);
     holder.store.extend(&key("k"), held.token, SHORT).await.unwrap();
-    let check_in = told().await;
+    let check_in = reported().await;
     assert!(check_in <= SHORT, "{check_in:?}");
-    env.pass(check_in + BIT).await;
-    assert!(waiter.granted(&key("k"), waiting).await.is_some());
+    env.advance(check_in + BIT).await;
+    assert!(waiter.current_grant(&key("k"), waiting).await.is_some());
 }
 
-pub async fn a_longer_term_keeps_the_waiter_waiting<S: Store>(env: &Environment<S>) {
-    let (holder, waiter) = (env.actor().await, env.actor().await);
+pub async fn extended_hold_keeps_waiter_waiting<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.client().await, env.client().await);
     let held = fixed(&holder, SHORT * 4);
-    holder.gets(&held).await;
-    let waiting = waiter.queues(&key("k")).await;
+    holder.expect_grant(&held).await;
+    let waiting = waiter.enqueue(&key("k")).await;
     holder.store.extend(&key("k"), held.token, MINUTE).await.unwrap();
-    env.pass(SHORT * 4 + BIT).await;
-    assert!(matches!(waiter.polls(&key("k"), waiting).await, PollOutcome::Queued(_)), "the old deadline is void");
-    assert!(holder.granted(&key("k"), held.token).await.is_some());
+    env.advance(SHORT * 4 + BIT).await;
+    assert!(
+        matches!(waiter.poll(&key("k"), waiting).await, PollOutcome::Queued(_)),
+        "the old deadline no longer counts"
+    );
+    assert!(holder.current_grant(&key("k"), held.token).await.is_some());
 }
 
-pub async fn the_first_of_several_deadlines_is_told<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
-    let (long, short) = (permit(&actor, Lifetime::Fixed(MINUTE)), permit(&actor, Lifetime::Fixed(SHORT)));
-    actor.gets(&long).await;
-    actor.gets(&short).await;
-    let waiting = permit(&actor, Lifetime::Session { max_hold: None });
-    let check_in = actor.waits(&waiting).await.check_in.expect("a deadline is known");
+pub async fn waiter_learns_earliest_deadline<S: Store>(env: &Environment<S>) {
+    let client = env.client().await;
+    let (long, short) = (permit(&client, Lifetime::Fixed(MINUTE)), permit(&client, Lifetime::Fixed(SHORT)));
+    client.expect_grant(&long).await;
+    client.expect_grant(&short).await;
+    let waiting = permit(&client, Lifetime::Session { max_hold: None });
+    let check_in = client.expect_queued(&waiting).await.check_in.expect("a deadline is reported");
     assert!(check_in <= SHORT, "{check_in:?}");
-    env.pass(check_in + BIT).await;
-    assert!(actor.granted(&key("k"), waiting.token).await.is_some());
-    assert!(actor.granted(&key("k"), long.token).await.is_some(), "only what ended is over");
+    env.advance(check_in + BIT).await;
+    assert!(client.current_grant(&key("k"), waiting.token).await.is_some());
+    assert!(client.current_grant(&key("k"), long.token).await.is_some(), "the longer hold stays");
 }
 
-pub async fn extending_one_permit_leaves_the_others<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
-    let (one, two) = (permit(&actor, Lifetime::Fixed(SHORT)), permit(&actor, Lifetime::Fixed(SHORT)));
-    actor.gets(&one).await;
-    actor.gets(&two).await;
-    let extended = actor.store.extend(&key("k"), one.token, MINUTE).await.unwrap().outcome;
+pub async fn extend_moves_only_its_own_permit<S: Store>(env: &Environment<S>) {
+    let client = env.client().await;
+    let (one, two) = (permit(&client, Lifetime::Fixed(SHORT)), permit(&client, Lifetime::Fixed(SHORT)));
+    client.expect_grant(&one).await;
+    client.expect_grant(&two).await;
+    let extended = client.store.extend(&key("k"), one.token, MINUTE).await.unwrap().outcome;
     assert_eq!(extended, ExtendOutcome::Extended);
-    env.pass(SHORT + BIT).await;
-    assert!(actor.granted(&key("k"), one.token).await.is_some());
-    assert_eq!(actor.polls(&key("k"), two.token).await, PollOutcome::Gone);
+    env.advance(SHORT + BIT).await;
+    assert!(client.current_grant(&key("k"), one.token).await.is_some());
+    assert_eq!(client.poll(&key("k"), two.token).await, PollOutcome::Gone);
 }
 
-pub async fn extending_a_waiter_does_nothing<S: Store>(env: &Environment<S>) {
-    let (holder, waiter) = (env.actor().await, env.actor().await);
-    let (token, _) = holder.takes(&key("k")).await;
+pub async fn extend_ignores_a_waiter<S: Store>(env: &Environment<S>) {
+    let (holder, waiter) = (env.client().await, env.client().await);
+    let (token, _) = holder.lock(&key("k")).await;
     let request = fixed(&waiter, MINUTE);
-    waiter.waits(&request).await;
+    waiter.expect_queued(&request).await;
     let extended = waiter.store.extend(&key("k"), request.token, MINUTE * 9).await.unwrap().outcome;
     assert_eq!(extended, ExtendOutcome::NotHeld);
-    holder.releases(&key("k"), token).await;
-    assert!(waiter.granted(&key("k"), request.token).await.unwrap().remaining.unwrap() <= MINUTE);
+    holder.release(&key("k"), token).await;
+    assert!(waiter.current_grant(&key("k"), request.token).await.unwrap().remaining.unwrap() <= MINUTE);
 }
 
-pub async fn a_term_that_ends_serves_as_many_as_fit<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
-    let all = AcquireRequest { demand: Demand::new(3, 3).unwrap(), ..fixed(&actor, SHORT) };
-    actor.gets(&all).await;
+pub async fn expiry_serves_fitting_waiters<S: Store>(env: &Environment<S>) {
+    let client = env.client().await;
+    let all = AcquireRequest { demand: Demand::new(3, 3).unwrap(), ..fixed(&client, SHORT) };
+    client.expect_grant(&all).await;
     let mut waiting = Vec::new();
     for _ in 0..4 {
-        let request = AcquireRequest { demand: Demand::new(1, 3).unwrap(), ..actor.request(&key("k")) };
-        actor.waits(&request).await;
+        let request = AcquireRequest { demand: Demand::new(1, 3).unwrap(), ..client.request(&key("k")) };
+        client.expect_queued(&request).await;
         waiting.push(request.token);
     }
-    env.pass(SHORT + BIT).await;
-    let state = actor.sees(&key("k")).await;
-    assert_eq!((state.holders.len(), state.waiters.len()), (3, 1), "in the first step that looks");
-    assert!(actor.granted(&key("k"), waiting[2]).await.is_some());
-    assert_eq!(actor.granted(&key("k"), waiting[3]).await, None);
+    env.advance(SHORT + BIT).await;
+    let state = client.inspect(&key("k")).await;
+    assert_eq!(
+        (state.holders.len(), state.waiters.len()),
+        (3, 1),
+        "the first operation after the deadline grants the waiters"
+    );
+    assert!(client.current_grant(&key("k"), waiting[2]).await.is_some());
+    assert_eq!(client.current_grant(&key("k"), waiting[3]).await, None);
 }
 
-pub async fn a_term_that_ends_closes_nothing<S: Store>(env: &Environment<S>) {
-    let (actor, other) = (env.actor().await, env.actor().await);
-    let request = fixed(&actor, SHORT);
-    actor.gets(&request).await;
-    env.pass(SHORT + BIT).await;
-    let late = actor.store.release(&key("k"), request.token, Some(MINUTE)).await.unwrap().outcome;
+pub async fn expired_hold_starts_no_cooldown<S: Store>(env: &Environment<S>) {
+    let (client, other) = (env.client().await, env.client().await);
+    let request = fixed(&client, SHORT);
+    client.expect_grant(&request).await;
+    env.advance(SHORT + BIT).await;
+    let late = client.store.release(&key("k"), request.token, Some(MINUTE)).await.unwrap().outcome;
     assert_eq!(late, EndOutcome::Nothing);
-    assert_eq!(other.sees(&key("k")).await.closed_for, None, "who comes too late closes nothing");
-    other.takes(&key("k")).await;
+    assert_eq!(other.inspect(&key("k")).await.closed_for, None, "a late release starts no cooldown");
+    other.lock(&key("k")).await;
 }
 
-pub async fn giving_up_closes_nothing<S: Store>(env: &Environment<S>) {
-    let (actor, other) = (env.actor().await, env.actor().await);
-    let (token, _) = actor.takes(&key("k")).await;
-    assert_eq!(actor.store.abandon(&key("k"), token).await.unwrap().outcome, EndOutcome::Released);
-    assert_eq!(other.sees(&key("k")).await.closed_for, None);
-    other.takes(&key("k")).await;
+pub async fn abandon_starts_no_cooldown<S: Store>(env: &Environment<S>) {
+    let (client, other) = (env.client().await, env.client().await);
+    let (token, _) = client.lock(&key("k")).await;
+    assert_eq!(client.store.abandon(&key("k"), token).await.unwrap().outcome, EndOutcome::Released);
+    assert_eq!(other.inspect(&key("k")).await.closed_for, None);
+    other.lock(&key("k")).await;
 }
 
-pub async fn a_cooldown_of_a_permit_closes_the_key_and_leaves_the_others<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
+pub async fn permit_cooldown_leaves_other_permits<S: Store>(env: &Environment<S>) {
+    let client = env.client().await;
     let session = Lifetime::Session { max_hold: None };
-    let (one, two, three) = (permit(&actor, session), permit(&actor, session), permit(&actor, session));
-    let granted = actor.gets(&one).await;
-    actor.gets(&two).await;
-    actor.store.release(&key("k"), two.token, Some(SHORT)).await.unwrap();
-    let refused = AcquireRequest { enqueue: false, ..three.clone() };
-    assert!(matches!(actor.ask(&refused).await, AcquireOutcome::Busy { .. }), "closed, though there is room");
-    actor.waits(&three).await;
-    assert_eq!(actor.gets(&one).await, granted, "a holder that asks again is answered");
-    let check_in = actor.waits(&three).await.check_in.expect("the end of a cooldown is known");
-    env.pass(check_in + BIT).await;
-    assert!(actor.granted(&key("k"), three.token).await.is_some());
-    assert!(actor.granted(&key("k"), one.token).await.is_some());
+    let (one, two, three) = (permit(&client, session), permit(&client, session), permit(&client, session));
+    let granted = client.expect_grant(&one).await;
+    client.expect_grant(&two).await;
+    client.store.release(&key("k"), two.token, Some(SHORT)).await.unwrap();
+    let rejected = AcquireRequest { enqueue: false, ..three.clone() };
+    assert!(
+        matches!(client.acquire(&rejected).await, AcquireOutcome::Busy { .. }),
+        "the key is closed although permits are free"
+    );
+    client.expect_queued(&three).await;
+    assert_eq!(client.expect_grant(&one).await, granted, "a repeated acquire of a holder returns its grant");
+    let check_in = client.expect_queued(&three).await.check_in.expect("the cooldown has an end");
+    env.advance(check_in + BIT).await;
+    assert!(client.current_grant(&key("k"), three.token).await.is_some());
+    assert!(client.current_grant(&key("k"), one.token).await.is_some());
 }
 
-pub async fn a_shorter_cooldown_opens_nothing_sooner<S: Store>(env: &Environment<S>) {
-    let actor = env.actor().await;
+pub async fn shorter_cooldown_never_opens_sooner<S: Store>(env: &Environment<S>) {
+    let client = env.client().await;
     let session = Lifetime::Session { max_hold: None };
-    let (one, two) = (permit(&actor, session), permit(&actor, session));
-    actor.gets(&one).await;
-    actor.gets(&two).await;
-    actor.store.release(&key("k"), one.token, Some(MINUTE)).await.unwrap();
-    actor.store.release(&key("k"), two.token, Some(SHORT)).await.unwrap();
-    assert!(actor.sees(&key("k")).await.closed_for.unwrap() > SHORT);
-    actor.waits(&permit(&actor, session)).await;
+    let (one, two) = (permit(&client, session), permit(&client, session));
+    client.expect_grant(&one).await;
+    client.expect_grant(&two).await;
+    client.store.release(&key("k"), one.token, Some(MINUTE)).await.unwrap();
+    client.store.release(&key("k"), two.token, Some(SHORT)).await.unwrap();
+    assert!(client.inspect(&key("k")).await.closed_for.unwrap() > SHORT);
+    client.expect_queued(&permit(&client, session)).await;
 }
 
-pub async fn a_cooldown_of_nothing_closes_nothing<S: Store>(env: &Environment<S>) {
-    let (actor, other) = (env.actor().await, env.actor().await);
-    let (token, _) = actor.takes(&key("k")).await;
-    let waiting = other.queues(&key("k")).await;
-    let released = actor.store.release(&key("k"), token, Some(Duration::ZERO)).await.unwrap().outcome;
+pub async fn zero_cooldown_closes_nothing<S: Store>(env: &Environment<S>) {
+    let (client, other) = (env.client().await, env.client().await);
+    let (token, _) = client.lock(&key("k")).await;
+    let waiting = other.enqueue(&key("k")).await;
+    let released = client.store.release(&key("k"), token, Some(Duration::ZERO)).await.unwrap().outcome;
     assert_eq!(released, EndOutcome::Released);
-    until("it is handed on", async || other.granted(&key("k"), waiting).await.is_some()).await;
+    until("the waiter has the key", async || other.current_grant(&key("k"), waiting).await.is_some()).await;
 }
 
-pub async fn a_closed_key_keeps_its_waiters_in_order<S: Store>(env: &Environment<S>) {
-    let (holder, first, second) = (env.actor().await, env.actor().await, env.actor().await);
-    let (token, _) = holder.takes(&key("k")).await;
+pub async fn closed_key_keeps_waiters_in_order<S: Store>(env: &Environment<S>) {
+    let (holder, first, second) = (env.client().await, env.client().await, env.client().await);
+    let (token, _) = holder.lock(&key("k")).await;
     holder.store.release(&key("k"), token, Some(SHORT)).await.unwrap();
-    // Both come while it is closed and free.
-    let (a, b) = (first.queues(&key("k")).await, second.queues(&key("k")).await);
+    // Both requests arrive while the key is closed and has no holder.
+    let (a, b) = (first.enqueue(&key("k")).await, second.enqueue(&key("k")).await);
     let other = AcquireRequest { demand: Demand::READ, ..second.request(&key("k")) };
-    assert_eq!(second.waits(&other).await.ahead, 2, "a reader waits its turn too");
-    env.pass(SHORT + BIT).await;
-    assert!(first.granted(&key("k"), a).await.is_some());
-    assert!(matches!(second.polls(&key("k"), b).await, PollOutcome::Queued(queued) if queued.ahead == 0));
+    assert_eq!(second.expect_queued(&other).await.ahead, 2, "a reader is queued, too");
+    env.advance(SHORT + BIT).await;
+    assert!(first.current_grant(&key("k"), a).await.is_some());
+    assert!(matches!(second.poll(&key("k"), b).await, PollOutcome::Queued(queued) if queued.ahead == 0));
 }

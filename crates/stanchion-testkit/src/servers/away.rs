@@ -1,46 +1,46 @@
-//! Servers that are away, each in its own way.
+//! Provides addresses that do not serve, each in a different way.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use super::free_port;
 
-/// A server that does not serve.
+/// An unavailable server.
 #[derive(Debug)]
 pub struct Away {
-    /// How it is away.
+    /// Name of the way in which the server is unavailable.
     pub name: &'static str,
-    /// Its host and port, as a URL has them.
+    /// Host and port, as in a URL.
     pub address: String,
-    /// Keeps the port as it is.
+    /// Sockets that keep the port in this state.
     _keep: (Option<TcpListener>, Vec<TcpStream>),
 }
 
 impl Away {
-    /// Every way to be away.
+    /// Returns a server for each way to be unavailable.
     pub fn all() -> Vec<Self> {
         vec![Self::refused(), Self::silent(), Self::full(), Self::unknown()]
     }
 
-    /// Nobody listens.
+    /// Returns a port on which no process listens.
     pub fn refused() -> Self {
         Self { name: "refused", address: format!("127.0.0.1:{}", free_port()), _keep: (None, Vec::new()) }
     }
 
-    /// Connections are accepted, and nothing is ever answered.
+    /// Returns a server that accepts connections and never replies.
     ///
     /// # Panics
-    /// When there is no port.
+    /// If no port is free.
     pub fn silent() -> Self {
-        // The kernel accepts.
+        // The kernel accepts connections of a listening socket.
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         Self { name: "silent", address, _keep: (Some(listener), Vec::new()) }
     }
 
-    /// Packets get no answer, as behind a firewall: the queue of connections that nobody accepts is full.
+    /// Returns a server that does not answer packets, like a firewall: its queue of unaccepted connections is full.
     ///
     /// # Panics
-    /// When there is no port.
+    /// If no port is free.
     pub fn full() -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
         let listener = runtime.block_on(async {
@@ -49,16 +49,16 @@ impl Away {
             socket.listen(0).unwrap().into_std().unwrap()
         });
         let address = listener.local_addr().unwrap();
-        let patience = std::time::Duration::from_millis(200);
+        let limit = std::time::Duration::from_millis(200);
         let mut waiting = Vec::new();
-        while let Ok(stream) = TcpStream::connect_timeout(&address, patience) {
+        while let Ok(stream) = TcpStream::connect_timeout(&address, limit) {
             waiting.push(stream);
-            assert!(waiting.len() < 100, "this system accepts without end");
+            assert!(waiting.len() < 100, "this system has no limit on unaccepted connections");
         }
         Self { name: "full", address: address.to_string(), _keep: (Some(listener), waiting) }
     }
 
-    /// A name that does not resolve.
+    /// Returns a host name that does not resolve.
     pub fn unknown() -> Self {
         Self { name: "unknown", address: "stanchion.invalid:4711".into(), _keep: (None, Vec::new()) }
     }

@@ -1,5 +1,6 @@
-//! Real servers for tests: started here, on ports and in folders of their own, and ended with the test process, however
-//! that ends.
+//! Starts real servers for tests, each on its own port and in its own folder, and ends them with the test process.
+//!
+//! The servers end even if the test process is killed.
 
 use std::io::{BufRead as _, BufReader};
 use std::net::TcpListener;
@@ -20,18 +21,22 @@ pub use firestore_fake::{CommitFault, FirestoreFake};
 pub use postgres::{PgBouncer, Postgres, PostgresServer};
 pub use redis::{Redis, RedisCluster, RedisSentinel, RedisServer};
 
-/// How long a server may take until it answers.
+/// Time after which a server that does not answer fails the test.
 const GENEROUS: Duration = Duration::from_secs(30);
 
-/// A port that was free a moment ago. Not one that the system gives to connections: another test could get it meanwhile.
+/// Returns a port that was free when it was checked.
+///
+/// The port is outside the range that the system gives to outgoing connections, so that no other test can get it in
+/// between.
 ///
 /// # Panics
-/// When there is none.
+/// If no port is free.
 pub fn free_port() -> u16 {
     free_port_from(10_000, 10_000)
 }
 
-/// One of `count` ports from `first` on. Processes begin at different places, so that they do not meet.
+/// Returns a free port of the `count` ports from `first` on. Each process starts at a different port, to avoid
+/// conflicts.
 fn free_port_from(first: u16, count: u16) -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     for _ in 0..count {
@@ -41,36 +46,37 @@ fn free_port_from(first: u16, count: u16) -> u16 {
             return port;
         }
     }
-    panic!("no port is free from {first} on");
+    panic!("none of the {count} ports from {first} on is free");
 }
 
-/// The program of that name in the path, or where Debian keeps those of administrators.
+/// Finds a program in `PATH` or in `/usr/sbin`, which Debian leaves out of the path of normal users.
 fn in_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(std::iter::once(PathBuf::from("/usr/sbin")));
     folders.map(|folder| folder.join(name)).find(|file| file.exists())
 }
 
-/// What `scripts/servers` put there.
+/// Returns the path of a server that `scripts/servers` downloaded.
 fn fetched(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/servers").join(name);
     path.canonicalize().unwrap_or_else(|_| panic!("{name} is missing: run `scripts/servers`, as `./test` does"))
 }
 
-/// Whether a process runs. One that has ended and that nobody waited for does not.
+/// Returns whether a process runs. A zombie does not run.
 pub fn runs(pid: i32) -> bool {
     let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    // Its name is before, in brackets, and can contain any of this.
+    // The state follows the process name, which is in brackets and may itself contain a bracket.
     let state = stat.rsplit_once(") ").map(|(_, rest)| rest);
     !state.unwrap_or_default().starts_with(['Z', 'X'])
 }
 
-/// A process that ends with this one, also when this one is killed: a shell waits for the end of a pipe from here, and
-/// kills it then.
+/// A child process that ends with this process, even if this process is killed.
+///
+/// A shell between them waits until its pipe from this process closes, and then kills the child.
 #[derive(Debug)]
 pub struct Process {
     shell: Child,
-    /// While it is open the process may run.
+    /// Input of the shell. The shell kills the process when it closes.
     leash: Option<ChildStdin>,
     pid: i32,
 }
@@ -79,9 +85,9 @@ impl Process {
     /// Starts a program.
     ///
     /// # Panics
-    /// When it cannot be started.
+    /// If the program cannot be started.
     pub fn start(program: &Path, arguments: &[String], folder: &Path) -> Self {
-        // A Ctrl-C reaches the shell too: it waits for the end of the pipe nevertheless.
+        // The shell ignores Ctrl-C, so that it still waits until the pipe closes.
         let script = "\"$@\" >server.log 2>&1 </dev/null & server=$!; trap '' HUP INT TERM; echo $server; \
                       exec >/dev/null; read -r _; kill -9 $server 2>/dev/null; wait";
         let mut shell = Command::new("sh")
@@ -100,44 +106,46 @@ impl Process {
         Self { shell, leash: Some(leash), pid }
     }
 
-    /// Waits until it serves. Its log is in this folder.
-    fn serves(&self, program: &Path, folder: &Path, is_there: impl Fn() -> bool) {
+    /// Waits until `is_ready` returns true. `folder` has the log of the server.
+    fn wait_until_ready(&self, program: &Path, folder: &Path, is_ready: impl Fn() -> bool) {
         let start = Instant::now();
-        while !is_there() {
+        while !is_ready() {
             let log = || std::fs::read_to_string(folder.join("server.log")).unwrap_or_default();
-            let may_still = runs(self.pid) && start.elapsed() < GENEROUS;
-            assert!(may_still, "{} does not start: {}", program.display(), log());
+            let may_still_start = runs(self.pid) && start.elapsed() < GENEROUS;
+            assert!(may_still_start, "{} did not start: {}", program.display(), log());
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Its process id.
+    /// Returns its process id.
     pub fn pid(&self) -> i32 {
         self.pid
     }
 
-    /// Sends a signal, by name: `KILL`, `STOP`, `CONT`.
+    /// Sends a signal by name, for example `KILL`, `STOP` or `CONT`.
     ///
     /// # Panics
-    /// When `kill` cannot be run.
+    /// If `kill` cannot be run.
     pub fn signal(&self, name: &str) {
         let status = Command::new("kill").args([&format!("-{name}"), &self.pid.to_string()]).status().unwrap();
-        assert!(status.success() || name == "KILL", "kill -{name} {}", self.pid);
+        assert!(status.success() || name == "KILL", "kill -{name} {} failed", self.pid);
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // The shell kills the process and waits for it: nobody else could, and a dead one still has its process id.
+        // The shell kills the process and waits for it. Only the parent can do so without hitting a reused process id.
         self.leash = None;
-        let _reaped = self.shell.wait();
+        let _ = self.shell.wait(); // the shell may have ended already
     }
 }
 
-/// A certificate of an authority of its own, for `localhost` by that name, in files.
+/// Creates a certificate for the name `localhost`, signed by a new authority.
+///
+/// Returns the files of the authority, the certificate and its key.
 ///
 /// # Panics
-/// When `openssl` cannot make it.
+/// If `openssl` cannot create them.
 pub fn certificates(folder: &Path) -> (PathBuf, PathBuf, PathBuf) {
     let openssl = |arguments: &[&str]| {
         let made = Command::new("openssl").args(arguments).current_dir(folder).output();
@@ -155,14 +163,14 @@ pub fn certificates(folder: &Path) -> (PathBuf, PathBuf, PathBuf) {
     (folder.join("ca.pem"), folder.join("server.pem"), folder.join("server.key"))
 }
 
-/// Waits until something is so.
+/// Waits until a condition is true.
 ///
 /// # Panics
-/// When it does not come to be.
-pub fn wait(what: &str, mut so: impl FnMut() -> bool) {
+/// After 30 seconds. The message contains `what`, which names the awaited event.
+pub fn wait(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
-    while !so() {
-        assert!(start.elapsed() < GENEROUS, "never: {what}");
+    while !condition() {
+        assert!(start.elapsed() < GENEROUS, "timed out while waiting for {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }

@@ -1,4 +1,4 @@
-//! PostgreSQL, a standby of it, and PgBouncer before it.
+//! Starts PostgreSQL servers, standbys, and PgBouncer in front of them.
 
 use std::net::TcpStream;
 use std::os::unix::fs::MetadataExt as _;
@@ -9,19 +9,19 @@ use std::time::{Duration, Instant};
 
 use super::{GENEROUS, Process, certificates, fetched, free_port, in_path, runs, wait};
 
-/// A version of PostgreSQL that the tests run against.
+/// A version of PostgreSQL that the tests use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names say it")]
+#[allow(missing_docs, reason = "the names are the versions")]
 pub enum Postgres {
     V15,
     V18,
 }
 
 impl Postgres {
-    /// Where a program of this version is: `postgres`, `initdb`.
+    /// Returns the path of a program of this version, for example `postgres` or `initdb`.
     ///
     /// # Panics
-    /// When it is not there: the message says how to install it.
+    /// If the program is missing. The message says how to install it.
     pub fn program(self, name: &str) -> PathBuf {
         let path = match self {
             Self::V15 => PathBuf::from("/usr/lib/postgresql/15/bin").join(name),
@@ -31,13 +31,13 @@ impl Postgres {
         path
     }
 
-    /// Whether the server can load a library.
+    /// Returns whether the server can load a library.
     fn has_library(self, name: &str) -> bool {
         let folder = self.program("postgres").parent().unwrap().join("../lib");
         folder.join(name).with_extension("so").exists()
     }
 
-    /// Fresh data. Making it takes a second: that is done once, and the rest are copies.
+    /// Creates a fresh data folder. `initdb` takes a second, so it runs once, and every folder is a copy of its result.
     fn fresh_data(self, to: &Path) {
         static TEMPLATES: [OnceLock<Folder>; 2] = [const { OnceLock::new() }; 2];
         let template = TEMPLATES[self as usize].get_or_init(|| {
@@ -50,14 +50,15 @@ impl Postgres {
     }
 }
 
-/// A folder of the server's user. It is large: it goes with this process, however that ends, because a shell waits for the
-/// end of a pipe from here, and removes it then. Before that it kills who works on the data: a query that computes does
-/// not see that its server has gone.
+/// A folder that belongs to the server's user and is removed with this process, even if this process is killed.
+///
+/// A shell waits until its pipe from this process closes, and then removes the folder. Before that it kills every
+/// process that works on the data, because a query that computes does not notice that its server has gone.
 #[derive(Debug)]
 struct Folder {
     path: PathBuf,
     shell: Child,
-    /// While it is open the folder stays.
+    /// Input of the shell. The shell removes the folder when it closes.
     leash: Option<ChildStdin>,
 }
 
@@ -86,20 +87,23 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         self.leash = None;
-        let _reaped = self.shell.wait();
+        let _ = self.shell.wait(); // the shell may have ended already
     }
 }
 
-/// The server refuses to be root: then it and its tools are the user `postgres`. That user may look into every folder,
-/// because the programs and the data can be below one that is closed to others, as the home of root is.
-fn words(program: &Path) -> Vec<String> {
+/// Returns the command line that runs a program as a user that the server accepts.
+///
+/// The server refuses to run as root. If this process is root, the server and its tools run as the user `postgres`.
+/// This user may enter every folder, because the programs and the data can be in a folder that is closed to others,
+/// like root's home.
+fn command_line(program: &Path) -> Vec<String> {
     let program = program.to_str().unwrap().to_owned();
     if !is_root() {
         return vec![program];
     }
     let become_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"];
-    let look = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"];
-    become_user.into_iter().chain(look).map(str::to_owned).chain(std::iter::once(program)).collect()
+    let access = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"];
+    become_user.into_iter().chain(access).map(str::to_owned).chain(std::iter::once(program)).collect()
 }
 
 fn is_root() -> bool {
@@ -107,44 +111,44 @@ fn is_root() -> bool {
 }
 
 fn command(program: &Path) -> Command {
-    let words = words(program);
-    let mut command = Command::new(&words[0]);
-    command.args(&words[1..]).current_dir("/");
+    let command_line = command_line(program);
+    let mut command = Command::new(&command_line[0]);
+    command.args(&command_line[1..]).current_dir("/");
     command
 }
 
-/// Starts a server in a folder.
+/// Starts a server with this working folder.
 fn start(program: &Path, arguments: &[String], folder: &Path) -> Process {
-    let words = words(program);
-    let arguments = [&words[1..], arguments].concat();
-    Process::start(Path::new(&words[0]), &arguments, folder)
+    let command_line = command_line(program);
+    let arguments = [&command_line[1..], arguments].concat();
+    Process::start(Path::new(&command_line[0]), &arguments, folder)
 }
 
-/// Runs a command and gives what it prints.
+/// Runs a command and returns its output.
 fn run(command: &mut Command) -> String {
     let done = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
     String::from_utf8(done.stdout).unwrap().trim_end().to_owned()
 }
 
-/// Gives a file or folder to the server's user.
+/// Makes the server's user the owner of a file or folder.
 fn own(path: &Path) {
     if is_root() {
         run(Command::new("chown").arg("postgres:postgres").arg(path));
     }
 }
 
-/// Runs SQL as the superuser. The password is for servers that ask for it.
+/// Runs SQL as the superuser, with the password for servers that require it.
 fn psql(host: &str, port: u16, database: &str, sql: &str) -> String {
     let options = ["-X", "-A", "-t", "-q", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-h", host, "-d", database];
     let mut psql = Command::new(Postgres::V15.program("psql"));
     run(psql.env("PGPASSWORD", PASSWORD).args(options).args(["-p", &port.to_string(), "-c", sql]))
 }
 
-/// Of the superuser, where passwords are required.
+/// Password of the superuser, on servers that require passwords.
 const PASSWORD: &str = "of-postgres";
 
-/// One PostgreSQL server.
+/// A PostgreSQL server.
 #[derive(Debug)]
 pub struct PostgresServer {
     kind: Postgres,
@@ -156,15 +160,15 @@ pub struct PostgresServer {
 }
 
 impl PostgresServer {
-    /// Starts a server that lets everyone in and does not sync its files.
+    /// Starts a server that accepts every user without a password and does not sync its files.
     pub fn start(kind: Postgres) -> Self {
         Self::with(kind, &[])
     }
 
-    /// The same with more settings.
+    /// Starts it with more settings.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If it does not start.
     pub fn with(kind: Postgres, settings: &[(&str, &str)]) -> Self {
         let mut server = Self::stopped(kind, settings);
         kind.fresh_data(&server.data_folder());
@@ -172,10 +176,10 @@ impl PostgresServer {
         server
     }
 
-    /// The same, and who comes over TCP needs a password.
+    /// Starts a server that requires a password over TCP.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If it does not start.
     pub fn with_passwords(kind: Postgres, settings: &[(&str, &str)]) -> Self {
         let mut server = Self::stopped(kind, settings);
         server.with_passwords = true;
@@ -186,10 +190,10 @@ impl PostgresServer {
         server
     }
 
-    /// Starts a server that lets everyone in, over TCP only with TLS. Its certificate is for `localhost` by that name.
+    /// Starts a server that accepts TCP connections only with TLS. Its certificate is for the name `localhost`.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If it does not start.
     pub fn with_tls(kind: Postgres) -> Self {
         let mut server = Self::stopped(kind, &[]);
         let (_, certificate, key) = certificates(server.folder());
@@ -204,10 +208,10 @@ impl PostgresServer {
         server
     }
 
-    /// Starts a server that follows another one and answers reads, and waits until it streams.
+    /// Starts a standby that follows a primary and answers reads, and waits until it streams.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If it does not start.
     pub fn standby_of(primary: &Self) -> Self {
         let mut server = Self::stopped(primary.kind, &[]);
         server.settings.clone_from(&primary.settings);
@@ -219,20 +223,20 @@ impl PostgresServer {
         server.settings.push(format!("primary_conninfo=host={socket} port={port} user=postgres"));
         std::fs::write(server.data_folder().join("standby.signal"), "").unwrap();
         server.restart();
-        wait("a standby that streams", || server.psql("SELECT status FROM pg_stat_wal_receiver") == "streaming");
+        wait("the standby to stream", || server.psql("SELECT status FROM pg_stat_wal_receiver") == "streaming");
         server
     }
 
-    /// Makes a standby a primary, and waits until it is one.
+    /// Promotes a standby, and waits until it is a primary.
     ///
     /// # Panics
-    /// When it does not become one.
+    /// If the standby does not become a primary.
     pub fn promote(&self) {
         assert_eq!(self.psql("SELECT pg_promote()"), "t");
         assert_eq!(self.psql("SELECT pg_is_in_recovery()"), "f");
     }
 
-    /// Without data yet.
+    /// Returns a server that has no data yet and does not run.
     fn stopped(kind: Postgres, settings: &[(&str, &str)]) -> Self {
         let statistics = if kind.has_library("pg_stat_statements") { "pg_stat_statements" } else { "" };
         let defaults = [("fsync", "off"), ("max_connections", "200"), ("shared_preload_libraries", statistics)];
@@ -241,16 +245,16 @@ impl PostgresServer {
         Self { kind, port: free_port(), settings, with_passwords: false, process: None, folder }
     }
 
-    /// Says who may connect over TCP, and how. Through the socket everyone may.
+    /// Writes the access rules for TCP. The socket accepts every user.
     fn admit(&self, tcp: &str) {
         let text = format!("local all all trust\nlocal replication all trust\n{tcp}\n");
         std::fs::write(self.data_folder().join("pg_hba.conf"), text).unwrap();
     }
 
-    /// Starts it again, on the same port and with the same data, after it was killed or stopped.
+    /// Starts a killed or stopped server again, on the same port and with the same data.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If it does not start.
     pub fn restart(&mut self) {
         self.kill();
         let socket = self.socket_folder().to_str().unwrap();
@@ -261,25 +265,26 @@ impl PostgresServer {
         let settings = settings.flat_map(|setting| ["-c".to_owned(), setting.clone()]);
         let program = self.kind.program("postgres");
         let process = start(&program, &fixed.into_iter().chain(settings).collect::<Vec<_>>(), self.folder());
-        // The server says there what `pg_ctl` waits for.
+        // `pg_ctl` waits for the same word in this file.
         let file = self.data_folder().join("postmaster.pid");
-        process.serves(&program, self.folder(), || {
+        process.wait_until_ready(&program, self.folder(), || {
             std::fs::read_to_string(&file).is_ok_and(|text| text.trim_end().ends_with("ready"))
         });
         self.process = Some(process);
     }
 
-    /// Kills it, and all its processes: those that compute would not see at once that the first one has gone.
+    /// Kills the server and all its processes, because a process that computes would not notice that the first one has
+    /// gone.
     ///
     /// # Panics
-    /// When they do not end.
+    /// If they do not end.
     pub fn kill(&mut self) {
-        assert!(self.end(), "the server does not end");
-        // It names a process that could be another one by now. None of its own is left, so nothing is lost.
-        let _never_started = std::fs::remove_file(self.data_folder().join("postmaster.pid"));
+        assert!(self.end(), "the server did not end");
+        // The process id in this file may belong to another process by now, and no process of this server is left.
+        let _ = std::fs::remove_file(self.data_folder().join("postmaster.pid")); // missing if the server never started
     }
 
-    /// Ends all its processes. Whether they have gone.
+    /// Kills all its processes. Returns whether they have gone.
     fn end(&mut self) -> bool {
         self.process = None;
         let start = Instant::now();
@@ -289,33 +294,34 @@ impl PostgresServer {
                 return left.is_empty();
             }
             for pid in left {
-                let _already_gone = Command::new("kill").args(["-9", &pid.to_string()]).stderr(Stdio::null()).status();
+                // The process may have ended already.
+                let _ = Command::new("kill").args(["-9", &pid.to_string()]).stderr(Stdio::null()).status();
             }
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Stops it in good order: transactions are rolled back, clients are told.
+    /// Stops the server cleanly: it rolls transactions back and notifies clients.
     ///
     /// # Panics
-    /// When it does not end.
+    /// If the server does not end.
     pub fn stop_fast(&mut self) {
         if let Some(process) = &self.process {
             process.signal("INT");
-            wait("a server that stops", || !runs(process.pid()));
+            wait("the server to stop", || !runs(process.pid()));
         }
         self.process = None;
     }
 
-    /// The first process, while it runs.
+    /// Returns its first process, while it runs.
     pub fn process(&self) -> Option<&Process> {
         self.process.as_ref()
     }
 
-    /// The ids of all its processes: those that work in its data folder.
+    /// Returns the ids of all its processes, which are the processes with its data folder as their working folder.
     ///
     /// # Panics
-    /// When `/proc` cannot be read.
+    /// If `/proc` cannot be read.
     pub fn processes(&self) -> Vec<i32> {
         let Ok(data) = self.data_folder().canonicalize() else { return Vec::new() };
         let all =
@@ -323,49 +329,49 @@ impl PostgresServer {
         all.filter(|pid| std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|folder| folder == data)).collect()
     }
 
-    /// Its port on 127.0.0.1.
+    /// Returns its port on 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Where clients connect to, as superuser.
+    /// Returns the URL for clients, as superuser.
     pub fn url(&self) -> String {
         let password = if self.with_passwords { format!(":{PASSWORD}") } else { String::new() };
         format!("postgres://postgres{password}@127.0.0.1:{}/postgres", self.port)
     }
 
-    /// Its folder.
+    /// Returns its folder.
     pub fn folder(&self) -> &Path {
         &self.folder.path
     }
 
-    /// Its data.
+    /// Returns its data folder.
     pub fn data_folder(&self) -> PathBuf {
         self.folder().join("data")
     }
 
-    /// Where its Unix socket is.
+    /// Returns the folder of its Unix socket.
     pub fn socket_folder(&self) -> &Path {
         self.folder()
     }
 
-    /// The authority that signed the certificate of a server with TLS.
+    /// Returns the certificate of the authority that signed the certificate of a server with TLS.
     pub fn ca_file(&self) -> PathBuf {
         self.folder().join("ca.pem")
     }
 
-    /// Runs SQL as superuser and gives what it prints: a line for each row, `|` between columns.
+    /// Runs SQL as superuser and returns the output: a line for each row, with `|` between columns.
     ///
     /// # Panics
-    /// With the server's message when it refuses.
+    /// With the server's message if the SQL fails.
     pub fn psql(&self, sql: &str) -> String {
         self.psql_in("postgres", sql)
     }
 
-    /// The same in another database.
+    /// Runs SQL as superuser in another database, like [`psql`](Self::psql).
     ///
     /// # Panics
-    /// With the server's message when it refuses.
+    /// With the server's message if the SQL fails.
     pub fn psql_in(&self, database: &str, sql: &str) -> String {
         psql(self.socket_folder().to_str().unwrap(), self.port, database, sql)
     }
@@ -373,12 +379,13 @@ impl PostgresServer {
 
 impl Drop for PostgresServer {
     fn drop(&mut self) {
-        // Its folder goes next: nobody may write there any more. No panic here: there can be one already.
+        // No process may write to the folder when it is removed. A failure is ignored, because a second panic would
+        // abort.
         self.end();
     }
 }
 
-/// A pooler before a server. A connection to the server is a client's for one transaction only.
+/// A pooler in front of a server. It gives a connection to a client for one transaction at a time.
 #[derive(Debug)]
 pub struct PgBouncer {
     port: u16,
@@ -387,15 +394,15 @@ pub struct PgBouncer {
 }
 
 impl PgBouncer {
-    /// Starts it.
+    /// Starts a pooler.
     pub fn start(server: &PostgresServer) -> Self {
         Self::with(server, &[])
     }
 
-    /// The same with more settings.
+    /// Starts it with more settings.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If it does not start.
     pub fn with(server: &PostgresServer, settings: &[(&str, &str)]) -> Self {
         let folder = Folder::new("stanchion-pgbouncer-");
         let port = free_port();
@@ -417,43 +424,44 @@ impl PgBouncer {
         pooler
     }
 
-    /// Starts it again, on the same port, after it was killed.
+    /// Starts a killed pooler again, on the same port.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If it does not start.
     pub fn restart(&mut self) {
         self.process = None;
         let program = in_path("pgbouncer");
         let program = program.unwrap_or_else(|| panic!("pgbouncer is missing: apt-get install -y pgbouncer"));
         let process = start(&program, &["pgbouncer.ini".to_owned()], &self.folder.path);
-        process.serves(&program, &self.folder.path, || TcpStream::connect(("127.0.0.1", self.port)).is_ok());
+        process.wait_until_ready(&program, &self.folder.path, || TcpStream::connect(("127.0.0.1", self.port)).is_ok());
         self.process = Some(process);
     }
 
-    /// Kills it.
+    /// Kills the pooler.
     pub fn kill(&mut self) {
         self.process = None;
     }
 
-    /// The process, while it runs.
+    /// Returns its process, while it runs.
     pub fn process(&self) -> Option<&Process> {
         self.process.as_ref()
     }
 
-    /// Its port on 127.0.0.1.
+    /// Returns its port on 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Where clients connect to, as superuser.
+    /// Returns the URL for clients, as superuser.
     pub fn url(&self) -> String {
         format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)
     }
 
-    /// Runs SQL through it, as superuser. The database `pgbouncer` is its console: `SHOW POOLS`.
+    /// Runs SQL through the pooler as superuser. The database `pgbouncer` is its console, for commands like `SHOW
+    /// POOLS`.
     ///
     /// # Panics
-    /// With the server's message when it refuses.
+    /// With the server's message if the SQL fails.
     pub fn psql_in(&self, database: &str, sql: &str) -> String {
         psql("127.0.0.1", self.port, database, sql)
     }

@@ -1,4 +1,4 @@
-//! Redis, its relatives, and how they work together.
+//! Starts Redis and Valkey servers, clusters of them, and Sentinel groups.
 
 use std::io::BufReader;
 use std::net::{TcpListener, TcpStream};
@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use super::{GENEROUS, Process, fetched, free_port, free_port_from, in_path, wait};
 
-/// A kind of Redis server that the tests run against.
+/// A kind of Redis server that the tests use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names say it")]
+#[allow(missing_docs, reason = "the names are the programs and their versions")]
 pub enum Redis {
     Redis6,
     Redis7,
@@ -18,10 +18,10 @@ pub enum Redis {
 }
 
 impl Redis {
-    /// Where the program is.
+    /// Returns the path of the program.
     ///
     /// # Panics
-    /// When it is not there: the message says how to install it.
+    /// If the program is missing. The message says how to install it.
     pub fn program(self) -> PathBuf {
         let (name, wheel) = match self {
             Self::Redis6 => ("redis-6", true),
@@ -38,7 +38,7 @@ impl Redis {
     }
 }
 
-/// One Redis server.
+/// A Redis server.
 #[derive(Debug)]
 pub struct RedisServer {
     program: PathBuf,
@@ -46,19 +46,19 @@ pub struct RedisServer {
     port: u16,
     process: Option<Process>,
     folder: tempfile::TempDir,
-    also_kept: Option<tempfile::TempDir>,
+    extra_folder: Option<tempfile::TempDir>,
 }
 
 impl RedisServer {
-    /// Starts a server that keeps nothing on disk.
+    /// Starts a server that stores nothing on disk.
     pub fn start(kind: Redis) -> Self {
         Self::with(kind, &[])
     }
 
-    /// The same with more arguments.
+    /// Starts a server with more arguments.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If a server does not start.
     pub fn with(kind: Redis, more: &[&str]) -> Self {
         Self::on(kind, free_port(), more)
     }
@@ -83,61 +83,61 @@ impl RedisServer {
         }
         arguments
             .extend(more.iter().filter(|argument| **argument != "--tls-port").map(|argument| (*argument).to_owned()));
-        Self { program: kind.program(), arguments, port, process: None, folder, also_kept: None }
+        Self { program: kind.program(), arguments, port, process: None, folder, extra_folder: None }
     }
 
-    /// Starts it again, on the same port and in the same folder, after it was killed.
+    /// Starts a killed server again, on the same port and in the same folder.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If a server does not start.
     pub fn restart(&mut self) {
         self.process = None;
         let process = Process::start(&self.program, &self.arguments, self.folder.path());
-        // The socket comes after the port.
-        process.serves(&self.program, self.folder.path(), || {
+        // The server opens the port before the socket.
+        process.wait_until_ready(&self.program, self.folder.path(), || {
             TcpStream::connect(("127.0.0.1", self.port)).is_ok()
                 && std::os::unix::net::UnixStream::connect(self.socket()).is_ok()
         });
         self.process = Some(process);
     }
 
-    /// Kills it.
+    /// Kills the server.
     pub fn kill(&mut self) {
         self.process = None;
     }
 
-    /// The process, while it runs.
+    /// Returns its process, while the server runs.
     pub fn process(&self) -> Option<&Process> {
         self.process.as_ref()
     }
 
-    /// Its port on 127.0.0.1.
+    /// Returns its port on 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Its folder.
+    /// Returns its folder.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    /// Its Unix socket.
+    /// Returns the path of its Unix socket.
     pub fn socket(&self) -> PathBuf {
         self.folder.path().join("redis.sock")
     }
 
-    /// Runs a command, given in words, and gives its answer as text.
+    /// Runs a command, given as words, and returns the reply as text.
     ///
     /// # Panics
-    /// When the server does not answer.
+    /// If the server does not reply.
     pub fn command(&self, words: &[&str]) -> String {
         self.try_command(words).unwrap()
     }
 
-    /// The same for a server that may close the connection, as one does that changes its role.
+    /// Runs a command on a server that may close the connection, for example because it changes its role.
     ///
     /// # Errors
-    /// When the server does not answer.
+    /// If the server does not reply.
     pub fn try_command(&self, words: &[&str]) -> std::io::Result<String> {
         use std::io::Write as _;
         let mut stream = std::os::unix::net::UnixStream::connect(self.socket())?;
@@ -148,20 +148,20 @@ impl RedisServer {
         }
         stream.write_all(request.as_bytes())?;
         let mut reader = BufReader::new(stream);
-        let mut answer = String::new();
-        read_answer(&mut reader, &mut answer)?;
-        Ok(answer)
+        let mut reply = String::new();
+        read_reply(&mut reader, &mut reply)?;
+        Ok(reply)
     }
 }
 
-fn read_answer(reader: &mut impl std::io::BufRead, into: &mut String) -> std::io::Result<()> {
+fn read_reply(reader: &mut impl std::io::BufRead, into: &mut String) -> std::io::Result<()> {
     let mut line = String::new();
     reader.read_line(&mut line)?;
     let line = line.trim_end();
     match line.split_at_checked(1) {
         Some(("*", count)) => {
             for _ in 0..count.parse::<i64>().unwrap().max(0) {
-                read_answer(reader, into)?;
+                read_reply(reader, into)?;
                 into.push('\n');
             }
         }
@@ -177,7 +177,7 @@ fn read_answer(reader: &mut impl std::io::BufRead, into: &mut String) -> std::io
     Ok(())
 }
 
-/// A cluster of three primaries, with a replica each where that is wanted.
+/// A cluster of three primaries, each with a replica if requested.
 #[derive(Debug)]
 pub struct RedisCluster {
     nodes: Vec<RedisServer>,
@@ -185,10 +185,10 @@ pub struct RedisCluster {
 }
 
 impl RedisCluster {
-    /// Starts it and waits until every slot is served.
+    /// Starts a cluster and waits until every slot is served.
     ///
     /// # Panics
-    /// When it does not come up.
+    /// If the cluster does not start.
     pub fn start(kind: Redis, with_replicas: bool) -> Self {
         let count = if with_replicas { 6 } else { 3 };
         let nodes: Vec<_> = (0..count).map(|_| Self::stranger(kind)).collect();
@@ -207,7 +207,7 @@ impl RedisCluster {
         }
         let cluster = Self { nodes, with_replicas };
         for node in &cluster.nodes {
-            wait("a cluster that knows all its nodes", || {
+            wait("each node to know all others", || {
                 let info = node.command(&["CLUSTER", "INFO"]);
                 info.contains(&format!("cluster_known_nodes:{count}")) && info.contains("cluster_state:ok")
             });
@@ -216,15 +216,17 @@ impl RedisCluster {
             for at in 0..3 {
                 let primary = cluster.nodes[at].command(&["CLUSTER", "MYID"]);
                 let replica = &cluster.nodes[at + 3];
-                wait("a primary that is known", || replica.command(&["CLUSTER", "REPLICATE", &primary]) == "OK");
+                wait("the replica to know its primary", || {
+                    replica.command(&["CLUSTER", "REPLICATE", &primary]) == "OK"
+                });
             }
             for replica in &cluster.nodes[3..] {
-                wait("a replica that is linked", || {
+                wait("the replica to connect to its primary", || {
                     replica.command(&["INFO", "replication"]).contains("master_link_status:up")
                 });
             }
             for node in &cluster.nodes {
-                wait("a cluster in which every replica is known", || {
+                wait("each node to know every replica", || {
                     let nodes = node.command(&["CLUSTER", "NODES"]);
                     nodes.matches("slave").count() == 3
                 });
@@ -233,7 +235,7 @@ impl RedisCluster {
         cluster
     }
 
-    /// Starts a node that knows no others.
+    /// Starts a node that knows no other nodes.
     pub fn stranger(kind: Redis) -> RedisServer {
         let options = [
             "--cluster-enabled",
@@ -251,29 +253,29 @@ impl RedisCluster {
         ];
         loop {
             let port = free_port_from(20_000, 2_700);
-            // It listens on a second port too.
+            // A node also listens on its cluster port, which is 10,000 higher.
             if TcpListener::bind(("127.0.0.1", port + 10_000)).is_ok() {
                 return RedisServer::on(kind, port, &options);
             }
         }
     }
 
-    /// The nodes: three primaries, then their replicas, in the same order.
+    /// Returns the three primaries, then their replicas in the same order.
     pub fn nodes(&self) -> &[RedisServer] {
         &self.nodes
     }
 
-    /// The nodes, to be killed and restarted.
+    /// Returns the nodes, to kill and restart them.
     pub fn nodes_mut(&mut self) -> &mut [RedisServer] {
         &mut self.nodes
     }
 
-    /// Whether there are replicas.
+    /// Returns whether the cluster has replicas.
     pub fn has_replicas(&self) -> bool {
         self.with_replicas
     }
 
-    /// The hosts of a URL.
+    /// Returns the hosts for a URL.
     pub fn hosts(&self) -> String {
         let hosts: Vec<_> = self.nodes.iter().take(3).map(|node| format!("127.0.0.1:{}", node.port())).collect();
         hosts.join(",")
@@ -283,16 +285,16 @@ impl RedisCluster {
 /// A primary, two replicas and three sentinels.
 #[derive(Debug)]
 pub struct RedisSentinel {
-    /// The first one is the primary at the start.
+    /// The data servers. The first one is the primary at the start.
     pub servers: Vec<RedisServer>,
     sentinels: Vec<RedisServer>,
 }
 
 impl RedisSentinel {
-    /// Starts them and waits until the sentinels know each other and the replicas.
+    /// Starts the servers and waits until the sentinels know each other and the replicas.
     ///
     /// # Panics
-    /// When they do not come up.
+    /// If the servers do not start.
     pub fn start(kind: Redis) -> Self {
         let diskless = ["--repl-diskless-sync-delay", "0"];
         let primary = RedisServer::with(kind, &diskless);
@@ -303,14 +305,14 @@ impl RedisSentinel {
         };
         let servers = vec![replica(), replica()];
         let servers: Vec<_> = std::iter::once(primary).chain(servers).collect();
-        wait("replicas that are linked", || {
+        wait("the replicas to connect to their primary", || {
             servers[1..]
                 .iter()
                 .all(|replica| replica.command(&["INFO", "replication"]).contains("master_link_status:up"))
         });
         let sentinels: Vec<_> = (0..3).map(|_| Self::sentinel(kind, port, 2, 0)).collect();
         for sentinel in &sentinels {
-            wait("sentinels that know all", || {
+            wait("each sentinel to know all servers", || {
                 let master = sentinel.command(&["SENTINEL", "MASTER", "main"]);
                 let field = |name: &str| {
                     let mut lines = master.lines().skip_while(|line| *line != name);
@@ -322,7 +324,7 @@ impl RedisSentinel {
         Self { servers, sentinels }
     }
 
-    /// A sentinel that needs no other to agree, and whose word about this primary has this number.
+    /// Starts a sentinel that needs no other sentinel to agree, and whose report of this primary has this epoch.
     pub fn alone(kind: Redis, primary: u16, epoch: u64) -> RedisServer {
         Self::sentinel(kind, primary, 1, epoch)
     }
@@ -330,7 +332,7 @@ impl RedisSentinel {
     fn sentinel(kind: Redis, primary: u16, quorum: u32, epoch: u64) -> RedisServer {
         let folder = tempfile::Builder::new().prefix("stanchion-sentinel-").tempdir().unwrap();
         let file = folder.path().join("sentinel.conf");
-        // They ask once a second: who is down after no more than that is called down now and then while it lives.
+        // Sentinels ping once per second. With a limit of 1 s they would sometimes declare a live server down.
         let text = format!(
             "sentinel monitor main 127.0.0.1 {primary} {quorum}\nsentinel down-after-milliseconds main 1500\n\
              sentinel failover-timeout main 3000\nsentinel parallel-syncs main 2\nsentinel config-epoch main {epoch}\n"
@@ -338,28 +340,28 @@ impl RedisSentinel {
         std::fs::write(&file, text).unwrap();
         let mut server = RedisServer::stopped(kind, free_port(), &[]);
         server.arguments.splice(0..0, [file.to_str().unwrap().to_owned(), "--sentinel".to_owned()]);
-        // It has no snapshots.
+        // A sentinel rejects the option for snapshots.
         let save = server.arguments.iter().position(|argument| argument == "--save").unwrap();
         server.arguments.drain(save..save + 2);
-        server.also_kept = Some(folder);
+        server.extra_folder = Some(folder);
         server.restart();
         server
     }
 
-    /// The hosts of a URL.
+    /// Returns the hosts for a URL.
     pub fn hosts(&self) -> String {
         let hosts: Vec<_> = self.sentinels.iter().map(|sentinel| format!("127.0.0.1:{}", sentinel.port())).collect();
         hosts.join(",")
     }
 
-    /// Whether the sentinels name the only primary that there is, and every one sees it and two replicas that live.
+    /// Returns whether every sentinel names the only primary and sees it and two replicas as alive.
     pub fn is_whole(&self) -> bool {
         let is_primary =
             |server: &RedisServer| server.try_command(&["ROLE"]).is_ok_and(|role| role.starts_with("master"));
         let primaries: Vec<_> = (0..self.servers.len()).filter(|at| is_primary(&self.servers[*at])).collect();
         self.sentinels.iter().all(|sentinel| {
             let primary = sentinel.command(&["SENTINEL", "MASTER", "main"]);
-            // Each says it twice: what it is, and what it says that it is.
+            // Each entry has the role twice: as the sentinel sees it, and as the server reports it.
             let replicas = sentinel.command(&["SENTINEL", "REPLICAS", "main"]);
             primaries == [self.named_by(sentinel)]
                 && primary.lines().filter(|line| *line == "master").count() == 2
@@ -367,17 +369,17 @@ impl RedisSentinel {
         })
     }
 
-    /// The place in `servers` of the one that the sentinels call the primary.
+    /// Returns the index in `servers` of the primary that the sentinels name.
     ///
     /// # Panics
-    /// When they name none of ours.
+    /// If they name another server.
     pub fn primary(&self) -> usize {
         self.named_by(&self.sentinels[0])
     }
 
     fn named_by(&self, sentinel: &RedisServer) -> usize {
-        let told = sentinel.command(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main"]);
-        let port: u16 = told.lines().nth(1).unwrap().parse().unwrap();
+        let address = sentinel.command(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main"]);
+        let port: u16 = address.lines().nth(1).unwrap().parse().unwrap();
         self.servers.iter().position(|server| server.port() == port).unwrap()
     }
 }

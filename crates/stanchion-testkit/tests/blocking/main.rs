@@ -1,4 +1,4 @@
-//! The blocking surface: on every store, and what does not depend on the store.
+//! Tests the blocking API: on every store, and the parts that do not depend on the store.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 #[macro_use]
@@ -21,17 +21,17 @@ blocking_cases!(sqlite, {
 });
 
 blocking_cases!(firestore_fake, {
-    // A database of its own each time that it is asked for one; it lives as long as this.
+    // The fake creates a new database for each call of `url` and lives as long as this closure.
     let fake = FirestoreFake::start();
     let url = fake.url();
     move || {
-        let _lives = &fake;
+        let _ = &fake; // moves the fake into the closure, which keeps it alive
         Locks::open(&url).unwrap()
     }
 });
 
 #[test]
-fn events_are_waited_for_until_the_handle_is_gone() {
+fn events_end_with_the_handle() {
     let locks = Locks::open("memory:").unwrap();
     let events = locks.events();
     let listener = std::thread::spawn(move || events.collect::<Vec<_>>());
@@ -44,7 +44,7 @@ fn events_are_waited_for_until_the_handle_is_gone() {
 }
 
 #[test]
-fn a_handle_and_its_guards_are_the_same_in_async_code() {
+fn handle_converts_to_and_from_async() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let asynchronous = runtime.block_on(AsyncLocks::builder("memory:").namespace("n").open()).unwrap();
     let blocking = Locks::from(asynchronous.clone());
@@ -56,7 +56,7 @@ fn a_handle_and_its_guards_are_the_same_in_async_code() {
 }
 
 #[test]
-fn a_panic_in_the_body_releases() {
+fn panic_in_the_body_releases() {
     let locks = Locks::open("memory:").unwrap();
     let ended = std::thread::spawn({
         let locks = locks.clone();

@@ -1,4 +1,4 @@
-//! The blocking surface on the stores that need a server.
+//! Runs the blocking tests on the stores that need a server.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::sync::OnceLock;
@@ -8,7 +8,7 @@ use stanchion::blocking::Locks;
 use stanchion::store::Postgres;
 use stanchion_testkit::servers::{Postgres as PostgresKind, PostgresServer, Redis, RedisServer};
 
-/// Fresh data: a prefix or a schema of their own.
+/// Returns a new name for a prefix or a schema.
 fn fresh() -> String {
     format!("s{}", TokenId::random().unwrap().to_hex())
 }

@@ -1,4 +1,4 @@
-//! Limits while a store is away: kept by every store, and no thread of an executor blocked meanwhile.
+//! Tests that calls keep their time limits while a store is unavailable, and that they never block an executor thread.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs, reason = "test code")]
 
 use std::time::{Duration, Instant};
@@ -12,12 +12,13 @@ use stanchion_testkit::{block_on, until};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Time by which a limit may be missed on a busy machine. A wrong mechanism takes ten seconds.
+/// Maximum delay of a call beyond its limit on a busy machine. A broken limit would take ten seconds.
 const SLACK: Duration = Duration::from_secs(4);
 
-/// Runs a call in a runtime of one thread, beside a task that ticks. Returns the outcome, the time, and the longest time
-/// between two ticks.
-fn beside_a_ticker<T>(call: impl Future<Output = T>) -> (T, Duration, Duration) {
+/// Runs a call in a single-threaded runtime together with a task that ticks every 5 ms.
+///
+/// Returns the outcome of the call, its duration, and the longest gap between two ticks.
+fn with_ticker<T>(call: impl Future<Output = T>) -> (T, Duration, Duration) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let ticks = tokio::spawn(async {
@@ -32,7 +33,7 @@ fn beside_a_ticker<T>(call: impl Future<Output = T>) -> (T, Duration, Duration) 
         let start = Instant::now();
         let outcome = call.await;
         let took = start.elapsed();
-        // The drop of what failed is part of it.
+        // Tick on for a moment, because the drop of the failed call could block the thread, too.
         tokio::time::sleep(Duration::from_millis(50)).await;
         ticks.abort();
         (outcome, took, LONGEST.with(std::cell::Cell::get))
@@ -48,7 +49,7 @@ fn check_limit(what: &str, limit: Duration, (outcome, took, gap): (Result<(), Er
     eprintln!("{what}: {took:.2?} for a limit of {limit:?}, longest gap {gap:.1?}: {error}");
     assert!(error.is_transient(), "{what}: {error:?}");
     assert!(error.kind() != ErrorKind::Indeterminate || error.is_in_doubt(), "{what}: {error:?}");
-    assert!(took >= limit, "{what}: gave up after {took:?}: {error}");
+    assert!(took >= limit, "{what}: failed before the limit, after {took:?}: {error}");
     assert!(took < limit + SLACK, "{what}: took {took:?}: {error}");
     assert!(gap < SECOND / 2, "{what}: the executor was blocked for {gap:?}");
 }
@@ -58,33 +59,33 @@ fn opening_keeps_its_limit(url: impl Fn(&str) -> String) {
         let url = url(&away.address);
         for limit in [SECOND / 2, 2 * SECOND] {
             let open = async { Locks::builder(&url).open_within(limit).open().await.map(drop) };
-            check_limit(&format!("opening {}", away.name), limit, beside_a_ticker(open));
+            check_limit(&format!("opening {}", away.name), limit, with_ticker(open));
         }
     }
 }
 
 fn wrong_password_fails_at_once(url: &str) {
-    let (outcome, took, gap) = beside_a_ticker(async { Locks::open(url).await.map(drop) });
+    let (outcome, took, gap) = with_ticker(async { Locks::open(url).await.map(drop) });
     let error = outcome.unwrap_err();
     eprintln!("a wrong password: {took:.2?}, longest gap {gap:.1?}: {error}");
     assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
     assert!(took < SLACK && gap < SECOND / 2, "{took:?}, {gap:?}");
 }
 
-/// Calls on an open handle, while the server is stopped.
+/// Checks the limits of calls on an open handle while the server is stopped.
 fn calls_keep_their_limits(url: &str, stop: impl Fn(bool)) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let policy = RetryPolicy { total: SECOND, ..RetryPolicy::default() };
     let locks = runtime.block_on(Locks::builder(url).retry(policy).open()).unwrap();
     let held = runtime.block_on(locks.lock("k").into_future()).unwrap();
-    // One that is in the queue, one that has no limit, and one that begins while the server is away.
+    // One waiter with a limit and one without; a third one starts while the server is stopped.
     let waits = |limit: Option<Duration>| {
         let request = locks.lock("k");
         let request = limit.map_or(request.clone(), |limit| request.wait(limit));
         runtime.spawn(async move { request.await.map(|guard| drop(guard)) })
     };
     let mut waiters = vec![waits(Some(60 * SECOND)), waits(None)];
-    block_on(until("they wait", async || locks.inspect("k").await.unwrap().waiters.len() == 2));
+    block_on(until("both calls wait", async || locks.inspect("k").await.unwrap().waiters.len() == 2));
     stop(true);
     for (limit, call) in [
         (
@@ -93,12 +94,12 @@ fn calls_keep_their_limits(url: &str, stop: impl Fn(bool)) {
         ),
         (2 * SECOND, Box::pin(async { locks.lock("other").wait(2 * SECOND).await.map(drop) })),
     ] {
-        check_limit("a stopped server", limit, beside_a_ticker(call));
+        check_limit("a stopped server", limit, with_ticker(call));
     }
     waiters.push(waits(Some(60 * SECOND)));
     std::thread::sleep(SECOND);
     for waiter in &waiters {
-        assert!(!waiter.is_finished(), "gave up before its limit");
+        assert!(!waiter.is_finished(), "a waiter failed before its limit");
     }
     stop(false);
     drop(held);
@@ -129,8 +130,8 @@ fn postgres_keeps_limits_while_away() {
     let signal = |stop| {
         for pid in server.processes() {
             let name = if stop { "-STOP" } else { "-CONT" };
-            // One of them may have ended meanwhile.
-            let _ended = std::process::Command::new("kill").args([name, &pid.to_string()]).status();
+            // The process may have ended already.
+            let _ = std::process::Command::new("kill").args([name, &pid.to_string()]).status();
         }
     };
     calls_keep_their_limits(&server.url(), signal);

@@ -1,4 +1,4 @@
-//! Many tokens end at once, and calls are dropped at any point: the same for every store.
+//! Tests for every store that a handle can end many tokens at once, and that calls can be dropped at any point.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "test code")]
 
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use stanchion_testkit::{seed, until};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// The resident memory of this process in MB: now, and its peak.
+/// Returns the current and the peak resident memory of this process, in MB.
 fn memory() -> [usize; 2] {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     ["VmRSS:", "VmHWM:"].map(|name| {
@@ -19,14 +19,14 @@ fn memory() -> [usize; 2] {
     })
 }
 
-/// The number in this variable, for a measured run.
-pub(super) fn number(variable: &str, otherwise: usize) -> usize {
-    std::env::var(variable).map_or(otherwise, |number| number.parse().unwrap())
+/// Returns the number in an environment variable, or a default. A longer run for measurements sets the variable.
+pub(super) fn number(variable: &str, default: usize) -> usize {
+    std::env::var(variable).map_or(default, |number| number.parse().unwrap())
 }
 
-/// Drops `count` guards of one handle at once. Another hold of the handle is kept all the time.
+/// Drops `count` guards of one handle at once, while another guard of the handle must stay valid.
 pub(super) async fn drop_many(url: &str, count: usize) {
-    println!("memory at first: {:?} MB", memory());
+    println!("memory at the start: {:?} MB", memory());
     let locks = Locks::builder(url).session_ttl(10 * SECOND).open().await.unwrap();
     let observer = Locks::open(url).await.unwrap();
     let kept = locks.lock("kept").await.unwrap();
@@ -37,24 +37,24 @@ pub(super) async fn drop_many(url: &str, count: usize) {
     let started = Instant::now();
     drop(guards);
     println!("dropped within {:?}", started.elapsed());
-    // The keeper ends them in the order in which they were dropped.
+    // The keeper releases the tokens in the order of the drops, so the last key is free last.
     let last = format!("k{}", count - 1);
     let mut longest = Duration::ZERO;
-    let mut told = Instant::now();
+    let mut printed = Instant::now();
     while observer.is_locked(&last).await.unwrap() {
         kept.check().unwrap();
         longest = longest.max(10 * SECOND - kept.remaining().unwrap_or(10 * SECOND).min(10 * SECOND));
-        if told.elapsed() > SECOND {
-            told = Instant::now();
+        if printed.elapsed() > SECOND {
+            printed = Instant::now();
             println!("after {:?}: memory {:?} MB", started.elapsed(), memory());
         }
-        assert!(started.elapsed() < 120 * SECOND, "never free");
+        assert!(started.elapsed() < 120 * SECOND, "the last key was never released");
         tokio::time::sleep(SECOND / 100).await;
     }
     println!("all free after {:?}, memory {:?} MB", started.elapsed(), memory());
-    println!("of its 10 s, the session had lost at most {longest:?} without a renewal");
+    println!("at most {longest:?} of the 10 s session ttl passed between renewals");
     for at in (0..count).step_by(count.div_ceil(200)) {
-        until("free", async || !observer.is_locked(format!("k{at}")).await.unwrap()).await;
+        until("the key is free", async || !observer.is_locked(format!("k{at}")).await.unwrap()).await;
     }
     kept.check().unwrap();
     assert_eq!(locks.session(), session);
@@ -87,7 +87,8 @@ pub(super) async fn acquire_many(locks: &Locks, count: usize) -> Vec<Guard> {
     guards.into_iter().map(|(_, guard)| guard).collect()
 }
 
-/// Drops `count` calls at random points while others work, and looks how soon the next caller has the key.
+/// Drops `count` calls at random points under load, and returns the longest time after which the next caller had the
+/// key.
 pub(super) async fn drop_calls(url: &str, count: usize, test: &str) -> Duration {
     let mut random = seed(test);
     let mut below = |limit: u64| {
@@ -97,30 +98,30 @@ pub(super) async fn drop_calls(url: &str, count: usize, test: &str) -> Duration 
     };
     let (locks, next, loading) =
         (Locks::open(url).await.unwrap(), Locks::open(url).await.unwrap(), Locks::open(url).await.unwrap());
-    let over = Arc::new(AtomicBool::new(false));
+    let load_ends = Arc::new(AtomicBool::new(false));
     let load: Vec<_> = (0..16)
         .map(|task| {
-            let (loading, over) = (loading.clone(), over.clone());
+            let (loading, load_ends) = (loading.clone(), load_ends.clone());
             tokio::spawn(async move {
-                while !over.load(Ordering::Relaxed) {
+                while !load_ends.load(Ordering::Relaxed) {
                     loading.lock(format!("load{}", task % 4)).await.unwrap().release().await.unwrap();
                 }
             })
         })
         .collect();
     let mut waits = Vec::new();
-    // In batches: what a batch drops is asked for at once.
+    // Each batch drops 16 calls and then requests the same keys at once.
     while waits.len() < count {
         let mut dropped = Vec::new();
         for at in 0..16 {
             let key = format!("k{at}");
-            let asking = tokio::spawn(locks.lock(&key).into_future());
+            let call = tokio::spawn(locks.lock(&key).into_future());
             tokio::time::sleep(Duration::from_micros(below(400))).await;
-            asking.abort();
-            drop(asking.await);
+            call.abort();
+            drop(call.await);
             dropped.push(key);
         }
-        let asking = dropped.into_iter().map(|key| {
+        let next_calls = dropped.into_iter().map(|key| {
             let next = next.clone();
             tokio::spawn(async move {
                 let started = Instant::now();
@@ -128,11 +129,11 @@ pub(super) async fn drop_calls(url: &str, count: usize, test: &str) -> Duration 
                 started.elapsed()
             })
         });
-        for asked in asking.collect::<Vec<_>>() {
-            waits.push(asked.await.unwrap());
+        for call in next_calls.collect::<Vec<_>>() {
+            waits.push(call.await.unwrap());
         }
     }
-    over.store(true, Ordering::Relaxed);
+    load_ends.store(true, Ordering::Relaxed);
     for task in load {
         task.await.unwrap();
     }
@@ -148,7 +149,7 @@ pub(super) async fn drop_calls(url: &str, count: usize, test: &str) -> Duration 
     longest
 }
 
-/// The embedded store.
+/// Tests of the embedded store.
 mod sqlite {
     use super::*;
     use stanchion_testkit::block_on;

@@ -1,5 +1,6 @@
-//! Tests of failures: answers lost, connections cut, servers killed, frozen, promoted, full. Also the cost of steps. Real servers,
-//! but for Firestore's fake.
+//! Tests failures of stores: lost replies, cut connections, and servers that are killed, frozen, promoted or full.
+//!
+//! The tests also count the requests that each operation costs. They use real servers, except for Firestore's fake.
 
 mod away;
 mod ends;

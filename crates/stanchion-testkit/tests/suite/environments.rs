@@ -1,5 +1,5 @@
-//! Fresh data for one case, on servers that all cases of a process share.
-#![allow(dead_code, clippy::unwrap_used, reason = "test code; each suite uses its part of it")]
+//! Creates fresh data for each case, on servers that all cases of a process share.
+#![allow(dead_code, clippy::unwrap_used, reason = "test code; each suite uses a part of it")]
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -24,14 +24,14 @@ impl Fixture for MemoryFixture {
     }
 }
 
-/// The embedded store: a folder of its own for each case, a handle of its own for each actor.
+/// Returns an environment of the embedded store with its own folder. Each client gets its own handle.
 pub(crate) fn sqlite() -> Environment<Sqlite> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
     Environment::new(move || Sqlite::open(&path).unwrap()).keeping(folder)
 }
 
-/// A prefix of its own on the Redis server that the URL names.
+/// Returns an environment with its own prefix on the Redis server of the URL.
 pub(crate) fn redis_at(url: &str) -> Environment<Redis> {
     let prefix = TokenId::random().unwrap().to_hex();
     let url = format!("{url}{}prefix={prefix}", if url.contains('?') { '&' } else { '?' });
@@ -44,13 +44,13 @@ pub(crate) fn redis_7() -> Environment<Redis> {
     redis_at(&format!("redis://127.0.0.1:{}", server.port()))
 }
 
-/// A schema of its own on the PostgreSQL server, which is reached by the URL.
+/// Returns an environment with its own schema on a PostgreSQL server, which handles reach by the URL.
 pub(crate) fn postgres_at(server: &PostgresServer, url: &str) -> Environment<Postgres> {
     let url = format!("{url}{}schema={}", if url.contains('?') { '&' } else { '?' }, schema_of(server));
     Environment::new(move || Postgres::from_url(&url).unwrap())
 }
 
-/// Makes a schema and returns its name.
+/// Creates a schema and returns its name.
 pub(crate) fn schema_of(server: &PostgresServer) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let schema = format!("s{}", NEXT.fetch_add(1, Ordering::Relaxed));
@@ -59,7 +59,7 @@ pub(crate) fn schema_of(server: &PostgresServer) -> String {
     schema
 }
 
-/// Settings for many handles at once, each with connections of its own.
+/// Server settings that allow many handles at once, each with its own connections.
 pub(crate) const ROOM: &[(&str, &str)] = &[("max_connections", "500")];
 
 pub(crate) fn postgres_15() -> Environment<Postgres> {
@@ -68,7 +68,7 @@ pub(crate) fn postgres_15() -> Environment<Postgres> {
     postgres_at(server, &server.url())
 }
 
-/// Firestore's fake: one for each case.
+/// Returns an environment with its own fake of Firestore.
 pub(crate) fn firestore_fake() -> Environment<Firestore> {
     let fake = FirestoreFake::start();
     let url = fake.url();

@@ -1,4 +1,4 @@
-//! The conformance suite on every store, each in one configuration: what `./test` runs.
+//! Runs the conformance suite on every store in one configuration. `./test` runs this.
 
 mod environments;
 

@@ -1,4 +1,4 @@
-//! The conformance suite on every store in every other configuration: what `./test --full` runs.
+//! Runs the conformance suite on every store in every other configuration. `./test --full` runs this.
 
 #[path = "../suite/environments.rs"]
 mod environments;

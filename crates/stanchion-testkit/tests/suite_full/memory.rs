@@ -1,4 +1,4 @@
-//! The memory store on the real clock, and inside of every store that is around another.
+//! Runs the suite on the memory store with the real clock, and inside every store that wraps another store.
 
 use stanchion::store::{Faulty, Memory, Observed, Prefixed};
 use stanchion_testkit::{Environment, Fixture, conformance};

@@ -1,4 +1,4 @@
-//! PostgreSQL: every version that is supported, and every way to reach it.
+//! Runs the suite on every supported version of PostgreSQL and over every kind of connection.
 
 use std::sync::OnceLock;
 
@@ -24,7 +24,7 @@ fn in_a_prefix() -> Environment<Prefixed<Postgres>> {
 }
 conformance!(dynamic prefixed, in_a_prefix);
 
-/// With certificates that are verified, and as a user that has no more rights than the documentation says.
+/// Connects over verified TLS as a user with only the documented rights.
 fn with_few_rights_over_tls() -> Environment<Postgres> {
     static SERVER: OnceLock<PostgresServer> = OnceLock::new();
     let server = SERVER.get_or_init(|| {
@@ -45,8 +45,8 @@ fn with_few_rights_over_tls() -> Environment<Postgres> {
 }
 conformance!(dynamic tls_and_least_rights, with_few_rights_over_tls);
 
-/// Steps use a pool of the user's, in a runtime of the user's.
-fn with_a_pool_of_the_users() -> Environment<Postgres> {
+/// Runs operations on a pool and in a runtime that the user provides.
+fn with_users_pool() -> Environment<Postgres> {
     static SERVER: OnceLock<PostgresServer> = OnceLock::new();
     let server = SERVER.get_or_init(|| PostgresServer::with(Kind::V15, ROOM));
     let url = format!("{}?schema={}", server.url(), schema_of(server));
@@ -65,9 +65,9 @@ fn with_a_pool_of_the_users() -> Environment<Postgres> {
         Postgres::from_pool(&url, get, |connection| connection).unwrap()
     })
 }
-conformance!(dynamic users_pool, with_a_pool_of_the_users);
+conformance!(dynamic users_pool, with_users_pool);
 
-/// Other tasks of the process keep the store busy, so that nearly every step goes with others.
+/// Keeps the store busy with other tasks of the process, so that nearly every operation is sent in a batch.
 fn in_a_crowd() -> Environment<Postgres> {
     static SERVER: OnceLock<PostgresServer> = OnceLock::new();
     static RUNTIME: OnceLock<tokio::runtime::Runtime> = OnceLock::new();
@@ -80,13 +80,13 @@ fn in_a_crowd() -> Environment<Postgres> {
     let ends = case.clone().drop_guard();
     Environment::new(move || {
         let store = Postgres::from_url(&url).unwrap();
-        for one in 0..6 {
+        for number in 0..6 {
             let (store, case) = (store.clone(), case.clone());
-            // Nobody has this key, nobody sees it, and the crowd does not press.
-            let key = Key::new("crowd", &one.to_string()).unwrap();
+            // These keys are never locked, so no case sees them.
+            let key = Key::new("crowd", &number.to_string()).unwrap();
             runtime.spawn(case.run_until_cancelled_owned(async move {
                 loop {
-                    let _nothing = store.abandon(&key, TokenId::random().unwrap()).await;
+                    let _ = store.abandon(&key, TokenId::random().unwrap()).await; // only makes load
                 }
             }));
         }
@@ -96,7 +96,7 @@ fn in_a_crowd() -> Environment<Postgres> {
 }
 conformance!(dynamic crowd, in_a_crowd);
 
-/// Behind a transaction pooler.
+/// Returns a server behind a transaction pooler.
 fn pooled() -> &'static (PostgresServer, PgBouncer) {
     static SERVERS: OnceLock<(PostgresServer, PgBouncer)> = OnceLock::new();
     SERVERS.get_or_init(|| {
@@ -106,14 +106,14 @@ fn pooled() -> &'static (PostgresServer, PgBouncer) {
     })
 }
 
-/// No pushes come.
+/// Connects through the pooler, without pushes.
 fn through_a_pooler() -> Environment<Postgres> {
     let (server, pooler) = pooled();
     fresh(server, &format!("{}?listen=none", pooler.url()))
 }
 conformance!(dynamic pooler, through_a_pooler);
 
-/// With a URL of the server itself for the pushes.
+/// Connects through the pooler, and to the server itself for pushes.
 fn through_a_pooler_with_pushes() -> Environment<Postgres> {
     let (server, pooler) = pooled();
     let listen = server.url().replace(':', "%3A").replace('/', "%2F").replace('@', "%40");

@@ -1,4 +1,4 @@
-//! Redis: every version that is supported, and every way to reach it.
+//! Runs the suite on every supported version of Redis and Valkey and over every kind of connection.
 
 use std::sync::OnceLock;
 
@@ -9,7 +9,7 @@ use stanchion_testkit::{Environment, Fixture, Need, conformance};
 
 use crate::environments::redis_at as fresh;
 
-/// A row for each version in one layout; its servers are started when its first case comes.
+/// Makes a suite for each version in one layout. The first case of a suite starts its servers.
 macro_rules! rows {
     ($layout:ident, $servers:ty, $start:expr, $url:expr, $($name:ident $kind:ident),* $(,)?) => {
         mod $layout {
@@ -55,7 +55,7 @@ fn by_unix_socket() -> Environment<Redis> {
 }
 conformance!(dynamic unix_socket, by_unix_socket);
 
-/// With a password, and certificates that are verified.
+/// Connects over verified TLS with a password.
 fn over_tls() -> Environment<Redis> {
     static SERVER: OnceLock<(RedisServer, tempfile::TempDir)> = OnceLock::new();
     let (server, folder) = SERVER.get_or_init(|| {
@@ -71,7 +71,7 @@ fn over_tls() -> Environment<Redis> {
 }
 conformance!(dynamic tls, over_tls);
 
-/// A user that has no more rights than the documentation says.
+/// Connects as a user with only the documented rights.
 fn with_few_rights() -> Environment<Redis> {
     static SERVER: OnceLock<RedisServer> = OnceLock::new();
     let server = SERVER.get_or_init(|| {
@@ -87,7 +87,7 @@ fn with_few_rights() -> Environment<Redis> {
 }
 conformance!(dynamic least_rights, with_few_rights);
 
-/// A managed service or a proxy that lacks one command each.
+/// Starts a server behind a proxy that rejects these commands, like a managed service that lacks them.
 fn refusing(refused: &'static [&'static str]) -> (RedisServer, Proxy) {
     let server = RedisServer::start(Kind::Redis7);
     let proxy = Proxy::start(server.port(), 1);
@@ -115,7 +115,7 @@ refusing!(
 conformance!(dynamic role_refused, without_role);
 conformance!(dynamic settings_refused, without_settings);
 
-/// Without messages everything is found by asking.
+/// Runs the suite without subscriptions, so that handles find every change by polling.
 mod subscribing_refused {
     use super::*;
 

@@ -1,4 +1,4 @@
-//! The embedded store, not through `Arc<dyn Store>`, and inside of another store.
+//! Runs the suite on the embedded store as a concrete type, and inside another store.
 #![allow(clippy::expect_used, reason = "a test may panic")]
 
 use stanchion::store::{Prefixed, Sqlite};
@@ -14,16 +14,16 @@ fn in_a_prefix() -> Environment<Prefixed<Sqlite>> {
 }
 conformance!(dynamic prefixed, in_a_prefix);
 
-/// Sessions are files.
+/// Sessions of the embedded store are files, so the test counts files.
 #[test]
-fn calls_that_are_dropped_leave_no_session() {
+fn dropped_calls_leave_no_session() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("store");
     let sessions = path.join("sessions");
     let environment = Environment::new(move || Sqlite::open(&path).expect("an embedded store"));
     let left = || std::fs::read_dir(&sessions).expect("the folder of sessions").count();
     block_on(async {
-        cancellation::a_call_that_is_dropped_at_any_await_leaves_nothing(&environment).await;
-        until("no file of a session is left", async || left() == 0).await;
+        cancellation::dropped_calls_leave_nothing(&environment).await;
+        until("no session file is left", async || left() == 0).await;
     });
 }

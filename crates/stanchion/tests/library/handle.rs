@@ -1,4 +1,4 @@
-//! The handle, its requests and its guards, on the memory store.
+//! Tests the handle, its requests and its guards on the memory store.
 #![allow(
     clippy::disallowed_methods,
     clippy::unwrap_used,
@@ -21,7 +21,7 @@ async fn is_free(locks: &Locks, key: &str) -> bool {
 }
 
 #[tokio::test]
-async fn one_at_a_time_first_come_first_served() {
+async fn lock_serves_waiters_in_order() {
     let locks = Locks::open("memory:").await.unwrap();
     let first = locks.lock("k").await.unwrap();
     assert!(locks.try_lock("k").await.unwrap().is_none());
@@ -31,7 +31,7 @@ async fn one_at_a_time_first_come_first_served() {
             let locks = locks.clone();
             async move { (i, locks.lock("k").await.unwrap().fence()) }
         });
-        until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == i + 1).await;
+        until("the call waits", async || locks.inspect("k").await.unwrap().waiters.len() == i + 1).await;
         waiters.push(task);
     }
     let mut last = first.fence();
@@ -39,36 +39,36 @@ async fn one_at_a_time_first_come_first_served() {
     for (expected, task) in waiters.into_iter().enumerate() {
         let (i, fence) = task.await.unwrap();
         assert_eq!(i, expected);
-        assert!(fence > last, "fences rise");
+        assert!(fence > last, "the fence did not rise");
         last = fence;
     }
-    until("free", async || is_free(&locks, "k").await).await;
+    until("the key is free", async || is_free(&locks, "k").await).await;
 }
 
 #[tokio::test]
-async fn a_wait_limit_ends_the_wait_and_leaves_nothing() {
+async fn expired_wait_leaves_nothing() {
     let locks = Locks::open("memory:").await.unwrap();
     let held = locks.lock("k").await.unwrap();
     let error = locks.lock("k").wait(Duration::from_millis(30)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Timeout);
     assert_eq!(error.to_string(), "key `k` in memory: not obtained within 30ms");
     assert_eq!(locks.lock("k").wait(Duration::ZERO).await.unwrap_err().kind(), ErrorKind::Busy);
-    until("no waiter", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
+    until("the queue is empty", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
     assert_eq!(held.release().await.unwrap(), Released::Now);
 }
 
 #[tokio::test]
-async fn a_hold_is_lost_on_time_when_the_store_is_gone() {
+async fn hold_is_lost_on_time_without_store() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
     let guard = locks.lock("k").await.unwrap();
-    // The session is beaten at 2, 4, … seconds.
+    // The keeper renews the session at 2, 4, … seconds.
     for _ in 0..20 {
-        let beats = faults.count(Operation::RenewSession);
+        let renewals = faults.count(Operation::RenewSession);
         time.advance(2 * SECOND);
-        until("it beats", async || faults.count(Operation::RenewSession) > beats).await;
+        until("the keeper renews the session", async || faults.count(Operation::RenewSession) > renewals).await;
     }
     assert!(guard.is_held());
     let left = guard.remaining().unwrap();
@@ -76,29 +76,29 @@ async fn a_hold_is_lost_on_time_when_the_store_is_gone() {
     faults.always(Operation::RenewSession, Fault::Fail(ErrorKind::Unavailable));
     time.advance(left);
     assert!(!guard.is_held());
-    assert!(guard.valid_for().unwrap() >= 2 * SECOND, "others cannot have it yet");
+    assert!(guard.valid_for().unwrap() >= 2 * SECOND, "the store keeps the hold during the grace");
     assert_eq!(guard.lost().await, LossCause::SessionExpired);
     assert_eq!(guard.release().await.unwrap(), Released::AlreadyLost);
     faults.clear();
-    // Another session is opened, but nobody gets the key while the holder may still be stopping.
+    // The handle opens a new session, but the key stays locked during the grace of the old holder.
     assert!(locks.try_lock("k").await.unwrap().is_none());
     time.advance(3 * SECOND);
-    until("another can have it", async || locks.try_lock("k").await.unwrap().is_some()).await;
+    until("another caller gets the key", async || locks.try_lock("k").await.unwrap().is_some()).await;
 }
 
 #[tokio::test]
-async fn a_session_counts_from_the_first_time_it_was_asked_for() {
+async fn session_counts_from_first_open_request() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
-    // It is opened at once, and that is learned five seconds later.
+    // The store opens the session at once, and the handle learns of it five seconds later.
     faults.next(Operation::OpenSession, Fault::LoseReply);
     faults.always(Operation::RenewSession, Fault::Fail(ErrorKind::Unavailable));
     let started = time.clock().now();
     let opening = tokio::spawn(Locks::builder_with_store(store).clock(time.clock()).open());
-    until("asked", async || faults.count(Operation::OpenSession) == 1).await;
+    until("the handle has sent its request", async || faults.count(Operation::OpenSession) == 1).await;
     time.advance(5 * SECOND);
-    until("opened", async || {
+    until("the handle is open", async || {
         time.advance(Duration::from_millis(1));
         opening.is_finished()
     })
@@ -106,13 +106,13 @@ async fn a_session_counts_from_the_first_time_it_was_asked_for() {
     let locks = opening.await.unwrap().unwrap();
     let guard = locks.lock("k").await.unwrap();
     assert!(guard.is_held());
-    let store_forgets_it = started.after(10 * SECOND);
-    time.advance(store_forgets_it.since(time.clock().now()));
-    assert!(!guard.is_held(), "the session ended in the store now: another may have the key");
+    let expires_in_store = started.after(10 * SECOND);
+    time.advance(expires_in_store.since(time.clock().now()));
+    assert!(!guard.is_held(), "the guard is valid although the session has expired in the store");
 }
 
 #[tokio::test]
-async fn a_lost_answer_is_asked_for_again_and_gives_the_same_grant() {
+async fn lost_reply_is_retried_with_same_grant() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::with_store(store).await.unwrap();
@@ -123,13 +123,13 @@ async fn a_lost_answer_is_asked_for_again_and_gives_the_same_grant() {
     assert_eq!(
         guard.release().await.unwrap(),
         Released::Now,
-        "the repeat found nothing, because the first had done it"
+        "the repeat finds nothing, because the first request released the key"
     );
-    until("free", async || is_free(&locks, "k").await).await;
+    until("the key is free", async || is_free(&locks, "k").await).await;
 }
 
 #[tokio::test]
-async fn an_unknown_outcome_is_told_and_cleaned_up() {
+async fn unknown_outcome_is_reported_and_cleaned() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let retry = RetryPolicy { attempts: 2, ..RetryPolicy::default() };
@@ -139,25 +139,25 @@ async fn an_unknown_outcome_is_told_and_cleaned_up() {
     assert_eq!(error.kind(), ErrorKind::Indeterminate);
     assert!(error.token().is_some());
     faults.clear();
-    until("cleaned up", async || is_free(&locks, "k").await).await;
+    until("the keeper has cleaned up", async || is_free(&locks, "k").await).await;
 }
 
 #[tokio::test]
-async fn a_request_that_arrives_late_does_not_leave_a_hold() {
+async fn late_acquire_leaves_no_hold() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let retry = RetryPolicy { attempts: 1, ..RetryPolicy::default() };
     let locks = Locks::builder_with_store(store).retry(retry).session_ttl(2 * SECOND).open().await.unwrap();
     faults.next(Operation::Acquire, Fault::Hold);
     assert_eq!(locks.lock("k").await.unwrap_err().kind(), ErrorKind::Indeterminate);
-    until("the keeper ended it once", async || faults.count(Operation::Abandon) > 0).await;
+    until("the keeper has abandoned the token once", async || faults.count(Operation::Abandon) > 0).await;
     assert_eq!(faults.deliver().await, 1);
-    assert!(!is_free(&locks, "k").await, "the late request took effect: the test is worth something");
-    until("cleaned up again", async || is_free(&locks, "k").await).await;
+    assert!(!is_free(&locks, "k").await, "the late request had no effect, so the test proves nothing");
+    until("the keeper has cleaned up again", async || is_free(&locks, "k").await).await;
 }
 
 #[tokio::test]
-async fn a_forced_release_tells_the_holder_by_push_and_without() {
+async fn holder_learns_of_force_release() {
     for lose_pushes in [false, true] {
         let store = Faulty::new(Memory::new());
         let faults = store.faults();
@@ -165,33 +165,33 @@ async fn a_forced_release_tells_the_holder_by_push_and_without() {
         let mut events = locks.events();
         let guard = locks.lock("k").await.unwrap();
         faults.lose_pushes(lose_pushes);
-        locks.force_release("k", guard.fence(), "the operator says so").await.unwrap();
+        locks.force_release("k", guard.fence(), "the operator's reason").await.unwrap();
         assert_eq!(guard.lost().await, LossCause::ForceReleased);
         let reason = loop {
             if let Event::Lost { reason, .. } = events.next().await.unwrap() {
                 break reason;
             }
         };
-        assert_eq!(reason.as_deref(), Some("the operator says so"));
+        assert_eq!(reason.as_deref(), Some("the operator's reason"));
         assert!(locks.lock("k").await.unwrap().fence() > guard.fence());
     }
 }
 
 #[tokio::test]
-async fn a_fixed_hold_whose_session_was_lost_is_still_told_of_a_forced_release() {
+async fn force_release_reaches_orphaned_fixed_hold() {
     let memory = Memory::new();
     let locks = Locks::builder_with_store(memory.clone()).session_ttl(SECOND / 2).open().await.unwrap();
     let guard = locks.lock("k").ttl(60 * SECOND).await.unwrap();
     let session = locks.session().unwrap();
     memory.close_session(session).await.unwrap();
-    until("another session", async || locks.session().is_some_and(|now| now != session)).await;
-    assert!(guard.is_held(), "it outlives its session");
+    until("the handle has a new session", async || locks.session().is_some_and(|now| now != session)).await;
+    assert!(guard.is_held(), "a fixed hold outlives its session");
     locks.force_release("k", guard.fence(), "stuck").await.unwrap();
     assert_eq!(guard.lost().await, LossCause::Missing);
 }
 
 #[tokio::test]
-async fn a_lost_push_costs_time_only() {
+async fn lost_push_only_costs_time() {
     let store = Faulty::new(Memory::new());
     store.faults().lose_pushes(true);
     let locks = Locks::with_store(store).await.unwrap();
@@ -200,13 +200,13 @@ async fn a_lost_push_costs_time_only() {
         let locks = locks.clone();
         async move { locks.lock("k").await.map(|guard| guard.is_held()) }
     });
-    until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+    until("the call waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
     drop(held);
     assert!(waiter.await.unwrap().unwrap());
 }
 
 #[tokio::test]
-async fn the_body_is_dropped_when_the_lock_is_lost() {
+async fn run_drops_the_body_on_loss() {
     let locks = Locks::open("memory:").await.unwrap();
     let dropped = Arc::new(());
     let seen = dropped.clone();
@@ -229,7 +229,7 @@ async fn the_body_is_dropped_when_the_lock_is_lost() {
 }
 
 #[tokio::test]
-async fn a_heartbeat_that_stays_away_and_a_max_hold_end_the_hold() {
+async fn missed_heartbeat_and_max_hold_end_hold() {
     let time = VirtualClock::new();
     let locks = Locks::builder_with_store(Memory::with_clock(time.clock())).clock(time.clock()).open().await.unwrap();
     let quiet = locks.lock("a").heartbeat_within(SECOND).await.unwrap();
@@ -241,19 +241,19 @@ async fn a_heartbeat_that_stays_away_and_a_max_hold_end_the_hold() {
     time.advance(Duration::from_millis(100));
     assert_eq!(quiet.lost().await, LossCause::HeartbeatMissed);
     assert!(quiet.heartbeat().is_err());
-    assert!(!is_free(&locks, "a").await, "its holder has a quarter of that time to stop");
+    assert!(!is_free(&locks, "a").await, "the grace is a quarter of the heartbeat limit");
     time.advance(Duration::from_millis(250));
-    until("released", async || is_free(&locks, "a").await).await;
-    assert!(capped.is_held(), "the holder has all of it");
+    until("the key is free", async || is_free(&locks, "a").await).await;
+    assert!(capped.is_held(), "the holder has its whole max_hold");
     time.advance(Duration::from_millis(900));
     assert_eq!(capped.lost().await, LossCause::MaxHold);
     assert!(!is_free(&locks, "b").await);
     drop(capped);
-    until("released", async || is_free(&locks, "b").await).await;
+    until("the key is free", async || is_free(&locks, "b").await).await;
 }
 
 #[tokio::test]
-async fn a_fixed_term_can_be_detached_and_adopted_once() {
+async fn detached_fixed_hold_is_adopted_once() {
     let store = Memory::new();
     let first = Locks::with_store(store.clone()).await.unwrap();
     let second = Locks::with_store(store).await.unwrap();
@@ -271,20 +271,24 @@ async fn a_fixed_term_can_be_detached_and_adopted_once() {
 }
 
 #[tokio::test]
-async fn an_extension_that_comes_late_never_ends_a_hold_that_is_still_believed() {
+async fn late_extend_never_ends_a_valid_hold() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).retry(RetryPolicy::never()).open().await.unwrap();
     let guard = locks.lock("k").ttl(60 * SECOND).await.unwrap();
     faults.next(Operation::Extend, Fault::Hold);
     assert!(guard.extend(10 * SECOND).await.is_err());
-    assert!(guard.remaining().unwrap() < 11 * SECOND, "it may have been done");
+    assert!(guard.remaining().unwrap() < 11 * SECOND, "the failed extend may have taken effect");
     guard.extend(60 * SECOND).await.unwrap();
-    assert!(guard.remaining().unwrap() < 10 * SECOND, "it may still come, after this one");
+    assert!(guard.remaining().unwrap() < 10 * SECOND, "the failed extend may still arrive after this one");
     assert_eq!(faults.deliver().await, 1);
     let left = locks.inspect("k").await.unwrap().holders[0].remaining.unwrap();
-    assert!(guard.valid_for().unwrap() <= left, "{:?} is believed, {left:?} is true", guard.valid_for());
-    // Extensions at once are done in one order.
+    assert!(
+        guard.valid_for().unwrap() <= left,
+        "the guard counts on {:?}, and the store keeps {left:?}",
+        guard.valid_for()
+    );
+    // The guard sends concurrent extends one after the other.
     let guard = locks.lock("other").ttl(60 * SECOND).await.unwrap();
     faults.next(Operation::Extend, Fault::DelayReply(Duration::from_millis(30)));
     let (long, short) = tokio::join!(guard.extend(90 * SECOND), guard.extend(20 * SECOND));
@@ -294,7 +298,7 @@ async fn an_extension_that_comes_late_never_ends_a_hold_that_is_still_believed()
 }
 
 #[tokio::test]
-async fn an_extension_that_was_refused_limits_none_after_it() {
+async fn failed_extend_limits_no_later_one() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).retry(RetryPolicy::never()).open().await.unwrap();
@@ -302,11 +306,11 @@ async fn an_extension_that_was_refused_limits_none_after_it() {
     faults.next(Operation::Extend, Fault::Fail(ErrorKind::Unavailable));
     assert!(guard.extend(10 * SECOND).await.is_err());
     guard.extend(60 * SECOND).await.unwrap();
-    assert!(guard.remaining().unwrap() > 40 * SECOND, "nothing of the other one can come");
+    assert!(guard.remaining().unwrap() > 40 * SECOND, "a rejected extend cannot arrive later");
 }
 
 #[tokio::test]
-async fn a_term_that_is_too_short_for_its_store_ends_in_an_error_not_in_a_loop() {
+async fn ttl_too_short_for_store_is_an_error() {
     let store = Faulty::new(Memory::new());
     store.faults().always(Operation::Acquire, Fault::DelayReply(Duration::from_millis(15)));
     let locks = Locks::with_store(store).await.unwrap();
@@ -316,7 +320,7 @@ async fn a_term_that_is_too_short_for_its_store_ends_in_an_error_not_in_a_loop()
 }
 
 #[tokio::test]
-async fn holder_has_all_of_its_time() {
+async fn holder_can_use_its_whole_ttl() {
     let time = VirtualClock::new();
     let memory = Memory::with_clock(time.clock());
     let open = || Locks::builder_with_store(memory.clone()).clock(time.clock()).session_ttl(3_600 * SECOND).open();
@@ -324,10 +328,10 @@ async fn holder_has_all_of_its_time() {
     for ttl in [SECOND / 5, SECOND, 10 * SECOND, 60 * SECOND] {
         let extended = locks.lock("c").ttl(2 * ttl.min(SECOND)).await.unwrap();
         extended.extend(ttl).await.unwrap();
-        // One grant comes by hand-off.
+        // This grant comes by a hand-off.
         let before = other.lock("d").await.unwrap();
         let waiting = tokio::spawn(locks.lock("d").ttl(ttl).into_future());
-        until("it waits", async || other.inspect("d").await.unwrap().waiters.len() == 1).await;
+        until("the call waits", async || other.inspect("d").await.unwrap().waiters.len() == 1).await;
         drop(before);
         let guards = [
             locks.lock("a").ttl(ttl).await.unwrap(),
@@ -341,14 +345,14 @@ async fn holder_has_all_of_its_time() {
         }
         time.advance(ttl / 20);
         for guard in &guards {
-            assert!(!guard.is_held(), "{ttl:?}: {} is held for longer than was asked for", guard.key());
-            assert!(other.is_locked(guard.key().name()).await.unwrap(), "{ttl:?}: its holder has no time to stop");
+            assert!(!guard.is_held(), "{ttl:?}: {} is held for longer than requested", guard.key());
+            assert!(other.is_locked(guard.key().name()).await.unwrap(), "{ttl:?}: the holder has no grace");
         }
         drop(guards);
         for key in ["a", "b", "c", "d"] {
-            until("free", async || is_free(&locks, key).await).await;
+            until("the key is free", async || is_free(&locks, key).await).await;
         }
-        // A rate limit is as long as it says.
+        // `expires_after` keeps the key locked for exactly this time.
         locks.lock("limit").expires_after(ttl).await.unwrap().detach();
         time.advance(ttl - Duration::from_millis(1));
         assert!(other.is_locked("limit").await.unwrap());
@@ -358,7 +362,7 @@ async fn holder_has_all_of_its_time() {
 }
 
 #[tokio::test]
-async fn longest_time_is_granted_whole() {
+async fn longest_ttl_is_granted_whole() {
     let locks = Locks::open("memory:").await.unwrap();
     let longest = *stanchion::DURATION_RANGE.end();
     let guard = locks.lock("k").ttl(longest).await.unwrap();
@@ -368,7 +372,7 @@ async fn longest_time_is_granted_whole() {
 }
 
 #[tokio::test]
-async fn closing_does_not_wait_for_the_grace_of_what_was_lost() {
+async fn close_skips_grace_of_lost_holds() {
     let time = VirtualClock::new();
     let memory = Memory::with_clock(time.clock());
     let watch = Locks::builder_with_store(memory.clone()).clock(time.clock()).open().await.unwrap();
@@ -378,13 +382,13 @@ async fn closing_does_not_wait_for_the_grace_of_what_was_lost() {
     time.advance(SECOND * 61 / 10);
     assert_eq!(capped.lost().await, LossCause::MaxHold);
     assert_eq!(fixed.lost().await, LossCause::TtlExpired);
-    // Nobody moves the clock on.
-    tokio::time::timeout(3 * SECOND, locks.close()).await.expect("closing takes no grace").unwrap();
+    // The clock stands still, so a wait for the grace would never end.
+    tokio::time::timeout(3 * SECOND, locks.close()).await.expect("close does not wait for the grace").unwrap();
     assert!(is_free(&watch, "a").await && is_free(&watch, "b").await);
 }
 
 #[tokio::test]
-async fn closing_ends_the_session_although_a_release_fails() {
+async fn close_ends_session_despite_failed_release() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::with_store(store.clone()).await.unwrap();
@@ -398,14 +402,14 @@ async fn closing_ends_the_session_although_a_release_fails() {
 }
 
 #[tokio::test]
-async fn draining_and_closing() {
+async fn drain_rejects_calls_and_close_loses_holds() {
     let locks = Locks::open("memory:").await.unwrap();
     let guard = locks.lock("k").await.unwrap();
     let waiter = tokio::spawn({
         let locks = locks.clone();
         async move { locks.lock("k").await }
     });
-    until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+    until("the call waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
     locks.drain("deploy");
     assert_eq!(waiter.await.unwrap().unwrap_err().kind(), ErrorKind::Draining);
     assert_eq!(guard.draining(), Some("deploy"));
@@ -418,7 +422,7 @@ async fn draining_and_closing() {
 }
 
 #[tokio::test]
-async fn when_the_keeper_dies_every_hold_is_lost_and_nobody_waits_for_ever() {
+async fn dead_keeper_loses_holds_and_ends_waits() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::builder_with_store(store.clone()).session_ttl(SECOND).open().await.unwrap();
@@ -426,7 +430,7 @@ async fn when_the_keeper_dies_every_hold_is_lost_and_nobody_waits_for_ever() {
     let guard = locks.lock("k").await.unwrap();
     let held = other.lock("busy").await.unwrap();
     let waiting = tokio::spawn(locks.lock("busy").into_future());
-    until("it waits", async || other.inspect("busy").await.unwrap().waiters.len() == 1).await;
+    until("the call waits", async || other.inspect("busy").await.unwrap().waiters.len() == 1).await;
     faults.next(Operation::RenewSession, Fault::Panic);
     assert_eq!(guard.lost().await, LossCause::Closed);
     assert!(guard.cancel_token().is_cancelled());
@@ -434,11 +438,11 @@ async fn when_the_keeper_dies_every_hold_is_lost_and_nobody_waits_for_ever() {
     assert_eq!(guard.release().await.unwrap(), Released::AlreadyLost);
     assert_eq!(locks.lock("x").await.unwrap_err().kind(), ErrorKind::Draining);
     locks.close().await.unwrap();
-    assert!(held.is_held(), "the other handle has a keeper of its own");
+    assert!(held.is_held(), "the other handle has its own keeper");
 }
 
 #[tokio::test]
-async fn readers_share_and_writers_are_not_starved() {
+async fn readers_share_and_never_starve_writers() {
     let locks = Locks::open("memory:").await.unwrap();
     let reader = locks.lock("k").demand(Demand::READ).await.unwrap();
     let second = locks.lock("k").demand(Demand::READ).await.unwrap();
@@ -447,16 +451,19 @@ async fn readers_share_and_writers_are_not_starved() {
         async move { locks.lock("k").demand(Demand::WRITE).await.unwrap() }
     });
     until("the writer waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
-    assert!(locks.lock("k").demand(Demand::READ).try_acquire().await.unwrap().is_none(), "not past the writer");
+    assert!(
+        locks.lock("k").demand(Demand::READ).try_acquire().await.unwrap().is_none(),
+        "a reader passed the waiting writer"
+    );
     drop((reader, second));
     let writer = writer.await.unwrap();
     assert!(writer.is_held());
     let permit = locks.lock("k").demand(Demand::new(1, 3).unwrap());
-    assert!(permit.try_acquire().await.unwrap().is_none(), "a writer excludes permits of any limit");
+    assert!(permit.try_acquire().await.unwrap().is_none(), "a writer must exclude permits of any limit");
 }
 
 #[test]
-fn a_guard_outlives_its_runtime_and_is_dropped_without_one() {
+fn guard_outlives_its_runtime() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let (locks, guard) = runtime.block_on(async {
         let locks = Locks::open("memory:").await.unwrap();
@@ -466,11 +473,11 @@ fn a_guard_outlives_its_runtime_and_is_dropped_without_one() {
     drop(runtime);
     drop(guard);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(until("released", async || is_free(&locks, "k").await));
+    runtime.block_on(until("the key is free", async || is_free(&locks, "k").await));
 }
 
 #[test]
-fn requests_and_guards_can_be_sent() {
+fn requests_and_guards_are_send() {
     fn send<T: Send + 'static>() {}
     fn sync<T: Sync>() {}
     send::<Locks>();
@@ -487,11 +494,11 @@ fn requests_and_guards_can_be_sent() {
         send_value(guard.release());
         send_value(locks.close());
     };
-    let _never_called = check;
+    let _ = check; // only has to compile
 }
 
 #[tokio::test]
-async fn drift_that_leaves_nothing_is_rejected() {
+async fn excessive_drift_is_rejected() {
     let open = async |per_mille, fixed, ttl| {
         let drift = stanchion::Drift { per_mille, fixed };
         Locks::builder("memory:").drift(drift).session_ttl(ttl).open().await.map(drop)

@@ -1,4 +1,4 @@
-//! Limits of calls while the store is away, and what opening does where the system has nothing left.
+//! Tests time limits while the store is unavailable, and `open` when the system is out of threads or descriptors.
 #![allow(
     clippy::disallowed_methods,
     clippy::print_stdout,
@@ -16,7 +16,7 @@ use crate::support::until;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A handle whose store can go away, on a virtual clock.
+/// A handle on a virtual clock whose store can become unavailable.
 struct Bench {
     time: VirtualClock,
     faults: stanchion::store::Faults,
@@ -32,13 +32,13 @@ impl Bench {
         Self { time, faults, locks }
     }
 
-    fn go_away(&self, fault: Fault) {
-        for step in Operation::ALL {
-            self.faults.always(*step, fault);
+    fn make_unavailable(&self, fault: Fault) {
+        for operation in Operation::ALL {
+            self.faults.always(*operation, fault);
         }
     }
 
-    /// Moves the clock on until the call is done. Returns its outcome and the time that it took by that clock.
+    /// Moves the clock on until the call returns. Returns its outcome and its duration on the virtual clock.
     async fn timed<T>(&self, call: impl Future<Output = T>) -> (T, Duration) {
         let start = self.time.clock().now();
         let ticking = async {
@@ -55,20 +55,20 @@ impl Bench {
     }
 }
 
-const AWAY: [Fault; 2] = [Fault::Fail(ErrorKind::Unavailable), Fault::Delay(Duration::from_secs(3_600))];
+const OUTAGES: [Fault; 2] = [Fault::Fail(ErrorKind::Unavailable), Fault::Delay(Duration::from_secs(3_600))];
 
 #[tokio::test]
-async fn calls_keep_their_limits_while_away() {
-    for fault in AWAY {
+async fn calls_keep_limits_during_outage() {
+    for fault in OUTAGES {
         let bench = Bench::new(RetryPolicy { attempts: 1_000, ..RetryPolicy::default() }).await;
-        bench.go_away(fault);
+        bench.make_unavailable(fault);
         for (limit, wait) in [(SECOND, Duration::ZERO), (2 * SECOND, 2 * SECOND), (30 * SECOND, 30 * SECOND)] {
             let (outcome, took) = bench.timed(bench.locks.lock("k").wait(wait).into_future()).await;
             let error = outcome.unwrap_err();
             assert!(error.is_transient(), "{fault:?}, {wait:?}: {error:?}");
             assert!(took >= limit && took < limit + SECOND, "{fault:?}, {wait:?}: {took:?}");
         }
-        // Without a limit the policy limits the first contact.
+        // If the call has no limit, the retry policy limits its first request.
         let (outcome, took) = bench.timed(bench.locks.lock("k").into_future()).await;
         assert!(outcome.unwrap_err().is_transient() && took < 11 * SECOND, "{fault:?}: {took:?}");
     }
@@ -76,16 +76,16 @@ async fn calls_keep_their_limits_while_away() {
 
 #[tokio::test]
 async fn waiters_outlive_an_outage() {
-    for fault in AWAY {
+    for fault in OUTAGES {
         let bench = Bench::new(RetryPolicy::default()).await;
         let held = bench.locks.lock("k").await.unwrap();
         let waits = |request: stanchion::LockRequest| tokio::spawn(async move { request.await.map(drop) });
         let mut waiters = vec![waits(bench.locks.lock("k")), waits(bench.locks.lock("k").wait(600 * SECOND))];
-        until("they wait", async || bench.locks.inspect("k").await.unwrap().waiters.len() == 2).await;
-        bench.go_away(fault);
+        until("both calls wait", async || bench.locks.inspect("k").await.unwrap().waiters.len() == 2).await;
+        bench.make_unavailable(fault);
         waiters.push(waits(bench.locks.lock("k").wait(600 * SECOND)));
         bench.timed(bench.time.clock().sleep(60 * SECOND)).await;
-        assert!(waiters.iter().all(|waiter| !waiter.is_finished()), "{fault:?}: gave up before its limit");
+        assert!(waiters.iter().all(|waiter| !waiter.is_finished()), "{fault:?}: a waiter failed before its limit");
         bench.faults.clear();
         drop(held);
         for waiter in waiters {
@@ -96,7 +96,7 @@ async fn waiters_outlive_an_outage() {
 
 #[tokio::test]
 async fn opening_keeps_its_limit() {
-    for fault in AWAY {
+    for fault in OUTAGES {
         let time = VirtualClock::new();
         let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
         store.faults().always(Operation::OpenSession, fault);
@@ -109,9 +109,9 @@ async fn opening_keeps_its_limit() {
     }
 }
 
-/// Neither an error nor a drop blocks the one thread of this runtime.
+/// Neither a failed open nor a drop blocks the only thread of this runtime.
 #[tokio::test]
-async fn no_drop_blocks_the_executor() {
+async fn drop_never_blocks_the_executor() {
     for fails in [true, false] {
         let store = Faulty::new(Memory::new());
         if fails {
@@ -126,15 +126,15 @@ async fn no_drop_blocks_the_executor() {
     }
 }
 
-/// Runs a part of this file in a process with limits of its own.
-fn played(part: &str, program: &str, arguments: &[&str]) -> std::process::Output {
+/// Runs a part of this file in a child process with its own limits.
+fn run_part(part: &str, program: &str, arguments: &[&str]) -> std::process::Output {
     let me = std::env::current_exe().unwrap();
     let mut command = Command::new(program);
     command.args(arguments).arg(me).args(["--exact", &format!("limits::{part}"), "--ignored", "--nocapture"]);
     command.args(["--test-threads", "1"]).output().unwrap()
 }
 
-fn open_in_every_way() {
+fn open_async_and_blocking() {
     let folder = tempfile::tempdir().unwrap();
     let sqlite = format!("sqlite:{}", folder.path().join("locks").display());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -150,44 +150,44 @@ fn open_in_every_way() {
 }
 
 #[test]
-#[ignore = "a part that another test has played"]
+#[ignore = "a part that another test runs in a child process"]
 fn part_opens_without_threads() {
-    // As a user who has processes enough already: root has no such limit.
-    let refused = std::thread::Builder::new().spawn(|| {}).is_err();
-    assert!(refused, "the test is worth nothing: there are threads");
-    open_in_every_way();
+    // The parent runs this part as another user, because root has no limit on threads.
+    let has_failed = std::thread::Builder::new().spawn(|| {}).is_err();
+    assert!(has_failed, "a thread could be started, so the test proves nothing");
+    open_async_and_blocking();
 }
 
 #[test]
-#[ignore = "a part that another test has played"]
+#[ignore = "a part that another test runs in a child process"]
 fn part_opens_with_few_descriptors() {
-    open_in_every_way();
+    open_async_and_blocking();
 }
 
 #[test]
 fn opening_without_a_thread_is_an_error() {
     let user = ["--reuid", "54321", "--regid", "54321", "--clear-groups", "prlimit", "--nproc=1"];
     if !rustix::process::getuid().is_root() {
-        return eprintln!("NOT TESTED: a limit on threads: only root can become a user of its own");
+        return eprintln!("NOT TESTED: a limit on threads, because only root can switch to another user");
     }
-    // One thread is that of the test harness.
-    let output = played("part_opens_without_threads", "setpriv", &user);
-    let told = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(told.contains("no panic") && !told.contains("panicked"), "{told}");
+    // The limit leaves one thread, which the test harness uses.
+    let output = run_part("part_opens_without_threads", "setpriv", &user);
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(printed.contains("no panic") && !printed.contains("panicked"), "{printed}");
     assert!(
-        told.contains("async memory:: Err((Internal") && told.contains("blocking memory:: Err((Internal"),
-        "{told}"
+        printed.contains("async memory:: Err((Internal") && printed.contains("blocking memory:: Err((Internal"),
+        "{printed}"
     );
 }
 
 #[test]
-fn opening_with_few_descriptors_does_not_panic() {
-    let mut refused = 0;
+fn open_with_few_descriptors_never_panics() {
+    let mut failures = 0;
     for limit in 8..30 {
-        let output = played("part_opens_with_few_descriptors", "prlimit", &[&format!("--nofile={limit}")]);
-        let told = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-        assert!(told.contains("no panic") && !told.contains("panicked"), "{limit} descriptors: {told}");
-        refused += usize::from(told.contains("Err("));
+        let output = run_part("part_opens_with_few_descriptors", "prlimit", &[&format!("--nofile={limit}")]);
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert!(printed.contains("no panic") && !printed.contains("panicked"), "{limit} descriptors: {printed}");
+        failures += usize::from(printed.contains("Err("));
     }
-    assert!(refused > 0, "the test is worth nothing: there were descriptors");
+    assert!(failures > 0, "every open succeeded, so the test proves nothing");
 }

@@ -1,4 +1,4 @@
-//! The attribute `#[stanchion::locked]`.
+//! Tests the attribute `#[stanchion::locked]`.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
 use std::fmt::Display;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use stanchion::{ErrorKind, Fence, Locks, LossCause};
 
-/// An error of the user's.
+/// An error type of the user.
 #[derive(Debug)]
 enum Failure {
     Lock(stanchion::Error),
@@ -91,19 +91,19 @@ impl Service {
         Ok(())
     }
 
-    #[stanchion::locked(key = "term", max_hold = "2m")]
+    #[stanchion::locked(key = "limited", max_hold = "2m")]
     async fn longest(&self) -> OwnResult<Duration> {
-        Ok(self.locks.inspect("term").await?.holders[0].remaining.unwrap())
+        Ok(self.locks.inspect("limited").await?.holders[0].remaining.unwrap())
     }
 
-    #[stanchion::locked(key = "term", ttl = "3m", guard = guard)]
-    async fn term(&self) -> OwnResult<Duration> {
+    #[stanchion::locked(key = "limited", ttl = "3m", guard = guard)]
+    async fn fixed(&self) -> OwnResult<Duration> {
         Ok(guard.valid_for().unwrap())
     }
 
     #[stanchion::locked(key = "shared", read, try)]
     async fn read(&self) -> OwnResult<()> {
-        // Beside another reader, and not beside a writer.
+        // Another reader may enter, and a writer may not.
         self.read_inside().await?;
         assert_eq!(self.write().await.unwrap_err().kind(), Some(ErrorKind::Busy));
         Ok(())
@@ -137,22 +137,22 @@ impl Drop for SetOnDrop {
 }
 
 #[tokio::test]
-async fn the_key_is_made_of_the_arguments() {
+async fn key_is_formatted_from_arguments() {
     let service = Service::new().await;
     let request = Request { id: 42, tags: (7, "a") };
     assert_eq!(service.key_of(request).await.unwrap(), "files:42:a{}");
 }
 
 #[tokio::test]
-async fn the_body_runs_under_the_lock_and_knows_its_guard() {
+async fn body_runs_locked_and_sees_its_guard() {
     let service = Service::new().await;
     let (first, second) = (service.fence().await.unwrap(), service.fence().await.unwrap());
     assert!(second > first);
-    assert!(!service.locks.is_locked("k").await.unwrap(), "released when it returns");
+    assert!(!service.locks.is_locked("k").await.unwrap(), "the key is free when the call returns");
 }
 
 #[tokio::test]
-async fn what_the_body_returns_is_returned() {
+async fn result_of_the_body_is_returned() {
     let mut service = Service::new().await;
     assert_eq!(service.failing(true).await.unwrap_err().kind(), None);
     assert!(!service.locks.is_locked("k").await.unwrap());
@@ -160,13 +160,13 @@ async fn what_the_body_returns_is_returned() {
 }
 
 #[tokio::test]
-async fn a_lock_that_is_not_obtained_is_an_error() {
+async fn unavailable_lock_is_an_error() {
     let service = Service::new().await;
     let held = service.locks.lock("k").await.unwrap();
     assert_eq!(service.at_once().await.unwrap_err().kind(), Some(ErrorKind::Busy));
     assert_eq!(service.within().await.unwrap_err().kind(), Some(ErrorKind::Timeout));
     held.release().await.unwrap();
-    // Until the place of the one that waited is given up.
+    // Wait until the keeper has abandoned the waiter that timed out.
     service.locks.lock("k").wait(Duration::from_secs(30)).await.unwrap().release().await.unwrap();
     service.at_once().await.unwrap();
     service.within().await.unwrap();
@@ -184,14 +184,14 @@ async fn options_reach_the_request() {
     assert!(closed > Duration::from_secs(60) && closed <= Duration::from_secs(120), "{closed:?}");
     let longest = service.longest().await.unwrap();
     assert!(longest > Duration::from_secs(60) && longest <= Duration::from_secs(130), "{longest:?}");
-    let valid = service.term().await.unwrap();
+    let valid = service.fixed().await.unwrap();
     assert!(valid > Duration::from_secs(120) && valid <= Duration::from_secs(190), "{valid:?}");
     service.read().await.unwrap();
     service.write().await.unwrap();
 }
 
 #[tokio::test]
-async fn a_lost_lock_drops_the_body() {
+async fn lost_lock_drops_the_body() {
     let service = Service::new().await;
     let (entered, dropped) = (Arc::new(tokio::sync::Notify::new()), Arc::new(AtomicBool::new(false)));
     let force = async {
@@ -205,25 +205,25 @@ async fn a_lost_lock_drops_the_body() {
 }
 
 #[tokio::test]
-async fn a_dropped_call_releases() {
+async fn dropped_call_releases() {
     let service = Service::new().await;
     let entered = Arc::new(tokio::sync::Notify::new());
     tokio::select! {
         biased;
-        _ = service.work(entered.clone(), SetOnDrop(Arc::default())) => unreachable!("it never returns"),
+        _ = service.work(entered.clone(), SetOnDrop(Arc::default())) => unreachable!("the body never returns"),
         () = entered.notified() => {}
     }
-    // It waits for the keeper to release.
+    // This call waits until the keeper has released the key.
     service.locks.lock("k").wait(Duration::from_secs(30)).await.unwrap().release().await.unwrap();
 }
 
-// What functions may look like.
+// Functions of every shape that the attribute accepts.
 
 static LOCKS: OnceLock<Locks> = OnceLock::new();
 static LAZY: LazyLock<Locks> =
     LazyLock::new(|| stanchion::blocking::Locks::open("memory:").unwrap().as_async().clone());
 
-/// A handle in a static; a generic argument, a pattern, a `mut` argument, an unused one.
+/// Uses a handle in a static, and a generic, a destructured, a `mut` and an unused argument.
 #[stanchion::locked(key = "all:{name}:{left}", locks = LOCKS.get().unwrap())]
 #[must_use]
 pub(crate) async fn shapes<T, const N: usize>(
@@ -244,7 +244,7 @@ async fn opaque(name: impl Display + Send) -> Result<impl Display + Send, stanch
     Ok(format!("<{name}>"))
 }
 
-/// The argument `locks` is the handle; the result borrows.
+/// Uses the argument `locks` as the handle, and returns a borrow.
 #[stanchion::locked(key = key(text))]
 async fn borrowed<'a>(locks: &Locks, text: &'a str) -> OwnResult<&'a str> {
     text.split(':').next().ok_or(Failure::Own)
@@ -292,13 +292,13 @@ impl<T: Named> Named for (T, u8) {
     }
 }
 
-/// What the attribute makes can be spawned.
+/// Fails to compile unless the future is `Send`.
 fn is_send<T>(future: impl Future<Output = T> + Send) -> impl Future<Output = T> + Send {
     future
 }
 
 #[tokio::test]
-async fn functions_of_every_shape_keep_it() {
+async fn attribute_accepts_every_function_shape() {
     let locks = LOCKS.get_or_init(|| LAZY.clone());
     assert_eq!(is_send(shapes("n", (1, 2), [1, 2, 3], "")).await.unwrap(), ("n".to_owned(), 7));
     assert_eq!(is_send(opaque(5)).await.unwrap().to_string(), "<5>");

@@ -1,4 +1,4 @@
-//! The library's surface, on the stores that need no server.
+//! Tests the public API of the library on the stores that need no server.
 #![allow(
     clippy::disallowed_methods,
     clippy::expect_used,

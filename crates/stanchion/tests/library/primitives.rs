@@ -1,4 +1,4 @@
-//! What is made of locks, where things go wrong: late messages, long waits, many losses at once.
+//! Tests the primitives built on locks under faults: late messages, long outages, and many losses at once.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
 use std::collections::HashSet;
@@ -12,31 +12,31 @@ use stanchion::{Error, ErrorKind, Locks, OnLost, OnceGuard, OnceOutcome, RetryPo
 const SECOND: Duration = Duration::from_secs(1);
 
 #[tokio::test]
-async fn several_keys_that_are_not_all_had_close_none() {
+async fn failed_lock_all_starts_no_cooldown() {
     let locks = Locks::open("memory:").await.unwrap();
-    let _held = locks.lock("b").await.unwrap();
+    let held = locks.lock("b").await.unwrap();
     let request = || locks.lock_all(["a", "b"]).cooldown(60 * SECOND);
     assert!(request().try_acquire().await.unwrap().is_none());
-    let waits = request().wait(Duration::from_millis(20)).await.unwrap_err();
-    assert_eq!(waits.kind(), ErrorKind::Timeout);
+    let error = request().wait(Duration::from_millis(20)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Timeout);
     assert_eq!(request().wait(Duration::ZERO).await.unwrap_err().kind(), ErrorKind::Busy);
     drop(tokio::time::timeout(Duration::from_millis(20), request().into_future()).await);
-    until("it is free", async || !locks.is_locked("a").await.unwrap()).await;
-    assert_eq!(locks.inspect("a").await.unwrap().closed_for, None, "nothing was done under it");
-    drop(_held);
+    until("the first key is free", async || !locks.is_locked("a").await.unwrap()).await;
+    assert_eq!(locks.inspect("a").await.unwrap().closed_for, None, "a call that failed must not start a cooldown");
+    drop(held);
     drop(request().await.unwrap());
-    until("it is closed", async || locks.inspect("a").await.unwrap().closed_for.is_some()).await;
+    until("the first key is closed", async || locks.inspect("a").await.unwrap().closed_for.is_some()).await;
 }
 
 #[tokio::test]
-async fn the_first_of_several_keys_stays_while_the_last_is_waited_for() {
+async fn lock_all_keeps_first_key_while_waiting() {
     let time = VirtualClock::new();
     let store = Memory::with_clock(time.clock());
     let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
     let held = locks.lock("b").await.unwrap();
     let waiting = tokio::spawn(locks.lock_all(["a", "b"]).heartbeat_within(SECOND).into_future());
-    until("it waits", async || locks.inspect("b").await.unwrap().waiters.len() == 1).await;
-    // Nobody could give a sign of life of work that has not begun.
+    until("the call waits", async || locks.inspect("b").await.unwrap().waiters.len() == 1).await;
+    // The heartbeat limit does not count yet, because work that has not begun cannot send heartbeats.
     for _ in 0..50 {
         time.advance(SECOND / 10);
         tokio::time::sleep(Duration::from_millis(2)).await;
@@ -44,24 +44,24 @@ async fn the_first_of_several_keys_stays_while_the_last_is_waited_for() {
     held.release().await.unwrap();
     let guards = waiting.await.unwrap().unwrap();
     guards.check().unwrap();
-    // From now on it is the work's.
+    // From now on the work must send heartbeats.
     time.advance(SECOND * 2);
     assert!(guards.check().is_err());
 }
 
 #[tokio::test]
-async fn a_record_that_comes_late_is_not_the_last_run() {
+async fn late_record_is_not_the_last_run() {
     let memory = Memory::new();
     let slow = Faulty::new(memory.clone());
     let retry = RetryPolicy { attempts: 1, ..RetryPolicy::default() };
     let one = Locks::builder_with_store(slow.clone()).retry(retry).open().await.unwrap();
     let two = Locks::with_store(memory).await.unwrap();
     let ran = one.once("k").slot(5).run(async |_| {
-        // The record of this run is on its way for a while.
+        // The record of this run is delayed.
         slow.faults().next(Operation::Acquire, Fault::Hold);
         Ok::<_, Error>(())
     });
-    assert_eq!(ran.await.unwrap(), OnceOutcome::Ran(()), "it was run, recorded or not");
+    assert_eq!(ran.await.unwrap(), OnceOutcome::Ran(()), "the run counts even if its record is delayed");
     two.once("k").slot(6).run(async |_| Ok::<_, Error>(())).await.unwrap();
     assert_eq!(slow.faults().deliver().await, 1);
     assert_eq!(two.last_run("k").await.unwrap().unwrap().slot, Some(6));
@@ -70,7 +70,7 @@ async fn a_record_that_comes_late_is_not_the_last_run() {
 }
 
 #[tokio::test]
-async fn a_run_is_recorded_although_the_store_was_away_for_longer_than_a_question_may_be_on_its_way() {
+async fn run_is_recorded_after_long_outage() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
@@ -85,14 +85,14 @@ async fn a_run_is_recorded_although_the_store_was_away_for_longer_than_a_questio
             locks.once("k").run(body).await
         }
     });
-    until("the run is to be recorded", async || faults.count(Operation::Acquire) == 2).await;
+    until("the handle has sent the record", async || faults.count(Operation::Acquire) == 2).await;
     time.advance(6 * SECOND);
     assert_eq!(running.await.unwrap().unwrap(), OnceOutcome::Ran(()));
     assert!(locks.last_run("k").await.unwrap().is_some_and(|run| run.succeeded));
 }
 
 #[tokio::test]
-async fn many_losses_at_once_are_told_by_one_thread() {
+async fn one_thread_reports_many_losses() {
     let (sender, calls) = mpsc::channel();
     let hook = OnLost::hook(move |loss| sender.send((loss.fence, std::thread::current().id())).unwrap());
     let locks = Locks::builder("memory:").on_lost(hook).open().await.unwrap();
@@ -101,23 +101,23 @@ async fn many_losses_at_once_are_told_by_one_thread() {
         guards.push(locks.lock(format!("k{key}")).await.unwrap());
     }
     locks.close().await.unwrap();
-    let mut told = HashSet::new();
+    let mut reported = HashSet::new();
     let mut threads = HashSet::new();
     for _ in 0..500 {
         let (fence, thread) = calls.recv_timeout(30 * SECOND).unwrap();
-        told.insert(fence);
+        reported.insert(fence);
         threads.insert(thread);
     }
-    assert_eq!((told.len(), threads.len()), (500, 1));
+    assert_eq!((reported.len(), threads.len()), (500, 1));
 }
 
 #[tokio::test]
-async fn a_failed_run_of_a_later_slot_leaves_the_slots_that_were_done() {
+async fn failed_slot_keeps_finished_slots() {
     let locks = Locks::open("memory:").await.unwrap();
     let ran = async |slot, succeeds: bool| {
         let once = locks.once("k");
         let once = if let Some(slot) = slot { once.slot(slot) } else { once };
-        let fault = || Error::new(ErrorKind::Internal, "of the body");
+        let fault = || Error::new(ErrorKind::Internal, "error of the body");
         matches!(
             once.run(async |_| if succeeds { Ok(()) } else { Err(fault()) }).await,
             Ok(OnceOutcome::Ran(())) | Err(_)
@@ -126,12 +126,12 @@ async fn a_failed_run_of_a_later_slot_leaves_the_slots_that_were_done() {
     assert!(ran(Some(5), true).await);
     for _ in 0..3 {
         assert!(ran(Some(6), false).await);
-        assert!(!locks.last_run("k").await.unwrap().unwrap().succeeded, "the failure is seen");
+        assert!(!locks.last_run("k").await.unwrap().unwrap().succeeded, "the last run is the failed one");
         for done in [5, 4] {
-            assert!(!ran(Some(done), true).await, "slot {done} was done");
+            assert!(!ran(Some(done), true).await, "slot {done} ran again");
         }
     }
-    // Nor does one without a slot say anything of those that were done.
+    // A run without a slot does not reset the finished slots either.
     let before = locks.last_run("k").await.unwrap().unwrap().fence;
     assert!(ran(None, true).await && !ran(Some(5), true).await);
     assert!(locks.last_run("k").await.unwrap().unwrap().fence > before);
@@ -139,7 +139,7 @@ async fn a_failed_run_of_a_later_slot_leaves_the_slots_that_were_done() {
 }
 
 #[tokio::test]
-async fn a_leader_outlasts_a_store_that_is_away_for_longer_than_a_step_is_repeated() {
+async fn lead_retries_through_long_outage() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let millis = Duration::from_millis;
@@ -151,15 +151,18 @@ async fn a_leader_outlasts_a_store_that_is_away_for_longer_than_a_step_is_repeat
     };
     faults.always(Operation::Acquire, Fault::Fail(ErrorKind::Unavailable));
     let leads = lead();
-    until("it went on asking", async || leads.is_finished() || faults.count(Operation::Acquire) > 10).await;
+    until("the candidate keeps retrying", async || leads.is_finished() || faults.count(Operation::Acquire) > 10).await;
     faults.clear();
     assert!(leads.await.unwrap().unwrap());
-    // What does not pass ends it.
+    // A lasting error ends the campaign.
     faults.always(Operation::Acquire, Fault::Fail(ErrorKind::Unauthorized));
     assert_eq!(lead().await.unwrap().unwrap_err().kind(), ErrorKind::Unauthorized);
     faults.always(Operation::Acquire, Fault::Fail(ErrorKind::Unavailable));
     let (leads, before) = (lead(), faults.count(Operation::Acquire));
-    until("it goes on asking", async || leads.is_finished() || faults.count(Operation::Acquire) > before + 10).await;
+    until("the candidate keeps retrying", async || {
+        leads.is_finished() || faults.count(Operation::Acquire) > before + 10
+    })
+    .await;
     locks.drain("a test");
     assert_eq!(leads.await.unwrap().unwrap_err().kind(), ErrorKind::Draining);
 }

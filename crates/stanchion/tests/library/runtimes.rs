@@ -1,4 +1,4 @@
-//! Whatever drives the futures: a runtime of any kind, several of them, or none at all.
+//! Tests the library on any runtime, on several runtimes, and without a runtime.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
 use std::future::Future;
@@ -17,7 +17,7 @@ impl Wake for Unpark {
     }
 }
 
-/// The smallest executor there is: the calling thread.
+/// Runs a future on the calling thread, without a runtime.
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     let waker = Arc::new(Unpark(std::thread::current())).into();
     let mut context = Context::from_waker(&waker);
@@ -30,16 +30,16 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-fn until(what: &str, mut so: impl FnMut() -> bool) {
+fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
-    while !so() {
-        assert!(start.elapsed() < Duration::from_secs(30), "never: {what}");
+    while !condition() {
+        assert!(start.elapsed() < Duration::from_secs(30), "timed out while waiting until {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
 #[test]
-fn everything_works_without_any_runtime() {
+fn locks_work_without_any_runtime() {
     let locks = block_on(Locks::open("memory:")).unwrap();
     let guard = block_on(locks.lock("k").ttl(Duration::from_secs(60)).into_future()).unwrap();
     let limit = Duration::from_millis(20);
@@ -49,34 +49,34 @@ fn everything_works_without_any_runtime() {
         let locks = locks.clone();
         move || block_on(locks.lock("k").run(async |guard| guard.is_held())).unwrap()
     });
-    until("it waits", || block_on(locks.inspect("k")).unwrap().waiters.len() == 1);
+    until("the call waits", || block_on(locks.inspect("k")).unwrap().waiters.len() == 1);
     drop(guard);
     assert!(waiter.join().unwrap());
     block_on(locks.close()).unwrap();
 }
 
 #[test]
-fn a_handle_serves_several_runtimes_and_outlives_each() {
+fn handle_outlives_the_runtimes_it_serves() {
     let first = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let locks = first.block_on(Locks::open("memory:")).unwrap();
     let guard = first.block_on(locks.lock("k").into_future()).unwrap();
     let second = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
     let waiting = second.spawn(locks.lock("k").into_future());
-    until("it waits", || block_on(locks.inspect("k")).unwrap().waiters.len() == 1);
+    until("the call waits", || block_on(locks.inspect("k")).unwrap().waiters.len() == 1);
     first.shutdown_background();
     drop(guard);
     let guard = second.block_on(waiting).unwrap().unwrap();
     assert!(guard.is_held());
-    // A runtime that ends drops its tasks: what they waited for is cleaned up.
-    let _never_ends = second.spawn(locks.lock("k").into_future());
-    until("it waits", || block_on(locks.inspect("k")).unwrap().waiters.len() == 1);
+    // A runtime that ends drops its tasks, and the handle abandons their requests.
+    drop(second.spawn(locks.lock("k").into_future())); // the detached task waits until its runtime ends
+    until("the call waits", || block_on(locks.inspect("k")).unwrap().waiters.len() == 1);
     second.shutdown_background();
-    until("its place is given up", || block_on(locks.inspect("k")).unwrap().waiters.is_empty());
+    until("the queue is empty", || block_on(locks.inspect("k")).unwrap().waiters.is_empty());
     assert!(guard.is_held());
 }
 
 #[test]
-fn a_guard_dropped_while_unwinding_releases() {
+fn guard_dropped_in_unwinding_releases() {
     let locks = block_on(Locks::open("memory:")).unwrap();
     let panicked = std::thread::spawn({
         let locks = locks.clone();
@@ -86,24 +86,24 @@ fn a_guard_dropped_while_unwinding_releases() {
         }
     });
     assert!(panicked.join().is_err());
-    until("released", || !block_on(locks.is_locked("k")).unwrap());
+    until("the key is free", || !block_on(locks.is_locked("k")).unwrap());
 }
 
 #[test]
-fn the_last_drop_ends_the_session() {
+fn last_drop_ends_the_session() {
     let store = stanchion::store::Memory::new();
     let watch = block_on(Locks::with_store(store.clone())).unwrap();
     let locks = block_on(Locks::with_store(store)).unwrap();
     let guard = block_on(locks.lock("k").into_future()).unwrap();
     drop(locks);
-    assert!(guard.is_held(), "a guard keeps the session");
+    assert!(guard.is_held(), "a guard keeps the session alive");
     assert!(block_on(watch.is_locked("k")).unwrap());
     drop(guard);
-    assert!(!block_on(watch.is_locked("k")).unwrap(), "released when the drop returns");
+    assert!(!block_on(watch.is_locked("k")).unwrap(), "the drop returned before the key was free");
 }
 
 #[test]
-fn opening_and_closing_leaves_no_thread() {
+fn open_and_close_leave_no_thread() {
     let threads = || std::fs::read_dir("/proc/self/task").map(Iterator::count).unwrap_or(0);
     for _ in 0..3 {
         block_on(async { Locks::open("memory:").await.unwrap().close().await.unwrap() });
@@ -112,12 +112,12 @@ fn opening_and_closing_leaves_no_thread() {
     for _ in 0..50 {
         block_on(async { Locks::open("memory:").await.unwrap().close().await.unwrap() });
     }
-    // Other tests of this file run beside it, with threads of their own.
+    // Other tests run at the same time and have their own threads, so the count is not exact.
     until("the threads have ended", || threads() < before + 20);
 }
 
 #[test]
-fn bad_urls_and_settings_are_refused_with_what_would_be_right() {
+fn invalid_settings_are_rejected_with_a_hint() {
     let no_project = match cfg!(feature = "firestore") {
         true => (ErrorKind::InvalidArgument, "project"),
         false => (ErrorKind::Unsupported, "this build"),

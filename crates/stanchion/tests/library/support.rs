@@ -1,15 +1,15 @@
-//! What several tests share.
+//! Provides helpers that several test modules share.
 
 use std::time::{Duration, Instant};
 
-/// How long a condition may take to come true before a test fails.
+/// Time after which a condition that has not come true fails the test.
 const GENEROUS: Duration = Duration::from_secs(30);
 
-/// Waits until something is so, generously.
-pub(crate) async fn until(what: &str, mut so: impl AsyncFnMut() -> bool) {
+/// Waits until a condition is true. Fails the test with `what`, a description of the condition, after 30 seconds.
+pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let start = Instant::now();
-    while !so().await {
-        assert!(start.elapsed() < GENEROUS, "never: {what}");
+    while !condition().await {
+        assert!(start.elapsed() < GENEROUS, "timed out while waiting until {what}");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }

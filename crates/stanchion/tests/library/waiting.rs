@@ -1,4 +1,4 @@
-//! Many calls that wait, and what they ask the store for meanwhile.
+//! Tests the polls of waiting calls, and calls that wait while polls or pushes fail.
 #![allow(
     clippy::disallowed_methods,
     clippy::unwrap_used,
@@ -36,13 +36,13 @@ async fn waiters_of_a_key_share_its_polls() {
             tokio::spawn(async move { locks.lock("k").await.unwrap().release().await.unwrap() })
         })
         .collect();
-    until("all wait", async || holder.inspect("k").await.unwrap().waiters.len() == WAITERS).await;
+    until("all calls wait", async || holder.inspect("k").await.unwrap().waiters.len() == WAITERS).await;
     for _ in 0..100 {
         time.advance(Duration::from_millis(50));
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    until("it is polled", async || polls.load(Ordering::Relaxed) > 0).await;
-    // One a second. A slow machine makes them fewer, never more.
+    until("the key is polled", async || polls.load(Ordering::Relaxed) > 0).await;
+    // The handle polls once per second. A slow machine makes fewer polls, never more.
     let polled = polls.load(Ordering::Relaxed);
     assert!(polled <= 10, "{polled} polls in five seconds");
     drop(held);
@@ -52,7 +52,7 @@ async fn waiters_of_a_key_share_its_polls() {
 }
 
 #[tokio::test]
-async fn lost_pushes_of_many_waiters_cost_time_only() {
+async fn lost_pushes_only_cost_waiters_time() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
@@ -64,15 +64,16 @@ async fn lost_pushes_of_many_waiters_cost_time_only() {
             let locks = locks.clone();
             tokio::spawn(async move {
                 let request = locks.lock("k");
-                // A pushed grant of a fixed term is confirmed by a poll; here the poll is all there is.
+                // A handle confirms the pushed grant of a fixed hold by a poll. Without pushes the poll finds the
+                // grant.
                 let request = if number % 2 == 0 { request.ttl(Duration::from_secs(60)) } else { request };
                 request.await.unwrap().release().await.unwrap()
             })
         })
         .collect();
-    until("all wait", async || locks.inspect("k").await.unwrap().waiters.len() == 5).await;
+    until("all calls wait", async || locks.inspect("k").await.unwrap().waiters.len() == 5).await;
     drop(held);
-    until("all were served", async || {
+    until("all calls have returned", async || {
         time.advance(Duration::from_millis(50));
         waiting.iter().all(tokio::task::JoinHandle::is_finished)
     })
@@ -83,7 +84,7 @@ async fn lost_pushes_of_many_waiters_cost_time_only() {
 }
 
 #[tokio::test]
-async fn panicking_poll_fails_the_call_alone() {
+async fn panicking_poll_fails_only_its_call() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
@@ -94,19 +95,19 @@ async fn panicking_poll_fails_the_call_alone() {
         let locks = locks.clone();
         async move { locks.lock("k").await.map(drop) }
     });
-    until("it has failed", async || {
+    until("the call has failed", async || {
         time.advance(Duration::from_millis(20));
         waiting.is_finished()
     })
     .await;
     assert_eq!(waiting.await.unwrap().unwrap_err().kind(), ErrorKind::Internal);
     assert!(held.is_held());
-    until("nobody waits", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
+    until("the queue is empty", async || locks.inspect("k").await.unwrap().waiters.is_empty()).await;
     held.release().await.unwrap();
 }
 
 #[tokio::test]
-async fn silent_polls_are_the_reason_at_the_limit() {
+async fn wait_limit_reports_unanswered_polls() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
@@ -117,7 +118,7 @@ async fn silent_polls_are_the_reason_at_the_limit() {
         let locks = locks.clone();
         async move { locks.lock("k").wait(Duration::from_secs(3)).await.map(drop) }
     });
-    until("the limit has come", async || {
+    until("the wait limit has expired", async || {
         time.advance(Duration::from_millis(20));
         waiting.is_finished()
     })

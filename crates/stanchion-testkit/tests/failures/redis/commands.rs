@@ -23,20 +23,20 @@ stanchion_testkit::for_every_case!(table);
 
 /// Contains one case for each kind of operation. `suite_full` runs whole suites for the most likely rejections.
 const CHOSEN: &[&str] = &[
-    "opening_a_session_again_is_the_same_session",
-    "a_dead_holder_is_followed_by_the_next_who_asks",
-    "closing_a_session_hands_its_keys_on",
-    "others_see_whether_a_session_lives",
-    "a_free_key_is_granted_and_released",
-    "of_two_who_adopt_one_gets_it",
-    "extending_counts_from_now_keeps_the_fence_and_may_shorten",
-    "a_hand_off_is_found_by_asking_alone",
-    "a_release_hands_the_key_to_the_head_and_tells_it_alone",
-    "a_semaphore_admits_its_capacity_and_no_more",
-    "a_forced_release_is_told_by_push_and_by_every_beat",
-    "listing_goes_by_prefix_and_page",
-    "a_lock_waits_for_the_one_before_it",
-    "waiters_in_threads_never_overlap_and_leave_nothing",
+    "reopening_keeps_the_session",
+    "next_waiter_replaces_dead_holder",
+    "closing_session_hands_off_its_keys",
+    "other_clients_see_session_liveness",
+    "free_key_is_granted_and_released",
+    "concurrent_adopt_has_one_winner",
+    "extend_sets_deadline_and_keeps_fence",
+    "poll_finds_handoff_without_push",
+    "release_grants_and_notifies_only_the_head",
+    "semaphore_never_exceeds_capacity",
+    "force_release_is_pushed_and_in_renewals",
+    "list_selects_by_prefix_and_page",
+    "lock_waits_for_earlier_holder",
+    "waiting_threads_never_overlap",
 ];
 
 const REJECTED: &[&str] = &[
