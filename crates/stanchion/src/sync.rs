@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Locks a mutex, even if a thread panicked while it held the mutex.
 ///
-/// The crate leaves the data behind a mutex valid after each statement, so a panic elsewhere must not end all other calls.
+/// No code of the crate leaves the data behind a mutex half changed, so a panic in one call need not fail all others.
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -175,7 +175,8 @@ impl Demand {
             return Err(Error::new(
                 ErrorKind::InvalidArgument,
                 format!(
-                    "{units} units of a capacity of {capacity}: units must be 1 or more and at most the capacity, which is at most {}",
+                    "{units} units of a capacity of {capacity} are invalid: the units must be between 1 and the \
+                     capacity, and the capacity at most {}",
                     Self::MAX
                 ),
             ));

@@ -31,6 +31,7 @@ pub(super) struct Session {
     pub(super) expires: StoreTime,
 }
 
+/// The record of a key that has a hold, a waiter or a running cooldown.
 #[derive(Debug)]
 pub(super) struct Record {
     pub(super) key: Key,
@@ -74,6 +75,7 @@ impl Record {
         shared.map(Demand::capacity).min()
     }
 
+    /// Returns whether the key is open and has room for a demand.
     pub(super) fn fits(&self, demand: Demand, now: StoreTime) -> bool {
         let open = self.closed_until.is_none_or(|until| until <= now);
         open && demand.fits(self.holds.iter().map(|hold| hold.demand))
@@ -107,6 +109,7 @@ impl Transaction<'_> {
         self.state.sessions.get(&session).is_some_and(|session| session.expires > self.now)
     }
 
+    /// Ends a session. Its holds and waiters go when their keys are reconciled.
     pub(super) fn end_session(&mut self, session: SessionId) {
         self.state.pushes.remove(&session);
         if let Some(ended) = self.state.sessions.remove(&session) {
@@ -131,6 +134,7 @@ impl Transaction<'_> {
         record
     }
 
+    /// Reconciles a record, and puts it back unless the key is idle.
     pub(super) fn put(&mut self, mut record: Record) {
         self.reconcile(&mut record);
         if record.holds.is_empty() && record.queue.is_empty() && record.closed_until.is_none() {
@@ -172,6 +176,7 @@ impl Transaction<'_> {
         Fence::next(record.last, self.wall_micros)
     }
 
+    /// Turns a waiter into a hold.
     fn grant(&self, record: &mut Record, waiter: Waiter, fence: Fence) -> Granted {
         record.last = Some(fence);
         let hold = Hold {
@@ -204,6 +209,7 @@ impl Transaction<'_> {
         deadlines.chain(sessions).chain(record.closed_until).min().map(|at| at.since(self.now))
     }
 
+    /// Returns the place of a token in the queue.
     pub(super) fn queued(&self, record: &Record, token: TokenId) -> Option<Queued> {
         let ahead = record.queue.iter().position(|waiter| waiter.token == token)?;
         let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
@@ -295,6 +301,7 @@ impl Transaction<'_> {
         outcome
     }
 
+    /// Returns the state of a key, as callers see it.
     pub(super) fn state_of(&self, record: &Record) -> KeyState {
         KeyState {
             key: record.key.clone(),
@@ -367,7 +374,7 @@ mod tests {
         assert_eq!(store.force_release(force).await.unwrap().outcome, ForceReleaseOutcome::Released);
         assert_eq!(store.poll(&key, &[held]).await.unwrap().outcome, [PollOutcome::Gone]);
         assert_eq!(store.poll(&key, &[waiting]).await.unwrap().outcome, [PollOutcome::Gone]);
-        let refused = store.acquire(request()).await.unwrap_err();
-        assert!(refused.to_string().contains("the highest number there is"), "{refused}");
+        let error = store.acquire(request()).await.unwrap_err();
+        assert!(error.to_string().contains("the highest number there is"), "{error}");
     }
 }
