@@ -156,9 +156,9 @@ impl Tx<'_> {
         let (mut holders, mut waiters): (Vec<HolderState>, Vec<WaiterState>) = (Vec::new(), Vec::new());
         if row.holders > 0 {
             let mut statement = self.db.prepare_cached(
-                "SELECT fence, ifnull(holds.owner, ifnull(sessions.owner, '')), units, session_bound, granted, granted_wall,
-                     deadline, metadata, trace, holds.session, capacity FROM holds LEFT JOIN sessions ON sessions.id = holds.session
-                 WHERE key_id = ?1 ORDER BY fence",
+                "SELECT fence, ifnull(holds.owner, ifnull(sessions.owner, '')), units, session_bound, granted,
+                     granted_wall, deadline, metadata, trace, holds.session, capacity
+                 FROM holds LEFT JOIN sessions ON sessions.id = holds.session WHERE key_id = ?1 ORDER BY fence",
             )?;
             let mut found = statement.query([row.id])?;
             while let Some(hold) = found.next()? {

@@ -153,8 +153,8 @@ impl Tx<'_> {
             lifetime: request.lifetime.into(),
         };
         self.execute(
-            "INSERT INTO waiters (key_id, token, session, units, capacity, session_bound, term, entered, metadata, trace)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
+            "INSERT INTO waiters (key_id, token, session, units, capacity, session_bound, term, entered, metadata,
+                 trace) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
             params![
                 row.id,
                 waiter.token.as_bytes(),
