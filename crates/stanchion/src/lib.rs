@@ -52,6 +52,7 @@ mod request;
 mod retry;
 mod shared;
 pub mod store;
+mod sync;
 mod telemetry;
 mod thread;
 mod token;

@@ -1,11 +1,12 @@
-//! A child that was forked without exec: it must not use the parent's handle, and does no harm with its copies.
+//! Tests a child that is forked without exec: it cannot use the parent's handle, and dropping its copies releases
+//! nothing.
 #![allow(unsafe_code, reason = "fork has no safe form")]
 #![allow(clippy::unwrap_used, reason = "tests may panic")]
 
 use stanchion::{ErrorKind, Locks};
 
 #[test]
-fn a_forked_child_is_told_so_and_releases_nothing() {
+fn forked_child_is_rejected_and_releases_nothing() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let (locks, guard, detached) = runtime.block_on(async {
         let locks = Locks::open("memory:").await.unwrap();
@@ -18,7 +19,7 @@ fn a_forked_child_is_told_so_and_releases_nothing() {
     if child == 0 {
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
         let mut request = Box::pin(locks.try_lock("other"));
-        let refused = match request.as_mut().poll(&mut context) {
+        let is_rejected = match request.as_mut().poll(&mut context) {
             std::task::Poll::Ready(Err(error)) => error.kind() == ErrorKind::Unsupported,
             _ => false,
         };
@@ -27,16 +28,16 @@ fn a_forked_child_is_told_so_and_releases_nothing() {
             && guard.check().is_err_and(|error| error.kind() == ErrorKind::Unsupported)
             && guard.heartbeat().is_err_and(|error| error.kind() == ErrorKind::Unsupported)
             && guard.remaining() == Some(std::time::Duration::ZERO);
-        // Whoever took that up would hold what the parent believes it holds.
-        let nobodys = detached.detach().id().as_bytes() == &[0; 16];
+        // The detached token is invalid, because adopting it would take the hold from the parent.
+        let is_invalid = detached.detach().id().as_bytes() == &[0; 16];
         drop((guard, locks));
         // SAFETY: ends the child without the parent's exit handlers.
-        unsafe { libc::_exit(if refused && nobodys && holds_nothing { 0 } else { 1 }) }
+        unsafe { libc::_exit(if is_rejected && is_invalid && holds_nothing { 0 } else { 1 }) }
     }
     let mut status = 0;
-    // SAFETY: waits for the child just made.
+    // SAFETY: waits for the child that was just forked.
     let waited = unsafe { libc::waitpid(child, &mut status, 0) };
-    assert_eq!((waited, status), (child, 0), "the child was refused, and ended at once");
+    assert_eq!((waited, status), (child, 0), "the child was rejected, and exited at once");
     assert!(guard.is_held() && detached.is_held());
     assert!(runtime.block_on(locks.is_locked("k")).unwrap());
 }

@@ -1,4 +1,4 @@
-//! What a handle costs while nothing happens: alone in its process, because it measures that.
+//! Measures the processor time of idle handles. The test is alone in its binary, because it measures its whole process.
 #![cfg(target_os = "linux")]
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "a test waits on the real clock, and may panic")]
 
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use stanchion::{Event, Locks};
 
-/// The processor time of this process so far, in hundredths of a second.
+/// Returns the processor time that this process has used, in hundredths of a second.
 fn ticks() -> u64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
     let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
@@ -15,7 +15,7 @@ fn ticks() -> u64 {
 
 #[tokio::test]
 async fn holders_and_waiters_sleep() {
-    #[cfg_attr(not(feature = "sqlite"), allow(unused_mut, reason = "another store is added to it"))]
+    #[cfg_attr(not(feature = "sqlite"), allow(unused_mut, reason = "with the sqlite feature the test adds a handle"))]
     let mut handles = vec![Locks::open("memory:").await.unwrap()];
     #[cfg(feature = "sqlite")]
     let folder = tempfile::tempdir().unwrap();
@@ -33,7 +33,7 @@ async fn holders_and_waiters_sleep() {
     let before = ticks();
     tokio::time::sleep(Duration::from_secs(3)).await;
     let used = ticks() - before;
-    // A thread that spins uses 300.
-    assert!(used < 60, "{used} hundredths of a second in three seconds of doing nothing");
+    // A spinning thread would use 300 hundredths.
+    assert!(used < 60, "idle handles used {used} hundredths of a second in three seconds");
     assert!(guards.iter().all(stanchion::Guard::is_held));
 }

@@ -136,7 +136,10 @@ fn unwritable_folder_is_not_permitted() {
     let out = command.output().unwrap();
     let said = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.code(), Some(77), "{said}");
-    assert!(said.starts_with("stanchion: ") && said.contains("no right to use") && said.lines().count() == 1, "{said}");
+    assert!(
+        said.starts_with("stanchion: ") && said.contains("no permission to use") && said.lines().count() == 1,
+        "{said}"
+    );
     nothing_is_left(&world);
     for path in [state, world.path(".")] {
         std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();

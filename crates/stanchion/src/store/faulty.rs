@@ -1,10 +1,10 @@
-//! A store that fails on purpose: for tests of what depends on a store.
+//! Wraps a store and injects faults, for tests of code that uses a store.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -12,8 +12,9 @@ use async_trait::async_trait;
 use super::*;
 use crate::clock::{Clock, VirtualClock};
 use crate::error::{Error, ErrorKind};
+use crate::sync::lock;
 
-/// One of the steps of a [`Store`].
+/// The name of an operation of a [`Store`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 #[allow(missing_docs, reason = "each is the store's method of that name")]
@@ -34,7 +35,7 @@ pub enum Operation {
 }
 
 impl Operation {
-    /// Every step.
+    /// Every operation.
     pub const ALL: &[Self] = &[
         Self::OpenSession,
         Self::RenewSession,
@@ -51,7 +52,7 @@ impl Operation {
         Self::List,
     ];
 
-    /// Its name, in lower case with underscores: as logs and metrics have it.
+    /// Returns the name of the operation in lower case with underscores, as in logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::OpenSession => "open_session",
@@ -71,32 +72,32 @@ impl Operation {
     }
 }
 
-/// What goes wrong with a step.
+/// A fault of one operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Fault {
-    /// The request is lost; the caller sees a network timeout.
+    /// The store never gets the request, and the caller gets a network timeout.
     LoseRequest,
-    /// The step is done and its answer is lost; the caller sees a network timeout.
+    /// The store executes the operation, but the caller gets a network timeout instead of the reply.
     LoseReply,
-    /// The step is done this much later.
+    /// The store executes the operation this much later.
     Delay(Duration),
-    /// The step is done at once and its answer comes this much later.
+    /// The store executes the operation at once, and the caller gets the reply this much later.
     DelayReply(Duration),
-    /// The step is done twice.
+    /// The store executes the operation twice.
     Repeat,
-    /// The caller sees a network timeout; the step is done when [`Faults::deliver`] is called.
+    /// The caller gets a network timeout, and the store executes the operation when the test calls [`Faults::deliver`].
     Hold,
-    /// The step is done, and once more when [`Faults::deliver`] is called. No transport may do this to an `acquire` that
-    /// it has answered: see rule 7 of [`store`](crate::store).
+    /// The store executes the operation at once, and again when the test calls [`Faults::deliver`]. No transport may do
+    /// this to an `acquire` whose reply the caller has: see rule 7 of [`store`](crate::store).
     RepeatLater,
-    /// The step is not done; the caller sees this error.
+    /// The caller gets this error, and the store does not execute the operation.
     Fail(ErrorKind),
-    /// The step panics, as a defect of a store would.
+    /// The operation panics, as a defective store would.
     Panic,
 }
 
-/// Wraps a store and makes its steps fail as [`Faults`] says.
+/// Wraps a store and makes its operations fail as [`Faults`] configures.
 ///
 /// ```
 /// use stanchion::{Locks, store::{Fault, Faulty, Memory, Operation}};
@@ -106,7 +107,7 @@ pub enum Fault {
 /// let faults = store.faults();
 /// let locks = Locks::with_store(store).await?;
 /// faults.next(Operation::Acquire, Fault::LoseReply);
-/// // The answer was lost, the library asks again with the same token, and gets the same grant.
+/// // The reply was lost, so the library retries with the same token and gets the same grant.
 /// let guard = locks.lock("job").await?;
 /// assert!(guard.is_held());
 /// # Ok::<(), stanchion::Error>(()) }).unwrap();
@@ -118,12 +119,12 @@ pub struct Faulty<S> {
 }
 
 impl<S: Store> Faulty<S> {
-    /// A store that fails only when told to. Delays are on the machine's clock.
+    /// Wraps a store, which then fails only as [`Faults`] configures. Delays use the system clock.
     pub fn new(store: S) -> Self {
         Self::with_delays(store, None)
     }
 
-    /// The same with delays on this virtual clock.
+    /// Wraps a store as [`new`](Self::new) does, with delays on a virtual clock.
     pub fn with_clock(store: S, time: &VirtualClock) -> Self {
         Self::with_delays(store, Some(time.clock()))
     }
@@ -133,19 +134,19 @@ impl<S: Store> Faulty<S> {
         Self { inner: Arc::new(store), faults: Faults(Arc::new(plan)) }
     }
 
-    /// The handle that says what fails.
+    /// Returns the handle that configures the faults.
     pub fn faults(&self) -> Faults {
         self.faults.clone()
     }
 }
 
-/// Says what fails in a [`Faulty`] store. Clones share it.
+/// Configures the faults of a [`Faulty`] store. Clones share one configuration.
 #[derive(Clone, Debug)]
 pub struct Faults(Arc<Plan>);
 
 #[derive(Debug)]
 struct Plan {
-    /// `None`: the machine's, which nobody drives here.
+    /// `None` means the system clock, whose timers no keeper thread drives here.
     clock: Option<Clock>,
     script: Mutex<Script>,
     lose_pushes: Arc<AtomicBool>,
@@ -159,7 +160,7 @@ struct Script {
     always: HashMap<Operation, Fault>,
     random: Option<Random>,
     held: Vec<Held>,
-    done: HashMap<Operation, u64>,
+    calls: HashMap<Operation, u64>,
     fired: HashMap<(Operation, Fault), u64>,
 }
 
@@ -169,7 +170,7 @@ impl fmt::Debug for Script {
     }
 }
 
-/// A small generator, so that a seed replays a run. The quality of its numbers does not matter.
+/// A small random number generator, so that a seed replays a run. The quality of its numbers does not matter.
 struct Random {
     state: u64,
     per_mille: u32,
@@ -187,27 +188,27 @@ impl Random {
 }
 
 impl Faults {
-    /// The next time this step is asked for, this happens. Several are used up in order.
-    pub fn next(&self, step: Operation, fault: Fault) {
-        self.script().once.entry(step).or_default().push_back(fault);
+    /// Injects a fault into the next call of this operation. Several faults are used one call each, in order.
+    pub fn next(&self, operation: Operation, fault: Fault) {
+        self.script().once.entry(operation).or_default().push_back(fault);
     }
 
-    /// Whenever this step is asked for, this happens, until [`clear`](Faults::clear).
-    pub fn always(&self, step: Operation, fault: Fault) {
-        self.script().always.insert(step, fault);
+    /// Injects a fault into every call of this operation until [`clear`](Faults::clear).
+    pub fn always(&self, operation: Operation, fault: Fault) {
+        self.script().always.insert(operation, fault);
     }
 
-    /// Of 1,000 steps about `per_mille` meet one of these faults. The seed replays the choice.
+    /// Injects one of these faults into about `per_mille` of 1,000 calls. The same seed replays the same choices.
     pub fn randomly(&self, seed: u64, per_mille: u32, faults: &[Fault]) {
         self.script().random = Some(Random { state: seed, per_mille, faults: faults.to_vec() });
     }
 
-    /// Loses every push while set.
+    /// Drops every push while `lose` is set.
     pub fn lose_pushes(&self, lose: bool) {
         self.0.lose_pushes.store(lose, Ordering::SeqCst);
     }
 
-    /// From now on nothing fails. What is held stays held.
+    /// Removes all faults. Operations that [`Fault::Hold`] holds back stay held back.
     pub fn clear(&self) {
         let mut script = self.script();
         script.once.clear();
@@ -216,40 +217,40 @@ impl Faults {
         self.0.lose_pushes.store(false, Ordering::SeqCst);
     }
 
-    /// Delivers what was held back, in the order in which it was asked for. Tells how many.
+    /// Executes the operations that were held back, in the order of their calls, and returns their number.
     pub async fn deliver(&self) -> usize {
         let held = std::mem::take(&mut self.script().held);
         let count = held.len();
-        for step in held {
-            step.await;
+        for operation in held {
+            operation.await;
         }
         count
     }
 
-    /// How many steps are held back.
+    /// Returns the number of operations that are held back.
     pub fn held(&self) -> usize {
         self.script().held.len()
     }
 
-    /// How often this step was asked for.
-    pub fn count(&self, step: Operation) -> u64 {
-        self.script().done.get(&step).copied().unwrap_or(0)
+    /// Returns the number of calls of this operation.
+    pub fn count(&self, operation: Operation) -> u64 {
+        self.script().calls.get(&operation).copied().unwrap_or(0)
     }
 
-    /// How often each fault happened.
+    /// Returns how often each fault happened.
     pub fn fired(&self) -> HashMap<(Operation, Fault), u64> {
         self.script().fired.clone()
     }
 
     fn script(&self) -> MutexGuard<'_, Script> {
-        self.0.script.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.script)
     }
 
-    fn choose(&self, step: Operation) -> Option<Fault> {
+    fn choose(&self, operation: Operation) -> Option<Fault> {
         let mut script = self.script();
-        *script.done.entry(step).or_default() += 1;
-        let once = script.once.get_mut(&step).and_then(VecDeque::pop_front);
-        let fault = once.or_else(|| script.always.get(&step).copied()).or_else(|| {
+        *script.calls.entry(operation).or_default() += 1;
+        let once = script.once.get_mut(&operation).and_then(VecDeque::pop_front);
+        let fault = once.or_else(|| script.always.get(&operation).copied()).or_else(|| {
             let random = script.random.as_mut()?;
             if random.number() % 1_000 >= u64::from(random.per_mille) || random.faults.is_empty() {
                 return None;
@@ -257,47 +258,47 @@ impl Faults {
             let at = random.number() % random.faults.len() as u64;
             random.faults.get(usize::try_from(at).unwrap_or(0)).copied()
         })?;
-        *script.fired.entry((step, fault)).or_default() += 1;
+        *script.fired.entry((operation, fault)).or_default() += 1;
         Some(fault)
     }
 
-    /// Does a step with the fault that is due. `again` makes the step's future.
-    async fn meet<T, F, A>(&self, step: Operation, again: A) -> Result<T>
+    /// Executes an operation with the fault that is due. Each call of `run` creates a future of the operation.
+    async fn execute<T, F, A>(&self, operation: Operation, run: A) -> Result<T>
     where
         A: Fn() -> F + Send + Sync,
         F: Future<Output = Result<T>> + Send + 'static,
         T: Send,
     {
-        let timed_out = || Error::new(ErrorKind::NetworkTimeout, "no answer came (a fault of the test)");
-        match self.choose(step) {
-            None => again().await,
+        let timed_out = || Error::new(ErrorKind::NetworkTimeout, "no reply arrived (injected fault)");
+        match self.choose(operation) {
+            None => run().await,
             Some(Fault::LoseRequest) => Err(timed_out()),
-            Some(Fault::LoseReply) => again().await.and_then(|_| Err(timed_out())),
+            Some(Fault::LoseReply) => run().await.and_then(|_| Err(timed_out())),
             Some(Fault::Delay(span)) => {
                 self.sleep(span).await;
-                again().await
+                run().await
             }
             Some(Fault::DelayReply(span)) => {
-                let reply = again().await;
+                let reply = run().await;
                 self.sleep(span).await;
                 reply
             }
             Some(Fault::Repeat) => {
-                let first = again().await;
-                let _the_first_counts = again().await;
+                let first = run().await;
+                let _ = run().await; // the caller gets the first reply
                 first
             }
             Some(Fault::Hold) => {
-                self.hold(again());
+                self.hold(run());
                 Err(timed_out())
             }
             Some(Fault::RepeatLater) => {
-                self.hold(again());
-                again().await
+                self.hold(run());
+                run().await
             }
-            #[allow(clippy::panic, reason = "what was asked for")]
-            Some(Fault::Panic) => panic!("a fault of the test"),
-            Some(Fault::Fail(kind)) => Err(Error::new(kind, "a fault of the test").in_doubt(false)),
+            #[allow(clippy::panic, reason = "the test asked for a panic")]
+            Some(Fault::Panic) => panic!("injected fault"),
+            Some(Fault::Fail(kind)) => Err(Error::new(kind, "injected fault").in_doubt(false)),
         }
     }
 
@@ -310,12 +311,12 @@ impl Faults {
             std::thread::sleep(span);
             drop(wake);
         });
-        let _the_time_is_over = woken.await;
+        let _ = woken.await; // an error: the thread drops the sender when the time has passed
     }
 
-    fn hold<T>(&self, step: impl Future<Output = Result<T>> + Send + 'static) {
+    fn hold<T>(&self, operation: impl Future<Output = Result<T>> + Send + 'static) {
         self.script().held.push(Box::pin(async move {
-            let _nobody_waits_for_it = step.await;
+            let _ = operation.await; // its caller already got a timeout or another reply
         }));
     }
 }
@@ -328,107 +329,107 @@ impl<S: Store> Store for Faulty<S> {
     }
 
     async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {
-        let again = || {
+        let run = || {
             let (inner, request) = (self.inner.clone(), request.clone());
             async move { inner.open_session(request).await }
         };
-        self.faults.meet(Operation::OpenSession, again).await
+        self.faults.execute(Operation::OpenSession, run).await
     }
 
     async fn renew_session(&self, session: SessionId) -> Result<Reply<RenewOutcome>> {
-        let again = || {
+        let run = || {
             let inner = self.inner.clone();
             async move { inner.renew_session(session).await }
         };
-        self.faults.meet(Operation::RenewSession, again).await
+        self.faults.execute(Operation::RenewSession, run).await
     }
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
-        let again = || {
+        let run = || {
             let inner = self.inner.clone();
             async move { inner.close_session(session).await }
         };
-        self.faults.meet(Operation::CloseSession, again).await
+        self.faults.execute(Operation::CloseSession, run).await
     }
 
     async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
-        let again = || {
+        let run = || {
             let inner = self.inner.clone();
             async move { inner.session_lives(session).await }
         };
-        self.faults.meet(Operation::SessionLives, again).await
+        self.faults.execute(Operation::SessionLives, run).await
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
-        let again = || {
+        let run = || {
             let (inner, request) = (self.inner.clone(), request.clone());
             async move { inner.acquire(request).await }
         };
-        self.faults.meet(Operation::Acquire, again).await
+        self.faults.execute(Operation::Acquire, run).await
     }
 
     async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
-        let again = || {
+        let run = || {
             let (inner, key, tokens) = (self.inner.clone(), key.clone(), tokens.to_vec());
             async move { inner.poll(&key, &tokens).await }
         };
-        self.faults.meet(Operation::Poll, again).await
+        self.faults.execute(Operation::Poll, run).await
     }
 
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
-        let again = || {
+        let run = || {
             let (inner, key) = (self.inner.clone(), key.clone());
             async move { inner.abandon(&key, token).await }
         };
-        self.faults.meet(Operation::Abandon, again).await
+        self.faults.execute(Operation::Abandon, run).await
     }
 
     async fn release(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
-        let again = || {
+        let run = || {
             let (inner, key) = (self.inner.clone(), key.clone());
             async move { inner.release(&key, token, cooldown).await }
         };
-        self.faults.meet(Operation::Release, again).await
+        self.faults.execute(Operation::Release, run).await
     }
 
     async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
-        let again = || {
+        let run = || {
             let (inner, key) = (self.inner.clone(), key.clone());
             async move { inner.extend(&key, token, ttl).await }
         };
-        self.faults.meet(Operation::Extend, again).await
+        self.faults.execute(Operation::Extend, run).await
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
-        let again = || {
+        let run = || {
             let (inner, request) = (self.inner.clone(), request.clone());
             async move { inner.adopt(request).await }
         };
-        self.faults.meet(Operation::Adopt, again).await
+        self.faults.execute(Operation::Adopt, run).await
     }
 
     async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
-        let again = || {
+        let run = || {
             let (inner, request) = (self.inner.clone(), request.clone());
             async move { inner.force_release(request).await }
         };
-        self.faults.meet(Operation::ForceRelease, again).await
+        self.faults.execute(Operation::ForceRelease, run).await
     }
 
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
-        let again = || {
+        let run = || {
             let (inner, key) = (self.inner.clone(), key.clone());
             async move { inner.inspect(&key).await }
         };
-        self.faults.meet(Operation::Inspect, again).await
+        self.faults.execute(Operation::Inspect, run).await
     }
 
     async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
-        let again = || {
+        let run = || {
             let (inner, prefix, cursor) = (self.inner.clone(), prefix.to_owned(), cursor.cloned());
             async move { inner.list(&prefix, cursor.as_ref(), limit).await }
         };
-        self.faults.meet(Operation::List, again).await
+        self.faults.execute(Operation::List, run).await
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {

@@ -1,21 +1,22 @@
-//! The memory store: the reference for what every store does, and a store for tests.
+//! The memory store: a store for tests, and the reference for the behaviour of every store.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
 
-use self::step::{Operation, Session, State};
+use self::state::{Session, State, Transaction};
 use super::*;
 use crate::clock::Clock;
 use crate::fence::Fence;
+use crate::sync::lock;
 
-mod step;
+mod state;
 
-/// Locks in the memory of this process.
+/// Keeps locks in the memory of this process.
 ///
-/// Clones share their data, so that two handles opened on clones behave like two processes. Sessions live by beats on
-/// the store's clock: with a [`VirtualClock`](crate::VirtualClock) a test decides when one dies.
+/// Clones share their data, so two handles opened on clones behave like two processes. Sessions must be renewed on the
+/// store's clock, so a test with a [`VirtualClock`](crate::VirtualClock) decides when a session expires.
 ///
 /// ```
 /// use std::time::Duration;
@@ -36,21 +37,21 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// An empty store on the machine's clock.
+    /// Creates an empty store on the system clock.
     pub fn new() -> Self {
         Self::with_clock(Clock::system())
     }
 
-    /// An empty store on this clock.
+    /// Creates an empty store on this clock.
     pub fn with_clock(clock: Clock) -> Self {
         Self { clock, state: Arc::default() }
     }
 
-    /// Takes the state and the time of the step together, so that time does not run backwards between steps.
-    fn step(&self) -> Operation<'_> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Locks the state, and then reads the clock, so that time does not run backwards between two transactions.
+    fn begin(&self) -> Transaction<'_> {
+        let state = lock(&self.state);
         let now = StoreTime::from_micros(self.clock.now().as_nanos() / 1_000);
-        Operation { state, now, wall: self.clock.wall(), wall_micros: self.clock.wall_micros() }
+        Transaction { state, now, wall: self.clock.wall(), wall_micros: self.clock.wall_micros() }
     }
 }
 
@@ -68,38 +69,38 @@ impl Store for Memory {
     }
 
     async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {
-        let mut step = self.step();
+        let mut tx = self.begin();
         let id = request.session;
-        if step.state.sessions.contains_key(&id) && !step.lives(id) {
-            step.end_session(id);
+        if tx.state.sessions.contains_key(&id) && !tx.is_open(id) {
+            tx.end_session(id);
         }
-        if step.state.ended.contains_key(&id) {
-            return step.reply(OpenOutcome::Gone);
+        if tx.state.ended.contains_key(&id) {
+            return tx.reply(OpenOutcome::Gone);
         }
-        let expires = step.now.after(request.ttl);
+        let expires = tx.now.after(request.ttl);
         let session = Session { owner: request.owner.into(), ttl: request.ttl, expires };
-        step.state.sessions.entry(id).or_insert(session);
-        step.reply(OpenOutcome::Opened)
+        tx.state.sessions.entry(id).or_insert(session);
+        tx.reply(OpenOutcome::Opened)
     }
 
     async fn renew_session(&self, id: SessionId) -> Result<Reply<RenewOutcome>> {
-        let mut step = self.step();
-        if !step.lives(id) {
-            step.end_session(id);
-            return step.reply(RenewOutcome::Gone);
+        let mut tx = self.begin();
+        if !tx.is_open(id) {
+            tx.end_session(id);
+            return tx.reply(RenewOutcome::Gone);
         }
-        let now = step.now;
-        if let Some(session) = step.state.sessions.get_mut(&id) {
+        let now = tx.now;
+        if let Some(session) = tx.state.sessions.get_mut(&id) {
             session.expires = now.after(session.ttl);
         }
-        let lost = step.state.forced.values().filter(|(of, _)| *of == id).map(|(_, lost)| lost.clone()).collect();
-        step.reply(RenewOutcome::Alive { lost })
+        let lost = tx.state.forced.values().filter(|(of, _)| *of == id).map(|(_, lost)| lost.clone()).collect();
+        tx.reply(RenewOutcome::Alive { lost })
     }
 
     async fn close_session(&self, id: SessionId) -> Result<Reply<()>> {
-        let mut step = self.step();
-        step.end_session(id);
-        let touched: Vec<Key> = step
+        let mut tx = self.begin();
+        tx.end_session(id);
+        let touched: Vec<Key> = tx
             .state
             .keys
             .values()
@@ -110,52 +111,52 @@ impl Store for Memory {
             .map(|record| record.key.clone())
             .collect();
         for key in touched {
-            let mut record = step.take(&key);
+            let mut record = tx.take(&key);
             record.queue.retain(|waiter| waiter.session != id);
-            step.put(record);
+            tx.put(record);
         }
-        step.reply(())
+        tx.reply(())
     }
 
     async fn session_lives(&self, id: SessionId) -> Result<Reply<bool>> {
-        let step = self.step();
-        step.reply(step.lives(id))
+        let tx = self.begin();
+        tx.reply(tx.is_open(id))
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
-        let mut step = self.step();
-        let mut record = step.take(&request.key);
-        let outcome = step.acquire(&mut record, request);
-        step.put(record);
-        step.reply(outcome?)
+        let mut tx = self.begin();
+        let mut record = tx.take(&request.key);
+        let outcome = tx.acquire(&mut record, request);
+        tx.put(record);
+        tx.reply(outcome?)
     }
 
     async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
-        let mut step = self.step();
-        let record = step.take(key);
-        let outcomes = step.poll(&record, tokens);
+        let mut tx = self.begin();
+        let record = tx.take(key);
+        let outcomes = tx.poll(&record, tokens);
         let waits = outcomes.iter().any(|outcome| matches!(outcome, PollOutcome::Queued(_)));
-        let is_used_up = waits && step.next_fence(&record).is_none();
-        step.put(record);
-        if is_used_up { Err(Fence::used_up()) } else { step.reply(outcomes) }
+        let is_used_up = waits && tx.next_fence(&record).is_none();
+        tx.put(record);
+        if is_used_up { Err(Fence::used_up()) } else { tx.reply(outcomes) }
     }
 
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
-        let mut step = self.step();
-        let outcome = step.end(key, token, None);
-        step.reply(outcome)
+        let mut tx = self.begin();
+        let outcome = tx.remove(key, token, None);
+        tx.reply(outcome)
     }
 
     async fn release(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
-        let mut step = self.step();
-        let outcome = step.end(key, token, cooldown);
-        step.reply(outcome)
+        let mut tx = self.begin();
+        let outcome = tx.remove(key, token, cooldown);
+        tx.reply(outcome)
     }
 
     async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
-        let mut step = self.step();
-        let mut record = step.take(key);
-        let deadline = step.now.after(ttl);
+        let mut tx = self.begin();
+        let mut record = tx.take(key);
+        let deadline = tx.now.after(ttl);
         let hold = record.holds.iter_mut().find(|hold| hold.token == token && hold.deadline.is_some());
         let outcome = match hold {
             Some(hold) => {
@@ -164,18 +165,18 @@ impl Store for Memory {
             }
             None => ExtendOutcome::NotHeld,
         };
-        step.put(record);
-        step.reply(outcome)
+        tx.put(record);
+        tx.reply(outcome)
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
-        let mut step = self.step();
-        if !step.lives(request.session) {
-            return step.reply(AdoptOutcome::SessionGone);
+        let mut tx = self.begin();
+        if !tx.is_open(request.session) {
+            return tx.reply(AdoptOutcome::SessionGone);
         }
-        let owner = step.state.sessions.get(&request.session).map(|session| session.owner.clone()).unwrap_or_default();
-        let mut record = step.take(&request.key);
-        let (now, late) = (step.now, step.now > request.not_after);
+        let owner = tx.state.sessions.get(&request.session).map(|session| session.owner.clone()).unwrap_or_default();
+        let mut record = tx.take(&request.key);
+        let (now, late) = (tx.now, tx.now > request.not_after);
         let outcome = if let Some(hold) = record.hold(request.to) {
             AdoptOutcome::Adopted { granted: hold.granted(now), session_bound: hold.session_bound }
         } else if late {
@@ -188,66 +189,66 @@ impl Store for Memory {
         } else {
             AdoptOutcome::Gone
         };
-        step.put(record);
-        step.reply(outcome)
+        tx.put(record);
+        tx.reply(outcome)
     }
 
     async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
-        let mut step = self.step();
-        let mut record = step.take(&request.key);
+        let mut tx = self.begin();
+        let mut record = tx.take(&request.key);
         let outcome = match record.holds.iter().position(|hold| hold.fence == request.fence) {
             Some(at) => {
                 let hold = record.holds.remove(at);
-                // Nothing is granted after the highest fence, so it need not be raised.
-                record.last = Fence::next(record.last, step.wall_micros).or(record.last);
+                // The highest fence cannot be raised, and need not be: the store grants nothing after it.
+                record.last = Fence::next(record.last, tx.wall_micros).or(record.last);
                 let lost = LostToken { key: request.key.clone(), token: hold.token, reason: request.reason };
-                if let Some(push) = step.state.pushes.get(&hold.session) {
+                if let Some(push) = tx.state.pushes.get(&hold.session) {
                     push.send(Push::ForceReleased(lost.clone()));
                 }
-                if step.lives(hold.session) {
-                    step.state.forced.insert(hold.token, (hold.session, lost));
+                if tx.is_open(hold.session) {
+                    tx.state.forced.insert(hold.token, (hold.session, lost));
                 }
                 ForceReleaseOutcome::Released
             }
             None => ForceReleaseOutcome::NoSuchHold { live: record.holds.iter().map(|hold| hold.fence).collect() },
         };
-        step.put(record);
-        step.reply(outcome)
+        tx.put(record);
+        tx.reply(outcome)
     }
 
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
-        let mut step = self.step();
-        let record = step.take(key);
-        let state = step.state_of(&record);
-        step.put(record);
-        step.reply(state)
+        let mut tx = self.begin();
+        let record = tx.take(key);
+        let state = tx.state_of(&record);
+        tx.put(record);
+        tx.reply(state)
     }
 
     async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>> {
-        let mut step = self.step();
+        let mut tx = self.begin();
         let mut listing = Listing::default();
         let after = cursor.map_or("", Cursor::as_str);
-        // Settling may drop a record, so keys are taken one by one.
-        let within = step.state.keys.range(after.max(prefix).to_owned()..).map(|(_, record)| record.key.clone());
+        // To reconcile a key may remove its record, so this collects the keys first.
+        let within = tx.state.keys.range(after.max(prefix).to_owned()..).map(|(_, record)| record.key.clone());
         let within = within.take_while(|key| key.as_encoded().starts_with(prefix));
         let keys: Vec<Key> = within.filter(|key| key.as_encoded() != after).take(limit.max(1)).collect();
         if keys.len() == limit.max(1) {
             listing.next = keys.last().map(|key| Cursor::new(key.as_encoded()));
         }
         for key in keys {
-            let record = step.take(&key);
+            let record = tx.take(&key);
             let idle = record.holds.is_empty() && record.queue.is_empty() && record.closed_until.is_none();
             if !idle {
-                listing.keys.push(step.state_of(&record));
+                listing.keys.push(tx.state_of(&record));
             }
-            step.put(record);
+            tx.put(record);
         }
-        step.reply(listing)
+        tx.reply(listing)
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {
         let (sender, stream) = push_channel();
-        self.step().state.pushes.insert(session, sender);
+        self.begin().state.pushes.insert(session, sender);
         stream
     }
 }

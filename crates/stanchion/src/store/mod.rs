@@ -1,23 +1,31 @@
-//! The store trait: where the truth is kept.
+//! The [`Store`] trait, its implementations, and stores that wrap another store.
 //!
-//! A store does single atomic steps. It never retries, waits or renews: waiting, repeating and liveness have owners of
-//! their own. To write a store, implement [`Store`] and run the conformance suite of `stanchion-testkit` on it.
+//! A store executes single atomic operations. It never waits, retries or renews by itself: its callers do. To write a
+//! store, implement [`Store`] and run the conformance suite of `stanchion-testkit` on it.
 //!
-//! # Rules that every step keeps
-//! 1. A step is atomic, and steps on one key are linearizable. Its answer tells the store's time.
-//! 2. Before a step looks at a key it settles it: holds whose session is dead or whose deadline has passed are gone,
-//!    waiters whose session is dead are gone, and while the head of the queue fits ([`Demand::fits`]), and the key is not
-//!    closed by a cooldown, it is granted. Nobody passes the head. A grant made this way is told to its session by a [`Push`].
-//! 3. Only [`acquire`](Store::acquire) may create a hold or a queue entry; only until `not_after`; never for a session
-//!    that is dead, or for a token that was forced out and has not been ended.
-//! 4. A dead session never lives again; a session that a beat names and that is not there is [`RenewOutcome::Gone`].
-//! 5. Fences of a key strictly increase over all grants, also over those of deleted or forgotten records. The fence is
-//!    minted in the step that grants.
-//! 6. Times are the store's: the client's clock decides nothing.
-//! 7. A store and its driver never send a request again after its answer was lost. The caller counts which of its calls
-//!    were answered, and when all were, one answer ends a token. A repeat that it does not know of would create the hold
-//!    again. One call may ask twice if the first answer says that nothing was entered (`Redis` does, after it has reaped a
-//!    dead session): if that call is given up, the second request may come after an end that found the first one's hold.
+//! # Rules for every operation
+//! A session *ends* when it is closed or when it expires: its ttl passes without a renewal or, with
+//! [`Liveness::Process`], its process exits.
+//!
+//! 1. An operation is atomic, and the operations on one key are linearizable. Each reply carries the store's time.
+//! 2. Before an operation evaluates a key, the store *reconciles* the key:
+//!    - It removes holds whose deadline has passed, session-bound holds of ended sessions, and waiters of ended
+//!      sessions.
+//!    - Unless a cooldown keeps the key closed, it then grants the head of the queue, as long as the head fits
+//!      ([`Demand::fits`]). No waiter overtakes the head. The store notifies the session of such a grant with a
+//!      [`Push`].
+//! 3. Only [`acquire`](Store::acquire) may create a hold or a queue entry. It must not do so after `not_after`, for an
+//!    ended session, or for a token that was force-released and not yet released or abandoned by its caller.
+//! 4. An ended session never comes back. Renewing a session that the store does not have returns
+//!    [`RenewOutcome::Gone`].
+//! 5. The fences of a key strictly increase over all grants, even if the store deleted the key's record in between. The
+//!    operation that grants also mints the fence.
+//! 6. All times are the store's. No decision depends on a client's clock.
+//! 7. A store and its driver never resend a request whose reply was lost. The caller counts its calls and their
+//!    replies: once all calls of a token are answered, a single release is final. A hidden resend would create the hold
+//!    again. One call may send two requests if the first reply says that the store entered nothing (`Redis` does so
+//!    after it has reaped an expired session). If the caller drops that call, the second request may arrive after a
+//!    release that found the first request's hold.
 
 use std::fmt;
 use std::sync::Arc;
@@ -63,82 +71,93 @@ pub use sqlite::Sqlite;
 pub use types::*;
 pub use url::redacted;
 
-/// A store: single atomic steps on keys, holds, queues and sessions.
+/// Executes single atomic operations on keys, holds, queues and sessions.
 ///
-/// Object-safe, and without default methods, so that a wrapper cannot forget one.
+/// The trait is object-safe. It has no default methods, so that a wrapper cannot forget to forward one.
 ///
 /// # Cancel safety
-/// A dropped future of any step leaves its outcome unknown: the step may have happened, may still happen, or may not.
-/// The caller repeats or cleans up; the store must not leave a half-done step.
+/// If the future of an operation is dropped, the outcome is unknown: the operation may have happened, may still happen,
+/// or may never happen. The caller then retries or cleans up. A store must never leave an operation half done.
 #[async_trait]
 pub trait Store: Send + Sync + fmt::Debug + 'static {
-    /// What this store can do.
+    /// Returns the capabilities of this store.
     fn capabilities(&self) -> Capabilities;
 
-    /// Opens a session. Repeating it with the same id is the same session, unless that has ended.
+    /// Opens a session. A second call with the same id returns the same session, unless that session has ended.
     async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>>;
 
-    /// Renews a session and tells what it has lost by force since. Never creates or revives one.
+    /// Renews a session, and returns its force-released tokens that the caller has not released yet.
+    ///
+    /// Never creates a session, and never revives an ended one.
     async fn renew_session(&self, session: SessionId) -> Result<Reply<RenewOutcome>>;
 
-    /// Ends a session with everything that depends on it: its session holds, its queue entries. Idempotent.
+    /// Closes a session, and removes its session-bound holds and its queue entries. Idempotent.
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>>;
 
-    /// Whether a session lives. Renews nothing and ends nothing. `false` for one that never was; a store may refuse to open
-    /// that one from then on, so that nobody who was told of its death is wrong.
+    /// Returns whether a session is open, without renewing or ending it.
+    ///
+    /// Returns `false` for a session that was never opened. From then on a store may refuse to open that session, so
+    /// that the answer `false` stays true.
     async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>>;
 
-    /// Asks for a hold. Idempotent by token: asked again it gives the same answer, the same fence included.
+    /// Requests a hold. Idempotent by token: a second call returns the same grant with the same fence.
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>>;
 
-    /// Returns what became of tokens of a key, in the order of `tokens`. Never creates anything.
+    /// Returns the state of each token of a key, in the order of `tokens`. Never creates anything.
     ///
-    /// It is one step, however many tokens there are: the key is settled once, and all outcomes are of that moment. A handle
-    /// polls a key once for all of its calls that wait for it, so the cost of a poll must not grow with the product of the
-    /// tokens and the queue.
+    /// A poll is one operation for any number of tokens: the store reconciles the key once, and all outcomes describe
+    /// that moment. A handle polls a key once for all of its calls that wait for the key. For this reason the cost of a
+    /// poll must not grow with the number of tokens times the length of the queue.
     async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>>;
 
-    /// Ends a token that its caller gave up on, whatever it had: a hold, a queue entry, nothing. Idempotent.
+    /// Removes the hold or the queue entry of a token that its caller gave up on, if there is one. Idempotent.
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>>;
 
-    /// Ends a hold and closes the key for `cooldown`. Idempotent: the second time there is nothing to end.
+    /// Releases a hold, and closes the key for `cooldown`. Idempotent: a second call returns [`EndOutcome::Nothing`].
     ///
-    /// Like [`abandon`](Store::abandon) it ends a queue entry of the token too, then without a cooldown.
+    /// If the token waits in the queue, this call removes its queue entry without a cooldown, as
+    /// [`abandon`](Store::abandon) does.
     async fn release(&self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>>;
 
-    /// Sets the deadline of a hold to `ttl` from now. A hold without a deadline is [`ExtendOutcome::NotHeld`].
+    /// Sets the deadline of a hold to `ttl` from now. Returns [`ExtendOutcome::NotHeld`] for a hold without a deadline.
     async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>>;
 
-    /// Takes up a detached hold: its token becomes `to`, and a hold bound to a session moves to `session`. The fence
-    /// and the deadline stay. Compare-and-set on `from`: of two that try, one gets it. Idempotent by `to`.
+    /// Adopts a detached hold: its token becomes `to`, and a session-bound hold moves to `session`.
+    ///
+    /// The fence and the deadline stay the same. The operation is a compare-and-set on `from`, so only one of two
+    /// concurrent callers adopts the hold. Idempotent by `to`.
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>>;
 
-    /// Ends the hold of `key` that has this fence, whoever has it; compare-and-set on the fence. Raises the key's
-    /// fence. The session that lost it is told by a [`Push`] at once and by its beats until the token is ended.
+    /// Releases the hold of `key` with this fence, no matter which session has it, and raises the key's fence.
+    ///
+    /// The operation is a compare-and-set on the fence. The store notifies the session that lost the hold: at once with
+    /// a [`Push`], and with each renewal until the caller releases or abandons the token.
     async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>>;
 
-    /// What is known of one key. Stale when read.
+    /// Returns the state of one key when the store was queried. It may have changed since.
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>>;
 
-    /// Returns a page of the keys that are held, waited for or closed and whose [`Key::as_encoded`] begins with `prefix`.
+    /// Returns one page of the keys whose [`Key::as_encoded`] begins with `prefix` and that have a holder, a waiter or
+    /// a running cooldown.
     ///
-    /// - The listing begins without a cursor, goes on with [`Listing::next`], and is over when there is none. A page may
-    ///   find nothing and have a next one all the same.
-    /// - A page does a bounded amount of work, whatever it finds: it looks at about `limit` keys, at one or more of them,
-    ///   and may return a few more than that.
-    /// - Keys come in the store's order. A key that is in use during the whole listing is on a page; a store may repeat it on
-    ///   a later one. Several pages are no snapshot.
-    /// - It reads only, so it need not keep rule 2, but it leaves out what is over: holds and waiters whose session is dead,
-    ///   holds whose deadline has passed.
-    /// - What cannot be read is named in [`Listing::damaged`] and ends nothing.
+    /// - The first call passes no cursor, and each further call passes [`Listing::next`]. The listing is complete when
+    ///   a page has no next cursor. A page may be empty and still have a next cursor.
+    /// - A page does a bounded amount of work: it reads about `limit` keys, at least one, and may return a few more
+    ///   than `limit`.
+    /// - Keys come in the store's order. A key that is in use during the whole listing is on at least one page. Several
+    ///   pages are not a snapshot.
+    /// - The operation only reads, so it need not reconcile keys (rule 2). It leaves out holds and waiters of ended
+    ///   sessions, and holds whose deadline has passed.
+    /// - Entries that cannot be read are named in [`Listing::damaged`]. They do not stop the listing.
     async fn list(&self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Reply<Listing>>;
 
-    /// The push stream of a session. Called once per session, before it is opened. Pushes are hints: a lost one costs
-    /// time, never correctness. The stream may end early; then the caller lives by polling.
+    /// Returns the push stream of a session. The caller calls this once per session, before it opens the session.
+    ///
+    /// Pushes are hints: a lost push costs time, never correctness. If the stream ends early, the caller polls instead.
     fn grants(&self, session: SessionId) -> GrantStream;
 }
 
-/// A shared store is a store.
+/// Forwards every operation to the shared store.
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
 impl<S: Store + ?Sized> Store for Arc<S> {

@@ -1,4 +1,4 @@
-//! A store whose every operation is told to somebody: for measuring, and for tests that count.
+//! Wraps a store and reports each operation to a function, for measuring and for tests that count operations.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,52 +9,52 @@ use super::*;
 use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind};
 
-/// A operation that was done, or failed.
+/// The report of one finished operation.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct OperationDone<'a> {
-    /// Which.
+    /// The operation.
     pub operation: Operation,
-    /// The key that it was about, if it was about one.
+    /// The key of the operation, if it has one.
     pub key: Option<&'a Key>,
-    /// From the question to the answer.
+    /// Time from the request to the reply.
     pub took: Duration,
-    /// The kind of the error, if it failed.
+    /// The kind of the error, if the operation failed.
     pub error: Option<ErrorKind>,
 }
 
-/// Wraps a store and tells a function of each operation that ends. A operation whose future is dropped is not told.
+/// Wraps a store and calls a function after each operation. An operation whose future is dropped is not reported.
 ///
 /// ```
 /// use std::sync::atomic::{AtomicU32, Ordering};
 /// use stanchion::{Locks, store::{Memory, Observed}};
 ///
 /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
-/// static STEPS: AtomicU32 = AtomicU32::new(0);
+/// static OPERATIONS: AtomicU32 = AtomicU32::new(0);
 /// let store = Observed::new(Memory::new(), |done| {
 ///     println!("{:?} took {:?}", done.operation, done.took);
-///     STEPS.fetch_add(1, Ordering::Relaxed);
+///     OPERATIONS.fetch_add(1, Ordering::Relaxed);
 /// });
 /// Locks::with_store(store).await?.lock("job").await?.release().await?;
-/// assert!(STEPS.load(Ordering::Relaxed) >= 3, "the session, the acquire, the release");
+/// assert!(OPERATIONS.load(Ordering::Relaxed) >= 3, "open_session, acquire, release");
 /// # Ok::<(), stanchion::Error>(()) }).unwrap();
 /// ```
 #[derive(Clone)]
 pub struct Observed<S> {
     inner: S,
     clock: Clock,
-    tell: Arc<dyn Fn(&OperationDone<'_>) + Send + Sync>,
+    report: Arc<dyn Fn(&OperationDone<'_>) + Send + Sync>,
 }
 
 impl<S: Store> Observed<S> {
-    /// Tells `tell` of each operation, on the task or thread that asked for it: it must not block.
-    pub fn new(store: S, tell: impl Fn(&OperationDone<'_>) + Send + Sync + 'static) -> Self {
-        Self { inner: store, clock: Clock::system(), tell: Arc::new(tell) }
+    /// Wraps a store. After each operation, `report` runs on the caller's task or thread, so it must not block.
+    pub fn new(store: S, report: impl Fn(&OperationDone<'_>) + Send + Sync + 'static) -> Self {
+        Self { inner: store, clock: Clock::system(), report: Arc::new(report) }
     }
 
-    fn done(&self, operation: Operation, key: Option<&Key>, began: BootTime, error: Option<&Error>) {
-        let took = self.clock.now().since(began);
-        (self.tell)(&OperationDone { operation, key, took, error: error.map(Error::kind) });
+    fn done(&self, operation: Operation, key: Option<&Key>, start: BootTime, error: Option<&Error>) {
+        let took = self.clock.now().since(start);
+        (self.report)(&OperationDone { operation, key, took, error: error.map(Error::kind) });
     }
 }
 
@@ -65,11 +65,11 @@ impl<S: fmt::Debug> fmt::Debug for Observed<S> {
 }
 
 macro_rules! observe {
-    ($self:ident, $operation:ident, $key:expr, $asked:expr) => {{
-        let began = $self.clock.now();
+    ($self:ident, $operation:ident, $key:expr, $call:expr) => {{
+        let start = $self.clock.now();
         let key: Option<Key> = $key;
-        let reply = $asked.await;
-        $self.done(Operation::$operation, key.as_ref(), began, reply.as_ref().err());
+        let reply = $call.await;
+        $self.done(Operation::$operation, key.as_ref(), start, reply.as_ref().err());
         reply
     }};
 }

@@ -1,4 +1,4 @@
-//! A store whose keys are all within one namespace of another store: for tenants who must not meet.
+//! Wraps a store and puts all keys into one of its namespaces, so that tenants cannot see each other's keys.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,14 +9,14 @@ use super::*;
 use crate::error::{Error, ErrorKind};
 use crate::key::{check_namespace, namespace_prefix, normal};
 
-/// Wraps a store and puts every key, with the namespace that it has, into one namespace of that store.
+/// Wraps a store and puts every key, including the key's own namespace, into one namespace of that store.
 ///
-/// [`Builder::namespace`](crate::Builder::namespace) does it for one handle. This is for code that opens handles by
-/// itself: whatever namespaces it chooses, it sees and locks nothing outside of the prefix. Sessions are not put apart;
-/// a session's id is random.
+/// [`Builder::namespace`](crate::Builder::namespace) does the same for one handle. `Prefixed` is for code that opens
+/// its own handles: in any namespace, that code can only see and lock keys under the prefix. Sessions are not
+/// separated, because their ids are random.
 ///
-/// In the store that is wrapped, the key `job` without a namespace is the key `:job` of the namespace `prefix`, and the
-/// key `job` of the namespace `night` is `5:nightjob` there ([`Key::as_encoded`]).
+/// In the wrapped store, the key `job` without a namespace becomes the key `:job` of the namespace `prefix`, and the
+/// key `job` of the namespace `night` becomes `5:nightjob` ([`Key::as_encoded`]).
 ///
 /// ```
 /// use stanchion::{Locks, store::{Memory, Prefixed}};
@@ -26,7 +26,7 @@ use crate::key::{check_namespace, namespace_prefix, normal};
 /// let one = Locks::with_store(Prefixed::new(store.clone(), "tenant-1")?).await?;
 /// let two = Locks::with_store(Prefixed::new(store.clone(), "tenant-2")?).await?;
 /// let guard = one.lock("job").await?;
-/// assert!(!two.is_locked("job").await?, "it is another key");
+/// assert!(!two.is_locked("job").await?, "the other tenant has its own key");
 /// assert_eq!(two.list("").await?.len(), 0);
 ///
 /// let everything = Locks::builder_with_store(store).namespace("tenant-1").open().await?;
@@ -40,15 +40,15 @@ pub struct Prefixed<S> {
 }
 
 impl<S: Store> Prefixed<S> {
-    /// Keeps the keys apart from those of other prefixes.
+    /// Wraps a store and separates its keys from the keys of other prefixes.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if the prefix is empty or no namespace: at most
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if the prefix is not a valid namespace: 1 to
     /// 128 bytes, no NUL, and no U+0001 at its beginning.
     pub fn new(store: S, prefix: &str) -> Result<Self> {
         let prefix = normal(prefix);
         if prefix.is_empty() {
-            let message = "the prefix is empty: give it 1 to 128 bytes, or use the store without one";
+            let message = "the prefix is empty: use 1 to 128 bytes, or use the store without a prefix";
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
         check_namespace(&prefix)?;
@@ -60,8 +60,10 @@ impl<S: Store> Prefixed<S> {
     }
 }
 
-/// None for a key that is not of this prefix: somebody who has the store without it may lock what he likes.
-fn lost(lost: LostToken, prefix: &str) -> Option<LostToken> {
+/// Removes the prefix from the key of a lost token.
+///
+/// Returns `None` if the key does not have the prefix: code that uses the store without the prefix may lock any key.
+fn without_prefix(lost: LostToken, prefix: &str) -> Option<LostToken> {
     Some(LostToken { key: lost.key.without(prefix).ok()?, ..lost })
 }
 
@@ -80,7 +82,8 @@ impl<S: Store> Store for Prefixed<S> {
         let Reply { time, outcome } = self.inner.renew_session(session).await?;
         let outcome = match outcome {
             RenewOutcome::Alive { lost: tokens } => {
-                RenewOutcome::Alive { lost: tokens.into_iter().filter_map(|token| lost(token, &self.prefix)).collect() }
+                let lost = tokens.into_iter().filter_map(|token| without_prefix(token, &self.prefix));
+                RenewOutcome::Alive { lost: lost.collect() }
             }
             RenewOutcome::Gone => RenewOutcome::Gone,
         };
@@ -148,13 +151,16 @@ impl<S: Store> Store for Prefixed<S> {
 
     fn grants(&self, session: SessionId) -> GrantStream {
         let prefix = self.prefix.clone();
-        // A key that is not within the prefix is none of this session's: it asks instead.
+        // A session of this store has no key outside of the prefix, so the push is wrong, and the session polls
+        // instead.
         self.inner.grants(session).filter_map(move |push| match push {
             Push::Granted { key, token, fence } => {
                 let key = key.without(&prefix).ok();
                 Some(key.map_or(Push::RecheckAll, |key| Push::Granted { key, token, fence }))
             }
-            Push::ForceReleased(token) => Some(lost(token, &prefix).map_or(Push::RecheckAll, Push::ForceReleased)),
+            Push::ForceReleased(token) => {
+                Some(without_prefix(token, &prefix).map_or(Push::RecheckAll, Push::ForceReleased))
+            }
             other => Some(other),
         })
     }
@@ -166,11 +172,11 @@ mod tests {
     use crate::Locks;
 
     #[tokio::test]
-    async fn what_others_lock_beside_it_hides_nothing_and_is_not_shown() {
+    async fn list_skips_foreign_keys_in_the_namespace() {
         let store = Memory::new();
-        let beside = Locks::builder_with_store(store.clone()).namespace("tenant").open().await.unwrap();
-        // No key of the library begins so, and one has no name.
-        let _foreign = beside.lock_all(["#", "$", "a", "1:n"]).await.unwrap();
+        let without_prefix = Locks::builder_with_store(store.clone()).namespace("tenant").open().await.unwrap();
+        // The library never creates a prefixed key that begins like these, and the last one has no name.
+        let _foreign = without_prefix.lock_all(["#", "$", "a", "1:n"]).await.unwrap();
         let prefixed = Prefixed::new(store, "tenant").unwrap();
         let locks = Locks::with_store(prefixed.clone()).await.unwrap();
         let _own = locks.lock_all(["x", "y"]).await.unwrap();

@@ -1,4 +1,4 @@
-//! Pushes: what a store tells a session without being asked.
+//! The push stream of a session, which carries notifications from the store.
 
 use std::fmt;
 use std::pin::Pin;
@@ -13,10 +13,10 @@ use crate::fence::Fence;
 use crate::key::Key;
 use crate::token::TokenId;
 
-/// A message to a session. A hint: it may come late, twice or never.
+/// A notification from the store to a session. It is a hint: it may be delayed, duplicated or lost.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Push {
-    /// A waiting token was granted.
+    /// The store granted a waiting token.
     Granted {
         /// The key.
         key: Key,
@@ -25,26 +25,29 @@ pub enum Push {
         /// The fence of the hold.
         fence: Fence,
     },
-    /// A hold was released by force.
+    /// A hold was force-released.
     ForceReleased(LostToken),
-    /// Something may have changed for this waiting token: ask.
+    /// Something may have changed for a waiting token, so the session should poll it.
     Recheck {
         /// The token.
         token: TokenId,
     },
-    /// Messages may have been lost: ask for every waiting token.
+    /// Pushes may have been lost, so the session should poll every waiting token.
     RecheckAll,
-    /// The store may have forgotten something, by a restart or a failover: ask for every token, the held ones too.
+    /// The store may have lost data in a restart or a failover, so the session should poll every token, held tokens
+    /// included.
     VerifyAll,
-    /// For people: a setting of the store that may lose locks, or that waiting is slower than it could be.
+    /// A warning for people: a setting of the store may lose locks, or waiting is slower than it could be.
     Warning(String),
 }
 
-/// Maximum number of pushes about single tokens that a stream keeps. Beyond it they are dropped, and one
-/// [`Push::RecheckAll`] stands for all that were dropped.
-const MOST_WAITING: usize = 4_096;
+/// Maximum number of pushes about single tokens in a stream. The sender drops further ones, and sends one
+/// [`Push::RecheckAll`] instead of all of them.
+const MAX_TOKEN_PUSHES: usize = 4_096;
 
 /// The push stream of a session.
+///
+/// It ends when the store drops all of its senders.
 pub struct GrantStream {
     pushes: mpsc::UnboundedReceiver<Push>,
     load: Arc<Load>,
@@ -59,26 +62,26 @@ impl fmt::Debug for GrantStream {
     }
 }
 
-/// What waits in a stream.
+/// The fill level of a stream.
 #[derive(Debug, Default)]
 struct Load {
-    /// Pushes about single tokens.
-    waiting: AtomicUsize,
-    /// Some were dropped, and the `RecheckAll` that stands for them is in the stream.
+    /// Number of pushes about single tokens in the stream.
+    token_pushes: AtomicUsize,
+    /// Whether the stream has a `RecheckAll` that replaces dropped pushes.
     has_dropped: AtomicBool,
 }
 
-/// The sending half of a [`GrantStream`], for store authors. Clones send to the same stream.
+/// The sending half of a [`GrantStream`], for authors of stores. Clones send to the same stream.
 ///
-/// A stream keeps 4,096 pushes about single tokens that nobody has taken yet. When it is full, a store need not care: the
-/// sender drops what comes, and the receiver gets one [`Push::RecheckAll`] for it.
+/// A stream buffers at most 4,096 pushes about single tokens. The store need not handle a full stream: the sender drops
+/// further pushes, and sends one [`Push::RecheckAll`] instead of all of them.
 #[derive(Clone, Debug)]
 pub struct PushSender {
     pushes: mpsc::UnboundedSender<Push>,
     load: Arc<Load>,
 }
 
-/// A stream and its sending half.
+/// Creates a push stream and its sending half.
 pub fn push_channel() -> (PushSender, GrantStream) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let load = Arc::new(Load::default());
@@ -86,29 +89,30 @@ pub fn push_channel() -> (PushSender, GrantStream) {
 }
 
 impl PushSender {
-    /// Sends a push, from any thread, without blocking. Whether somebody still listens does not matter.
+    /// Sends a push without blocking, from any thread. Does nothing if the stream was dropped.
     pub fn send(&self, push: Push) {
         let mut push = push;
-        if push.is_about_a_token() && self.load.waiting.fetch_add(1, Ordering::SeqCst) >= MOST_WAITING {
-            self.load.waiting.fetch_sub(1, Ordering::SeqCst);
+        if push.is_about_a_token() && self.load.token_pushes.fetch_add(1, Ordering::SeqCst) >= MAX_TOKEN_PUSHES {
+            self.load.token_pushes.fetch_sub(1, Ordering::SeqCst);
             if self.load.has_dropped.swap(true, Ordering::SeqCst) {
                 return;
             }
             push = Push::RecheckAll;
         }
-        let _nobody_listens = self.pushes.send(push);
+        let _ = self.pushes.send(push); // an error: the stream was dropped
     }
 }
 
 impl Push {
-    /// One of many, and a hint: each has something behind it that finds out the same a little later.
+    /// Returns whether the push is about a single token. Such a push may be dropped, because a poll finds the same fact
+    /// a little later.
     fn is_about_a_token(&self) -> bool {
         matches!(self, Self::Granted { .. } | Self::ForceReleased(_) | Self::Recheck { .. })
     }
 }
 
 impl GrantStream {
-    /// The next push; `None` when the stream has ended.
+    /// Returns the next push, or `None` when the stream has ended.
     ///
     /// # Cancel safety
     /// A dropped future loses no push.
@@ -116,7 +120,8 @@ impl GrantStream {
         std::future::poll_fn(|context| self.poll_push(context)).await
     }
 
-    /// What `change` makes of each push, for stores around others; `None` drops it.
+    /// Replaces each push with the result of `change`, or drops it if the result is `None`. For stores that wrap a
+    /// store.
     #[must_use]
     pub fn filter_map(mut self, change: impl Fn(Push) -> Option<Push> + Send + Sync + 'static) -> Self {
         self.changes.push(Box::new(change));
@@ -127,9 +132,9 @@ impl GrantStream {
         loop {
             let Some(push) = std::task::ready!(self.pushes.poll_recv(context)) else { return Poll::Ready(None) };
             if push.is_about_a_token() {
-                self.load.waiting.fetch_sub(1, Ordering::SeqCst);
+                self.load.token_pushes.fetch_sub(1, Ordering::SeqCst);
             } else if push == Push::RecheckAll {
-                // What is dropped from here on needs another one.
+                // Pushes that are dropped from now on need another `RecheckAll`.
                 self.load.has_dropped.store(false, Ordering::SeqCst);
             }
             if let Some(push) = self.changes.iter().try_fold(push, |push, change| change(push)) {
@@ -154,7 +159,7 @@ mod tests {
     const KEPT: usize = 4_096;
 
     #[test]
-    fn a_full_stream_drops_and_asks_once() {
+    fn full_stream_drops_and_rechecks_once() {
         let (sender, mut stream) = push_channel();
         let token = TokenId::from_bytes([1; 16]);
         sender.send(Push::Warning("first".into()));
@@ -177,7 +182,7 @@ mod tests {
             }
             assert_eq!(counts, if round == 0 { [1, KEPT, 1, 1] } else { [0, 1, 0, 0] });
         }
-        // The one that was sent for earlier drops is not enough for later ones.
+        // A `RecheckAll` for earlier drops does not cover later drops.
         for _ in 0..2 * KEPT {
             sender.send(Push::Recheck { token });
         }
@@ -185,7 +190,8 @@ mod tests {
         assert_eq!(taken.filter(|push| *push == Push::RecheckAll).count(), 1);
     }
 
-    /// The push that is there. No runtime, which would count what is taken at once.
+    /// Returns the push that is ready. Polls without a runtime, because a runtime limits the number of messages taken
+    /// at once.
     fn now(stream: &mut GrantStream) -> Option<Push> {
         match stream.poll_push(&mut Context::from_waker(std::task::Waker::noop())) {
             Poll::Ready(push) => push,

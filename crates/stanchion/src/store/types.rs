@@ -1,4 +1,4 @@
-//! What the steps of a store ask and answer.
+//! The requests and replies of the [`Store`](crate::Store) operations.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,74 +7,75 @@ use crate::fence::Fence;
 use crate::key::Key;
 use crate::token::{SessionId, TokenId};
 
-/// A point on a store's clock, in µs. Compare it only with times of the same store.
+/// A point on a store's clock, in microseconds. Compare it only with times of the same store.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct StoreTime(u64);
 
 impl StoreTime {
-    /// From microseconds.
+    /// Creates a time from its microseconds.
     pub const fn from_micros(micros: u64) -> Self {
         Self(micros)
     }
 
-    /// Microseconds.
+    /// Returns the microseconds of this time.
     pub const fn as_micros(self) -> u64 {
         self.0
     }
 
-    /// This much later.
+    /// Returns the time that is `span` later.
     #[must_use]
     pub fn after(self, span: Duration) -> Self {
         Self(self.0.saturating_add(u64::try_from(span.as_micros()).unwrap_or(u64::MAX)))
     }
 
-    /// The time from `earlier` to this point; zero if `earlier` is later.
+    /// Returns the duration from `earlier` to this time, or zero if `earlier` is later.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_micros(self.0.saturating_sub(earlier.0))
     }
 }
 
-/// An answer, with the store's time at which the step was done.
+/// The outcome of an operation, with the store's time at which the store executed it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reply<T> {
     /// The store's time.
     pub time: StoreTime,
-    /// What happened.
+    /// The outcome of the operation.
     pub outcome: T,
 }
 
-/// What a store can do. The conformance suite runs what is declared here.
+/// The capabilities of a store. The conformance suite tests each capability that a store declares here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Capabilities {
-    /// The store's name, as errors and events show it.
+    /// The store's name in errors and events.
     pub name: &'static str,
-    /// How a session lives.
+    /// The condition under which a session stays open.
     pub liveness: Liveness,
-    /// Waiters are granted in the order in which they asked.
+    /// Whether waiters are granted in the order of their requests.
     pub fair: bool,
-    /// A grant is pushed to a waiter. Without it waiters poll.
+    /// Whether the store notifies a waiter of its grant. Without this capability waiters poll.
     pub push: bool,
-    /// Only the store itself can send a push to a session. Without it a pushed grant is confirmed by a poll after it was
-    /// believed, so that one who may only send messages gives nobody a lock.
+    /// Whether only the store itself can send a push to a session. Without this capability the caller confirms each
+    /// pushed grant with a poll, so that a client that may only send messages cannot fake a lock.
     pub authentic_push: bool,
 }
 
 impl Capabilities {
-    /// The capabilities of a fair store with sessions that must beat, and with pushes that others may send too.
+    /// Returns the capabilities of a fair store whose sessions must be renewed and whose pushes other clients can send
+    /// too.
     pub const fn new(name: &'static str) -> Self {
         Self { name, liveness: Liveness::Renewal, fair: true, push: true, authentic_push: false }
     }
 
-    /// The same with pushes that only the store can send.
+    /// Declares that only the store can send pushes.
     #[must_use]
     pub const fn with_authentic_push(mut self) -> Self {
         self.authentic_push = true;
         self
     }
 
-    /// The same with this kind of liveness.
+    /// Sets the kind of liveness.
     #[must_use]
     pub const fn with_liveness(mut self, liveness: Liveness) -> Self {
         self.liveness = liveness;
@@ -82,60 +83,60 @@ impl Capabilities {
     }
 }
 
-/// How a session lives.
+/// The condition under which a session stays open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Liveness {
-    /// Until its ttl has passed since the last beat.
+    /// The session expires when its ttl has passed since its last renewal.
     Renewal,
-    /// As long as its process lives, beaten or not; its end is known at once.
+    /// The session expires when its process exits, with or without renewals. The store notices the exit at once.
     Process,
 }
 
-/// A session to be opened.
+/// A request to open a session.
 #[derive(Clone, Debug)]
 pub struct OpenSession {
-    /// Its identity, chosen by the client.
+    /// The id of the session, chosen by the client.
     pub session: SessionId,
-    /// How long it lives without a beat (ignored where [`Liveness::Process`]).
+    /// Time after which the session expires without a renewal. Stores with [`Liveness::Process`] ignore it.
     pub ttl: Duration,
-    /// Who it is, for people to read: host, process, program.
+    /// A label for people to read: host, process, program.
     pub owner: String,
 }
 
 /// The answer to [`Store::open_session`](crate::Store::open_session).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OpenOutcome {
-    /// It is open.
+    /// The session is open.
     Opened,
     /// A session of this id has ended. Choose another id.
     Gone,
 }
 
-/// The answer to [`Store::beat`](crate::Store::beat).
+/// The answer to [`Store::renew_session`](crate::Store::renew_session).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RenewOutcome {
-    /// It lives; these tokens were taken from it by force and have not been ended yet.
+    /// The session is open.
     Alive {
-        /// What was lost.
+        /// Tokens of the session that were force-released and that their caller has not released or abandoned yet.
         lost: Vec<LostToken>,
     },
-    /// It is dead or was never opened.
+    /// The session has ended or was never opened.
     Gone,
 }
 
-/// A hold that was released by force.
+/// A hold that was force-released.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LostToken {
     /// The key that was held.
     pub key: Key,
-    /// The token that is over.
+    /// The token of the hold.
     pub token: TokenId,
-    /// The reason that was given.
+    /// The reason from the [`ForceReleaseRequest`].
     pub reason: String,
 }
 
-/// How much of a key a hold takes.
+/// The share of a key that a hold takes.
 ///
 /// | primitive | units | capacity |
 /// |---|---|---|
@@ -143,11 +144,12 @@ pub struct LostToken {
 /// | semaphore of n, taking k | k | n |
 /// | read | 1 | [`Demand::MAX`] |
 ///
-/// A request fits when the units of the live holds plus its own are at most the smallest capacity among the live holds and
-/// its own ([`Demand::fits`]). Two rules follow from this one:
-/// - A request for the whole of its capacity is exclusive ([`Demand::is_exclusive`]), whatever that capacity is. It fits only
-///   when nobody holds the key, and nothing fits beside it.
-/// - Users of a key need not agree on its capacity. The smaller one holds until the holders of the other are gone.
+/// A request fits if the units of the live holds plus its own units are at most the smallest capacity among the live
+/// holds and the request ([`Demand::fits`]). Two rules follow:
+/// - A request for its whole capacity is exclusive ([`Demand::is_exclusive`]), for any capacity. It fits only if the
+///   key has no holder, and no other request fits while it is held.
+/// - Users of a key need not agree on its capacity. The smallest capacity counts until the holds with that capacity are
+///   released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Demand {
     units: u32,
@@ -155,16 +157,16 @@ pub struct Demand {
 }
 
 impl Demand {
-    /// The largest number of units and the largest capacity: 2^31 − 1.
+    /// Maximum number of units, and maximum capacity: 2^31 − 1.
     pub const MAX: u32 = i32::MAX as u32;
-    /// One at a time.
+    /// The demand of an exclusive lock.
     pub const MUTEX: Self = Self { units: 1, capacity: 1 };
-    /// Shared with other readers.
+    /// The demand of a read lock, which other readers can share.
     pub const READ: Self = Self { units: 1, capacity: Self::MAX };
-    /// One at a time, the same as [`MUTEX`](Self::MUTEX): an exclusive request excludes readers too.
+    /// The demand of a write lock. It equals [`MUTEX`](Self::MUTEX), because an exclusive request excludes readers too.
     pub const WRITE: Self = Self::MUTEX;
 
-    /// `units` of a key of `capacity`.
+    /// Creates a demand for `units` of a key with this `capacity`.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] unless `1 ≤ units ≤ capacity ≤ 2^31 − 1`.
@@ -173,7 +175,8 @@ impl Demand {
             return Err(Error::new(
                 ErrorKind::InvalidArgument,
                 format!(
-                    "{units} units of a capacity of {capacity}: units must be 1 or more and at most the capacity, which is at most {}",
+                    "{units} units of a capacity of {capacity} are invalid: the units must be between 1 and the \
+                     capacity, and the capacity at most {}",
                     Self::MAX
                 ),
             ));
@@ -181,22 +184,22 @@ impl Demand {
         Ok(Self { units, capacity })
     }
 
-    /// The units it takes.
+    /// Returns the number of units that the hold takes.
     pub const fn units(self) -> u32 {
         self.units
     }
 
-    /// The capacity it expects the key to have.
+    /// Returns the capacity that the caller expects the key to have.
     pub const fn capacity(self) -> u32 {
         self.capacity
     }
 
-    /// Returns whether it takes the whole key, whatever the capacity of other users is.
+    /// Returns whether the demand takes the whole key, even if other users expect another capacity.
     pub const fn is_exclusive(self) -> bool {
         self.units == self.capacity
     }
 
-    /// Returns whether a request fits beside these live holds. A store's rule, as code.
+    /// Returns whether a request with this demand fits next to the live holds. Every store follows this rule.
     pub fn fits(self, held: impl IntoIterator<Item = Self>) -> bool {
         let add =
             |(used, capacity): (u64, u32), hold: Self| (used + u64::from(hold.units), capacity.min(hold.capacity));
@@ -205,20 +208,20 @@ impl Demand {
     }
 }
 
-/// How long a hold lasts.
+/// The lifetime of a hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lifetime {
-    /// As long as the session lives, and never longer than `max_hold` from the grant if that is set.
+    /// The hold ends with its session, or `max_hold` after the grant if that comes first.
     Session {
-        /// A deadline of its own, counted from the grant.
+        /// Maximum time that the hold lasts from its grant.
         max_hold: Option<Duration>,
     },
-    /// This long from the grant, whatever becomes of the session once it is granted.
+    /// The hold ends this long after its grant, even if the session ends before.
     Fixed(Duration),
 }
 
 impl Lifetime {
-    /// The same lifetime with another length, if it has one.
+    /// Replaces the length of the lifetime, if it has one, with the result of `change`.
     pub(crate) fn map(self, change: impl FnOnce(Duration) -> Duration) -> Self {
         match self {
             Self::Session { max_hold } => Self::Session { max_hold: max_hold.map(change) },
@@ -226,7 +229,7 @@ impl Lifetime {
         }
     }
 
-    /// The length of the lifetime from its grant, if it has a deadline.
+    /// Returns the length of the lifetime, counted from the grant, or `None` without a deadline.
     pub fn length(self) -> Option<Duration> {
         match self {
             Self::Session { max_hold } => max_hold,
@@ -238,166 +241,167 @@ impl Lifetime {
 /// A request for a hold.
 #[derive(Clone, Debug)]
 pub struct AcquireRequest {
-    /// What to hold.
+    /// The key to hold.
     pub key: Key,
-    /// The identity of this call.
+    /// The token that identifies this call.
     pub token: TokenId,
-    /// Who asks. A waiter lives as long as its session, also one for a fixed lifetime.
+    /// The session of the caller. A waiter is removed when its session ends, even if it requests a fixed lifetime.
     pub session: SessionId,
-    /// How much of the key.
+    /// The share of the key to take.
     pub demand: Demand,
-    /// For how long.
+    /// The lifetime of the hold.
     pub lifetime: Lifetime,
-    /// Whether to enter the queue if it does not fit now.
+    /// Whether to enter the queue if the request does not fit now.
     pub enqueue: bool,
-    /// After this time of the store the request does nothing ([`AcquireOutcome::Stale`]).
+    /// The store's time after which the request does nothing ([`AcquireOutcome::Stale`]).
     pub not_after: StoreTime,
     /// Text for people who inspect the key, at most 4 KiB.
     pub metadata: Option<String>,
-    /// Where the call comes from, for people who inspect the key, at most 4 KiB.
+    /// The trace context of the call, for people who inspect the key, at most 4 KiB.
     pub trace: Option<String>,
 }
 
-/// A grant: the key is held.
+/// A grant of a hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Granted {
     /// The fence of the hold.
     pub fence: Fence,
-    /// How much of its lifetime is left at the time of the answer, if the hold has a deadline.
+    /// Time from the reply to the deadline of the hold, if it has one.
     pub remaining: Option<Duration>,
 }
 
 /// A place in the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Queued {
-    /// How many are before it.
+    /// Number of waiters before this one.
     pub ahead: u32,
-    /// Ask again after this time, because then something may have changed that nobody would push: a deadline passes, a
-    /// cooldown ends. `None`: at the waiter's own pace.
+    /// Time after which the waiter polls again, because then a deadline passes or a cooldown ends, and the store sends
+    /// no push for that. With `None` the waiter uses its own poll interval.
     pub check_in: Option<Duration>,
-    /// Smallest capacity of the live holds, if they share the key. If it is not the capacity of the request, the limits of
-    /// the users differ.
+    /// Smallest capacity of the live holds, if they share the key. If it is not the capacity of the request, the users
+    /// of the key disagree on its capacity.
     pub in_use: Option<u32>,
 }
 
 /// The answer to [`Store::acquire`](crate::Store::acquire).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AcquireOutcome {
-    /// It is held.
+    /// The token holds the key.
     Granted(Granted),
-    /// It waits in the queue.
+    /// The token waits in the queue.
     Queued(Queued),
-    /// It does not fit now, and was not to wait. Nothing was entered.
+    /// The request does not fit now, and `enqueue` is `false`. The store entered nothing.
     Busy {
-        /// How long until a deadline or a cooldown may free the key, if one will.
+        /// Time until a deadline or the end of a cooldown may free the key, if the key has one.
         check_in: Option<Duration>,
-        /// As [`Queued::in_use`].
+        /// Smallest capacity of the live holds, if they share the key ([`Queued::in_use`]).
         in_use: Option<u32>,
     },
-    /// The store's time is past `not_after`. Nothing was changed.
+    /// The store's time is past `not_after`. The store changed nothing.
     Stale,
-    /// This token was released by force. It will never be granted again.
+    /// The token was force-released. The store never grants it again.
     ForceReleased,
-    /// The session is dead. Nothing was entered.
+    /// The session has ended. The store entered nothing.
     SessionGone,
-    /// The queue is full. Nothing was entered.
+    /// The queue is full. The store entered nothing.
     QueueFull {
-        /// The most waiters that a key may have.
+        /// Maximum number of waiters of a key.
         limit: u32,
     },
 }
 
-/// The most waiters that one key may have.
+/// Maximum number of waiters of one key.
 pub const MAX_WAITERS: u32 = 10_000;
 
 /// The answer to [`Store::poll`](crate::Store::poll).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PollOutcome {
-    /// It is held.
+    /// The token holds the key.
     Granted(Granted),
-    /// It waits.
+    /// The token waits in the queue.
     Queued(Queued),
-    /// There is nothing of this token: it was ended, forced out, expired, or lost with its session.
+    /// The token has neither a hold nor a queue entry: it was released, force-released, expired, or lost with its
+    /// session.
     Gone,
 }
 
 /// The answer to [`Store::release`](crate::Store::release) and [`Store::abandon`](crate::Store::abandon).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndOutcome {
-    /// A live hold ended.
+    /// The store released a live hold.
     Released,
-    /// A queue entry ended.
+    /// The store removed a queue entry.
     Dequeued,
-    /// There was nothing to end.
+    /// The token had neither a hold nor a queue entry.
     Nothing,
 }
 
 /// The answer to [`Store::extend`](crate::Store::extend).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtendOutcome {
-    /// The deadline is `ttl` from the time of the answer.
+    /// The deadline is now `ttl` after the time of the reply.
     Extended,
-    /// There is no live hold of this token, or it has no deadline.
+    /// The token has no live hold, or its hold has no deadline.
     NotHeld,
 }
 
-/// A request to take up a detached hold.
+/// A request to adopt a detached hold.
 #[derive(Clone, Debug)]
 pub struct AdoptRequest {
-    /// The key that is held.
+    /// The key of the hold.
     pub key: Key,
-    /// The token that was detached.
+    /// The detached token.
     pub from: TokenId,
     /// The token of this call.
     pub to: TokenId,
-    /// Who takes it up.
+    /// The session that adopts the hold.
     pub session: SessionId,
-    /// After this time of the store the request does nothing ([`AdoptOutcome::Stale`]).
+    /// The store's time after which the request does nothing ([`AdoptOutcome::Stale`]).
     pub not_after: StoreTime,
 }
 
 /// The answer to [`Store::adopt`](crate::Store::adopt).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AdoptOutcome {
-    /// It is held under the new token.
+    /// The new token holds the key.
     Adopted {
-        /// The grant, with what is left of its lifetime.
+        /// The grant, with the remaining lifetime.
         granted: Granted,
-        /// Whether it lives with the session.
+        /// Whether the hold ends with the session.
         session_bound: bool,
     },
-    /// There is no live hold of the old token.
+    /// The old token has no live hold.
     Gone,
-    /// The store's time is past `not_after`. Nothing was changed.
+    /// The store's time is past `not_after`. The store changed nothing.
     Stale,
-    /// The session is dead.
+    /// The session has ended.
     SessionGone,
 }
 
-/// A request to release by force.
+/// A request to force-release a hold.
 #[derive(Clone, Debug)]
 pub struct ForceReleaseRequest {
     /// The key.
     pub key: Key,
-    /// The fence of the hold that is to end.
+    /// The fence of the hold to release.
     pub fence: Fence,
-    /// Why, for the one who loses it.
+    /// The reason that the holder gets to read.
     pub reason: String,
 }
 
-/// The answer to [`Store::evict`](crate::Store::evict).
+/// The answer to [`Store::force_release`](crate::Store::force_release).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ForceReleaseOutcome {
-    /// The hold ended.
+    /// The store released the hold.
     Released,
-    /// No live hold has this fence; these are the fences that are live.
+    /// No live hold of the key has this fence.
     NoSuchHold {
         /// The fences of the live holds.
         live: Vec<Fence>,
     },
 }
 
-/// What is known of a key.
+/// The state of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyState {
     /// The key.
@@ -406,77 +410,77 @@ pub struct KeyState {
     pub holders: Vec<HolderState>,
     /// The queue, head first.
     pub waiters: Vec<WaiterState>,
-    /// The newest fence, if the store still knows it.
+    /// The newest fence, if the store still has it.
     pub last_fence: Option<Fence>,
-    /// How long a cooldown still keeps the key closed.
+    /// Time until the cooldown of the key ends, if one is running.
     pub closed_for: Option<Duration>,
 }
 
 impl KeyState {
-    /// Returns the limit that counts: the smallest capacity of the live holds or, without holds, the capacity of the head of
-    /// the queue. `None` if nobody holds the key or waits for it.
+    /// Returns the capacity that counts: the smallest capacity of the live holds or, without holds, the capacity of the
+    /// head of the queue. Returns `None` if the key has neither a holder nor a waiter.
     pub fn capacity(&self) -> Option<u32> {
         let of_holds = self.holders.iter().map(|holder| holder.capacity).min();
         of_holds.or_else(|| self.waiters.first().map(|waiter| waiter.capacity))
     }
 }
 
-/// What is known of a hold.
+/// The state of a hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HolderState {
-    /// Its fence.
+    /// The fence of the hold.
     pub fence: Fence,
-    /// Who has it, for people to read.
+    /// The label of the holder's session.
     pub owner: String,
-    /// How many units it takes.
+    /// Number of units that the hold takes.
     pub units: u32,
-    /// The capacity it was requested with.
+    /// The capacity in the holder's request.
     pub capacity: u32,
-    /// Whether it ends with its session.
+    /// Whether the hold ends with its session.
     pub session_bound: bool,
-    /// The time since its grant.
+    /// Time since the grant.
     pub age: Duration,
-    /// The wall clock at its grant, for display.
+    /// The wall-clock time of the grant, for display.
     pub since: SystemTime,
-    /// What is left of its lifetime in the store, if it has a deadline. Longer than what its holder may still use by the time
-    /// that the holder has to stop.
+    /// Time until the store's deadline of the hold, if it has one. The holder must stop earlier, so its own remaining
+    /// time is shorter.
     pub remaining: Option<Duration>,
-    /// Text of the holder.
+    /// The metadata of the holder's request.
     pub metadata: Option<String>,
-    /// Where the call came from.
+    /// The trace context of the holder's request.
     pub trace: Option<String>,
 }
 
-/// What is known of a waiter.
+/// The state of a waiter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WaiterState {
-    /// Who waits, for people to read.
+    /// The label of the waiter's session.
     pub owner: String,
-    /// How many units it asks for.
+    /// Number of units that the waiter requests.
     pub units: u32,
-    /// The capacity it was requested with.
+    /// The capacity in the waiter's request.
     pub capacity: u32,
-    /// The time since it entered the queue.
+    /// Time since the waiter entered the queue.
     pub age: Duration,
-    /// Text of the waiter.
+    /// The metadata of the waiter's request.
     pub metadata: Option<String>,
-    /// Where the call came from.
+    /// The trace context of the waiter's request.
     pub trace: Option<String>,
 }
 
-/// Keys that a listing found: a page of them, or all.
+/// The keys of a listing: one page of them, or all merged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Listing {
-    /// Keys that are held, waited for or closed.
+    /// Keys that have a holder, a waiter or a running cooldown.
     pub keys: Vec<KeyState>,
-    /// Entries that the store holds and this program cannot read.
+    /// Entries of the store that this program cannot read.
     pub damaged: Vec<DamagedEntry>,
     /// The cursor of the next page, or `None` after the last one.
     pub next: Option<Cursor>,
 }
 
 impl Listing {
-    /// Returns all of these pages as one listing: each key once, in order, and without a next page.
+    /// Merges pages into one listing that has each key once, in order, and no next page.
     #[must_use]
     pub fn merge(pages: impl IntoIterator<Item = Self>) -> Self {
         let mut all = Self::default();
@@ -484,7 +488,7 @@ impl Listing {
             all.keys.append(&mut page.keys);
             all.damaged.append(&mut page.damaged);
         }
-        // A store has an order of its own, and may repeat a key.
+        // Each store has its own order, and may repeat a key.
         all.keys.sort_by(|one, other| one.key.cmp(&other.key));
         all.keys.dedup_by(|one, other| one.key == other.key);
         all.damaged.sort();
@@ -492,51 +496,53 @@ impl Listing {
         all
     }
 
-    /// Returns whether nothing was found, neither a key nor a damaged entry.
+    /// Returns whether the listing has neither a key nor a damaged entry.
     pub fn is_empty(&self) -> bool {
         self.keys.is_empty() && self.damaged.is_empty()
     }
 
-    /// Returns the number of keys, damaged entries not included.
+    /// Returns the number of keys, without the damaged entries.
     pub fn len(&self) -> usize {
         self.keys.len()
     }
 }
 
-/// An entry of a store that cannot be read: somebody else wrote it, or it is broken.
+/// An entry of a store that cannot be read, because it is damaged or another program wrote it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct DamagedEntry {
-    /// The name under which the store keeps it: [`Key::as_encoded`] if it is the name of a key. Bytes that are not UTF-8 are
+    /// The name of the entry in the store: [`Key::as_encoded`] if it is the name of a key. Bytes that are not UTF-8 are
     /// replaced.
     pub name: String,
-    /// A lowercase fragment that says what is wrong with it.
+    /// A lowercase fragment that describes the problem.
     pub problem: String,
 }
 
 impl DamagedEntry {
-    /// An entry of this name with this problem.
+    /// Creates an entry with this name and this problem.
     pub fn new(name: impl Into<String>, problem: impl Into<String>) -> Self {
         Self { name: name.into(), problem: problem.into() }
     }
 }
 
-/// The place at which a listing goes on. Opaque: only the store that made it can read it, for the same prefix.
+/// The place at which a listing continues.
+///
+/// A cursor is opaque: only the store that created it can read it, and only for the prefix of that listing.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Cursor(String);
 
 impl Cursor {
-    /// A cursor with this text, for authors of stores.
+    /// Creates a cursor with this text, for authors of stores.
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
     }
 
-    /// Returns the text that the store gave it.
+    /// Returns the text of the cursor.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// Maximum number of holds and waiters on one page, a last key with many of them aside: a page is answered within the time
-/// of one request.
+/// Maximum number of holds and waiters on one page, apart from the last key of the page. The limit keeps the time for a
+/// page within the time limit of one request.
 #[cfg(any(feature = "firestore", feature = "redis", feature = "sqlite"))]
 pub(crate) const MAX_ROWS_PER_PAGE: usize = 20_000;

@@ -1,11 +1,10 @@
-//! What the URLs of stores have in common.
+//! Helpers for the URLs of all stores: redacting secrets and percent-decoding.
 
 use std::borrow::Cow;
 
-/// Returns what may be shown of a text that is or may be the URL of a store: the user, the password and the values of
-/// options are replaced by `***`, also if the URL is malformed.
+/// Replaces the user, the password and the options in the URL of a store with `***`, so that it can be shown.
 ///
-/// A text that has none of these is returned as it is.
+/// This works for malformed URLs too. A text without these parts is returned unchanged.
 ///
 /// ```
 /// use stanchion::store::redacted;
@@ -15,19 +14,19 @@ use std::borrow::Cow;
 /// assert_eq!(redacted("invoice:42"), "invoice:42");
 /// ```
 pub fn redacted(text: &str) -> Cow<'_, str> {
-    // Nothing is secret without a scheme, or a user before a password.
+    // Without a colon the text has neither a scheme nor a password after a user name, so nothing in it is secret.
     let Some(colon) = text.find(':') else { return Cow::Borrowed(text) };
     let is_url = text[colon..].starts_with("://");
-    // Without `://` it may begin with the user.
+    // Without `://` the text may begin with the user.
     let start = if is_url { colon + 3 } else { 0 };
-    // A password may hold every character, so the user's part ends at the last `@`.
+    // A password may contain any character, so the part with the user ends at the last `@`.
     if let Some(at) = text.rfind('@').filter(|at| *at > colon) {
         return Cow::Owned(format!("{}***{}", &text[..start], without_options(&text[at..], is_url)));
     }
     let rest = &text[start..];
     let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
     if is_url && !authority.split(',').all(is_host) {
-        // A user and a password whose `@` is missing.
+        // This is probably a user and a password whose `@` is missing.
         return Cow::Owned(format!("{}***", &text[..start]));
     }
     match without_options(rest, is_url) {
@@ -36,7 +35,7 @@ pub fn redacted(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Whether it is a host with a port or without one.
+/// Returns whether the text is a host, with or without a port.
 fn is_host(text: &str) -> bool {
     let after_address = text.rsplit_once(']').map_or(text, |(_, rest)| rest);
     after_address.split_once(':').is_none_or(|(_, port)| port.chars().all(|c| c.is_ascii_digit()))
@@ -49,7 +48,7 @@ fn without_options(text: &str, is_url: bool) -> String {
     }
 }
 
-/// The bytes that a text with `%XX` stands for; none if a `%` is not followed by two hexadecimal digits.
+/// Decodes `%XX` in a text to bytes. Returns `None` if a `%` is not followed by two hexadecimal digits.
 #[cfg(any(feature = "firestore", feature = "postgres", feature = "redis", feature = "sqlite"))]
 pub(super) fn percent_decoded(text: &str) -> Option<Vec<u8>> {
     let mut bytes = text.bytes();
@@ -73,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn users_passwords_and_options_are_not_shown() {
+    fn users_passwords_and_options_are_redacted() {
         let table = [
             ("redis://u:s3ntinel@h:1/0", "redis://***@h:1/0"),
             ("redis://s3ntinel@h", "redis://***@h"),

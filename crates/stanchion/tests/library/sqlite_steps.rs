@@ -1,4 +1,4 @@
-//! The steps of the embedded store, one by one, through the store trait.
+//! Tests the operations of the embedded store one by one, through the [`Store`] trait.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "helpers of tests")]
 
 use std::time::Duration;
@@ -13,14 +13,14 @@ use stanchion::{ErrorKind, Fence, SessionId, TokenId, VirtualClock};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Two handles on one folder, on a clock that the test moves.
+/// Opens two handles on one folder, with a clock that the test moves.
 async fn pair(time: &VirtualClock, folder: &std::path::Path) -> (Handle, Handle) {
     let open = || Sqlite::open_with(folder, time.clock(), "boot").unwrap();
     (Handle::on(open()).await, Handle::on(open()).await)
 }
 
 #[tokio::test]
-async fn an_uncontended_acquire_and_release_are_two_write_transactions() {
+async fn uncontended_cycle_writes_twice() {
     let (_temp, folder) = folder();
     let a = Handle::open(&folder).await;
     let job = key("job");
@@ -43,17 +43,17 @@ async fn an_uncontended_acquire_and_release_are_two_write_transactions() {
 }
 
 #[tokio::test]
-async fn acquire_is_idempotent_by_token_and_fences_increase() {
+async fn acquire_is_idempotent_by_token() {
     let (_temp, folder) = folder();
     let (a, b) = (Handle::open(&folder).await, Handle::open(&folder).await);
     let job = key("job");
     let request = a.request(&job);
-    let first = granted(a.ask(request.clone()).await);
-    assert_eq!(granted(a.ask(request.clone()).await), first);
+    let first = granted(a.acquire(request.clone()).await);
+    assert_eq!(granted(a.acquire(request.clone()).await), first);
     assert_eq!(a.poll(&job, request.token).await, PollOutcome::Granted(first));
     let waiting = b.request(&job);
-    assert_eq!(queued(b.ask(waiting.clone()).await).ahead, 0);
-    assert_eq!(queued(b.ask(waiting.clone()).await).ahead, 0, "the same place");
+    assert_eq!(queued(b.acquire(waiting.clone()).await).ahead, 0);
+    assert_eq!(queued(b.acquire(waiting.clone()).await).ahead, 0, "the same place");
     assert_eq!(a.store.inspect(&job).await.unwrap().outcome.waiters.len(), 1);
     assert_eq!(a.release(&job, request.token).await, EndOutcome::Released);
     assert_eq!(a.release(&job, request.token).await, EndOutcome::Nothing);
@@ -64,7 +64,7 @@ async fn acquire_is_idempotent_by_token_and_fences_increase() {
 }
 
 #[tokio::test]
-async fn a_release_hands_off_in_order_with_one_push_each() {
+async fn release_hands_off_with_one_push() {
     let (_temp, folder) = folder();
     let (mut a, mut b) = (Handle::open(&folder).await, Handle::open(&folder).await);
     let job = key("job");
@@ -84,27 +84,27 @@ async fn a_release_hands_off_in_order_with_one_push_each() {
     );
     a.release(&job, own).await;
     let Push::Granted { token, .. } = b.push().await else { panic!("no grant") };
-    assert_eq!(token, other, "the push reaches another handle by its socket");
+    assert_eq!(token, other, "the push reaches the other handle through its socket");
     assert_eq!(a.store.write_transactions() - before, 2, "a hand-off is part of the release");
     assert_eq!(b.release(&job, other).await, EndOutcome::Released);
 }
 
 #[tokio::test]
-async fn poll_never_creates_and_late_questions_do_nothing() {
+async fn polls_and_late_requests_create_nothing() {
     let (_temp, folder) = folder();
     let a = Handle::open(&folder).await;
     let job = key("job");
     assert_eq!(a.poll(&job, TokenId::random().unwrap()).await, PollOutcome::Gone);
     let now = a.store.inspect(&job).await.unwrap().time;
     let late = AcquireRequest { not_after: StoreTime::from_micros(now.as_micros() - 1), ..a.request(&job) };
-    assert_eq!(a.ask(late).await, AcquireOutcome::Stale);
+    assert_eq!(a.acquire(late).await, AcquireOutcome::Stale);
     let state = a.store.inspect(&job).await.unwrap().outcome;
     assert!(state.holders.is_empty() && state.waiters.is_empty());
     let busy = AcquireRequest { enqueue: false, ..a.request(&job) };
     let (held, _) = a.hold(&job).await;
     let token = busy.token;
-    assert_eq!(a.ask(busy).await, AcquireOutcome::Busy { check_in: None, in_use: None });
-    assert_eq!(a.poll(&job, token).await, PollOutcome::Gone, "nothing was entered");
+    assert_eq!(a.acquire(busy).await, AcquireOutcome::Busy { check_in: None, in_use: None });
+    assert_eq!(a.poll(&job, token).await, PollOutcome::Gone, "the store entered nothing");
     assert_eq!(a.store.abandon(&job, held).await.unwrap().outcome, EndOutcome::Released);
 }
 
@@ -117,16 +117,16 @@ async fn capacity_is_shared_in_order() {
         |handle: &Handle, units| AcquireRequest { demand: Demand::new(units, 3).unwrap(), ..handle.request(&pool) };
     let (one, two, three) = (take(&a, 1), take(&a, 2), take(&b, 3));
     let (first, second) = (one.token, two.token);
-    granted(a.ask(one).await);
-    granted(a.ask(two).await);
+    granted(a.acquire(one).await);
+    granted(a.acquire(two).await);
     let all = three.token;
-    queued(b.ask(three).await);
-    assert_eq!(queued(a.ask(take(&a, 1)).await).ahead, 1, "nobody passes the one who waits");
+    queued(b.acquire(three).await);
+    assert_eq!(queued(a.acquire(take(&a, 1)).await).ahead, 1, "no request overtakes the waiter");
     a.release(&pool, first).await;
     assert!(matches!(b.poll(&pool, all).await, PollOutcome::Queued(_)));
     let small = AcquireRequest { enqueue: false, ..take(&a, 1) };
     let busy = AcquireOutcome::Busy { check_in: None, in_use: Some(3) };
-    assert_eq!(a.ask(small).await, busy, "also where there is room for one");
+    assert_eq!(a.acquire(small).await, busy, "this also applies if there is room for one unit");
     a.release(&pool, second).await;
     b.granted(&pool, all).await;
     let state = a.store.inspect(&pool).await.unwrap().outcome;
@@ -134,7 +134,7 @@ async fn capacity_is_shared_in_order() {
 }
 
 #[tokio::test]
-async fn readers_share_and_a_writer_waits_for_all_of_them() {
+async fn writer_waits_for_all_readers() {
     let (_temp, folder) = folder();
     let a = Handle::open(&folder).await;
     let page = key("page");
@@ -142,11 +142,11 @@ async fn readers_share_and_a_writer_waits_for_all_of_them() {
     for _ in 0..100 {
         let request = AcquireRequest { demand: Demand::READ, ..a.request(&page) };
         readers.push(request.token);
-        granted(a.ask(request).await);
+        granted(a.acquire(request).await);
     }
     let write = AcquireRequest { demand: Demand::WRITE, ..a.request(&page) };
     let writer = write.token;
-    queued(a.ask(write).await);
+    queued(a.acquire(write).await);
     for reader in readers {
         assert!(matches!(a.poll(&page, writer).await, PollOutcome::Queued(_)));
         a.release(&page, reader).await;
@@ -155,7 +155,7 @@ async fn readers_share_and_a_writer_waits_for_all_of_them() {
 }
 
 #[tokio::test]
-async fn a_cooldown_closes_the_key_and_its_end_is_told() {
+async fn cooldown_closes_the_key_until_its_end() {
     let (_temp, folder) = folder();
     let time = VirtualClock::new();
     let (a, mut b) = pair(&time, &folder).await;
@@ -164,13 +164,17 @@ async fn a_cooldown_closes_the_key_and_its_end_is_told() {
     let (waiting, place) = b.queue(&job).await;
     assert_eq!(place.check_in, None);
     a.store.release(&job, held, Some(60 * SECOND)).await.unwrap();
-    assert_eq!(b.push().await, Push::Recheck { token: waiting }, "the head learns when to ask");
+    assert_eq!(
+        b.push().await,
+        Push::Recheck { token: waiting },
+        "the head is notified, so that it polls at the end of the cooldown"
+    );
     match b.poll(&job, waiting).await {
         PollOutcome::Queued(place) => assert_eq!(place.check_in, Some(60 * SECOND)),
         other => panic!("{other:?}"),
     }
     let busy = AcquireRequest { enqueue: false, ..a.request(&job) };
-    assert_eq!(a.ask(busy).await, AcquireOutcome::Busy { check_in: Some(60 * SECOND), in_use: None });
+    assert_eq!(a.acquire(busy).await, AcquireOutcome::Busy { check_in: Some(60 * SECOND), in_use: None });
     assert_eq!(a.store.inspect(&job).await.unwrap().outcome.closed_for, Some(60 * SECOND));
     time.advance(60 * SECOND);
     assert!(matches!(b.poll(&job, waiting).await, PollOutcome::Granted(_)));
@@ -182,7 +186,7 @@ async fn a_cooldown_closes_the_key_and_its_end_is_told() {
 }
 
 #[tokio::test]
-async fn dead_waiter_is_gone_from_a_closed_key() {
+async fn expired_waiter_leaves_a_closed_key() {
     let (_temp, folder) = folder();
     let time = VirtualClock::new();
     let (a, b) = pair(&time, &folder).await;
@@ -192,21 +196,21 @@ async fn dead_waiter_is_gone_from_a_closed_key() {
     a.store.release(&job, held, Some(60 * SECOND)).await.unwrap();
     std::fs::remove_file(folder.join("sessions").join(format!("{}.lock", b.session.to_hex()))).unwrap();
     let of_three = AcquireRequest { demand: Demand::new(1, 3).unwrap(), enqueue: false, ..a.request(&job) };
-    assert_eq!(a.ask(of_three).await, AcquireOutcome::Busy { check_in: Some(60 * SECOND), in_use: None });
+    assert_eq!(a.acquire(of_three).await, AcquireOutcome::Busy { check_in: Some(60 * SECOND), in_use: None });
     assert_eq!(a.store.inspect(&job).await.unwrap().outcome.waiters, []);
 }
 
 #[tokio::test]
-async fn a_deadline_frees_the_key_and_extend_moves_it() {
+async fn extend_moves_the_deadline() {
     let (_temp, folder) = folder();
     let time = VirtualClock::new();
     let (a, mut b) = pair(&time, &folder).await;
     let job = key("job");
     let fixed = AcquireRequest { lifetime: Lifetime::Fixed(10 * SECOND), ..a.request(&job) };
     let token = fixed.token;
-    assert_eq!(granted(a.ask(fixed.clone()).await).remaining, Some(10 * SECOND));
+    assert_eq!(granted(a.acquire(fixed.clone()).await).remaining, Some(10 * SECOND));
     time.advance(4 * SECOND);
-    assert_eq!(granted(a.ask(fixed).await).remaining, Some(6 * SECOND), "it counts from the grant");
+    assert_eq!(granted(a.acquire(fixed).await).remaining, Some(6 * SECOND), "the lifetime counts from the grant");
     let (waiting, place) = b.queue(&job).await;
     assert_eq!(place.check_in, Some(6 * SECOND));
     assert_eq!(a.store.extend(&job, token, 20 * SECOND).await.unwrap().outcome, ExtendOutcome::Extended);
@@ -214,7 +218,7 @@ async fn a_deadline_frees_the_key_and_extend_moves_it() {
     time.advance(19 * SECOND);
     assert!(matches!(b.poll(&job, waiting).await, PollOutcome::Queued(_)));
     assert_eq!(a.store.extend(&job, token, SECOND / 2).await.unwrap().outcome, ExtendOutcome::Extended);
-    assert_eq!(b.push().await, Push::Recheck { token: waiting }, "a nearer deadline is told");
+    assert_eq!(b.push().await, Push::Recheck { token: waiting }, "the head is notified of an earlier deadline");
     time.advance(SECOND / 2);
     assert!(matches!(b.poll(&job, waiting).await, PollOutcome::Granted(_)));
     assert_eq!(a.poll(&job, token).await, PollOutcome::Gone);
@@ -222,25 +226,25 @@ async fn a_deadline_frees_the_key_and_extend_moves_it() {
     assert_eq!(
         b.store.extend(&job, waiting, SECOND).await.unwrap().outcome,
         ExtendOutcome::NotHeld,
-        "it has no deadline"
+        "the hold has no deadline"
     );
-    // A hold for as long as the session may have a limit too.
+    // A session-bound hold may have a deadline too.
     b.release(&job, waiting).await;
     let limited = AcquireRequest { lifetime: Lifetime::Session { max_hold: Some(SECOND) }, ..a.request(&job) };
-    assert_eq!(granted(a.ask(limited).await).remaining, Some(SECOND));
+    assert_eq!(granted(a.acquire(limited).await).remaining, Some(SECOND));
     time.advance(SECOND);
     b.hold(&job).await;
 }
 
 #[tokio::test]
-async fn a_fixed_term_outlives_its_session_and_keeps_its_owner() {
+async fn fixed_hold_outlives_session_with_owner() {
     let (_temp, folder) = folder();
     let time = VirtualClock::new();
     let (a, b) = pair(&time, &folder).await;
     let job = key("job");
     let fixed =
         AcquireRequest { lifetime: Lifetime::Fixed(10 * SECOND), metadata: Some("m".into()), ..a.request(&job) };
-    granted(a.ask(fixed).await);
+    granted(a.acquire(fixed).await);
     let owner = b.store.inspect(&job).await.unwrap().outcome.holders[0].owner.clone();
     assert!(owner.starts_with("test "));
     a.store.close_session(a.session).await.unwrap();
@@ -254,24 +258,24 @@ async fn a_fixed_term_outlives_its_session_and_keeps_its_owner() {
 }
 
 #[tokio::test]
-async fn a_forced_release_is_told_until_its_token_is_ended() {
+async fn renewals_report_force_releases_until_release() {
     let (_temp, folder) = folder();
     let (mut a, mut b) = (Handle::open(&folder).await, Handle::open(&folder).await);
     let job = key("job");
     let request = a.request(&job);
     let token = request.token;
-    let first = granted(a.ask(request.clone()).await);
+    let first = granted(a.acquire(request.clone()).await);
     let (waiting, _) = b.queue(&job).await;
-    let by_force = |fence| ForceReleaseRequest { key: job.clone(), fence, reason: "stuck".into() };
-    let wrong = b.store.force_release(by_force(Fence::new(1))).await.unwrap().outcome;
+    let force = |fence| ForceReleaseRequest { key: job.clone(), fence, reason: "stuck".into() };
+    let wrong = b.store.force_release(force(Fence::new(1))).await.unwrap().outcome;
     assert_eq!(wrong, ForceReleaseOutcome::NoSuchHold { live: vec![first.fence] });
-    assert_eq!(b.store.force_release(by_force(first.fence)).await.unwrap().outcome, ForceReleaseOutcome::Released);
+    assert_eq!(b.store.force_release(force(first.fence)).await.unwrap().outcome, ForceReleaseOutcome::Released);
     let lost = LostToken { key: job.clone(), token, reason: "stuck".into() };
     assert_eq!(a.push().await, Push::ForceReleased(lost.clone()));
     let next = b.granted(&job, waiting).await;
-    assert!(next.fence.get() > first.fence.get() + 1, "the eviction raised the fence too");
+    assert!(next.fence.get() > first.fence.get() + 1, "the force-release raised the fence too");
     assert_eq!(a.poll(&job, token).await, PollOutcome::Gone);
-    assert_eq!(a.ask(request.clone()).await, AcquireOutcome::ForceReleased);
+    assert_eq!(a.acquire(request.clone()).await, AcquireOutcome::ForceReleased);
     for _ in 0..2 {
         let outcome = a.store.renew_session(a.session).await.unwrap().outcome;
         assert_eq!(outcome, RenewOutcome::Alive { lost: vec![lost.clone()] });
@@ -281,7 +285,7 @@ async fn a_forced_release_is_told_until_its_token_is_ended() {
 }
 
 #[tokio::test]
-async fn of_two_that_adopt_a_hold_one_gets_it() {
+async fn concurrent_adopt_has_one_winner() {
     let (_temp, folder) = folder();
     let (a, b) = (Handle::open(&folder).await, Handle::open(&folder).await);
     let job = key("job");
@@ -301,13 +305,13 @@ async fn of_two_that_adopt_a_hold_one_gets_it() {
     let outcomes = [one.unwrap().outcome, two.unwrap().outcome];
     assert!(outcomes == [adopted, AdoptOutcome::Gone] || outcomes == [AdoptOutcome::Gone, adopted], "{outcomes:?}");
     let (winner, request) = if outcomes[0] == adopted { (&a, by_a) } else { (&b, by_b) };
-    assert_eq!(winner.store.adopt(request.clone()).await.unwrap().outcome, adopted, "asked again");
+    assert_eq!(winner.store.adopt(request.clone()).await.unwrap().outcome, adopted, "the second call is idempotent");
     assert_eq!(a.release(&job, from).await, EndOutcome::Nothing);
     assert_eq!(a.release(&job, request.to).await, EndOutcome::Released);
 }
 
 #[tokio::test]
-async fn closing_a_session_frees_all_that_it_has_and_hands_off() {
+async fn closing_a_session_hands_off_its_keys() {
     let (_temp, folder) = folder();
     let (a, mut b) = (Handle::open(&folder).await, Handle::open(&folder).await);
     let (job, other) = (key("job"), key("other"));
@@ -323,14 +327,14 @@ async fn closing_a_session_frees_all_that_it_has_and_hands_off() {
     assert!(matches!(b.poll(&other, last).await, PollOutcome::Queued(place) if place.ahead == 0));
     assert_eq!(a.poll(&job, mine).await, PollOutcome::Gone);
     assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Gone);
-    assert_eq!(a.ask(a.request(&job)).await, AcquireOutcome::SessionGone);
+    assert_eq!(a.acquire(a.request(&job)).await, AcquireOutcome::SessionGone);
     let again = OpenSession { session: a.session, ttl: SECOND, owner: String::new() };
-    assert_eq!(a.store.open_session(again).await.unwrap().outcome, OpenOutcome::Gone, "an id is used once");
+    assert_eq!(a.store.open_session(again).await.unwrap().outcome, OpenOutcome::Gone, "an id can be used once");
     assert!(a.store.session_descriptor(a.session).is_none() && b.store.session_descriptor(b.session).is_some());
     b.release(&other, theirs).await;
     b.granted(&other, last).await;
     let files = std::fs::read_dir(folder.join("sessions")).unwrap().count();
-    assert_eq!(files, 2, "the lock and the socket of the session that is left");
+    assert_eq!(files, 2, "the lock file and the socket of the open session remain");
 }
 
 #[tokio::test]
@@ -344,11 +348,11 @@ async fn dropping_a_store_closes_its_sessions() {
     drop(store);
     assert!(matches!(b.push().await, Push::Granted { token, .. } if token == waiting));
     let ended = async { while grants.next().await.is_some() {} };
-    within(ended).await; // its stream ends
+    within(ended).await; // the stream of the dropped store ends
 }
 
 #[tokio::test]
-async fn a_store_that_is_dropped_leaves_no_descriptor() {
+async fn dropped_store_leaves_no_descriptor() {
     let (_temp, folder) = folder();
     let ours = || {
         let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
@@ -359,11 +363,11 @@ async fn a_store_that_is_dropped_leaves_no_descriptor() {
         assert!(ours() > 3);
         drop(a);
     }
-    until("everything is closed", async || ours() == 0).await;
+    until("all descriptors are closed", async || ours() == 0).await;
 }
 
 #[tokio::test]
-async fn a_queue_has_a_limit_and_places_are_exact() {
+async fn queue_has_a_limit_and_exact_places() {
     let (_temp, folder) = folder();
     let a = Handle::open(&folder).await;
     let job = key("job");
@@ -374,7 +378,7 @@ async fn a_queue_has_a_limit_and_places_are_exact() {
         assert_eq!(place.ahead, ahead);
         tokens.push(token);
     }
-    assert_eq!(a.ask(a.request(&job)).await, AcquireOutcome::QueueFull { limit: MAX_WAITERS });
+    assert_eq!(a.acquire(a.request(&job)).await, AcquireOutcome::QueueFull { limit: MAX_WAITERS });
     for gone in [5_000, 100, 0] {
         let token = tokens.remove(gone);
         assert_eq!(a.store.abandon(&job, token).await.unwrap().outcome, EndOutcome::Dequeued);
@@ -386,7 +390,7 @@ async fn a_queue_has_a_limit_and_places_are_exact() {
 }
 
 #[tokio::test]
-async fn a_fault_under_a_prefix_names_the_key_that_was_asked_for() {
+async fn prefixed_errors_name_the_callers_key() {
     let (_temp, folder) = folder();
     let store = Prefixed::new(Sqlite::open(&folder).unwrap(), "tenant").unwrap();
     store.inspect(&key("job")).await.unwrap();
@@ -396,7 +400,7 @@ async fn a_fault_under_a_prefix_names_the_key_that_was_asked_for() {
 }
 
 #[tokio::test]
-async fn idle_keys_are_forgotten_and_their_fences_never_come_back() {
+async fn deleted_idle_keys_never_repeat_fences() {
     let (_temp, folder) = folder();
     let time = VirtualClock::new();
     let (a, _b) = pair(&time, &folder).await;
@@ -406,7 +410,7 @@ async fn idle_keys_are_forgotten_and_their_fences_never_come_back() {
         let (token, grant) = a.hold(&job).await;
         newest = newest.max(grant.fence);
         a.release(&job, token).await;
-        // No wall clock helps here: it stands still with the virtual clock.
+        // The wall clock does not raise the fences here, because it stands still with the virtual clock.
     }
     time.advance(Duration::from_secs(2 * 3600));
     let rows = || {
@@ -419,17 +423,18 @@ async fn idle_keys_are_forgotten_and_their_fences_never_come_back() {
         let (token, _) = a.hold(&busy).await;
         a.release(&busy, token).await;
     }
-    assert_eq!(rows(), 1, "all but the one in use");
-    // The machine's own clock is years behind the virtual one, as after a step back: only the floor remembers.
+    assert_eq!(rows(), 1, "the sweeps deleted all rows except the row of the busy key");
+    // The system clock is years behind the virtual clock, as after a step back, so only the floor keeps the fences
+    // rising.
     let c = Handle::on(Sqlite::open_with(&folder, stanchion::Clock::system(), "boot").unwrap()).await;
     let (_, grant) = c.hold(&key("job-0")).await;
     assert!(grant.fence > newest, "{:?} after {newest:?}", grant.fence);
 }
 
 #[tokio::test]
-async fn a_wall_clock_that_steps_back_repeats_no_fence() {
+async fn wall_clock_step_back_repeats_no_fence() {
     let (_temp, folder) = folder();
-    // The virtual wall clock begins in 2030 whatever the boot clock says: the machine's own is years behind it.
+    // The virtual wall clock begins in 2030, so the system clock is years behind it.
     let time = VirtualClock::new();
     let job = key("job");
     let first = {
@@ -444,24 +449,25 @@ async fn a_wall_clock_that_steps_back_repeats_no_fence() {
 }
 
 #[tokio::test]
-async fn a_restart_of_the_machine_ends_everything_but_cooldowns_and_raises_all_fences() {
+async fn restart_keeps_cooldowns_and_raises_fences() {
     let (_temp, folder) = folder();
     let time = VirtualClock::new();
     let (job, closed) = (key("job"), key("closed"));
     let (a, b) = pair(&time, &folder).await;
     let fixed = AcquireRequest { lifetime: Lifetime::Fixed(3600 * SECOND), ..a.request(&job) };
-    let first = granted(a.ask(fixed).await);
+    let first = granted(a.acquire(fixed).await);
     b.queue(&job).await;
     let (token, second) = a.hold(&closed).await;
     a.store.release(&closed, token, Some(100 * SECOND)).await.unwrap();
     time.advance(40 * SECOND);
-    // The boot clock begins anew; the wall clock goes on. A virtual clock ties them, so the cooldown's end stays.
+    // After a restart the boot-time clock starts again and the wall clock continues. In a virtual clock they advance
+    // together, so the end of the cooldown stays the same.
     let c = Handle::on(Sqlite::open_with(&folder, time.clock(), "next boot").unwrap()).await;
     let state = c.store.inspect(&job).await.unwrap().outcome;
     assert!(state.holders.is_empty() && state.waiters.is_empty());
     assert_eq!(c.store.inspect(&closed).await.unwrap().outcome.closed_for, Some(60 * SECOND));
     let (_, grant) = c.hold(&job).await;
-    assert!(grant.fence.get() > first.fence.get() + 600_000_000, "the last commits may have been lost");
+    assert!(grant.fence.get() > first.fence.get() + 600_000_000, "the last commits before the restart may be lost");
     assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Gone);
     time.advance(60 * SECOND);
     let (_, grant) = c.hold(&closed).await;
@@ -469,7 +475,7 @@ async fn a_restart_of_the_machine_ends_everything_but_cooldowns_and_raises_all_f
 }
 
 #[tokio::test]
-async fn a_folder_that_is_deleted_ends_its_sessions() {
+async fn deleted_folder_ends_its_sessions() {
     let (_temp, folder) = folder();
     let a = Handle::open(&folder).await;
     a.hold(&key("job")).await;
@@ -477,13 +483,13 @@ async fn a_folder_that_is_deleted_ends_its_sessions() {
     std::fs::remove_dir_all(&folder).unwrap();
     assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Gone);
     let error = a.store.acquire(a.request(&key("other"))).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unavailable, "nobody else would see that hold: {error}");
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "no other process would see the hold: {error}");
     let b = Handle::open(&folder).await;
     b.hold(&key("job")).await;
     assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Gone);
 }
 
-/// The files that all must have in common: one that is exchanged alone splits the users as well.
+/// All processes must share each of these files, so replacing a single one splits the processes too.
 #[tokio::test]
 async fn deleted_and_replaced_files_end_sessions() {
     let lock_of = |a: &Handle| format!("sessions/{}.lock", a.session.to_hex());
@@ -501,7 +507,7 @@ async fn deleted_and_replaced_files_end_sessions() {
                 std::fs::copy(folder.join("away"), &path).unwrap();
             }
             if !is_replaced || name != "gate" {
-                // A step that writes sees it first, or the renewal does.
+                // A writing request detects the change too, not only a renewal.
                 let refused = a.store.acquire(a.request(&key("other"))).await;
                 let is_refused = match &refused {
                     Ok(reply) => reply.outcome == AcquireOutcome::SessionGone,
@@ -517,8 +523,8 @@ async fn deleted_and_replaced_files_end_sessions() {
             let expected = format!("{} was deleted or replaced while it was in use", folder.join(file).display());
             assert!(matches!(a.push().await, Push::Warning(message) if message == expected), "{name}");
             drop(a);
-            // In one process SQLite shares what it has open.
-            until("everything is closed", async || {
+            // Handles of one process share open files in SQLite, so wait until the old files are closed.
+            until("all descriptors are closed", async || {
                 let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
                 !links.filter_map(|link| std::fs::read_link(link.path()).ok()).any(|link| link.starts_with(&folder))
             })
@@ -529,7 +535,8 @@ async fn deleted_and_replaced_files_end_sessions() {
     }
 }
 
-/// A process whose database was deleted believes in its holds until it looks. Nobody is granted anything before that.
+/// A process whose database was deleted relies on its holds until its next renewal. The new database grants nothing
+/// before that.
 #[tokio::test]
 async fn new_database_waits_for_holders_of_the_old_one() {
     let (_temp, folder) = folder();
@@ -542,17 +549,17 @@ async fn new_database_waits_for_holders_of_the_old_one() {
         error.to_string().contains("deleted or replaced while it was in use, and a process still holds"),
         "{error}"
     );
-    let opens = std::thread::spawn({
+    let opening = std::thread::spawn({
         let folder = folder.clone();
         move || Sqlite::open(folder)
     });
     assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Gone);
-    let b = Handle::on(opens.join().unwrap().unwrap()).await;
+    let b = Handle::on(opening.join().unwrap().unwrap()).await;
     b.hold(&key("job")).await;
 }
 
 #[tokio::test]
-async fn old_files_look_used_and_folders_are_locked() {
+async fn renewals_touch_files_and_lock_folders() {
     let (_temp, folder) = folder();
     let time = VirtualClock::new();
     let a = Handle::on(Sqlite::open_with(&folder, time.clock(), "boot").unwrap()).await;
@@ -566,18 +573,18 @@ async fn old_files_look_used_and_folders_are_locked() {
         file.set_times(std::fs::FileTimes::new().set_modified(long_ago).set_accessed(long_ago)).unwrap();
     }
     a.store.renew_session(a.session).await.unwrap();
-    assert_eq!(names.iter().filter(is_old).count(), names.len(), "not at each renewal");
+    assert_eq!(names.iter().filter(is_old).count(), names.len(), "not every renewal touches the files");
     time.advance(Duration::from_secs(600));
     a.store.renew_session(a.session).await.unwrap();
     assert_eq!(names.iter().filter(is_old).count(), 0);
-    // As systemd-tmpfiles asks before it looks into a folder.
+    // systemd-tmpfiles tries to lock a folder in the same way before it cleans the folder.
     for locked in [folder.clone(), folder.join("sessions")] {
         let dir = std::fs::File::open(&locked).unwrap();
         assert!(dir.try_lock().is_err(), "{locked:?}");
     }
 }
 
-/// The highest number that the database has is granted once.
+/// The store grants the highest number of its fence column once, and nothing after it.
 #[tokio::test]
 async fn highest_fence_is_granted_once() {
     let (_temp, folder) = folder();
@@ -602,19 +609,19 @@ async fn highest_fence_is_granted_once() {
     };
     used_up(a.store.acquire(a.request(&job)).await.unwrap_err());
     used_up(c.store.poll(&job, &[waiting[2]]).await.unwrap_err());
-    assert_eq!(b.release(&job, waiting[1]).await, EndOutcome::Released, "it can be given back");
+    assert_eq!(b.release(&job, waiting[1]).await, EndOutcome::Released, "the hold can be released");
     used_up(c.store.poll(&job, &[waiting[2]]).await.unwrap_err());
     used_up(a.store.acquire(AcquireRequest { enqueue: false, ..a.request(&job) }).await.unwrap_err());
     assert_eq!(c.release(&job, waiting[2]).await, EndOutcome::Dequeued);
     a.hold(&key("another")).await;
-    // Not after a restart of the machine either.
+    // A restart of the machine does not change this.
     let d = Handle::on(Sqlite::open_with(&folder, stanchion::Clock::system(), "next boot").unwrap()).await;
     used_up(d.store.acquire(d.request(&job)).await.unwrap_err());
     let _ = (&mut b, &mut c);
 }
 
 #[tokio::test]
-async fn a_session_whose_lock_file_is_deleted_is_dead_for_itself_too() {
+async fn session_without_lock_file_is_gone() {
     let (_temp, folder) = folder();
     let (a, mut b) = (Handle::open(&folder).await, Handle::open(&folder).await);
     let job = key("job");
@@ -623,7 +630,7 @@ async fn a_session_whose_lock_file_is_deleted_is_dead_for_itself_too() {
     std::fs::remove_file(folder.join("sessions").join(format!("{}.lock", a.session.to_hex()))).unwrap();
     assert_eq!(a.store.renew_session(a.session).await.unwrap().outcome, RenewOutcome::Gone);
     b.granted(&job, waiting).await;
-    assert_eq!(a.ask(a.request(&job)).await, AcquireOutcome::SessionGone);
+    assert_eq!(a.acquire(a.request(&job)).await, AcquireOutcome::SessionGone);
 }
 
 #[tokio::test]
@@ -670,7 +677,7 @@ async fn damaged_rows_are_named_and_skipped() {
     let damaged: Vec<_> = listing.damaged.iter().map(|entry| &*entry.name).collect();
     assert_eq!(damaged, [":foreign", ":negative", ":\u{fffd}", "no key"]);
     assert!(a.store.inspect(&key("negative")).await.unwrap_err().to_string().contains("cannot be read"));
-    // The page goes on behind a name that is no text.
+    // The listing continues after a name that is not UTF-8.
     let mut cursor = None;
     for _ in 0..10 {
         let page = a.store.list("", cursor.as_ref(), 1).await.unwrap().outcome;
@@ -679,17 +686,17 @@ async fn damaged_rows_are_named_and_skipped() {
             return;
         }
     }
-    panic!("the listing has no end");
+    panic!("the listing does not end");
 }
 
 #[tokio::test]
-async fn listing_keys_of_the_dead_writes_nothing() {
+async fn listing_of_expired_sessions_writes_nothing() {
     let (_temp, folder) = folder();
     let (a, b) = (Handle::open(&folder).await, Handle::open(&folder).await);
     for at in 0..200 {
         a.hold(&key(&format!("k{at}"))).await;
     }
-    // Nobody holds this file any more, as if the process of its session had been killed.
+    // Without its lock file the session has expired, as if its process had been killed.
     std::fs::remove_file(folder.join("sessions").join(format!("{}.lock", a.session.to_hex()))).unwrap();
     let before = b.store.write_transactions();
     assert!(b.store.list("", None, 1_000).await.unwrap().outcome.is_empty());
@@ -697,17 +704,17 @@ async fn listing_keys_of_the_dead_writes_nothing() {
 }
 
 #[tokio::test]
-async fn a_step_that_is_dropped_half_way_leaves_a_store_that_works() {
+async fn dropped_operations_leave_nothing() {
     let (_temp, folder) = folder();
     let a = Handle::open(&folder).await;
     let job = key("job");
     for _ in 0..200 {
         let request = a.request(&job);
         let token = request.token;
-        let mut step = Box::pin(a.store.acquire(request));
+        let mut acquire = Box::pin(a.store.acquire(request));
         let polled =
-            std::future::poll_fn(|context| std::task::Poll::Ready(step.as_mut().poll(context).is_ready())).await;
-        drop(step);
+            std::future::poll_fn(|context| std::task::Poll::Ready(acquire.as_mut().poll(context).is_ready())).await;
+        drop(acquire);
         let ended = a.store.abandon(&job, token).await.unwrap().outcome;
         assert!(ended == EndOutcome::Released || (!polled && ended == EndOutcome::Nothing), "{ended:?}");
     }
@@ -715,23 +722,23 @@ async fn a_step_that_is_dropped_half_way_leaves_a_store_that_works() {
 }
 
 #[tokio::test]
-async fn an_unknown_session_gets_nothing() {
+async fn unknown_session_gets_nothing() {
     let (_temp, folder) = folder();
     let a = Handle::open(&folder).await;
     let stranger = SessionId::random().unwrap();
     let request = AcquireRequest { session: stranger, lifetime: SESSION, ..a.request(&key("job")) };
-    assert_eq!(a.ask(request).await, AcquireOutcome::SessionGone);
+    assert_eq!(a.acquire(request).await, AcquireOutcome::SessionGone);
     assert_eq!(a.store.renew_session(stranger).await.unwrap().outcome, RenewOutcome::Gone);
     a.store.close_session(stranger).await.unwrap();
 }
 
 #[tokio::test]
-async fn a_step_that_fails_spoils_no_other_of_its_transaction() {
+async fn failed_request_spares_its_transaction() {
     let (_temp, folder) = folder();
     let (a, b) = (Handle::open(&folder).await, Handle::open(&folder).await);
     let c = Handle::open(&folder).await;
     let (bad, good) = (key("bad"), key("good"));
-    // To probe the session that waits for `bad` fails from now on: the end of its holder cannot be settled.
+    // From now on, probing the session that waits for `bad` fails, so the store cannot reconcile `bad`.
     c.hold(&bad).await;
     b.queue(&bad).await;
     let lock = folder.join("sessions").join(format!("{}.lock", b.session.to_hex()));
@@ -752,15 +759,15 @@ async fn a_step_that_fails_spoils_no_other_of_its_transaction() {
         assert_eq!((error.kind(), error.key()), (ErrorKind::Misconfigured, Some(&bad)), "{error}");
         let outcome = last.unwrap().outcome;
         assert!(matches!(outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Queued(_)), "{outcome:?}");
-        assert!(matches!(a.poll(&good, token).await, PollOutcome::Granted(_)), "what was answered is there");
+        assert!(matches!(a.poll(&good, token).await, PollOutcome::Granted(_)), "an answered request is committed");
         let outcome = c.store.renew_session(c.session).await.unwrap().outcome;
-        assert!(matches!(outcome, RenewOutcome::Alive { .. }), "what failed has not happened");
+        assert!(matches!(outcome, RenewOutcome::Alive { .. }), "a failed request changed nothing");
         assert_eq!(a.release(&good, token).await, EndOutcome::Released);
     }
 }
 
 #[tokio::test]
-async fn who_gets_another_neighbour_in_the_queue_is_told_to_look() {
+async fn new_predecessor_is_pushed_to_the_waiter() {
     let (_temp, folder) = folder();
     let (a, b) = (Handle::open(&folder).await, Handle::open(&folder).await);
     let mut c = Handle::open(&folder).await;
@@ -769,24 +776,24 @@ async fn who_gets_another_neighbour_in_the_queue_is_told_to_look() {
     let (middle, _) = b.queue(&job).await;
     let (last, _) = c.queue(&job).await;
     b.store.abandon(&job, middle).await.unwrap();
-    assert_eq!(c.push().await, Push::Recheck { token: last }, "its neighbour gave up");
+    assert_eq!(c.push().await, Push::Recheck { token: last }, "the waiter before it left the queue");
     a.release(&job, held).await;
     assert!(matches!(c.push().await, Push::Granted { token, .. } if token == last));
-    // Of several holders the head watches all, so it is told that it is the head.
+    // The head watches all holders, so the store notifies a waiter that becomes the head.
     let pool = key("pool");
     let take = |handle: &Handle| AcquireRequest { demand: Demand::new(1, 2).unwrap(), ..handle.request(&pool) };
     let (first, second, third, fourth) = (take(&a), take(&b), take(&b), take(&c));
     let (ended, last) = (first.token, fourth.token);
-    granted(a.ask(first).await);
-    granted(b.ask(second).await);
-    queued(b.ask(third).await);
-    queued(c.ask(fourth).await);
+    granted(a.acquire(first).await);
+    granted(b.acquire(second).await);
+    queued(b.acquire(third).await);
+    queued(c.acquire(fourth).await);
     a.release(&pool, ended).await;
     assert_eq!(c.push().await, Push::Recheck { token: last });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_contenders_never_hear_that_the_database_is_busy() {
+async fn many_contenders_never_see_a_busy_database() {
     let (_temp, folder) = folder();
     let tasks: Vec<_> = (0..60)
         .map(|n| {
@@ -797,7 +804,7 @@ async fn many_contenders_never_hear_that_the_database_is_busy() {
                     let job = key(&format!("job-{}", (n + round) % 7));
                     let request = AcquireRequest { enqueue: false, ..handle.request(&job) };
                     let token = request.token;
-                    let outcome = handle.ask(request).await;
+                    let outcome = handle.acquire(request).await;
                     assert!(matches!(outcome, AcquireOutcome::Granted(_) | AcquireOutcome::Busy { .. }), "{outcome:?}");
                     handle.store.abandon(&job, token).await.unwrap();
                 }

@@ -1,4 +1,4 @@
-//! What the tests of the embedded store share: short ways to ask, and waiting for a condition.
+//! Helpers for the tests of the embedded store: short forms of its operations, and waiting for a condition.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 
 use std::path::{Path, PathBuf};
@@ -10,12 +10,12 @@ use stanchion::store::{
 };
 use stanchion::{Clock, Key, SessionId, TokenId};
 
-/// How long anything may take before a test calls it stuck.
+/// Time after which a test fails because an operation or a condition takes too long.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
 pub const SESSION: Lifetime = Lifetime::Session { max_hold: None };
 
-/// A store in a temporary folder, with a session and its pushes.
+/// A store with an open session and the session's push stream.
 pub struct Handle {
     pub store: Sqlite,
     pub session: SessionId,
@@ -36,7 +36,7 @@ impl Handle {
         Self { store, session, grants }
     }
 
-    pub async fn ask(&self, request: AcquireRequest) -> AcquireOutcome {
+    pub async fn acquire(&self, request: AcquireRequest) -> AcquireOutcome {
         self.store.acquire(request).await.unwrap().outcome
     }
 
@@ -54,18 +54,18 @@ impl Handle {
         }
     }
 
-    /// Holds the key; it must be free.
+    /// Acquires the key, which must be free.
     pub async fn hold(&self, key: &Key) -> (TokenId, Granted) {
         let request = self.request(key);
         let token = request.token;
-        (token, granted(self.ask(request).await))
+        (token, granted(self.acquire(request).await))
     }
 
-    /// Stands in the queue; the key must be taken.
+    /// Enters the queue of the key, which must be held.
     pub async fn queue(&self, key: &Key) -> (TokenId, Queued) {
         let request = self.request(key);
         let token = request.token;
-        (token, queued(self.ask(request).await))
+        (token, queued(self.acquire(request).await))
     }
 
     pub async fn poll(&self, key: &Key, token: TokenId) -> PollOutcome {
@@ -76,28 +76,28 @@ impl Handle {
         self.store.release(key, token, None).await.unwrap().outcome
     }
 
-    /// The next push, within the limit. That the folder is below `/tmp` is no news.
+    /// Returns the next push. Skips the warning that the folder is below `/tmp`.
     pub async fn push(&mut self) -> Push {
         loop {
-            match within(self.grants.next()).await.expect("the stream of pushes ended") {
+            match within(self.grants.next()).await.expect("the push stream ended") {
                 Push::Warning(message) if message.contains("the system deletes old files") => {}
                 push => return push,
             }
         }
     }
 
-    /// Waits for the grant of a token as the library does: by pushes, and by asking when told to.
+    /// Waits for the grant of a token as the library does: polls after each push and after each `check_in`.
     pub async fn granted(&mut self, key: &Key, token: TokenId) -> Granted {
         let clock = Clock::system();
         let end = clock.now().after(LIMIT);
         loop {
-            let pace = match self.poll(key, token).await {
+            let delay = match self.poll(key, token).await {
                 PollOutcome::Granted(granted) => return granted,
                 PollOutcome::Queued(queued) => queued.check_in.unwrap_or(LIMIT),
                 PollOutcome::Gone => panic!("the token is gone"),
             };
             assert!(clock.now() < end, "not granted in time");
-            let _push_or_pace = tokio::time::timeout(pace, self.grants.next()).await;
+            let _ = tokio::time::timeout(delay, self.grants.next()).await; // both a push and a timeout lead to a poll
         }
     }
 }
@@ -127,15 +127,15 @@ pub fn queued(outcome: AcquireOutcome) -> Queued {
 }
 
 pub async fn within<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(LIMIT, future).await.expect("it took too long")
+    tokio::time::timeout(LIMIT, future).await.expect("the operation took too long")
 }
 
-/// Waits until a condition holds.
+/// Waits until a condition is true.
 pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let clock = Clock::system();
     let end = clock.now().after(LIMIT);
     while !holds().await {
-        assert!(clock.now() < end, "never happened: {what}");
+        assert!(clock.now() < end, "timed out while waiting until {what}");
         tokio::task::yield_now().await;
     }
 }

@@ -1,6 +1,6 @@
-//! The embedded store between real processes: order, kills, stops, blocked executors.
+//! Tests [`Locks`] on the embedded store between processes: order, kills, stops, blocked executors.
 //!
-//! A test starts this very binary again as a worker: [`worker`] does what the environment says.
+//! A test starts this binary again as a worker process, in which [`worker`] runs the task that the environment names.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
 use std::fs;
@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 use stanchion::store::Sqlite;
 use stanchion::{Clock, Event, Locks};
 
+/// Time after which a test fails because a condition takes too long.
 const GENEROUS: Duration = Duration::from_secs(60);
 
-/// A worker process, killed when the test ends early.
+/// A worker process that is killed when the test ends.
 struct Worker(Child);
 
 impl Worker {
@@ -41,12 +42,12 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        let _ended_already = self.0.kill();
-        let _reaped = self.0.wait();
+        let _ = self.0.kill(); // an error: the process has exited already
+        let _ = self.0.wait();
     }
 }
 
-/// Not a test by itself: what a worker process does.
+/// Runs the task of a worker process. Does nothing when it runs as a test.
 #[test]
 fn worker() {
     let Ok(task) = std::env::var("STANCHION_WORKER") else { return };
@@ -73,7 +74,7 @@ fn append(path: &Path, line: &str) {
     fs::OpenOptions::new().create(true).append(true).open(path).unwrap().write_all(line.as_bytes()).unwrap();
 }
 
-/// Adds one to the number in a file, many times, each time under the lock.
+/// Increments the number in a file `TIMES` times, each time under the lock.
 async fn increment(folder: &Path) {
     let times: u32 = std::env::var("TIMES").unwrap().parse().unwrap();
     let locks = open(folder).await;
@@ -100,7 +101,7 @@ async fn increment(folder: &Path) {
     locks.close().await.unwrap();
 }
 
-/// Waits for the lock, says so in the log, and holds it until it is killed.
+/// Waits for the lock, logs the grant, and holds the lock until the process is killed.
 async fn hold(folder: &Path) {
     let locks = open(folder).await;
     let _guard = locks.lock("k").await.unwrap();
@@ -113,16 +114,16 @@ fn log(folder: &Path) -> Vec<Vec<u64>> {
     text.lines().map(|line| line.split(' ').map(|number| number.parse().unwrap()).collect()).collect()
 }
 
-fn until(what: &str, mut so: impl FnMut() -> bool) {
+fn until(what: &str, mut is_true: impl FnMut() -> bool) {
     let start = Instant::now();
-    while !so() {
-        assert!(start.elapsed() < GENEROUS, "never: {what}");
+    while !is_true() {
+        assert!(start.elapsed() < GENEROUS, "timed out while waiting until {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
 #[test]
-fn sixty_four_processes_increment_a_counter_in_the_order_in_which_they_came() {
+fn processes_increment_a_counter_in_order() {
     const PROCESSES: u64 = 64;
     const TIMES: u64 = 200;
     let folder = tempfile::tempdir().unwrap();
@@ -133,36 +134,36 @@ fn sixty_four_processes_increment_a_counter_in_the_order_in_which_they_came() {
     assert_eq!(log.len() as u64, PROCESSES * TIMES);
     let mut last_fence = 0;
     for (expected, entry) in (1..).zip(&log) {
-        assert_eq!(entry[0], expected, "no increment was lost, and they were logged in order");
-        assert!(entry[1] > last_fence, "fences rise in the order of the increments");
+        assert_eq!(entry[0], expected, "no increment was lost, and the log is in order");
+        assert!(entry[1] > last_fence, "fences increase in the order of the increments");
         last_fence = entry[1];
     }
-    // Nobody who was in the queue before another asked was granted after it.
+    // A request that was queued before another request was sent is granted before that request.
     let mut earliest_queued_later = u64::MAX;
     let mut waited = 0;
     for entry in log.iter().rev() {
         let (invoked, queued) = (entry[2], entry[3]);
-        assert!(earliest_queued_later >= invoked, "somebody was passed in the queue");
+        assert!(earliest_queued_later >= invoked, "a later request overtook a queued one");
         earliest_queued_later = earliest_queued_later.min(queued);
         waited += u64::from(queued != u64::MAX);
     }
-    assert!(waited > PROCESSES * TIMES / 2, "only {waited} had to wait: this run shows nothing");
+    assert!(waited > PROCESSES * TIMES / 2, "only {waited} requests had to wait, so this run proves nothing");
 }
 
 #[test]
-fn killed_holders_are_followed_within_fifty_milliseconds_each_and_killed_waiters_are_not_noticed() {
+fn killed_holders_hand_off_within_50_ms() {
     let folder = tempfile::tempdir().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let locks = runtime.block_on(open(folder.path()));
     let mut workers = Vec::new();
     for i in 0..12_usize {
         workers.push(Worker::start("hold", folder.path(), &[]));
-        until("it holds or waits", || {
+        until("the worker holds or waits", || {
             let state = runtime.block_on(locks.inspect("k")).unwrap();
             state.holders.len() + state.waiters.len() == i + 1
         });
     }
-    // A waiter in the middle is killed: the others do not notice.
+    // Killing a waiter in the middle does not affect the others.
     let middle = workers.remove(5);
     middle.signal(rustix::process::Signal::KILL);
     drop(middle);
@@ -173,30 +174,30 @@ fn killed_holders_are_followed_within_fifty_milliseconds_each_and_killed_waiters
         let granted = log(folder.path()).len();
         let killed = now();
         holder.signal(rustix::process::Signal::KILL);
-        until("the next one has it", || log(folder.path()).len() > granted);
+        until("the next worker has the lock", || log(folder.path()).len() > granted);
         let next = log(folder.path()).pop().unwrap();
-        assert_eq!(next[0], u64::from(workers[0].0.id()), "the next in the queue");
+        assert_eq!(next[0], u64::from(workers[0].0.id()), "the grant goes to the next in the queue");
         takeovers.push(Duration::from_nanos(next[1] - killed));
         assert_eq!(holder.0.wait().unwrap().signal(), Some(9));
     }
     takeovers.sort();
     println!("takeovers after a kill: {takeovers:?}");
-    // One slow turn of a busy machine is not a defect of the store; all of them would be.
+    // Use the median, because a busy machine may delay single hand-offs.
     assert!(takeovers[takeovers.len() / 2] < Duration::from_millis(50), "{takeovers:?}");
 }
 
 #[test]
-fn a_stopped_process_keeps_its_lock() {
+fn stopped_process_keeps_its_lock() {
     let folder = tempfile::tempdir().unwrap();
     let holder = Worker::start("hold", folder.path(), &[]);
-    until("it holds", || log(folder.path()).len() == 1);
+    until("the worker holds the lock", || log(folder.path()).len() == 1);
     holder.signal(rustix::process::Signal::STOP);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let store = Sqlite::open(folder.path().join("store")).unwrap();
         let ttl = Duration::from_millis(200);
         let locks = Locks::builder_with_store(store).session_ttl(ttl).open().await.unwrap();
-        // Longer than three lives of a session that would have to beat.
+        // In this time a session that must be renewed would expire three times.
         assert!(locks.lock("k").wait(3 * ttl).await.is_err());
         holder.signal(rustix::process::Signal::CONT);
         assert!(locks.try_lock("k").await.unwrap().is_none());
@@ -211,7 +212,7 @@ fn blocked_executor_threads_lose_nothing() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let ttl = Duration::from_millis(500);
     runtime.block_on(async {
-        // A store whose sessions must beat is the harder case.
+        // The memory store is the harder case, because its sessions must be renewed.
         let memory = stanchion::store::Memory::new();
         let stores = [
             Locks::builder_with_store(Sqlite::open(folder.path().join("store")).unwrap()),

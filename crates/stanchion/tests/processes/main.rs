@@ -1,4 +1,4 @@
-//! The embedded store between processes. The other processes are this test binary again.
+//! Tests the embedded store between processes. The tests start this test binary again as the other processes.
 #![allow(
     clippy::disallowed_methods,
     clippy::expect_used,

@@ -1,7 +1,7 @@
-//! The embedded store between processes: hand-off, kill, stop, and what a child inherits.
+//! Tests the operations of the embedded store between processes: hand-off, kill, stop, and inherited sessions.
 //!
-//! The other processes are this test binary again: [`child`] does what its environment says, and is told to go on by
-//! lines on its standard input.
+//! A test starts this binary again as another process, in which [`child`] runs the task that the environment names.
+//! Each line on its standard input makes the task continue.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "helpers of tests")]
 
 use std::io::{BufRead, BufReader, Write};
@@ -15,9 +15,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use stanchion::store::{AcquireRequest, EndOutcome, PollOutcome, Push, Store};
 use stanchion::{Clock, Fence};
 
-/// What every process of these tests does: prints `ready`, then `granted FENCE NANOSECONDS` for each grant.
+/// Runs the task of another process, which prints `ready`, and then `granted FENCE NANOSECONDS` for its grant. Does
+/// nothing when it runs as a test.
 #[test]
-#[allow(clippy::zombie_processes, reason = "the heir is to outlive its parent; the test ends it")]
+#[allow(clippy::zombie_processes, reason = "the grandchild must outlive its parent, and the test kills it")]
 fn child() {
     let Ok(task) = std::env::var("STANCHION_TEST_CHILD") else { return };
     let folder = std::env::var("STANCHION_TEST_FOLDER").unwrap();
@@ -33,11 +34,11 @@ fn child() {
             out.flush().unwrap();
         };
         match task.as_str() {
-            // Takes its turn, holds until told, releases.
+            // Waits for the key, holds it until a line arrives, and releases it.
             "hold" => {
                 let request = handle.request(&job);
                 let token = request.token;
-                handle.ask(request).await;
+                handle.acquire(request).await;
                 say("ready");
                 let grant = handle.granted(&job, token).await;
                 say(&format!("granted {} {}", grant.fence, clock.now().as_nanos()));
@@ -46,19 +47,19 @@ fn child() {
                 assert_eq!(handle.release(&job, token).await, EndOutcome::Released);
                 say(&format!("released {now}"));
             }
-            // Holds, gives a copy of the session to a child of its own, and waits to be killed.
+            // Holds the key, passes a copy of its session to a child, and waits until it is killed.
             "bequeath" => {
                 handle.hold(&job).await;
                 let copy = handle.store.session_descriptor(handle.session).unwrap();
                 rustix::io::fcntl_setfd(&copy, rustix::io::FdFlags::empty()).unwrap();
-                let mut heir = Command::new("sleep");
-                heir.arg("600").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-                let heir = heir.spawn().unwrap();
+                let mut grandchild = Command::new("sleep");
+                grandchild.arg("600").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+                let grandchild = grandchild.spawn().unwrap();
                 drop(copy);
-                say(&format!("granted {} 0", heir.id()));
+                say(&format!("granted {} 0", grandchild.id()));
                 lines.next();
             }
-            // As many turns as it is told, each a read and a write of a counter in a file that only the lock protects.
+            // Acquires the key several times, and each time increments a counter in a file that only the lock protects.
             "count" => {
                 let turns: u32 = std::env::var("STANCHION_TEST_TURNS").unwrap().parse().unwrap();
                 let counter = Path::new(&folder).join("counter");
@@ -67,11 +68,11 @@ fn child() {
                 for _ in 0..turns {
                     let request = AcquireRequest { ..handle.request(&job) };
                     let token = request.token;
-                    handle.ask(request).await;
+                    handle.acquire(request).await;
                     let grant = handle.granted(&job, token).await;
                     let text = std::fs::read_to_string(&counter).unwrap_or_else(|_| "0 0".into());
                     let (count, fence) = text.split_once(' ').unwrap();
-                    assert!(fence.parse::<Fence>().unwrap() < grant.fence, "fences increase over all processes");
+                    assert!(fence.parse::<Fence>().unwrap() < grant.fence, "fences increase across all processes");
                     let count = count.parse::<u32>().unwrap() + 1;
                     std::fs::write(&counter, format!("{count} {}", grant.fence)).unwrap();
                     assert_eq!(handle.release(&job, token).await, EndOutcome::Released);
@@ -83,7 +84,7 @@ fn child() {
     });
 }
 
-/// Another process, killed and waited for when the test ends.
+/// Another process, which is killed when the test ends.
 struct Other {
     child: Child,
     input: ChildStdin,
@@ -110,24 +111,25 @@ impl Other {
         Self { child, input, output }
     }
 
-    /// Waits for a line that begins so; tells the rest of it.
+    /// Waits for a line that begins with `begin`, and returns the rest of the line.
     fn wait(&mut self, begin: &str) -> String {
         let mut line = String::new();
         loop {
             line.clear();
-            assert!(self.output.read_line(&mut line).unwrap() > 0, "it ended before it said `{begin}`");
+            assert!(self.output.read_line(&mut line).unwrap() > 0, "the process exited before it printed `{begin}`");
             if let Some(rest) = line.trim().strip_prefix(&format!("> {begin}")) {
                 return rest.trim().to_owned();
             }
         }
     }
 
-    /// Waits for its grant; tells when it was, in nanoseconds since boot.
+    /// Waits for the grant, and returns its time in nanoseconds since boot.
     fn granted_at(&mut self) -> u64 {
         self.wait("granted").split(' ').nth(1).unwrap().parse().unwrap()
     }
 
-    fn tell(&mut self) {
+    /// Makes the task continue.
+    fn resume(&mut self) {
         writeln!(self.input).unwrap();
     }
 
@@ -143,18 +145,18 @@ impl Other {
 
 impl Drop for Other {
     fn drop(&mut self) {
-        let _has_ended = self.child.kill();
-        let _was_waited_for = self.child.wait();
+        let _ = self.child.kill(); // an error: the process has exited already
+        let _ = self.child.wait();
     }
 }
 
-/// The child of a child, by its number: killed when the test ends, however that is.
-struct Heir(i32);
+/// The process id of another process's child, which is killed when the test ends.
+struct Grandchild(i32);
 
-impl Drop for Heir {
+impl Drop for Grandchild {
     fn drop(&mut self) {
         if let Some(pid) = Pid::from_raw(self.0) {
-            let _has_ended = kill_process(pid, Signal::KILL);
+            let _ = kill_process(pid, Signal::KILL); // an error: the process has exited already
         }
     }
 }
@@ -165,7 +167,7 @@ fn median(mut spans: Vec<u64>) -> u64 {
 }
 
 #[tokio::test]
-async fn a_release_hands_off_to_another_process_at_once() {
+async fn release_hands_off_to_another_process() {
     let (_temp, folder) = folder();
     let mut queue: Vec<Other> = Vec::new();
     for _ in 0..8 {
@@ -176,16 +178,16 @@ async fn a_release_hands_off_to_another_process_at_once() {
     queue[0].granted_at();
     let mut spans = Vec::new();
     for n in 1..queue.len() {
-        queue[n - 1].tell();
+        queue[n - 1].resume();
         let released: u64 = queue[n - 1].wait("released").parse().unwrap();
         spans.push(queue[n].granted_at() - released);
     }
     println!("hand-off between processes: median {} µs of {:?} ns", median(spans.clone()) / 1_000, spans);
-    assert!(median(spans) < 20_000_000, "a push, not a poll");
+    assert!(median(spans) < 20_000_000, "the hand-off waited for a poll instead of a push");
 }
 
 #[tokio::test]
-async fn the_next_process_has_the_key_soon_after_each_kill() {
+async fn killed_process_hands_off_quickly() {
     let (_temp, folder) = folder();
     let clock = Clock::system();
     let mut queue: Vec<Other> = Vec::new();
@@ -196,7 +198,7 @@ async fn the_next_process_has_the_key_soon_after_each_kill() {
     }
     queue[0].granted_at();
     let mut spans = Vec::new();
-    // The holder dies, again and again; in between a waiter in the middle does.
+    // Kill each holder, and once a waiter in the middle.
     for n in 1..queue.len() {
         if n == 4 {
             queue[6].kill();
@@ -211,11 +213,11 @@ async fn the_next_process_has_the_key_soon_after_each_kill() {
     }
     println!("takeover after kill -9: median {} µs of {:?} ns", median(spans.clone()) / 1_000, spans);
     let slow = spans.iter().filter(|span| **span > 50_000_000).count();
-    assert!(slow <= 1, "each within 50 ms, but for what a busy machine does: {spans:?}");
+    assert!(slow <= 1, "a busy machine may delay one hand-off beyond 50 ms, but not more: {spans:?}");
 }
 
 #[tokio::test]
-async fn a_dead_holder_is_seen_by_the_next_question_and_by_inspect() {
+async fn requests_and_inspect_see_a_killed_holder() {
     let (_temp, folder) = folder();
     let handle = Handle::open(&folder).await;
     let job = key("job");
@@ -232,11 +234,11 @@ async fn a_dead_holder_is_seen_by_the_next_question_and_by_inspect() {
         handle.release(&job, token).await;
     }
     let files = std::fs::read_dir(folder.join("sessions")).unwrap().count();
-    assert_eq!(files, 2, "the dead leave no files");
+    assert_eq!(files, 2, "expired sessions leave no files");
 }
 
 #[tokio::test]
-async fn a_stopped_process_keeps_what_it_holds() {
+async fn stopped_process_keeps_its_hold() {
     let (_temp, folder) = folder();
     let mut handle = Handle::open(&folder).await;
     let job = key("job");
@@ -248,33 +250,33 @@ async fn a_stopped_process_keeps_what_it_holds() {
         assert!(matches!(handle.poll(&job, waiting).await, PollOutcome::Queued(_)));
     }
     other.signal(Signal::CONT);
-    other.tell();
+    other.resume();
     handle.granted(&job, waiting).await;
 }
 
 #[tokio::test]
-async fn a_hold_lives_as_long_as_a_child_that_inherited_its_session() {
+async fn hold_lasts_while_a_child_has_its_session() {
     let (_temp, folder) = folder();
     let mut handle = Handle::open(&folder).await;
     let job = key("job");
     let mut other = Other::start("bequeath", &folder);
-    let heir = Heir(other.wait("granted").split(' ').next().unwrap().parse().unwrap());
+    let grandchild = Grandchild(other.wait("granted").split(' ').next().unwrap().parse().unwrap());
     let (waiting, place) = handle.queue(&job).await;
     assert_eq!(place.check_in, None, "the process is watched");
     other.kill();
-    assert_eq!(handle.push().await, Push::Recheck { token: waiting }, "its end is noticed");
-    // The process is gone, its lock is not: only asking tells.
-    until("the waiter is told to ask by itself", async || {
+    assert_eq!(handle.push().await, Push::Recheck { token: waiting }, "the exit of the process is noticed");
+    // The process has exited, but the lock of its session is still held, so only polling finds the end of the session.
+    until("the store asks the waiter to poll", async || {
         matches!(handle.poll(&job, waiting).await,
             PollOutcome::Queued(place) if place.check_in == Some(Duration::from_millis(50)))
     })
     .await;
-    drop(heir);
+    drop(grandchild);
     handle.granted(&job, waiting).await;
 }
 
 #[tokio::test]
-async fn a_descriptor_of_a_session_is_closed_on_exec() {
+async fn session_descriptor_closes_on_exec() {
     let (_temp, folder) = folder();
     let handle = Handle::open(&folder).await;
     let copy = handle.store.session_descriptor(handle.session).unwrap();
@@ -282,28 +284,28 @@ async fn a_descriptor_of_a_session_is_closed_on_exec() {
 }
 
 #[tokio::test]
-async fn many_processes_count_without_losing_a_turn() {
+async fn many_processes_lose_no_increment() {
     let (_temp, folder) = folder();
     let (processes, turns) = (8, 100);
     let mut others: Vec<Other> = (0..processes).map(|_| Other::start_with("count", &folder, turns)).collect();
     others.iter_mut().for_each(|other| drop(other.wait("ready")));
-    others.iter_mut().for_each(Other::tell);
+    others.iter_mut().for_each(Other::resume);
     others.iter_mut().for_each(|other| drop(other.wait("done")));
     let text = std::fs::read_to_string(folder.join("counter")).unwrap();
     assert_eq!(text.split_once(' ').unwrap().0, (processes * turns).to_string());
 }
 
 #[tokio::test]
-async fn a_busy_folder_with_deaths_in_it_goes_on() {
+async fn kills_do_not_stop_the_other_processes() {
     let (_temp, folder) = folder();
     let handle = Handle::open(&folder).await;
     let mut others: Vec<Other> = (0..6).map(|_| Other::start_with("count", &folder, 100_000)).collect();
     others.iter_mut().for_each(|other| drop(other.wait("ready")));
-    others.iter_mut().for_each(Other::tell);
-    let counted = || std::fs::read_to_string(folder.join("counter")).ok()?.split_once(' ')?.0.parse::<u32>().ok();
+    others.iter_mut().for_each(Other::resume);
+    let count = || std::fs::read_to_string(folder.join("counter")).ok()?.split_once(' ')?.0.parse::<u32>().ok();
     while let Some(mut other) = others.pop() {
-        let goal = counted().unwrap_or(0) + 50;
-        until("the others go on", async || counted().is_some_and(|count| count >= goal)).await;
+        let goal = count().unwrap_or(0) + 50;
+        until("the other processes make progress", async || count().is_some_and(|count| count >= goal)).await;
         other.kill();
     }
     let clock = Clock::system();

@@ -1,4 +1,4 @@
-//! Where the store's folder is: a path, a URL, or the user's state folder.
+//! Finds the store's folder from a URL or from the user's environment.
 
 use std::env;
 use std::ffi::OsString;
@@ -9,19 +9,20 @@ use super::error::{error, misconfigured};
 use crate::error::{ErrorKind, Result};
 use crate::store::url::percent_decoded;
 
-/// The folder that is used where none is named: `stanchion` in `XDG_STATE_HOME`, else in `.local/state` at home.
+/// Returns the default folder: `stanchion` in `XDG_STATE_HOME`, or in `.local/state` of the home folder.
 pub(super) fn default_folder() -> Result<PathBuf> {
     choose_default(env::var_os("XDG_STATE_HOME"), env::var_os("HOME"))
 }
 
-/// The folder that a URL names: `sqlite:` (the default), `sqlite:FOLDER`, `sqlite:///ABSOLUTE/FOLDER`.
+/// Returns the folder of a URL: `sqlite:` (the default folder), `sqlite:FOLDER` or `sqlite:///ABSOLUTE/FOLDER`.
 ///
-/// `%XX` stands for a byte, so that a `?` or a `%` in a path can be written.
+/// `%XX` encodes a byte, so that a path can contain a `?` or a `%`.
 pub(super) fn folder_of_url(url: &str) -> Result<PathBuf> {
-    // Without the URL: one that was meant for another store may hold a password.
+    // The errors do not show the URL: a URL that was meant for another store may contain a password.
     let invalid = |why: &str| error(ErrorKind::InvalidArgument, why.to_owned());
-    let rest =
-        url.strip_prefix("sqlite:").ok_or_else(|| invalid("the URL of the embedded store begins with `sqlite:`"))?;
+    let rest = url
+        .strip_prefix("sqlite:")
+        .ok_or_else(|| invalid("the URL of the embedded store must begin with `sqlite:`"))?;
     let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
     if let Some(option) = query.split('&').find(|option| !option.is_empty()) {
         let name = option.split('=').next().unwrap_or(option);
@@ -34,7 +35,7 @@ pub(super) fn folder_of_url(url: &str) -> Result<PathBuf> {
         Some(absolute) if absolute.starts_with('/') => absolute,
         Some(_) => {
             return Err(invalid(
-                "after `sqlite://` comes an absolute folder: write `sqlite:///folder` or `sqlite:folder`",
+                "`sqlite://` must be followed by an absolute path: write `sqlite:///folder` or `sqlite:folder`",
             ));
         }
     };
@@ -46,13 +47,13 @@ pub(super) fn folder_of_url(url: &str) -> Result<PathBuf> {
 }
 
 fn choose_default(state_home: Option<OsString>, home: Option<OsString>) -> Result<PathBuf> {
-    // The XDG specification has relative paths ignored.
+    // The XDG specification says that programs must ignore relative paths.
     let absolute = |value: Option<OsString>| value.map(PathBuf::from).filter(|path| path.is_absolute());
     absolute(state_home)
         .or_else(|| absolute(home).map(|home| home.join(".local").join("state")))
         .map(|state| state.join("stanchion"))
         .ok_or_else(|| {
-            misconfigured("no folder to keep locks in: set HOME or XDG_STATE_HOME, or name a folder (sqlite:FOLDER)")
+            misconfigured("no folder for the locks: set HOME or XDG_STATE_HOME, or name a folder (sqlite:FOLDER)")
         })
 }
 
@@ -61,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_url_names_a_folder() {
+    fn urls_name_folders() {
         let table = [
             ("sqlite:locks", "locks"),
             ("sqlite:./locks", "./locks"),
@@ -76,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_that_says_something_else_is_refused() {
+    fn invalid_urls_are_rejected() {
         for url in ["redis://x", "sqlite:/a?mode=ro", "sqlite:/a?x", "sqlite://host/a", "sqlite:/a%2", "sqlite:/a%zz"] {
             assert_eq!(folder_of_url(url).unwrap_err().kind(), ErrorKind::InvalidArgument, "{url}");
         }
@@ -84,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn the_default_folder_is_the_users_state_folder() {
+    fn default_folder_is_in_the_state_folder() {
         let some = |text: &str| Some(OsString::from(text));
         assert_eq!(choose_default(some("/s"), some("/h")).unwrap(), PathBuf::from("/s/stanchion"));
         assert_eq!(choose_default(None, some("/h")).unwrap(), PathBuf::from("/h/.local/state/stanchion"));

@@ -1,4 +1,4 @@
-//! What SQLite and the system report, as errors of stanchion.
+//! Converts the errors of SQLite and of the system to errors of stanchion.
 
 use std::io;
 use std::path::Path;
@@ -11,17 +11,17 @@ use crate::error::{Error, ErrorKind};
 /// The store's name in errors and events.
 pub(super) const NAME: &str = "sqlite";
 
-/// An error that is no fault of the system: a message and its kind.
+/// Returns an error with this kind and this message, without a cause.
 pub(super) fn error(kind: ErrorKind, message: impl Into<String>) -> Error {
     Error::new(kind, message).with_store(NAME)
 }
 
-/// The folder or a file in it would lose locks; `what` says what is wrong and what would be right.
-pub(super) fn misconfigured(what: impl Into<String>) -> Error {
-    error(ErrorKind::Misconfigured, what)
+/// Returns an error for a folder or a file that would lose locks. The message describes the problem and the remedy.
+pub(super) fn misconfigured(message: impl Into<String>) -> Error {
+    error(ErrorKind::Misconfigured, message)
 }
 
-/// A failure of SQLite while it did `what`.
+/// Converts an error of SQLite. `what` names the task that failed, for example "opening the store".
 pub(super) fn from_sqlite(what: &str, file: &Path, cause: rusqlite::Error) -> Error {
     let code = cause.sqlite_error().map(|failure| (failure.code, failure.extended_code));
     let file = file.display();
@@ -29,55 +29,60 @@ pub(super) fn from_sqlite(what: &str, file: &Path, cause: rusqlite::Error) -> Er
         Some((ErrorCode::NotADatabase, _)) => (
             ErrorKind::Misconfigured,
             format!(
-                "{file} is not a database of stanchion; choose another folder, or move the file away if nothing needs it"
+                "{file} is not a database of stanchion; choose another folder, or move the file away if no program \
+                 needs it"
             ),
         ),
         Some((ErrorCode::DatabaseCorrupt, _)) => (
             ErrorKind::Misconfigured,
-            format!("{file} is damaged; stop every process that uses it, then move its folder away: a new one is made"),
+            format!(
+                "{file} is damaged; stop every process that uses it, then move its folder away: the store creates a \
+                 new one"
+            ),
         ),
         Some((_, rusqlite::ffi::SQLITE_CANTOPEN_SYMLINK)) => {
             (ErrorKind::Misconfigured, format!("{file} is a symbolic link; the store's files must be plain files"))
         }
         Some((ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked, _)) => (
             ErrorKind::Unavailable,
-            format!("{what}: another program keeps {file} locked; end what has it open, for example an SQLite shell"),
+            format!("{what}: another program keeps {file} locked; close that program, for example an SQLite shell"),
         ),
         Some((ErrorCode::DiskFull, _)) => (ErrorKind::Unavailable, format!("{what}: the disk of {file} is full")),
         Some((ErrorCode::SystemIoFailure | ErrorCode::CannotOpen | ErrorCode::OutOfMemory, _)) => {
             (ErrorKind::Unavailable, format!("{what}: the system cannot serve {file} now"))
         }
         Some((ErrorCode::PermissionDenied | ErrorCode::ReadOnly | ErrorCode::AuthorizationForStatementDenied, _)) => {
-            (ErrorKind::Unauthorized, format!("{what}: no right to write {file}"))
+            (ErrorKind::Unauthorized, format!("{what}: no permission to write {file}"))
         }
-        None if is_of_the_row(&cause) => (ErrorKind::Internal, format!("{what}: a row of {file} cannot be read")),
-        _ => (ErrorKind::Internal, format!("{what}: unexpected failure of SQLite on {file}")),
+        None if is_row_error(&cause) => (ErrorKind::Internal, format!("{what}: a row of {file} cannot be read")),
+        _ => (ErrorKind::Internal, format!("{what}: unexpected SQLite error on {file}")),
     };
     error(kind, message).with_source(cause)
 }
 
-/// A fault of what is in a row, and not of the database.
-pub(super) fn is_of_the_row(cause: &rusqlite::Error) -> bool {
+/// Returns whether the content of a row caused the error, and not the database.
+pub(super) fn is_row_error(cause: &rusqlite::Error) -> bool {
     use rusqlite::Error::{FromSqlConversionFailure, IntegralValueOutOfRange, InvalidColumnType, Utf8Error};
     matches!(cause, FromSqlConversionFailure(..) | IntegralValueOutOfRange(..) | InvalidColumnType(..) | Utf8Error(..))
 }
 
-/// A failure of a system call on `path` while it did `what`.
+/// Converts the error of a system call on `path`. `what` names the task that failed, for example "opening the folder".
 pub(super) fn from_system(what: &str, path: &Path, cause: impl Into<io::Error>) -> Error {
     let cause = cause.into();
     let shown = path.display();
     let (kind, message) = match cause.raw_os_error().map(Errno::from_raw_os_error) {
         Some(Errno::ACCESS | Errno::PERM | Errno::ROFS) => {
-            (ErrorKind::Unauthorized, format!("{what}: no right to use {shown}"))
+            (ErrorKind::Unauthorized, format!("{what}: no permission to use {shown}"))
         }
         Some(Errno::LOOP) => (
             ErrorKind::Misconfigured,
             format!("{what}: {shown} is a symbolic link; the store's files must be plain files"),
         ),
         Some(Errno::NAMETOOLONG) => (ErrorKind::Misconfigured, format!("{what}: the path {shown} is too long")),
-        Some(Errno::NOTDIR | Errno::ISDIR) => {
-            (ErrorKind::Misconfigured, format!("{what}: {shown} is not of the kind it must be (folder or file)"))
-        }
+        Some(Errno::NOTDIR | Errno::ISDIR) => (
+            ErrorKind::Misconfigured,
+            format!("{what}: {shown} has the wrong type (a folder where a file must be, or the reverse)"),
+        ),
         _ => (ErrorKind::Unavailable, format!("{what}: the system cannot serve {shown} now")),
     };
     error(kind, message).with_source(cause)
@@ -89,7 +94,7 @@ mod tests {
     use rusqlite::ffi;
 
     #[test]
-    fn every_failure_of_sqlite_has_its_kind() {
+    fn sqlite_errors_have_their_kind() {
         let table = [
             (ffi::SQLITE_BUSY, ErrorKind::Unavailable),
             (ffi::SQLITE_BUSY_SNAPSHOT, ErrorKind::Unavailable),
@@ -120,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn every_failure_of_the_system_has_its_kind() {
+    fn system_errors_have_their_kind() {
         let table = [
             (Errno::ACCESS, ErrorKind::Unauthorized),
             (Errno::PERM, ErrorKind::Unauthorized),

@@ -1,7 +1,7 @@
-//! The store's folder: made, checked, and refused where locks would not be safe in it.
+//! Creates and checks the store's folder, and rejects a folder in which locks would not be safe.
 //!
-//! A user who can write in the folder can take any lock. For that reason it belongs to one user alone, on a file system
-//! whose locks the kernel keeps, below folders that nobody else can exchange ([`parents`]).
+//! A user who can write in the folder can take any lock. For this reason the folder must belong to one user, be on a
+//! file system with reliable file locks, and be below folders that no other user can exchange ([`parents`]).
 
 use std::fs::{self, DirBuilder, Metadata};
 use std::io;
@@ -20,64 +20,63 @@ use super::error::{error, from_system, misconfigured};
 use super::parents;
 use crate::error::{ErrorKind, Result};
 
-/// SQLite's own limit of 512 bytes, less the longest ending it adds to the name.
-const LONGEST_PATH: usize = 512 - 8;
+/// Maximum length of the database path in bytes: SQLite's limit of 512, minus the longest suffix that SQLite adds.
+const MAX_PATH_BYTES: usize = 512 - 8;
 
 /// The checked folder and its parts.
 #[derive(Debug)]
 pub(super) struct Folder {
-    /// The database file, by its absolute path without links.
+    /// The absolute path of the database file, without symbolic links.
     pub(super) database: PathBuf,
-    /// The file whose lock queues the writers.
+    /// The path of the file whose lock queues the writers.
     pub(super) gate: PathBuf,
-    /// The folder of the session locks and sockets.
+    /// The path of the folder with the lock files and sockets of the sessions.
     pub(super) sessions: PathBuf,
-    /// The same, open.
+    /// A descriptor of the `sessions` folder.
     pub(super) sessions_dir: OwnedFd,
-    /// The folder itself, open.
+    /// A descriptor of the store's folder.
     dir: OwnedFd,
 }
 
 impl Folder {
-    /// Makes the folder if there is none, and checks it.
+    /// Creates the folder if it does not exist, and checks it.
     pub(super) fn prepare(path: &Path) -> Result<Self> {
         if path.as_os_str().is_empty() || path.as_os_str().as_bytes().contains(&0) {
-            return Err(misconfigured("the path of the folder is empty or holds a NUL character; name a folder"));
+            return Err(misconfigured("the path of the folder is empty or contains a NUL character; name a folder"));
         }
-        // Without a slash at its end, behind which a link would be followed.
+        // This removes a slash at the end, which would make the system follow a symbolic link.
         let path: PathBuf = path.components().collect();
-        make(&path)?;
-        let state = fs::symlink_metadata(&path).map_err(|cause| from_system("looking at the folder", &path, cause))?;
+        create(&path)?;
+        let state = fs::symlink_metadata(&path).map_err(|cause| from_system("checking the folder", &path, cause))?;
         check_folder(&path, &state)?;
         let path = parents::resolve(&path)?;
         let database = path.join("locks.db");
-        if database.as_os_str().len() > LONGEST_PATH {
+        if database.as_os_str().len() > MAX_PATH_BYTES {
             let length = database.as_os_str().len();
             return Err(misconfigured(format!(
-                "the path {} has {length} bytes, SQLite allows {LONGEST_PATH}; choose a shorter one",
+                "the path {} has {length} bytes, but SQLite allows {MAX_PATH_BYTES}; choose a shorter path",
                 database.display()
             )));
         }
         let dir = open_dir(&path)?;
         check_file_system(&path, &dir)?;
         let sessions = path.join("sessions");
-        make(&sessions)?;
+        create(&sessions)?;
         let sessions_dir = open_dir(&sessions)?;
         let folder = Self { database, gate: path.join("gate"), sessions, sessions_dir, dir };
-        folder.keep_cleaners_away();
+        folder.lock_folders();
         Ok(folder)
     }
 
-    /// Has programs that delete old files pass over this folder. systemd-tmpfiles leaves a folder alone that somebody has
-    /// locked.
-    pub(super) fn keep_cleaners_away(&self) {
+    /// Locks the folders, because systemd-tmpfiles does not delete old files in a locked folder.
+    pub(super) fn lock_folders(&self) {
         for dir in [&self.dir, &self.sessions_dir] {
-            // A cleaner that is at work here right now has it. The next call tries again.
+            // This fails while systemd-tmpfiles is cleaning the folder. The next call tries again.
             let _ = flock(dir, FlockOperation::NonBlockingLockShared);
         }
     }
 
-    /// Whether the system may delete old files in the folder.
+    /// Returns whether the folder is below a folder in which the system may delete old files.
     pub(super) fn is_cleaned(&self) -> bool {
         ["/tmp", "/var/tmp", "/private/tmp", "/private/var/tmp"]
             .iter()
@@ -85,26 +84,28 @@ impl Folder {
     }
 }
 
-/// The files that all users of the folder must have in common, and what was there when they were opened.
+/// The files that all processes must share, with the identity (device and inode) that each had when this process opened
+/// it.
 #[derive(Debug)]
 pub(super) struct SharedFiles(Vec<(PathBuf, (u64, u64))>);
 
 impl SharedFiles {
-    /// The files as they are now.
+    /// Reads the current identity of each file.
     pub(super) fn of(folder: &Folder) -> Result<Self> {
         let with_identity = |path: PathBuf| match fs::symlink_metadata(&path) {
             Ok(state) => Ok((path, (state.dev(), state.ino()))),
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
                 Err(error(ErrorKind::Unavailable, was_deleted(&path)))
             }
-            Err(cause) => Err(from_system("looking at a file of the store", &path, cause)),
+            Err(cause) => Err(from_system("checking a file of the store", &path, cause)),
         };
         let mut paths = vec![folder.gate.clone(), folder.database.clone()];
         paths.extend(["-wal", "-shm"].map(|ending| with_ending(&folder.database, ending)));
         paths.into_iter().map(with_identity).collect::<Result<_>>().map(Self)
     }
 
-    /// A file that was deleted or replaced since. Others do not see what is done with the one that this process has open.
+    /// Returns a file that was deleted or replaced since. Other processes do not see changes to the file that this
+    /// process still has open.
     pub(super) fn missing(&self) -> Option<&Path> {
         let is_there = |path: &Path, identity| {
             fs::symlink_metadata(path).is_ok_and(|state| (state.dev(), state.ino()) == identity)
@@ -112,32 +113,32 @@ impl SharedFiles {
         self.0.iter().find(|(path, identity)| !is_there(path, *identity)).map(|(path, _)| path.as_path())
     }
 
-    /// Makes the files look used, for programs that delete old ones.
+    /// Updates the times of the files, so that the system does not delete them as old.
     pub(super) fn touch(&self) {
         self.0.iter().for_each(|(path, _)| touch(path));
     }
 }
 
-/// Makes a file look used. One that cannot be touched is only more likely to be deleted.
+/// Updates the times of a file, so that the system does not delete it as old. Ignores errors.
 pub(super) fn touch(path: &Path) {
     let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
     let times = Timestamps { last_access: now, last_modification: now };
     let _ = utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW);
 }
 
-/// What an operation fails with after a file of the store has disappeared.
+/// Returns the error message for a file of the store that was deleted or replaced.
 pub(super) fn was_deleted(path: &Path) -> String {
     format!("{} was deleted or replaced while it was in use", path.display())
 }
 
-/// The path of a file beside the database.
+/// Appends an ending to the path of the database, for example `-wal`.
 pub(super) fn with_ending(database: &Path, ending: &str) -> PathBuf {
     let mut name = database.as_os_str().to_owned();
     name.push(ending);
     name.into()
 }
 
-/// Opens or makes a plain file that only its owner may use.
+/// Opens a plain file, with access for its owner only. Creates it if it does not exist.
 pub(super) fn open_plain_file(path: &Path) -> Result<OwnedFd> {
     let failed = |cause: Errno| from_system("opening a file of the store", path, cause);
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -147,7 +148,7 @@ pub(super) fn open_plain_file(path: &Path) -> Result<OwnedFd> {
     Ok(file)
 }
 
-/// Refuses what is not a plain file of our own.
+/// Rejects a file that is not a plain file of this user with access for its owner only.
 pub(super) fn check_file(path: &Path, state: &Metadata) -> Result<()> {
     let shown = path.display();
     if !state.is_file() {
@@ -155,22 +156,22 @@ pub(super) fn check_file(path: &Path, state: &Metadata) -> Result<()> {
     }
     check_owner(path, state.uid())?;
     if state.mode() & 0o077 != 0 {
-        return Err(misconfigured(format!("others may use {shown}; run `chmod 600 {shown}`")));
+        return Err(misconfigured(format!("other users may use {shown}; run `chmod 600 {shown}`")));
     }
     Ok(())
 }
 
-fn make(path: &Path) -> Result<()> {
+fn create(path: &Path) -> Result<()> {
     match fs::symlink_metadata(path) {
         Ok(_) => return Ok(()),
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
-        Err(cause) => return Err(from_system("looking at the folder", path, cause)),
+        Err(cause) => return Err(from_system("checking the folder", path, cause)),
     }
-    // Before anything is made below a parent that another user could exchange.
+    // Check the parents first, so that nothing is created below a folder that another user could exchange.
     parents::resolve(path)?;
     match DirBuilder::new().recursive(true).mode(0o700).create(path) {
         Err(cause) if cause.kind() != io::ErrorKind::AlreadyExists => {
-            Err(from_system("making the folder", path, cause))
+            Err(from_system("creating the folder", path, cause))
         }
         _ => Ok(()),
     }
@@ -179,17 +180,19 @@ fn make(path: &Path) -> Result<()> {
 fn check_folder(path: &Path, state: &Metadata) -> Result<()> {
     let shown = path.display();
     if state.is_symlink() {
-        return Err(misconfigured(format!("{shown} is a symbolic link; name the folder that it leads to")));
+        return Err(misconfigured(format!("{shown} is a symbolic link; name its target folder")));
     }
     if !state.is_dir() {
-        return Err(misconfigured(format!("{shown} is not a folder; the embedded store needs a folder of its own")));
+        return Err(misconfigured(format!("{shown} is not a folder; the embedded store needs its own folder")));
     }
     check_owner(path, state.uid())?;
     check_mode(path, state.mode())
 }
 
-/// A folder of ours that others may enter. The cure is not told of one that has something else in it: to close that may
-/// close a system's `/tmp` or `/etc`.
+/// Rejects a folder that other users may enter, and suggests a remedy.
+///
+/// The remedy is not `chmod` if the folder contains other files, because the folder may be the system's `/tmp` or
+/// `/etc`.
 fn check_mode(path: &Path, mode: u32) -> Result<()> {
     if mode & 0o077 == 0 {
         return Ok(());
@@ -197,15 +200,15 @@ fn check_mode(path: &Path, mode: u32) -> Result<()> {
     let is_of_the_store = |name: &std::ffi::OsStr| {
         name.to_str().is_some_and(|name| name == "gate" || name == "sessions" || name.starts_with("locks.db"))
     };
-    let has_others =
+    let has_other_files =
         fs::read_dir(path).map_or(true, |entries| entries.flatten().any(|entry| !is_of_the_store(&entry.file_name())));
     let shown = path.display();
-    let cure = if has_others && !path.ends_with("sessions") || mode & 0o1000 != 0 {
-        format!("name a folder of its own inside it, such as {}", path.join("stanchion").display())
+    let remedy = if has_other_files && !path.ends_with("sessions") || mode & 0o1000 != 0 {
+        format!("name a new folder inside it, for example {}", path.join("stanchion").display())
     } else {
         format!("run `chmod 700 {shown}`")
     };
-    Err(misconfigured(format!("others may enter {shown}; {cure}")))
+    Err(misconfigured(format!("other users may enter {shown}; {remedy}")))
 }
 
 fn check_owner(path: &Path, owner: u32) -> Result<()> {
@@ -214,14 +217,16 @@ fn check_owner(path: &Path, owner: u32) -> Result<()> {
         return Ok(());
     }
     let shown = path.display();
-    Err(misconfigured(format!("{shown} belongs to user {owner}, this process is user {own}; use a folder of your own")))
+    Err(misconfigured(format!(
+        "{shown} belongs to user {owner}, but this process runs as user {own}; use your own folder"
+    )))
 }
 
 fn open_dir(path: &Path) -> Result<OwnedFd> {
     let failed = |cause: Errno| from_system("opening the folder", path, cause);
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let dir = match openat(CWD, path, flags, Mode::empty()) {
-        // What the kernel says of a link where a folder is asked for.
+        // The kernel reports one of these if the path is a symbolic link.
         Err(Errno::NOTDIR | Errno::LOOP) => {
             let state = fs::symlink_metadata(path).map_err(|cause| from_system("opening the folder", path, cause))?;
             check_folder(path, &state)?;
@@ -237,13 +242,13 @@ fn open_dir(path: &Path) -> Result<OwnedFd> {
 
 #[cfg(target_os = "linux")]
 fn check_file_system(path: &Path, dir: &OwnedFd) -> Result<()> {
-    let state = rustix::fs::fstatfs(dir).map_err(|cause| from_system("looking at the file system", path, cause))?;
-    // The numbers have 32 bits; the field's type and sign differ between machines.
+    let state = rustix::fs::fstatfs(dir).map_err(|cause| from_system("checking the file system", path, cause))?;
+    // The magic numbers have 32 bits, but the type and the sign of the field differ between platforms.
     match network_file_system(state.f_type as u32) {
         None => Ok(()),
         Some(name) => Err(misconfigured(format!(
-            "{} is on {name}, where file locks may fail without a sign; choose a folder on a local disk, \
-             or a store with a server to share locks between machines",
+            "{} is on {name}, where file locks may fail silently; choose a folder on a local disk, or use a store \
+             with a server to share locks between machines",
             path.display()
         ))),
     }
@@ -254,7 +259,8 @@ fn check_file_system(_path: &Path, _dir: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
-/// The name of a file system that is shared over a network or served by another process.
+/// Returns the name of a file system that is shared over a network or served by another process, or `None` for a local
+/// one.
 #[cfg(any(target_os = "linux", test))]
 fn network_file_system(magic: u32) -> Option<&'static str> {
     Some(match magic {
@@ -284,7 +290,7 @@ mod tests {
     use crate::error::Error;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
-    fn refused(path: &Path) -> Error {
+    fn rejected(path: &Path) -> Error {
         let error = Folder::prepare(path).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
         error
@@ -295,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn network_file_systems_are_known_and_local_ones_are_not_refused() {
+    fn only_network_file_systems_are_rejected() {
         for magic in [0x6969, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x6573_5546, 0x00c3_6400, 0x0bd0_0bd0] {
             assert!(network_file_system(magic).is_some(), "{magic:x}");
         }
@@ -306,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn the_folder_and_its_parents_are_made_for_their_owner_alone() {
+    fn new_folders_are_private_to_their_owner() {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("a").join("b");
         Folder::prepare(&path).unwrap();
@@ -317,62 +323,62 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_others_may_enter_is_refused_with_the_cure() {
+    fn open_folder_is_rejected_with_a_remedy() {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("open");
         fs::create_dir(&path).unwrap();
         set_mode(&path, 0o755);
-        let error = refused(&path).to_string();
+        let error = rejected(&path).to_string();
         assert!(error.contains(&format!("chmod 700 {}", path.display())), "{error}");
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o755, "it is refused, not changed");
-        // What else is in it may have to be open.
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o755, "a rejected folder is not changed");
+        // A folder with other files may have to be open to other users.
         fs::write(path.join("motd"), "").unwrap();
-        let error = refused(&path).to_string();
-        assert!(!error.contains("chmod") && error.contains("name a folder of its own inside it"), "{error}");
+        let error = rejected(&path).to_string();
+        assert!(!error.contains("chmod") && error.contains("name a new folder inside it"), "{error}");
     }
 
     #[test]
-    fn links_files_and_the_folders_of_others_are_refused() {
+    fn links_files_and_foreign_folders_are_rejected() {
         let temp = tempfile::tempdir().unwrap();
         let real = temp.path().join("real");
         fs::create_dir(&real).unwrap();
         set_mode(&real, 0o700);
         let link = temp.path().join("link");
         symlink(&real, &link).unwrap();
-        assert!(refused(&link).to_string().contains("symbolic link"));
-        assert!(refused(&link.join("")).to_string().contains("symbolic link"), "a slash at the end changes nothing");
+        assert!(rejected(&link).to_string().contains("symbolic link"));
+        assert!(rejected(&link.join("")).to_string().contains("symbolic link"), "the store ignores a slash at the end");
         let file = temp.path().join("file");
         fs::write(&file, "x").unwrap();
-        assert!(refused(&file).to_string().contains("not a folder"));
-        refused(&file.join("below"));
+        assert!(rejected(&file).to_string().contains("not a folder"));
+        rejected(&file.join("below"));
         symlink(&real, real.join("sessions")).unwrap();
-        assert!(refused(&real).to_string().contains("symbolic link"));
+        assert!(rejected(&real).to_string().contains("symbolic link"));
         assert!(check_owner(&real, geteuid().as_raw() + 1).unwrap_err().to_string().contains("belongs to user"));
     }
 
     #[test]
-    fn a_parent_in_which_everybody_may_exchange_folders_is_refused() {
+    fn world_writable_parent_is_rejected() {
         let temp = tempfile::tempdir().unwrap();
         let parent = temp.path().join("public");
         fs::create_dir(&parent).unwrap();
         set_mode(&parent, 0o777);
-        let error = refused(&parent.join("locks")).to_string();
+        let error = rejected(&parent.join("locks")).to_string();
         assert!(error.contains("chmod go-w"), "{error}");
-        assert!(!parent.join("locks").exists(), "nothing is made there");
+        assert!(!parent.join("locks").exists(), "the store creates nothing in it");
         set_mode(&parent, 0o1777);
         Folder::prepare(&parent.join("locks")).unwrap();
         set_mode(&parent, 0o777);
-        refused(&parent.join("locks"));
+        rejected(&parent.join("locks"));
     }
 
     #[test]
-    fn paths_that_cannot_be_are_refused() {
+    fn invalid_paths_are_rejected() {
         let temp = tempfile::tempdir().unwrap();
-        refused(Path::new(""));
-        refused(Path::new("a\0b"));
-        refused(&temp.path().join("x".repeat(300)));
+        rejected(Path::new(""));
+        rejected(Path::new("a\0b"));
+        rejected(&temp.path().join("x".repeat(300)));
         let long: PathBuf =
             std::iter::once(temp.path().to_path_buf()).chain((0..5).map(|_| "y".repeat(120).into())).collect();
-        assert!(refused(&long).to_string().contains("SQLite allows"));
+        assert!(rejected(&long).to_string().contains("SQLite allows"));
     }
 }

@@ -1,9 +1,14 @@
-//! The folders above the store's folder: a user who can rename one of them can split the store's users into two groups that
-//! do not see each other.
+//! Checks that no other user can exchange a folder above the store's folder.
 //!
-//! The rule is that of sshd's `StrictModes`: every folder on the way, and every symbolic link, belongs to this user or to
-//! root, and no other user may write in it, unless it is sticky. The owner of `/` counts as root, because nothing is safe
-//! from that user: in a container or a user namespace it may be somebody else.
+//! A user who can rename one of these folders can split the processes into two groups that do not see each other's
+//! locks.
+//!
+//! The rule is the same as for sshd's `StrictModes`:
+//! - Every folder and every symbolic link on the path belongs to this user or to root.
+//! - No other user may write in such a folder, unless the folder is sticky.
+//!
+//! The owner of `/` counts as root, because that user can exchange any folder. In a container or a user namespace, `/`
+//! may belong to another user than root.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, Metadata};
@@ -17,13 +22,13 @@ use rustix::process::geteuid;
 use super::error::{from_system, misconfigured};
 use crate::error::Result;
 
-/// As many links as the kernel follows.
-const MOST_LINKS: usize = 40;
+/// Maximum number of symbolic links in a path, the same as in the kernel.
+const MAX_LINKS: usize = 40;
 
-/// Checks every folder and every link on the way to what is in `path`, and returns the path without links. A last part of
-/// it that does not exist is returned as it is.
+/// Checks every folder and every symbolic link on a path, and returns the path without links. The end of the path need
+/// not exist; it is returned unchanged.
 pub(super) fn resolve(path: &Path) -> Result<PathBuf> {
-    let failed = |path: &Path, cause: io::Error| from_system("looking at a parent folder", path, cause);
+    let failed = |path: &Path, cause: io::Error| from_system("checking a parent folder", path, cause);
     let absolute = std::path::absolute(path).map_err(|cause| failed(path, cause))?;
     let root = Path::new("/");
     let state = fs::symlink_metadata(root).map_err(|cause| failed(root, cause))?;
@@ -47,7 +52,7 @@ pub(super) fn resolve(path: &Path) -> Result<PathBuf> {
         if state.is_symlink() {
             trusted.check_owner(&at, &state)?;
             links += 1;
-            if links > MOST_LINKS {
+            if links > MAX_LINKS {
                 return Err(failed(&at, Errno::LOOP.into()));
             }
             let target = fs::read_link(&at).map_err(|cause| failed(&at, cause))?;
@@ -65,7 +70,7 @@ pub(super) fn resolve(path: &Path) -> Result<PathBuf> {
     Ok(at)
 }
 
-/// The names in a path, the last one first.
+/// Returns the names in a path, in reverse order.
 fn names(path: &Path) -> Vec<OsString> {
     let name = |part: Component<'_>| match part {
         Component::Normal(name) => Some(name.to_owned()),
@@ -75,7 +80,7 @@ fn names(path: &Path) -> Vec<OsString> {
     path.components().rev().filter_map(name).collect()
 }
 
-/// The users whose folders are safe.
+/// The users whose folders are trusted.
 struct Trusted {
     user: u32,
     /// The owner of `/`.
@@ -93,8 +98,8 @@ impl Trusted {
         }
         let (shown, owner) = (path.display(), state.uid());
         Err(misconfigured(format!(
-            "{shown} belongs to user {owner}, who can exchange the store; use a folder whose parents and links all belong \
-             to you (user {}) or to root",
+            "{shown} belongs to user {owner}, and that user can exchange the store; use a folder whose parents \
+             and links all belong to you (user {}) or to root",
             self.user
         )))
     }
@@ -107,16 +112,16 @@ impl Trusted {
             return Ok(());
         }
         let shown = path.display();
-        let cure = if state.uid() == self.user {
+        let remedy = if state.uid() == self.user {
             format!("run `chmod go-w {shown}`, or use another folder")
         } else {
-            "use a folder elsewhere".to_owned()
+            "use another folder".to_owned()
         };
-        Err(misconfigured(format!("other users may write in {shown} and can exchange the store; {cure}")))
+        Err(misconfigured(format!("other users may write in {shown} and can exchange the store; {remedy}")))
     }
 
-    /// Whether a group has no other members: the group of a user's own, which many systems give to every user, and whose
-    /// members may write what the user makes.
+    /// Returns whether a group has only trusted members. Many systems give each user a private group, and let the group
+    /// write in the user's folders.
     fn has_group(&self, group: u32) -> bool {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         self.has_group_in(group, &read("/etc/group"), &read("/etc/passwd"))
@@ -128,7 +133,7 @@ impl Trusted {
         let users: Vec<_> = users.lines().map(fields).collect();
         let is_trusted = |user: &Vec<String>| number(user.get(2)).is_some_and(|id| self.has(id));
         let mut found = groups.lines().map(fields).filter(|entry| number(entry.get(2)) == Some(group)).peekable();
-        // A group that a directory server knows may have any members.
+        // A group that is not in the file comes from a directory server, and may have any members.
         if found.peek().is_none() {
             return false;
         }
@@ -147,7 +152,7 @@ mod tests {
     use super::*;
     use crate::error::ErrorKind;
 
-    /// A tree `a/b` with a link beside it.
+    /// Creates the folders `a/b`, and two links to `a/b`.
     fn tree() -> (tempfile::TempDir, PathBuf) {
         let temp = tempfile::tempdir().unwrap();
         let top = fs::canonicalize(temp.path()).unwrap();
@@ -164,32 +169,32 @@ mod tests {
     }
 
     #[track_caller]
-    fn refused(path: &Path) -> String {
+    fn rejected(path: &Path) -> String {
         let error = resolve(path).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
         error.to_string()
     }
 
     #[test]
-    fn paths_are_resolved_as_the_kernel_does() {
+    fn paths_resolve_as_in_the_kernel() {
         let (_temp, top) = tree();
         for path in ["a/b", "link", "far", "a/../a/./b", "link/../b", "far/"] {
             assert_eq!(resolve(&top.join(path)).unwrap(), top.join("a/b"), "{path}");
         }
         assert_eq!(resolve(&top.join("link/x/y")).unwrap(), top.join("a/b/x/y"));
         symlink("loop", top.join("loop")).unwrap();
-        refused(&top.join("loop/x"));
+        rejected(&top.join("loop/x"));
         fs::write(top.join("file"), "").unwrap();
-        refused(&top.join("file/x"));
+        rejected(&top.join("file/x"));
         assert_eq!(resolve(Path::new("/")).unwrap(), Path::new("/"));
     }
 
     #[test]
-    fn open_parents_are_refused_by_name() {
+    fn open_parents_are_rejected_by_name() {
         let (_temp, top) = tree();
         for mode in [0o777, 0o757] {
             set_mode(&top.join("a"), mode);
-            let text = refused(&top.join("far/locks"));
+            let text = rejected(&top.join("far/locks"));
             assert!(text.contains(&format!("chmod go-w {}`", top.join("a").display())), "{mode:o}: {text}");
         }
         for mode in [0o1777, 0o1775, 0o755, 0o700] {
@@ -198,9 +203,9 @@ mod tests {
         }
     }
 
-    /// Needs root, as the tests of the release have it.
+    /// This test needs root, which the release tests have.
     #[test]
-    fn foreign_parents_and_links_are_refused_by_name() {
+    fn foreign_parents_are_rejected_by_name() {
         if !geteuid().is_root() {
             return eprintln!("NOT TESTED: only root can give a folder to another user");
         }
@@ -210,7 +215,7 @@ mod tests {
             for mode in [0o700, 0o755, 0o775, 0o1777] {
                 set_mode(&given, mode);
                 chown(&given, Some(64_000), Some(64_000)).unwrap();
-                let text = refused(&top.join(path));
+                let text = rejected(&top.join(path));
                 assert!(
                     text.contains(&format!(
                         "{} belongs to user 64000",
@@ -224,14 +229,14 @@ mod tests {
             set_mode(&given, 0o755);
             resolve(&top.join(path)).unwrap();
         }
-        // A folder of root's in which a group may write that others are in.
+        // The folder belongs to root, but a group with other members may write in it.
         chown(top.join("a"), None, Some(64_000)).unwrap();
         set_mode(&top.join("a"), 0o775);
-        assert!(refused(&top.join("a/b/locks")).contains("other users may write"));
+        assert!(rejected(&top.join("a/b/locks")).contains("other users may write"));
         set_mode(&top.join("a"), 0o755);
         for link in ["link", "far"] {
             std::os::unix::fs::lchown(top.join(link), Some(64_000), Some(64_000)).unwrap();
-            let text = refused(&top.join("far/locks"));
+            let text = rejected(&top.join("far/locks"));
             assert!(text.contains(&format!("{} belongs to user 64000", top.join(link).display())), "{text}");
             std::os::unix::fs::lchown(top.join(link), Some(0), Some(0)).unwrap();
         }
@@ -251,11 +256,11 @@ mod tests {
         for group in [1001, 50, 60, 62, 99] {
             assert!(!trusted.has_group_in(group, groups, users), "{group}");
         }
-        assert!(!trusted.has_group_in(1000, "", ""), "nothing is known");
+        assert!(!trusted.has_group_in(1000, "", ""), "the files have no such group");
     }
 
     #[test]
-    fn the_owner_of_the_root_folder_counts_as_root() {
+    fn owner_of_the_root_folder_is_trusted() {
         let trusted = Trusted { user: 1000, root: 65_534 };
         assert!(trusted.has(65_534) && trusted.has(0) && trusted.has(1000) && !trusted.has(1001));
     }

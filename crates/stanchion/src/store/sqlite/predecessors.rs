@@ -1,8 +1,9 @@
-//! Whom a waiter watches: the process before it in the queue, or the holders' if it is the first.
+//! Watches the processes on which waiters depend: the process before the waiter in the queue or, for the head, the
+//! processes of the holders.
 //!
-//! When a watched process dies the waiters that depend on it look again. So a queue of processes is a chain: each
-//! death is noticed by one neighbour, and a hand-off needs no new watch, because who stands next to the waiter that
-//! was granted watches it already.
+//! When a watched process exits, its dependent waiters poll again. This makes a queue of processes a chain: one
+//! neighbour notices each exit, and a hand-off needs no new watch, because the waiter behind the granted one already
+//! watches that process.
 
 use std::collections::{HashMap, HashSet};
 
@@ -12,14 +13,14 @@ use crate::token::{SessionId, TokenId};
 /// A process that has a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Process {
-    /// Its number, which means something in its namespace only.
+    /// The process id, which is valid only in its PID namespace.
     pub(super) pid: i32,
-    /// The namespace.
+    /// The PID namespace.
     pub(super) namespace: String,
 }
 
 impl Process {
-    /// This process.
+    /// Returns this process.
     pub(super) fn own() -> Self {
         let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
         let pid = i32::try_from(std::process::id()).unwrap_or(0);
@@ -38,22 +39,23 @@ pub(super) struct Predecessors {
 #[derive(Debug, Default)]
 struct Watch {
     waiters: HashMap<TokenId, SessionId>,
-    /// The process is gone; if its lock is not, a child has inherited that, and only asking tells when it ends.
+    /// Whether the process has exited. If its session is still open then, a child has inherited the session's lock, and
+    /// only polling finds out when the session ends.
     is_gone: bool,
 }
 
 impl Predecessors {
-    /// Nobody watches anybody.
+    /// Creates a list without waiters.
     pub(super) fn new() -> Self {
         Self { own: Process::own(), by_pid: HashMap::new(), by_token: HashMap::new() }
     }
 
-    /// This process.
+    /// Returns this process.
     pub(super) fn own(&self) -> &Process {
         &self.own
     }
 
-    /// The waiter watches these processes from now on, and no others. `false` if one of them cannot be watched.
+    /// Replaces the processes that a waiter watches. Returns `false` if one of them cannot be watched.
     pub(super) fn watch(
         &mut self,
         watcher: &mut Watcher,
@@ -90,7 +92,7 @@ impl Predecessors {
         all_watched
     }
 
-    /// The token waits no more.
+    /// Ends the watches of a token that no longer waits.
     pub(super) fn forget(&mut self, watcher: &mut Watcher, token: TokenId) {
         if self.by_token.is_empty() {
             return;
@@ -100,7 +102,7 @@ impl Predecessors {
         }
     }
 
-    /// The session has ended: none of its tokens waits.
+    /// Ends the watches of all tokens of a session that has ended.
     pub(super) fn forget_session(&mut self, watcher: &mut Watcher, session: SessionId) {
         let waiters = self.by_pid.values().flat_map(|watch| &watch.waiters);
         let tokens: HashSet<TokenId> =
@@ -110,8 +112,8 @@ impl Predecessors {
         }
     }
 
-    /// A process has ended: these waiters have to look again.
-    pub(super) fn died(&mut self, pid: i32) -> Vec<(SessionId, TokenId)> {
+    /// Records the exit of a process, and returns the waiters that depend on it and must poll again.
+    pub(super) fn process_exited(&mut self, pid: i32) -> Vec<(SessionId, TokenId)> {
         let Some(watch) = self.by_pid.get_mut(&pid) else { return Vec::new() };
         watch.is_gone = true;
         watch.waiters.iter().map(|(token, session)| (*session, *token)).collect()

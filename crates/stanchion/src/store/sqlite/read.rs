@@ -1,7 +1,7 @@
-//! The steps that only look. They run without the gate and without a write transaction.
+//! Answers the requests that only read, without the gate and without a write transaction.
 //!
-//! Each tells `None` if it has met something that has to be settled first; it has noted then what that is, and is
-//! repeated in a write transaction after that was settled.
+//! If a request meets a key that must be reconciled first, it records that key and returns `None`. The worker then
+//! reconciles the key in a write transaction and repeats the request there.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -9,83 +9,78 @@ use std::time::Duration;
 use rusqlite::Row;
 
 use super::error::NAME;
+use super::request::{Answer, Request};
 use super::rows::{KeyRow, WaiterRow};
-use super::steps::{Answer, Operation};
 use super::tx::{Tx, session_of, token_of, until};
 use crate::error::{Error, Result};
 use crate::fence::Fence;
 use crate::key::Key;
-use crate::store::{KeyState, LostToken, PollOutcome, Queued, RenewOutcome};
+use crate::store::{LostToken, PollOutcome, Queued, RenewOutcome};
 use crate::token::{SessionId, TokenId};
 
-/// How soon a waiter asks again if nobody can tell it of the end of the process that it depends on.
-const UNWATCHED: Duration = Duration::from_millis(50);
-/// Waiters near the front are told when time alone may change something; those behind them hear of it by a push.
-const NEAR_THE_FRONT: u32 = 16;
-/// So many holders are probed for every waiter that asks, more of them only for the head of the queue.
-const FEW_HOLDERS: i64 = 4;
-/// Up to this number of tokens are looked up one by one, more of them in one pass over the queue.
-const FEW_TOKENS: usize = 8;
+/// Poll delay of a waiter if this process cannot watch a process on which the waiter depends.
+const UNWATCHED_POLL_DELAY: Duration = Duration::from_millis(50);
+/// Number of waiters at the front of a queue that get the time of the next deadline or end of a cooldown. Waiters
+/// behind them are notified by a push.
+const FRONT_WAITERS: u32 = 16;
+/// Maximum number of holders of a key for which the poll of any waiter probes the holders' sessions. With more holders
+/// only the poll of the head does so.
+const MAX_HOLDERS_PROBED: i64 = 4;
+/// Maximum number of tokens that a poll finds with one query each. More tokens are found in one pass over the queue.
+const MAX_TOKEN_QUERIES: usize = 8;
 
 /// A place in a queue.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place {
-    /// The number of waiters before it.
+    /// Number of waiters before this one.
     pub(super) ahead: u32,
     /// The session of the waiter.
     pub(super) session: SessionId,
-    /// The session of the waiter before it.
+    /// The session of the waiter directly before this one.
     pub(super) before: Option<SessionId>,
 }
 
 impl Tx<'_> {
-    /// Answers a reading step, or tells `None`: something is to be settled first.
-    pub(super) fn read(&mut self, step: &Operation) -> Result<Option<Answer>> {
-        match step {
-            Operation::RenewSession(session) => Ok(self.renew_session(*session)?.map(Answer::Renewed)),
-            Operation::Lives(session) => Ok(Some(Answer::Lives(self.is_open(*session)?))),
-            Operation::Poll { key, tokens } => Ok(self.poll(key, tokens)?.map(Answer::Poll)),
-            Operation::Inspect(key) => Ok(self.inspect(key)?.map(Answer::Inspect)),
-            Operation::List { prefix, cursor, limit } => {
+    /// Answers a reading request, or returns `None` if a key must be reconciled first.
+    pub(super) fn read(&mut self, request: &Request) -> Result<Option<Answer>> {
+        match request {
+            Request::RenewSession(session) => Ok(self.renew_session(*session)?.map(Answer::RenewSession)),
+            Request::SessionLives(session) => Ok(Some(Answer::SessionLives(self.is_open(*session)?))),
+            Request::Poll { key, tokens } => Ok(self.poll(key, tokens)?.map(Answer::Poll)),
+            Request::Inspect(key) => Ok(self.inspect(key)?.map(Answer::Inspect)),
+            Request::List { prefix, cursor, limit } => {
                 Ok(Some(Answer::List(self.list(prefix, cursor.as_ref(), *limit)?)))
             }
             _ => Ok(None),
         }
     }
 
-    /// The answer to a waiter, and its watch on the processes that it depends on.
+    /// Returns the answer for a waiter, and watches the processes on which the waiter depends.
     pub(super) fn queued(&mut self, row: &KeyRow, token: TokenId, place: Place) -> Result<Queued> {
         let Place { ahead, session, before } = place;
-        let mut check_in = if ahead < NEAR_THE_FRONT { self.check_in(row) } else { None };
+        let mut check_in = if ahead < FRONT_WAITERS { self.check_in(row) } else { None };
         if self.is_own(session) {
             let depends_on = match before {
                 Some(before) => vec![before],
                 None => self.holding_sessions(row)?,
             };
             let processes = self.processes(&depends_on)?;
-            let local = &mut *self.local;
-            if !local.predecessors.watch(&mut local.watcher, session, token, &processes) {
-                check_in = Some(check_in.map_or(UNWATCHED, |span| span.min(UNWATCHED)));
+            let state = &mut *self.state;
+            if !state.predecessors.watch(&mut state.watcher, session, token, &processes) {
+                check_in = Some(check_in.map_or(UNWATCHED_POLL_DELAY, |span| span.min(UNWATCHED_POLL_DELAY)));
             }
         }
         Ok(Queued { ahead, check_in, in_use: row.in_use() })
     }
 
-    /// When time alone may change something: a deadline, the end of a cooldown.
+    /// Returns the time until the next deadline or the end of a cooldown.
     pub(super) fn check_in(&self, row: &KeyRow) -> Option<Duration> {
         let ends = row.next_deadline().into_iter().chain(row.closed_until.filter(|_| row.is_closed(self.now)));
         ends.min().map(|end| until(self.now, end))
     }
 
-    /// Waiters whose process is dead are gone.
-    pub(super) fn reap_dead_waiters(&mut self, row: &mut KeyRow) -> Result<()> {
-        for session in self.waiting_sessions(row)? {
-            self.is_alive(session)?;
-        }
-        self.reap_found(row)
-    }
-
-    fn waiting_sessions(&self, row: &KeyRow) -> Result<Vec<SessionId>> {
+    /// Returns the sessions of the waiters of a key.
+    pub(super) fn waiting_sessions(&self, row: &KeyRow) -> Result<Vec<SessionId>> {
         self.all("SELECT DISTINCT session FROM waiters WHERE key_id = ?1", [row.id], |found| session_of(found, 0))
     }
 
@@ -108,47 +103,47 @@ impl Tx<'_> {
 
     fn poll(&mut self, key: &Key, tokens: &[TokenId]) -> Result<Option<Vec<PollOutcome>>> {
         let Some(row) = self.find_key(key)? else { return Ok(Some(vec![PollOutcome::Gone; tokens.len()])) };
-        if !self.is_settled(&row) {
+        if !self.is_reconciled(&row) {
             return Ok(None);
         }
         let places = self.places(&row, tokens)?;
-        let mut all_alive = true;
+        let mut all_open = true;
         for place in places.values() {
-            all_alive &= self.is_alive(place.session)?;
+            all_open &= self.is_alive(place.session)?;
             if let Some(before) = place.before {
-                all_alive &= self.is_alive(before)?;
+                all_open &= self.is_alive(before)?;
             }
         }
         let has_head = places.values().any(|place| place.before.is_none());
-        if has_head || !places.is_empty() && row.holders <= FEW_HOLDERS {
-            all_alive &= !self.probe_holders(&row)?;
+        if has_head || !places.is_empty() && row.holders <= MAX_HOLDERS_PROBED {
+            all_open &= !self.probe_holders(&row)?;
         }
         let mut outcomes = Vec::with_capacity(tokens.len());
         for token in tokens {
             if let Some(place) = places.get(token) {
-                // A watch is set only where nothing has to be settled first.
-                if all_alive {
+                // Watch processes only if nothing must be reconciled first, because this poll is repeated otherwise.
+                if all_open {
                     outcomes.push(PollOutcome::Queued(self.queued(&row, *token, *place)?));
                 }
                 continue;
             }
             let hold = self.find_hold(&row, *token)?;
             if let Some(hold) = hold.filter(|hold| hold.session_bound) {
-                all_alive &= self.is_alive(hold.session)?;
+                all_open &= self.is_alive(hold.session)?;
             }
             self.forget_waiter(*token);
             outcomes.push(hold.map_or(PollOutcome::Gone, |hold| PollOutcome::Granted(hold.granted(self.now))));
         }
-        if all_alive && !places.is_empty() && self.next_fence(&row).is_none() {
+        if all_open && !places.is_empty() && self.next_fence(&row).is_none() {
             return Err(Fence::used_up().with_store(NAME));
         }
-        Ok(all_alive.then_some(outcomes))
+        Ok(all_open.then_some(outcomes))
     }
 
-    /// The places that tokens have in the queue of a key. A token that does not wait has none.
+    /// Returns the places of tokens in the queue of a key. Tokens that do not wait have no entry.
     fn places(&self, row: &KeyRow, tokens: &[TokenId]) -> Result<HashMap<TokenId, Place>> {
         let mut places = HashMap::new();
-        if tokens.len() <= FEW_TOKENS {
+        if tokens.len() <= MAX_TOKEN_QUERIES {
             for token in tokens {
                 if let Some(waiter) = self.find_waiter(row, *token)? {
                     places.insert(*token, self.place_of(row, &waiter)?);
@@ -156,7 +151,7 @@ impl Tx<'_> {
             }
             return Ok(places);
         }
-        // One pass over the queue: a look for each token would count those before it again and again.
+        // Go through the queue once, because a query for each token would count the waiters before it again.
         let wanted: HashSet<TokenId> = tokens.iter().copied().collect();
         let sql = "SELECT token, session FROM waiters INDEXED BY waiters_by_key WHERE key_id = ?1 ORDER BY seq";
         let queue = self.all(sql, [row.id], |found| Ok((token_of(found, 0)?, session_of(found, 1)?)))?;
@@ -170,7 +165,7 @@ impl Tx<'_> {
         Ok(places)
     }
 
-    /// The place of one waiter.
+    /// Returns the place of one waiter.
     pub(super) fn place_of(&self, row: &KeyRow, waiter: &WaiterRow) -> Result<Place> {
         let sql = "SELECT count(*) FROM waiters INDEXED BY waiters_by_key WHERE key_id = ?1 AND seq < ?2";
         let ahead: i64 = self.first(sql, [row.id, waiter.seq], |found| found.get(0))?.unwrap_or(0);
@@ -178,39 +173,13 @@ impl Tx<'_> {
         Ok(Place { ahead: u32::try_from(ahead).unwrap_or(u32::MAX), session: waiter.session, before })
     }
 
-    fn inspect(&mut self, key: &Key) -> Result<Option<KeyState>> {
-        match self.find_key(key)? {
-            Some(row) => self.state_of(row),
-            None => Ok(Some(KeyState {
-                key: key.clone(),
-                holders: Vec::new(),
-                waiters: Vec::new(),
-                last_fence: None,
-                closed_for: None,
-            })),
+    /// Returns whether no deadline has passed and no cooldown has ended. Otherwise records the key as unreconciled.
+    pub(super) fn is_reconciled(&mut self, row: &KeyRow) -> bool {
+        let has_ended_cooldown = row.closed_until.is_some() && !row.is_closed(self.now) && row.waiting > 0;
+        let is_reconciled = !row.is_due(self.now) && !has_ended_cooldown;
+        if !is_reconciled {
+            self.unreconciled.push(row.id);
         }
-    }
-
-    /// Whether time has changed nothing; notes the key otherwise.
-    fn is_settled(&mut self, row: &KeyRow) -> bool {
-        let is_open_late = row.closed_until.is_some() && !row.is_closed(self.now) && row.waiting > 0;
-        let is_settled = !row.is_due(self.now) && !is_open_late;
-        if !is_settled {
-            self.unsettled.push(row.id);
-        }
-        is_settled
-    }
-
-    fn state_of(&mut self, row: KeyRow) -> Result<Option<KeyState>> {
-        let mut all_alive = !self.probe_holders(&row)?;
-        if row.waiting > 0 {
-            for session in self.waiting_sessions(&row)? {
-                all_alive &= self.is_alive(session)?;
-            }
-        }
-        if !self.is_settled(&row) || !all_alive {
-            return Ok(None);
-        }
-        self.read_state(&row).map(Some).map_err(|problem| problem.into_error(self))
+        is_reconciled
     }
 }

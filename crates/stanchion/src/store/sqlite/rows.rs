@@ -1,4 +1,4 @@
-//! The rows of keys, holds and waiters.
+//! Reads and writes the rows of keys, holds and waiters.
 
 use rusqlite::{Row, params};
 
@@ -9,10 +9,10 @@ use crate::key::Key;
 use crate::store::{Demand, Granted, Lifetime};
 use crate::token::{SessionId, TokenId};
 
-/// A key, with sums over its holds and waiters.
+/// The row of a key, with sums over its holds and waiters.
 #[derive(Clone, Debug)]
 pub(super) struct KeyRow {
-    /// 0 until it is entered.
+    /// 0 until the row is inserted.
     pub(super) id: i64,
     pub(super) key: Key,
     pub(super) fence: i64,
@@ -27,44 +27,44 @@ pub(super) struct KeyRow {
 }
 
 impl KeyRow {
-    /// The smallest capacity of its holds, if they share the key. Exact once the key is settled.
+    /// Returns the smallest capacity of the holds, if they share the key. It is exact after the key was reconciled.
     pub(super) fn in_use(&self) -> Option<u32> {
         let is_exclusive = self.holders == 1 && self.used == self.capacity;
         (self.holders > 0 && !is_exclusive).then(|| u32::try_from(self.capacity).unwrap_or(u32::MAX))
     }
 
-    /// Not later than the earliest deadline of a hold.
+    /// Returns a time that is not later than the earliest deadline of a hold.
     pub(super) fn next_deadline(&self) -> Option<i64> {
         self.next_deadline.filter(|_| self.holders > 0)
     }
 
-    /// Whether a hold's deadline may have passed.
+    /// Returns whether the deadline of a hold may have passed.
     pub(super) fn is_due(&self, now: i64) -> bool {
         self.next_deadline().is_some_and(|deadline| deadline <= now)
     }
 
-    /// Whether a cooldown keeps it closed.
+    /// Returns whether a cooldown keeps the key closed.
     pub(super) fn is_closed(&self, now: i64) -> bool {
         self.closed_until.is_some_and(|end| end > now)
     }
 
-    /// Whether a request fits beside its holds.
+    /// Returns whether a request fits next to the holds.
     pub(super) fn has_room(&self, demand: StoredDemand) -> bool {
         self.holders == 0 || self.used + demand.units <= self.capacity.min(demand.capacity)
     }
 
-    /// A hold has got this deadline.
+    /// Lowers the earliest deadline to the deadline of a hold, if that is earlier.
     pub(super) fn note_deadline(&mut self, deadline: i64) {
         self.next_deadline = Some(self.next_deadline().map_or(deadline, |next| next.min(deadline)));
     }
 
-    /// The earliest deadline of all holds.
+    /// Sets the earliest deadline of all holds.
     pub(super) fn set_deadline(&mut self, deadline: Option<i64>) {
         self.next_deadline = deadline;
     }
 }
 
-/// A hold, as far as steps need it.
+/// The columns of a hold that most requests need.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct HoldRow {
     pub(super) token: TokenId,
@@ -82,7 +82,7 @@ impl HoldRow {
     }
 }
 
-/// A waiter, as far as steps need it.
+/// The columns of a waiter that most requests need.
 #[derive(Clone, Debug)]
 pub(super) struct WaiterRow {
     pub(super) seq: i64,
@@ -92,7 +92,7 @@ pub(super) struct WaiterRow {
     pub(super) lifetime: StoredLifetime,
 }
 
-/// A demand as the rows have it.
+/// A [`Demand`] in the types of the columns.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StoredDemand {
     pub(super) units: i64,
@@ -105,7 +105,7 @@ impl From<Demand> for StoredDemand {
     }
 }
 
-/// A lifetime as the rows have it.
+/// A [`Lifetime`] in the types of the columns.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StoredLifetime {
     pub(super) session_bound: bool,
@@ -121,7 +121,7 @@ impl From<Lifetime> for StoredLifetime {
     }
 }
 
-/// A hold to be entered.
+/// A hold to insert.
 #[derive(Debug)]
 pub(super) struct NewHold<'a> {
     pub(super) token: TokenId,
@@ -132,7 +132,7 @@ pub(super) struct NewHold<'a> {
     pub(super) trace: Option<&'a str>,
 }
 
-/// In the order of `read_key`.
+/// The columns of a key, in the order of `read_key`.
 pub(super) const KEY_COLUMNS: &str =
     "id, fence, used, holders, waiting, capacity, next_deadline, closed_until, closed_until_wall, touched";
 
@@ -143,12 +143,13 @@ const KEY_BY_ID: &str = "SELECT id, fence, used, holders, waiting, capacity, nex
      closed_until_wall, touched, name FROM keys WHERE id = ?1";
 
 impl Tx<'_> {
-    /// The row of a key, if the store knows the key.
+    /// Returns the row of a key, or `None` if the key has no row.
     pub(super) fn find_key(&self, key: &Key) -> Result<Option<KeyRow>> {
         self.first(KEY_BY_NAME, [key.as_encoded()], |row| read_key(row, key.clone()))
     }
 
-    /// The row of a key, or what it is to be: an unknown key counts on from the floor.
+    /// Returns the row of a key, or a new row that is not inserted yet. The fences of a new row continue from the
+    /// floor.
     pub(super) fn key_or_new(&self, key: &Key) -> Result<KeyRow> {
         if let Some(row) = self.find_key(key)? {
             return Ok(row);
@@ -169,7 +170,7 @@ impl Tx<'_> {
         })
     }
 
-    /// The row of a key by its number.
+    /// Returns the row with this id.
     pub(super) fn find_key_by_id(&self, id: i64) -> Result<Option<KeyRow>> {
         let name = |row: &Row<'_>| row.get::<_, String>(10);
         let Some(name) = self.first(KEY_BY_ID, [id], name)? else { return Ok(None) };
@@ -177,7 +178,7 @@ impl Tx<'_> {
         self.first(KEY_BY_ID, [id], |row| read_key(row, key))
     }
 
-    /// Writes the row of a key.
+    /// Inserts or updates the row of a key.
     pub(super) fn save(&self, row: &mut KeyRow) -> Result<()> {
         if row.id == 0 {
             self.execute(
@@ -218,13 +219,13 @@ impl Tx<'_> {
         Ok(())
     }
 
-    /// The fence of the next grant; `None` if the database has no higher number.
+    /// Returns the fence of the next grant, or `None` after the highest number of the column.
     pub(super) fn next_fence(&self, row: &KeyRow) -> Option<i64> {
         let next = Fence::next(Some(Fence::new(row.fence.unsigned_abs())), self.wall.unsigned_abs())?;
         i64::try_from(next.get()).ok()
     }
 
-    /// Mints a fence and enters a hold. The caller saves the key's row.
+    /// Mints a fence and inserts a hold. The caller saves the key's row.
     pub(super) fn grant(&self, row: &mut KeyRow, hold: &NewHold<'_>) -> Result<HoldRow> {
         row.fence = self.next_fence(row).ok_or_else(Fence::used_up)?;
         let StoredDemand { units, capacity } = hold.demand;
@@ -234,7 +235,7 @@ impl Tx<'_> {
         row.touched = self.now;
         let deadline = hold.lifetime.length.map(|length| self.now.saturating_add(length));
         match deadline {
-            // The first hold: what is left of earlier ones means nothing.
+            // For the first hold, replace the deadline that earlier holds left in the row.
             _ if row.holders == 1 => row.next_deadline = deadline,
             Some(deadline) => row.note_deadline(deadline),
             None => {}
@@ -270,21 +271,21 @@ impl Tx<'_> {
         })
     }
 
-    /// Makes the capacity of the row exact: after a hold has gone it is a lower bound. Returns whether it changed; then the
-    /// caller saves the row.
+    /// Makes the capacity in the row exact, because after a hold was removed it is only a lower bound. Returns whether
+    /// the capacity changed; the caller then saves the row.
     pub(super) fn refresh_capacity(&self, row: &mut KeyRow) -> Result<bool> {
-        // A hold of capacity 1 is alone.
+        // A hold with capacity 1 is the only hold, so the capacity is exact.
         if row.holders == 0 || row.capacity == 1 {
             return Ok(false);
         }
         let sql = "SELECT capacity FROM holds INDEXED BY shared_by_capacity
              WHERE key_id = ?1 AND units < capacity ORDER BY capacity LIMIT 1";
-        // None: an exclusive one, whose capacity the row has.
+        // Without a result the only hold is exclusive, and the row has its capacity.
         let smallest = self.first(sql, [row.id], |found| found.get(0))?.unwrap_or(row.capacity);
         Ok(std::mem::replace(&mut row.capacity, smallest) != smallest)
     }
 
-    /// The hold of a token.
+    /// Returns the hold of a token.
     pub(super) fn find_hold(&self, row: &KeyRow, token: TokenId) -> Result<Option<HoldRow>> {
         if row.holders == 0 {
             return Ok(None);
@@ -296,7 +297,7 @@ impl Tx<'_> {
         )
     }
 
-    /// Takes a hold off its key. The caller saves the key's row.
+    /// Deletes a hold. The caller saves the key's row.
     pub(super) fn remove_hold(&self, row: &mut KeyRow, hold: &HoldRow) -> Result<()> {
         self.execute("DELETE FROM holds WHERE key_id = ?1 AND token = ?2", params![row.id, hold.token.as_bytes()])?;
         row.used -= hold.units;
@@ -304,7 +305,7 @@ impl Tx<'_> {
         Ok(())
     }
 
-    /// The queue entry of a token.
+    /// Returns the queue entry of a token.
     pub(super) fn find_waiter(&self, row: &KeyRow, token: TokenId) -> Result<Option<WaiterRow>> {
         if row.waiting == 0 {
             return Ok(None);
@@ -317,12 +318,12 @@ impl Tx<'_> {
         )
     }
 
-    /// The first of the queue.
+    /// Returns the first waiter of the queue.
     pub(super) fn head(&self, row: &KeyRow) -> Result<Option<WaiterRow>> {
         self.waiter_after(row.id, i64::MIN)
     }
 
-    /// Who stands behind this place in the queue.
+    /// Returns the first waiter after this place in the queue.
     pub(super) fn waiter_after(&self, key_id: i64, seq: i64) -> Result<Option<WaiterRow>> {
         self.first(
             "SELECT seq, token, session, units, capacity, session_bound, term FROM waiters INDEXED BY waiters_by_key
@@ -332,7 +333,7 @@ impl Tx<'_> {
         )
     }
 
-    /// The session of who stands before this place in the queue.
+    /// Returns the session of the waiter directly before this place in the queue.
     pub(super) fn session_before(&self, key_id: i64, seq: i64) -> Result<Option<SessionId>> {
         self.first(
             "SELECT session FROM waiters INDEXED BY waiters_by_key
@@ -342,7 +343,7 @@ impl Tx<'_> {
         )
     }
 
-    /// Takes a waiter out of the queue. The caller saves the key's row.
+    /// Deletes a waiter from the queue. The caller saves the key's row.
     pub(super) fn remove_waiter(&mut self, row: &mut KeyRow, waiter: &WaiterRow) -> Result<()> {
         self.execute("DELETE FROM waiters WHERE seq = ?1", [waiter.seq])?;
         row.waiting -= 1;

@@ -1,6 +1,8 @@
--- The embedded store, version 2. Times are µs: of the boot-time clock, `_wall` columns since 1970.
+-- The tables of the embedded store, version 2. Times are microseconds of the boot-time clock; in `_wall` columns,
+-- microseconds since 1970.
 
--- One row. The floor is the fence from which an unknown key counts on: no forgotten fence comes back.
+-- This table has one row. Fences of a key without a row continue from the floor, so that no fence of a deleted row
+-- comes back.
 CREATE TABLE meta (
     only INTEGER PRIMARY KEY CHECK (only = 1),
     boot_id TEXT NOT NULL,
@@ -8,7 +10,7 @@ CREATE TABLE meta (
     sweep_after INTEGER NOT NULL
 ) STRICT;
 
--- Alive exactly as long as somebody holds the lock of `sessions/<id>.lock`.
+-- A session is open as long as a process holds the lock of `sessions/<id>.lock`.
 CREATE TABLE sessions (
     id BLOB PRIMARY KEY,
     owner TEXT NOT NULL,
@@ -17,7 +19,7 @@ CREATE TABLE sessions (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX sessions_by_pid ON sessions (pid);
 
--- One row a key, with sums over its holds and waiters, so that the common step reads and writes one row.
+-- One row for each key, with sums over its holds and waiters, so that the most common requests read and write one row.
 CREATE TABLE keys (
     id INTEGER PRIMARY KEY,
     name TEXT NOT NULL UNIQUE,
@@ -25,11 +27,11 @@ CREATE TABLE keys (
     used INTEGER NOT NULL,
     holders INTEGER NOT NULL,
     waiting INTEGER NOT NULL,
-    -- Not above the smallest capacity of a hold; means nothing while there are none.
+    -- At most the smallest capacity of the holds. It has no meaning without holds.
     capacity INTEGER NOT NULL,
-    -- Not later than the earliest deadline of a hold; means nothing while there are none.
+    -- At most the earliest deadline of the holds. It has no meaning without holds.
     next_deadline INTEGER,
-    -- Both clocks: the wall clock carries a cooldown over a restart of the machine.
+    -- The end of the cooldown on both clocks, because only the wall clock survives a restart of the machine.
     closed_until INTEGER,
     closed_until_wall INTEGER,
     touched INTEGER NOT NULL
@@ -46,17 +48,17 @@ CREATE TABLE holds (
     deadline INTEGER,
     granted INTEGER NOT NULL,
     granted_wall INTEGER NOT NULL,
-    -- Set when the session ends before a fixed term does; until then the session knows it.
+    -- Set when the session ends before a fixed lifetime does. Until then the row of the session has the owner.
     owner TEXT,
     metadata TEXT,
     trace TEXT,
     PRIMARY KEY (key_id, token)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX holds_by_session ON holds (session);
--- An exclusive hold is alone: it costs nothing here.
+-- An exclusive hold is the only hold of its key, so this index leaves it out.
 CREATE INDEX shared_by_capacity ON holds (key_id, capacity) WHERE units < capacity;
 
--- The queue of a key is its waiters in order of `seq`.
+-- The queue of a key consists of its waiters in the order of `seq`.
 CREATE TABLE waiters (
     seq INTEGER PRIMARY KEY,
     key_id INTEGER NOT NULL,
@@ -74,7 +76,7 @@ CREATE INDEX waiters_by_key ON waiters (key_id);
 CREATE UNIQUE INDEX waiters_by_token ON waiters (token, key_id);
 CREATE INDEX waiters_by_session ON waiters (session);
 
--- Tokens that were released by force and that their caller has not ended yet.
+-- Force-released tokens that their caller has not released or abandoned yet.
 CREATE TABLE forced (
     token BLOB NOT NULL,
     name TEXT NOT NULL,

@@ -1,11 +1,13 @@
-//! The proof of life of a session: a file whose lock the kernel holds for its process, and a socket for its pushes.
+//! Creates, probes and removes the files of a session: a locked file that shows that the session is open, and a socket
+//! that receives its pushes.
 //!
 //! # Invariants
-//! 1. A session is alive exactly as long as `<id>.lock` is in its place and somebody holds its exclusive lock. The
-//!    kernel drops the lock with the last copy of the descriptor, however the process ends; a stopped process keeps it.
-//! 2. Session files are made under the gate, locked before the gate is left. So nobody meets a living session's file
-//!    unlocked, and a file that is not locked belongs to the dead.
-//! 3. A probe asks for a shared lock and drops it at once: probes do not exclude each other.
+//! 1. A session is open as long as `<id>.lock` is in its place and a process holds the file's exclusive lock. Otherwise
+//!    the session has *expired*. The kernel releases the lock with the last copy of the descriptor, even if the process
+//!    is killed. A stopped process keeps the lock.
+//! 2. A process creates and locks the file of its session before it leaves the gate. For this reason no other process
+//!    sees the file of an open session unlocked, and an unlocked file belongs to an expired session.
+//! 3. A probe requests a shared lock and releases it at once, so that probes do not exclude each other.
 
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -16,9 +18,9 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, flock, fstat, openat, statat, unlinkat};
 use rustix::io::Errno;
 
+use super::codec;
 use super::error::{from_system, misconfigured};
 use super::folder::{self, Folder};
-use super::message;
 use crate::error::Result;
 use crate::store::Push;
 use crate::token::SessionId;
@@ -28,12 +30,13 @@ use crate::token::SessionId;
 pub(super) struct OwnSession {
     /// The locked file.
     pub(super) lock: Arc<OwnedFd>,
-    /// Where its pushes arrive, if the system can have such a socket.
+    /// The socket that receives the session's pushes, if the system could create it.
     pub(super) socket: Option<Arc<UnixDatagram>>,
+    /// Device and inode of the locked file.
     identity: (u64, u64),
 }
 
-/// Makes and locks the files of a session. `None` if there are files of this id already.
+/// Creates and locks the files of a session. Returns `None` if files with this id exist already.
 pub(super) fn create(folder: &Folder, session: SessionId) -> Result<Option<OwnSession>> {
     let name = lock_name(session);
     let failed = |cause: Errno| from_system("opening a session", &folder.sessions.join(&name), cause);
@@ -57,7 +60,7 @@ pub(super) fn create(folder: &Folder, session: SessionId) -> Result<Option<OwnSe
     Ok(Some(OwnSession { lock: Arc::new(lock), socket, identity: (state.st_dev as u64, state.st_ino as u64) }))
 }
 
-/// Whether somebody holds the lock of a session.
+/// Returns whether a process holds the lock of a session.
 pub(super) fn is_alive(folder: &Folder, session: SessionId) -> Result<bool> {
     let name = lock_name(session);
     let failed = |cause: Errno| from_system("probing a session", &folder.sessions.join(&name), cause);
@@ -81,7 +84,7 @@ pub(super) fn is_alive(folder: &Folder, session: SessionId) -> Result<bool> {
     }
 }
 
-/// Whether a session of anybody lives.
+/// Returns whether any session of any process is open.
 pub(super) fn any_is_alive(folder: &Folder) -> Result<bool> {
     for session in sessions_with_files(folder)? {
         if is_alive(folder, session)? {
@@ -93,11 +96,11 @@ pub(super) fn any_is_alive(folder: &Folder) -> Result<bool> {
 
 fn sessions_with_files(folder: &Folder) -> Result<impl Iterator<Item = SessionId>> {
     let entries = fs::read_dir(&folder.sessions)
-        .map_err(|cause| from_system("looking for left sessions", &folder.sessions, cause))?;
+        .map_err(|cause| from_system("listing the session files", &folder.sessions, cause))?;
     Ok(entries.flatten().filter_map(|entry| SessionId::from_hex(entry.file_name().to_str()?.split_once('.')?.0)))
 }
 
-/// Makes the files of a session look used, for programs that delete old ones.
+/// Updates the times of a session's files, so that the system does not delete them as old.
 pub(super) fn touch_files(folder: &Folder, session: SessionId) {
     for name in [lock_name(session), socket_name(session)] {
         folder::touch(&folder.sessions.join(name));
@@ -109,9 +112,9 @@ pub(super) fn lock_path(folder: &Folder, session: SessionId) -> PathBuf {
     folder.sessions.join(lock_name(session))
 }
 
-/// Whether the file that this handle has locked is still the one that others probe.
+/// Returns whether the file that this handle locked is still the file that other processes probe.
 pub(super) fn is_in_place(folder: &Folder, session: SessionId, own: &OwnSession) -> bool {
-    // By its path, not by the open folder: that may have been renamed, and others meet at the path.
+    // Use the path, because other processes use it. The open folder may have been renamed.
     match fs::symlink_metadata(lock_path(folder, session)) {
         Ok(state) => {
             use std::os::unix::fs::MetadataExt;
@@ -124,11 +127,11 @@ pub(super) fn is_in_place(folder: &Folder, session: SessionId, own: &OwnSession)
 /// Removes the files of a session that has ended.
 pub(super) fn remove_files(folder: &Folder, session: SessionId) {
     for name in [lock_name(session), socket_name(session)] {
-        let _may_be_gone = unlinkat(&folder.sessions_dir, &name, AtFlags::empty());
+        let _ = unlinkat(&folder.sessions_dir, &name, AtFlags::empty()); // the file may not exist
     }
 }
 
-/// Removes files that no living process has, and for which `is_known` knows no session. Only under the gate.
+/// Removes the files of expired sessions for which `is_known` returns `false`. The caller must hold the gate.
 pub(super) fn remove_orphans(folder: &Folder, is_known: impl Fn(SessionId) -> Result<bool>) -> Result<()> {
     for session in sessions_with_files(folder)? {
         if !is_known(session)? && !is_alive(folder, session)? {
@@ -138,19 +141,19 @@ pub(super) fn remove_orphans(folder: &Folder, is_known: impl Fn(SessionId) -> Re
     Ok(())
 }
 
-/// How many files the sessions have.
+/// Returns the number of session files.
 pub(super) fn count_files(folder: &Folder) -> usize {
     fs::read_dir(&folder.sessions).map_or(0, Iterator::count)
 }
 
-/// Sends a push to a session of another handle. A hint: what cannot be sent now is not sent.
+/// Sends a push to a session of another handle. Drops a push that cannot be sent at once, because it is only a hint.
 pub(super) fn send(folder: &Folder, from: &UnixDatagram, session: SessionId, push: &Push) {
     if let Some(path) = socket_path(folder, session) {
-        let _a_hint = from.send_to(&message::encode(push), path);
+        let _ = from.send_to(&codec::encode(push), path);
     }
 }
 
-/// A socket to send from.
+/// Creates the socket from which this handle sends pushes.
 pub(super) fn sending_socket() -> Option<UnixDatagram> {
     let socket = UnixDatagram::unbound().ok()?;
     socket.set_nonblocking(true).ok()?;
@@ -163,17 +166,18 @@ fn bind(folder: &Folder, session: SessionId) -> Option<UnixDatagram> {
     Some(socket)
 }
 
-/// A path of the socket that fits into the 108 bytes that a socket's address has: where the system has `/proc`, through
-/// the open folder, however deep that is.
+/// Returns a path of a session's socket that fits into the 108 bytes of a socket address.
+///
+/// On Linux with `/proc` the path goes through the descriptor of the folder, so that a deep folder works too.
 fn socket_path(folder: &Folder, session: SessionId) -> Option<PathBuf> {
-    const LONGEST: usize = 100;
+    const MAX_PATH_BYTES: usize = 100;
     let name = socket_name(session);
     let through = PathBuf::from(format!("/proc/self/fd/{}/{name}", folder.sessions_dir.as_raw_fd()));
     if cfg!(target_os = "linux") && statat(&folder.sessions_dir, "/proc/self/fd", AtFlags::empty()).is_ok() {
         return Some(through);
     }
     let direct = folder.sessions.join(name);
-    (direct.as_os_str().len() <= LONGEST).then_some(direct)
+    (direct.as_os_str().len() <= MAX_PATH_BYTES).then_some(direct)
 }
 
 fn lock_name(session: SessionId) -> String {
@@ -189,15 +193,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_session_is_alive_while_its_lock_is_held_and_in_place() {
+    fn session_is_open_while_its_lock_is_held() {
         let temp = tempfile::tempdir().unwrap();
         let folder = Folder::prepare(&temp.path().join("locks")).unwrap();
         let id = SessionId::random().unwrap();
         assert!(!is_alive(&folder, id).unwrap());
         let own = create(&folder, id).unwrap().unwrap();
         assert!(is_alive(&folder, id).unwrap() && is_in_place(&folder, id, &own));
-        assert!(create(&folder, id).unwrap().is_none(), "an id is used once");
-        // A copy of the descriptor, as a child has it, keeps it alive.
+        assert!(create(&folder, id).unwrap().is_none(), "an id can be used once");
+        // A copy of the descriptor, such as a child's, keeps the session open.
         let copy = own.lock.try_clone().unwrap();
         drop(own);
         assert!(is_alive(&folder, id).unwrap());
@@ -210,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_was_exchanged_is_not_in_place() {
+    fn replaced_lock_file_is_not_in_place() {
         let temp = tempfile::tempdir().unwrap();
         let folder = Folder::prepare(&temp.path().join("locks")).unwrap();
         let id = SessionId::random().unwrap();
@@ -222,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn pushes_arrive_however_long_the_path_is() {
+    fn pushes_arrive_in_a_deep_folder() {
         let temp = tempfile::tempdir().unwrap();
         let folder = Folder::prepare(&temp.path().join("d".repeat(200)).join("locks")).unwrap();
         let id = SessionId::random().unwrap();
@@ -230,6 +234,6 @@ mod tests {
         send(&folder, &sending_socket().unwrap(), id, &Push::RecheckAll);
         let mut buffer = [0; 64];
         let length = own.socket.unwrap().recv(&mut buffer).unwrap();
-        assert_eq!(message::decode(&buffer[..length]), Some(Push::RecheckAll));
+        assert_eq!(codec::decode(&buffer[..length]), Some(Push::RecheckAll));
     }
 }

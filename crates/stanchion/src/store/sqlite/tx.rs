@@ -1,4 +1,4 @@
-//! What a step works with: the open transaction, the time, and what is to be done once it is committed.
+//! The context of a request: the open transaction, the time, and the effects that follow its commit.
 
 use std::collections::{HashMap, HashSet};
 use std::os::unix::net::UnixDatagram;
@@ -17,28 +17,31 @@ use crate::error::Result;
 use crate::store::{Push, StoreTime};
 use crate::token::{SessionId, TokenId};
 
-/// What the database thread keeps in memory.
+/// The memory of the database thread.
 #[derive(Debug)]
-pub(super) struct Local {
+pub(super) struct WorkerState {
     pub(super) folder: Folder,
     pub(super) files: SharedFiles,
-    /// A file of the store that was deleted or replaced: from then on nothing that is done here counts.
+    /// A file of the store that was deleted or replaced. From then on other processes do not see any change of this
+    /// handle.
     pub(super) missing: Option<PathBuf>,
-    /// When the files are touched next, so that they are not deleted as old.
+    /// Time of the next touch of the files, so that the system does not delete them as old.
     pub(super) touch_at: BootTime,
+    /// Open sessions of this handle.
     pub(super) own: HashMap<SessionId, OwnSession>,
-    /// Sessions of this handle that have ended: an id is used once.
+    /// Sessions of this handle that have ended, so that their ids are not used again.
     pub(super) ended: HashSet<SessionId>,
     pub(super) predecessors: Predecessors,
     pub(super) watcher: Watcher,
-    /// Pushes to other handles are sent from here.
-    pub(super) outlet: Option<UnixDatagram>,
-    /// Write transactions until the next sweep.
+    /// The socket that sends pushes to other handles.
+    pub(super) push_socket: Option<UnixDatagram>,
+    /// Number of write transactions until the next sweep.
     pub(super) sweep_in: u32,
 }
 
-impl Local {
-    /// Whether the files that are open are the ones that others find. Once they are not, they never are again.
+impl WorkerState {
+    /// Returns whether the open files are still the files that other processes open. Once this is `false`, it stays
+    /// `false`.
     pub(super) fn are_files_in_place(&mut self) -> bool {
         if self.missing.is_none() {
             self.missing = self.files.missing().map(Path::to_owned);
@@ -46,13 +49,13 @@ impl Local {
         self.missing.is_none()
     }
 
-    /// Keeps programs that delete old files away, now and then.
-    pub(super) fn look_used(&mut self, now: BootTime) {
+    /// Updates the times of the files when that is due, so that the system does not delete them as old.
+    pub(super) fn touch_files_if_due(&mut self, now: BootTime) {
         if now < self.touch_at {
             return;
         }
-        self.touch_at = now.after(TOUCH_EVERY);
-        self.folder.keep_cleaners_away();
+        self.touch_at = now.after(TOUCH_INTERVAL);
+        self.folder.lock_folders();
         self.files.touch();
         for session in self.own.keys() {
             session::touch_files(&self.folder, *session);
@@ -60,55 +63,55 @@ impl Local {
     }
 }
 
-/// Interval between two touches. Programs that delete old files think in days.
-const TOUCH_EVERY: Duration = Duration::from_secs(600);
+/// Interval between two touches of the files. Programs that delete old files keep them for days.
+const TOUCH_INTERVAL: Duration = Duration::from_secs(600);
 
-/// What follows from steps once they are committed.
+/// The actions that follow the commit of a transaction.
 #[derive(Debug, Default)]
 pub(super) struct Effects {
     pub(super) pushes: Vec<(SessionId, Push)>,
-    /// Sessions whose files are made, and whose rows are entered.
+    /// Sessions whose files were created and whose rows were inserted.
     pub(super) opened: Vec<(SessionId, OwnSession)>,
-    /// Sessions whose rows are gone.
+    /// Sessions whose rows were deleted.
     pub(super) ended: Vec<SessionId>,
 }
 
-/// A step's view of the store.
+/// A transaction, as requests use it.
 #[derive(Debug)]
 pub(super) struct Tx<'a> {
     pub(super) db: &'a Connection,
-    pub(super) local: &'a mut Local,
+    pub(super) state: &'a mut WorkerState,
     pub(super) effects: Effects,
-    /// The store's time of the step.
+    /// The store's time of the request, in microseconds.
     pub(super) now: i64,
-    /// The wall clock at that time.
+    /// The wall-clock time of the request, in microseconds.
     pub(super) wall: i64,
-    /// What the probes of this transaction said: a session that is found dead stays dead.
+    /// Whether each probed session is open. A session that this transaction found expired stays expired.
     pub(super) probed: HashMap<SessionId, bool>,
-    /// Sessions that were found dead and whose rows are still there.
-    pub(super) dead: Vec<SessionId>,
-    /// Keys that a step has left unsettled.
-    pub(super) unsettled: Vec<i64>,
-    /// Places in queues that were left by somebody who was not granted.
-    pub(super) left: Vec<(i64, i64)>,
+    /// Expired sessions whose rows still exist.
+    pub(super) expired: Vec<SessionId>,
+    /// Ids of keys that a request left unreconciled.
+    pub(super) unreconciled: Vec<i64>,
+    /// Key ids and places of waiters that left a queue without a grant.
+    pub(super) vacated: Vec<(i64, i64)>,
 }
 
 impl<'a> Tx<'a> {
-    pub(super) fn new(db: &'a Connection, local: &'a mut Local) -> Self {
+    pub(super) fn new(db: &'a Connection, state: &'a mut WorkerState) -> Self {
         Self {
             db,
-            local,
+            state,
             effects: Effects::default(),
             now: 0,
             wall: 0,
             probed: HashMap::new(),
-            dead: Vec::new(),
-            unsettled: Vec::new(),
-            left: Vec::new(),
+            expired: Vec::new(),
+            unreconciled: Vec::new(),
+            vacated: Vec::new(),
         }
     }
 
-    /// The time of the next step.
+    /// Sets the time of the next request.
     pub(super) fn set_time(&mut self, clock: &crate::clock::Clock) {
         self.now = i64::try_from(clock.now().as_nanos() / 1_000).unwrap_or(i64::MAX);
         self.wall = i64::try_from(clock.wall_micros()).unwrap_or(i64::MAX);
@@ -119,23 +122,25 @@ impl<'a> Tx<'a> {
     }
 
     pub(super) fn path(&self) -> &Path {
-        &self.local.folder.database
+        &self.state.folder.database
     }
 
+    /// Converts an error of SQLite.
     pub(super) fn failed(&self, cause: rusqlite::Error) -> crate::error::Error {
-        from_sqlite("a step", self.path(), cause)
+        from_sqlite("executing a request", self.path(), cause)
     }
 
+    /// Returns a prepared statement from the cache.
     pub(super) fn statement(&self, sql: &str) -> Result<CachedStatement<'a>> {
         self.db.prepare_cached(sql).map_err(|cause| self.failed(cause))
     }
 
-    /// Runs a statement that changes rows; tells how many.
+    /// Executes a statement that changes rows, and returns their number.
     pub(super) fn execute(&self, sql: &str, params: impl Params) -> Result<usize> {
         self.statement(sql)?.execute(params).map_err(|cause| self.failed(cause))
     }
 
-    /// The first row, if there is one.
+    /// Returns the first row of a query, if there is one.
     pub(super) fn first<T>(
         &self,
         sql: &str,
@@ -145,7 +150,7 @@ impl<'a> Tx<'a> {
         self.statement(sql)?.query_row(params, read).optional().map_err(|cause| self.failed(cause))
     }
 
-    /// All rows.
+    /// Returns all rows of a query.
     pub(super) fn all<T>(
         &self,
         sql: &str,
@@ -157,23 +162,25 @@ impl<'a> Tx<'a> {
         rows.map_err(|cause| self.failed(cause))
     }
 
-    /// Whether this handle has opened the session, and not ended it.
+    /// Returns whether this handle opened the session and has not ended it.
     pub(super) fn is_own(&self, session: SessionId) -> bool {
-        self.local.own.contains_key(&session) || self.effects.opened.iter().any(|(opened, _)| *opened == session)
+        self.state.own.contains_key(&session) || self.effects.opened.iter().any(|(opened, _)| *opened == session)
     }
 
-    /// Whether others find the file of a session of this handle. Without it they take the session for dead, so it is.
+    /// Returns whether other processes find the lock file of a session of this handle. If they do not, the session has
+    /// expired for them, so it has expired here too.
     fn is_in_place(&mut self, session: SessionId) -> bool {
-        let local = &*self.local;
-        let is_in_place = local.own.get(&session).is_none_or(|own| session::is_in_place(&local.folder, session, own));
+        let state = &*self.state;
+        let is_in_place = state.own.get(&session).is_none_or(|own| session::is_in_place(&state.folder, session, own));
         if !is_in_place {
-            let path = session::lock_path(&local.folder, session);
+            let path = session::lock_path(&state.folder, session);
             self.push(session, Push::Warning(was_deleted(&path)));
         }
         is_in_place
     }
 
-    /// Whether the process of a session lives. One of the dead is noted for [`settle_rest`](Self::settle_rest).
+    /// Returns whether the lock of a session is held. Records an expired session for
+    /// [`reconcile_rest`](Self::reconcile_rest).
     pub(super) fn is_alive(&mut self, session: SessionId) -> Result<bool> {
         let alive = match self.probed.get(&session) {
             Some(alive) => *alive,
@@ -183,24 +190,24 @@ impl<'a> Tx<'a> {
                 alive
             }
             None => {
-                let alive = session::is_alive(&self.local.folder, session)?;
+                let alive = session::is_alive(&self.state.folder, session)?;
                 self.probed.insert(session, alive);
                 alive
             }
         };
-        if !alive && !self.dead.contains(&session) {
-            self.dead.push(session);
+        if !alive && !self.expired.contains(&session) {
+            self.expired.push(session);
         }
         Ok(alive)
     }
 
-    /// Whether a session may act: its row is there and its process lives.
+    /// Returns whether a session is open: its row exists, and its lock is held.
     pub(super) fn is_open(&mut self, session: SessionId) -> Result<bool> {
         let known = self.first("SELECT 1 FROM sessions WHERE id = ?1", [session.as_bytes()], |_| Ok(()))?;
         Ok(known.is_some() && self.is_alive(session)?)
     }
 
-    /// The processes of sessions; `None` for one that is not known.
+    /// Returns the processes of sessions of other handles. Leaves out sessions without a row.
     pub(super) fn processes(&self, sessions: &[SessionId]) -> Result<Vec<Process>> {
         let mut found = Vec::with_capacity(sessions.len());
         for session in sessions.iter().filter(|session| !self.is_own(**session)) {
@@ -211,23 +218,23 @@ impl<'a> Tx<'a> {
         Ok(found)
     }
 
-    /// A push, sent once the transaction is committed.
+    /// Adds a push that is sent after the commit.
     pub(super) fn push(&mut self, session: SessionId, push: Push) {
         self.effects.pushes.push((session, push));
     }
 
-    /// The token waits no more.
+    /// Ends the watches of a token that no longer waits.
     pub(super) fn forget_waiter(&mut self, token: TokenId) {
-        self.local.predecessors.forget(&mut self.local.watcher, token);
+        self.state.predecessors.forget(&mut self.state.watcher, token);
     }
 }
 
-/// A duration in µs.
+/// Converts a duration to microseconds. The result is small enough to be added to a time.
 pub(super) fn micros(span: Duration) -> i64 {
     i64::try_from(span.as_micros()).unwrap_or(i64::MAX / 4).min(i64::MAX / 4)
 }
 
-/// The span from `now` to `end`; nothing if that has passed.
+/// Returns the time from `now` to `end`, or zero if `end` has passed.
 pub(super) fn until(now: i64, end: i64) -> Duration {
     Duration::from_micros(end.saturating_sub(now).max(0).unsigned_abs())
 }

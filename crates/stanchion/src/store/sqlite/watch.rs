@@ -1,54 +1,57 @@
-//! The watching thread: takes pushes from the sessions' sockets, and notices the end of watched processes.
+//! Runs the watcher thread, which receives pushes from the sessions' sockets and reports the exit of watched processes.
 //!
 //! # Invariants
-//! 1. The thread is started with the first thing to watch and ends when its [`Watcher`] is dropped.
-//! 2. Every change of what is watched is followed by a wake-up: the thread never sleeps on an old list.
-//! 3. A watched process is reported once.
+//! 1. The thread starts with the first socket or process to watch, and ends when its [`Watcher`] is dropped.
+//! 2. Every change of the watched sockets and processes wakes the thread, so that it never sleeps on an old list.
+//! 3. The thread reports each watched process once.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
+use super::codec;
 use super::error::error;
-use super::message;
 use super::worker::Job;
 use crate::error::{ErrorKind, Result};
 use crate::store::{Push, PushSender};
+use crate::sync::lock;
 use crate::token::{SessionId, TokenId};
 
-/// The handle of the thread.
+/// The handle of the watcher thread.
 #[derive(Debug)]
 pub(super) struct Watcher {
-    shared: Arc<Shared>,
+    shared: Arc<WatchList>,
     jobs: Sender<Job>,
     is_running: bool,
 }
 
+/// The data that the thread shares with its handle.
 #[derive(Debug)]
-struct Shared {
+struct WatchList {
     watched: Mutex<Watched>,
-    /// A datagram to `woken` ends the thread's sleep.
+    /// Sends a datagram to `woken`, which ends the thread's sleep.
     waker: UnixDatagram,
     woken: UnixDatagram,
 }
 
+/// The watched sockets and processes.
 #[derive(Debug, Default)]
 struct Watched {
     sockets: HashMap<SessionId, (Arc<UnixDatagram>, Option<PushSender>)>,
     processes: HashMap<i32, Arc<OwnedFd>>,
-    /// Tokens whose grant arrived by a socket: their waiting is over.
+    /// Tokens whose grant arrived at a socket, so that they no longer wait.
     granted: Vec<TokenId>,
     stop: bool,
 }
 
 impl Watcher {
-    /// A watcher that reports the end of processes to `jobs`.
+    /// Creates a watcher that reports the exit of processes to `jobs`.
     pub(super) fn new(jobs: Sender<Job>) -> Result<Self> {
         let pair = UnixDatagram::pair().and_then(|(waker, woken)| {
             waker.set_nonblocking(true)?;
@@ -56,47 +59,49 @@ impl Watcher {
             Ok((waker, woken))
         });
         let (waker, woken) = pair.map_err(|cause| {
-            error(ErrorKind::Unavailable, "the system has no descriptor for the store's thread").with_source(cause)
+            error(ErrorKind::Unavailable, "the system has no file descriptor left for the store's thread")
+                .with_source(cause)
         })?;
-        let shared = Arc::new(Shared { watched: Mutex::default(), waker, woken });
+        let shared = Arc::new(WatchList { watched: Mutex::default(), waker, woken });
         Ok(Self { shared, jobs, is_running: false })
     }
 
-    /// Passes on what arrives at the socket of a session.
+    /// Forwards the pushes that arrive at the socket of a session.
     pub(super) fn add_socket(&mut self, session: SessionId, socket: Arc<UnixDatagram>, sender: Option<PushSender>) {
         self.lock().sockets.insert(session, (socket, sender));
         self.changed();
     }
 
-    /// Closes the socket of a session.
+    /// Stops forwarding the pushes of a session.
     pub(super) fn remove_socket(&mut self, session: SessionId) {
         if self.lock().sockets.remove(&session).is_some() {
             self.changed();
         }
     }
 
-    /// Reports the end of a process.
+    /// Watches a process, to report its exit.
     pub(super) fn add_process(&mut self, pid: i32, descriptor: OwnedFd) {
         self.lock().processes.insert(pid, Arc::new(descriptor));
         self.changed();
     }
 
-    /// Reports it no more.
+    /// Stops watching a process.
     pub(super) fn remove_process(&mut self, pid: i32) {
         if self.lock().processes.remove(&pid).is_some() {
             self.changed();
         }
     }
 
-    /// Tokens whose grant has arrived by a socket since this was asked.
+    /// Returns the tokens whose grant arrived at a socket since the last call.
     pub(super) fn take_granted(&self) -> Vec<TokenId> {
         std::mem::take(&mut self.lock().granted)
     }
 
     fn lock(&self) -> MutexGuard<'_, Watched> {
-        lock(&self.shared)
+        lock(&self.shared.watched)
     }
 
+    /// Starts the thread, or wakes it after a change.
     fn changed(&mut self) {
         if self.is_running {
             wake(&self.shared);
@@ -104,7 +109,7 @@ impl Watcher {
         }
         let (shared, jobs) = (self.shared.clone(), self.jobs.clone());
         let thread = thread::Builder::new().name("stanchion-sqlite-watch".into()).spawn(move || watch(&shared, &jobs));
-        // Without the thread nothing is pushed: waiters live by polling, and the next change tries again.
+        // If the thread cannot start, waiters poll, and the next change tries again.
         self.is_running = thread.is_ok();
     }
 }
@@ -119,13 +124,8 @@ impl Drop for Watcher {
     }
 }
 
-fn lock(shared: &Shared) -> MutexGuard<'_, Watched> {
-    shared.watched.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn wake(shared: &Shared) {
-    // A full buffer means that a wake-up is under way.
-    let _under_way = shared.waker.send(&[1]);
+fn wake(shared: &WatchList) {
+    let _ = shared.waker.send(&[1]); // an error: the buffer is full, so the thread has a wake-up to receive
 }
 
 enum Source {
@@ -133,11 +133,12 @@ enum Source {
     Process(i32, Arc<OwnedFd>),
 }
 
-fn watch(shared: &Shared, jobs: &Sender<Job>) {
-    let mut buffer = vec![0; message::LONGEST + 1];
+/// Runs the thread.
+fn watch(shared: &WatchList, jobs: &Sender<Job>) {
+    let mut buffer = vec![0; codec::MAX_DATAGRAM + 1];
     loop {
         let sources: Vec<Source> = {
-            let watched = lock(shared);
+            let watched = lock(&shared.watched);
             if watched.stop {
                 return;
             }
@@ -151,8 +152,8 @@ fn watch(shared: &Shared, jobs: &Sender<Job>) {
     }
 }
 
-/// Serves these sources until the list has changed. `false` if the thread is to end.
-fn watch_until_change(shared: &Shared, jobs: &Sender<Job>, sources: Vec<Source>, buffer: &mut [u8]) -> bool {
+/// Serves these sources until the list of sources changes. Returns `false` if the thread must end.
+fn watch_until_change(shared: &WatchList, jobs: &Sender<Job>, sources: Vec<Source>, buffer: &mut [u8]) -> bool {
     let mut descriptors = Vec::with_capacity(sources.len() + 1);
     descriptors.push(PollFd::new(&shared.woken, PollFlags::IN));
     descriptors.extend(sources.iter().map(|source| match source {
@@ -174,7 +175,9 @@ fn watch_until_change(shared: &Shared, jobs: &Sender<Job>, sources: Vec<Source>,
                 Source::Socket(session, socket) => receive(shared, *session, socket, buffer),
                 Source::Process(pid, _) => {
                     is_changed = true;
-                    if lock(shared).processes.remove(pid).is_some() && jobs.send(Job::Died(*pid)).is_err() {
+                    if lock(&shared.watched).processes.remove(pid).is_some()
+                        && jobs.send(Job::ProcessExited(*pid)).is_err()
+                    {
                         return false;
                     }
                 }
@@ -191,11 +194,12 @@ fn watch_until_change(shared: &Shared, jobs: &Sender<Job>, sources: Vec<Source>,
     }
 }
 
-fn receive(shared: &Shared, session: SessionId, socket: &UnixDatagram, buffer: &mut [u8]) {
-    // What fills the whole buffer is longer than any push, and was cut.
+/// Forwards all pushes that have arrived at the socket of a session.
+fn receive(shared: &WatchList, session: SessionId, socket: &UnixDatagram, buffer: &mut [u8]) {
+    // A datagram that fills the whole buffer was truncated. No push is that long, so it does not decode.
     while let Ok(length) = socket.recv(buffer) {
-        let Some(push) = message::decode(&buffer[..length]) else { continue };
-        let mut watched = lock(shared);
+        let Some(push) = codec::decode(&buffer[..length]) else { continue };
+        let mut watched = lock(&shared.watched);
         if let Push::Granted { token, .. } = &push {
             watched.granted.push(*token);
         }

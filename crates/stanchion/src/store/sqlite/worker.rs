@@ -1,16 +1,16 @@
-//! The database thread: takes steps from a queue, and carries out what has gathered there in one transaction.
+//! Runs the database thread, which executes all queued requests in one transaction.
 //!
 //! # Invariants
-//! 1. One thread has the connection. It waits for a step, for the gate and for the disk, and for nothing else.
-//! 2. A step is answered, and its pushes are sent, only after its transaction is committed.
-//! 3. A step that fails takes nothing back of the others in its transaction.
-//! 4. However the thread ends, every step that waits gets an answer: its reply channel closes.
+//! 1. Only this thread has the connection. It waits for requests, for the gate and for the disk, and for nothing else.
+//! 2. The thread answers a request and sends its pushes only after the commit of its transaction.
+//! 3. A request that fails does not undo other requests of its transaction.
+//! 4. If the thread ends for any reason, every waiting caller gets an error, because the reply channels close.
 
 use std::collections::{HashMap, HashSet};
 use std::mem;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use rusqlite::Connection;
@@ -21,137 +21,143 @@ use super::connect::{Gate, connect};
 use super::error::error;
 use super::folder::{Folder, was_deleted};
 use super::predecessors::Predecessors;
+use super::request::{Answer, Request};
 use super::session::{self, OwnSession};
-use super::steps::{Answer, Operation};
-use super::tx::{Effects, Local, Tx};
+use super::tx::{Effects, Tx, WorkerState};
 use super::watch::Watcher;
 use crate::clock::{BootTime, Clock, jitter_seed};
 use crate::error::{ErrorKind, Result};
 use crate::store::{Push, PushSender, RenewOutcome, Reply, StoreTime};
+use crate::sync::lock;
 use crate::token::SessionId;
 
-/// The most steps in one transaction.
-const BATCH: usize = 64;
-/// Write transactions from one sweep to the next.
-const SWEEP_EVERY: u32 = 64;
+/// Maximum number of requests in one transaction.
+const MAX_BATCH: usize = 64;
+/// Number of write transactions between two sweeps.
+const SWEEP_INTERVAL: u32 = 64;
 
-/// What the thread is told.
+/// A message to the thread.
 #[derive(Debug)]
 pub(super) enum Job {
-    /// A step and where its answer goes.
-    Operation { step: Operation, reply: oneshot::Sender<Result<Reply<Answer>>> },
-    /// A watched process has ended.
-    Died(i32),
-    /// The store is dropped: finish what is queued, and end.
+    /// A request, with the channel for its answer.
+    Request { request: Request, reply: oneshot::Sender<Result<Reply<Answer>>> },
+    /// A watched process has exited.
+    ProcessExited(i32),
+    /// The store was dropped: the thread executes the queued requests and ends.
     Stop,
 }
 
-/// What the thread shares with the handle.
+/// The data that the thread shares with the handle.
 #[derive(Debug, Default)]
-pub(super) struct Shared {
+pub(super) struct HandleState {
     senders: Mutex<HashMap<SessionId, PushSender>>,
     sessions: Mutex<HashMap<SessionId, Arc<std::os::fd::OwnedFd>>>,
     pub(super) write_transactions: AtomicU64,
 }
 
-impl Shared {
+impl HandleState {
+    /// Returns the senders of the sessions' push streams.
     pub(super) fn senders(&self) -> MutexGuard<'_, HashMap<SessionId, PushSender>> {
-        self.senders.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.senders)
     }
 
-    /// The locked files of the open sessions.
+    /// Returns the locked files of the open sessions.
     pub(super) fn sessions(&self) -> MutexGuard<'_, HashMap<SessionId, Arc<std::os::fd::OwnedFd>>> {
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.sessions)
     }
 }
 
-/// The thread's own.
+/// The database thread, before and while it runs.
 #[derive(Debug)]
 pub(super) struct Worker {
     pub(super) db: Connection,
     pub(super) gate: Gate,
-    pub(super) local: Local,
+    pub(super) state: WorkerState,
     pub(super) clock: Clock,
     pub(super) queue: Receiver<Job>,
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Arc<HandleState>,
 }
 
-/// How the thread waits for the next step: a caller that asks again as soon as it has its answer is awaited awake,
-/// because to fall asleep and be woken takes longer than the step. Without such a caller the thread sleeps at once.
+/// Waits for the next job, and spins first if a job is likely to arrive soon.
+///
+/// If a caller sends its next request as soon as it has an answer, spinning is faster, because sleeping and waking
+/// takes longer than the request itself. Without such a caller the thread sleeps at once.
 #[derive(Debug)]
-struct Patience {
+struct SpinWait {
     clock: Clock,
-    /// Waits to come in which it does not stay awake.
-    asleep: u32,
+    /// Number of short sleeps until the thread spins again.
+    sleeps_left: u32,
 }
 
-impl Patience {
-    /// The longest that it stays awake for one step.
-    const AWAKE: Duration = Duration::from_micros(50);
-    /// A step that comes sooner than this after a sleep might have been awaited awake.
-    const SOON: Duration = Duration::from_micros(150);
-    /// How many waits it sleeps through after it was awake in vain.
+impl SpinWait {
+    /// Maximum time that the thread spins for one job.
+    const SPIN_TIME: Duration = Duration::from_micros(50);
+    /// Length of a sleep up to which spinning might have been faster.
+    const SHORT_SLEEP: Duration = Duration::from_micros(150);
+    /// Number of short sleeps before the thread spins again, after it spun in vain.
     const SLEEPS: u32 = 32;
 
     fn new() -> Self {
-        let alone = std::thread::available_parallelism().map_or(1, usize::from) == 1;
-        // The machine's own clock, also where the store's is virtual: that one stands still.
-        Self { clock: Clock::system(), asleep: if alone { u32::MAX } else { Self::SLEEPS } }
+        let has_one_core = std::thread::available_parallelism().map_or(1, usize::from) == 1;
+        // Use the system clock even if the store's clock is virtual, because a virtual clock does not advance by
+        // itself.
+        Self { clock: Clock::system(), sleeps_left: if has_one_core { u32::MAX } else { Self::SLEEPS } }
     }
 
-    /// The next job; `None` when nobody can send one any more.
+    /// Returns the next job, or `None` when all senders are gone.
     fn next(&mut self, queue: &Receiver<Job>) -> Option<Job> {
         let start = self.clock.now();
-        if self.asleep == 0 {
-            while self.clock.now().since(start) < Self::AWAKE {
+        if self.sleeps_left == 0 {
+            while self.clock.now().since(start) < Self::SPIN_TIME {
                 match queue.try_recv() {
                     Ok(job) => return Some(job),
                     Err(TryRecvError::Disconnected) => return None,
                     Err(TryRecvError::Empty) => std::hint::spin_loop(),
                 }
             }
-            self.asleep = Self::SLEEPS;
+            self.sleeps_left = Self::SLEEPS;
         }
         let job = queue.recv().ok();
-        if self.asleep < u32::MAX && self.clock.now().since(start) < Self::SOON {
-            self.asleep = self.asleep.saturating_sub(1);
+        if self.sleeps_left < u32::MAX && self.clock.now().since(start) < Self::SHORT_SLEEP {
+            self.sleeps_left = self.sleeps_left.saturating_sub(1);
         }
         job
     }
 }
 
-struct Asked {
-    step: Operation,
+/// A request of a batch, with the channel for its answer if a caller waits for it.
+struct QueuedRequest {
+    request: Request,
     reply: Option<oneshot::Sender<Result<Reply<Answer>>>>,
 }
 
 impl Worker {
-    /// Opens the store in this folder, for a thread that is still to be started, and tells where that takes its jobs from.
+    /// Opens the store in this folder, and returns the worker for a new thread and the sender of its jobs.
     pub(super) fn open(folder: Folder, clock: Clock, boot_id: &str) -> Result<(Self, Sender<Job>)> {
-        let connected = connect(&folder, &clock, boot_id)?;
+        let opened = connect(&folder, &clock, boot_id)?;
         let (jobs, queue) = mpsc::channel();
-        let local = Local {
+        let state = WorkerState {
             folder,
-            files: connected.files,
+            files: opened.files,
             missing: None,
             touch_at: BootTime::from_nanos(0),
             own: HashMap::new(),
             ended: HashSet::new(),
             predecessors: Predecessors::new(),
             watcher: Watcher::new(jobs.clone())?,
-            outlet: session::sending_socket(),
-            // Short-lived handles sweep too, now and then.
+            push_socket: session::sending_socket(),
+            // Begin at a random number, so that short-lived handles sweep sometimes too.
             sweep_in: u32::try_from(jitter_seed() % 64).unwrap_or(0),
         };
-        Ok((Self { db: connected.db, gate: connected.gate, local, clock, queue, shared: Arc::default() }, jobs))
+        Ok((Self { db: opened.db, gate: opened.gate, state, clock, queue, shared: Arc::default() }, jobs))
     }
 
-    /// Serves until it is told to stop.
+    /// Executes jobs until a [`Job::Stop`] arrives.
     pub(super) fn run(mut self) {
-        let mut patience = Patience::new();
-        while let Some(first) = patience.next(&self.queue) {
+        let mut wait = SpinWait::new();
+        while let Some(first) = wait.next(&self.queue) {
             let mut batch = vec![first];
-            while batch.len() < BATCH {
+            while batch.len() < MAX_BATCH {
                 match self.queue.try_recv() {
                     Ok(job) => batch.push(job),
                     Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
@@ -164,144 +170,147 @@ impl Worker {
         self.close();
     }
 
-    /// Carries out a batch. `false` if the thread is to end.
-    fn serve(&mut self, batch: Vec<Job>) -> bool {
-        let mut go_on = true;
-        let mut asked = Vec::with_capacity(batch.len());
-        for job in batch {
+    /// Executes a batch of jobs. Returns `false` if the thread must end.
+    fn serve(&mut self, jobs: Vec<Job>) -> bool {
+        let mut keep_running = true;
+        let mut batch = Vec::with_capacity(jobs.len());
+        for job in jobs {
             match job {
-                Job::Operation { step, reply } => asked.push(Asked { step, reply: Some(reply) }),
-                Job::Died(pid) => asked.push(Asked { step: Operation::Died(pid), reply: None }),
-                Job::Stop => go_on = false,
+                Job::Request { request, reply } => batch.push(QueuedRequest { request, reply: Some(reply) }),
+                Job::ProcessExited(pid) => {
+                    batch.push(QueuedRequest { request: Request::ProcessExited(pid), reply: None })
+                }
+                Job::Stop => keep_running = false,
             }
         }
-        for token in self.local.watcher.take_granted() {
-            self.local.predecessors.forget(&mut self.local.watcher, token);
+        for token in self.state.watcher.take_granted() {
+            self.state.predecessors.forget(&mut self.state.watcher, token);
         }
-        // Nobody waits for the answer: not having asked is as good.
-        asked.retain(|asked| {
-            !matches!(&asked.step, Operation::Acquire(_)) || !asked.reply.as_ref().is_some_and(|r| r.is_closed())
+        // Skip an acquire whose caller dropped its future. To the caller this is as if the request was never sent.
+        batch.retain(|queued| {
+            !matches!(&queued.request, Request::Acquire(_)) || !queued.reply.as_ref().is_some_and(|r| r.is_closed())
         });
-        if asked.iter().any(|asked| matches!(asked.step, Operation::RenewSession(_))) {
-            self.local.look_used(self.clock.now());
-            self.local.are_files_in_place();
+        if batch.iter().any(|queued| matches!(queued.request, Request::RenewSession(_))) {
+            self.state.touch_files_if_due(self.clock.now());
+            self.state.are_files_in_place();
         }
-        if let Some(path) = &self.local.missing {
+        if let Some(path) = &self.state.missing {
             let why = was_deleted(path);
-            self.serve_without_files(asked, &why);
-            return go_on;
+            self.serve_without_files(batch, &why);
+            return keep_running;
         }
-        if asked.iter().any(|asked| asked.step.is_reading()) {
-            asked = self.read(asked);
+        if batch.iter().any(|queued| queued.request.is_reading()) {
+            batch = self.read(batch);
         }
-        if !asked.is_empty() {
-            self.write(asked);
+        if !batch.is_empty() {
+            self.write(batch);
         }
-        go_on
+        keep_running
     }
 
-    /// Ends the sessions of this handle, because what is in its files counts for nobody any more, and answers accordingly.
-    fn serve_without_files(&mut self, asked: Vec<Asked>, why: &str) {
-        for (session, _) in mem::take(&mut self.local.own) {
+    /// Ends the sessions of this handle after a file of the store was deleted or replaced, and answers all requests
+    /// accordingly. Other processes do not see the files of this handle any more.
+    fn serve_without_files(&mut self, batch: Vec<QueuedRequest>, why: &str) {
+        for (session, _) in mem::take(&mut self.state.own) {
             if let Some(sender) = self.shared.senders().remove(&session) {
                 sender.send(Push::Warning(why.to_owned()));
             }
-            self.local.predecessors.forget_session(&mut self.local.watcher, session);
-            self.local.watcher.remove_socket(session);
+            self.state.predecessors.forget_session(&mut self.state.watcher, session);
+            self.state.watcher.remove_socket(session);
             self.shared.sessions().remove(&session);
-            session::remove_files(&self.local.folder, session);
+            session::remove_files(&self.state.folder, session);
         }
         let time = StoreTime::from_micros(self.clock.now().as_nanos() / 1_000);
-        for asked in asked {
-            let outcome = match &asked.step {
-                Operation::RenewSession(_) => Ok(Answer::Renewed(RenewOutcome::Gone)),
-                Operation::Lives(_) => Ok(Answer::Lives(false)),
-                Operation::Close(_) => Ok(Answer::Done),
+        for queued in batch {
+            let outcome = match &queued.request {
+                Request::RenewSession(_) => Ok(Answer::RenewSession(RenewOutcome::Gone)),
+                Request::SessionLives(_) => Ok(Answer::SessionLives(false)),
+                Request::Close(_) => Ok(Answer::Done),
                 _ => Err(error(ErrorKind::Unavailable, format!("{why}; open the store again"))),
             };
-            answer(asked, outcome.map(|outcome| Reply { time, outcome }));
+            answer(queued, outcome.map(|outcome| Reply { time, outcome }));
         }
     }
 
-    /// Answers the reading steps that have nothing to settle; gives the others back.
-    fn read(&mut self, asked: Vec<Asked>) -> Vec<Asked> {
-        // One snapshot for all: without it each statement takes SQLite's locks anew. It is as right, but slower.
+    /// Answers the reading requests that need no reconciling, and returns the other requests.
+    fn read(&mut self, batch: Vec<QueuedRequest>) -> Vec<QueuedRequest> {
+        // Use one snapshot for all requests. Without it each statement takes SQLite's locks again, which is slower.
         let begun = self.db.prepare_cached("BEGIN").and_then(|mut statement| statement.execute([]));
         let mut rest = Vec::new();
-        for asked in asked {
-            if !asked.step.is_reading() {
-                rest.push(asked);
+        for queued in batch {
+            if !queued.request.is_reading() {
+                rest.push(queued);
                 continue;
             }
-            let mut tx = Tx::new(&self.db, &mut self.local);
+            let mut tx = Tx::new(&self.db, &mut self.state);
             tx.set_time(&self.clock);
             let time = tx.time();
-            match tx.read(&asked.step) {
-                Ok(Some(outcome)) => answer(asked, Ok(Reply { time, outcome })),
-                Ok(None) => rest.push(asked),
-                Err(cause) => answer(asked, Err(cause)),
+            match tx.read(&queued.request) {
+                Ok(Some(outcome)) => answer(queued, Ok(Reply { time, outcome })),
+                Ok(None) => rest.push(queued),
+                Err(cause) => answer(queued, Err(cause)),
             }
         }
-        // What another has begun is not for this to commit.
+        // Commit only if this function began the transaction. A transaction that was already open stays open.
         if begun.is_ok() {
             let ended = self.db.prepare_cached("COMMIT").and_then(|mut statement| statement.execute([]));
             if ended.is_err() && !self.db.is_autocommit() {
-                let _nothing_was_changed = self.db.execute_batch("ROLLBACK");
+                let _ = self.db.execute_batch("ROLLBACK"); // the transaction changed nothing
             }
         }
         rest
     }
 
-    /// Carries out steps in one write transaction.
-    fn write(&mut self, asked: Vec<Asked>) {
-        match self.transact(&asked) {
+    /// Executes requests in one write transaction.
+    fn write(&mut self, batch: Vec<QueuedRequest>) {
+        match self.transact(&batch) {
             Ok((answers, effects)) => {
-                self.follow_up(effects);
-                for (asked, result) in asked.into_iter().zip(answers) {
-                    match &asked.step {
-                        Operation::Died(pid) => self.recheck_dependents(*pid),
-                        Operation::Open(request) if !self.local.own.contains_key(&request.session) => {
+                self.apply_effects(effects);
+                for (queued, result) in batch.into_iter().zip(answers) {
+                    match &queued.request {
+                        Request::ProcessExited(pid) => self.recheck_dependents(*pid),
+                        Request::Open(request) if !self.state.own.contains_key(&request.session) => {
                             self.shared.senders().remove(&request.session);
                         }
                         _ => {}
                     }
-                    answer(asked, result);
+                    answer(queued, result);
                 }
             }
-            Err(_) if let Some(path) = &self.local.missing => {
+            Err(_) if let Some(path) = &self.state.missing => {
                 let why = was_deleted(path);
-                self.serve_without_files(asked, &why);
+                self.serve_without_files(batch, &why);
             }
-            // Steps can be repeated: each by itself, so that each has its own answer.
-            Err(_) if asked.len() > 1 => asked.into_iter().for_each(|asked| self.write(vec![asked])),
+            // Requests can be repeated. Execute each in its own transaction, so that each gets its own answer.
+            Err(_) if batch.len() > 1 => batch.into_iter().for_each(|queued| self.write(vec![queued])),
             Err(cause) => {
-                if let Some(asked) = asked.into_iter().next() {
-                    answer(asked, Err(cause));
+                if let Some(queued) = batch.into_iter().next() {
+                    answer(queued, Err(cause));
                 }
             }
         }
     }
 
-    fn transact(&mut self, asked: &[Asked]) -> Result<(Vec<Result<Reply<Answer>>>, Effects)> {
-        let entered = self.gate.enter(&self.local.folder)?;
-        if !self.local.are_files_in_place() {
-            // The caller sees that, and answers.
+    fn transact(&mut self, batch: &[QueuedRequest]) -> Result<(Vec<Result<Reply<Answer>>>, Effects)> {
+        let entered = self.gate.enter(&self.state.folder)?;
+        if !self.state.are_files_in_place() {
+            // The caller finds the missing file, and answers the requests.
             return Err(error(ErrorKind::Unavailable, "a file of the store is missing"));
         }
-        let mut tx = Tx::new(&self.db, &mut self.local);
+        let mut tx = Tx::new(&self.db, &mut self.state);
         tx.execute("BEGIN IMMEDIATE", [])?;
         self.shared.write_transactions.fetch_add(1, Ordering::Relaxed);
-        let is_sweep = tx.local.sweep_in == 0;
-        tx.local.sweep_in = if is_sweep { SWEEP_EVERY } else { tx.local.sweep_in - 1 };
-        let answers = carry_out(&mut tx, &self.clock, asked, is_sweep).and_then(|answers| {
+        let is_sweep = tx.state.sweep_in == 0;
+        tx.state.sweep_in = if is_sweep { SWEEP_INTERVAL } else { tx.state.sweep_in - 1 };
+        let answers = execute(&mut tx, &self.clock, batch, is_sweep).and_then(|answers| {
             tx.execute("COMMIT", []).map_err(|cause| cause.in_doubt(true))?;
             Ok(answers)
         });
-        // Whatever failed: no transaction may stay open, or the next COMMIT would commit it.
+        // After any error the transaction must not stay open, because the next COMMIT would commit it.
         let answers = match answers {
             Ok(answers) => answers,
             Err(cause) => {
-                undo(&self.db, tx);
+                roll_back(&self.db, tx);
                 return Err(cause);
             }
         };
@@ -310,72 +319,77 @@ impl Worker {
         Ok((answers, effects))
     }
 
-    /// What follows from committed steps.
-    fn follow_up(&mut self, effects: Effects) {
+    /// Performs the actions that follow a commit.
+    fn apply_effects(&mut self, effects: Effects) {
         for (session, own) in effects.opened {
             let sender = self.shared.senders().get(&session).cloned();
-            if let (true, Some(sender)) = (self.local.folder.is_cleaned(), &sender) {
+            if let (true, Some(sender)) = (self.state.folder.is_cleaned(), &sender) {
                 sender.send(Push::Warning(format!(
-                    "{} is in a folder in which the system deletes old files, and locks with them; use another folder",
-                    self.local.folder.database.display()
+                    "{} is in a folder in which the system deletes old files, which would lose locks; \
+                     use another folder",
+                    self.state.folder.database.display()
                 )));
             }
             if let Some(socket) = &own.socket {
-                self.local.watcher.add_socket(session, socket.clone(), sender);
+                self.state.watcher.add_socket(session, socket.clone(), sender);
             }
             self.shared.sessions().insert(session, own.lock.clone());
-            self.local.own.insert(session, own);
+            self.state.own.insert(session, own);
         }
         for (session, push) in effects.pushes {
             self.send(session, push);
         }
         for session in effects.ended {
-            if self.local.own.remove(&session).is_some() {
-                self.local.predecessors.forget_session(&mut self.local.watcher, session);
-                self.local.watcher.remove_socket(session);
-                self.local.ended.insert(session);
+            if self.state.own.remove(&session).is_some() {
+                self.state.predecessors.forget_session(&mut self.state.watcher, session);
+                self.state.watcher.remove_socket(session);
+                self.state.ended.insert(session);
             }
             self.shared.sessions().remove(&session);
             self.shared.senders().remove(&session);
-            session::remove_files(&self.local.folder, session);
+            session::remove_files(&self.state.folder, session);
         }
     }
 
+    /// Notifies the waiters that depend on an exited process.
     fn recheck_dependents(&mut self, pid: i32) {
-        for (session, token) in self.local.predecessors.died(pid) {
+        for (session, token) in self.state.predecessors.process_exited(pid) {
             self.send(session, Push::Recheck { token });
         }
     }
 
+    /// Sends a push to a session of this or another handle.
     fn send(&mut self, session: SessionId, push: Push) {
-        if self.local.own.contains_key(&session) {
+        if self.state.own.contains_key(&session) {
             if let Push::Granted { token, .. } = &push {
-                self.local.predecessors.forget(&mut self.local.watcher, *token);
+                self.state.predecessors.forget(&mut self.state.watcher, *token);
             }
             if let Some(sender) = self.shared.senders().get(&session) {
                 sender.send(push);
             }
-        } else if let Some(outlet) = &self.local.outlet {
-            session::send(&self.local.folder, outlet, session, &push);
+        } else if let Some(push_socket) = &self.state.push_socket {
+            session::send(&self.state.folder, push_socket, session, &push);
         }
     }
 
-    /// Ends the sessions that are still open, as well as that can be.
+    /// Closes the sessions that are still open and the database, and ignores errors.
     fn close(mut self) {
-        let open: Vec<SessionId> = self.local.own.keys().copied().collect();
+        let open: Vec<SessionId> = self.state.own.keys().copied().collect();
         if !open.is_empty() {
             self.write(
-                open.into_iter().map(|session| Asked { step: Operation::Close(session), reply: None }).collect(),
+                open.into_iter()
+                    .map(|session| QueuedRequest { request: Request::Close(session), reply: None })
+                    .collect(),
             );
         }
-        let left: Vec<(SessionId, OwnSession)> = self.local.own.drain().collect();
+        let left: Vec<(SessionId, OwnSession)> = self.state.own.drain().collect();
         for (session, _) in left {
-            session::remove_files(&self.local.folder, session);
+            session::remove_files(&self.state.folder, session);
         }
-        // Under the gate: nobody opens the database while its last user closes it.
-        let entered = self.gate.enter(&self.local.folder);
-        if !self.local.are_files_in_place() {
-            // SQLite would write its log, which others do not have, into a database that others use.
+        // The gate ensures that no process opens the database while its last user closes it.
+        let entered = self.gate.enter(&self.state.folder);
+        if !self.state.are_files_in_place() {
+            // Otherwise SQLite would write its log, which other processes do not have, into a database that they use.
             let _ = self.db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true);
         }
         drop(self.db);
@@ -383,31 +397,39 @@ impl Worker {
     }
 }
 
-/// Carries out the steps of a transaction, and a sweep after them where one is due. An error is one of them all.
-fn carry_out(tx: &mut Tx<'_>, clock: &Clock, asked: &[Asked], is_sweep: bool) -> Result<Vec<Result<Reply<Answer>>>> {
-    let mut answers = Vec::with_capacity(asked.len());
-    for Asked { step, .. } in asked {
+/// Executes the requests of a transaction, and a sweep after them if one is due. The outer error concerns the whole
+/// transaction.
+fn execute(
+    tx: &mut Tx<'_>,
+    clock: &Clock,
+    batch: &[QueuedRequest],
+    is_sweep: bool,
+) -> Result<Vec<Result<Reply<Answer>>>> {
+    let mut answers = Vec::with_capacity(batch.len());
+    for QueuedRequest { request, .. } in batch {
         tx.set_time(clock);
-        // One that is alone fails with its transaction.
-        let outcome = if asked.len() == 1 { Ok(tx.run(step)?) } else { apart(tx, |tx| tx.run(step))? };
+        // A single request needs no savepoint, because its transaction fails with it.
+        let outcome = if batch.len() == 1 { Ok(tx.run(request)?) } else { in_savepoint(tx, |tx| tx.run(request))? };
         let time = tx.time();
         answers.push(outcome.map(|outcome| Reply { time, outcome }));
     }
     if is_sweep {
         tx.set_time(clock);
-        // It can wait. But none of it may stay: a key that is dropped before the floor is raised would repeat its fences.
-        let _can_wait = apart(tx, |tx| tx.sweep_keys())?;
+        // A failed sweep is undone and retried later. A part of it must not stay: deleting a key without raising the
+        // floor would let its fences repeat.
+        let _ = in_savepoint(tx, |tx| tx.sweep_keys())?;
     }
     Ok(answers)
 }
 
-/// Does a part of a transaction that is taken back by itself if it fails. The outer error is one of the whole transaction.
-fn apart<T>(tx: &mut Tx<'_>, part: impl FnOnce(&mut Tx<'_>) -> Result<T>) -> Result<Result<T>> {
+/// Executes a part of a transaction in a savepoint, and undoes only that part if it fails. The outer error concerns the
+/// whole transaction.
+fn in_savepoint<T>(tx: &mut Tx<'_>, part: impl FnOnce(&mut Tx<'_>) -> Result<T>) -> Result<Result<T>> {
     let before = (tx.effects.pushes.len(), tx.effects.opened.len(), tx.effects.ended.len());
     tx.execute("SAVEPOINT part", [])?;
     let outcome = part(tx);
     if outcome.is_err() {
-        // SQLite may have ended the whole transaction, as it does when the disk is full.
+        // SQLite may have rolled back the whole transaction, for example because the disk is full.
         if tx.db.is_autocommit() {
             return outcome.map(Ok);
         }
@@ -415,31 +437,32 @@ fn apart<T>(tx: &mut Tx<'_>, part: impl FnOnce(&mut Tx<'_>) -> Result<T>) -> Res
         tx.effects.pushes.truncate(before.0);
         tx.effects.ended.truncate(before.2);
         for (session, _) in tx.effects.opened.split_off(before.1) {
-            session::remove_files(&tx.local.folder, session);
+            session::remove_files(&tx.state.folder, session);
         }
-        (tx.dead, tx.unsettled, tx.left) = (Vec::new(), Vec::new(), Vec::new());
+        (tx.expired, tx.unreconciled, tx.vacated) = (Vec::new(), Vec::new(), Vec::new());
     }
     tx.execute("RELEASE part", [])?;
     Ok(outcome)
 }
 
-/// Takes a transaction back, with the files that it has made.
-fn undo(db: &Connection, tx: Tx<'_>) {
+/// Rolls back a transaction, and removes the session files that it created.
+fn roll_back(db: &Connection, tx: Tx<'_>) {
     if !db.is_autocommit() {
-        let _gone_with_the_connection = db.execute_batch("ROLLBACK");
+        let _ = db.execute_batch("ROLLBACK"); // if this fails, closing the connection rolls back
     }
     for (session, _) in &tx.effects.opened {
-        session::remove_files(&tx.local.folder, *session);
+        session::remove_files(&tx.state.folder, *session);
     }
 }
 
-fn answer(asked: Asked, result: Result<Reply<Answer>>) {
-    let result = match asked.step.key() {
+/// Sends the answer to the caller, if one waits for it.
+fn answer(queued: QueuedRequest, result: Result<Reply<Answer>>) {
+    let result = match queued.request.key() {
         Some(key) => result.map_err(|error| error.with_key(key)),
         None => result,
     };
-    if let Some(reply) = asked.reply {
-        let _nobody_waits = reply.send(result);
+    if let Some(reply) = queued.reply {
+        let _ = reply.send(result); // an error: the caller dropped its future
     }
 }
 
@@ -455,40 +478,40 @@ mod tests {
     use crate::store::{AcquireOutcome, AcquireRequest, Demand, Lifetime, OpenSession};
     use crate::token::TokenId;
 
-    /// A worker without its thread, with a session.
-    struct Desk {
-        worker: Worker,
+    /// A worker without a thread, with an open session.
+    struct TestWorker {
+        inner: Worker,
         session: SessionId,
         _temp: tempfile::TempDir,
     }
 
-    impl Desk {
+    impl TestWorker {
         fn new(clock: Clock) -> Self {
             let temp = tempfile::tempdir().unwrap();
             let folder = Folder::prepare(&temp.path().join("locks")).unwrap();
-            let (mut worker, _jobs) = Worker::open(folder, clock, "boot").unwrap();
-            worker.local.sweep_in = SWEEP_EVERY;
+            let (mut inner, _jobs) = Worker::open(folder, clock, "boot").unwrap();
+            inner.state.sweep_in = SWEEP_INTERVAL;
             let session = SessionId::random().unwrap();
-            let mut desk = Self { worker, session, _temp: temp };
+            let mut worker = Self { inner, session, _temp: temp };
             let open = OpenSession { session, ttl: Duration::from_secs(10), owner: "test".into() };
-            desk.ask([Operation::Open(open)])[0].as_ref().unwrap();
-            desk
+            worker.run([Request::Open(open)])[0].as_ref().unwrap();
+            worker
         }
 
-        /// Has steps carried out as one batch.
-        fn ask(&mut self, steps: impl IntoIterator<Item = Operation>) -> Vec<Result<Answer>> {
+        /// Executes requests as one batch.
+        fn run(&mut self, requests: impl IntoIterator<Item = Request>) -> Vec<Result<Answer>> {
             let (mut jobs, mut answers) = (Vec::new(), Vec::new());
-            for step in steps {
+            for request in requests {
                 let (reply, answer) = oneshot::channel();
-                jobs.push(Job::Operation { step, reply });
+                jobs.push(Job::Request { request, reply });
                 answers.push(answer);
             }
-            assert!(self.worker.serve(jobs));
+            assert!(self.inner.serve(jobs));
             answers.iter_mut().map(|answer| answer.try_recv().unwrap().map(|reply| reply.outcome)).collect()
         }
 
-        fn acquire(&self, name: &str, token: TokenId) -> Operation {
-            Operation::Acquire(AcquireRequest {
+        fn acquire(&self, name: &str, token: TokenId) -> Request {
+            Request::Acquire(AcquireRequest {
                 key: key(name),
                 token,
                 session: self.session,
@@ -501,16 +524,16 @@ mod tests {
             })
         }
 
-        /// SQLite refuses from now on what this picks.
-        fn refuse(&mut self, mut picks: impl FnMut(&AuthAction<'_>) -> bool + Send + 'static) {
+        /// Makes SQLite reject the actions for which `picks` returns `true`.
+        fn reject(&mut self, mut picks: impl FnMut(&AuthAction<'_>) -> bool + Send + 'static) {
             let hook = move |context: AuthContext<'_>| {
                 if picks(&context.action) { Authorization::Deny } else { Authorization::Allow }
             };
-            self.worker.db.authorizer(Some(hook)).unwrap();
+            self.inner.db.authorizer(Some(hook)).unwrap();
         }
 
         fn number(&self, sql: &str) -> i64 {
-            self.worker.db.query_row(sql, [], |row| row.get(0)).unwrap()
+            self.inner.db.query_row(sql, [], |row| row.get(0)).unwrap()
         }
     }
 
@@ -523,74 +546,74 @@ mod tests {
     }
 
     #[test]
-    fn a_sweep_that_fails_forgets_no_key_without_its_fence() {
+    fn failed_sweep_keeps_keys_and_fences() {
         let time = VirtualClock::new();
-        let mut desk = Desk::new(time.clock());
+        let mut worker = TestWorker::new(time.clock());
         let held = token();
-        let acquire = desk.acquire("idle", held);
-        let end = Operation::End { key: key("idle"), token: held, cooldown: None };
-        assert!(desk.ask([acquire, end]).iter().all(Result::is_ok));
-        let fence = desk.number("SELECT fence FROM keys");
+        let acquire = worker.acquire("idle", held);
+        let end = Request::Release { key: key("idle"), token: held, cooldown: None };
+        assert!(worker.run([acquire, end]).iter().all(Result::is_ok));
+        let fence = worker.number("SELECT fence FROM keys");
         time.advance(Duration::from_secs(2 * 3600));
-        // It has dropped the key when it is to raise the floor.
-        desk.refuse(|action| matches!(action, AuthAction::Update { table_name: "meta", .. }));
-        desk.worker.local.sweep_in = 0;
-        let acquire = desk.acquire("busy", token());
-        desk.ask([acquire])[0].as_ref().expect("the step has nothing to do with it");
-        assert_eq!(desk.number("SELECT count(*) FROM keys"), 2);
-        desk.refuse(|_| false);
-        desk.worker.local.sweep_in = 0;
-        let acquire = desk.acquire("other", token());
-        desk.ask([acquire])[0].as_ref().unwrap();
-        assert_eq!(desk.number("SELECT count(*) FROM keys"), 2, "the idle one went");
-        assert!(desk.number("SELECT fence_floor FROM meta") >= fence);
+        // The sweep has already deleted the key when it updates the floor.
+        worker.reject(|action| matches!(action, AuthAction::Update { table_name: "meta", .. }));
+        worker.inner.state.sweep_in = 0;
+        let acquire = worker.acquire("busy", token());
+        worker.run([acquire])[0].as_ref().expect("a failed sweep does not fail the request");
+        assert_eq!(worker.number("SELECT count(*) FROM keys"), 2);
+        worker.reject(|_| false);
+        worker.inner.state.sweep_in = 0;
+        let acquire = worker.acquire("other", token());
+        worker.run([acquire])[0].as_ref().unwrap();
+        assert_eq!(worker.number("SELECT count(*) FROM keys"), 2, "the sweep deleted the idle key");
+        assert!(worker.number("SELECT fence_floor FROM meta") >= fence);
     }
 
     #[test]
-    fn a_batch_that_fails_between_its_steps_is_undone_and_repeated() {
-        for refused in [TransactionOperation::Begin, TransactionOperation::Release] {
-            let mut desk = Desk::new(Clock::system());
-            desk.refuse(
-                move |action| matches!(action, AuthAction::Savepoint { operation, .. } if *operation == refused),
+    fn failed_batch_is_undone_and_repeated() {
+        for rejected in [TransactionOperation::Begin, TransactionOperation::Release] {
+            let mut worker = TestWorker::new(Clock::system());
+            worker.reject(
+                move |action| matches!(action, AuthAction::Savepoint { operation, .. } if *operation == rejected),
             );
-            let steps = [desk.acquire("a", token()), desk.acquire("b", token())];
-            for answer in desk.ask(steps) {
-                assert!(matches!(answer, Ok(Answer::Acquire(AcquireOutcome::Granted(_)))), "{refused:?}: {answer:?}");
+            let requests = [worker.acquire("a", token()), worker.acquire("b", token())];
+            for answer in worker.run(requests) {
+                assert!(matches!(answer, Ok(Answer::Acquire(AcquireOutcome::Granted(_)))), "{rejected:?}: {answer:?}");
             }
-            assert!(desk.worker.db.is_autocommit(), "no transaction is left open");
+            assert!(worker.inner.db.is_autocommit(), "no transaction is left open");
         }
     }
 
     #[test]
     fn each_statement_is_prepared_once() {
-        let mut desk = Desk::new(Clock::system());
-        // SQLite asks whenever it parses a statement. To set the hook has it parse all of them again.
+        let mut worker = TestWorker::new(Clock::system());
+        // SQLite calls the hook whenever it parses a statement. Setting the hook makes it parse all statements again.
         let is_parsed = Arc::new(AtomicBool::new(false));
         let seen = is_parsed.clone();
-        desk.refuse(move |_| {
+        worker.reject(move |_| {
             seen.store(true, Ordering::Relaxed);
             false
         });
         for name in ["a", "b", "c"] {
             is_parsed.store(false, Ordering::Relaxed);
             let held = token();
-            let list = || Operation::List { prefix: String::new(), cursor: None, limit: 100 };
-            let poll = Operation::Poll { key: key(name), tokens: vec![held] };
-            let end = Operation::End { key: key(name), token: held, cooldown: None };
-            for step in [desk.acquire(name, held), list(), poll, Operation::Inspect(key(name)), end, list()] {
-                desk.ask([step])[0].as_ref().unwrap();
+            let list = || Request::List { prefix: String::new(), cursor: None, limit: 100 };
+            let poll = Request::Poll { key: key(name), tokens: vec![held] };
+            let end = Request::Release { key: key(name), token: held, cooldown: None };
+            for request in [worker.acquire(name, held), list(), poll, Request::Inspect(key(name)), end, list()] {
+                worker.run([request])[0].as_ref().unwrap();
             }
         }
         assert!(!is_parsed.load(Ordering::Relaxed));
     }
 
     #[test]
-    fn looking_commits_nothing_that_was_left_open() {
-        let mut desk = Desk::new(Clock::system());
-        desk.worker.db.execute_batch("BEGIN; UPDATE meta SET fence_floor = 7").unwrap();
-        desk.ask([Operation::Inspect(key("a"))])[0].as_ref().unwrap();
-        assert!(!desk.worker.db.is_autocommit());
-        desk.worker.db.execute_batch("ROLLBACK").unwrap();
-        assert_eq!(desk.number("SELECT fence_floor FROM meta"), 0);
+    fn reading_commits_no_open_transaction() {
+        let mut worker = TestWorker::new(Clock::system());
+        worker.inner.db.execute_batch("BEGIN; UPDATE meta SET fence_floor = 7").unwrap();
+        worker.run([Request::Inspect(key("a"))])[0].as_ref().unwrap();
+        assert!(!worker.inner.db.is_autocommit());
+        worker.inner.db.execute_batch("ROLLBACK").unwrap();
+        assert_eq!(worker.number("SELECT fence_floor FROM meta"), 0);
     }
 }

@@ -1,4 +1,4 @@
-//! What the memory store keeps, and one atomic step on it.
+//! The data of the memory store, and a transaction that changes them.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, MutexGuard};
@@ -10,15 +10,17 @@ use crate::key::Key;
 use crate::store::*;
 use crate::token::{SessionId, TokenId};
 
+/// All data of the store.
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) sessions: HashMap<SessionId, Session>,
-    /// Sessions that have ended and when they may be forgotten: nobody sends for them any more.
+    /// Ended sessions, with the time after which no client sends a request for them, so that they can be removed.
     pub(super) ended: HashMap<SessionId, StoreTime>,
     pub(super) pushes: HashMap<SessionId, PushSender>,
     pub(super) keys: BTreeMap<String, Record>,
+    /// Force-released tokens that their caller has not released or abandoned yet.
     pub(super) forced: HashMap<TokenId, (SessionId, LostToken)>,
-    /// At least as high as every fence of a key whose record was dropped.
+    /// At least as high as every fence of a key whose record was removed.
     pub(super) fence_floor: Option<Fence>,
 }
 
@@ -29,6 +31,7 @@ pub(super) struct Session {
     pub(super) expires: StoreTime,
 }
 
+/// The record of a key that has a hold, a waiter or a running cooldown.
 #[derive(Debug)]
 pub(super) struct Record {
     pub(super) key: Key,
@@ -66,12 +69,13 @@ pub(super) struct Waiter {
 }
 
 impl Record {
-    /// The smallest capacity of the holds, if they share the key.
+    /// Returns the smallest capacity of the holds, if they share the key.
     fn in_use(&self) -> Option<u32> {
         let shared = self.holds.iter().map(|hold| hold.demand).filter(|demand| !demand.is_exclusive());
         shared.map(Demand::capacity).min()
     }
 
+    /// Returns whether the key is open and has room for a demand.
     pub(super) fn fits(&self, demand: Demand, now: StoreTime) -> bool {
         let open = self.closed_until.is_none_or(|until| until <= now);
         open && demand.fits(self.holds.iter().map(|hold| hold.demand))
@@ -88,23 +92,24 @@ impl Hold {
     }
 }
 
-/// One atomic step: the state, locked, and the time at which it is done.
-pub(super) struct Operation<'a> {
+/// The locked state, with the time of one operation.
+pub(super) struct Transaction<'a> {
     pub(super) state: MutexGuard<'a, State>,
     pub(super) now: StoreTime,
     pub(super) wall: SystemTime,
     pub(super) wall_micros: u64,
 }
 
-impl Operation<'_> {
+impl Transaction<'_> {
     pub(super) fn reply<T>(&self, outcome: T) -> Result<Reply<T>> {
         Ok(Reply { time: self.now, outcome })
     }
 
-    pub(super) fn lives(&self, session: SessionId) -> bool {
+    pub(super) fn is_open(&self, session: SessionId) -> bool {
         self.state.sessions.get(&session).is_some_and(|session| session.expires > self.now)
     }
 
+    /// Ends a session. Its holds and waiters go when their keys are reconciled.
     pub(super) fn end_session(&mut self, session: SessionId) {
         self.state.pushes.remove(&session);
         if let Some(ended) = self.state.sessions.remove(&session) {
@@ -116,7 +121,7 @@ impl Operation<'_> {
         self.state.ended.retain(|_, forget_at| *forget_at > now);
     }
 
-    /// Takes the record of a key out, settled. [`Operation::put`] puts it back.
+    /// Takes the record of a key out of the state, and reconciles it. [`Transaction::put`] puts it back.
     pub(super) fn take(&mut self, key: &Key) -> Record {
         let mut record = self.state.keys.remove(key.as_encoded()).unwrap_or_else(|| Record {
             key: key.clone(),
@@ -125,28 +130,31 @@ impl Operation<'_> {
             holds: Vec::new(),
             queue: VecDeque::new(),
         });
-        self.settle(&mut record);
+        self.reconcile(&mut record);
         record
     }
 
+    /// Reconciles a record, and puts it back unless the key is idle.
     pub(super) fn put(&mut self, mut record: Record) {
-        self.settle(&mut record);
+        self.reconcile(&mut record);
         if record.holds.is_empty() && record.queue.is_empty() && record.closed_until.is_none() {
-            // Nothing but a fence: one floor for all idle keys remembers enough, and no key leaks.
+            // An idle key has nothing but its fence. One floor for all idle keys is enough, so that idle keys use no
+            // memory.
             self.state.fence_floor = self.state.fence_floor.max(record.last);
         } else {
             self.state.keys.insert(record.key.as_encoded().to_owned(), record);
         }
     }
 
-    pub(super) fn settle(&mut self, record: &mut Record) {
+    /// Removes holds and waiters that have ended, then grants the head of the queue as long as it fits.
+    pub(super) fn reconcile(&mut self, record: &mut Record) {
         let now = self.now;
         record.holds.retain(|hold| {
-            hold.deadline.is_none_or(|deadline| deadline > now) && (!hold.session_bound || self.lives(hold.session))
+            hold.deadline.is_none_or(|deadline| deadline > now) && (!hold.session_bound || self.is_open(hold.session))
         });
         record.closed_until = record.closed_until.filter(|until| *until > now);
         while let Some(head) = record.queue.front() {
-            if !self.lives(head.session) {
+            if !self.is_open(head.session) {
                 record.queue.pop_front();
             } else if record.fits(head.demand, now)
                 && let Some(fence) = self.next_fence(record)
@@ -163,11 +171,12 @@ impl Operation<'_> {
         }
     }
 
-    /// The fence of the next grant, if there is one.
+    /// Returns the fence of the next grant, or `None` after the highest fence.
     pub(super) fn next_fence(&self, record: &Record) -> Option<Fence> {
         Fence::next(record.last, self.wall_micros)
     }
 
+    /// Turns a waiter into a hold.
     fn grant(&self, record: &mut Record, waiter: Waiter, fence: Fence) -> Granted {
         record.last = Some(fence);
         let hold = Hold {
@@ -188,7 +197,8 @@ impl Operation<'_> {
         granted
     }
 
-    /// When time alone may change something for a waiter: a deadline, the end of a cooldown, the end of a session.
+    /// Returns the time until a deadline, the end of a cooldown or the expiry of a session may change something for a
+    /// waiter.
     pub(super) fn check_in(&self, record: &Record) -> Option<Duration> {
         let deadlines = record.holds.iter().filter_map(|hold| hold.deadline);
         let sessions = record
@@ -199,6 +209,7 @@ impl Operation<'_> {
         deadlines.chain(sessions).chain(record.closed_until).min().map(|at| at.since(self.now))
     }
 
+    /// Returns the place of a token in the queue.
     pub(super) fn queued(&self, record: &Record, token: TokenId) -> Option<Queued> {
         let ahead = record.queue.iter().position(|waiter| waiter.token == token)?;
         let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
@@ -223,7 +234,7 @@ impl Operation<'_> {
     }
 
     pub(super) fn acquire(&mut self, record: &mut Record, request: AcquireRequest) -> Result<AcquireOutcome> {
-        if !self.lives(request.session) {
+        if !self.is_open(request.session) {
             return Ok(AcquireOutcome::SessionGone);
         }
         if self.state.forced.contains_key(&request.token) {
@@ -239,8 +250,8 @@ impl Operation<'_> {
             return Ok(AcquireOutcome::Stale);
         }
         let fence = self.next_fence(record).ok_or_else(Fence::used_up)?;
-        let goes_now = record.queue.is_empty() && record.fits(request.demand, self.now);
-        if !goes_now && !request.enqueue {
+        let fits_now = record.queue.is_empty() && record.fits(request.demand, self.now);
+        if !fits_now && !request.enqueue {
             return Ok(AcquireOutcome::Busy { check_in: self.check_in(record), in_use: record.in_use() });
         }
         let owner = self.state.sessions.get(&request.session).map(|session| session.owner.clone()).unwrap_or_default();
@@ -254,11 +265,11 @@ impl Operation<'_> {
             metadata: request.metadata,
             trace: request.trace,
         };
-        if goes_now {
+        if fits_now {
             return Ok(AcquireOutcome::Granted(self.grant(record, waiter, fence)));
         }
         if record.queue.len() >= MAX_WAITERS as usize {
-            record.queue.retain(|waiter| self.lives(waiter.session));
+            record.queue.retain(|waiter| self.is_open(waiter.session));
         }
         if record.queue.len() >= MAX_WAITERS as usize {
             return Ok(AcquireOutcome::QueueFull { limit: MAX_WAITERS });
@@ -270,7 +281,8 @@ impl Operation<'_> {
         })
     }
 
-    pub(super) fn end(&mut self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> EndOutcome {
+    /// Removes the hold or the queue entry of a token.
+    pub(super) fn remove(&mut self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> EndOutcome {
         self.state.forced.remove(&token);
         let mut record = self.take(key);
         let outcome = if let Some(at) = record.holds.iter().position(|hold| hold.token == token) {
@@ -289,6 +301,7 @@ impl Operation<'_> {
         outcome
     }
 
+    /// Returns the state of a key, as callers see it.
     pub(super) fn state_of(&self, record: &Record) -> KeyState {
         KeyState {
             key: record.key.clone(),
@@ -311,7 +324,7 @@ impl Operation<'_> {
             waiters: record
                 .queue
                 .iter()
-                .filter(|waiter| self.lives(waiter.session))
+                .filter(|waiter| self.is_open(waiter.session))
                 .map(|waiter| WaiterState {
                     owner: waiter.owner.to_string(),
                     units: waiter.demand.units(),
@@ -351,17 +364,17 @@ mod tests {
             metadata: None,
             trace: None,
         };
-        store.step().state.fence_floor = Some(Fence::new(u64::MAX - 1));
+        store.begin().state.fence_floor = Some(Fence::new(u64::MAX - 1));
         let (first, second) = (request(), request());
         let (held, waiting) = (first.token, second.token);
         let outcome = store.acquire(first).await.unwrap().outcome;
         assert!(matches!(outcome, AcquireOutcome::Granted(granted) if granted.fence.get() == u64::MAX), "{outcome:?}");
         assert_eq!(store.acquire(second).await.unwrap_err().kind(), ErrorKind::Internal);
-        let evict = ForceReleaseRequest { key: key.clone(), fence: Fence::new(u64::MAX), reason: "test".into() };
-        assert_eq!(store.force_release(evict).await.unwrap().outcome, ForceReleaseOutcome::Released);
+        let force = ForceReleaseRequest { key: key.clone(), fence: Fence::new(u64::MAX), reason: "test".into() };
+        assert_eq!(store.force_release(force).await.unwrap().outcome, ForceReleaseOutcome::Released);
         assert_eq!(store.poll(&key, &[held]).await.unwrap().outcome, [PollOutcome::Gone]);
         assert_eq!(store.poll(&key, &[waiting]).await.unwrap().outcome, [PollOutcome::Gone]);
-        let refused = store.acquire(request()).await.unwrap_err();
-        assert!(refused.to_string().contains("the highest number there is"), "{refused}");
+        let error = store.acquire(request()).await.unwrap_err();
+        assert!(error.to_string().contains("the highest number there is"), "{error}");
     }
 }

@@ -1,20 +1,23 @@
-//! Pushes between processes: one datagram each, in a small versioned binary form.
+//! Encodes and decodes the pushes between processes: one datagram for each push, in a versioned binary format.
 //!
-//! `version kind token`, then for a grant `fence key`, for a forced release `key reason`. Numbers are little-endian,
-//! texts have their length before them. What does not parse to the last byte is dropped: a push is a hint.
+//! A datagram has the fields `version kind token`, followed by `fence key` for a grant, or by `key reason` for a
+//! force-release. Numbers are little-endian, and each text begins with its length. The receiver drops a datagram that
+//! does not parse to the last byte, because a push is only a hint.
 
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{LostToken, Push};
 use crate::token::TokenId;
 
-/// Room for the longest datagram: a key, a namespace, the longest reason, and the head.
-pub(super) const LONGEST: usize = 8 * 1024;
+/// Maximum length of a datagram in bytes: a key, a namespace, the longest reason, and the header.
+pub(super) const MAX_DATAGRAM: usize = 8 * 1024;
 
+/// Version of the format.
 const VERSION: u8 = 1;
-const LONGEST_REASON: usize = 4 * 1024;
+/// Maximum length of the reason in a datagram, in bytes.
+const MAX_REASON: usize = 4 * 1024;
 
-/// The datagram of a push.
+/// Encodes a push.
 pub(super) fn encode(push: &Push) -> Vec<u8> {
     let mut out = vec![VERSION];
     match push {
@@ -44,7 +47,7 @@ pub(super) fn encode(push: &Push) -> Vec<u8> {
     out
 }
 
-/// The push of a datagram, if it is one.
+/// Decodes a push. Returns `None` if the datagram is not valid.
 pub(super) fn decode(datagram: &[u8]) -> Option<Push> {
     let mut rest = datagram;
     let [version, kind] = take(&mut rest)?;
@@ -76,9 +79,9 @@ fn put_text(out: &mut Vec<u8>, text: &str) {
     out.extend_from_slice(text.as_bytes());
 }
 
-/// The reason in full is in the store; a datagram carries its beginning.
+/// Shortens a reason to the maximum length. The session reads the full reason from the store when it renews.
 fn cut(reason: &str) -> &str {
-    let mut end = reason.len().min(LONGEST_REASON);
+    let mut end = reason.len().min(MAX_REASON);
     while !reason.is_char_boundary(end) {
         end -= 1;
     }
@@ -120,14 +123,14 @@ mod tests {
     }
 
     #[test]
-    fn a_push_survives_its_datagram() {
+    fn pushes_survive_encoding() {
         for push in pushes() {
             assert_eq!(decode(&encode(&push)), Some(push));
         }
     }
 
     #[test]
-    fn hostile_short_and_long_datagrams_are_ignored() {
+    fn invalid_datagrams_are_ignored() {
         for push in pushes() {
             let whole = encode(&push);
             for end in 0..whole.len() {
@@ -143,7 +146,7 @@ mod tests {
         assert_eq!(decode(&[]), None);
         assert_eq!(decode(&[VERSION, 9]), None);
         assert_eq!(decode(&[0xff; 300]), None);
-        // A text that is not UTF-8, and a key that is none.
+        // The key of this grant is not UTF-8.
         let mut forged = vec![VERSION, 1];
         forged.extend_from_slice(&[0; 24]);
         forged.extend_from_slice(&[2, 0, 0xc3, 0x28]);
@@ -151,12 +154,12 @@ mod tests {
     }
 
     #[test]
-    fn a_long_reason_is_cut_at_a_character() {
+    fn long_reasons_are_cut_between_characters() {
         let key = Key::new("", "k").unwrap();
         let push =
             Push::ForceReleased(LostToken { key, token: TokenId::from_bytes([1; 16]), reason: "€".repeat(5_000) });
         let datagram = encode(&push);
-        assert!(datagram.len() <= LONGEST);
+        assert!(datagram.len() <= MAX_DATAGRAM);
         match decode(&datagram) {
             Some(Push::ForceReleased(lost)) => assert_eq!(lost.reason, "€".repeat(1365)),
             other => panic!("{other:?}"),

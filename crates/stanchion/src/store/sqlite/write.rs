@@ -1,9 +1,12 @@
-//! The atomic steps that change something. Each runs inside the database thread's transaction.
+//! Executes the requests that change something, inside a transaction of the database thread.
+
+use std::time::Duration;
 
 use rusqlite::params;
 
 use super::error::{NAME, error};
 use super::read::Place;
+use super::request::{Answer, Request};
 use super::rows::{KeyRow, NewHold, WaiterRow, read_hold};
 use super::session;
 use super::tx::{Tx, micros};
@@ -11,133 +14,55 @@ use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{
-    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Cursor, EndOutcome, ExtendOutcome, ForceReleaseOutcome,
-    ForceReleaseRequest, KeyState, Listing, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, PollOutcome, Push,
-    RenewOutcome,
+    AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, EndOutcome, ExtendOutcome, ForceReleaseOutcome,
+    ForceReleaseRequest, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, Push,
 };
-use crate::token::{SessionId, TokenId};
-use std::time::Duration;
-
-/// A step that a caller asks for.
-#[derive(Clone, Debug)]
-pub(super) enum Operation {
-    Open(OpenSession),
-    RenewSession(SessionId),
-    Close(SessionId),
-    Lives(SessionId),
-    Acquire(AcquireRequest),
-    Poll {
-        key: Key,
-        tokens: Vec<TokenId>,
-    },
-    End {
-        key: Key,
-        token: TokenId,
-        cooldown: Option<Duration>,
-    },
-    Extend {
-        key: Key,
-        token: TokenId,
-        ttl: Duration,
-    },
-    Adopt(AdoptRequest),
-    ForceRelease(ForceReleaseRequest),
-    Inspect(Key),
-    List {
-        prefix: String,
-        cursor: Option<Cursor>,
-        limit: usize,
-    },
-    /// A watched process has ended.
-    Died(i32),
-}
-
-/// What a step answers.
-#[derive(Debug)]
-pub(super) enum Answer {
-    Open(OpenOutcome),
-    Renewed(RenewOutcome),
-    Done,
-    Lives(bool),
-    Acquire(AcquireOutcome),
-    Poll(Vec<PollOutcome>),
-    End(EndOutcome),
-    Extend(ExtendOutcome),
-    Adopt(AdoptOutcome),
-    ForceReleased(ForceReleaseOutcome),
-    Inspect(KeyState),
-    List(Listing),
-}
-
-impl Operation {
-    /// Whether it changes nothing unless there is something to settle.
-    pub(super) fn is_reading(&self) -> bool {
-        matches!(
-            self,
-            Self::RenewSession(_) | Self::Lives(_) | Self::Poll { .. } | Self::Inspect(_) | Self::List { .. }
-        )
-    }
-
-    /// The key that it is about.
-    pub(super) fn key(&self) -> Option<&Key> {
-        match self {
-            Self::Acquire(request) => Some(&request.key),
-            Self::Adopt(request) => Some(&request.key),
-            Self::ForceRelease(request) => Some(&request.key),
-            Self::Poll { key, .. } | Self::End { key, .. } | Self::Extend { key, .. } | Self::Inspect(key) => Some(key),
-            Self::Open(_)
-            | Self::RenewSession(_)
-            | Self::Close(_)
-            | Self::Lives(_)
-            | Self::List { .. }
-            | Self::Died(_) => None,
-        }
-    }
-}
+use crate::token::TokenId;
 
 impl Tx<'_> {
-    /// Runs a step in a write transaction.
-    pub(super) fn run(&mut self, step: &Operation) -> Result<Answer> {
-        let answer = match step {
-            Operation::Open(request) => Answer::Open(self.open(request)?),
-            Operation::Close(session) => {
+    /// Executes a request in a write transaction.
+    pub(super) fn run(&mut self, request: &Request) -> Result<Answer> {
+        let answer = match request {
+            Request::Open(request) => Answer::Open(self.open(request)?),
+            Request::Close(session) => {
                 self.reap(*session)?;
                 Answer::Done
             }
-            Operation::Acquire(request) => Answer::Acquire(self.acquire(request)?),
-            Operation::End { key, token, cooldown } => Answer::End(self.end(key, *token, *cooldown)?),
-            Operation::Extend { key, token, ttl } => Answer::Extend(self.extend(key, *token, *ttl)?),
-            Operation::Adopt(request) => Answer::Adopt(self.adopt(request)?),
-            Operation::ForceRelease(request) => Answer::ForceReleased(self.force_release(request)?),
-            Operation::Died(pid) => {
+            Request::Acquire(request) => Answer::Acquire(self.acquire(request)?),
+            Request::Release { key, token, cooldown } => Answer::Release(self.release(key, *token, *cooldown)?),
+            Request::Extend { key, token, ttl } => Answer::Extend(self.extend(key, *token, *ttl)?),
+            Request::Adopt(request) => Answer::Adopt(self.adopt(request)?),
+            Request::ForceRelease(request) => Answer::ForceRelease(self.force_release(request)?),
+            Request::ProcessExited(pid) => {
                 self.probe_process(*pid)?;
                 Answer::Done
             }
-            Operation::RenewSession(_)
-            | Operation::Lives(_)
-            | Operation::Poll { .. }
-            | Operation::Inspect(_)
-            | Operation::List { .. } => self.settle_and_read(step)?,
+            Request::RenewSession(_)
+            | Request::SessionLives(_)
+            | Request::Poll { .. }
+            | Request::Inspect(_)
+            | Request::List { .. } => self.reconcile_and_read(request)?,
         };
-        self.settle_rest()?;
+        self.reconcile_rest()?;
         Ok(answer)
     }
 
-    /// A reading step has found something to settle: settles it and reads again.
-    fn settle_and_read(&mut self, step: &Operation) -> Result<Answer> {
-        // Each round settles what the one before it has met.
+    /// Executes a reading request, and reconciles keys until the request can be answered.
+    fn reconcile_and_read(&mut self, request: &Request) -> Result<Answer> {
+        // Each round reconciles the keys that the round before found.
         for _ in 0..100_000 {
-            if let Some(answer) = self.read(step)? {
+            if let Some(answer) = self.read(request)? {
                 return Ok(answer);
             }
-            self.settle_rest()?;
+            self.reconcile_rest()?;
         }
-        Err(error(ErrorKind::Internal, "a key could not be settled"))
+        Err(error(ErrorKind::Internal, "a key could not be reconciled"))
     }
 
+    /// Opens a session of this handle.
     fn open(&mut self, request: &OpenSession) -> Result<OpenOutcome> {
         let id = request.session;
-        if self.local.ended.contains(&id) {
+        if self.state.ended.contains(&id) {
             return Ok(OpenOutcome::Gone);
         }
         let known = self.first("SELECT 1 FROM sessions WHERE id = ?1", [id.as_bytes()], |_| Ok(()))?.is_some();
@@ -148,9 +73,9 @@ impl Tx<'_> {
             self.reap(id)?;
             return Ok(OpenOutcome::Gone);
         }
-        let Some(own) = session::create(&self.local.folder, id)? else { return Ok(OpenOutcome::Gone) };
+        let Some(own) = session::create(&self.state.folder, id)? else { return Ok(OpenOutcome::Gone) };
         self.effects.opened.push((id, own));
-        let process = self.local.predecessors.own();
+        let process = self.state.predecessors.own();
         self.execute(
             "INSERT INTO sessions (id, owner, pid, pid_namespace) VALUES (?1, ?2, ?3, ?4)",
             params![id.as_bytes(), request.owner, process.pid, process.namespace],
@@ -169,9 +94,10 @@ impl Tx<'_> {
         let mut row = self.key_or_new(&request.key)?;
         let demand = request.demand.into();
         let fits = |tx: &Self, row: &KeyRow| row.waiting == 0 && !row.is_closed(tx.now) && row.has_room(demand);
-        // In the common case there is nothing to settle: the dead among other holders do not matter to who fits.
+        // Usually there is nothing to reconcile: a request that fits is not affected by expired sessions of other
+        // holders.
         if row.is_due(self.now) || !fits(self, &row) {
-            self.settle(&mut row, true)?;
+            self.reconcile(&mut row, true)?;
         }
         if let Some(hold) = self.find_hold(&row, request.token)? {
             return Ok(AcquireOutcome::Granted(hold.granted(self.now)));
@@ -209,7 +135,7 @@ impl Tx<'_> {
             return Ok(AcquireOutcome::Busy { check_in: self.check_in(&row), in_use: row.in_use() });
         }
         if row.waiting >= i64::from(MAX_WAITERS) {
-            self.reap_dead_waiters(&mut row)?;
+            self.reap_expired_waiters(&mut row)?;
         }
         if row.waiting >= i64::from(MAX_WAITERS) {
             return Ok(AcquireOutcome::QueueFull { limit: MAX_WAITERS });
@@ -217,6 +143,7 @@ impl Tx<'_> {
         self.enqueue(&mut row, request)
     }
 
+    /// Appends a waiter to the queue.
     fn enqueue(&mut self, row: &mut KeyRow, request: &AcquireRequest) -> Result<AcquireOutcome> {
         let waiter = WaiterRow {
             seq: 0,
@@ -226,8 +153,8 @@ impl Tx<'_> {
             lifetime: request.lifetime.into(),
         };
         self.execute(
-            "INSERT INTO waiters (key_id, token, session, units, capacity, session_bound, term, entered, metadata, trace)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
+            "INSERT INTO waiters (key_id, token, session, units, capacity, session_bound, term, entered, metadata,
+                 trace) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
             params![
                 row.id,
                 waiter.token.as_bytes(),
@@ -251,11 +178,12 @@ impl Tx<'_> {
         Ok(AcquireOutcome::Queued(self.queued(row, waiter.token, place)?))
     }
 
-    fn end(&mut self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<EndOutcome> {
+    /// Releases the hold or removes the queue entry of a token.
+    fn release(&mut self, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<EndOutcome> {
         self.forget_waiter(token);
-        let Some(mut row) = self.find_key(key)? else { return self.end_forced(key, token) };
+        let Some(mut row) = self.find_key(key)? else { return self.forget_forced(key, token) };
         if row.is_due(self.now) {
-            self.settle(&mut row, false)?;
+            self.reconcile(&mut row, false)?;
         }
         if let Some(hold) = self.find_hold(&row, token)? {
             if hold.session_bound && !self.is_alive(hold.session)? {
@@ -269,14 +197,14 @@ impl Tx<'_> {
             }
             self.save(&mut row)?;
             if row.waiting > 0 {
-                self.settle(&mut row, false)?;
+                self.reconcile(&mut row, false)?;
                 if row.is_closed(self.now) {
                     self.recheck_head(&row)?;
                 }
             }
             return Ok(EndOutcome::Released);
         }
-        let Some(waiter) = self.find_waiter(&row, token)? else { return self.end_forced(key, token) };
+        let Some(waiter) = self.find_waiter(&row, token)? else { return self.forget_forced(key, token) };
         if !self.is_alive(waiter.session)? {
             return Ok(EndOutcome::Nothing);
         }
@@ -284,16 +212,18 @@ impl Tx<'_> {
         self.remove_waiter(&mut row, &waiter)?;
         self.save(&mut row)?;
         if before.is_none() {
-            self.settle(&mut row, false)?;
+            self.reconcile(&mut row, false)?;
         }
-        // Who stood behind it watched it. If the one before it is of the same process nothing is new.
+        // The next waiter watched this one and needs a new predecessor, unless the waiter before belongs to the same
+        // session.
         if before != Some(waiter.session) {
-            self.left.push((row.id, waiter.seq));
+            self.vacated.push((row.id, waiter.seq));
         }
         Ok(EndOutcome::Dequeued)
     }
 
-    fn end_forced(&self, key: &Key, token: TokenId) -> Result<EndOutcome> {
+    /// Forgets a force-released token, because its caller releases it.
+    fn forget_forced(&self, key: &Key, token: TokenId) -> Result<EndOutcome> {
         self.execute("DELETE FROM forced WHERE token = ?1 AND name = ?2", params![token.as_bytes(), key.as_encoded()])?;
         Ok(EndOutcome::Nothing)
     }
@@ -301,7 +231,7 @@ impl Tx<'_> {
     fn extend(&mut self, key: &Key, token: TokenId, ttl: Duration) -> Result<ExtendOutcome> {
         let Some(mut row) = self.find_key(key)? else { return Ok(ExtendOutcome::NotHeld) };
         if row.is_due(self.now) {
-            self.settle(&mut row, false)?;
+            self.reconcile(&mut row, false)?;
         }
         let Some(hold) = self.find_hold(&row, token)? else { return Ok(ExtendOutcome::NotHeld) };
         let Some(before) = hold.deadline else { return Ok(ExtendOutcome::NotHeld) };
@@ -330,7 +260,7 @@ impl Tx<'_> {
             return Ok(AdoptOutcome::SessionGone);
         }
         let Some(mut row) = self.find_key(&request.key)? else { return Ok(AdoptOutcome::Gone) };
-        self.settle(&mut row, true)?;
+        self.reconcile(&mut row, true)?;
         let adopted = |hold: super::rows::HoldRow, now| AdoptOutcome::Adopted {
             granted: hold.granted(now),
             session_bound: hold.session_bound,
@@ -346,7 +276,7 @@ impl Tx<'_> {
             "UPDATE holds SET token = ?3, session = ?4, owner = NULL WHERE key_id = ?1 AND token = ?2",
             params![row.id, request.from.as_bytes(), request.to.as_bytes(), request.session.as_bytes()],
         )?;
-        // The head watched another process than the one that has it now.
+        // The head watches the process of the old holder, and must watch the new one instead.
         self.recheck_head(&row)?;
         Ok(adopted(hold, self.now))
     }
@@ -355,7 +285,7 @@ impl Tx<'_> {
         let Some(mut row) = self.find_key(&request.key)? else {
             return Ok(ForceReleaseOutcome::NoSuchHold { live: Vec::new() });
         };
-        self.settle(&mut row, true)?;
+        self.reconcile(&mut row, true)?;
         let sql =
             "SELECT token, fence, units, session, session_bound, deadline FROM holds WHERE key_id = ?1 ORDER BY fence";
         let holds = self.all(sql, [row.id], read_hold)?;
@@ -366,7 +296,7 @@ impl Tx<'_> {
             });
         };
         self.remove_hold(&mut row, hold)?;
-        // Nothing is granted after the highest fence, so it need not be raised.
+        // The highest fence cannot be raised, and need not be: the store grants nothing after it.
         row.fence = self.next_fence(&row).unwrap_or(row.fence);
         self.save(&mut row)?;
         if self.is_open(hold.session)? {
@@ -377,7 +307,7 @@ impl Tx<'_> {
             let lost = LostToken { key: request.key.clone(), token: hold.token, reason: request.reason.clone() };
             self.push(hold.session, Push::ForceReleased(lost));
         }
-        self.settle(&mut row, false)?;
+        self.reconcile(&mut row, false)?;
         Ok(ForceReleaseOutcome::Released)
     }
 

@@ -1,11 +1,13 @@
-//! Lists keys, a page at a time, and reads what there is to show of one. Nothing is settled: what is over is left out.
+//! Inspects one key, and lists keys page by page.
+//!
+//! A listing reconciles nothing: it leaves out holds and waiters that have ended.
 
 use std::borrow::Cow;
 use std::time::{Duration, SystemTime};
 
 use rusqlite::Row;
 
-use super::error::{error, is_of_the_row};
+use super::error::{error, is_row_error};
 use super::rows::{KEY_COLUMNS, KeyRow, read_key};
 use super::tx::{Tx, session_of, until};
 use crate::error::{Error, ErrorKind, Result};
@@ -13,10 +15,12 @@ use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{Cursor, DamagedEntry, HolderState, KeyState, Listing, MAX_ROWS_PER_PAGE, WaiterState};
 
-/// A page looks at so many rows for each key that it may list: rows of idle keys are many at times.
+/// Maximum number of rows that a page reads for each key of its limit, because the table may have many rows of idle
+/// keys.
 const ROWS_PER_KEY: usize = 10;
 
-/// The cursor behind the row of this name: in hexadecimal, because what somebody else wrote need not be UTF-8.
+/// Returns the cursor after the row with this name. It is hexadecimal, because a name that another program wrote need
+/// not be UTF-8.
 fn write_cursor(name: &[u8]) -> Cursor {
     Cursor::new(name.iter().fold(String::with_capacity(2 * name.len()), |hex, byte| hex + &format!("{byte:02x}")))
 }
@@ -26,22 +30,24 @@ fn read_cursor(cursor: &Cursor) -> Option<Vec<u8>> {
     pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
 }
 
-/// Returns the lowest name that the page may contain. SQLite seeks to one bound only: with a second one it would read all
-/// rows from the prefix to the cursor, for each page.
+/// Returns the lowest name that the page may contain.
+///
+/// SQLite seeks to one lower bound only. With both the prefix and the cursor in the query, it would read all rows from
+/// the prefix to the cursor for each page.
 fn first_name(prefix: &str, cursor: Option<&Cursor>) -> Result<Vec<u8>> {
     let prefix = prefix.as_bytes().to_vec();
     let Some(cursor) = cursor else { return Ok(prefix) };
     let mut after =
-        read_cursor(cursor).ok_or_else(|| error(ErrorKind::InvalidArgument, "the cursor is of another store"))?;
-    // The next name in the order of the bytes.
+        read_cursor(cursor).ok_or_else(|| error(ErrorKind::InvalidArgument, "the cursor belongs to another store"))?;
+    // A NUL byte makes it the next name in byte order.
     after.push(0);
     Ok(after.max(prefix))
 }
 
-/// Why a key cannot be shown.
+/// The reason why a key cannot be read.
 #[derive(Debug)]
 pub(super) enum Unreadable {
-    /// Its entry is damaged in this way.
+    /// The rows of the key are damaged, as the text describes.
     Entry(String),
     Database(rusqlite::Error),
     Store(Error),
@@ -49,7 +55,7 @@ pub(super) enum Unreadable {
 
 impl From<rusqlite::Error> for Unreadable {
     fn from(cause: rusqlite::Error) -> Self {
-        if is_of_the_row(&cause) { Self::Entry(cause.to_string()) } else { Self::Database(cause) }
+        if is_row_error(&cause) { Self::Entry(cause.to_string()) } else { Self::Database(cause) }
     }
 }
 
@@ -60,10 +66,10 @@ impl From<Error> for Unreadable {
 }
 
 impl Unreadable {
-    /// The error of a step that needs this key.
+    /// Converts the reason to the error of a request for this key.
     pub(super) fn into_error(self, tx: &Tx<'_>) -> Error {
         match self {
-            Self::Entry(problem) => error(ErrorKind::Internal, format!("its row cannot be read: {problem}")),
+            Self::Entry(problem) => error(ErrorKind::Internal, format!("the row of the key cannot be read: {problem}")),
             Self::Database(cause) => tx.failed(cause),
             Self::Store(fault) => fault,
         }
@@ -71,6 +77,7 @@ impl Unreadable {
 }
 
 impl Tx<'_> {
+    /// Lists a page of keys.
     pub(super) fn list(&mut self, prefix: &str, cursor: Option<&Cursor>, limit: usize) -> Result<Listing> {
         let mut listing = Listing::default();
         let (limit, mut looked, mut shown) = (limit.max(1), 0, 0);
@@ -87,7 +94,7 @@ impl Tx<'_> {
             looked += 1;
             let listed = match &name {
                 Cow::Borrowed(name) => self.listed(row, name),
-                Cow::Owned(_) => Err(Unreadable::Entry("its name is not UTF-8".into())),
+                Cow::Owned(_) => Err(Unreadable::Entry("the name is not UTF-8".into())),
             };
             match listed {
                 Ok(Some(state)) => {
@@ -107,7 +114,7 @@ impl Tx<'_> {
         Ok(listing)
     }
 
-    /// The state of a key's row; none if the key is idle.
+    /// Returns the state of the key in a row, or `None` if the key is idle.
     fn listed(&mut self, row: &Row<'_>, name: &str) -> std::result::Result<Option<KeyState>, Unreadable> {
         let key = Key::from_encoded(name).map_err(|problem| Unreadable::Entry(problem.message().to_owned()))?;
         let row = read_key(row, key)?;
@@ -119,16 +126,39 @@ impl Tx<'_> {
         Ok((!idle).then_some(state))
     }
 
-    /// What is known of a key, without what is over or of a process that is dead.
-    pub(super) fn read_state(&mut self, row: &KeyRow) -> std::result::Result<KeyState, Unreadable> {
+    /// Inspects a key, or returns `None` if the key must be reconciled first.
+    pub(super) fn inspect(&mut self, key: &Key) -> Result<Option<KeyState>> {
+        let Some(row) = self.find_key(key)? else {
+            return Ok(Some(KeyState {
+                key: key.clone(),
+                holders: Vec::new(),
+                waiters: Vec::new(),
+                last_fence: None,
+                closed_for: None,
+            }));
+        };
+        let mut all_open = !self.probe_holders(&row)?;
+        if row.waiting > 0 {
+            for session in self.waiting_sessions(&row)? {
+                all_open &= self.is_alive(session)?;
+            }
+        }
+        if !self.is_reconciled(&row) || !all_open {
+            return Ok(None);
+        }
+        self.read_state(&row).map(Some).map_err(|problem| problem.into_error(self))
+    }
+
+    /// Reads the state of a key, without expired holds and without holds and waiters of expired sessions.
+    fn read_state(&mut self, row: &KeyRow) -> std::result::Result<KeyState, Unreadable> {
         let now = self.now;
         let age = |since: i64| until(since, now);
         let (mut holders, mut waiters): (Vec<HolderState>, Vec<WaiterState>) = (Vec::new(), Vec::new());
         if row.holders > 0 {
             let mut statement = self.db.prepare_cached(
-                "SELECT fence, ifnull(holds.owner, ifnull(sessions.owner, '')), units, session_bound, granted, granted_wall,
-                     deadline, metadata, trace, holds.session, capacity FROM holds LEFT JOIN sessions ON sessions.id = holds.session
-                 WHERE key_id = ?1 ORDER BY fence",
+                "SELECT fence, ifnull(holds.owner, ifnull(sessions.owner, '')), units, session_bound, granted,
+                     granted_wall, deadline, metadata, trace, holds.session, capacity
+                 FROM holds LEFT JOIN sessions ON sessions.id = holds.session WHERE key_id = ?1 ORDER BY fence",
             )?;
             let mut found = statement.query([row.id])?;
             while let Some(hold) = found.next()? {
