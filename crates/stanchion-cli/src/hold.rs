@@ -251,7 +251,9 @@ async fn begin(
     }
     match request.begin().await {
         Ok(OnceOutcome::Ran(turn)) => Ok(Held::Turn(Box::new(turn))),
-        Ok(OnceOutcome::Skipped { last: Some(last), is_running: false, .. } | OnceOutcome::DoneElsewhere { last }) => {
+        Ok(
+            OnceOutcome::Skipped { last: Some(last), is_running: false, .. } | OnceOutcome::DoneElsewhere { last, .. },
+        ) => {
             let again = last.closed_still_for().map(|left| format!(", and not again for another {}", for_people(left)));
             let (age, owner) = (for_people(last.age), escape(&last.owner));
             let again = again.unwrap_or_default();
@@ -317,7 +319,7 @@ async fn what_was_said(fence: Fence, happenings: &mut EventStream) -> Option<Str
             Some(stanchion::Event::Lost { fence: lost, cause, .. }) if lost == fence => {
                 session_ended = cause == LossCause::SessionExpired;
             }
-            Some(stanchion::Event::Warning { message }) => warning = Some(message),
+            Some(stanchion::Event::Warning { message, .. }) => warning = Some(message),
             Some(_) => {}
             None => return warning.filter(|_| session_ended),
         }

@@ -26,7 +26,7 @@ async fn report(machine: &str, locks: &Locks, day: u64) -> Result<(), Box<dyn Er
         .await?;
     match outcome {
         OnceOutcome::Ran(report) => println!("{machine}: day {day} {report}"),
-        OnceOutcome::DoneElsewhere { last } => println!("{machine}: day {day} done by {}", last.owner),
+        OnceOutcome::DoneElsewhere { last, .. } => println!("{machine}: day {day} done by {}", last.owner),
         other => println!("{machine}: day {day} {other:?}"),
     }
     Ok(())

@@ -53,7 +53,7 @@ fn a_broken_hold_ends_its_command_at_once() {
     let wrong = world.stanchion(["force-release", "k", "--fence", "1", "--reason", "test"]).finish();
     wrong.code(1).says(&["no hold of key `k` has fence 1", fence, "nothing was changed"]);
     world.stanchion(["force-release", "k", "--fence", fence, "--reason", "it hangs"]).finish().code(0).silent();
-    running.finish().code(76).says(&["key `k` was lost", "released by force (it hangs)"]);
+    running.finish().code(76).says(&["key `k` was lost", "force-released (it hangs)"]);
     world.until_nothing_runs();
     world
         .stanchion(["force-release", "k", "--fence", fence, "--reason", "again"])

@@ -50,7 +50,7 @@ pub async fn differing_limits_are_told_and_refuse_nobody<S: Store>(env: &Environ
     let mut events = new.events();
     let told = async |events: &mut EventStream| {
         let mut next = async || loop {
-            if let Event::LimitsDiffer { key, in_use, asked } = events.next().await.expect("a handle that lives") {
+            if let Event::LimitsDiffer { key, in_use, asked, .. } = events.next().await.expect("a handle that lives") {
                 return (key.name().to_owned(), in_use, asked);
             }
         };
@@ -315,7 +315,7 @@ pub async fn what_was_run_once_is_not_run_again_for_its_cooldown<S: Store>(env: 
     let ran = one.once("k").cooldown(pause).run(async |_| Ok::<_, Error>(7)).await.unwrap();
     assert_eq!(ran, OnceOutcome::Ran(7));
     match two.once("k").cooldown(pause).run(must_not_run).await.unwrap() {
-        OnceOutcome::Skipped { last: Some(last), is_running: false, opens_in: Some(left) } => {
+        OnceOutcome::Skipped { last: Some(last), is_running: false, opens_in: Some(left), .. } => {
             assert!(last.succeeded && left <= pause && last.closed_for == pause);
         }
         other => panic!("{other:?}"),
@@ -414,7 +414,7 @@ pub async fn who_waits_for_a_run_finds_it_done<S: Store>(env: &Environment<S>) {
         finish.send(()).unwrap();
         assert_eq!(running.await.unwrap().is_ok(), succeeds);
         match waiting.await.unwrap().unwrap() {
-            OnceOutcome::DoneElsewhere { last } => assert!(succeeds && last.succeeded),
+            OnceOutcome::DoneElsewhere { last, .. } => assert!(succeeds && last.succeeded),
             OnceOutcome::Ran(2) => assert!(!succeeds),
             other => panic!("{other:?}"),
         }
@@ -524,7 +524,7 @@ pub async fn what_became_of_a_hold_is_told<S: Store>(env: &Environment<S>) {
     assert_eq!(two.status_of_owner("k", "one").await.unwrap(), OwnerStatus::Nobody);
     let guard = two.lock("k").await.unwrap();
     match two.status(&token).await.unwrap() {
-        OwnerStatus::SomeoneElse { holders } => assert_eq!(holders[0].fence, guard.fence()),
+        OwnerStatus::SomeoneElse { holders, .. } => assert_eq!(holders[0].fence, guard.fence()),
         other => panic!("{other:?}"),
     }
     guard.release().await.unwrap();
