@@ -149,7 +149,7 @@ impl Builder {
         self
     }
 
-    /// Sets what happens when a hold of this handle is lost, in addition to the signal of its guard. Default: nothing.
+    /// Sets the action when a hold of this handle is lost, in addition to the signal of its guard. Default: none.
     ///
     /// [`LockRequest::on_lost`](crate::LockRequest::on_lost) overrides it for one hold.
     pub fn on_lost(mut self, policy: OnLost) -> Self {

@@ -227,7 +227,7 @@ impl Timers {
 
 /// Notifies another driver when this one ends, because handles may share a clock.
 ///
-/// That driver takes over the notifications that this driver received, and the timers for which nobody notified it
+/// The other driver takes over the notifications that this driver received, and the timers for which nobody notified it
 /// because it would have woken in time.
 struct DriverEnds<'a>(&'a Timers);
 

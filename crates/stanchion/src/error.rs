@@ -290,8 +290,7 @@ impl Error {
 
     /// Sets whether the request may have taken effect.
     ///
-    /// Stores call this if the kind alone does not say it. An [`ErrorKind::Indeterminate`] stays in doubt whatever is
-    /// set here.
+    /// Stores call this if the kind alone does not say it. An [`ErrorKind::Indeterminate`] always stays in doubt.
     #[must_use]
     pub fn in_doubt(mut self, in_doubt: bool) -> Self {
         self.0.in_doubt = in_doubt;
@@ -372,7 +371,7 @@ mod tests {
                 _ => (false, true, false),
             };
             assert_eq!((made, yes, no), expected, "{kind:?}");
-            // The new kind decides, whatever a store said of the old one.
+            // The new kind decides, even if a store had cleared the doubt.
             let restated = Error::new(kind, "x").in_doubt(false).restate(ErrorKind::Indeterminate, "y".into());
             assert!(restated.is_in_doubt() && format!("{restated:?}").contains("in_doubt: true"), "{kind:?}");
         }

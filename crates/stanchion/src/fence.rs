@@ -7,8 +7,8 @@ use crate::error::{Error, ErrorKind};
 /// A fencing token: a number that strictly increases over all grants of one key.
 ///
 /// Send it with every side effect, and let the resource reject a number below the highest that it has seen. Then a
-/// holder that wakes up too late cannot do harm, whatever happened to its clock or its network. Fences of different
-/// keys have no order.
+/// holder that wakes up too late cannot do harm, even if its clock or its network failed. Fences of different keys have
+/// no order.
 ///
 /// A fence is `max(last + 1, the store's clock in µs since 1970)`. It stays below 2^53 until the year 2255, so a double
 /// represents it exactly. `Display` pads it to 20 digits, so that text order is number order.

@@ -46,7 +46,7 @@
 //!
 //! # Guarantees
 //!
-//! While clocks run at the same rate within the [`Drift`], and the store keeps what it has acknowledged:
+//! While clocks run at the same rate within the [`Drift`], and the store keeps acknowledged data:
 //!
 //! - The intervals in which two exclusive holders of a key believe that they hold it do not overlap.
 //! - The fences of a key strictly increase over all its grants, also after a failover that forgets locks.
@@ -65,7 +65,7 @@
 //!   [`semaphore`](Locks::semaphore), [`lock_all`](Locks::lock_all), [`once`](Locks::once), [`elect`](Locks::elect).
 //! - [`LockRequest`] has the options of one call: wait limit, lifetime, cooldown.
 //! - [`Guard`] is a lock that is held. Dropping it releases the lock.
-//! - [`Error`] is the only error type; [`Event`] reports what happens in the background.
+//! - [`Error`] is the only error type; an [`Event`] reports background work, such as a loss or a retry.
 //! - [`blocking`] is the same API without async. It is always there.
 //! - For tests: [`store::Memory`] with a [`VirtualClock`], and [`store::Faulty`] to inject faults.
 //!
@@ -85,7 +85,7 @@
 //! - `tower`: a lock around each request of an HTTP service, [`tower::LockLayer`].
 //! - `macros`: a lock around a function, [`locked`](macro@locked).
 //!
-//! Features only add: no feature changes what another one does.
+//! Features only add: no feature changes the behaviour of another one.
 
 mod belief;
 pub mod blocking;

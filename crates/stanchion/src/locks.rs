@@ -37,8 +37,8 @@ const DROP_WITHIN: Duration = Duration::from_secs(1);
 ///
 /// All clones share one session. Open one handle per process and store.
 ///
-/// The handle owns a thread, the keeper, which renews the session whatever the user's executor does. A handle therefore
-/// works in every async runtime, and in none.
+/// The handle owns a thread, the keeper, which renews the session even if the user's executor is blocked. A handle
+/// therefore works in every async runtime, and in none.
 ///
 /// # Closing
 /// When the last clone and the last guard are gone, the keeper ends the session, which takes one round trip:
@@ -88,7 +88,7 @@ fn handles() -> MutexGuard<'static, Vec<Weak<Shared>>> {
 
 /// Drains every handle that is open in this process. Call it when a signal tells the process to end.
 ///
-/// [`Locks::drain`] says what draining means.
+/// See [`Locks::drain`] for the effects.
 ///
 /// ```standalone_crate
 /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
@@ -296,7 +296,7 @@ impl Locks {
         Election::new(self.lock(key))
     }
 
-    /// Returns what has become of a token's hold, and of the process that made it.
+    /// Returns the status of a token's hold, and of the process that made the hold.
     ///
     /// # Errors
     /// Any error of the store.
@@ -444,7 +444,7 @@ impl Locks {
         Ok(matches!(outcome, PollOutcome::Granted(_)))
     }
 
-    /// Releases the hold of `key` with this fence, whoever holds it.
+    /// Releases the hold of `key` with this fence, even if another process holds it.
     ///
     /// For people who know that the holder is dead or wrong. The holder is notified by a message, and again by its next
     /// session renewal. It may act until then, and only a fence check at the resource stops it.
@@ -535,7 +535,7 @@ impl Locks {
         }
     }
 
-    /// Returns what the store can do.
+    /// Returns the capabilities of the store.
     pub fn capabilities(&self) -> Capabilities {
         self.handle.shared.capabilities
     }

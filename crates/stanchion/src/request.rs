@@ -91,7 +91,7 @@ impl LockRequest {
         self
     }
 
-    /// Gives the hold a fixed lifetime, whatever becomes of this process. Only [`Guard::extend`] changes it.
+    /// Gives the hold a fixed lifetime, which does not depend on this process. Only [`Guard::extend`] changes it.
     ///
     /// Default: the hold lasts until the guard is dropped or the session ends.
     ///
@@ -180,7 +180,7 @@ impl LockRequest {
         self
     }
 
-    /// Sets what happens when this hold is lost, in place of [`Builder::on_lost`](crate::Builder::on_lost).
+    /// Sets the action when this hold is lost, in place of [`Builder::on_lost`](crate::Builder::on_lost).
     pub fn on_lost(mut self, policy: OnLost) -> Self {
         self.on_lost = Some(policy);
         self

@@ -88,7 +88,7 @@ random_id! {
 /// Makes the tokens of a handle, and recognises them later without remembering them.
 ///
 /// Part of each token depends on its session and on a secret of this handle. Without asking the store, the handle can
-/// therefore tell its tokens from those that others made, and from those of its former sessions.
+/// therefore tell its tokens from the tokens of other handles and of its own former sessions.
 #[derive(Debug, Default)]
 pub(crate) struct TokenMaker {
     secret: RandomState,

@@ -88,35 +88,35 @@ fn the_scheduler_is_led_by_one_after_the_other_in_rising_terms() {
     let mut last_term = 0;
     for (at, line) in lines.iter().enumerate() {
         let Some((name, rest)) = line.split_once(" leads in term ") else { continue };
-        let (term, says) = rest.split_once(" and says: ").unwrap();
+        let (term, metadata) = rest.split_once(": ").unwrap();
         let term: u64 = term.parse().unwrap();
-        assert!(term > last_term && says.starts_with("process "), "{lines:#?}");
+        assert!(term > last_term && metadata.starts_with("process "), "{lines:#?}");
         last_term = term;
         assert_eq!(lines[at + 1], format!("{name} was killed"));
         led.push(name);
     }
     led.sort_unstable();
     assert_eq!(led, ["one", "three", "two"], "each led once: {lines:#?}");
-    place(&lines, "the runs are in the order of their terms: true");
+    place(&lines, "the terms of the runs never fall: true");
 }
 
 #[test]
 fn the_long_job_ends_in_good_order_when_it_is_told_to() {
     let lines = says("graceful_shutdown");
-    place(&lines, "batch 1 is in, under the fence ");
-    let told = place(&lines, "told to end after batch ");
-    assert!(lines[told].contains("SIGTERM"), "{lines:#?}");
-    let done = lines[told].split(' ').nth(5).unwrap().trim_end_matches(':').to_owned();
-    assert!(place(&lines, &format!("the state after batch {done} is kept")) < told);
-    let refused = place(&lines, "nothing new is begun: ");
-    assert!(refused > told && lines[refused].contains("SIGTERM"), "{lines:#?}");
+    place(&lines, "batch 1 is imported under fence ");
+    let stopped = place(&lines, "stopped after batch ");
+    assert!(lines[stopped].contains("SIGTERM"), "{lines:#?}");
+    let done = lines[stopped].split(' ').nth(3).unwrap().trim_end_matches(':').to_owned();
+    assert!(place(&lines, &format!("saved the state after batch {done}")) < stopped);
+    let rejected = place(&lines, "no new locks: ");
+    assert!(rejected > stopped && lines[rejected].contains("SIGTERM"), "{lines:#?}");
 }
 
 #[test]
 fn the_report_is_made_once_for_each_day_and_again_after_a_failure() {
     let lines = says("once_report");
     let of_day = |day: &str, what: &str| lines.iter().filter(|line| line.contains(day) && line.contains(what)).count();
-    assert_eq!((of_day("day 20412", "made under the fence"), of_day("day 20412", "done by")), (1, 2), "{lines:#?}");
+    assert_eq!((of_day("day 20412", "made under fence"), of_day("day 20412", "done by")), (1, 2), "{lines:#?}");
     let made = lines.iter().find(|line| line.contains("day 20412 made under")).unwrap();
     let by = made.split_once(':').unwrap().0;
     assert_eq!(of_day("day 20412", &format!("done by {by}")), 2, "{lines:#?}");
@@ -130,35 +130,35 @@ fn the_report_is_made_once_for_each_day_and_again_after_a_failure() {
 fn transfers_lose_no_money_and_an_old_fence_is_refused() {
     let lines = says("transfer");
     place(&lines, "alice has 9400 cents, bob has 10600, together 20000");
-    let refused = place(&lines, "refused: alice has seen the fence ");
-    assert!(lines[refused].ends_with(": 00000000000000000000 is too old"), "{lines:#?}");
+    let rejected = place(&lines, "rejected: alice has seen fence ");
+    assert!(lines[rejected].ends_with(": 00000000000000000000 is too old"), "{lines:#?}");
 }
 
 #[test]
 fn a_loss_is_told_in_every_way() {
     let lines = says("on_lost");
     let forced = "it was force-released";
-    place(&lines, &format!("the guard says: {forced}"));
+    place(&lines, &format!("the guard is lost: {forced}"));
     place(&lines, "its token is cancelled: true");
-    assert!(lines[place(&lines, "a check fails: key `ledger` in memory: ")].ends_with(forced));
-    place(&lines, "the release finds: AlreadyLost");
-    let hook = &lines[place(&lines, "the hook was told of ledger with Fence(")];
+    assert!(lines[place(&lines, "its check fails: key `ledger` in memory: ")].ends_with(forced));
+    place(&lines, "its release returns AlreadyLost");
+    let hook = &lines[place(&lines, "the hook got ledger with Fence(")];
     assert!(hook.ends_with(forced), "{hook}");
     assert!(place(&lines, "the body works") < place(&lines, "the call fails: key `report` in memory: "));
-    assert!(!lines.iter().any(|line| line.contains("never comes here")), "{lines:#?}");
-    place(&lines, "a process that does not listen ends by signal Some(6)");
-    assert!(lines[place(&lines, "its last words: stanchion: key `ledger` was lost")].contains(forced), "{lines:#?}");
+    assert!(!lines.iter().any(|line| line.contains("never gets here")), "{lines:#?}");
+    place(&lines, "the process whose work cannot be stopped ends by signal Some(6)");
+    assert!(lines[place(&lines, "its last line: stanchion: key `ledger` was lost")].contains(forced), "{lines:#?}");
 }
 
 #[test]
 fn readers_share_and_do_not_pass_a_writer_that_waits() {
     let lines = says("readers_writers");
-    assert!(place(&lines, "the first reader is in") < place(&lines, "the second reader is in"));
-    let writer = place(&lines, "the writer is in");
+    assert!(place(&lines, "the first reader has the key") < place(&lines, "the second reader has the key"));
+    let writer = place(&lines, "the writer has the key");
     assert!(place(&lines, "the writer and two readers wait") < writer);
-    place(&lines, "beside the writer there are 0 holders");
-    for reader in ["the third reader is in", "the fourth reader is in"] {
+    place(&lines, "while the writer holds the key, holders: 1");
+    for reader in ["the third reader has the key", "the fourth reader has the key"] {
         assert!(place(&lines, reader) > writer, "{lines:#?}");
     }
-    place(&lines, "2 readers are in together");
+    place(&lines, "after the writer, readers at the same time: 2");
 }

@@ -213,8 +213,9 @@ impl Locks {
         self.driver.call(self.locks.owns(token))
     }
 
-    /// Releases the hold of `key` with this fence, whoever holds it. For people who know that the holder is dead or
-    /// wrong.
+    /// Releases the hold of `key` with this fence, even if another process holds it.
+    ///
+    /// For people who know that the holder is dead or wrong.
     ///
     /// # Errors
     /// The errors of [`stanchion::Locks::force_release`](crate::Locks::force_release).
@@ -265,7 +266,7 @@ impl Locks {
         self.locks.session()
     }
 
-    /// Returns what the store can do.
+    /// Returns the capabilities of the store.
     pub fn capabilities(&self) -> Capabilities {
         self.locks.capabilities()
     }

@@ -38,7 +38,7 @@ impl LockRequest {
 
     /// Gives the hold a fixed lifetime, as [`stanchion::LockRequest::ttl`](crate::LockRequest::ttl) does.
     ///
-    /// It applies whatever becomes of this process. Only [`extend`](Guard::extend) changes it.
+    /// It does not depend on this process. Only [`extend`](Guard::extend) changes it.
     pub fn ttl(self, ttl: Duration) -> Self {
         self.with(|request| request.ttl(ttl))
     }
@@ -74,8 +74,7 @@ impl LockRequest {
         self.with(|request| request.trace(text))
     }
 
-    /// Fails the request with [`ErrorKind::Cancelled`](crate::ErrorKind::Cancelled) when the token fires, on whatever
-    /// thread.
+    /// Fails the request with [`ErrorKind::Cancelled`](crate::ErrorKind::Cancelled) when the token fires, on any thread.
     pub fn cancel(self, token: CancellationToken) -> Self {
         self.with(|request| request.cancel(token))
     }
@@ -90,7 +89,7 @@ impl LockRequest {
         self.with(|request| request.permits(permits))
     }
 
-    /// Sets what happens when this hold is lost, in place of [`Builder::on_lost`](crate::Builder::on_lost).
+    /// Sets the action when this hold is lost, in place of [`Builder::on_lost`](crate::Builder::on_lost).
     pub fn on_lost(self, policy: OnLost) -> Self {
         self.with(|request| request.on_lost(policy))
     }

@@ -13,7 +13,7 @@ use crate::store::HolderState;
 /// Interval at which an observer polls the store, because the store notifies waiters but not observers.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// An election under a key: become the leader, or see who leads. [`Locks::elect`](crate::Locks::elect) returns one.
+/// An election under a key, for candidates and observers. [`Locks::elect`](crate::Locks::elect) returns one.
 ///
 /// - Candidates queue, first come, first served. When the leader resigns or its process ends, the store notifies the
 ///   next candidate with one message.

@@ -1,9 +1,9 @@
 //! Locks several keys, all or nothing.
 //!
 //! # Invariants
-//! 1. A call locks its keys one after the other, in the order of their encoded names, whatever order the caller gave.
-//!    All calls use the same order, so they cannot wait for each other in a circle.
-//! 2. The keys that were granted so far are in guards. Whatever ends the call drops the guards, which releases the
+//! 1. A call locks its keys one after the other, in the order of their encoded names, not in the caller's order. All
+//!    calls use the same order, so they cannot wait for each other in a circle.
+//! 2. The keys that were granted so far are in guards. If the call ends early, it drops the guards, which releases the
 //!    keys.
 
 use std::convert::Infallible;
@@ -66,7 +66,7 @@ impl<T: Into<String>> From<T> for KeyRequest {
 /// A request for several keys. Await it to wait until all of them are held.
 ///
 /// The keys are locked one after the other, in an order that is the same for all callers, so calls with overlapping
-/// keys do not deadlock. While the call waits for a key, it keeps those that it has. A key that is named twice in the
+/// keys do not deadlock. While the call waits for a key, it keeps the keys that it has. A key that is named twice in the
 /// same way is locked once. A caller that already holds one of the keys through another guard waits for itself.
 ///
 /// # Errors

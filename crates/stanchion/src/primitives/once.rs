@@ -251,7 +251,7 @@ impl OnceRequest {
 
     /// Returns the outcome of this call if it must not run the body.
     ///
-    /// That is so if
+    /// It must not if
     ///
     /// - the last run that counts still closes the key,
     /// - that run is another one than before this call, or

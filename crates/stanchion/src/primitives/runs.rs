@@ -108,7 +108,7 @@ pub(crate) struct RunHistory {
     pub(crate) run: Option<RunRecord>,
     /// The last run that counts.
     pub(crate) done: Option<RunRecord>,
-    /// The run for the highest slot among those that count.
+    /// Among the runs that count, the one for the highest slot.
     pub(crate) slot_done: Option<RunRecord>,
     /// All records and their tokens. Some may belong to older runs whose records were not released yet.
     records: Vec<(RunRecord, TokenId)>,

@@ -1,11 +1,11 @@
-//! Finds out what has become of a hold and of the process that made it.
+//! Finds out whether a hold and the process that made it still exist.
 
 use crate::error::Result;
 use crate::locks::Locks;
 use crate::store::{HolderState, PollOutcome};
 use crate::token::Token;
 
-/// The result of [`Locks::status`]: what has become of a hold.
+/// The status of a hold and of the process that made it, as [`Locks::status`] returns it.
 ///
 /// It describes the moment of the query. A hold that ended stays ended, so only `Running` and `Waiting` can change
 /// afterwards.
@@ -33,7 +33,7 @@ pub(crate) async fn status(locks: &Locks, token: &Token) -> Result<OwnerStatus> 
     let shared = &locks.handle.shared;
     shared.check_process()?;
     let key = token.key();
-    // The queries are not one snapshot. That is safe because each later query is about something that cannot come back:
+    // The queries are not one snapshot. This is safe because each later query is about something that cannot come back:
     // a token that is over, a session that ended.
     let polled = shared.step(|| shared.poll(key, token.id())).await.result;
     let polled = polled.map_err(|error| error.with_key(key))?.outcome;
