@@ -240,7 +240,8 @@ impl Locks {
     /// Calls may use different limits, as in a rolling deploy that changes the limit: the smaller limit applies until
     /// the holders with the other one are gone, and [`Event::LimitsDiffer`] reports that.
     ///
-    /// A request for all permits is exclusive, like a [`lock`](Locks::lock). A reader of the key counts as one permit.
+    /// A request for all permits is exclusive, like a [`lock`](Locks::lock). A reader of the key counts as one permit
+    /// (ADR 22).
     ///
     /// ```
     /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
@@ -332,8 +333,8 @@ impl Locks {
 
     /// Takes over a detached hold with its token, in this process or another one.
     ///
-    /// If several callers adopt the same hold, exactly one succeeds. A hold that is bound to a session moves to this
-    /// handle's session; a fixed lifetime keeps its deadline. The fence stays the same.
+    /// If several callers adopt the same hold, exactly one succeeds (ADR 2). A hold that is bound to a session moves
+    /// to this handle's session; a fixed lifetime keeps its deadline. The fence stays the same.
     ///
     /// ```
     /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {

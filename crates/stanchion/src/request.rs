@@ -101,7 +101,8 @@ impl LockRequest {
     /// - the time in which the holder stops ([`Guard::valid_for`]): a quarter of the lifetime, at most 5 s,
     /// - the [`Drift`](crate::Drift) of clocks.
     ///
-    /// For a hold that must expire after an exact time, use [`expires_after`](LockRequest::expires_after).
+    /// For a hold that must expire after an exact time, use [`expires_after`](LockRequest::expires_after). ADR 20 has the
+    /// reasons.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         (self.ttl, self.is_exact) = (Some(ttl), false);
         self
