@@ -26,8 +26,8 @@ use crate::request::LockRequest;
 /// - its [`slot`](OnceRequest::slot) of a schedule.
 ///
 /// The store keeps a record of the last run, and its clock decides (ADR 15).
-/// [`Locks::last_run`](crate::Locks::last_run) reads the record. The store keeps it for a day, or for as long as the run closes the key. A run that fails, or whose
-/// process dies, does not count: the next caller runs the body.
+/// [`Locks::last_run`](crate::Locks::last_run) reads the record. The store keeps it for a day, or for as long as the run
+/// closes the key. A run that fails, or whose process dies, does not count: the next caller runs the body.
 ///
 /// ```
 /// use std::time::Duration;
