@@ -1,7 +1,6 @@
 //! Distributed locks: one holder of a key at a time, across tasks, processes and machines.
 //!
-//! - **Fair.** Waiters are served first come, first served. A waiter is notified when it gets the key; it does not
-//!   poll.
+//! - **Fair.** Waiters are served first come, first served, and are notified when they get the key.
 //! - **Fenced.** Every grant carries a [`Fence`], a number that only rises. A resource that rejects lower fences cannot
 //!   be harmed by a holder that wakes up too late.
 //! - **Honest about losses.** A holder learns from its own clock, without a network, that it has lost the key, before
