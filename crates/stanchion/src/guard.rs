@@ -192,7 +192,7 @@ impl Guard {
         check_duration("the new ttl", ttl).map_err(|error| self.name(error))?;
         self.check()?;
         if !self.hold.has_deadline() {
-            let message = "this hold lasts as long as its session and has no deadline to extend; ask for it with a ttl";
+            let message = "this hold lasts as long as its session and has no deadline to extend; request it with a ttl";
             return Err(self.name(Error::new(ErrorKind::InvalidArgument, message)));
         }
         let shared = self.shared();

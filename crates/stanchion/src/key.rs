@@ -57,7 +57,7 @@ impl Key {
         Self::join(&namespace, name)
     }
 
-    /// Returns a key that the library reserves for a purpose of its own beside this key. No user's key equals it.
+    /// Returns a key that the library derives from this one for a purpose of its own. No user's key equals it.
     pub(crate) fn companion(&self, purpose: &str) -> Result<Self, Error> {
         Self::join(&format!("{RESERVED}{purpose}/{}", self.namespace()), self.name())
     }

@@ -33,7 +33,7 @@
 //! `Arc<Error>`.
 //!
 //! The request that reaches the service has two extensions: the [`Fence`](crate::Fence), to send with every side
-//! effect, and a [`HeldLock`], which tells whether the lock is still held.
+//! effect, and a [`HeldLock`], which shows whether the lock is still held.
 
 mod body;
 mod held;
@@ -145,13 +145,13 @@ impl LockLayer {
         self
     }
 
-    async fn acquire(&self, request: LockRequest) -> Result<Guard, Refusal> {
+    async fn acquire(&self, request: LockRequest) -> Result<Guard, Rejection> {
         if let Err(error) = request.locks.key(&request.key) {
             let status = match error.kind() {
                 ErrorKind::InvalidArgument => StatusCode::BAD_REQUEST,
                 _ => StatusCode::SERVICE_UNAVAILABLE,
             };
-            return Err(Refusal { status, retry_after: None, error });
+            return Err(Rejection { status, retry_after: None, error });
         }
         let limit = request.wait.unwrap_or(self.wait);
         let (locks, key) = (request.locks.clone(), request.key.clone());
@@ -159,7 +159,7 @@ impl LockLayer {
             Ok(guard) => Ok(guard),
             Err(error) if matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Busy) => {
                 let retry_after = Some(self.busy_for(&locks, key).await);
-                Err(Refusal { status: self.busy, retry_after, error })
+                Err(Rejection { status: self.busy, retry_after, error })
             }
             Err(error) => Err(error.into()),
         }
@@ -232,7 +232,7 @@ where
     };
     let guard = match layer.acquire(lock_request).await {
         Ok(guard) => Arc::new(guard),
-        Err(refusal) => return Ok(refusal.into_response()),
+        Err(rejection) => return Ok(rejection.into_response()),
     };
     parts.extensions.insert(guard.fence());
     parts.extensions.insert(HeldLock::of(&guard));
@@ -255,20 +255,20 @@ where
             Error::new(ErrorKind::Lost(cause), format!("the lock was lost while it was in use: {cause}"))
         }),
     };
-    match outcome.map_err(Refusal::from) {
+    match outcome.map_err(Rejection::from) {
         Ok(response) => Ok(response?.map(LockedBody::free)),
-        Err(refusal) => Ok(refusal.into_response()),
+        Err(rejection) => Ok(rejection.into_response()),
     }
 }
 
 /// An answer that the layer gives instead of the service.
-struct Refusal {
+struct Rejection {
     status: StatusCode,
     retry_after: Option<Duration>,
     error: Error,
 }
 
-impl From<Error> for Refusal {
+impl From<Error> for Rejection {
     fn from(error: Error) -> Self {
         let status = match error.kind() {
             ErrorKind::InvalidArgument => StatusCode::INTERNAL_SERVER_ERROR,
@@ -278,7 +278,7 @@ impl From<Error> for Refusal {
     }
 }
 
-impl Refusal {
+impl Rejection {
     fn into_response<R: Default>(self) -> Response<LockedBody<R>> {
         let mut response = Response::new(LockedBody::free(R::default()));
         *response.status_mut() = self.status;
