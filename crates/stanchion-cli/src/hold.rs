@@ -222,7 +222,7 @@ async fn obtain(
                 stanchion::Event::LimitsDiffer { in_use, asked, .. } => {
                     tell(Event::Report(Report::Problem(limits_differ(in_use, asked))));
                 }
-                stanchion::Event::Warning { message } => tell(Event::Report(Report::Progress(message))),
+                stanchion::Event::Warning { message, .. } => tell(Event::Report(Report::Progress(message))),
                 _ => {}
             },
             line = report.next() => tell(Event::Report(line)),
@@ -262,7 +262,9 @@ async fn begin(
     }
     match request.begin().await {
         Ok(OnceOutcome::Ran(turn)) => Ok(Held::Turn(Box::new(turn))),
-        Ok(OnceOutcome::Skipped { last: Some(last), is_running: false, .. } | OnceOutcome::DoneElsewhere { last }) => {
+        Ok(
+            OnceOutcome::Skipped { last: Some(last), is_running: false, .. } | OnceOutcome::DoneElsewhere { last, .. },
+        ) => {
             let again = last.closed_still_for().map(|left| format!(", and not again for another {}", for_people(left)));
             let (age, owner) = (for_people(last.age), escape(&last.owner));
             let again = again.unwrap_or_default();

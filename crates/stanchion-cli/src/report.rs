@@ -134,7 +134,7 @@ impl HoldReport {
     pub(crate) fn note(&mut self, event: stanchion::Event, guard: &Guard) -> Option<Report> {
         self.collect(event.clone());
         match event {
-            stanchion::Event::Warning { message } => Some(Report::Progress(message)),
+            stanchion::Event::Warning { message, .. } => Some(Report::Progress(message)),
             // Renewals begin to fail. Faults of single keys are about other requests.
             stanchion::Event::Error { key: None, message, .. } if self.outage.is_none() && guard.is_held() => {
                 let left = guard.remaining();
@@ -156,7 +156,7 @@ impl HoldReport {
                 self.session_ended = cause == LossCause::SessionExpired;
                 self.reason = reason;
             }
-            stanchion::Event::Warning { message } => self.warning = Some(message),
+            stanchion::Event::Warning { message, .. } => self.warning = Some(message),
             stanchion::Event::Error { key: None, message, .. } => self.fault = Some(message),
             _ => {}
         }

@@ -1,8 +1,8 @@
-//! Durations as people write them: `30`, `1.5`, `500ms`, `5m`, `1h 30m`.
+//! Parses durations as people write them: `30`, `1.5`, `500ms`, `5m`, `1h 30m`.
 
 use std::time::Duration;
 
-/// Reads one; none if it is no duration.
+/// Parses a duration. Returns `None` if the text is not one.
 pub(crate) fn parse(text: &str) -> Option<Duration> {
     if let Some(seconds) = number(text) {
         return scaled(seconds, 1.0);
@@ -29,13 +29,13 @@ pub(crate) fn parse(text: &str) -> Option<Duration> {
     Some(sum)
 }
 
-/// Digits with at most one point among them, and no sign, exponent or word for infinity.
+/// Parses digits with at most one point among them. Rejects signs, exponents and words for infinity.
 fn number(text: &str) -> Option<f64> {
     let text = text.trim();
     text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.').then(|| text.parse().ok())?
 }
 
-/// Rounded to a microsecond, so that 0.1s is 100 ms.
+/// Multiplies and rounds to a microsecond, so that 0.1s is 100 ms.
 fn scaled(number: f64, seconds: f64) -> Option<Duration> {
     let micros = (number * seconds * 1e6).round();
     (micros < 1e18).then(|| Duration::from_micros(micros as u64))
@@ -46,9 +46,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn human_durations_are_parsed() {
+    fn durations_parse_in_all_documented_forms() {
         let ms = Duration::from_millis;
-        for (text, means) in [
+        for (text, expected) in [
             ("30", ms(30_000)),
             ("1.5", ms(1_500)),
             ("500ms", ms(500)),
@@ -59,7 +59,7 @@ mod tests {
             (" 2 d ", ms(172_800_000)),
             ("0", ms(0)),
         ] {
-            assert_eq!(parse(text), Some(means), "{text}");
+            assert_eq!(parse(text), Some(expected), "{text}");
         }
         for wrong in ["", " ", "five", "5 minutes", "-1s", "1e3", "s", "5mm", "1.2.3s", "inf", "9999999999999d", "5s 3"]
         {

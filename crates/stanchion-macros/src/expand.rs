@@ -1,4 +1,4 @@
-//! The function that takes the lock.
+//! Generates the function that takes the lock and runs the original body under it.
 
 use proc_macro2::{Ident, Span, TokenStream};
 use quote::{ToTokens, quote, quote_spanned};
@@ -13,10 +13,10 @@ use crate::options::{Options, Text};
 pub(crate) fn locked(arguments: TokenStream, item: TokenStream) -> Result<TokenStream> {
     let options: Options = syn::parse2(arguments)?;
     let function: ItemFn = syn::parse2(item)
-        .map_err(|mistake| Error::new(mistake.span(), "`locked` is for functions and methods that have a body"))?;
+        .map_err(|mistake| Error::new(mistake.span(), "`locked` works only on functions and methods with a body"))?;
     let ItemFn { attrs, vis, sig, block } = &function;
     if sig.asyncness.is_none() {
-        return Err(Error::new(sig.fn_token.span, "`locked` is for async functions: write `async fn`"));
+        return Err(Error::new(sig.fn_token.span, "`locked` works only on async functions: write `async fn`"));
     }
     let output = result(sig)?;
     let names = names(sig);
@@ -27,19 +27,20 @@ pub(crate) fn locked(arguments: TokenStream, item: TokenStream) -> Result<TokenS
         None => TokenStream::new(),
     };
     let calls = options.calls.iter().map(|(method, argument)| quote_spanned!(method.span()=> .#method(#argument)));
-    // Names of ours are not those of the function, though they are written alike.
-    let ours = |name: &str| Ident::new(name, Span::mixed_site());
-    let (request, body, error) = (ours("request"), ours("body"), ours("error"));
-    let guard = options.guard.unwrap_or_else(|| ours("_guard"));
-    // An error type that has no way from ours is reported at the return type; it is no code of the user's for lints.
+    // Hygienic names cannot collide with the function's own names.
+    let hygienic = |name: &str| Ident::new(name, Span::mixed_site());
+    let (request, body, error) = (hygienic("request"), hygienic("body"), hygienic("error"));
+    let guard = options.guard.unwrap_or_else(|| hygienic("_guard"));
+    // The compiler reports an error type without `From<stanchion::Error>` at the return type. Lints do not treat the
+    // conversion as the user's code.
     let at_output = sig.output.span().resolved_at(Span::mixed_site());
     let failed = quote_spanned!(at_output=> ::core::convert::From::from(#error));
     Ok(quote! {
         #(#attrs)* #vis #sig {
             let #request = ::stanchion::Locks::lock(&#locks, #key) #(#calls)*;
             let #body = async move |#guard: &::stanchion::Guard| {
-                // The type that is returned, said where the body is coerced to it as in the function itself: what is
-                // said of an async closure is not.
+                // This names the return type inside the body, so that the body is coerced to it as in the original
+                // function. The return type of an async closure would not have that effect.
                 #[allow(unreachable_code, clippy::all)]
                 if false {
                     let never: #output = loop {};
@@ -55,9 +56,9 @@ pub(crate) fn locked(arguments: TokenStream, item: TokenStream) -> Result<TokenS
     })
 }
 
-/// The type that the body returns.
+/// Returns the type that the body returns. It must be a `Result`.
 fn result(sig: &Signature) -> Result<Type> {
-    let message = "a lock that is not obtained is an error: return `Result<T, E>` with `E: From<stanchion::Error>`";
+    let message = "the function must return `Result<T, E>` with `E: From<stanchion::Error>`, because locking can fail";
     let ReturnType::Type(_, output) = &sig.output else {
         return Err(Error::new(sig.paren_token.span.close(), message));
     };
@@ -73,7 +74,7 @@ fn result(sig: &Signature) -> Result<Type> {
     Ok(output)
 }
 
-/// `impl Trait` cannot be said of what a closure returns: there it is inferred.
+/// Replaces `impl Trait` by `_`, because a variable's type can only be inferred there.
 struct Inferred;
 
 impl VisitMut for Inferred {
@@ -85,7 +86,7 @@ impl VisitMut for Inferred {
     }
 }
 
-/// What the arguments are called, also those inside patterns.
+/// Returns the names of the arguments, also of those inside patterns.
 fn names(sig: &Signature) -> Vec<String> {
     let mut names = Names::default();
     for argument in &sig.inputs {
@@ -109,18 +110,18 @@ impl<'a> Visit<'a> for Names {
     }
 }
 
-/// The expression of the handle.
+/// Returns the expression of the handle.
 fn locks(options: &Options, sig: &Signature, names: &[String]) -> Result<TokenStream> {
     let has = |name: &str| names.iter().any(|argument| argument == name);
     match &options.locks {
         Some(expression) if mentions_self(expression.to_token_stream()) && !has("self") => {
-            Err(Error::new_spanned(expression, "`self` in a function that has no `self`"))
+            Err(Error::new_spanned(expression, "this function has no `self` argument"))
         }
         Some(expression) => Ok(quote_spanned!(expression.span()=> (#expression))),
         None if has("locks") => Ok(quote!(locks)),
         None if has("self") => Ok(quote!(self.locks)),
         None => {
-            let message = "where is the handle? Say `locks = EXPRESSION`, or have an argument named `locks`";
+            let message = "no handle: add the option `locks = EXPRESSION`, or an argument named `locks`";
             Err(Error::new(sig.ident.span(), message))
         }
     }

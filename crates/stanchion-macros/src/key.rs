@@ -1,10 +1,10 @@
-//! The key: a text with placeholders that name arguments.
+//! Expands the key: a text with placeholders that name arguments.
 
 use proc_macro2::TokenStream;
 use quote::quote_spanned;
 use syn::{Error, Expr, LitStr, Member, Result};
 
-/// What makes the key of a text, in a function with these arguments; `self` is one of them.
+/// Returns the expression that makes the key from the text, in a function with these arguments. `self` is one of them.
 pub(crate) fn expand(literal: &LitStr, arguments: &[String]) -> Result<TokenStream> {
     let text = literal.value();
     let wrong = |message: String| Error::new(literal.span(), message);
@@ -18,14 +18,14 @@ pub(crate) fn expand(literal: &LitStr, arguments: &[String]) -> Result<TokenStre
         let (plain, from) = rest.split_at(at);
         format.push_str(plain);
         if let Some(after) = from.strip_prefix("{{").or_else(|| from.strip_prefix("}}")) {
-            // Escaped for `format!` as it is here.
+            // `format!` uses the same escapes.
             format.push_str(&from[..2]);
             rest = after;
             continue;
         }
         let inside = from.strip_prefix('{').and_then(|from| from.split_once('}'));
         let Some((name, after)) = inside else {
-            return Err(wrong("a brace has no partner; a brace of the key itself is written twice".to_owned()));
+            return Err(wrong("unmatched brace: write `{{` or `}}` for a brace in the key".to_owned()));
         };
         format.push_str("{}");
         values.push(placeholder(name, literal, arguments)?);
@@ -36,24 +36,25 @@ pub(crate) fn expand(literal: &LitStr, arguments: &[String]) -> Result<TokenStre
     Ok(quote_spanned!(literal.span()=> ::std::format!(#format, #(#values),*)))
 }
 
-/// An argument, or a field of one, or of that.
+/// Parses a placeholder: an argument, or a field path that begins with one.
 fn placeholder(name: &str, literal: &LitStr, arguments: &[String]) -> Result<Expr> {
     let wrong = |message: String| Error::new(literal.span(), message);
-    let shape = format!("`{{{name}}}` names no argument: write `{{id}}`, `{{self.name}}`, `{{request.id}}`");
-    // Parsed at the literal, so that an error in it points there.
+    let shape =
+        format!("`{{{name}}}` is not an argument or a field: write `{{id}}`, `{{self.name}}`, `{{request.id}}`");
+    // The span of the literal makes the compiler report errors in the placeholder there.
     let expression: Expr = LitStr::new(name, literal.span()).parse().map_err(|_| wrong(shape.clone()))?;
     let Some(root) = root(&expression) else { return Err(wrong(shape)) };
     if arguments.contains(&root) {
         return Ok(expression);
     }
     Err(wrong(match (root.as_str(), arguments) {
-        ("self", _) => format!("`{{{name}}}` in a function that has no `self`"),
-        (_, []) => format!("there is no argument `{root}`: the function has none"),
-        (_, some) => format!("there is no argument `{root}`; there are `{}`", some.join("`, `")),
+        ("self", _) => format!("`{{{name}}}` needs a `self` argument, which this function does not have"),
+        (_, []) => format!("there is no argument `{root}`: the function has no arguments"),
+        (_, some) => format!("there is no argument `{root}`; the arguments are `{}`", some.join("`, `")),
     }))
 }
 
-/// The variable of `variable.field.0`; none for anything else.
+/// Returns the variable of `variable.field.0`, or `None` for any other expression.
 fn root(expression: &Expr) -> Option<String> {
     match expression {
         Expr::Path(path) => path.path.get_ident().map(ToString::to_string),

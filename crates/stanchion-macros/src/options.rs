@@ -1,4 +1,4 @@
-//! What is said in the attribute.
+//! Parses the options of the attribute.
 
 use std::time::Duration;
 
@@ -8,17 +8,17 @@ use syn::ext::IdentExt as _;
 use syn::parse::{Parse, ParseStream};
 use syn::{Error, Expr, Ident, LitStr, Result, Token};
 
-/// The options, each at most once.
+/// The parsed options. Each may appear at most once.
 #[derive(Default)]
 pub(crate) struct Options {
     pub(crate) key: Option<Text>,
     pub(crate) locks: Option<Expr>,
     pub(crate) guard: Option<Ident>,
-    /// Those that are calls on the request: their method and its argument.
+    /// Method and argument for each option that becomes a call on the lock request.
     pub(crate) calls: Vec<(Ident, TokenStream)>,
 }
 
-/// What is a text if it can be, and else an expression.
+/// The value of an option: a string literal, or any other expression.
 pub(crate) enum Text {
     Literal(LitStr),
     Expression(Expr),
@@ -26,11 +26,11 @@ pub(crate) enum Text {
 
 const NAMES: &str = "key, locks, wait, try, cooldown, max_hold, ttl, read, write, guard";
 
-/// Options of which a lock has one: which it is not, and why.
+/// Pairs of options that exclude each other, and the reason.
 const ONE_OF: [(&str, &str, &str); 3] = [
     ("wait", "try", "`try` does not wait"),
-    ("read", "write", "a lock is read or write"),
-    ("ttl", "max_hold", "a fixed term ends by itself"),
+    ("read", "write", "a lock is shared or exclusive"),
+    ("ttl", "max_hold", "a fixed lifetime ends by itself"),
 ];
 
 impl Parse for Options {
@@ -38,11 +38,11 @@ impl Parse for Options {
         let mut options = Self::default();
         let mut seen: Vec<Ident> = Vec::new();
         while !input.is_empty() {
-            // Not `Ident::parse`: one of the names is a keyword.
+            // `Ident::parse` would reject `try`, which is a keyword.
             let name = input.call(Ident::parse_any)?;
             let text = name.to_string();
             if seen.contains(&name) {
-                return Err(Error::new(name.span(), format!("`{text}` is there twice")));
+                return Err(Error::new(name.span(), format!("option `{text}` appears twice")));
             }
             for (one, other, why) in ONE_OF {
                 let also = if text == one { other } else { one };
@@ -57,7 +57,7 @@ impl Parse for Options {
             }
         }
         if options.key.is_none() {
-            let message = "the key is missing: `key = \"file:{id}\"`, where `id` is an argument";
+            let message = "the key is missing: write `key = \"file:{id}\"`, where `id` is an argument";
             return Err(Error::new(Span::call_site(), message));
         }
         Ok(options)
@@ -111,7 +111,7 @@ fn duration(value: Text) -> Result<TokenStream> {
         Text::Expression(Expr::Lit(number)) => {
             return Err(Error::new_spanned(
                 number,
-                "a duration is a text, \"5s\", or an expression of type `Duration`",
+                "a duration must be a string such as \"5s\", or an expression of type `Duration`",
             ));
         }
         Text::Expression(expression) => return Ok(expression.into_token_stream()),

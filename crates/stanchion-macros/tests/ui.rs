@@ -1,6 +1,6 @@
-//! What the compiler says to mistakes in the attribute. `TRYBUILD=overwrite` writes the expected texts anew.
+//! Checks the compiler's messages for mistakes in the attribute. `TRYBUILD=overwrite` rewrites the expected messages.
 
 #[test]
-fn mistakes_are_told_where_they_are() {
+fn mistakes_are_reported_in_place() {
     trybuild::TestCases::new().compile_fail("tests/ui/*.rs");
 }

@@ -1,11 +1,13 @@
-//! A long job that gives signs of life, and ends in good order when its process is told to: SIGTERM drains every handle of the
-//! process, the job hears of it at its next heartbeat, keeps what it has done, and releases.
+//! Ends a long job in good order when its process is told to end.
+//!
+//! SIGTERM drains every handle of the process. The job notices that at its next heartbeat, saves its state and releases
+//! the lock.
 //!
 //! ```sh
 //! cargo run -p stanchion --example graceful_shutdown
 //! ```
 
-#![allow(clippy::print_stdout, reason = "it shows what happens")]
+#![allow(clippy::print_stdout, reason = "an example prints")]
 
 use std::error::Error;
 use std::time::Duration;
@@ -15,7 +17,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use stanchion::{ErrorKind, Locks};
 
-/// From now on a request to end drains this process. A second one ends it at once.
+/// Drains this process at the first SIGTERM or SIGINT, and ends it at the second.
 fn drain_on_signals() -> std::io::Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
     std::thread::Builder::new().name("signals".into()).spawn(move || {
@@ -30,26 +32,26 @@ fn drain_on_signals() -> std::io::Result<()> {
     Ok(())
 }
 
-/// Imports batch after batch. Tells how many it did before it had to stop, and why it did.
+/// Imports batch after batch. Returns the number of batches and the reason why it stopped.
 async fn import(locks: &Locks) -> Result<(u32, stanchion::Error), Box<dyn Error>> {
-    // Should the job hang, the key is free half a minute after its last sign of life, although the process lives.
+    // If the job hangs, the key is free half a minute after its last heartbeat, although the process lives.
     let guard = locks.lock("import").heartbeat_within(Duration::from_secs(30)).await?;
     let mut done = 0;
     let why = loop {
-        // One batch, with the fence beside what it writes. A hot loop may call `guard.heartbeat()?` for each row.
+        // A real job writes one batch here, together with the fence. A hot loop may call `guard.heartbeat()?` for each row.
         done += 1;
-        println!("batch {done} is in, under the fence {}", guard.fence());
+        println!("batch {done} is imported under fence {}", guard.fence());
         if done == 3 {
-            // Here somebody deploys a new version.
+            // This stands for somebody who deploys a new version.
             kill_process(getpid(), Signal::TERM)?;
         }
         if let Err(why) = guard.sleep(Duration::from_millis(20)).await {
             break why;
         }
     };
-    // Draining takes nothing away: the lock is still held, and there is time to finish.
+    // Draining does not release the lock, so the job has time to finish.
     if guard.is_held() {
-        println!("the state after batch {done} is kept");
+        println!("saved the state after batch {done}");
     }
     guard.release().await?;
     Ok((done, why))
@@ -60,9 +62,9 @@ pub(crate) async fn run() -> Result<(), Box<dyn Error>> {
     let locks = Locks::open("memory:").await?;
     let (done, why) = import(&locks).await?;
     assert_eq!(why.kind(), ErrorKind::Draining);
-    println!("told to end after batch {done}: {why}");
-    let refused = locks.lock("import").await.err().ok_or("it was not refused")?;
-    println!("nothing new is begun: {refused}");
+    println!("stopped after batch {done}: {why}");
+    let rejected = locks.lock("import").await.err().ok_or("a draining handle granted a lock")?;
+    println!("no new locks: {rejected}");
     locks.close().await?;
     Ok(())
 }

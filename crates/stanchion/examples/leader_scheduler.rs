@@ -1,12 +1,14 @@
-//! A scheduler that runs on one of three processes. The example starts itself three times over one embedded store, kills
-//! whichever leads, and shows who leads next. With a server's URL the processes may be on three machines.
+//! Runs a scheduler on one of three processes.
+//!
+//! The example starts itself three times over one embedded store. It kills each leader, and shows who leads next. With
+//! the URL of a server, the processes can run on three machines.
 //!
 //! ```sh
 //! cargo run -p stanchion --example leader_scheduler
 //! ```
 
-#![allow(clippy::print_stdout, reason = "it shows what happens")]
-#![allow(clippy::disallowed_methods, reason = "it waits as programs do that use the library")]
+#![allow(clippy::print_stdout, reason = "an example prints")]
+#![allow(clippy::disallowed_methods, reason = "an example waits on the real clock")]
 
 use std::error::Error;
 use std::fs;
@@ -17,7 +19,7 @@ use std::time::Duration;
 
 use stanchion::{Leader, Leadership, Locks};
 
-/// Says that this process is a candidate, and which.
+/// Environment variable that makes this process a candidate, and names it.
 const NAME: &str = "CANDIDATE_NAME";
 const FOLDER: &str = "CANDIDATE_FOLDER";
 
@@ -25,23 +27,23 @@ async fn open(folder: &Path, owner: &str) -> stanchion::Result<Locks> {
     Locks::builder(&format!("sqlite:{}", folder.join("locks").display())).owner(owner).open().await
 }
 
-/// What was run, and in which term: a line each.
+/// Returns the file of the runs: one line with the term and the candidate for each run.
 fn log(folder: &Path) -> PathBuf {
     folder.join("runs")
 }
 
-/// Runs what is due, as long as it leads: the term goes with everything that it does.
+/// Runs the due jobs as long as this process leads, and records the term with each run.
 async fn schedule(leadership: &Leadership, name: &str, folder: &Path) -> Result<(), Box<dyn Error>> {
     let mut runs = fs::OpenOptions::new().create(true).append(true).open(log(folder))?;
     loop {
-        // In one piece, since it may be killed at any moment.
+        // One write per line, because the process may be killed at any moment.
         runs.write_all(format!("{} {name}\n", leadership.term()).as_bytes())?;
-        // If the term ends meanwhile this future is dropped here, and the process stands in line again.
+        // If the term ends, `lead` drops this future here, and the process queues again.
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-/// One of the three.
+/// Runs one of the three candidates.
 async fn stand(name: &str, folder: &Path) -> Result<(), Box<dyn Error>> {
     let locks = open(folder, name).await?;
     let election = locks.elect("scheduler").metadata(format!("process {}", std::process::id()));
@@ -68,11 +70,11 @@ impl Candidate {
 
 impl Drop for Candidate {
     fn drop(&mut self) {
-        let _ended_already = self.kill();
+        let _ = self.kill(); // it may have ended already
     }
 }
 
-/// Waits until the leader has run what is due.
+/// Waits until the leader has run a job.
 async fn until_it_ran(leader: &Leader, folder: &Path) {
     let line = format!("{} {}\n", leader.term, leader.owner);
     while !fs::read_to_string(log(folder)).is_ok_and(|runs| runs.contains(&line)) {
@@ -90,20 +92,20 @@ pub(crate) async fn run() -> Result<(), Box<dyn Error>> {
         candidates.push(Candidate::start(name, folder.path())?);
     }
     let locks = open(folder.path(), "observer").await?;
-    let mut observation = locks.elect("scheduler").observe();
+    let mut leaders = locks.elect("scheduler").observe();
     while !candidates.is_empty() {
-        let Some(leader) = observation.next().await? else { continue };
-        let says = leader.metadata.as_deref().unwrap_or("nothing");
-        println!("{} leads in term {} and says: {says}", leader.owner, leader.term.get());
+        let Some(leader) = leaders.next().await? else { continue };
+        let metadata = leader.metadata.as_deref().unwrap_or("no metadata");
+        println!("{} leads in term {}: {metadata}", leader.owner, leader.term.get());
         until_it_ran(&leader, folder.path()).await;
         let place = candidates.iter().position(|candidate| candidate.name == leader.owner);
-        let mut candidate = candidates.swap_remove(place.ok_or("somebody else leads")?);
+        let mut candidate = candidates.swap_remove(place.ok_or("the leader is no candidate")?);
         candidate.kill()?;
         println!("{} was killed", candidate.name);
     }
-    // The resource of a real scheduler would refuse a term that is lower than the highest it has seen.
+    // The resource of a real scheduler would reject a term that is lower than the highest it has seen.
     let runs = fs::read_to_string(log(folder.path()))?;
-    println!("the runs are in the order of their terms: {}", runs.lines().is_sorted());
+    println!("the terms of the runs never fall: {}", runs.lines().is_sorted());
     locks.close().await?;
     Ok(())
 }

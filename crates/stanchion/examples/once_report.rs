@@ -1,10 +1,10 @@
-//! A report that is due on three machines at the same time and is to be made once: by whichever comes first.
+//! Makes a report once, although it is due on three machines at the same time.
 //!
 //! ```sh
 //! cargo run -p stanchion --example once_report
 //! ```
 
-#![allow(clippy::print_stdout, reason = "it shows what happens")]
+#![allow(clippy::print_stdout, reason = "an example prints")]
 
 use std::error::Error;
 use std::time::Duration;
@@ -12,28 +12,28 @@ use std::time::Duration;
 use stanchion::store::Memory;
 use stanchion::{Locks, OnceOutcome};
 
-/// The day it is for, the same on every machine, whatever their clocks show.
+/// The day of the report. It is the same on every machine, even if their clocks differ.
 const DAY: u64 = 20_412;
 
 async fn report(machine: &str, locks: &Locks, day: u64) -> Result<(), Box<dyn Error>> {
-    // Whoever finds it running waits, so that the report is there when this returns.
+    // A machine that finds the report being made waits, so that the report exists when this function returns.
     let request = locks.once("report").slot(day).wait_at_most(Duration::from_secs(60));
     let outcome = request
-        .run(async |turn| {
-            turn.sleep(Duration::from_millis(50)).await?;
-            Ok::<_, stanchion::Error>(format!("made under the fence {}", turn.fence()))
+        .run(async |guard| {
+            guard.sleep(Duration::from_millis(50)).await?;
+            Ok::<_, stanchion::Error>(format!("made under fence {}", guard.fence()))
         })
         .await?;
     match outcome {
         OnceOutcome::Ran(report) => println!("{machine}: day {day} {report}"),
-        OnceOutcome::DoneElsewhere { last } => println!("{machine}: day {day} done by {}", last.owner),
+        OnceOutcome::DoneElsewhere { last, .. } => println!("{machine}: day {day} done by {}", last.owner),
         other => println!("{machine}: day {day} {other:?}"),
     }
     Ok(())
 }
 
 pub(crate) async fn run() -> Result<(), Box<dyn Error>> {
-    // Clones of the memory store are like processes that share a server.
+    // Handles on clones of the memory store behave like processes that share a server.
     let store = Memory::new();
     let open = async |name| Locks::builder_with_store(store.clone()).owner(name).open().await;
     let (one, two, three) = (open("one").await?, open("two").await?, open("three").await?);
@@ -43,13 +43,13 @@ pub(crate) async fn run() -> Result<(), Box<dyn Error>> {
     at_once.1?;
     at_once.2?;
 
-    // A run that fails does not count: the next one tries.
+    // A run that fails does not count, so the next machine makes the report.
     let fails = async |_: &stanchion::OnceGuard| Err::<(), Box<dyn Error>>("the printer is on fire".into());
     let failed = one.once("report").slot(DAY + 1).run(fails).await.err().ok_or("it did not fail")?;
     println!("one: day {} failed: {failed}", DAY + 1);
     report("two", &two, DAY + 1).await?;
 
-    let last = three.last_run("report").await?.ok_or("no run is known")?;
+    let last = three.last_run("report").await?.ok_or("the store has no record of a run")?;
     println!("the last run was by {} for day {:?}, and took {} ms", last.owner, last.slot, last.took.as_millis());
     for locks in [one, two, three] {
         locks.close().await?;

@@ -1,11 +1,11 @@
-//! A write that is done as the holder of a lock, or not at all: the check and the write are one transaction.
+//! Writes to PostgreSQL as the holder of a lock, or not at all: the fence check and the write are one transaction.
 //!
 //! ```sh
 //! stanchion schema --apply --store postgres://localhost/app
 //! cargo run --example postgres_fence --features postgres -- postgres://localhost/app
 //! ```
 
-#![allow(clippy::print_stdout, reason = "it shows what happens")]
+#![allow(clippy::print_stdout, reason = "an example prints")]
 
 use std::error::Error;
 
@@ -13,7 +13,7 @@ use stanchion::store::Postgres;
 use stanchion::{ErrorKind, Fence, Key, Locks};
 use tokio_postgres::{Client, NoTls};
 
-/// The accounts that are paid out once a day, by whichever process has the lock.
+/// Table of the daily payouts. The process with the lock makes each of them once.
 const TABLE: &str = "CREATE TABLE IF NOT EXISTS payouts (day date PRIMARY KEY, cents bigint NOT NULL)";
 
 async fn pay_out(
@@ -24,14 +24,14 @@ async fn pay_out(
     cents: i64,
 ) -> Result<(), Box<dyn Error>> {
     let transaction = database.transaction().await?;
-    // From here to the commit nobody else can get the key.
+    // From this check until the commit, nobody else can get the key.
     store.check_fence(&transaction, key, fence).await?;
     transaction.execute("INSERT INTO payouts VALUES (current_date, $1) ON CONFLICT DO NOTHING", &[&cents]).await?;
     transaction.commit().await?;
     Ok(())
 }
 
-/// Pays out once, and shows that whoever comes too late writes nothing.
+/// Pays out once, and shows that a late process writes nothing.
 pub(crate) async fn run(url: &str) -> Result<(), Box<dyn Error>> {
     let store = Postgres::from_url(url)?;
     let locks = Locks::with_store(store.clone()).await?;
@@ -42,14 +42,15 @@ pub(crate) async fn run(url: &str) -> Result<(), Box<dyn Error>> {
     let guard = locks.lock("payout").await?;
     let (key, fence) = (guard.key().clone(), guard.fence());
     pay_out(&store, &mut database, &key, fence, 4200).await?;
-    println!("paid out with the fence {fence}");
+    println!("paid out under fence {fence}");
     guard.release().await?;
 
-    // A process that slept too long and woke up now.
+    // This stands for a process that slept too long and wakes up now.
     let late = pay_out(&store, &mut database, &key, fence, 9900).await;
-    let refused = late.err().and_then(|fault| fault.downcast::<stanchion::Error>().ok()).ok_or("it was not refused")?;
-    assert!(matches!(refused.kind(), ErrorKind::Lost(_)), "{refused}");
-    println!("refused afterwards: {refused}");
+    let error = late.err().and_then(|error| error.downcast::<stanchion::Error>().ok());
+    let error = error.ok_or("the late payout was not rejected")?;
+    assert!(matches!(error.kind(), ErrorKind::Lost(_)), "{error}");
+    println!("rejected the late payout: {error}");
     locks.close().await?;
     Ok(())
 }

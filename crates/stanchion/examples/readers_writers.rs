@@ -1,11 +1,13 @@
-//! Readers share, a writer is alone, and all stand in one line: a reader that comes after a writer waits for it, so a writer
-//! is not kept waiting by readers that keep coming.
+//! Shows readers that share a key, and a writer that holds it alone.
+//!
+//! All of them wait in one queue. A reader that arrives after a writer waits for it, so a stream of readers cannot keep
+//! a writer waiting.
 //!
 //! ```sh
 //! cargo run -p stanchion --example readers_writers
 //! ```
 
-#![allow(clippy::print_stdout, reason = "it shows what happens")]
+#![allow(clippy::print_stdout, reason = "an example prints")]
 
 use std::error::Error;
 use std::future::IntoFuture;
@@ -13,17 +15,17 @@ use std::future::IntoFuture;
 use stanchion::{Event, EventStream, Guard, LockRequest, Locks};
 use tokio::task::JoinHandle;
 
-/// Asks in a task of its own, and says when it is its turn.
-fn asks(who: &'static str, request: LockRequest) -> JoinHandle<stanchion::Result<Guard>> {
+/// Awaits a request in a task of its own, and prints a line when it is granted.
+fn spawn_request(name: &'static str, request: LockRequest) -> JoinHandle<stanchion::Result<Guard>> {
     tokio::spawn(async move {
         let guard = request.into_future().await?;
-        println!("{who} is in");
+        println!("{name} has the key");
         Ok(guard)
     })
 }
 
-/// Waits until one more stands in line.
-async fn until_in_line(events: &mut EventStream) -> Result<(), Box<dyn Error>> {
+/// Waits until one more request waits in the queue.
+async fn until_queued(events: &mut EventStream) -> Result<(), Box<dyn Error>> {
     loop {
         if let Event::Contended { .. } = events.next().await.ok_or("the handle is gone")? {
             return Ok(());
@@ -34,26 +36,26 @@ async fn until_in_line(events: &mut EventStream) -> Result<(), Box<dyn Error>> {
 pub(crate) async fn run() -> Result<(), Box<dyn Error>> {
     let locks = Locks::open("memory:").await?;
     let first = locks.read("catalogue").await?;
-    println!("the first reader is in");
+    println!("the first reader has the key");
     let second = locks.read("catalogue").await?;
-    println!("the second reader is in");
+    println!("the second reader has the key");
 
     let mut events = locks.events();
-    let writer = asks("the writer", locks.write("catalogue"));
-    until_in_line(&mut events).await?;
-    let third = asks("the third reader", locks.read("catalogue"));
-    let fourth = asks("the fourth reader", locks.read("catalogue"));
-    until_in_line(&mut events).await?;
-    until_in_line(&mut events).await?;
+    let writer = spawn_request("the writer", locks.write("catalogue"));
+    until_queued(&mut events).await?;
+    let third = spawn_request("the third reader", locks.read("catalogue"));
+    let fourth = spawn_request("the fourth reader", locks.read("catalogue"));
+    until_queued(&mut events).await?;
+    until_queued(&mut events).await?;
     println!("the writer and two readers wait");
 
     first.release().await?;
     second.release().await?;
     let writer = writer.await??;
-    println!("beside the writer there are {} holders", locks.inspect("catalogue").await?.holders.len() - 1);
+    println!("while the writer holds the key, holders: {}", locks.inspect("catalogue").await?.holders.len());
     writer.release().await?;
     let (_third, _fourth) = (third.await??, fourth.await??);
-    println!("{} readers are in together", locks.inspect("catalogue").await?.holders.len());
+    println!("after the writer, readers at the same time: {}", locks.inspect("catalogue").await?.holders.len());
     locks.close().await?;
     Ok(())
 }

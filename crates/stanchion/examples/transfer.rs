@@ -1,11 +1,11 @@
-//! Transfers between two accounts, in both directions at once: both keys or none, without a dead-lock, and with a fence for
-//! each account.
+//! Transfers money between two accounts in both directions at once: a transfer locks both keys or none, cannot
+//! deadlock, and has a fence for each account.
 //!
 //! ```sh
 //! cargo run -p stanchion --example transfer
 //! ```
 
-#![allow(clippy::print_stdout, reason = "it shows what happens")]
+#![allow(clippy::print_stdout, reason = "an example prints")]
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use stanchion::{Fence, Locks};
 
-/// What the locks protect. It keeps the highest fence that it has seen, and refuses a lower one.
+/// The protected resource. It keeps the highest fence that it has seen, and rejects lower ones.
 #[derive(Clone, Copy)]
 struct Account {
     cents: i64,
@@ -32,14 +32,14 @@ impl Bank {
         let mut accounts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let account = accounts.entry(name).or_insert(Account { cents: 0, fence });
         if fence < account.fence {
-            return Err(format!("{name} has seen the fence {}: {fence} is too old", account.fence));
+            return Err(format!("{name} has seen fence {}: {fence} is too old", account.fence));
         }
         *account = Account { cents, fence };
         Ok(())
     }
 }
 
-/// Moves money. Without the locks two of these would overwrite what the other wrote.
+/// Moves money. Without the locks, concurrent transfers would overwrite each other's writes.
 async fn transfer(
     locks: &Locks,
     bank: &Bank,
@@ -47,9 +47,9 @@ async fn transfer(
     to: &'static str,
     cents: i64,
 ) -> Result<(), Box<dyn Error + Send + Sync>> {
-    // In whatever order they are named: all callers take them in the same one.
+    // The order of the names does not matter: all callers lock the keys in the same order.
     let guards = locks.lock_all([from, to]).await?;
-    let missing = || "no such account";
+    let missing = || "there is no such account";
     let (payer, payee) = (bank.read(from).ok_or_else(missing)?, bank.read(to).ok_or_else(missing)?);
     tokio::task::yield_now().await;
     bank.write(from, payer.cents - cents, guards.fence(from).ok_or("not held")?)?;
@@ -80,9 +80,9 @@ pub(crate) async fn run() -> Result<(), Box<dyn Error + Send + Sync>> {
     let (alice, bob) = (bank.read("alice").ok_or("no alice")?, bank.read("bob").ok_or("no bob")?);
     println!("alice has {} cents, bob has {}, together {}", alice.cents, bob.cents, alice.cents + bob.cents);
 
-    // One that slept all the time and writes now.
-    let refused = bank.write("alice", 0, before.ok_or("no fence")?).err().ok_or("it was not refused")?;
-    println!("refused: {refused}");
+    // This stands for a process that slept all the time and writes now.
+    let rejected = bank.write("alice", 0, before.ok_or("no fence")?).err().ok_or("the old fence was not rejected")?;
+    println!("rejected: {rejected}");
     locks.close().await?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! How to open a handle: its settings, and the store that a URL names.
+//! Configures and opens a handle, and finds the store that a URL names.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,7 +15,23 @@ use crate::shared::{Config, Shared};
 use crate::store::Store;
 use crate::telemetry::KeyRedaction;
 
-/// How to open a handle.
+/// The settings of a handle before it is opened. [`Locks::builder`] returns one.
+///
+/// ```
+/// use std::time::Duration;
+/// use stanchion::{KeyRedaction, Locks, OnLost};
+///
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// let locks = Locks::builder("memory:")
+///     .namespace("billing")
+///     .owner("worker-3")
+///     .session_ttl(Duration::from_secs(5))
+///     .on_lost(OnLost::hook(|loss| eprintln!("lost {}: {}", loss.key, loss.cause)))
+///     .redact_keys(KeyRedaction::Hashed)
+///     .open()
+///     .await?;
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
 #[derive(Debug)]
 #[must_use = "a builder does nothing until it is opened"]
 pub struct Builder {
@@ -37,7 +53,7 @@ enum Source {
 }
 
 impl std::fmt::Debug for Source {
-    /// Without the URL, which may hold a password.
+    /// Shows the scheme alone, because the URL may contain a password.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Url(url) => write!(f, "Url({}:…)", shown_scheme(url).unwrap_or_default()),
@@ -70,39 +86,55 @@ impl Builder {
         }
     }
 
-    /// Keeps the keys of this handle apart from those of other namespaces. Default: none. At most 128 bytes.
+    /// Keeps the keys of this handle separate from those of other namespaces. Default: no namespace. At most 128 bytes.
     pub fn namespace(mut self, namespace: &str) -> Self {
         self.namespace = normal(namespace).into_owned();
         self
     }
 
-    /// Who this is, for people who inspect keys. Default: program, host and process. At most 128 bytes.
+    /// Sets the label that identifies this handle to people who inspect keys. At most 128 bytes.
+    ///
+    /// Default: `PROGRAM@HOST/PROCESS`.
     pub fn owner(mut self, owner: &str) -> Self {
         self.owner = Some(owner.to_owned());
         self
     }
 
-    /// How long the session lives without a beat; it beats five times in that time. Default: 10 s. A dead process's
-    /// holds are free after this time (at once, in stores where sessions live with the process).
+    /// Sets the time after which a session expires unless it is renewed. Default: 10 s.
+    ///
+    /// The keeper renews the session five times in that time. If the process dies, its holds are free after this time.
+    /// In the embedded store they are free at once, because its sessions end with the process.
     pub fn session_ttl(mut self, ttl: Duration) -> Self {
         self.session_ttl = ttl;
         self
     }
 
-    /// How far clocks may drift. Default: 1 % and 2 ms.
+    /// Sets how much clocks may drift. Default: 1 % and 2 ms.
+    ///
+    /// The holder subtracts the drift from each lifetime that the store grants.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// use stanchion::{Drift, Locks};
+    ///
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// let drift = Drift { per_mille: 20, fixed: Duration::from_millis(5) };
+    /// let locks = Locks::builder("memory:").drift(drift).open().await?;
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
     pub fn drift(mut self, drift: Drift) -> Self {
         self.drift = drift;
         self
     }
 
-    /// How steps are repeated after faults.
+    /// Sets how requests to the store are retried after transient errors. Default: [`RetryPolicy::default`].
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
         self.retry = policy;
         self
     }
 
-    /// Limits how long [`open`](Builder::open) may take, all attempts included. Default: the retry policy's
-    /// [`total`](RetryPolicy::total), 10 s.
+    /// Limits the time that [`open`](Builder::open) may take with all its attempts. Default: [`RetryPolicy::total`], 10
+    /// s.
     ///
     /// ```no_run
     /// # async fn open() -> stanchion::Result<()> {
@@ -117,40 +149,43 @@ impl Builder {
         self
     }
 
-    /// What happens when a hold of this handle is lost, beside the signal. Default: nothing more.
+    /// Sets the action when a hold of this handle is lost, in addition to the signal of its guard. Default: none.
+    ///
+    /// [`LockRequest::on_lost`](crate::LockRequest::on_lost) overrides it for one hold.
     pub fn on_lost(mut self, policy: OnLost) -> Self {
         self.on_lost = policy;
         self
     }
 
-    /// How keys are shown in spans and log events (feature `tracing`). Default: as they are.
+    /// Sets how keys appear in spans and log events (feature `tracing`). Default: unchanged.
     pub fn redact_keys(mut self, shown: KeyRedaction) -> Self {
         self.key_redaction = shown;
         self
     }
 
-    /// The clock by which this handle believes and waits. Default: the machine's. For tests.
+    /// Replaces the clock by which this handle measures lifetimes and waits. Default: the machine's clock. For tests.
     pub fn clock(mut self, clock: Clock) -> Self {
         self.clock = clock;
         self
     }
 
-    /// Opens the handle: the store is reached and the session is open.
+    /// Connects to the store and opens the session.
     ///
-    /// Transient faults are repeated until [`open_within`](Builder::open_within) is over. A definite refusal, such as a
-    /// wrong password, fails at once.
+    /// Transient errors are retried until [`open_within`](Builder::open_within) is over. Other errors, such as a wrong
+    /// password, fail at once.
     ///
     /// # Errors
-    /// As [`Locks::open`]; [`ErrorKind::InvalidArgument`] for settings out of range; [`ErrorKind::Internal`] if the system
-    /// has no thread or descriptor left.
+    /// - The errors of [`Locks::open`].
+    /// - [`ErrorKind::InvalidArgument`] if a setting is out of range.
+    /// - [`ErrorKind::Internal`] if the system has no thread or file descriptor left.
     ///
     /// # Cancel safety
-    /// As [`Locks::open`].
+    /// The same as for [`Locks::open`].
     pub async fn open(self) -> Result<Locks> {
         check_duration("the session ttl", self.session_ttl)?;
         check_namespace(&self.namespace)?;
         if self.drift.per_mille >= 500 || self.retry.attempts == 0 {
-            let message = "drift must be below 500 parts of a thousand, and a step needs one attempt or more";
+            let message = "the drift must be below 500 per mille, and the retry policy needs at least one attempt";
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
         self.drift.check(self.session_ttl)?;
@@ -195,7 +230,7 @@ impl Builder {
                 return Err(fault.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_else(late));
             }
         };
-        // After an error, or if this future is dropped, the keeper ends by itself, and nobody waits for that.
+        // After an error, or if this future is dropped, the keeper ends by itself in the background.
         opened.shared().ok_or_else(ended)?.believed_session_by(give_up_at).await?;
         let shared = opened.claim().ok_or_else(ended)?;
         Ok(Locks { handle: Arc::new(Handle::new(shared, thread)) })
@@ -206,7 +241,8 @@ fn scheme(url: &str) -> &str {
     url.split_once(':').map_or("", |(scheme, _)| scheme)
 }
 
-/// Opens the store, again and again after transient faults. The last one is left in `last`.
+/// Opens the store, and retries after transient errors until the caller drops the future. Leaves the last error in
+/// `last`.
 async fn open_until_given_up(
     url: &str,
     policy: &RetryPolicy,
@@ -223,7 +259,7 @@ async fn open_until_given_up(
     }
 }
 
-/// The scheme, if it is certain to be one: a URL without its scheme begins with the user.
+/// Returns the scheme of a URL if it is certainly a scheme. A URL without one may begin with a user's name.
 fn shown_scheme(url: &str) -> Option<&str> {
     let (scheme, rest) = url.split_once(':')?;
     let is_scheme = scheme.len() <= 32 && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
@@ -251,7 +287,7 @@ async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
         #[cfg(not(feature = "firestore"))]
         "firestore" => Err(not_built("firestore")),
         "" => {
-            let message = format!("a store's URL begins with its scheme: one of {}", stores());
+            let message = format!("a store's URL must begin with a scheme, one of {}", stores());
             Err(Error::new(ErrorKind::InvalidArgument, message))
         }
         _ => {
@@ -262,7 +298,7 @@ async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
     }
 }
 
-/// `redis+sentinel` and the like are of the family too.
+/// Returns whether the scheme is Redis's, including `redis+sentinel` and the like.
 fn is_redis(scheme: &str) -> bool {
     matches!(scheme.split('+').next(), Some("redis" | "rediss"))
 }
@@ -294,7 +330,7 @@ fn stores() -> String {
     built.join(", ")
 }
 
-/// Program, host and process.
+/// Returns `PROGRAM@HOST/PROCESS`, shortened at its beginning if it is too long.
 fn default_owner() -> String {
     let program = std::env::args_os().next().map(std::path::PathBuf::from);
     let program = program.as_deref().and_then(std::path::Path::file_name).map(|name| name.to_string_lossy());

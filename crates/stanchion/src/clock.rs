@@ -1,12 +1,12 @@
-//! The one place where time and randomness come in.
+//! Provides time and randomness: the only module that asks the operating system for either.
 //!
-//! Deadlines are kept on a clock that counts suspended time (`CLOCK_BOOTTIME` where the system has it) and that no
-//! wall-clock step moves. Wall time is for display only. A [`VirtualClock`] stands in for both in tests.
+//! Deadlines use a clock that includes suspend time (`CLOCK_BOOTTIME` if the system has it) and that no change of the
+//! wall clock moves. Wall time is for display and fences. In tests a [`VirtualClock`] replaces both.
 //!
 //! # Invariants
-//! 1. A timer fires only when its clock shows its deadline; waking a task early is harmless, because every sleeper looks
-//!    at the clock again.
-//! 2. A timer that was dropped wakes nobody.
+//! 1. A timer fires only when its clock shows its deadline. Waking a task early is harmless, because every sleeper
+//!    reads the clock again.
+//! 2. A dropped timer wakes nobody.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -25,71 +25,71 @@ use crate::error::{Error, ErrorKind, Result};
 pub struct BootTime(u64);
 
 impl BootTime {
-    /// Later than every point in time.
+    /// The latest point in time, which is never reached.
     pub const NEVER: Self = Self(u64::MAX);
 
-    /// From nanoseconds since boot.
+    /// Creates a point from nanoseconds since boot.
     pub const fn from_nanos(nanos: u64) -> Self {
         Self(nanos)
     }
 
-    /// Nanoseconds since boot.
+    /// Returns the nanoseconds since boot.
     pub const fn as_nanos(self) -> u64 {
         self.0
     }
 
-    /// This much later; [`BootTime::NEVER`] if that is out of range.
+    /// Returns the point that is `span` later, or [`BootTime::NEVER`] if that is out of range.
     #[must_use]
     pub fn after(self, span: Duration) -> Self {
         Self(u64::try_from(span.as_nanos()).ok().and_then(|nanos| self.0.checked_add(nanos)).unwrap_or(u64::MAX))
     }
 
-    /// This much earlier, not before boot.
+    /// Returns the point that is `span` earlier, but not before boot.
     #[must_use]
     pub fn before(self, span: Duration) -> Self {
         Self(self.0.saturating_sub(u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)))
     }
 
-    /// The time from `earlier` to this point; zero if `earlier` is later.
+    /// Returns the time from `earlier` to this point, or zero if `earlier` is later.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }
 }
 
-/// A clock: the machine's own, or a virtual one. Clones share it.
+/// A source of time: the machine's clock, or a [`VirtualClock`]. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Clock {
-    source: Source,
+    source: TimeSource,
     timers: Arc<Timers>,
 }
 
 #[derive(Clone, Debug)]
-enum Source {
+enum TimeSource {
     System,
     Virtual(Arc<AtomicU64>),
 }
 
 impl Clock {
-    /// The machine's clock. Its timers are driven by the keeper of the handle that it is given to.
+    /// Returns the machine's clock. The keeper of the handle that uses it drives its timers.
     pub fn system() -> Self {
-        Self { source: Source::System, timers: Arc::default() }
+        Self { source: TimeSource::System, timers: Arc::default() }
     }
 
-    /// Now.
+    /// Returns the current boot time.
     pub fn now(&self) -> BootTime {
         match &self.source {
-            Source::System => boot_time(),
-            Source::Virtual(now) => BootTime(now.load(Ordering::SeqCst)),
+            TimeSource::System => boot_time(),
+            TimeSource::Virtual(now) => BootTime(now.load(Ordering::SeqCst)),
         }
     }
 
-    /// Now on the wall clock, for display and for fences. A virtual clock counts from 2030-01-01.
+    /// Returns the current wall-clock time, for display and for fences. A virtual clock starts at 2030-01-01.
     #[allow(clippy::disallowed_methods, reason = "this is the clock module")]
     pub fn wall(&self) -> SystemTime {
         match &self.source {
-            Source::System => SystemTime::now(),
-            Source::Virtual(now) => {
+            TimeSource::System => SystemTime::now(),
+            TimeSource::Virtual(now) => {
                 SystemTime::UNIX_EPOCH
                     + Duration::from_secs(1_893_456_000)
                     + Duration::from_nanos(now.load(Ordering::SeqCst))
@@ -97,40 +97,40 @@ impl Clock {
         }
     }
 
-    /// Now on the wall clock, in µs since 1970.
+    /// Returns the current wall-clock time in µs since 1970.
     pub fn wall_micros(&self) -> u64 {
         let since = self.wall().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
     }
 
-    /// Waits until the clock shows `deadline`. Works in any executor, or none.
+    /// Returns a future that completes when the clock shows `deadline`. It works in any executor, or none.
     ///
-    /// Somebody has to move it on: a virtual clock its test, the machine's clock the keeper of a handle that was given this
-    /// clock. Where no such handle is open it waits for ever.
+    /// Something must advance the clock: the test for a virtual clock, the keeper of an open handle with this clock for
+    /// the machine's clock. Without one, the future never completes.
     pub fn sleep_until(&self, deadline: BootTime) -> Sleep {
         Sleep { clock: self.clone(), deadline, registered: None }
     }
 
-    /// Waits this long.
+    /// Returns a future that completes after `span`.
     pub fn sleep(&self, span: Duration) -> Sleep {
         self.sleep_until(self.now().after(span))
     }
 
-    /// Wakes sleepers of a system clock when their time has come. Never returns; dropping it stops the timers.
+    /// Wakes the sleepers of a system clock when they are due. Never returns; dropping the future stops the timers.
     ///
-    /// Tokio's timers stop while the machine is suspended, so no nap is longer than `nap`.
+    /// Tokio's timers stop while the machine is suspended, so this wakes at least once per `max_sleep`.
     #[allow(clippy::disallowed_methods, reason = "this is the clock module")]
-    pub(crate) async fn drive(&self, nap: Duration) {
+    pub(crate) async fn drive(&self, max_sleep: Duration) {
         let _ends = DriverEnds(&self.timers);
         loop {
             let changed = self.timers.changed.notified();
             let now = self.now();
-            match (&self.source, self.timers.fire(now, nap)) {
+            match (&self.source, self.timers.fire(now, max_sleep)) {
                 // A virtual clock fires its timers itself.
-                (Source::Virtual(_), _) | (_, BootTime::NEVER) => changed.await,
-                (Source::System, next) => {
-                    // Tokio counts in milliseconds and may wake a fraction of one too early: without the extra one
-                    // this loop would spin through it.
+                (TimeSource::Virtual(_), _) | (_, BootTime::NEVER) => changed.await,
+                (TimeSource::System, next) => {
+                    // Tokio counts in milliseconds and may wake a fraction of a millisecond too early. Without the
+                    // extra millisecond, this loop would spin for that fraction.
                     let span = next.since(now) + Duration::from_millis(1);
                     tokio::select! { () = tokio::time::sleep(span) => {}, () = changed => {} }
                 }
@@ -157,18 +157,18 @@ pub struct VirtualClock {
 }
 
 impl VirtualClock {
-    /// A clock that shows one hour since boot.
+    /// Creates a clock that shows one hour since boot.
     pub fn new() -> Self {
         let now = Arc::new(AtomicU64::new(3_600_000_000_000));
-        Self { clock: Clock { source: Source::Virtual(now.clone()), timers: Arc::default() }, now }
+        Self { clock: Clock { source: TimeSource::Virtual(now.clone()), timers: Arc::default() }, now }
     }
 
-    /// The clock to give to a store and to [`Builder::clock`](crate::Builder::clock).
+    /// Returns the clock to pass to a store and to [`Builder::clock`](crate::Builder::clock).
     pub fn clock(&self) -> Clock {
         self.clock.clone()
     }
 
-    /// Moves the clock on and wakes whoever slept until then.
+    /// Advances the clock by `span`, and wakes the sleepers that are then due.
     pub fn advance(&self, span: Duration) {
         let nanos = u64::try_from(span.as_nanos()).unwrap_or(u64::MAX);
         let now = self.now.fetch_add(nanos, Ordering::SeqCst).saturating_add(nanos);
@@ -184,48 +184,51 @@ impl Default for VirtualClock {
 
 #[derive(Debug, Default)]
 struct Timers {
-    pending: Mutex<Pending>,
+    queue: Mutex<TimerQueue>,
     next_id: AtomicU64,
     changed: Notify,
 }
 
 #[derive(Debug)]
-struct Pending {
+struct TimerQueue {
     wakers: BTreeMap<(BootTime, u64), Waker>,
-    /// The driver looks again then, by itself.
-    next_look: BootTime,
+    /// Time at which the driver wakes by itself.
+    next_wake: BootTime,
 }
 
-impl Default for Pending {
+impl Default for TimerQueue {
     fn default() -> Self {
-        Self { wakers: BTreeMap::new(), next_look: BootTime::NEVER }
+        Self { wakers: BTreeMap::new(), next_wake: BootTime::NEVER }
     }
 }
 
 impl Timers {
-    fn lock(&self) -> MutexGuard<'_, Pending> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, TimerQueue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wakes all that are due; tells when to look again, at most a nap later: never, if there is nothing to wait for.
-    fn fire(&self, now: BootTime, nap: Duration) -> BootTime {
-        let (due, next_look) = {
-            let mut pending = self.lock();
-            let later = pending.wakers.split_off(&(BootTime(now.0.saturating_add(1)), 0));
-            let due = std::mem::replace(&mut pending.wakers, later);
-            let first = pending.wakers.first_key_value().map(|((deadline, _), _)| *deadline);
-            pending.next_look = first.map_or(BootTime::NEVER, |first| first.min(now.after(nap)));
-            (due, pending.next_look)
+    /// Wakes all sleepers that are due. Returns when the driver must wake again, at most `max_sleep` later, or `NEVER`
+    /// if nobody sleeps.
+    fn fire(&self, now: BootTime, max_sleep: Duration) -> BootTime {
+        let (due, next_wake) = {
+            let mut queue = self.lock();
+            let later = queue.wakers.split_off(&(BootTime(now.0.saturating_add(1)), 0));
+            let due = std::mem::replace(&mut queue.wakers, later);
+            let first = queue.wakers.first_key_value().map(|((deadline, _), _)| *deadline);
+            queue.next_wake = first.map_or(BootTime::NEVER, |first| first.min(now.after(max_sleep)));
+            (due, queue.next_wake)
         };
         for waker in due.into_values() {
             waker.wake();
         }
-        next_look
+        next_wake
     }
 }
 
-/// Handles may share a clock. What this driver was told of, and what it was not told of because it would look in time, is for
-/// another one to look after.
+/// Notifies another driver when this one ends, because handles may share a clock.
+///
+/// The other driver takes over the notifications that this driver received, and the timers for which nobody notified it
+/// because it would have woken in time.
 struct DriverEnds<'a>(&'a Timers);
 
 impl Drop for DriverEnds<'_> {
@@ -234,7 +237,7 @@ impl Drop for DriverEnds<'_> {
     }
 }
 
-/// The future of [`Clock::sleep_until`].
+/// The future that [`Clock::sleep_until`] returns.
 #[derive(Debug)]
 #[must_use = "a sleep does nothing until it is awaited"]
 pub struct Sleep {
@@ -256,17 +259,18 @@ impl Future for Sleep {
         let timers = self.clock.timers.clone();
         let id = *self.registered.get_or_insert_with(|| timers.next_id.fetch_add(1, Ordering::Relaxed));
         let is_too_early = {
-            let mut pending = timers.lock();
-            let is_new = pending.wakers.insert((self.deadline, id), context.waker().clone()).is_none();
-            is_new && self.deadline < pending.next_look
+            let mut queue = timers.lock();
+            let is_new = queue.wakers.insert((self.deadline, id), context.waker().clone()).is_none();
+            is_new && self.deadline < queue.next_wake
         };
-        // Only a deadline before the driver's next look is worth waking it: nearly every step has a later one, and is over
-        // before that. Once: the driver may run in the very task that sleeps here, and would wake itself for ever.
+        // A new timer wakes the driver only if its deadline comes before the driver's next wake. Nearly every operation
+        // has a later deadline, and is done before that. A timer wakes the driver only once, because the driver may run
+        // in the very task that sleeps here, and would then wake itself forever.
         if is_too_early {
             timers.changed.notify_one();
         }
-        // A virtual clock may have been moved on between the look and the entry.
-        let is_virtual = matches!(self.clock.source, Source::Virtual(_));
+        // A virtual clock may have advanced between the first check and the entry into the queue.
+        let is_virtual = matches!(self.clock.source, TimeSource::Virtual(_));
         if is_virtual && self.clock.now() >= self.deadline { Poll::Ready(()) } else { Poll::Pending }
     }
 }
@@ -279,7 +283,7 @@ impl Drop for Sleep {
     }
 }
 
-/// 16 bytes of the operating system's randomness.
+/// Returns 16 bytes of the operating system's randomness.
 pub(crate) fn random_bytes() -> Result<[u8; 16]> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes).map_err(|error| {
@@ -288,14 +292,14 @@ pub(crate) fn random_bytes() -> Result<[u8; 16]> {
     Ok(bytes)
 }
 
-/// A seed for jitter; quality does not matter.
+/// Returns a seed for jitter, whose quality does not matter.
 pub(crate) fn jitter_seed() -> u64 {
     random_bytes().map_or(1, |bytes| {
         u64::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]])
     })
 }
 
-/// About this long: between three and five quarters of it, so that many sleepers do not wake together.
+/// Returns between three and five quarters of `span`, so that many sleepers do not wake together.
 pub(crate) fn jitter(span: Duration) -> Duration {
     let part = u32::try_from(jitter_seed() % 512).unwrap_or(0);
     span * (768 + part) / 1_024
@@ -303,7 +307,7 @@ pub(crate) fn jitter(span: Duration) -> Duration {
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const BOOT_CLOCK: rustix::time::ClockId = rustix::time::ClockId::Boottime;
-// Elsewhere the monotonic clock is the best there is: on macOS and the BSDs it may stop in suspend.
+// Other systems have only the monotonic clock, which may stop during suspend on macOS and the BSDs.
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 const BOOT_CLOCK: rustix::time::ClockId = rustix::time::ClockId::Monotonic;
 
@@ -326,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_virtual_sleep_ends_when_the_clock_is_moved_on_and_not_before() {
+    fn virtual_sleep_ends_exactly_at_its_deadline() {
         let time = VirtualClock::new();
         let count = Arc::new(Count(AtomicUsize::new(0)));
         let waker = Waker::from(count.clone());
@@ -341,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dropped_sleep_leaves_no_timer() {
+    fn dropped_sleep_leaves_no_timer() {
         let time = VirtualClock::new();
         let clock = time.clock();
         let mut sleep = Box::pin(clock.sleep(Duration::from_secs(1)));
@@ -352,7 +356,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_system_sleep_ends_on_time_when_driven() {
+    async fn driven_sleep_does_not_end_early() {
         let clock = Clock::system();
         let start = clock.now();
         tokio::select! {
@@ -363,14 +367,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_driver_in_the_task_that_sleeps_does_not_wake_itself_for_ever() {
+    async fn driver_in_the_sleeping_task_does_not_spin() {
         let clock = Clock::system();
         let polls = AtomicUsize::new(0);
         let (mut drive, mut sleep) =
             (Box::pin(clock.drive(Duration::from_secs(60))), Box::pin(clock.sleep(Duration::from_millis(100))));
         std::future::poll_fn(|context| {
             polls.fetch_add(1, Ordering::SeqCst);
-            let _never_ready = drive.as_mut().poll(context);
+            let _ = drive.as_mut().poll(context); // never ready
             sleep.as_mut().poll(context)
         })
         .await;
@@ -378,16 +382,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_a_deadline_before_its_next_look_wakes_the_driver() {
+    async fn only_earlier_deadlines_wake_the_driver() {
         let clock = Clock::system();
         let woken = Arc::new(Count(AtomicUsize::new(0)));
         let waker = Waker::from(woken.clone());
         let mut drive = Box::pin(clock.drive(Duration::from_secs(60)));
-        // It is polled by hand, and asleep after each poll.
-        let mut look = || assert!(drive.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
-        look();
+        // The test polls the driver by hand. The driver sleeps after each poll.
+        let mut poll_driver = || assert!(drive.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        poll_driver();
         let mut sleeps = Vec::new();
-        // In seconds. Nothing to wait for; within a nap; later; at the end of the nap; earlier; the same again.
+        // (deadline of a new sleep in seconds, number of wakes of the driver), one after the other:
+        // the first one at all; within `max_sleep`; two later ones; an earlier one; the same again.
         for (deadline, wakes) in [(3_600, 1), (30, 1), (40, 0), (3_500, 0), (20, 1), (20, 0)] {
             let before = woken.0.load(Ordering::SeqCst);
             let mut sleep = Box::pin(clock.sleep(Duration::from_secs(deadline)));
@@ -396,12 +401,12 @@ mod tests {
             }
             assert_eq!(woken.0.load(Ordering::SeqCst) - before, wakes, "{deadline} s");
             sleeps.push(sleep);
-            look();
+            poll_driver();
         }
     }
 
     #[tokio::test]
-    async fn when_a_driver_ends_another_one_looks() {
+    async fn ending_driver_wakes_another_driver() {
         let clock = Clock::system();
         let [woken, others] = [0, 0].map(|_| Arc::new(Count(AtomicUsize::new(0))));
         let [waker, others_waker] = [woken.clone(), others.clone()].map(Waker::from);
@@ -411,7 +416,11 @@ mod tests {
         assert!(stays.as_mut().poll(&mut Context::from_waker(&others_waker)).is_pending());
         let mut sleep = Box::pin(clock.sleep(Duration::from_secs(20)));
         assert!(sleep.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
-        assert_eq!((woken.0.load(Ordering::SeqCst), others.0.load(Ordering::SeqCst)), (1, 0), "the first was told");
+        assert_eq!(
+            (woken.0.load(Ordering::SeqCst), others.0.load(Ordering::SeqCst)),
+            (1, 0),
+            "the first driver was notified"
+        );
         assert!(ends.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
         drop(ends);
         assert_eq!(others.0.load(Ordering::SeqCst), 1);

@@ -1,4 +1,4 @@
-//! The one error type.
+//! Defines [`Error`], the only error type of the library, and the kinds and causes in it.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -10,42 +10,44 @@ use crate::token::Token;
 /// The result of a call to stanchion.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, by what the caller can do about it.
+/// The kind of an [`Error`], by how the caller can react.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The wait limit was reached; nothing is held.
+    /// The wait limit was reached. Nothing is held.
     Timeout,
-    /// The caller's cancellation token fired; nothing is held.
+    /// The caller's cancellation token fired. Nothing is held.
     Cancelled,
-    /// The handle is draining or closed: it takes no new holds.
+    /// The handle is draining or closed, and takes no new holds.
     Draining,
-    /// The hold was lost while it was in use.
+    /// The lock was lost while it was in use. Stop the work: another holder may get the key.
     Lost(LossCause),
-    /// The key is held by another, and the call promised not to wait.
+    /// Someone else holds the key, and the call does not wait.
     Busy,
-    /// An argument is out of its documented range.
+    /// An argument is outside its documented range.
     InvalidArgument,
-    /// The store or the file system refused the credentials or the rights.
+    /// The store or the file system rejected the credentials, or denied access.
     Unauthorized,
-    /// The store cannot be reached or cannot serve now.
+    /// The store cannot be reached, or cannot serve now. Transient.
     Unavailable,
-    /// The store asks for fewer requests.
+    /// The store asks for fewer requests. Transient: see [`Error::retry_after`].
     RateLimited,
-    /// No answer within the time for one request; the request did nothing or can be repeated.
+    /// The store did not answer within the time for one request. Transient: the request did nothing, or can be
+    /// repeated.
     NetworkTimeout,
-    /// The request was sent and its answer is not known. The error carries the token; the library cleans up behind it.
+    /// The request was sent, and its outcome is unknown. Transient. The error carries the token, and the keeper cleans
+    /// up.
     Indeterminate,
-    /// The store lacks the capability.
+    /// The store or this build lacks the feature.
     Unsupported,
-    /// The store would lose locks, or cannot be used as it is. The message says what is wrong and how to mend it.
+    /// The store would lose locks, or cannot be used as it is configured. The message says what to change.
     Misconfigured,
-    /// A defect of the library or of the store's data.
+    /// The library has a defect, or the store's data is damaged.
     Internal,
 }
 
 impl ErrorKind {
-    /// Its name, in lower case with underscores: as logs and metrics have it.
+    /// Returns the name in lower case with underscores, as in logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Timeout => "timeout",
@@ -70,19 +72,19 @@ impl ErrorKind {
     }
 }
 
-/// Why a hold was lost.
+/// The reason why a lock was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum LossCause {
     /// The session could not be renewed in time, or the store ended it.
     SessionExpired,
-    /// The hold's own lifetime ran out.
+    /// The fixed lifetime of the hold is over ([`LockRequest::ttl`](crate::LockRequest::ttl)).
     TtlExpired,
-    /// `max_hold` was reached.
+    /// The hold reached its [`max_hold`](crate::LockRequest::max_hold).
     MaxHold,
-    /// No heartbeat came within `heartbeat_within`.
+    /// No heartbeat came within [`heartbeat_within`](crate::LockRequest::heartbeat_within).
     HeartbeatMissed,
-    /// Somebody released it by force.
+    /// Somebody released the hold with [`Locks::force_release`](crate::Locks::force_release).
     ForceReleased,
     /// The store no longer has the hold.
     Missing,
@@ -91,7 +93,7 @@ pub enum LossCause {
 }
 
 impl LossCause {
-    /// Its name, in lower case with underscores: as logs and metrics have it.
+    /// Returns the name in lower case with underscores, as in logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::SessionExpired => "session_expired",
@@ -104,7 +106,8 @@ impl LossCause {
         }
     }
 
-    /// The holder knows before the store does: the key stays taken for the grace in which the holder stops.
+    /// Returns whether the holder notices this loss before the store does, so that the store keeps the key locked for
+    /// the grace in which the holder stops.
     pub(crate) fn leaves_grace(self) -> bool {
         matches!(self, Self::TtlExpired | Self::MaxHold | Self::HeartbeatMissed)
     }
@@ -124,16 +127,32 @@ impl fmt::Display for LossCause {
     }
 }
 
-/// An error of stanchion: what went wrong, on which key, in which store.
+/// An error of stanchion, with the key and the store that it is about.
 ///
-/// `Display` is one line that names the key and the store and never a secret; the cause is in [`source`](StdError::source).
-/// Contention is not an error: a call that may meet it says so in its return type.
+/// `Display` is one line that names the key and the store, and never contains a secret. The cause is in
+/// [`source`](StdError::source). Contention is not an error: calls that do not wait return an `Option`.
+///
+/// ```
+/// use std::time::Duration;
+/// use stanchion::ErrorKind;
+///
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// # let locks = stanchion::Locks::open("memory:").await?;
+/// # let _guard = locks.lock("report").await?;
+/// match locks.lock("report").wait(Duration::from_millis(10)).await {
+///     Ok(guard) => println!("held under fence {}", guard.fence()),
+///     Err(error) if error.kind() == ErrorKind::Timeout => println!("someone else makes the report"),
+///     Err(error) if error.is_transient() => println!("try again later: {error}"),
+///     Err(error) => return Err(error),
+/// }
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
 pub struct Error(Box<Inner>);
 
 struct Inner {
     kind: ErrorKind,
     message: String,
-    /// The request may have taken effect although an error came back.
+    /// The request may have taken effect although it failed.
     in_doubt: bool,
     retry_after: Option<Duration>,
     key: Option<Key>,
@@ -143,7 +162,7 @@ struct Inner {
 }
 
 impl Error {
-    /// An error of this kind. The message is a lowercase fragment without a final period and without secrets.
+    /// Creates an error of this kind. The message is a lowercase fragment without a final period and without secrets.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Inner {
             kind,
@@ -157,12 +176,13 @@ impl Error {
         }))
     }
 
-    /// What went wrong.
+    /// Returns the kind, which says how the caller can react.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// Whether the same call may succeed later without a change: the store was away, busy or slow.
+    /// Returns whether the same call may succeed later without a change, because the store was unavailable, busy or
+    /// slow.
     ///
     /// ```
     /// use stanchion::{Error, ErrorKind};
@@ -173,13 +193,13 @@ impl Error {
         self.0.kind.is_transient()
     }
 
-    /// The same fault as another kind, said in other words; the cause stays.
+    /// Replaces the kind and the message, and keeps the source.
     pub(crate) fn restate(mut self, kind: ErrorKind, message: String) -> Self {
         (self.0.kind, self.0.message) = (kind, message);
         self
     }
 
-    /// The same for another who is told of it. Of the cause the text is left.
+    /// Copies the error for another caller. The copy has the text of the source, but not its type.
     pub(crate) fn duplicate(&self) -> Self {
         let Inner { kind, message, in_doubt, retry_after, key, token, store, source } = &*self.0;
         Self(Box::new(Inner {
@@ -194,14 +214,14 @@ impl Error {
         }))
     }
 
-    /// What went wrong, without the names of the key and the store.
+    /// Returns the message without the names of the key and the store.
     pub(crate) fn message(&self) -> &str {
         &self.0.message
     }
 
-    /// Whether the request may have taken effect although it failed.
+    /// Returns whether the request may have taken effect although it failed.
     ///
-    /// Always for [`ErrorKind::Indeterminate`]; for other kinds it depends on what became of the request.
+    /// It is always `true` for [`ErrorKind::Indeterminate`]. For other kinds it depends on how far the request got.
     ///
     /// ```
     /// use stanchion::{Error, ErrorKind};
@@ -212,22 +232,22 @@ impl Error {
         self.0.in_doubt || self.0.kind == ErrorKind::Indeterminate
     }
 
-    /// The key the call was about.
+    /// Returns the key that the call was about.
     pub fn key(&self) -> Option<&Key> {
         self.0.key.as_ref()
     }
 
-    /// The name of the store.
+    /// Returns the name of the store.
     pub fn store(&self) -> Option<&'static str> {
         self.0.store
     }
 
-    /// The token of a request whose outcome is not known ([`ErrorKind::Indeterminate`]).
+    /// Returns the token of a request whose outcome is unknown ([`ErrorKind::Indeterminate`]).
     pub fn token(&self) -> Option<&Token> {
         self.0.token.as_ref()
     }
 
-    /// How long to wait before another try, where the store said so.
+    /// Returns how long to wait before another attempt, if the store named a time.
     pub fn retry_after(&self) -> Option<Duration> {
         self.0.retry_after
     }
@@ -239,14 +259,14 @@ impl Error {
         self
     }
 
-    /// Adds the key, unless one is there already.
+    /// Adds the key, unless the error has one.
     #[must_use]
     pub fn with_key(mut self, key: &Key) -> Self {
         self.0.key.get_or_insert_with(|| key.clone());
         self
     }
 
-    /// Puts this key in the place of the one that is there.
+    /// Replaces the key if the error has one.
     pub(crate) fn replace_key(mut self, key: &Key) -> Self {
         if let Some(there) = &mut self.0.key {
             *there = key.clone();
@@ -254,22 +274,23 @@ impl Error {
         self
     }
 
-    /// Adds the store's name, unless one is there already.
+    /// Adds the store's name, unless the error has one.
     #[must_use]
     pub fn with_store(mut self, store: &'static str) -> Self {
         self.0.store.get_or_insert(store);
         self
     }
 
-    /// Adds how long to wait before another try.
+    /// Adds how long to wait before another attempt.
     #[must_use]
     pub fn with_retry_after(mut self, after: Duration) -> Self {
         self.0.retry_after = Some(after);
         self
     }
 
-    /// States whether the request may have taken effect. Stores set it where the kind alone does not tell; that an
-    /// [`ErrorKind::Indeterminate`] may have, its kind says already.
+    /// Sets whether the request may have taken effect.
+    ///
+    /// Stores call this if the kind alone does not say it. An [`ErrorKind::Indeterminate`] always stays in doubt.
     #[must_use]
     pub fn in_doubt(mut self, in_doubt: bool) -> Self {
         self.0.in_doubt = in_doubt;
@@ -315,7 +336,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_names_key_and_store_in_one_line() {
+    fn display_names_key_and_store_in_one_line() {
         let key = Key::new("", "invoice:42").unwrap();
         let error = Error::new(ErrorKind::Timeout, "not obtained within 5s").with_key(&key).with_store("sqlite");
         assert_eq!(error.to_string(), "key `invoice:42` in sqlite: not obtained within 5s");
@@ -338,26 +359,26 @@ mod tests {
         ErrorKind::Internal,
     ];
 
-    /// Whether an error is in doubt as it is made, after a store said that it is, and after a store said that it is not.
+    /// Compares an error as it was made, after a store set the doubt, and after a store cleared it.
     #[test]
     fn kind_and_doubt_agree() {
         for kind in ALL {
             let made = Error::new(kind, "x").is_in_doubt();
-            let [yes, no] = [true, false].map(|told| Error::new(kind, "x").in_doubt(told).is_in_doubt());
+            let [yes, no] = [true, false].map(|in_doubt| Error::new(kind, "x").in_doubt(in_doubt).is_in_doubt());
             let expected = match kind {
                 ErrorKind::Indeterminate => (true, true, true),
                 ErrorKind::NetworkTimeout => (true, true, false),
                 _ => (false, true, false),
             };
             assert_eq!((made, yes, no), expected, "{kind:?}");
-            // Whatever it was before.
+            // The new kind decides, even if a store had cleared the doubt.
             let restated = Error::new(kind, "x").in_doubt(false).restate(ErrorKind::Indeterminate, "y".into());
             assert!(restated.is_in_doubt() && format!("{restated:?}").contains("in_doubt: true"), "{kind:?}");
         }
     }
 
     #[test]
-    fn only_faults_that_pass_are_transient() {
+    fn transient_kinds_are_the_documented_four() {
         use ErrorKind::*;
         let transient: Vec<_> = ALL.into_iter().filter(|kind| Error::new(*kind, "x").is_transient()).collect();
         assert_eq!(transient, [Unavailable, RateLimited, NetworkTimeout, Indeterminate]);

@@ -1,4 +1,4 @@
-//! Events: what happened, for whoever listens.
+//! Defines [`Event`], delivers events to listeners and hands them to telemetry.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -14,66 +14,92 @@ use crate::key::Key;
 use crate::telemetry::Telemetry;
 use crate::token::SessionId;
 
-/// Something that happened to the locks of one handle.
+/// Something that happened to the locks of one handle. [`Locks::events`](crate::Locks::events) returns a stream of
+/// them.
+///
+/// Fields may be added: match with `..`.
+///
+/// ```
+/// use stanchion::Event;
+///
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// # let locks = stanchion::Locks::open("memory:").await?;
+/// let mut events = locks.events();
+/// let guard = locks.lock("report").await?;
+/// match events.next().await {
+///     Some(Event::Acquired { key, fence, .. }) => println!("{key} is held under fence {fence}"),
+///     Some(Event::Lost { key, cause, .. }) => println!("{key} was lost: {cause}"),
+///     _ => {}
+/// }
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
-    /// A hold was granted.
+    /// A lock was granted.
+    #[non_exhaustive]
     Acquired {
         /// The key.
         key: Key,
         /// The fence of the hold.
         fence: Fence,
-        /// The time from the call to the grant.
+        /// Time from the call to the grant.
         waited: Duration,
     },
-    /// A call has to wait.
+    /// A call started to wait for a key.
+    #[non_exhaustive]
     Contended {
         /// The key.
         key: Key,
-        /// How many wait before it.
+        /// Number of waiters before this call in the queue.
         ahead: u32,
     },
-    /// A call has to wait, or is refused, while the holders share the key with another limit than the call says. The smaller
-    /// limit holds until the holders of the other are gone.
+    /// A call waits or was rejected, and the holders use another limit of the key than the call.
+    ///
+    /// The smaller limit applies until the holders with the other one are gone.
+    #[non_exhaustive]
     LimitsDiffer {
         /// The key.
         key: Key,
-        /// The smallest limit of the holders. Readers count as [`Demand::MAX`](crate::store::Demand::MAX).
+        /// The smallest limit among the holders. Readers count as [`Demand::MAX`](crate::store::Demand::MAX).
         in_use: u32,
         /// The limit of the call.
         asked: u32,
     },
-    /// A hold's deadline was set anew.
+    /// A guard changed its deadline with [`Guard::extend`](crate::Guard::extend).
+    #[non_exhaustive]
     Extended {
         /// The key.
         key: Key,
         /// The fence of the hold.
         fence: Fence,
-        /// What is left of its lifetime.
+        /// The remaining time that the guard set.
         ttl: Duration,
     },
-    /// A hold was released by its guard.
+    /// A guard released its lock.
+    #[non_exhaustive]
     Released {
         /// The key.
         key: Key,
         /// The fence of the hold.
         fence: Fence,
-        /// The time from the grant to the release.
+        /// Time from the grant to the release.
         held: Duration,
     },
-    /// A hold was lost.
+    /// A lock was lost.
+    #[non_exhaustive]
     Lost {
         /// The key.
         key: Key,
         /// The fence of the hold.
         fence: Fence,
-        /// Why.
+        /// The cause of the loss.
         cause: LossCause,
-        /// What the one who forced it said, if somebody did.
+        /// The reason that was given to a force-release.
         reason: Option<String>,
     },
-    /// A hold of somebody was released by force through this handle.
+    /// This handle force-released a hold.
+    #[non_exhaustive]
     ForceReleased {
         /// The key.
         key: Key,
@@ -82,41 +108,62 @@ pub enum Event {
         /// The reason that was given.
         reason: String,
     },
-    /// The session is over; its holds are lost and another session is being opened.
+    /// The session ended. Its holds are lost, and the keeper opens another session.
+    #[non_exhaustive]
     SessionLost {
-        /// The session.
+        /// The session that ended.
         session: SessionId,
     },
-    /// Something failed in the background, or will be tried again.
+    /// A request failed in the background, or will be retried.
+    #[non_exhaustive]
     Error {
         /// The kind of the error.
         kind: ErrorKind,
-        /// The key it was about.
+        /// The key of the request.
         key: Option<Key>,
-        /// The error's text.
+        /// The text of the error.
         message: String,
     },
-    /// The store may lose locks as it is set up, or cannot do all it could. See also
-    /// [`Locks::warnings`](crate::Locks::warnings).
+    /// The store may lose locks as it is configured, or works with reduced features.
+    ///
+    /// [`Locks::warnings`](crate::Locks::warnings) returns all warnings so far.
+    #[non_exhaustive]
     Warning {
-        /// What, and how to mend it.
+        /// The problem and how to solve it.
         message: String,
     },
-    /// The handle takes no new holds.
+    /// The handle started to drain, and takes no new holds.
+    #[non_exhaustive]
     Draining {
         /// The reason that was given.
         reason: String,
     },
-    /// The listener was too slow: this many events are missing here.
+    /// The listener was too slow, and events were dropped here.
+    #[non_exhaustive]
     Missed {
-        /// How many.
+        /// Number of dropped events.
         count: u64,
     },
 }
 
-/// The events of one handle, from the moment of [`Locks::events`](crate::Locks::events) on.
+/// A stream of one handle's events, from the call of [`Locks::events`](crate::Locks::events) on.
 ///
-/// A listener that falls behind by more than 1,024 events is told how many it missed.
+/// It buffers up to 1,024 events. If the listener falls further behind, [`Event::Missed`] says how many were dropped.
+/// It also implements `Stream`; blocking code uses [`blocking::Locks::events`](crate::blocking::Locks::events).
+///
+/// ```
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// # let locks = stanchion::Locks::open("memory:").await?;
+/// let mut events = locks.events();
+/// let log = tokio::spawn(async move {
+///     while let Some(event) = events.next().await {
+///         eprintln!("{event:?}");
+///     }
+/// });
+/// # drop(locks);
+/// # log.await.unwrap();
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
 #[derive(Debug)]
 pub struct EventStream {
     events: mpsc::Receiver<Event>,
@@ -124,7 +171,7 @@ pub struct EventStream {
 }
 
 impl EventStream {
-    /// The next event; `None` when the handle is gone.
+    /// Waits for the next event. Returns `None` when the handle is gone.
     ///
     /// # Cancel safety
     /// A dropped future loses no event.
@@ -149,12 +196,12 @@ impl futures_core::Stream for EventStream {
     }
 }
 
-/// The one observer: everything that is told to the outside goes through it.
+/// The only way out for events: delivers each one to the listeners and to telemetry.
 #[derive(Debug, Default)]
 pub(crate) struct Observer {
     listeners: Mutex<Arc<Vec<Listener>>>,
     count: AtomicUsize,
-    /// None: nobody collects.
+    /// `None` if the events are not collected.
     telemetry: Option<Telemetry>,
 }
 
@@ -181,7 +228,7 @@ impl Observer {
         EventStream { events, missed }
     }
 
-    /// Tells an event, which is made only if somebody listens.
+    /// Publishes an event. The closure that makes it runs only if somebody listens.
     pub(crate) fn tell(&self, event: impl FnOnce() -> Event) {
         let is_heard = self.count.load(Ordering::Acquire) != 0;
         let collector = self.telemetry.filter(|telemetry| telemetry.is_on());
@@ -190,12 +237,13 @@ impl Observer {
         }
         let event = event();
         if let Some(collector) = collector {
-            collector.tell(&event);
+            collector.record(&event);
         }
         if !is_heard {
             return;
         }
-        // Sending wakes tasks, and that may drop one that has something to tell: no lock is held meanwhile.
+        // Sending wakes tasks, and a waker may drop a task that publishes an event itself: so the list is not locked
+        // here.
         let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut closed = false;
         for listener in listeners.iter() {
@@ -229,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_listener_is_told_how_much_it_missed() {
+    fn slow_listener_gets_the_missed_count() {
         let observer = Observer::default();
         let mut stream = observer.listen();
         for _ in 0..1_030 {
@@ -241,12 +289,12 @@ mod tests {
     }
 
     #[test]
-    fn no_event_is_made_when_nobody_listens() {
+    fn unobserved_events_are_not_made() {
         let observer = Observer::default();
         observer.tell(|| unreachable!("nobody listens"));
         let stream = observer.listen();
         drop(stream);
-        observer.tell(|| draining("the one that notices the end"));
+        observer.tell(|| draining("this send finds the closed listener"));
         observer.tell(|| unreachable!("nobody listens any more"));
     }
 }

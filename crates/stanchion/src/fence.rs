@@ -1,16 +1,17 @@
-//! Fences: numbers that tell an older grant from a newer one.
+//! Defines [`Fence`], the number that orders the grants of a key.
 
 use std::fmt;
 
 use crate::error::{Error, ErrorKind};
 
-/// A fencing token: strictly increasing over all grants of one key.
+/// A fencing token: a number that strictly increases over all grants of one key.
 ///
-/// Send it with every side effect, and let the resource refuse a number below the highest it has seen: then a holder
-/// that woke up too late cannot do harm, whatever happened to its clock or its network.
+/// Send it with every side effect, and let the resource reject a number below the highest that it has seen. Then a
+/// holder that wakes up too late cannot do harm, even if its clock or its network failed. Fences of different keys have
+/// no order.
 ///
-/// A fence is `max(last + 1, the store's clock in µs)`, below 2^53 until the year 2255, so that it is exact in a
-/// double too. `Display` pads it to 20 digits: text order is number order.
+/// A fence is `max(last + 1, the store's clock in µs since 1970)`. It stays below 2^53 until the year 2255, so a double
+/// represents it exactly. `Display` pads it to 20 digits, so that text order is number order.
 ///
 /// ```
 /// use stanchion::Fence;
@@ -24,21 +25,22 @@ use crate::error::{Error, ErrorKind};
 pub struct Fence(u64);
 
 impl Fence {
-    /// A fence from its number, as read from a resource or a log.
+    /// Creates a fence from its number, as read from a resource or a log.
     pub const fn new(number: u64) -> Self {
         Self(number)
     }
 
-    /// The number.
+    /// Returns the number.
     pub const fn get(self) -> u64 {
         self.0
     }
 
-    /// Returns the fence of a grant made when the store's clock shows `clock_us` and `last` was the newest fence of the
-    /// key; `None` if there is no higher number. Then a store grants the key no more, because a fence that repeats or
-    /// falls is worse than no lock.
+    /// Returns the next fence of a key, given its newest fence `last` and the store's clock in µs since 1970.
     ///
-    /// For store authors: one rule in one place, so that all stores count alike.
+    /// It returns `None` if there is no higher number. A store then rejects all requests for the key, because a fence
+    /// that repeats or falls is worse than no lock.
+    ///
+    /// For authors of stores: all stores share this rule.
     #[must_use]
     pub const fn next(last: Option<Self>, clock_us: u64) -> Option<Self> {
         match last {
@@ -50,9 +52,9 @@ impl Fence {
         }
     }
 
-    /// The error of a key whose newest fence is the highest number that its store has.
+    /// Returns the error for a key whose newest fence is the highest number that the store has.
     pub(crate) fn used_up() -> Error {
-        let message = "the newest fence of this key is the highest number there is, so nobody can be granted the key; \
+        let message = "the newest fence of this key is the highest number there is, so the key cannot be granted again; \
                        its record is damaged: delete it while nothing uses the key";
         Error::new(ErrorKind::Internal, message)
     }
@@ -89,19 +91,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_next_fence_is_higher_than_the_last_and_not_behind_the_clock() {
+    fn next_fence_exceeds_last_and_follows_clock() {
         let next = |last: Option<u64>, clock| Fence::next(last.map(Fence::new), clock).map(Fence::get);
         assert_eq!(next(None, 5), Some(5));
         assert_eq!(next(Some(4), 5), Some(5));
         assert_eq!(next(Some(5), 5), Some(6));
         assert_eq!(next(Some(9), 5), Some(10), "a clock that stepped back changes nothing");
         assert_eq!(next(Some(u64::MAX - 1), 5), Some(u64::MAX));
-        assert_eq!(next(Some(u64::MAX), 5), None, "no fence is repeated, and none falls");
+        assert_eq!(next(Some(u64::MAX), 5), None, "a fence neither repeats nor falls");
         assert_eq!(next(Some(u64::MAX), u64::MAX), None);
     }
 
     #[test]
-    fn text_order_is_number_order() {
+    fn text_order_matches_number_order() {
         let mut numbers = [0, 9, 10, 99, 1 << 53, u64::MAX];
         numbers.sort_by_key(|n| Fence::new(*n).to_string());
         assert!(numbers.is_sorted());

@@ -1,4 +1,4 @@
-//! Guards: what a holder has in its hand.
+//! Defines [`Guard`], a lock that is held.
 
 use std::sync::Arc;
 use std::sync::{Mutex, PoisonError};
@@ -18,27 +18,46 @@ use crate::shared::{End, Shared};
 use crate::store::{EndOutcome, ExtendOutcome};
 use crate::token::{Token, TokenId};
 
-/// A hold, as long as it is not dropped. Dropping it releases in the background, from anywhere: without a runtime, after
-/// the runtime has ended, while unwinding.
+/// A lock that is held. Dropping the guard releases the lock.
 ///
-/// What it says of itself is local, without I/O, on a clock that counts suspended time; it errs on the early side.
-/// Only the fence protects against a holder that acts too late: send it with every side effect.
+/// The drop does not wait: the keeper releases the lock in the background. A guard can be dropped anywhere: without a
+/// runtime, after the runtime has ended, while unwinding.
+///
+/// The accessors do no I/O and use a clock that includes suspend time. They may report a loss slightly early, never
+/// late.
+///
+/// Only the [`fence`](Guard::fence) protects against a holder that acts too late, such as a process that was paused:
+/// send it with every side effect, and let the resource reject lower ones.
+///
+/// ```
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// # let locks = stanchion::Locks::open("memory:").await?;
+/// # async fn write(_row: u32, _fence: stanchion::Fence) {}
+/// let guard = locks.lock("import").await?;
+/// for row in 0..3 {
+///     guard.check()?; // stops if the lock is lost
+///     write(row, guard.fence()).await;
+/// }
+/// guard.release().await?;
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
 #[derive(Debug)]
 #[must_use = "dropping a guard releases the lock"]
 pub struct Guard {
     locks: Locks,
     hold: Arc<Hold>,
     cooldown: Mutex<Option<Duration>>,
-    /// Nothing is left to release: it was released or detached.
+    /// The guard was released or detached, so dropping it releases nothing.
     spent: bool,
 }
 
-/// What a release found.
+/// The result of a release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Released {
     /// The hold ended with this call.
     Now,
-    /// It had been lost before. Its last effects may have been fenced out.
+    /// The hold had been lost before. The resource may have rejected its last writes.
     AlreadyLost,
 }
 
@@ -51,41 +70,47 @@ impl Guard {
         &self.locks.handle.shared
     }
 
-    /// The key.
+    /// Returns the key.
     pub fn key(&self) -> &Key {
         &self.hold.key
     }
 
-    /// The fence of this hold: send it with every side effect.
+    /// Returns the fence of this hold. Send it with every side effect.
     pub fn fence(&self) -> Fence {
         self.hold.fence
     }
 
-    /// Whether the lock is still believed to be held. Local. `false` in a forked child: the hold is its parent's.
+    /// Returns whether the lock is held, by the holder's clock. Does no I/O.
+    ///
+    /// It is `false` in a forked child, because the parent holds the lock.
     pub fn is_held(&self) -> bool {
         self.shared().is_own_process() && self.loss().is_none()
     }
 
-    /// Why the hold is lost, if it is. Local.
+    /// Returns why the lock was lost, or `None` while it is held. Does no I/O.
     pub fn loss(&self) -> Option<LossCause> {
         let cause = self.hold.ended(self.shared().clock.now())?;
         if !self.shared().is_own_process() {
-            // The parent announces it. A forked child shares its connections and must not act on them.
+            // The parent announces the loss. A forked child shares the parent's connections and must not act on them.
             return Some(cause);
         }
-        // Who looks first announces it: lost is final from here on, whether or not the keeper has come to it.
+        // The first caller that sees the loss announces it. The loss is final from here on, even if the keeper has not
+        // noticed it yet.
         self.shared().lose(&self.hold, cause, None);
         Some(cause)
     }
 
-    /// How long until the hold is lost if nothing renews it; zero when it is lost; `None` if nothing but the end of the
-    /// process ends it. Local.
+    /// Returns the time until the lock is lost unless something renews it. Does no I/O.
+    ///
+    /// It is zero after a loss, and `None` if the hold ends only with the process.
     pub fn remaining(&self) -> Option<Duration> {
         self.until(self.hold.stop_by())
     }
 
-    /// How long nobody else can get the key: later than [`remaining`](Guard::remaining) by the time that a holder has to
-    /// stop. `None` if nothing but the end of the process ends it. Local.
+    /// Returns the time for which nobody else can get the key. Does no I/O.
+    ///
+    /// This is longer than [`remaining`](Guard::remaining) by the time in which a holder stops after a loss. `None` if
+    /// the hold ends only with the process.
     pub fn valid_for(&self) -> Option<Duration> {
         let until = self.hold.valid_until();
         (until != BootTime::NEVER).then(|| until.since(self.shared().clock.now()))
@@ -98,20 +123,34 @@ impl Guard {
         (end != BootTime::NEVER).then(|| end.since(self.shared().clock.now()))
     }
 
-    /// An error if the hold is lost. Local.
+    /// Returns an error if the lock is lost. Does no I/O.
     ///
     /// # Errors
-    /// [`ErrorKind::Lost`]; [`ErrorKind::Unsupported`] in a forked child, because the hold is its parent's.
+    /// [`ErrorKind::Lost`]; [`ErrorKind::Unsupported`] in a forked child, because the parent holds the lock.
     pub fn check(&self) -> Result<()> {
         self.shared().check_process().map_err(|error| self.name(error))?;
         self.loss().map_or(Ok(()), |cause| Err(self.lost_error(cause)))
     }
 
-    /// Waits until the hold is lost. It fires before anybody else can have the key, with no network needed; it does not
-    /// fire for a guard that is released.
+    /// Waits until the lock is lost, and returns why.
+    ///
+    /// It returns before anyone else can get the key, without a network. It never returns for a lock that is released
+    /// in time.
+    ///
+    /// ```
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// # async fn work() {}
+    /// let guard = locks.lock("import").await?;
+    /// tokio::select! {
+    ///     () = work() => guard.release().await.map(drop)?,
+    ///     cause = guard.lost() => eprintln!("stopped: {cause}"),
+    /// }
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
     ///
     /// # Cancel safety
-    /// A dropped future loses nothing: lost is final.
+    /// A dropped future misses nothing, because a loss is final.
     pub async fn lost(&self) -> LossCause {
         loop {
             if let Some(cause) = self.loss() {
@@ -119,38 +158,41 @@ impl Guard {
             }
             tokio::select! {
                 () = self.hold.lost_token().cancelled() => {}
-                // The keeper announces; if its thread is starved, the clock is enough.
+                // The keeper announces losses. If its thread is starved, the clock alone is enough.
                 () = self.shared().clock.sleep_until(self.hold.stop_by()) => {}
             }
         }
     }
 
-    /// Fires when the hold is lost. For code that knows nothing of guards.
+    /// Returns a token that is cancelled when the lock is lost. Pass it to code that knows nothing of guards.
     pub fn cancel_token(&self) -> CancellationToken {
         self.hold.lost_token().child_token()
     }
 
-    /// The reason, if the handle is draining: finish soon.
+    /// Returns the reason if the handle is draining, so that the holder can finish soon.
     pub fn draining(&self) -> Option<&str> {
         self.locks.draining()
     }
 
-    /// Sets the remaining time of a fixed lifetime, or of `max_hold`, to `ttl` from now; shorter than before, if so wished. The
-    /// holder has all of that time, as with [`ttl`](crate::LockRequest::ttl), whatever the request said.
+    /// Sets the remaining time of a fixed lifetime, or of `max_hold`, to `ttl` from now. The new time may be shorter.
+    ///
+    /// The holder can use all of that time, as with [`ttl`](crate::LockRequest::ttl), also if the request used
+    /// [`expires_after`](crate::LockRequest::expires_after).
     ///
     /// # Errors
-    /// [`ErrorKind::Lost`] if the hold is lost, also when the store says so; [`ErrorKind::InvalidArgument`] if the hold
-    /// has no deadline; the store's faults, after which the old deadline counts. An extension without an answer may reach
-    /// the store late: from then on no extension of this hold is believed for longer than that one asked for.
+    /// - [`ErrorKind::Lost`] if the lock is lost, or the store no longer has the hold.
+    /// - [`ErrorKind::InvalidArgument`] if the hold has no deadline, or `ttl` is out of range.
+    /// - Any other error of the store. The old deadline then applies. If the answer to an extension was lost, the store
+    ///   may apply that extension late: from then on, this guard does not trust any extension for longer than that one.
     ///
     /// # Cancel safety
-    /// If the future is dropped the deadline may have been set in the store; this guard goes by the old one, or by the
-    /// new one where that is earlier.
+    /// If the future is dropped, the store may or may not have applied the new deadline. The guard uses the earlier of
+    /// the two.
     pub async fn extend(&self, ttl: Duration) -> Result<()> {
         check_duration("the new ttl", ttl).map_err(|error| self.name(error))?;
         self.check()?;
         if !self.hold.has_deadline() {
-            let message = "this hold lasts as long as its session and has no deadline to extend; ask for it with a ttl";
+            let message = "this hold lasts as long as its session and has no deadline to extend; request it with a ttl";
             return Err(self.name(Error::new(ErrorKind::InvalidArgument, message)));
         }
         let shared = self.shared();
@@ -160,7 +202,7 @@ impl Guard {
         let drift = shared.config.drift;
         let in_store = drift.lengthen(ttl);
         let before = self.hold.extension_asked(in_store);
-        // A shorter lifetime may count before its answer comes.
+        // The store may apply a shorter lifetime before its answer arrives.
         let at_least = asked.after(drift.shorten(in_store));
         if at_least < self.hold.own_until() {
             self.hold.extend(asked, at_least, ttl);
@@ -193,11 +235,14 @@ impl Guard {
         }
     }
 
-    /// A sign of life of the work under the lock: see [`heartbeat_within`](crate::LockRequest::heartbeat_within). Local,
-    /// cheap enough for a loop: once in a session's ttl the keeper is told to ask the store whether the hold is still there.
+    /// Reports that the work under the lock makes progress: see
+    /// [`heartbeat_within`](crate::LockRequest::heartbeat_within).
+    ///
+    /// Does no I/O, and is cheap enough for a loop. Once per session ttl it also has the keeper verify the hold in the
+    /// store.
     ///
     /// # Errors
-    /// [`ErrorKind::Lost`] if the hold is lost, [`ErrorKind::Draining`] if the handle is draining.
+    /// [`ErrorKind::Lost`] if the lock is lost, [`ErrorKind::Draining`] if the handle is draining.
     pub fn heartbeat(&self) -> Result<()> {
         self.check()?;
         let now = self.shared().clock.now();
@@ -211,19 +256,19 @@ impl Guard {
         Ok(())
     }
 
-    /// A sign of life, and nothing else.
+    /// Records a heartbeat, without any check.
     pub(crate) fn note_heartbeat(&self, now: BootTime) {
         self.hold.heartbeat(now);
     }
 
-    /// Sleeps under the lock, with [`heartbeat`](Guard::heartbeat)s. It ends early, with an error, when the hold is lost or the
-    /// handle drains.
+    /// Sleeps under the lock and sends [`heartbeat`](Guard::heartbeat)s. It returns early, with an error, if the lock
+    /// is lost or the handle drains.
     ///
     /// # Errors
-    /// As [`Guard::heartbeat`].
+    /// The errors of [`Guard::heartbeat`].
     ///
     /// # Cancel safety
-    /// A dropped future stops sleeping, and nothing else.
+    /// A dropped future only stops sleeping.
     pub async fn sleep(&self, span: Duration) -> Result<()> {
         let shared = self.shared();
         let until = shared.clock.now().after(span);
@@ -242,14 +287,17 @@ impl Guard {
         }
     }
 
-    /// Asks the store whether the hold is there. Not needed for safety: losses are told, and the fence decides. For those who
-    /// want to know now.
+    /// Queries the store whether it still has the hold.
+    ///
+    /// Safety does not need this, because losses are reported and the resource checks the fence. It is for callers that
+    /// want to know at once.
     ///
     /// # Errors
-    /// [`ErrorKind::Lost`] if it is not, or is lost; the store's faults, which say nothing about the hold.
+    /// [`ErrorKind::Lost`] if the hold is gone or was lost before; any error of the store, which says nothing about the
+    /// hold.
     ///
     /// # Cancel safety
-    /// Reads only.
+    /// Only reads.
     pub async fn verify(&self) -> Result<()> {
         self.check()?;
         let shared = self.shared();
@@ -259,15 +307,16 @@ impl Guard {
         self.check()
     }
 
-    /// Has the keeper ask the store for it.
+    /// Has the keeper query the store for this hold.
     pub(crate) fn confirm_soon(&self) {
         self.shared().command(Command::Verify(Asked::whether_it_is_there(self.hold.clone())));
     }
 
-    /// Sets how long the key stays closed after the release, in place of what the request said.
+    /// Sets how long the key stays closed after the release, in place of
+    /// [`LockRequest::cooldown`](crate::LockRequest::cooldown).
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] for a time out of range.
+    /// [`ErrorKind::InvalidArgument`] if the time is out of range.
     pub fn set_cooldown(&self, closed: Option<Duration>) -> Result<()> {
         if let Some(closed) = closed {
             check_duration("the cooldown", closed).map_err(|error| self.name(error))?;
@@ -276,13 +325,13 @@ impl Guard {
         Ok(())
     }
 
-    /// Releases and tells what was found.
+    /// Releases the lock, and returns whether it was still held.
     ///
     /// # Errors
-    /// The store's faults. The hold is given up all the same: the keeper goes on ending it.
+    /// Any error of the store. The lock is given up all the same: the keeper keeps releasing it.
     ///
     /// # Cancel safety
-    /// If the future is dropped the keeper finishes the release.
+    /// If the future is dropped, the keeper finishes the release.
     pub async fn release(mut self) -> Result<Released> {
         let shared = self.shared().clone();
         shared.check_process()?;
@@ -299,7 +348,7 @@ impl Guard {
         let reply = step.result.map_err(|error| self.name(error))?;
         self.spent = true;
         if self.hold.unanswered_until.is_some_and(|until| reply.time <= until) {
-            // A request of this token may still come: the keeper ends that too.
+            // An acquire request of this token may still reach the store. The keeper cleans up after that too.
             shared.end(End::of_hold(&self.hold, None));
         } else {
             shared.forget(self.hold.token);
@@ -307,7 +356,7 @@ impl Guard {
         let repeated_in_time = step.unanswered && self.hold.ended(shared.clock.now()).is_none();
         match reply.outcome {
             EndOutcome::Released => self.tell_released(),
-            // The first answer was lost: it was this call that released it.
+            // The answer to the first attempt was lost, so this call released the hold.
             EndOutcome::Nothing | EndOutcome::Dequeued if repeated_in_time => self.tell_released(),
             EndOutcome::Nothing | EndOutcome::Dequeued => {
                 shared.lose(&self.hold, LossCause::Missing, None);
@@ -317,7 +366,7 @@ impl Guard {
         Ok(Released::Now)
     }
 
-    /// Frees the key before its grace is over: its holder has stopped.
+    /// Releases a lost hold before its grace is over, because its holder has stopped.
     fn end_early(&self, cause: LossCause) {
         if cause.leaves_grace() {
             self.shared().end(End::of_hold(&self.hold, None));
@@ -329,14 +378,15 @@ impl Guard {
         self.shared().observer.tell(|| Event::Released { key: self.key().clone(), fence: self.fence(), held });
     }
 
-    /// Lets go of the hold without releasing it: [`Locks::adopt`] takes it up again with the token.
+    /// Gives up the guard without releasing the lock, and returns the token with which [`Locks::adopt`] takes the hold
+    /// over.
     ///
-    /// A fixed lifetime runs on, and outlives this process: by default for a little longer than its ttl
-    /// ([`LockRequest::expires_after`](crate::LockRequest::expires_after) is for an exact time). A hold bound to the session lives as long as that does.
-    /// `max_hold` still counts in the store; `heartbeat_within` ends with the guard.
+    /// - A fixed lifetime continues and outlives this process. By default it lasts a little longer than its ttl;
+    ///   [`LockRequest::expires_after`](crate::LockRequest::expires_after) makes it exact.
+    /// - A hold that is bound to the session lives as long as the session.
+    /// - `max_hold` still applies in the store. `heartbeat_within` ends with the guard.
     ///
-    /// A child that was forked has its parent's guards, and holds nothing: what it detaches is nobody's, and cannot be taken
-    /// up.
+    /// In a forked child the guards belong to the parent: the returned token identifies no hold and cannot be adopted.
     pub fn detach(mut self) -> Token {
         if !self.shared().is_own_process() {
             return Token::new(self.hold.key.clone(), TokenId::from_bytes([0; 16]), self.hold.session.id);
@@ -345,7 +395,8 @@ impl Guard {
         self.hold.let_go();
         self.shared().keep(&self.hold);
         if self.hold.unanswered_until.is_some() {
-            // A question that comes when the hold has been taken up makes another one of the same token.
+            // An acquire request that arrives after the hold was adopted would create a second hold with this token.
+            // The keeper releases that one, and spares the hold with this fence.
             let mut end = End::of_hold(&self.hold, None);
             end.spared = Some(self.hold.fence);
             self.shared().end(end);
@@ -360,7 +411,7 @@ impl Guard {
     }
 
     fn lost_error(&self, cause: LossCause) -> Error {
-        self.name(Error::new(ErrorKind::Lost(cause), format!("lost: {cause}")))
+        self.name(Error::new(ErrorKind::Lost(cause), format!("the lock is lost: {cause}")))
     }
 
     fn name(&self, error: Error) -> Error {
@@ -370,7 +421,7 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        // A forked child does not own what its parent holds.
+        // A forked child does not own its parent's holds.
         if self.spent || !self.shared().is_own_process() {
             return;
         }

@@ -1,4 +1,4 @@
-//! Keys: the names of the things that are locked.
+//! Defines [`Key`], the validated name of a lock, and its namespaces.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,14 +9,15 @@ use unicode_normalization::{UnicodeNormalization, is_nfc};
 use crate::error::{Error, ErrorKind};
 use crate::printable::is_printable;
 
-/// The name of a thing that one at a time may do, with its namespace.
+/// The name of a lock, with its namespace.
 ///
-/// - 1 to 512 bytes of UTF-8 in Unicode normal form C: a composed and a decomposed spelling are the same key.
-///   Nothing else is folded: case, spaces and look-alikes stay different.
-/// - No NUL. Every other character is allowed, `/`, `:`, `{}` and `..` included.
-/// - A namespace and a name are joined injectively: no two pairs give the same key.
+/// - A name has 1 to 512 bytes of UTF-8 in Unicode normal form C: a composed and a decomposed spelling are the same
+///   key. Case, spaces and look-alikes stay different.
+/// - NUL is not allowed. Every other character is, `/`, `:`, `{}` and `..` included.
+/// - Different pairs of namespace and name never give the same key.
 ///
-/// Keys are checked here, once. A store only encodes them.
+/// The library validates keys here, once. A store only encodes them. Most calls take a `&str`, and make the key in the
+/// namespace of the handle ([`Builder::namespace`](crate::Builder::namespace)).
 ///
 /// ```
 /// use stanchion::Key;
@@ -30,33 +31,33 @@ use crate::printable::is_printable;
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key {
-    /// `<length of the namespace in bytes>:<namespace><name>`, or the name alone after `:` without a namespace.
+    /// `<length of the namespace in bytes>:<namespace><name>`. Without a namespace it is `:<name>`.
     text: Arc<str>,
     name_at: u16,
 }
 
-/// The longest name of a key, in bytes.
+/// Maximum length of a key's name, in bytes.
 pub const MAX_KEY_BYTES: usize = 512;
 
-/// The longest namespace, in bytes.
+/// Maximum length of a namespace, in bytes.
 pub const MAX_NAMESPACE_BYTES: usize = 128;
 
-/// What the namespaces begin with that the library keeps for itself.
+/// First character of the namespaces that are reserved for the library.
 const RESERVED: char = '\u{1}';
 
 impl Key {
-    /// The key `name` in `namespace` (empty: no namespace).
+    /// Creates the key `name` in `namespace`. An empty namespace means none.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] if the name is empty, longer than [`MAX_KEY_BYTES`] or holds a NUL, or if the
-    /// namespace is longer than [`MAX_NAMESPACE_BYTES`], holds a NUL or begins with U+0001.
+    /// [`ErrorKind::InvalidArgument`] if the name is empty, longer than [`MAX_KEY_BYTES`] or contains a NUL, or if the
+    /// namespace is longer than [`MAX_NAMESPACE_BYTES`], contains a NUL or begins with U+0001.
     pub fn new(namespace: &str, name: &str) -> Result<Self, Error> {
         let namespace = normal(namespace);
         check_namespace(&namespace)?;
         Self::join(&namespace, name)
     }
 
-    /// The key that the library keeps for this one, for a purpose of its own. No user's key is equal to it.
+    /// Returns a key that the library derives from this one for a purpose of its own. No user's key equals it.
     pub(crate) fn companion(&self, purpose: &str) -> Result<Self, Error> {
         Self::join(&format!("{RESERVED}{purpose}/{}", self.namespace()), self.name())
     }
@@ -73,7 +74,7 @@ impl Key {
             )));
         }
         if name.contains('\0') {
-            return Err(invalid("a key may not hold a NUL character".into()));
+            return Err(invalid("a key may not contain a NUL character".into()));
         }
         Ok(Self::joined(namespace, &name))
     }
@@ -85,12 +86,12 @@ impl Key {
         Self { text: text.into(), name_at }
     }
 
-    /// The key whose name is all of this one, in another namespace.
+    /// Returns the key in another namespace whose name is all of this key.
     pub(crate) fn within(&self, namespace: &str) -> Self {
         Self::joined(namespace, self.as_encoded())
     }
 
-    /// The key that is this one within the namespace.
+    /// Reverses [`within`](Self::within).
     pub(crate) fn without(&self, namespace: &str) -> Result<Self, Error> {
         match self.as_encoded().strip_prefix(&namespace_prefix(namespace)) {
             Some(text) => Self::from_encoded(text),
@@ -98,54 +99,55 @@ impl Key {
         }
     }
 
-    /// Reads back a key from [`Key::as_encoded`], for stores that keep it as text.
+    /// Reads a key back from the text of [`Key::as_encoded`]. For authors of stores.
     ///
     /// # Errors
-    /// [`ErrorKind::Internal`] if the text was not made by [`Key::as_encoded`].
+    /// [`ErrorKind::Internal`] if [`Key::as_encoded`] did not make the text.
     pub fn from_encoded(text: &str) -> Result<Self, Error> {
         let (length, rest) = text.split_once(':').ok_or_else(malformed)?;
-        // No namespace, the library's own included, is longer than this type can tell.
+        // No namespace, not even a reserved one, has more than 255 bytes.
         let length: u8 = if length.is_empty() { 0 } else { length.parse().map_err(|_| malformed())? };
         let (namespace, name) = rest.split_at_checked(length.into()).ok_or_else(malformed)?;
-        // It was checked when it was made, and a key within a namespace may be longer than a user's.
+        // The limits were checked when the key was made, and a key from `within` may be longer than a user's key.
         let key = Self::joined(namespace, name);
         if name.is_empty() || key.as_encoded() != text { Err(malformed()) } else { Ok(key) }
     }
 
-    /// The whole key as one text, with its namespace: what a store keeps. Injective.
+    /// Returns the whole key as one text, with its namespace, as stores keep it. Different keys have different texts.
     pub fn as_encoded(&self) -> &str {
         &self.text
     }
 
-    /// The name, without the namespace.
+    /// Returns the name without the namespace.
     pub fn name(&self) -> &str {
         &self.text[usize::from(self.name_at)..]
     }
 
-    /// The namespace, empty if there is none.
+    /// Returns the namespace, which is empty if there is none.
     pub fn namespace(&self) -> &str {
         let prefix = &self.text[..usize::from(self.name_at)];
         prefix.split_once(':').map_or("", |(_, namespace)| namespace)
     }
 }
 
-/// Refuses what is no namespace for users.
+/// Rejects a namespace that users may not have.
 pub(crate) fn check_namespace(namespace: &str) -> Result<(), Error> {
     if namespace.len() > MAX_NAMESPACE_BYTES {
         let length = namespace.len();
         return Err(invalid(format!("the namespace has {length} bytes, the longest allowed is {MAX_NAMESPACE_BYTES}")));
     }
     if namespace.contains('\0') || namespace.starts_with(RESERVED) {
-        return Err(invalid("a namespace may not hold a NUL character nor begin with U+0001".into()));
+        return Err(invalid("a namespace may not contain a NUL character or begin with U+0001".into()));
     }
     Ok(())
 }
 
-/// The part of an encoded key that every key of a namespace begins with, and no other key does.
+/// Returns the text with which the encoded keys of a namespace begin, and no other keys.
 pub(crate) fn namespace_prefix(namespace: &str) -> String {
     if namespace.is_empty() { ":".into() } else { format!("{}:{namespace}", namespace.len()) }
 }
 
+/// Returns the text in Unicode normal form C.
 pub(crate) fn normal(text: &str) -> Cow<'_, str> {
     if text.is_ascii() || is_nfc(text) { text.into() } else { text.nfc().collect() }
 }
@@ -159,7 +161,7 @@ fn invalid(message: String) -> Error {
 }
 
 impl fmt::Display for Key {
-    /// The name, with everything escaped that a terminal, a log or a reader is fooled by, and the backslash.
+    /// Shows the name. Escapes the backslash and all characters that could mislead a terminal, a log or a reader.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for c in self.name().chars() {
             if is_printable(c) && c != '\\' { write!(f, "{c}")? } else { write!(f, "{}", c.escape_default())? }
@@ -179,16 +181,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_of_512_bytes_is_accepted_and_513_are_not() {
+    fn names_are_limited_to_512_bytes() {
         assert!(Key::new("", &"x".repeat(512)).is_ok());
         assert_eq!(Key::new("", &"x".repeat(513)).unwrap_err().kind(), ErrorKind::InvalidArgument);
-        // Bytes count, not characters.
+        // The limit counts bytes, not characters.
         assert!(Key::new("", &"é".repeat(256)).is_ok());
         assert!(Key::new("", &"é".repeat(257)).is_err());
     }
 
     #[test]
-    fn namespaces_and_names_are_joined_injectively() {
+    fn different_pairs_give_different_keys() {
         let pairs =
             [("", "1:ab"), ("a", "b"), ("ab", "c"), ("a", "bc"), ("", "a:b"), ("1:a", "b"), ("", ":"), (":", "x")];
         for (i, a) in pairs.iter().enumerate() {
@@ -200,14 +202,14 @@ mod tests {
     }
 
     #[test]
-    fn what_the_library_keeps_for_itself_is_no_users_key() {
+    fn companions_never_equal_user_keys() {
         let longest = "n".repeat(MAX_NAMESPACE_BYTES);
         for (namespace, name) in [("", "a"), ("billing", "a"), (longest.as_str(), "a")] {
             let key = Key::new(namespace, name).unwrap();
             let companion = key.companion("runs").unwrap();
             assert_eq!(Key::from_encoded(companion.as_encoded()).unwrap(), companion);
-            assert!(Key::new(companion.namespace(), name).is_err(), "a user cannot name it");
-            assert!(!companion.as_encoded().starts_with(&namespace_prefix(namespace)), "it is not listed with the key");
+            assert!(Key::new(companion.namespace(), name).is_err(), "a user can name the companion");
+            assert!(!companion.as_encoded().starts_with(&namespace_prefix(namespace)), "it is listed with the key");
         }
         let companions = [("", "a"), ("", "b"), ("a", "b"), ("a/", "b")]
             .map(|(namespace, name)| Key::new(namespace, name).unwrap().companion("runs").unwrap());
@@ -216,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn an_encoded_key_is_read_back_whole() {
+    fn encoded_keys_round_trip() {
         for (namespace, name) in [("", "a"), ("billing", "invoice:42"), ("", "3:abc"), ("ü", "ö/ä"), ("", ":")] {
             let key = Key::new(namespace, name).unwrap();
             let read = Key::from_encoded(key.as_encoded()).unwrap();
@@ -230,9 +232,9 @@ mod tests {
     }
 
     #[test]
-    fn a_key_within_a_namespace_is_read_back_whole() {
+    fn keys_within_a_namespace_round_trip() {
         let longest = (&*"n".repeat(MAX_NAMESPACE_BYTES), &*"x".repeat(MAX_KEY_BYTES));
-        // The name of the third begins with an accent for whatever comes before it.
+        // The third name begins with an accent that combines with the character before it.
         for (namespace, name) in [("", "a"), longest, ("e", "\u{301}x"), ("", ":")] {
             let key = Key::new(namespace, name).unwrap();
             for within in ["tenant", longest.0, "", "é"] {
@@ -246,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_printed_without_control_characters() {
+    fn display_escapes_control_characters() {
         for (name, shown) in
             [("a\u{1b}[2Jb", "a\\u{1b}[2Jb"), ("\u{202e}\\n\u{ad}", "\\u{202e}\\\\n\\u{ad}"), ("鍵 é", "鍵 é")]
         {

@@ -1,11 +1,13 @@
-//! Distributed locks: one at a time, across tasks, processes and machines.
+//! Distributed locks: one holder of a key at a time, across tasks, processes and machines.
 //!
-//! - Waiters are served first come first served, and are called when it is their turn.
-//! - Every grant carries a [`Fence`]: a number that what the lock protects can compare, so that a holder that woke up too
-//!   late does no harm. It is the product; the lock is the convenience.
-//! - A holder is told that it has lost, on time and without any network: [`Guard::lost`].
-//! - Dropping a future or a guard anywhere leaves nothing behind: a thread of its own, the keeper, cleans up.
-//! - One interface over several stores; a URL chooses.
+//! - **Fair.** Waiters are served first come, first served, and are notified when they get the key.
+//! - **Fenced.** Every grant carries a [`Fence`], a number that only rises. A resource that rejects lower fences cannot
+//!   be harmed by a holder that wakes up too late.
+//! - **Honest about losses.** A holder learns from its own clock, without a network, that it has lost the key, before
+//!   another process can get it: [`Guard::lost`].
+//! - **Drop-safe.** A future or guard that is dropped anywhere leaves nothing behind. The keeper, a thread of the
+//!   library, cleans up.
+//! - **One API over several stores.** A URL selects the store.
 //!
 //! ```
 //! use stanchion::Locks;
@@ -18,20 +20,71 @@
 //! # Ok::<(), stanchion::Error>(()) }).unwrap();
 //! ```
 //!
-//! # Where to start
-//! [`Locks`] opens a store; [`LockRequest`] is what [`Locks::lock`] makes, with its limits; [`Guard`] is what it gives.
-//! [`Error`] is the one error. [`store`] is for those who write a store, and for tests: [`store::Memory`] with a
-//! [`VirtualClock`], [`store::Faulty`] for lost answers and worse.
+//! # Stores
 //!
-//! # Use something else
-//! Between the tasks of one process `tokio::sync::Mutex` is enough. For exclusive *writes* to one database, its own
-//! transactions are better than any lock.
+//! | URL for [`Locks::open`] | Coordinates | Feature | After the holder's process is killed, the key is free |
+//! |---|---|---|---|
+//! | `memory:` ([`store::Memory`]) | tasks of one process; tests | always there | when its session expires |
+//! | `sqlite:FOLDER`, `sqlite:` ([`store::Sqlite`]) | processes of one machine | `sqlite` (default) | at once |
+//! | `redis://HOST`, `rediss:`, `redis+unix:`, `redis+sentinel:`, `redis+cluster:` ([`store::Redis`]) | machines, through Redis or Valkey | `redis` | within [`session_ttl`](Builder::session_ttl), 10 s by default |
+//! | `postgres://USER@HOST/DATABASE` ([`store::Postgres`]) | machines, through PostgreSQL 15 or later | `postgres` | within `session_ttl` |
+//! | `firestore://PROJECT/DATABASE` ([`store::Firestore`]) | machines, through Firestore | `firestore` | within `session_ttl` |
+//!
+//! How to choose:
+//!
+//! - **One machine:** use `sqlite:`. It needs no server.
+//! - **Several machines:** use a server that you already run.
+//! - **The protected data is in PostgreSQL:** use `postgres:`. [`store::Postgres::check_fence`] makes the fence check
+//!   and your write one transaction.
+//! - **Losing a lock in a failover is worse than waiting:** do not use `redis:`. A Redis failover may forget
+//!   acknowledged locks, and two holders may overlap until the older one is notified. Fences still rise.
+//! - **Your own store:** implement [`Store`] and pass it to [`Locks::with_store`].
+//!
+//! You need no lock between the tasks of one process (use `tokio::sync::Mutex`), nor for exclusive *writes* to one
+//! database (use its transactions).
+//!
+//! # Guarantees
+//!
+//! While clocks run at the same rate within the [`Drift`], and the store keeps acknowledged data:
+//!
+//! - The intervals in which two exclusive holders of a key believe that they hold it do not overlap.
+//! - The fences of a key strictly increase over all its grants, also after a failover that forgets locks.
+//! - Waiters are served first come, first served, readers and writers in one queue.
+//! - A holder learns of a loss before another process can get the key.
+//! - A dropped future or guard leaves nothing in the store a second later.
+//! - An [`Error`] says whether the request happened, did not happen, or may have happened.
+//!
+//! Not guaranteed: exclusive *effects* without a fence check, because a paused process can write late; progress while
+//! the store is down; and that [`Locks::is_locked`] is still true when you read it. `docs/guide/guarantees.md` has the
+//! details.
+//!
+//! # Where to start
+//!
+//! - [`Locks`] is the handle: [`lock`](Locks::lock), [`try_lock`](Locks::try_lock), [`read`](Locks::read),
+//!   [`semaphore`](Locks::semaphore), [`lock_all`](Locks::lock_all), [`once`](Locks::once), [`elect`](Locks::elect).
+//! - [`LockRequest`] has the options of one call: wait limit, lifetime, cooldown.
+//! - [`Guard`] is a lock that is held. Dropping it releases the lock.
+//! - [`Error`] is the only error type; an [`Event`] reports background work, such as a loss or a retry.
+//! - [`blocking`] is the same API without async. It is always there.
+//! - For tests: [`store::Memory`] with a [`VirtualClock`], and [`store::Faulty`] to inject faults.
+//!
+//! # Words
+//!
+//! - A **key** names the thing that is locked. A **hold** is one granted lock of a key.
+//! - A **session** is the proof that a process lives, one per handle. The keeper renews it; if it expires, its holds
+//!   end.
+//! - A **token** identifies a hold. A hold that was [detached](Guard::detach) can be [adopted](Locks::adopt) with it by
+//!   another process.
+//! - **Lost** means that a holder must stop because another may soon get the key. It is final.
 //!
 //! # Features
-//! `sqlite` (default): the embedded store; `redis`, `postgres`, `firestore`: those. The memory store is always there.
-//! `tracing`, `metrics`: telemetry, by the names in `docs/telemetry.md`. `tower`: a lock around each request of an HTTP service,
-//! [`tower::LockLayer`]. `macros`: a lock around a function, [`locked`](macro@locked). The surface without async, [`blocking`], is
-//! always there. A feature only adds.
+//!
+//! - `sqlite` (default), `redis`, `postgres`, `firestore`: the stores of the table above.
+//! - `tracing`, `metrics`: telemetry. `docs/telemetry.md` lists the names.
+//! - `tower`: a lock around each request of an HTTP service, [`tower::LockLayer`].
+//! - `macros`: a lock around a function, [`locked`](macro@locked).
+//!
+//! Features only add: no feature changes the behaviour of another one.
 
 mod belief;
 pub mod blocking;
@@ -90,7 +143,7 @@ pub use token::{SessionId, Token, TokenId};
 /// }
 ///
 /// impl Files {
-///     /// Waits for five seconds at most; the file stays closed for five minutes afterwards.
+///     /// Waits for the lock for at most 5 s. Nobody can index the file again within 5 min.
 ///     #[stanchion::locked(key = "file:{id}", wait = "5s", cooldown = "5m", guard = guard)]
 ///     async fn index(&self, id: u64) -> Result<String> {
 ///         Ok(format!("file {id} under fence {}", guard.fence()))

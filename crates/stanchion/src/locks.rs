@@ -1,4 +1,4 @@
-//! The handle.
+//! Defines [`Locks`], the handle through which a process uses a store's locks.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -20,26 +20,34 @@ use crate::thread::Ending;
 use crate::token::{SessionId, Token};
 use crate::wait;
 
-/// The shortest and the longest duration that a call takes.
+/// Shortest and longest duration that a call accepts: 10 ms and 30 days.
 pub const DURATION_RANGE: std::ops::RangeInclusive<Duration> =
     Duration::from_millis(10)..=Duration::from_secs(30 * 24 * 60 * 60);
 
-/// The longest owner label, in bytes.
+/// Maximum length of an owner label, in bytes.
 pub const MAX_OWNER_BYTES: usize = 128;
 
-/// The longest metadata and the longest trace of a request, in bytes.
+/// Maximum length of a request's metadata, and of its trace, in bytes each.
 pub const MAX_METADATA_BYTES: usize = 4_096;
 
-/// Maximum time for which the drop of the last handle waits for its session to end.
+/// Maximum time that dropping the last handle waits for its session to end.
 const DROP_WITHIN: Duration = Duration::from_secs(1);
 
-/// A handle on the locks of one store: cheap to clone, one session for all clones.
+/// A handle on the locks of one store, cheap to clone.
 ///
-/// Open one per process and store. It owns a thread, the keeper, that keeps the session alive whatever the user's
-/// executor does, so it works in every runtime and in none. When the last clone and the last guard are gone, the keeper
-/// ends the session; that takes one round trip. Inside a tokio runtime the last drop does not block: the round trip goes on
-/// in the background, and if the runtime ends before it is done, the end of the runtime waits, one second at most. Elsewhere
-/// the last drop itself waits, one second at most. [`Locks::close`] ends the session and waits for it without blocking.
+/// All clones share one session. Open one handle per process and store.
+///
+/// The handle owns a thread, the keeper, which renews the session even if the user's executor is blocked. A handle
+/// therefore works in every async runtime, and in none.
+///
+/// # Closing
+/// When the last clone and the last guard are gone, the keeper ends the session, which takes one round trip:
+///
+/// - Inside a tokio runtime, the last drop does not block. The round trip runs in the background. If the runtime ends
+///   earlier, its end waits for the round trip, for at most 1 s.
+/// - Elsewhere, the last drop waits, for at most 1 s.
+///
+/// [`Locks::close`] ends the session and waits for that without blocking a thread.
 ///
 /// ```
 /// use stanchion::Locks;
@@ -56,7 +64,7 @@ pub struct Locks {
     pub(crate) handle: Arc<Handle>,
 }
 
-/// Ends the keeper when the last handle and the last guard are gone.
+/// Closes the keeper when the last handle and the last guard are gone.
 #[derive(Debug)]
 pub(crate) struct Handle {
     pub(crate) shared: Arc<Shared>,
@@ -72,13 +80,15 @@ impl Handle {
     }
 }
 
-/// The handles of this process.
+/// Returns all handles of this process, some of which may be gone.
 fn handles() -> MutexGuard<'static, Vec<Weak<Shared>>> {
     static HANDLES: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
     HANDLES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Drains every handle that is open in this process: see [`Locks::drain`]. For a signal that tells the process to end.
+/// Drains every handle that is open in this process. Call it when a signal tells the process to end.
+///
+/// See [`Locks::drain`] for the effects.
 ///
 /// ```standalone_crate
 /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
@@ -90,7 +100,7 @@ fn handles() -> MutexGuard<'static, Vec<Weak<Shared>>> {
 /// # Ok::<(), stanchion::Error>(()) }).unwrap();
 /// ```
 pub fn drain(reason: &str) {
-    // Draining wakes whoever waits, who may open a handle: not under the lock.
+    // Draining wakes waiting tasks, and such a task may open a handle: so the list is not locked here.
     let handles = handles().clone();
     for handle in handles.iter().filter_map(Weak::upgrade).filter(|handle| handle.is_own_process()) {
         handle.drain(reason);
@@ -104,7 +114,7 @@ impl Drop for Handle {
         }
         self.shared.drain("the handle was dropped");
         self.shared.command(Command::Close);
-        // So that the session has ended when the process exits after this.
+        // Without this wait, a process that exits right after the drop would leave its session to expire.
         if let Some(thread) = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
             thread.wait(DROP_WITHIN);
         }
@@ -112,29 +122,33 @@ impl Drop for Handle {
 }
 
 impl Locks {
-    /// Opens the store that the URL names, with a session.
+    /// Opens the store that a URL names, with a session.
     ///
     /// | URL | store |
     /// |---|---|
-    /// | `memory:` | the memory of this process, fresh at each open |
-    /// | `sqlite:FOLDER` | the embedded store: processes of this machine that open the same folder |
-    /// | `sqlite:` | the same in the user's state folder |
+    /// | `memory:` | memory of this process, empty at each open: [`Memory`](crate::store::Memory) |
+    /// | `sqlite:FOLDER` | embedded store, shared by the processes of this machine that open the same folder |
+    /// | `sqlite:` | embedded store in the user's state folder |
     /// | `redis://HOST`, `rediss://…`, `redis+unix:…`, `redis+sentinel://…`, `redis+cluster://…` | Redis or Valkey: see [`Redis`](crate::store::Redis) (feature `redis`) |
     /// | `postgres://USER@HOST/DATABASE` | PostgreSQL: see [`Postgres`](crate::store::Postgres) (feature `postgres`) |
     /// | `firestore://PROJECT/DATABASE` | Firestore: see [`Firestore`](crate::store::Firestore) (feature `firestore`) |
     ///
+    /// The page of each store lists the options that its URL accepts. [`Locks::builder`] has the settings of the
+    /// handle.
+    ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] for a URL that cannot be read, [`ErrorKind::Unsupported`] for a store that this
-    /// build lacks, [`ErrorKind::Misconfigured`], [`ErrorKind::Unauthorized`] or [`ErrorKind::Unavailable`] for a store
-    /// that cannot be used.
+    /// - [`ErrorKind::InvalidArgument`] if the URL is malformed.
+    /// - [`ErrorKind::Unsupported`] if this build lacks the store.
+    /// - [`ErrorKind::Misconfigured`], [`ErrorKind::Unauthorized`] or [`ErrorKind::Unavailable`] if the store cannot be
+    ///   used.
     ///
     /// # Cancel safety
-    /// A dropped future leaves nothing behind but, for a moment, a session that ends by itself.
+    /// A dropped future leaves nothing behind, except for a session that the keeper ends a moment later.
     pub async fn open(url: &str) -> Result<Self> {
         Self::builder(url).open().await
     }
 
-    /// Opens a store with more to say.
+    /// Returns a [`Builder`] for configuring the handle before it is opened.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -151,44 +165,59 @@ impl Locks {
         Builder::for_url(url)
     }
 
-    /// Uses a store of one's own, with defaults for the rest.
+    /// Opens a handle on the given store, with default settings.
+    ///
+    /// This is for stores of your own, and for stores that were configured in code.
     ///
     /// # Errors
-    /// As [`Locks::open`].
+    /// The errors of [`Locks::open`].
     ///
     /// # Cancel safety
-    /// As [`Locks::open`].
+    /// The same as for [`Locks::open`].
     pub async fn with_store(store: impl Store) -> Result<Self> {
         Self::builder_with_store(store).open().await
     }
 
-    /// Uses a store of one's own, with more to say.
+    /// Returns a [`Builder`] for configuring a handle on the given store.
     pub fn builder_with_store(store: impl Store) -> Builder {
         Builder::for_store(Arc::new(store))
     }
 
-    /// Asks for a key: exclusive, first come first served. Awaiting the request waits until it is granted, unless it is
-    /// limited.
+    /// Requests a key exclusively.
+    ///
+    /// Await the request to wait until the key is granted, first come, first served. [`LockRequest`] has the options
+    /// and lists the errors.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// let guard = locks.lock("invoice:42").wait(Duration::from_secs(5)).await?;
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
     pub fn lock(&self, key: impl Into<String>) -> LockRequest {
         LockRequest::new(self.clone(), key.into())
     }
 
-    /// One attempt: `None` if another holds the key or waits for it.
+    /// Tries once to lock a key. If someone else holds the lock or waits for it, you get `None`, not an error.
     ///
     /// # Errors
-    /// As [`LockRequest`] when awaited, but for the wait limit. A store that does not answer within
-    /// [`RetryPolicy::no_wait`](crate::RetryPolicy::no_wait), 1 s by default, is a transient fault
-    /// ([`ErrorKind::Unavailable`], [`ErrorKind::NetworkTimeout`] or [`ErrorKind::Indeterminate`]), whether or not the key is
-    /// free.
+    /// The errors of an awaited [`LockRequest`], except [`ErrorKind::Timeout`] and [`ErrorKind::Busy`].
+    ///
+    /// If the store does not answer within [`RetryPolicy::no_wait`](crate::RetryPolicy::no_wait), 1 s by default, the
+    /// call fails with a transient error ([`ErrorKind::Unavailable`], [`ErrorKind::NetworkTimeout`] or
+    /// [`ErrorKind::Indeterminate`]), whether or not the key is free.
     ///
     /// # Cancel safety
-    /// A dropped future leaves no hold behind: the keeper ends what it may have got.
+    /// A dropped future leaves no hold behind: if the store granted one, the keeper releases it.
     pub async fn try_lock(&self, key: impl Into<String>) -> Result<Option<Guard>> {
         self.lock(key).try_acquire().await
     }
 
-    /// Asks for a key that others may read at the same time. A [`lock`](Locks::lock) or [`write`](Locks::write) of the key
-    /// excludes readers. All of them wait in one queue, so neither readers nor writers starve.
+    /// Requests a key that other readers may hold at the same time.
+    ///
+    /// A [`lock`](Locks::lock) or [`write`](Locks::write) of the key excludes readers. Readers and writers wait in one
+    /// queue, so neither starves.
     ///
     /// ```
     /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
@@ -201,16 +230,18 @@ impl Locks {
         self.lock(key).demand(Demand::READ)
     }
 
-    /// Asks for a key alone, the same as [`lock`](Locks::lock). Reads well beside [`read`](Locks::read).
+    /// Requests a key exclusively, as [`lock`](Locks::lock) does. Use it for a key that others [`read`](Locks::read).
     pub fn write(&self, key: impl Into<String>) -> LockRequest {
         self.lock(key).demand(Demand::WRITE)
     }
 
-    /// Asks for one of `limit` permits of a key, or for several of them at once ([`LockRequest::permits`]).
+    /// Requests one of `limit` permits of a key. [`LockRequest::permits`] requests several at once.
     ///
-    /// Calls with another limit are welcome, as in a rolling deploy that changes the limit: the smaller limit holds until the
-    /// holders of the other are gone, and [`Event::LimitsDiffer`](crate::Event::LimitsDiffer) reports it. A call for all
-    /// permits is exclusive, as a [`lock`](Locks::lock) is. A reader of the key counts as one permit.
+    /// Calls may use different limits, as in a rolling deploy that changes the limit: the smaller limit applies until
+    /// the holders with the other one are gone, and [`Event::LimitsDiffer`] reports that.
+    ///
+    /// A request for all permits is exclusive, like a [`lock`](Locks::lock). A reader of the key counts as one permit
+    /// (ADR 22).
     ///
     /// ```
     /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
@@ -224,7 +255,7 @@ impl Locks {
         LockRequest { units: 1, capacity: limit, ..self.lock(key) }
     }
 
-    /// Asks for several keys, all or nothing: see [`LockAllRequest`].
+    /// Requests several keys, all or nothing. [`LockAllRequest`] describes the order and lists the errors.
     ///
     /// ```
     /// use stanchion::KeyRequest;
@@ -241,47 +272,52 @@ impl Locks {
         LockAllRequest::new(self.lock(""), keys.into_iter().map(Into::into).collect())
     }
 
-    /// Has something done once by whoever comes first, and not again for a while: see [`OnceRequest`].
+    /// Requests that something is done once by the first caller, and not again for a while. [`OnceRequest`] describes
+    /// the rules.
     pub fn once(&self, key: impl Into<String>) -> OnceRequest {
         OnceRequest::new(self.lock(key))
     }
 
-    /// What is known of the last run of [`once`](Locks::once) under this key.
+    /// Returns the record of the last [`once`](Locks::once) run under this key, or `None` if there is no record.
+    ///
+    /// Records are kept for a day, or for as long as the run closes the key.
     ///
     /// # Errors
-    /// As [`Locks::inspect`].
+    /// The errors of [`Locks::inspect`]; [`ErrorKind::Misconfigured`] if a newer version of stanchion wrote the record.
     ///
     /// # Cancel safety
-    /// Reads only.
+    /// Only reads.
     pub async fn last_run(&self, key: impl Into<String>) -> Result<Option<RunRecord>> {
         let key = self.key(&key.into())?;
         Ok(crate::primitives::last_run(self, &key).await?.run)
     }
 
-    /// Stands for election under this key: see [`Election`].
+    /// Returns an [`Election`] under this key, in which this handle can be a candidate or an observer.
     pub fn elect(&self, key: impl Into<String>) -> Election {
         Election::new(self.lock(key))
     }
 
-    /// What has become of the hold of a token, and of its process.
+    /// Returns the status of a token's hold, and of the process that made the hold.
     ///
     /// # Errors
-    /// The store's faults.
+    /// Any error of the store.
     ///
     /// # Cancel safety
-    /// Reads only.
+    /// Only reads.
     pub async fn status(&self, token: &Token) -> Result<OwnerStatus> {
         crate::primitives::status(self, token).await
     }
 
-    /// Whether one with this owner label holds the key or waits for it, or somebody else has it. A label is no proof: two
-    /// processes may have the same one. [`OwnerStatus::Dead`] is not told apart from [`OwnerStatus::Nobody`] here.
+    /// Returns whether an owner with this label holds the key or waits for it.
+    ///
+    /// A label proves nothing: two processes may use the same one. This call returns [`OwnerStatus::Nobody`] also where
+    /// [`status`](Locks::status) would return [`OwnerStatus::Dead`].
     ///
     /// # Errors
-    /// As [`Locks::inspect`].
+    /// The errors of [`Locks::inspect`].
     ///
     /// # Cancel safety
-    /// Reads only.
+    /// Only reads.
     pub async fn status_of_owner(&self, key: impl Into<String>, owner: &str) -> Result<OwnerStatus> {
         let KeyState { holders, waiters, .. } = self.inspect(key).await?;
         Ok(if holders.iter().any(|holder| holder.owner == owner) {
@@ -295,26 +331,40 @@ impl Locks {
         })
     }
 
-    /// Takes up a detached hold, of this process or another one. Of two that try, one gets it.
+    /// Takes over a detached hold with its token, in this process or another one.
     ///
-    /// A hold bound to a session moves to this handle's; a fixed lifetime keeps its deadline. The fence stays.
+    /// If several callers adopt the same hold, exactly one succeeds (ADR 2). A hold that is bound to a session moves
+    /// to this handle's session; a fixed lifetime keeps its deadline. The fence stays the same.
+    ///
+    /// ```
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// let guard = locks.lock("upload:7").await?;
+    /// let fence = guard.fence();
+    /// let token = guard.detach().to_string(); // store it, or send it to another process
+    /// let guard = locks.adopt(token.parse()?).await?;
+    /// assert_eq!(guard.fence(), fence);
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
     ///
     /// # Errors
-    /// [`ErrorKind::Lost`] if there is no such hold any more, else as for a lock.
+    /// [`ErrorKind::Lost`] if there is no such hold any more; otherwise the errors of an awaited [`LockRequest`].
     ///
     /// # Cancel safety
-    /// If the future is dropped after the hold was taken up, the keeper releases it.
+    /// If the future is dropped after the hold was adopted, the keeper releases the hold.
     pub async fn adopt(&self, token: Token) -> Result<Guard> {
         wait::adopt(self, token).await
     }
 
-    /// What is known of a key: holders, waiters, fences. About the past: stale when read.
+    /// Returns the holders, waiters and fences of a key when the store was queried.
+    ///
+    /// For display only: the state may have changed by the time you read it.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] for a key that is not one; the store's faults.
+    /// [`ErrorKind::InvalidArgument`] if the key is malformed; any error of the store.
     ///
     /// # Cancel safety
-    /// Reads only.
+    /// Only reads.
     pub async fn inspect(&self, key: impl Into<String>) -> Result<KeyState> {
         let shared = &self.handle.shared;
         let key = self.key(&key.into())?;
@@ -322,16 +372,16 @@ impl Locks {
         step.result.map(|reply| reply.outcome).map_err(|error| error.with_key(&key))
     }
 
-    /// Returns the keys of this handle's namespace that are held, waited for or closed and begin with `prefix`, each once
-    /// and in order, with the entries there that cannot be read. About the past, and not one snapshot.
+    /// Returns the keys of this handle's namespace that begin with `prefix` and are held, waited for or in cooldown.
     ///
-    /// It reads page after page; [`list_page`](Self::list_page) gives each as it comes.
+    /// Each key appears once, in order. Entries that cannot be read are listed too. The result is not one snapshot: it
+    /// is read page by page. [`list_page`](Self::list_page) returns each page as it arrives.
     ///
     /// # Errors
-    /// The store's faults. That an entry is damaged is none.
+    /// Any error of the store. A damaged entry is not an error.
     ///
     /// # Cancel safety
-    /// Reads only.
+    /// Only reads.
     pub async fn list(&self, prefix: &str) -> Result<Listing> {
         let mut pages: Vec<Listing> = Vec::new();
         loop {
@@ -345,17 +395,18 @@ impl Locks {
         }
     }
 
-    /// Returns a page of [`list`](Self::list): the first one without a cursor, and the one at [`Listing::next`] with it.
+    /// Returns one page of [`list`](Self::list): the first page without a cursor, the next one with the cursor in
+    /// [`Listing::next`].
     ///
-    /// Pages come in the store's order, and a store may repeat a key. A page may be empty and not be the last one.
+    /// Pages arrive in the store's order, and a store may repeat a key. A page may be empty without being the last one.
     ///
     /// # Errors
-    /// The store's faults; [`ErrorKind::InvalidArgument`] for a cursor that another store made.
+    /// Any error of the store; [`ErrorKind::InvalidArgument`] if another store made the cursor.
     ///
     /// # Cancel safety
-    /// Reads only.
+    /// Only reads.
     pub async fn list_page(&self, prefix: &str, cursor: Option<&Cursor>) -> Result<Listing> {
-        /// Number of keys that a page looks at, about: some milliseconds of the store's time.
+        /// Approximate number of keys that the store reads for one page, which takes it some milliseconds.
         const PAGE: usize = 1_000;
         let shared = &self.handle.shared;
         shared.check_process()?;
@@ -364,21 +415,25 @@ impl Locks {
         page.result.map(|reply| reply.outcome)
     }
 
-    /// Whether somebody held the key a moment ago. Do not decide on it: ask for the lock.
+    /// Returns whether the key was locked when the store was queried.
+    ///
+    /// For display only: to make a decision, use [`try_lock`](Locks::try_lock).
     ///
     /// # Errors
-    /// As [`Locks::inspect`].
+    /// The errors of [`Locks::inspect`].
     ///
     /// # Cancel safety
-    /// Reads only.
+    /// Only reads.
     pub async fn is_locked(&self, key: impl Into<String>) -> Result<bool> {
         Ok(!self.inspect(key).await?.holders.is_empty())
     }
 
-    /// Whether the token held its key a moment ago. Do not decide on it: check the fence at the resource.
+    /// Returns whether the token held its key when the store was queried.
+    ///
+    /// For display only: to protect a resource, let the resource check the fence.
     ///
     /// # Errors
-    /// The store's faults.
+    /// Any error of the store.
     ///
     /// # Cancel safety
     /// Creates nothing.
@@ -390,15 +445,19 @@ impl Locks {
         Ok(matches!(outcome, PollOutcome::Granted(_)))
     }
 
-    /// Releases the hold of `key` that has this fence, whoever has it. For people who know that its holder is dead or
-    /// wrong: it is told, by message and by its next beat, but may act until then; the fence protects what checks it.
+    /// Releases the hold of `key` with this fence, even if another process holds it.
+    ///
+    /// For people who know that the holder is dead or wrong. The holder is notified by a message, and again by its next
+    /// session renewal. It may act until then, and only a fence check at the resource stops it.
+    ///
+    /// The outcome says whether a live hold had this fence. [`Locks::inspect`] shows the fences.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] for a key that is not one or a reason that is empty or too long; the store's
-    /// faults. That no live hold has this fence is an answer.
+    /// [`ErrorKind::InvalidArgument`] if the key is malformed, or if the reason is blank or longer than
+    /// [`MAX_METADATA_BYTES`]; any error of the store.
     ///
     /// # Cancel safety
-    /// If the future is dropped the hold may have been released or not.
+    /// If the future is dropped, the hold may or may not have been released.
     pub async fn force_release(
         &self,
         key: impl Into<String>,
@@ -409,13 +468,14 @@ impl Locks {
         let key = self.key(&key.into())?;
         let reason = reason.into();
         if reason.trim().is_empty() || reason.len() > MAX_METADATA_BYTES {
-            let message = format!("a forced release needs a reason of 1 to {MAX_METADATA_BYTES} bytes");
+            let message = format!("force-release needs a reason of 1 to {MAX_METADATA_BYTES} bytes");
             return Err(shared.error(ErrorKind::InvalidArgument, message).with_key(&key));
         }
         let request = ForceReleaseRequest { key: key.clone(), fence, reason: reason.clone() };
         let step = shared.step(|| shared.store.force_release(request.clone())).await;
         let mut outcome = step.result.map_err(|error| error.with_key(&key))?.outcome;
-        // The first answer was lost, and the repeat found nothing to do: fences are never used again.
+        // The answer to the first attempt was lost, and the retry found nothing to do. Fences are never reused, so the
+        // first attempt released the hold.
         if step.unanswered && matches!(outcome, ForceReleaseOutcome::NoSuchHold { .. }) {
             outcome = ForceReleaseOutcome::Released;
         }
@@ -425,34 +485,40 @@ impl Locks {
         Ok(outcome)
     }
 
-    /// The events of this handle from now on.
+    /// Returns a stream of this handle's events from now on.
     pub fn events(&self) -> EventStream {
         self.handle.shared.observer.listen()
     }
 
-    /// What the store said so far of settings that may lose locks, for people. Empty is good.
+    /// Returns the store's warnings so far about settings that may lose locks, as text for people. Does no I/O.
+    ///
+    /// An empty list is good. [`Event::Warning`] reports each of them as it arrives.
     pub fn warnings(&self) -> Vec<String> {
         self.handle.shared.warnings()
     }
 
-    /// No new holds from now on: waiting calls end with [`ErrorKind::Draining`], guards see
-    /// [`draining`](Guard::draining). Holds stay. Cannot be undone; the first reason stays.
+    /// Stops new holds: waiting calls and later ones fail with [`ErrorKind::Draining`].
+    ///
+    /// Existing holds stay, and [`Guard::draining`] shows them the reason, so that they can finish. Draining cannot be
+    /// undone. If it is called again, the first reason stays.
     pub fn drain(&self, reason: &str) {
         self.handle.shared.drain(reason);
     }
 
-    /// The reason, if this handle is draining.
+    /// Returns the reason if this handle is draining.
     pub fn draining(&self) -> Option<&str> {
         self.handle.shared.drain_reason()
     }
 
-    /// Releases everything at once and ends the session. Guards that still live are lost.
+    /// Releases all holds and ends the session. Guards that still exist are lost with
+    /// [`LossCause::Closed`](crate::LossCause::Closed).
     ///
     /// # Errors
-    /// None yet: what could not be ended in the store within 5 s dies with the session.
+    /// [`ErrorKind::Unsupported`] in a forked child. If the store does not answer within 5 s, that is not an error: the
+    /// remaining holds end when the session expires.
     ///
     /// # Cancel safety
-    /// Closing goes on when the future is dropped.
+    /// If the future is dropped, closing continues in the background.
     pub async fn close(&self) -> Result<()> {
         let shared = &self.handle.shared;
         shared.check_process()?;
@@ -462,7 +528,7 @@ impl Locks {
         Ok(())
     }
 
-    /// The current session, if one is open. It changes when a session is lost.
+    /// Returns the current session if one is open. After a session is lost, the keeper opens another one.
     pub fn session(&self) -> Option<SessionId> {
         match &*self.handle.shared.session.borrow() {
             SessionView::Open(session) => Some(session.id),
@@ -470,7 +536,7 @@ impl Locks {
         }
     }
 
-    /// What the store can do.
+    /// Returns the capabilities of the store.
     pub fn capabilities(&self) -> Capabilities {
         self.handle.shared.capabilities
     }

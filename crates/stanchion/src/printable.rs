@@ -1,7 +1,7 @@
-//! Which characters may be shown as they are.
+//! Decides which characters can be shown unescaped.
 
-/// Returns whether a character can be seen for what it is: it steers no terminal, does not turn the line round, is not
-/// invisible, and is no blank that looks like the plain space or like nothing.
+/// Returns whether a character is visible and unambiguous: it does not steer a terminal, reverse the text direction or
+/// hide, and it is no blank other than the plain space.
 ///
 /// For keys in messages and for the tool. Not part of the API.
 #[doc(hidden)]
@@ -12,15 +12,15 @@ pub fn is_printable(c: char) -> bool {
     let is_hidden = c.is_control()
         || c.is_whitespace()
         || matches!(c,
-            // Soft hyphen, joiners, marks and overrides of the direction, fillers, selectors: nothing is drawn for them.
+            // Soft hyphen, joiners, direction marks and overrides, fillers, selectors: terminals draw nothing for them.
             '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}'
             | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
-            // An empty Braille pattern.
+            // The empty Braille pattern, and more fillers and selectors.
             | '\u{2800}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}' | '\u{feff}' | '\u{ffa0}'
-            // Annotations between lines, and what is no character.
+            // Interlinear annotations, and code points that are not characters.
             | '\u{fff0}'..='\u{fffb}' | '\u{fffe}' | '\u{ffff}'
             | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}'
-            // Tags, and more selectors.
+            // Tags and more selectors.
             | '\u{e0000}'..='\u{e0fff}');
     !is_hidden
 }
@@ -30,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_character_is_seen_for_what_it_is() {
+    fn misleading_characters_are_not_printable() {
         let hidden = "\0\u{1b}\t\n\u{7f}\u{80}\u{85}\u{9b}\u{a0}\u{ad}\u{34f}\u{61c}\u{115f}\u{1160}\u{1680}\u{17b4}\u{180e}\u{2000}\
              \u{200b}\u{200d}\u{200e}\u{2028}\u{202e}\u{202f}\u{205f}\u{2060}\u{2066}\u{206f}\u{2800}\u{3000}\u{3164}\u{fe0f}\u{feff}\
              \u{ffa0}\u{fff9}\u{fffb}\u{e0001}\u{e0041}\u{e007f}\u{e0100}";

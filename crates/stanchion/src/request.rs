@@ -1,4 +1,4 @@
-//! A request for a lock.
+//! Defines [`LockRequest`]: the options of one request for a lock, and the ways to await it.
 
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
@@ -13,16 +13,7 @@ use crate::on_lost::OnLost;
 use crate::store::{Demand, Lifetime};
 use crate::wait;
 
-/// A request for a lock: await it to wait for the lock, or give it limits first.
-///
-/// # Errors
-/// When awaited: [`ErrorKind::Timeout`] at the wait limit, [`ErrorKind::Busy`] if that is zero, [`ErrorKind::Cancelled`], [`ErrorKind::Draining`],
-/// [`ErrorKind::InvalidArgument`] for a key or an option out of range,
-/// [`ErrorKind::Indeterminate`] if the store's answer was lost and could not be had again, and the store's faults. After
-/// every error nothing is held: what the request may have got is cleaned up.
-///
-/// # Cancel safety
-/// A dropped request loses its place in the queue and leaves nothing behind: the keeper ends what it may have got.
+/// A request for a lock. Await it to wait for the lock; its methods set options first.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -31,6 +22,22 @@ use crate::wait;
 /// let guard = locks.lock("report").wait(Duration::from_secs(5)).metadata("nightly").await?;
 /// # Ok::<(), stanchion::Error>(()) }).unwrap();
 /// ```
+///
+/// # Errors
+/// An awaited request fails with
+///
+/// - [`ErrorKind::Timeout`] at the wait limit, or [`ErrorKind::Busy`] if the limit is zero and the key is not free,
+/// - [`ErrorKind::Cancelled`] if the token of [`cancel`](LockRequest::cancel) fires,
+/// - [`ErrorKind::Draining`] if the handle is draining or closed,
+/// - [`ErrorKind::InvalidArgument`] if the key or an option is out of range,
+/// - [`ErrorKind::Indeterminate`] if the store's answer was lost and no retry brought it back,
+/// - any other error of the store.
+///
+/// After every error nothing is held: if the store granted the key, the keeper releases it.
+///
+/// # Cancel safety
+/// A dropped request loses its place in the queue and leaves nothing behind: if the store granted the key, the keeper
+/// releases it.
 #[derive(Clone, Debug)]
 #[must_use = "a request does nothing until it is awaited"]
 pub struct LockRequest {
@@ -38,7 +45,7 @@ pub struct LockRequest {
     pub(crate) key: String,
     pub(crate) wait: Option<Duration>,
     pub(crate) ttl: Option<Duration>,
-    /// The ttl is the store's time, and not the holder's.
+    /// The `ttl` is the time after which the store expires the hold, not the time that the holder can use.
     pub(crate) is_exact: bool,
     pub(crate) max_hold: Option<Duration>,
     pub(crate) heartbeat_within: Option<Duration>,
@@ -71,33 +78,41 @@ impl LockRequest {
         }
     }
 
-    /// Waits no longer than this, then [`ErrorKind::Timeout`]. Zero: one attempt, then [`ErrorKind::Busy`]. Default: no
-    /// limit.
+    /// Limits the wait for the lock. Default: no limit.
     ///
-    /// While the store is away, the call keeps trying until the limit, and fails with the store's fault then. Without a limit
-    /// the [`RetryPolicy`](crate::RetryPolicy) limits the call until the store has answered it once; from then on it waits
-    /// through an outage of any length.
+    /// At the limit the request fails with [`ErrorKind::Timeout`]. A limit of zero means one attempt, which fails with
+    /// [`ErrorKind::Busy`] if the key is not free.
+    ///
+    /// While the store is unavailable, the request retries until the limit, and then fails with the store's error.
+    /// Without a limit, the [`RetryPolicy`](crate::RetryPolicy) limits the request until the store has answered it
+    /// once; after that it waits through an outage of any length.
     pub fn wait(mut self, limit: Duration) -> Self {
         self.wait = Some(limit);
         self
     }
 
-    /// A fixed lifetime: the hold lasts this long, whatever becomes of this process, moved only by [`extend`](Guard::extend).
-    /// Default: as long as the session lives and the guard is not dropped.
+    /// Gives the hold a fixed lifetime, which does not depend on this process. Only [`Guard::extend`] changes it.
     ///
-    /// The holder has all of this time, counted from before the request. Others get the key a little later if it is not
-    /// released: the store keeps it for the time in which the holder stops as well ([`Guard::valid_for`]), a quarter of the
-    /// lifetime and 5 s at most, and for the [`Drift`](crate::Drift) of clocks. For a hold that is left to expire after an exact
-    /// time see [`expires_after`](LockRequest::expires_after).
+    /// Default: the hold lasts until the guard is dropped or the session ends.
+    ///
+    /// The holder can use all of this time, counted from before the request was sent. If it does not release, other
+    /// callers get the key a little later, because the store also adds
+    ///
+    /// - the time in which the holder stops ([`Guard::valid_for`]): a quarter of the lifetime, at most 5 s,
+    /// - the [`Drift`](crate::Drift) of clocks.
+    ///
+    /// For a hold that must expire after an exact time, use [`expires_after`](LockRequest::expires_after). ADR 20 has the
+    /// reasons.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         (self.ttl, self.is_exact) = (Some(ttl), false);
         self
     }
 
-    /// A fixed lifetime that ends in the store exactly this long after the grant: for a rate limit, whose hold is detached and
-    /// left to expire. In place of [`ttl`](LockRequest::ttl).
+    /// Gives the hold a fixed lifetime that ends in the store exactly this long after the grant.
     ///
-    /// The guard itself is lost earlier, by the time that a holder has to stop: after about three quarters of a short lifetime.
+    /// This is for rate limits, which detach the hold and let it expire. It replaces [`ttl`](LockRequest::ttl).
+    ///
+    /// The guard is lost earlier, so that its holder has time to stop: after about three quarters of a short lifetime.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -114,79 +129,86 @@ impl LockRequest {
         self
     }
 
-    /// The hold is lost after this time, however lively the session is: for work that may hang. The holder has all of it, as
-    /// with [`ttl`](LockRequest::ttl).
+    /// Limits how long the hold may last, even if the session lives. For work that may hang.
+    ///
+    /// After this time the hold is lost. The holder can use all of it, as with [`ttl`](LockRequest::ttl).
     pub fn max_hold(mut self, longest: Duration) -> Self {
         self.max_hold = Some(longest);
         self
     }
 
-    /// The hold is lost when [`Guard::heartbeat`] was not called for this long: for work that may hang.
+    /// Limits the time between calls of [`Guard::heartbeat`]. For work that may hang.
+    ///
+    /// If no heartbeat comes for this long, the hold is lost.
     pub fn heartbeat_within(mut self, silence: Duration) -> Self {
         self.heartbeat_within = Some(silence);
         self
     }
 
-    /// After the release the key stays closed for this long.
+    /// Keeps the key closed to everyone for this long after the release.
     pub fn cooldown(mut self, closed: Duration) -> Self {
         self.cooldown = Some(closed);
         self
     }
 
-    /// Text for people who inspect the key: at most 4 KiB.
+    /// Attaches text for people who inspect the key. At most 4 KiB.
     pub fn metadata(mut self, text: impl Into<String>) -> Self {
         self.metadata = Some(text.into());
         self
     }
 
-    /// Where the call comes from, for people who inspect the key: at most 4 KiB.
+    /// Attaches the origin of the call, such as a trace id, for people who inspect the key. At most 4 KiB.
     pub fn trace(mut self, text: impl Into<String>) -> Self {
         self.trace = Some(text.into());
         self
     }
 
-    /// Gives up with [`ErrorKind::Cancelled`] when this fires.
+    /// Fails the request with [`ErrorKind::Cancelled`] when the token fires.
     pub fn cancel(mut self, token: CancellationToken) -> Self {
         self.cancel = Some(token);
         self
     }
 
-    /// Takes so much of the key: default [`Demand::MUTEX`].
+    /// Sets how much of the key is requested. Default: [`Demand::MUTEX`].
     pub fn demand(mut self, demand: Demand) -> Self {
         (self.units, self.capacity) = (demand.units(), demand.capacity());
         self
     }
 
-    /// Takes so many permits of a [`semaphore`](Locks::semaphore) at once. Default: one.
+    /// Requests several permits of a [`semaphore`](Locks::semaphore) at once. Default: 1.
     pub fn permits(mut self, permits: u32) -> Self {
         self.units = permits;
         self
     }
 
-    /// What happens when this hold is lost, in place of what the handle says ([`Builder::on_lost`](crate::Builder::on_lost)).
+    /// Sets the action when this hold is lost, in place of [`Builder::on_lost`](crate::Builder::on_lost).
     pub fn on_lost(mut self, policy: OnLost) -> Self {
         self.on_lost = Some(policy);
         self
     }
 
-    /// One attempt: `None` if another holds the key or waits for it. A wait limit is ignored.
+    /// Tries once. If someone else holds the lock or waits for it, you get `None`, not an error. A wait limit is
+    /// ignored.
     ///
     /// # Errors
-    /// As the request when awaited, but for the wait limit.
+    /// The errors of the awaited request, except [`ErrorKind::Timeout`] and [`ErrorKind::Busy`].
     ///
     /// # Cancel safety
-    /// As the request when awaited.
+    /// The same as for the awaited request.
     pub async fn try_acquire(mut self) -> Result<Option<Guard>> {
         self.wait = Some(Duration::ZERO);
         wait::acquire(&self).await
     }
 
-    /// Waits for the lock, runs `body` with its guard and releases. When the lock is lost the body's future is dropped at
-    /// its next await and the call fails with [`ErrorKind::Lost`].
+    /// Waits for the lock, runs `body` with its guard, and releases the lock.
     ///
-    /// What the body returns is returned, an error of its own too: a failing release does not mask it (the keeper goes on
-    /// trying, and an event tells). If the hold was gone when the body ended, that is [`ErrorKind::Lost`], because the
-    /// last effects of the body may have been fenced out.
+    /// If the lock is lost while the body runs, the body's future is dropped at its next await, and the call fails with
+    /// [`ErrorKind::Lost`].
+    ///
+    /// The call returns the body's value, which may be an error of the body's own. An error of the release does not
+    /// replace it: the keeper keeps releasing, and an event reports the error. If the hold was lost by the time the
+    /// body ended, the call fails with [`ErrorKind::Lost`], because the resource may have rejected the last writes of
+    /// the body.
     ///
     /// ```
     /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
@@ -196,10 +218,10 @@ impl LockRequest {
     /// ```
     ///
     /// # Errors
-    /// As the request when awaited, and [`ErrorKind::Lost`].
+    /// The errors of the awaited request, and [`ErrorKind::Lost`].
     ///
     /// # Cancel safety
-    /// A dropped future drops the body and releases.
+    /// A dropped future drops the body and releases the lock.
     pub async fn run<T>(self, body: impl AsyncFnOnce(&Guard) -> T) -> Result<T> {
         let guard = self.await?;
         let finished = tokio::select! {
@@ -210,7 +232,7 @@ impl LockRequest {
         conclude(guard, finished).await
     }
 
-    /// Checks the options, not the key.
+    /// Validates the options, but not the key.
     pub(crate) fn check(&self) -> Result<(Lifetime, Demand)> {
         let demand = Demand::new(self.units, self.capacity)?;
         if let Some(wait) = self.wait.filter(|wait| !wait.is_zero()) {
@@ -245,11 +267,12 @@ impl LockRequest {
     }
 }
 
-/// Releases after the work under the lock has ended, with its value or because the lock was lost: what
-/// [`LockRequest::run`] says of both.
+/// Releases the lock after the work under it ended, and returns the work's value or the loss.
+///
+/// [`LockRequest::run`] documents the rules.
 pub(crate) async fn conclude<T>(guard: Guard, finished: Result<T, LossCause>) -> Result<T> {
     let (key, store) = (guard.key().clone(), guard.store_name());
-    let lost = |cause| Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}"));
+    let lost = |cause| Error::new(ErrorKind::Lost(cause), format!("the lock was lost while it was in use: {cause}"));
     let lost = |cause| lost(cause).with_key(&key).with_store(store);
     let value = finished.map_err(lost)?;
     if let Some(cause) = guard.loss() {
@@ -257,18 +280,18 @@ pub(crate) async fn conclude<T>(guard: Guard, finished: Result<T, LossCause>) ->
     }
     match guard.release().await {
         Ok(Released::AlreadyLost) => Err(lost(LossCause::Missing)),
-        // A release that failed is told by an event, and the keeper goes on with it.
+        // If the release failed, an event reports the error and the keeper keeps releasing.
         Ok(Released::Now) | Err(_) => Ok(value),
     }
 }
 
-/// A wait limit may be short, even shorter than other durations, but not absurdly long.
+/// Rejects a wait limit of more than 30 days. A limit may be shorter than other durations.
 fn check_wait(wait: Duration) -> Result<()> {
     if wait <= *crate::locks::DURATION_RANGE.end() {
         return Ok(());
     }
     let message =
-        format!("the wait limit is {wait:?}: it must be at most 30 days; leave it out to wait without a limit");
+        format!("the wait limit is {wait:?}, but at most 30 days are allowed; leave it out to wait without a limit");
     Err(Error::new(ErrorKind::InvalidArgument, message))
 }
 
@@ -280,10 +303,10 @@ impl IntoFuture for LockRequest {
         Box::pin(async move {
             match wait::acquire(&self).await? {
                 Some(guard) => Ok(guard),
-                // Only a limit of zero ends without a grant.
+                // The wait ends without a grant only if the limit is zero.
                 None => {
                     let key = self.locks.key(&self.key)?;
-                    let message = "another holds it or waits for it";
+                    let message = "the key is locked or has waiters";
                     Err(self.locks.handle.shared.error(ErrorKind::Busy, message).with_key(&key))
                 }
             }

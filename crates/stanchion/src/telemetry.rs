@@ -1,7 +1,7 @@
-//! Spans, log events and metrics: the same facts as [`Event`](crate::Event)s, for those who collect them. The names are a
-//! contract: `docs/telemetry.md` lists them.
+//! Emits spans, log events and metrics for the [`Event`](crate::Event)s of a handle. `docs/telemetry.md` lists the
+//! names, which are a contract.
 //!
-//! Without the features `tracing` and `metrics` nothing of this is there.
+//! Without the features `tracing` and `metrics`, this module does nothing.
 
 use std::future::Future;
 #[cfg(feature = "metrics")]
@@ -12,32 +12,33 @@ use crate::key::Key;
 #[cfg(feature = "metrics")]
 use crate::store::{Observed, Operation, OperationDone, Store};
 
-/// How keys are shown in spans and log events: see [`Builder::redact_keys`](crate::Builder::redact_keys). Metrics never have
-/// them.
+/// How spans and log events show keys: see [`Builder::redact_keys`](crate::Builder::redact_keys). Metrics never contain
+/// keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KeyRedaction {
-    /// As they are, with control characters escaped.
+    /// Shows the key, with control characters escaped.
     #[default]
     None,
-    /// The first 24 hexadecimal digits of the SHA-256 of the namespace and the name: the same key is the same text everywhere.
-    /// A name that can be guessed can be found again by whoever tries.
+    /// Shows the first 24 hexadecimal digits of the SHA-256 of the namespace and the name.
+    ///
+    /// The same key has the same text everywhere. The hash does not protect a name that can be guessed.
     Hashed,
-    /// Not at all.
+    /// Leaves the key out.
     Omitted,
 }
 
-/// What an observer needs to tell of events.
+/// The settings with which one handle records events.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Telemetry {
-    #[cfg_attr(not(any(feature = "tracing", feature = "metrics")), allow(dead_code, reason = "told by features"))]
+    #[cfg_attr(not(any(feature = "tracing", feature = "metrics")), allow(dead_code, reason = "read by features"))]
     pub(crate) store: &'static str,
-    #[cfg_attr(not(feature = "tracing"), allow(dead_code, reason = "told by a feature"))]
+    #[cfg_attr(not(feature = "tracing"), allow(dead_code, reason = "read by a feature"))]
     pub(crate) keys: KeyRedaction,
 }
 
 impl Telemetry {
-    /// Whether somebody may collect. Without the features this is known when it is compiled.
+    /// Returns whether events may be collected. Without the features, the compiler knows that they are not.
     pub(crate) fn is_on(self) -> bool {
         #[cfg(feature = "tracing")]
         if tracing::level_filters::LevelFilter::current() != tracing::level_filters::LevelFilter::OFF {
@@ -48,23 +49,23 @@ impl Telemetry {
 
     #[cfg_attr(
         not(any(feature = "tracing", feature = "metrics")),
-        allow(unused_variables, reason = "told by features")
+        allow(unused_variables, reason = "used by features")
     )]
-    pub(crate) fn tell(self, event: &Event) {
+    pub(crate) fn record(self, event: &Event) {
         #[cfg(feature = "tracing")]
         self.log(event);
         #[cfg(feature = "metrics")]
         self.count(event);
     }
 
-    /// The span of a call that asks for a key.
-    #[cfg_attr(not(feature = "tracing"), allow(unused_variables, reason = "told by a feature"))]
+    /// Runs a call that requests a key inside a span.
+    #[cfg_attr(not(feature = "tracing"), allow(unused_variables, reason = "used by a feature"))]
     pub(crate) fn acquiring<F: Future>(self, key: &Key, call: F) -> impl Future<Output = F::Output> {
         #[cfg(feature = "tracing")]
         let call = {
             use tracing::Instrument as _;
             let span = tracing::debug_span!("stanchion.acquire", key = tracing::field::Empty, store = self.store);
-            // On the way of every call: no text is made for nobody.
+            // Every call passes here, so the key's text is made only if somebody collects the span.
             if !span.is_disabled()
                 && let Some(key) = self.shown(key)
             {
@@ -85,7 +86,7 @@ impl Telemetry {
                 use std::fmt::Write as _;
                 let hash = sha2::Sha256::digest(key.as_encoded().as_bytes());
                 Some(hash.iter().take(12).fold(String::new(), |mut text, byte| {
-                    let _a_string_takes_all = write!(text, "{byte:02x}");
+                    let _ = write!(text, "{byte:02x}"); // writing to a string cannot fail
                     text
                 }))
             }
@@ -101,10 +102,10 @@ impl Telemetry {
                 debug!(name: "stanchion.acquired", store, key = self.shown(key), fence = fence.get(), wait_seconds = waited.as_secs_f64(), "acquired");
             }
             Event::Contended { key, ahead } => {
-                debug!(name: "stanchion.contended", store, key = self.shown(key), ahead, "it has to wait");
+                debug!(name: "stanchion.contended", store, key = self.shown(key), ahead, "waiting");
             }
             Event::LimitsDiffer { key, in_use, asked } => {
-                warn!(name: "stanchion.limits_differ", store, key = self.shown(key), in_use, asked, "the holders have another limit: the smaller one holds until the holders of the other are gone");
+                warn!(name: "stanchion.limits_differ", store, key = self.shown(key), in_use, asked, "the holders use another limit; the smaller one applies until the holders with the other one are gone");
             }
             Event::Extended { key, fence, ttl } => {
                 debug!(name: "stanchion.extended", store, key = self.shown(key), fence = fence.get(), ttl_seconds = ttl.as_secs_f64(), "extended");
@@ -116,18 +117,20 @@ impl Telemetry {
                 warn!(name: "stanchion.lost", store, key = self.shown(key), fence = fence.get(), cause = cause.name(), reason, "lost");
             }
             Event::ForceReleased { key, fence, reason } => {
-                info!(name: "stanchion.force_released", store, key = self.shown(key), fence = fence.get(), reason, "released by force");
+                info!(name: "stanchion.force_released", store, key = self.shown(key), fence = fence.get(), reason, "force-released");
             }
-            Event::SessionLost { .. } => warn!(name: "stanchion.session_lost", store, "the session is over"),
-            // The message of an error names its key.
+            Event::SessionLost { .. } => warn!(name: "stanchion.session_lost", store, "the session was lost"),
+            // The message of an error contains its key.
             Event::Error { kind, key, message } if self.keys == KeyRedaction::None => {
-                warn!(name: "stanchion.error", store, kind = kind.name(), key = key.as_ref().map(|key| self.shown(key)), message, "failed");
+                warn!(name: "stanchion.error", store, kind = kind.name(), key = key.as_ref().map(|key| self.shown(key)), message, "a request failed");
             }
             Event::Error { kind, key, .. } => {
-                warn!(name: "stanchion.error", store, kind = kind.name(), key = key.as_ref().map(|key| self.shown(key)), "failed");
+                warn!(name: "stanchion.error", store, kind = kind.name(), key = key.as_ref().map(|key| self.shown(key)), "a request failed");
             }
-            Event::Warning { message } => warn!(name: "stanchion.warning", store, message, "the store may lose locks"),
-            Event::Draining { reason } => info!(name: "stanchion.draining", store, reason, "no new holds"),
+            Event::Warning { message } => {
+                warn!(name: "stanchion.warning", store, message, "the store reported a problem")
+            }
+            Event::Draining { reason } => info!(name: "stanchion.draining", store, reason, "draining"),
             Event::Missed { .. } => {}
         }
     }
@@ -165,7 +168,7 @@ impl Telemetry {
     }
 }
 
-/// The same store with its steps measured.
+/// Wraps a store so that the time and the result of each operation are measured.
 #[cfg(feature = "metrics")]
 pub(crate) fn measured(store: Arc<dyn Store>) -> Arc<dyn Store> {
     let name = store.capabilities().name;

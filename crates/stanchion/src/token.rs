@@ -1,4 +1,6 @@
-//! Tokens and session names: 128 bits each. A session name is random; a token has 96 random bits and a mark of its session.
+//! Defines the identities of sessions and holds, 128 bits each, and the detached [`Token`].
+//!
+//! A session id is random. A token id has 96 random bits, and 32 bits that mark the session that made it.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -15,7 +17,7 @@ macro_rules! random_id {
         pub struct $name([u8; 16]);
 
         impl $name {
-            /// A fresh one from the operating system's randomness.
+            /// Returns a new id from the operating system's randomness.
             ///
             /// # Errors
             /// [`ErrorKind::Internal`] if the operating system has no randomness to give.
@@ -23,24 +25,24 @@ macro_rules! random_id {
                 crate::clock::random_bytes().map(Self)
             }
 
-            /// From its bytes, as a store kept them.
+            /// Creates an id from its 16 bytes, as a store keeps them.
             pub const fn from_bytes(bytes: [u8; 16]) -> Self {
                 Self(bytes)
             }
 
-            /// Its bytes.
+            /// Returns the 16 bytes.
             pub const fn as_bytes(&self) -> &[u8; 16] {
                 &self.0
             }
 
-            /// 32 lowercase hexadecimal digits.
+            /// Returns the id as 32 lowercase hexadecimal digits.
             pub fn to_hex(&self) -> String {
                 let mut text = String::with_capacity(32);
                 self.write_hex(&mut text);
                 text
             }
 
-            /// Appends what [`to_hex`](Self::to_hex) gives.
+            /// Appends the text of [`to_hex`](Self::to_hex).
             pub(crate) fn write_hex(&self, text: &mut String) {
                 const DIGITS: &[u8; 16] = b"0123456789abcdef";
                 let mut digits = [0; 32];
@@ -51,7 +53,7 @@ macro_rules! random_id {
                 text.push_str(std::str::from_utf8(&digits).unwrap_or_default());
             }
 
-            /// Reads 32 hexadecimal digits.
+            /// Reads an id from 32 hexadecimal digits. Returns `None` for any other text.
             pub fn from_hex(text: &str) -> Option<Self> {
                 if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
                     return None;
@@ -65,7 +67,7 @@ macro_rules! random_id {
         }
 
         impl fmt::Debug for $name {
-            /// The first six digits only: whoever knows a token can end its hold.
+            /// Shows the first six digits only, because anybody with the whole token can release its hold.
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 write!(f, concat!(stringify!($name), "({}…)"), &self.to_hex()[..6])
             }
@@ -74,24 +76,25 @@ macro_rules! random_id {
 }
 
 random_id! {
-    /// The identity of one call to acquire, reused only to repeat that very call.
+    /// The identity of one call to acquire. Only a retry of that very call uses it again.
     TokenId
 }
 
 random_id! {
-    /// The identity of a session: one process's proof of life in a store.
+    /// The identity of a session, by which a process proves to a store that it lives.
     SessionId
 }
 
-/// Makes the tokens of a handle, and recognises them without remembering them: a part of each depends on its session and on
-/// a secret of this handle. A message with a token that others made is told apart by that, without asking anybody, and so
-/// is a token of a session before.
+/// Makes the tokens of a handle, and recognises them later without remembering them.
+///
+/// Part of each token depends on its session and on a secret of this handle. Without asking the store, the handle can
+/// therefore tell its tokens from the tokens of other handles and of its own former sessions.
 #[derive(Debug, Default)]
 pub(crate) struct TokenMaker {
     secret: RandomState,
 }
 
-/// The random bytes of a token; the others are the mark.
+/// Number of random bytes in a token id. The other bytes are the mark.
 const RANDOM: usize = 12;
 
 impl TokenMaker {
@@ -112,10 +115,10 @@ impl TokenMaker {
     }
 }
 
-/// By token or by session.
+/// A map whose keys are token ids or session ids.
 pub(crate) type IdMap<Id, Value> = HashMap<Id, Value, BuildHasherDefault<IdHasher>>;
 
-/// Takes what is random already for its hash. Every step looks up a token several times.
+/// Uses an id, which is random already, as its own hash. Every operation looks up a token several times.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct IdHasher(u64);
 
@@ -126,7 +129,7 @@ impl Hasher for IdHasher {
         }
     }
 
-    /// That each has 16 bytes tells nothing.
+    /// Ignores the length, because all ids have 16 bytes.
     fn write_usize(&mut self, _length: usize) {}
 
     fn finish(&self) -> u64 {
@@ -134,9 +137,20 @@ impl Hasher for IdHasher {
     }
 }
 
-/// A detached hold: what [`Locks::adopt`](crate::Locks::adopt) needs to take it up again, here or in another process.
+/// The identity of a detached hold, with which [`Locks::adopt`](crate::Locks::adopt) takes the hold over, here or in
+/// another process.
 ///
-/// Its text form (`to_string` and `parse`) can be stored or sent. Whoever has it can end the hold, so `Debug` hides it.
+/// Its text form (`to_string` and `parse`) can be stored or sent. Keep it secret: anybody with a token can release its
+/// hold. `Debug` hides it.
+///
+/// ```
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// # let locks = stanchion::Locks::open("memory:").await?;
+/// let text = locks.lock("upload:7").await?.detach().to_string();
+/// let token: stanchion::Token = text.parse()?;
+/// assert_eq!(token.key().name(), "upload:7");
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Token {
     pub(crate) key: Key,
@@ -149,17 +163,18 @@ impl Token {
         Self { key, id, session }
     }
 
-    /// The key that is held.
+    /// Returns the key of the hold.
     pub fn key(&self) -> &Key {
         &self.key
     }
 
-    /// The identity of the hold.
+    /// Returns the identity of the hold.
     pub fn id(&self) -> TokenId {
         self.id
     }
 
-    /// The session that it was made in: what [`Locks::status`](crate::Locks::status) goes by to tell whether its process lives.
+    /// Returns the session that made the hold. [`Locks::status`](crate::Locks::status) uses it to tell whether its
+    /// process lives.
     pub fn session(&self) -> SessionId {
         self.session
     }
@@ -180,8 +195,10 @@ impl fmt::Debug for Token {
 impl FromStr for Token {
     type Err = Error;
 
+    /// Reads the text form of a token.
+    ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] if the text is not what `to_string` of a token gave.
+    /// [`ErrorKind::InvalidArgument`] if the text is not the text form of a token.
     fn from_str(text: &str) -> Result<Self> {
         let parse = || {
             let (id, rest) = text.split_once('.')?;
@@ -192,7 +209,7 @@ impl FromStr for Token {
         parse().ok_or_else(|| {
             Error::new(
                 ErrorKind::InvalidArgument,
-                "this is not a token: expected what a detached guard's token printed",
+                "this is not a token: expected the text form of a detached guard's token",
             )
         })
     }
@@ -203,7 +220,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_token_survives_its_text_form_and_hides_in_debug() {
+    fn token_round_trips_and_hides_in_debug() {
         let token =
             Token::new(Key::new("ns", "a.b").unwrap(), TokenId::random().unwrap(), SessionId::random().unwrap());
         let text = token.to_string();
@@ -213,16 +230,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_looked_up_by_an_id_does_not_meet_in_one_place() {
+    fn id_hashes_spread_over_a_table() {
         use std::hash::BuildHasher as _;
         let hasher = BuildHasherDefault::<IdHasher>::default();
         let ids = (0..16).map(|at| TokenId::from_bytes(std::array::from_fn(|byte| u8::from(byte == at))));
         let mut hashes: Vec<_> = ids.map(|id| hasher.hash_one(id)).collect();
         hashes.sort_unstable();
         hashes.dedup();
-        assert_eq!(hashes.len(), 8, "each byte of each half counts");
+        assert_eq!(hashes.len(), 8, "each byte of each half affects the hash");
         let random: Vec<_> = (0..1_000).map(|_| hasher.hash_one(TokenId::random().unwrap())).collect();
-        // A hash table takes its lowest bits for the place, and its highest for the first look.
+        // A hash table uses the lowest bits for the slot and the highest bits for the first comparison.
         for bits in [|hash: u64| hash & 127, |hash: u64| hash >> 57] {
             let places: std::collections::HashSet<_> = random.iter().map(|hash| bits(*hash)).collect();
             assert!(places.len() > 100, "{} of 128", places.len());
@@ -230,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_handle_recognises_the_tokens_of_its_session() {
+    fn handle_recognises_tokens_of_its_session() {
         let (maker, other) = (TokenMaker::default(), TokenMaker::default());
         let [session, next] = [(); 2].map(|()| SessionId::random().unwrap());
         for _ in 0..1_000 {
@@ -242,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_tokens_are_refused() {
+    fn malformed_tokens_are_rejected() {
         let long_id = format!("{}.:k", "0".repeat(33));
         for text in [
             "",

@@ -11,27 +11,29 @@
 //!
 //! # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
 //! let locks = Locks::open("memory:").await?;
-//! // One at a time for each path; who comes meanwhile gets `409 Conflict` with `Retry-After`.
+//! // One request at a time for each path. Others get `409 Conflict` with `Retry-After`.
 //! let lock = LockLayer::new(locks, |request| Some(format!("charge:{}", request.uri.path())));
 //! let app: Router = Router::new().route("/invoices/{id}/charge", post(charge)).layer(lock);
 //! # Ok::<(), stanchion::Error>(()) }).unwrap();
 //! ```
 //!
-//! | what happens | the answer |
+//! The layer answers:
+//!
+//! | if | then |
 //! |---|---|
-//! | the request has no key | that of the service, without a lock |
-//! | granted | that of the service |
-//! | another has the key | 409, or what [`busy_status`](LockLayer::busy_status) says, with `Retry-After` |
-//! | the lock is lost while the service works | 503; the service's future is dropped |
+//! | the request has no key | the answer of the service, without a lock |
+//! | the lock is granted | the answer of the service |
+//! | the key is locked | 409, or the status of [`busy_status`](LockLayer::busy_status), with a `Retry-After` header |
+//! | the lock is lost while the service runs | 503; the service's future is dropped |
 //! | the store cannot serve, or the handle is draining | 503, with `Retry-After` if the store named a time |
-//! | the key is none: empty, too long | 400 |
-//! | an option is out of its range | 500 |
+//! | the key is invalid: empty, too long | 400 |
+//! | an option is out of range | 500 |
 //!
-//! Answers of the layer have the default body, an empty one, and the [`Error`] behind them in their
-//! extensions, as `Arc<Error>`.
+//! An answer of the layer has the default body, which is empty, and the [`Error`] behind it in its extensions, as
+//! `Arc<Error>`.
 //!
-//! The request that reaches the service has two extensions: the [`Fence`](crate::Fence), to be sent with every side effect,
-//! and a [`HeldLock`], to be asked whether it is still held.
+//! The request that reaches the service has two extensions: the [`Fence`](crate::Fence), to send with every side
+//! effect, and a [`HeldLock`], which shows whether the lock is still held.
 
 mod body;
 mod held;
@@ -57,13 +59,15 @@ use crate::request::{LockRequest, conclude};
 pub use body::LockedBody;
 pub use held::HeldLock;
 
-/// What makes a lock's request of the head of an HTTP request.
+/// Makes the lock request for an HTTP request from its head, or `None` if it needs no lock.
 type LockFor = dyn Fn(&Parts) -> Option<LockRequest> + Send + Sync;
 
 /// Takes a lock for each request, with a key from the request, and releases it when the response is ready.
+///
+/// The [module](self) lists the answers.
 #[derive(Clone)]
 pub struct LockLayer {
-    wanted: Arc<LockFor>,
+    lock_for: Arc<LockFor>,
     wait: Duration,
     busy: StatusCode,
     retry_after: Duration,
@@ -79,12 +83,14 @@ impl fmt::Debug for LockLayer {
 }
 
 impl LockLayer {
-    /// Locks the key that `key` makes of a request's head; a request without one goes through without a lock.
+    /// Creates a layer that locks the key that `key` returns for a request's head. Without a key the request passes
+    /// without a lock.
     pub fn new(locks: Locks, key: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
         Self::with_request(move |parts| key(parts).map(|key| locks.lock(key)))
     }
 
-    /// Asks for the lock that `wanted` makes of a request's head, with whatever options: a reader's, a lifetime, a cooldown.
+    /// Creates a layer that uses the lock request that `lock_for` returns for a request's head, with any options: a
+    /// reader, a lifetime, a cooldown.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -97,9 +103,9 @@ impl LockLayer {
     /// });
     /// # Ok::<(), stanchion::Error>(()) }).unwrap();
     /// ```
-    pub fn with_request(wanted: impl Fn(&Parts) -> Option<LockRequest> + Send + Sync + 'static) -> Self {
+    pub fn with_request(lock_for: impl Fn(&Parts) -> Option<LockRequest> + Send + Sync + 'static) -> Self {
         Self {
-            wanted: Arc::new(wanted),
+            lock_for: Arc::new(lock_for),
             wait: Duration::ZERO,
             busy: StatusCode::CONFLICT,
             retry_after: Duration::from_secs(1),
@@ -107,64 +113,66 @@ impl LockLayer {
         }
     }
 
-    /// Waits for the lock no longer than this; a limit of the lock's request goes before. Default: does not wait.
+    /// Limits the wait for the lock. Default: does not wait. A limit of the lock request overrides this one.
     #[must_use]
     pub fn wait(mut self, limit: Duration) -> Self {
         self.wait = limit;
         self
     }
 
-    /// What a request is answered whose key another has. Default: 409 Conflict; 423 Locked is the other usual one.
+    /// Sets the status of the answer if the key is locked. Default: 409 Conflict. 423 Locked is also common.
     #[must_use]
     pub fn busy_status(mut self, status: StatusCode) -> Self {
         self.busy = status;
         self
     }
 
-    /// The `Retry-After` of such an answer where it is not known when the key will be free, because its holder has no
-    /// deadline. In whole seconds, rounded up. Default: 1 s.
+    /// Sets the `Retry-After` of that answer, in whole seconds, rounded up. Default: 1 s.
+    ///
+    /// It applies if nobody knows when the key will be free, because its holder has no deadline.
     #[must_use]
     pub fn retry_after(mut self, span: Duration) -> Self {
         self.retry_after = span;
         self
     }
 
-    /// Holds the lock until the response's body has ended or was given up, instead of until the response is ready: for
-    /// services that work while they send. If the lock is lost meanwhile the body ends with an error.
+    /// Holds the lock until the response's body has ended or was dropped, instead of until the response is ready.
+    ///
+    /// For services that work while they send. If the lock is lost during that time, the body ends with an error.
     #[must_use]
     pub fn hold_while_body(mut self) -> Self {
         self.holds_while_body = true;
         self
     }
 
-    async fn acquire(&self, wanted: LockRequest) -> Result<Guard, Refusal> {
-        if let Err(error) = wanted.locks.key(&wanted.key) {
+    async fn acquire(&self, request: LockRequest) -> Result<Guard, Rejection> {
+        if let Err(error) = request.locks.key(&request.key) {
             let status = match error.kind() {
                 ErrorKind::InvalidArgument => StatusCode::BAD_REQUEST,
                 _ => StatusCode::SERVICE_UNAVAILABLE,
             };
-            return Err(Refusal { status, retry_after: None, error });
+            return Err(Rejection { status, retry_after: None, error });
         }
-        let limit = wanted.wait.unwrap_or(self.wait);
-        let (locks, key) = (wanted.locks.clone(), wanted.key.clone());
-        match wanted.wait(limit).await {
+        let limit = request.wait.unwrap_or(self.wait);
+        let (locks, key) = (request.locks.clone(), request.key.clone());
+        match request.wait(limit).await {
             Ok(guard) => Ok(guard),
             Err(error) if matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Busy) => {
                 let retry_after = Some(self.busy_for(&locks, key).await);
-                Err(Refusal { status: self.busy, retry_after, error })
+                Err(Rejection { status: self.busy, retry_after, error })
             }
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Until when a deadline or a cooldown frees the key, if one does.
+    /// Returns the time until a deadline or a cooldown frees the key, or the configured time if there is none.
     async fn busy_for(&self, locks: &Locks, key: String) -> Duration {
         let state = locks.inspect(key).await.ok();
-        let known = state.and_then(|state| {
+        let free_in = state.and_then(|state| {
             let deadline = state.holders.iter().filter_map(|holder| holder.remaining).min();
             deadline.or(state.closed_for)
         });
-        known.unwrap_or(self.retry_after)
+        free_in.unwrap_or(self.retry_after)
     }
 }
 
@@ -176,7 +184,7 @@ impl<S> Layer<S> for LockLayer {
     }
 }
 
-/// What [`LockLayer`] makes of a service.
+/// A service that [`LockLayer`] wraps.
 #[derive(Clone, Debug)]
 pub struct LockService<S> {
     inner: S,
@@ -200,7 +208,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        // The one that was asked whether it is ready, not its clone.
+        // The service whose `poll_ready` succeeded must serve the request, not its clone.
         let clone = self.inner.clone();
         let inner = std::mem::replace(&mut self.inner, clone);
         let layer = self.layer.clone();
@@ -218,13 +226,13 @@ where
     R: Default,
 {
     let (mut parts, body) = request.into_parts();
-    let Some(wanted) = (layer.wanted)(&parts) else {
+    let Some(lock_request) = (layer.lock_for)(&parts) else {
         let response = inner.call(Request::from_parts(parts, body)).await?;
         return Ok(response.map(LockedBody::free));
     };
-    let guard = match layer.acquire(wanted).await {
+    let guard = match layer.acquire(lock_request).await {
         Ok(guard) => Arc::new(guard),
-        Err(refusal) => return Ok(refusal.into_response()),
+        Err(rejection) => return Ok(rejection.into_response()),
     };
     parts.extensions.insert(guard.fence());
     parts.extensions.insert(HeldLock::of(&guard));
@@ -241,25 +249,26 @@ where
     }
     let outcome = match Arc::into_inner(guard) {
         Some(guard) => conclude(guard, finished).await,
-        // Somebody looks at it through a `HeldLock` at this very moment, and drops it after that, which releases.
-        None => {
-            finished.map_err(|cause| Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}")))
-        }
+        // Another thread uses the guard through a `HeldLock` at this moment. It drops the guard afterwards, which
+        // releases the lock.
+        None => finished.map_err(|cause| {
+            Error::new(ErrorKind::Lost(cause), format!("the lock was lost while it was in use: {cause}"))
+        }),
     };
-    match outcome.map_err(Refusal::from) {
+    match outcome.map_err(Rejection::from) {
         Ok(response) => Ok(response?.map(LockedBody::free)),
-        Err(refusal) => Ok(refusal.into_response()),
+        Err(rejection) => Ok(rejection.into_response()),
     }
 }
 
-/// An answer of the layer's own.
-struct Refusal {
+/// An answer that the layer gives instead of the service.
+struct Rejection {
     status: StatusCode,
     retry_after: Option<Duration>,
     error: Error,
 }
 
-impl From<Error> for Refusal {
+impl From<Error> for Rejection {
     fn from(error: Error) -> Self {
         let status = match error.kind() {
             ErrorKind::InvalidArgument => StatusCode::INTERNAL_SERVER_ERROR,
@@ -269,7 +278,7 @@ impl From<Error> for Refusal {
     }
 }
 
-impl Refusal {
+impl Rejection {
     fn into_response<R: Default>(self) -> Response<LockedBody<R>> {
         let mut response = Response::new(LockedBody::free(R::default()));
         *response.status_mut() = self.status;

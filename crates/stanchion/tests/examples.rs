@@ -88,35 +88,35 @@ fn scheduler_leaders_have_rising_terms() {
     let mut last_term = 0;
     for (at, line) in lines.iter().enumerate() {
         let Some((name, rest)) = line.split_once(" leads in term ") else { continue };
-        let (term, rest) = rest.split_once(" and says: ").unwrap();
+        let (term, metadata) = rest.split_once(": ").unwrap();
         let term: u64 = term.parse().unwrap();
-        assert!(term > last_term && rest.starts_with("process "), "{lines:#?}");
+        assert!(term > last_term && metadata.starts_with("process "), "{lines:#?}");
         last_term = term;
         assert_eq!(lines[at + 1], format!("{name} was killed"));
         led.push(name);
     }
     led.sort_unstable();
-    assert_eq!(led, ["one", "three", "two"], "each process must lead once: {lines:#?}");
-    index_of(&lines, "the runs are in the order of their terms: true");
+    assert_eq!(led, ["one", "three", "two"], "each led once: {lines:#?}");
+    index_of(&lines, "the terms of the runs never fall: true");
 }
 
 #[test]
 fn long_job_ends_cleanly_on_sigterm() {
     let lines = output_of("graceful_shutdown");
-    index_of(&lines, "batch 1 is in, under the fence ");
-    let told = index_of(&lines, "told to end after batch ");
-    assert!(lines[told].contains("SIGTERM"), "{lines:#?}");
-    let done = lines[told].split(' ').nth(5).unwrap().trim_end_matches(':').to_owned();
-    assert!(index_of(&lines, &format!("the state after batch {done} is kept")) < told);
-    let refused = index_of(&lines, "nothing new is begun: ");
-    assert!(refused > told && lines[refused].contains("SIGTERM"), "{lines:#?}");
+    index_of(&lines, "batch 1 is imported under fence ");
+    let stopped = index_of(&lines, "stopped after batch ");
+    assert!(lines[stopped].contains("SIGTERM"), "{lines:#?}");
+    let done = lines[stopped].split(' ').nth(3).unwrap().trim_end_matches(':').to_owned();
+    assert!(index_of(&lines, &format!("saved the state after batch {done}")) < stopped);
+    let rejected = index_of(&lines, "no new locks: ");
+    assert!(rejected > stopped && lines[rejected].contains("SIGTERM"), "{lines:#?}");
 }
 
 #[test]
 fn report_runs_once_a_day_until_success() {
     let lines = output_of("once_report");
     let of_day = |day: &str, what: &str| lines.iter().filter(|line| line.contains(day) && line.contains(what)).count();
-    assert_eq!((of_day("day 20412", "made under the fence"), of_day("day 20412", "done by")), (1, 2), "{lines:#?}");
+    assert_eq!((of_day("day 20412", "made under fence"), of_day("day 20412", "done by")), (1, 2), "{lines:#?}");
     let made = lines.iter().find(|line| line.contains("day 20412 made under")).unwrap();
     let by = made.split_once(':').unwrap().0;
     assert_eq!(of_day("day 20412", &format!("done by {by}")), 2, "{lines:#?}");
@@ -131,35 +131,35 @@ fn report_runs_once_a_day_until_success() {
 fn transfers_keep_money_and_check_fences() {
     let lines = output_of("transfer");
     index_of(&lines, "alice has 9400 cents, bob has 10600, together 20000");
-    let refused = index_of(&lines, "refused: alice has seen the fence ");
-    assert!(lines[refused].ends_with(": 00000000000000000000 is too old"), "{lines:#?}");
+    let rejected = index_of(&lines, "rejected: alice has seen fence ");
+    assert!(lines[rejected].ends_with(": 00000000000000000000 is too old"), "{lines:#?}");
 }
 
 #[test]
 fn loss_is_reported_in_every_way() {
     let lines = output_of("on_lost");
-    let forced = "it was released by force";
-    index_of(&lines, &format!("the guard says: {forced}"));
+    let forced = "it was force-released";
+    index_of(&lines, &format!("the guard is lost: {forced}"));
     index_of(&lines, "its token is cancelled: true");
-    assert!(lines[index_of(&lines, "a check fails: key `ledger` in memory: ")].ends_with(forced));
-    index_of(&lines, "the release finds: AlreadyLost");
-    let hook = &lines[index_of(&lines, "the hook was told of ledger with Fence(")];
+    assert!(lines[index_of(&lines, "its check fails: key `ledger` in memory: ")].ends_with(forced));
+    index_of(&lines, "its release returns AlreadyLost");
+    let hook = &lines[index_of(&lines, "the hook got ledger with Fence(")];
     assert!(hook.ends_with(forced), "{hook}");
     assert!(index_of(&lines, "the body works") < index_of(&lines, "the call fails: key `report` in memory: "));
-    assert!(!lines.iter().any(|line| line.contains("never comes here")), "{lines:#?}");
-    index_of(&lines, "a process that does not listen ends by signal Some(6)");
-    assert!(lines[index_of(&lines, "its last words: stanchion: key `ledger` was lost")].contains(forced), "{lines:#?}");
+    assert!(!lines.iter().any(|line| line.contains("never gets here")), "{lines:#?}");
+    index_of(&lines, "the process whose work cannot be stopped ends by signal Some(6)");
+    assert!(lines[index_of(&lines, "its last line: stanchion: key `ledger` was lost")].contains(forced), "{lines:#?}");
 }
 
 #[test]
 fn readers_share_and_never_pass_a_writer() {
     let lines = output_of("readers_writers");
-    assert!(index_of(&lines, "the first reader is in") < index_of(&lines, "the second reader is in"));
-    let writer = index_of(&lines, "the writer is in");
+    assert!(index_of(&lines, "the first reader has the key") < index_of(&lines, "the second reader has the key"));
+    let writer = index_of(&lines, "the writer has the key");
     assert!(index_of(&lines, "the writer and two readers wait") < writer);
-    index_of(&lines, "beside the writer there are 0 holders");
-    for reader in ["the third reader is in", "the fourth reader is in"] {
+    index_of(&lines, "while the writer holds the key, holders: 1");
+    for reader in ["the third reader has the key", "the fourth reader has the key"] {
         assert!(index_of(&lines, reader) > writer, "{lines:#?}");
     }
-    index_of(&lines, "2 readers are in together");
+    index_of(&lines, "after the writer, readers at the same time: 2");
 }

@@ -50,7 +50,7 @@ pub async fn differing_limits_are_reported<S: Store>(env: &Environment<S>) {
     let mut events = new.events();
     let next_report = async |events: &mut EventStream| {
         let mut next = async || loop {
-            if let Event::LimitsDiffer { key, in_use, asked } = events.next().await.expect("the handle is open") {
+            if let Event::LimitsDiffer { key, in_use, asked, .. } = events.next().await.expect("the handle is open") {
                 return (key.name().to_owned(), in_use, asked);
             }
         };
@@ -313,7 +313,7 @@ pub async fn once_skips_runs_during_cooldown<S: Store>(env: &Environment<S>) {
     let ran = one.once("k").cooldown(pause).run(async |_| Ok::<_, Error>(7)).await.unwrap();
     assert_eq!(ran, OnceOutcome::Ran(7));
     match two.once("k").cooldown(pause).run(must_not_run).await.unwrap() {
-        OnceOutcome::Skipped { last: Some(last), is_running: false, opens_in: Some(left) } => {
+        OnceOutcome::Skipped { last: Some(last), is_running: false, opens_in: Some(left), .. } => {
             assert!(last.succeeded && left <= pause && last.closed_for == pause);
         }
         other => panic!("{other:?}"),
@@ -412,7 +412,7 @@ pub async fn waiting_once_sees_finished_run<S: Store>(env: &Environment<S>) {
         finish.send(()).unwrap();
         assert_eq!(running.await.unwrap().is_ok(), succeeds);
         match waiting.await.unwrap().unwrap() {
-            OnceOutcome::DoneElsewhere { last } => assert!(succeeds && last.succeeded),
+            OnceOutcome::DoneElsewhere { last, .. } => assert!(succeeds && last.succeeded),
             OnceOutcome::Ran(2) => assert!(!succeeds),
             other => panic!("{other:?}"),
         }
@@ -522,7 +522,7 @@ pub async fn status_reports_fate_of_a_hold<S: Store>(env: &Environment<S>) {
     assert_eq!(two.status_of_owner("k", "one").await.unwrap(), OwnerStatus::Nobody);
     let guard = two.lock("k").await.unwrap();
     match two.status(&token).await.unwrap() {
-        OwnerStatus::SomeoneElse { holders } => assert_eq!(holders[0].fence, guard.fence()),
+        OwnerStatus::SomeoneElse { holders, .. } => assert_eq!(holders[0].fence, guard.fence()),
         other => panic!("{other:?}"),
     }
     guard.release().await.unwrap();

@@ -1,4 +1,4 @@
-//! Waiting for a future on the calling thread.
+//! Blocks the calling thread until a future completes.
 
 use std::future::Future;
 use std::pin::pin;
@@ -12,12 +12,13 @@ use tokio::runtime::Handle;
 use crate::error::{Error, ErrorKind, Result};
 use crate::thread::RuntimeThread;
 
-/// Where the connections of blocking calls live: a thread with a runtime, started by the first call. Clones share it; it
-/// ends with the last of them.
+/// The thread and runtime that drive the connections of blocking calls. The first call starts it.
 ///
-/// A store that does I/O on its caller's side finds this runtime, and not the user's, which the call itself may keep from
-/// running (ADR 16). It is not the keeper's either: that one ends when the handle is closed, and then whatever waits for a
-/// timer of it panics.
+/// Clones share it, and it ends with the last of them.
+///
+/// A store that does I/O on its caller's side uses this runtime. It does not use the user's, because the blocking call
+/// itself may keep that one from running (ADR 16), nor the keeper's, because that one ends when the handle is closed,
+/// and a future that still waits for one of its timers would panic.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Driver(Arc<OnceLock<RuntimeThread>>);
 
@@ -34,10 +35,10 @@ impl Driver {
             Some(running) => running,
             None => {
                 let started = RuntimeThread::start("stanchion-blocking").map_err(|fault| {
-                    let message = "the thread of the blocking calls cannot start";
+                    let message = "cannot start the thread for blocking calls";
                     Error::new(ErrorKind::Internal, message).with_source(fault)
                 })?;
-                // If two threads start one at once, one of the two ends again.
+                // If two threads start a runtime at the same time, one of the two runtimes ends again.
                 self.0.get_or_init(|| started)
             }
         };
@@ -45,9 +46,9 @@ impl Driver {
     }
 }
 
-/// Waits for a future that other threads drive.
+/// Blocks the calling thread until a future that other threads drive completes.
 pub(super) fn park<T>(future: impl Future<Output = T>) -> T {
-    // Tokio lets a task have only so much in one go, and inside one that is blocked nobody would give it more.
+    // Tokio gives a task a budget for each poll. Inside a task that this call blocks, nobody would renew the budget.
     let mut future = pin!(tokio::task::unconstrained(future));
     let unpark = Arc::new(Unpark { thread: std::thread::current(), is_woken: AtomicBool::new(false) });
     let waker = unpark.clone().into();
@@ -56,7 +57,7 @@ pub(super) fn park<T>(future: impl Future<Output = T>) -> T {
         if let Poll::Ready(value) = future.as_mut().poll(&mut context) {
             return value;
         }
-        // Others may unpark the thread too.
+        // Other code may unpark this thread as well.
         while !unpark.is_woken.swap(false, Ordering::Acquire) {
             std::thread::park();
         }

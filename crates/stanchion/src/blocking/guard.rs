@@ -1,4 +1,4 @@
-//! Guards.
+//! Defines the blocking [`Guard`].
 
 use std::ops::Deref;
 use std::time::Duration;
@@ -8,10 +8,11 @@ use crate::error::{LossCause, Result};
 use crate::guard::Released;
 use crate::token::Token;
 
-/// A hold, as long as it is not dropped. Dropping it releases in the background, without waiting.
+/// A lock that is held, for blocking code. Dropping the guard releases the lock in the background, without waiting.
 ///
-/// What is local is that of [`stanchion::Guard`](crate::Guard): key, fence, [`is_held`](crate::Guard::is_held),
-/// [`check`](crate::Guard::check), [`heartbeat`](crate::Guard::heartbeat) and so on.
+/// It dereferences to [`stanchion::Guard`](crate::Guard), whose methods without I/O work in blocking code: key, fence,
+/// [`is_held`](crate::Guard::is_held), [`check`](crate::Guard::check), [`heartbeat`](crate::Guard::heartbeat) and so
+/// on.
 #[derive(Debug)]
 #[must_use = "dropping a guard releases the lock"]
 pub struct Guard {
@@ -36,34 +37,38 @@ impl Guard {
         (self.guard, self.driver)
     }
 
-    /// The same guard for async code.
+    /// Returns the same guard for async code.
     pub fn into_async(self) -> crate::Guard {
         self.guard
     }
 
-    /// Waits until the hold is lost: for a thread that watches over another's work. It fires before anybody else can have
-    /// the key, with no network needed.
+    /// Blocks until the lock is lost, and returns why. For a thread that watches the work of another thread.
+    ///
+    /// It returns before anyone else can get the key, without a network.
     pub fn lost(&self) -> LossCause {
         park(self.guard.lost())
     }
 
-    /// Sets the remaining time of a fixed lifetime, or of `max_hold`, to `ttl` from now; shorter than before, if so wished.
+    /// Sets the remaining time of a fixed lifetime, or of `max_hold`, to `ttl` from now. The new time may be shorter.
     ///
     /// # Errors
-    /// As [`stanchion::Guard::extend`](crate::Guard::extend).
+    /// The errors of [`stanchion::Guard::extend`](crate::Guard::extend).
     pub fn extend(&self, ttl: Duration) -> Result<()> {
         self.driver.call(self.guard.extend(ttl))
     }
 
-    /// Releases and tells what was found.
+    /// Releases the lock, and returns whether it was still held.
     ///
     /// # Errors
-    /// The store's faults. The hold is given up all the same: the keeper goes on ending it.
+    /// Any error of the store. The lock is given up all the same: the keeper keeps releasing it.
     pub fn release(self) -> Result<Released> {
         self.driver.call(self.guard.release())
     }
 
-    /// Lets go of the hold without releasing it: [`Locks::adopt`](super::Locks::adopt) takes it up again with the token.
+    /// Gives up the guard without releasing the lock, and returns the token with which
+    /// [`Locks::adopt`](super::Locks::adopt) takes the hold over.
+    ///
+    /// [`stanchion::Guard::detach`](crate::Guard::detach) has the rules.
     pub fn detach(self) -> Token {
         self.guard.detach()
     }

@@ -1,4 +1,4 @@
-//! The same surface without async: calls that block their thread until they are done.
+//! The same API without async: calls that block their thread until they are done.
 //!
 //! ```
 //! use std::time::Duration;
@@ -18,16 +18,17 @@
 //! # Ok::<(), stanchion::Error>(())
 //! ```
 //!
-//! No runtime is needed: what has to go on meanwhile goes on in threads of the library, and a call waits for it where it
-//! was made. Guards, requests and handles are what they are in async code, and [`Locks::from`] and
-//! [`as_async`](Locks::as_async) go from one to the other.
+//! No runtime is needed: threads of the library do all background work. Guards, requests and handles behave as in async
+//! code. [`Locks::from`] and [`as_async`](Locks::as_async) convert between the two.
 //!
 //! # In async code
-//! A blocking call blocks the thread that it is made on, and with it whatever else that thread should run: make it in
-//! `spawn_blocking`, or use the async surface. Made inside a task nevertheless it works, also in a runtime of one thread,
-//! because nothing that it needs runs there. It waits for ever only where any mutex would: when the lock is held by a task
-//! that would have to run on the blocked thread to release it, and no [`wait`](LockRequest::wait) limits the request. A
-//! pool of connections of the user's (`Postgres::from_pool`) must live in another runtime than the one that is blocked.
+//! A blocking call blocks its thread, and everything else that this thread should run. In async code, make the call in
+//! `spawn_blocking`, or use the async API.
+//!
+//! A blocking call inside a task works all the same, even in a runtime with one thread, because it needs nothing that
+//! runs there. It deadlocks only where every mutex would: if the lock is held by a task that must run on the blocked
+//! thread to release it, and no [`wait`](LockRequest::wait) limits the request. If you pass your own connection pool
+//! (`Postgres::from_pool`), the pool must live in another runtime than the blocked one.
 
 mod driver;
 mod guard;
@@ -44,14 +45,16 @@ use driver::Driver;
 pub use guard::Guard;
 pub use request::LockRequest;
 
-/// [`stanchion::Locks`](crate::Locks), blocking: cheap to clone, one session for all clones.
+/// A handle on the locks of one store, for blocking code: see [`stanchion::Locks`](crate::Locks).
+///
+/// It is cheap to clone, and all clones share one session.
 #[derive(Clone, Debug)]
 pub struct Locks {
     locks: crate::Locks,
     driver: Driver,
 }
 
-/// The same handle, with the same session.
+/// Converts an async handle into a blocking one with the same session.
 impl From<crate::Locks> for Locks {
     fn from(locks: crate::Locks) -> Self {
         Self { locks, driver: Driver::default() }
@@ -59,10 +62,10 @@ impl From<crate::Locks> for Locks {
 }
 
 impl Builder {
-    /// Opens the handle as a blocking one.
+    /// Connects to the store, and opens a handle for blocking code.
     ///
     /// # Errors
-    /// As [`open`](Builder::open).
+    /// The errors of [`open`](Builder::open).
     pub fn open_blocking(self) -> Result<Locks> {
         let driver = Driver::default();
         let locks = driver.call(self.open())?;
@@ -71,58 +74,59 @@ impl Builder {
 }
 
 impl Locks {
-    /// Opens the store that the URL names, with a session: the URLs are those of [`stanchion::Locks::open`](crate::Locks::open).
+    /// Opens the store that a URL names, with a session. [`stanchion::Locks::open`](crate::Locks::open) lists the URLs.
     ///
     /// # Errors
-    /// As [`stanchion::Locks::open`](crate::Locks::open).
+    /// The errors of [`stanchion::Locks::open`](crate::Locks::open).
     pub fn open(url: &str) -> Result<Self> {
         Self::builder(url).open_blocking()
     }
 
-    /// Opens a store with more to say; [`open_blocking`](Builder::open_blocking) ends the sentence.
+    /// Returns a [`Builder`] for configuring the handle. [`open_blocking`](Builder::open_blocking) opens it.
     pub fn builder(url: &str) -> Builder {
         crate::Locks::builder(url)
     }
 
-    /// Uses a store of one's own, with defaults for the rest.
+    /// Opens a handle on the given store, with default settings.
     ///
     /// # Errors
-    /// As [`stanchion::Locks::open`](crate::Locks::open).
+    /// The errors of [`stanchion::Locks::open`](crate::Locks::open).
     pub fn with_store(store: impl Store) -> Result<Self> {
         Self::builder_with_store(store).open_blocking()
     }
 
-    /// Uses a store of one's own, with more to say.
+    /// Returns a [`Builder`] for configuring a handle on the given store.
     pub fn builder_with_store(store: impl Store) -> Builder {
         crate::Locks::builder_with_store(store)
     }
 
-    /// The same handle for async code.
+    /// Returns the same handle for async code.
     pub fn as_async(&self) -> &crate::Locks {
         &self.locks
     }
 
-    /// Asks for a key: exclusive, first come first served.
+    /// Requests a key exclusively, first come, first served.
     pub fn lock(&self, key: impl Into<String>) -> LockRequest {
         self.request(self.locks.lock(key))
     }
 
-    /// Asks for a key that others may read at the same time.
+    /// Requests a key that other readers may hold at the same time.
     pub fn read(&self, key: impl Into<String>) -> LockRequest {
         self.request(self.locks.read(key))
     }
 
-    /// Asks for a key alone that others [`read`](Locks::read).
+    /// Requests a key exclusively that others [`read`](Locks::read).
     pub fn write(&self, key: impl Into<String>) -> LockRequest {
         self.request(self.locks.write(key))
     }
 
-    /// Asks for one of `limit` permits of a key.
+    /// Requests one of `limit` permits of a key.
     pub fn semaphore(&self, key: impl Into<String>, limit: u32) -> LockRequest {
         self.request(self.locks.semaphore(key, limit))
     }
 
-    /// Waits for what the async surface has: several keys, runs, elections, and what came of a hold.
+    /// Blocks on a call of the async API, for everything that this module does not have: several keys, runs, elections,
+    /// the status of a hold.
     ///
     /// ```
     /// use stanchion::{Error, blocking::Locks};
@@ -136,7 +140,7 @@ impl Locks {
     /// ```
     ///
     /// # Errors
-    /// The call's.
+    /// The errors of the call.
     pub fn block_on<T, E>(&self, call: impl AsyncFnOnce(&crate::Locks) -> Result<T, E>) -> Result<T, E>
     where
         E: From<Error>,
@@ -144,69 +148,77 @@ impl Locks {
         self.driver.call(call(&self.locks))
     }
 
-    /// One attempt: `None` if another holds the key or waits for it.
+    /// Tries once to lock a key. If someone else holds the lock or waits for it, you get `None`, not an error.
     ///
     /// # Errors
-    /// As [`LockRequest::try_acquire`].
+    /// The errors of [`LockRequest::try_acquire`].
     pub fn try_lock(&self, key: impl Into<String>) -> Result<Option<Guard>> {
         self.lock(key).try_acquire()
     }
 
-    /// Takes up a detached hold, of this process or another one. Of two that try, one gets it.
+    /// Takes over a detached hold with its token, in this process or another one. If several callers try, exactly one
+    /// succeeds.
     ///
     /// # Errors
-    /// As [`stanchion::Locks::adopt`](crate::Locks::adopt).
+    /// The errors of [`stanchion::Locks::adopt`](crate::Locks::adopt).
     pub fn adopt(&self, token: Token) -> Result<Guard> {
         let guard = self.driver.call(self.locks.adopt(token))?;
         Ok(Guard::new(guard, self.driver.clone()))
     }
 
-    /// What is known of a key: holders, waiters, fences. About the past: stale when read.
+    /// Returns the holders, waiters and fences of a key when the store was queried. For display only.
     ///
     /// # Errors
-    /// As [`stanchion::Locks::inspect`](crate::Locks::inspect).
+    /// The errors of [`stanchion::Locks::inspect`](crate::Locks::inspect).
     pub fn inspect(&self, key: impl Into<String>) -> Result<KeyState> {
         self.driver.call(self.locks.inspect(key))
     }
 
-    /// Returns the keys of this handle's namespace that are held, waited for or closed and begin with `prefix`, each once
-    /// and in order, with the entries there that cannot be read. About the past, and not one snapshot.
+    /// Returns the keys of this handle's namespace that begin with `prefix` and are held, waited for or in cooldown.
+    ///
+    /// Each key appears once, in order. Entries that cannot be read are listed too. The result is not one snapshot.
     ///
     /// # Errors
-    /// The store's faults. That an entry is damaged is none.
+    /// Any error of the store. A damaged entry is not an error.
     pub fn list(&self, prefix: &str) -> Result<Listing> {
         self.driver.call(self.locks.list(prefix))
     }
 
-    /// Returns a page of [`list`](Self::list): the first one without a cursor, and the one at [`Listing::next`] with it.
+    /// Returns one page of [`list`](Self::list): the first page without a cursor, the next one with the cursor in
+    /// [`Listing::next`].
     ///
     /// # Errors
-    /// As [`stanchion::Locks::list_page`](crate::Locks::list_page).
+    /// The errors of [`stanchion::Locks::list_page`](crate::Locks::list_page).
     pub fn list_page(&self, prefix: &str, cursor: Option<&Cursor>) -> Result<Listing> {
         self.driver.call(self.locks.list_page(prefix, cursor))
     }
 
-    /// Whether somebody held the key a moment ago. Do not decide on it: ask for the lock.
+    /// Returns whether the key was locked when the store was queried.
+    ///
+    /// For display only: to make a decision, use [`try_lock`](Locks::try_lock).
     ///
     /// # Errors
-    /// As [`inspect`](Locks::inspect).
+    /// The errors of [`inspect`](Locks::inspect).
     pub fn is_locked(&self, key: impl Into<String>) -> Result<bool> {
         self.driver.call(self.locks.is_locked(key))
     }
 
-    /// Whether the token held its key a moment ago. Do not decide on it: check the fence at the resource.
+    /// Returns whether the token held its key when the store was queried.
+    ///
+    /// For display only: to protect a resource, let the resource check the fence.
     ///
     /// # Errors
-    /// The store's faults.
+    /// Any error of the store.
     pub fn owns(&self, token: &Token) -> Result<bool> {
         self.driver.call(self.locks.owns(token))
     }
 
-    /// Releases the hold of `key` that has this fence, whoever has it. For people who know that its holder is dead or
-    /// wrong.
+    /// Releases the hold of `key` with this fence, even if another process holds it.
+    ///
+    /// For people who know that the holder is dead or wrong.
     ///
     /// # Errors
-    /// As [`stanchion::Locks::force_release`](crate::Locks::force_release).
+    /// The errors of [`stanchion::Locks::force_release`](crate::Locks::force_release).
     pub fn force_release(
         &self,
         key: impl Into<String>,
@@ -216,52 +228,56 @@ impl Locks {
         self.driver.call(self.locks.force_release(key, fence, reason))
     }
 
-    /// The events of this handle from now on. The iterator waits for the next one, and ends when the handle is gone.
+    /// Returns an iterator of this handle's events from now on. It blocks until the next event, and ends when the
+    /// handle is gone.
     pub fn events(&self) -> Events {
         Events(self.locks.events())
     }
 
-    /// What the store said so far of settings that may lose locks, for people. Empty is good.
+    /// Returns the store's warnings so far about settings that may lose locks, as text for people. An empty list is
+    /// good.
     pub fn warnings(&self) -> Vec<String> {
         self.locks.warnings()
     }
 
-    /// No new holds from now on: waiting calls end with [`ErrorKind::Draining`](crate::ErrorKind::Draining), guards see
-    /// [`draining`](crate::Guard::draining). Holds stay. Cannot be undone; the first reason stays.
+    /// Stops new holds: waiting calls and later ones fail with [`ErrorKind::Draining`](crate::ErrorKind::Draining).
+    ///
+    /// Existing holds stay, and [`draining`](crate::Guard::draining) shows them the reason. Draining cannot be undone.
+    /// If it is called again, the first reason stays.
     pub fn drain(&self, reason: &str) {
         self.locks.drain(reason);
     }
 
-    /// The reason, if this handle is draining.
+    /// Returns the reason if this handle is draining.
     pub fn draining(&self) -> Option<&str> {
         self.locks.draining()
     }
 
-    /// Releases everything at once and ends the session. Guards that still live are lost.
+    /// Releases all holds and ends the session. Guards that still exist are lost.
     ///
     /// # Errors
-    /// None yet: what could not be ended in the store within 5 s dies with the session.
+    /// The errors of [`stanchion::Locks::close`](crate::Locks::close).
     pub fn close(&self) -> Result<()> {
         self.driver.call(self.locks.close())
     }
 
-    /// The current session, if one is open. It changes when a session is lost.
+    /// Returns the current session if one is open. After a session is lost, the keeper opens another one.
     pub fn session(&self) -> Option<SessionId> {
         self.locks.session()
     }
 
-    /// What the store can do.
+    /// Returns the capabilities of the store.
     pub fn capabilities(&self) -> Capabilities {
         self.locks.capabilities()
     }
 
-    /// A blocking request of an async one.
+    /// Makes a blocking request from an async one.
     fn request(&self, request: crate::LockRequest) -> LockRequest {
         LockRequest::new(request, self.driver.clone())
     }
 }
 
-/// The events of one handle, as an iterator that waits.
+/// An iterator of one handle's events that blocks until the next one.
 #[derive(Debug)]
 pub struct Events(EventStream);
 

@@ -1,4 +1,4 @@
-//! Leaders: one of several candidates at a time.
+//! Elects leaders: one of several candidates at a time.
 
 use std::time::Duration;
 
@@ -10,14 +10,16 @@ use crate::retry::sleep_unless_back;
 use crate::shared::Shared;
 use crate::store::HolderState;
 
-/// How often one who observes asks: the store calls those who wait for a key, not those who only look.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Interval at which an observer polls the store, because the store notifies waiters but not observers.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// An election: who leads under a key, and how to become it. Made by [`Locks::elect`](crate::Locks::elect).
+/// An election under a key, for candidates and observers. [`Locks::elect`](crate::Locks::elect) returns one.
 ///
-/// Candidates stand in line, first come first served. When the leader resigns, ends or dies, the next one is called: by one
-/// message, not by asking around. A leader that cannot renew its session steps down before the next one can be elected:
-/// [`Leadership::lost`]. Each term has a number that is higher than those before it: send it with what the leader does.
+/// - Candidates queue, first come, first served. When the leader resigns or its process ends, the store notifies the
+///   next candidate with one message.
+/// - A leader that cannot renew its session steps down before the next one can be elected: see [`Leadership::lost`].
+/// - Each term has a number that is higher than those of all earlier terms. Send it with everything that the leader
+///   does, so that a resource can reject a former leader.
 ///
 /// ```
 /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
@@ -28,6 +30,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// leadership.resign().await?;
 /// # Ok::<(), stanchion::Error>(()) }).unwrap();
 /// ```
+///
+/// [`lead`](Election::lead) runs a body for each term, without a loop of your own.
 #[derive(Clone, Debug)]
 pub struct Election {
     request: LockRequest,
@@ -38,35 +42,35 @@ impl Election {
         Self { request }
     }
 
-    /// Text of this candidate, for those who observe: at most 4 KiB. An address, for example.
+    /// Sets text about this candidate for observers, such as its address. At most 4 KiB.
     #[must_use]
     pub fn metadata(mut self, text: impl Into<String>) -> Self {
         self.request = self.request.metadata(text);
         self
     }
 
-    /// The longest term: then the leader steps down, and stands in line again if it wants.
+    /// Limits the length of a term. The leader then steps down, and may campaign again.
     #[must_use]
     pub fn max_term(mut self, longest: Duration) -> Self {
         self.request = self.request.max_hold(longest);
         self
     }
 
-    /// Stands in line until it is elected.
+    /// Waits in the queue until this candidate is elected.
     ///
     /// # Errors
-    /// As [`LockRequest`] when awaited.
+    /// The errors of an awaited [`LockRequest`].
     ///
     /// # Cancel safety
-    /// A dropped future leaves the line.
+    /// A dropped future leaves the queue.
     pub async fn campaign(&self) -> Result<Leadership> {
         Ok(Leadership { guard: self.request.clone().await? })
     }
 
-    /// Leads if nobody else does or stands in line; does not wait.
+    /// Tries once to become the leader. Returns `None` if someone else leads or waits.
     ///
     /// # Errors
-    /// As [`LockRequest::try_acquire`].
+    /// The errors of [`LockRequest::try_acquire`].
     ///
     /// # Cancel safety
     /// A dropped future leaves nothing behind.
@@ -74,8 +78,10 @@ impl Election {
         Ok(self.request.clone().try_acquire().await?.map(|guard| Leadership { guard }))
     }
 
-    /// Leads again and again: runs `body` for each term, until it returns a value while it leads. When a term ends under it, its
-    /// future is dropped at its next await, and this stands in line again.
+    /// Campaigns again and again, and runs `body` for each term, until the body returns a value while it leads.
+    ///
+    /// If a term ends while the body runs, the body's future is dropped at its next await, and this candidate queues
+    /// again.
     ///
     /// ```
     /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
@@ -85,7 +91,7 @@ impl Election {
     /// # Ok::<(), stanchion::Error>(()) }).unwrap();
     /// ```
     ///
-    /// Each term runs a clone of `body`: what it shares with other terms it borrows, or has in an `Arc`. In a spawned task:
+    /// Each term runs a clone of `body`. State that the terms share must be borrowed or in an `Arc`. In a spawned task:
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -101,9 +107,10 @@ impl Election {
     /// ```
     ///
     /// # Errors
-    /// As [`Election::campaign`], but for faults that pass ([`Error::is_transient`](crate::Error::is_transient)): after those it stands in line again, with
-    /// the pauses of the [`RetryPolicy`](crate::RetryPolicy), for as long as the store is away.
-    /// [`ErrorKind::Draining`](crate::ErrorKind::Draining) ends it.
+    /// The errors of [`Election::campaign`], except transient ones
+    /// ([`Error::is_transient`](crate::Error::is_transient)): after those the candidate queues again, with the pauses
+    /// of the [`RetryPolicy`](crate::RetryPolicy), for as long as the store is unavailable.
+    /// [`ErrorKind::Draining`](crate::ErrorKind::Draining) ends the call.
     ///
     /// # Cancel safety
     /// A dropped future drops the body and resigns.
@@ -112,35 +119,34 @@ impl Election {
             let leadership = self.campaign_until_elected().await?;
             tokio::select! {
                 biased;
-                // First, so that a body that returns because the term has ended does not count as done.
+                // A body that returns because its term ended must not count as done, so the loss is checked first.
                 _ = leadership.lost() => {}
                 value = body.clone()(&leadership) => {
-                    // A resignation that failed is told by an event, and the keeper goes on with it.
-                    let _resigned = leadership.resign().await;
+                    let _ = leadership.resign().await; // an event reports the error, and the keeper keeps releasing
                     return Ok(value);
                 }
             }
         }
     }
 
-    /// Who leads, as it was a moment ago. `None`: nobody.
+    /// Returns the current leader when the store was queried, or `None` if nobody leads.
     ///
     /// # Errors
-    /// As [`Locks::inspect`](crate::Locks::inspect).
+    /// The errors of [`Locks::inspect`](crate::Locks::inspect).
     ///
     /// # Cancel safety
-    /// Reads only.
+    /// Only reads.
     pub async fn leader(&self) -> Result<Option<Leader>> {
         let state = self.request.locks.inspect(self.request.key.as_str()).await?;
         Ok(state.holders.into_iter().next().map(Leader::from))
     }
 
-    /// Observes who leads.
+    /// Returns a stream of the leaders.
     pub fn observe(&self) -> LeaderStream {
-        LeaderStream { election: self.clone(), told: None }
+        LeaderStream { election: self.clone(), last_term: None }
     }
 
-    /// Campaigns again after every fault that passes.
+    /// Campaigns, and retries after transient errors.
     async fn campaign_until_elected(&self) -> Result<Leadership> {
         let shared = self.shared();
         let mut pauses = shared.config.retry.endless_pauses();
@@ -162,17 +168,17 @@ impl Election {
     }
 }
 
-/// Who leads.
+/// The leader of an election, as [`Election::leader`] returns it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Leader {
     /// The number of its term.
     pub term: Fence,
-    /// Who it is: the label of its handle.
+    /// The owner label of its handle.
     pub owner: String,
-    /// What it says of itself.
+    /// The text that the candidate set with [`Election::metadata`].
     pub metadata: Option<String>,
-    /// How long it has led.
+    /// Time since it was elected, by the store's clock.
     pub leads_for: Duration,
 }
 
@@ -182,33 +188,34 @@ impl From<HolderState> for Leader {
     }
 }
 
-/// The leaders of an election, one after the other. It asks once a second.
+/// The leaders of an election, one after the other. It polls the store once per second.
 #[derive(Debug)]
 pub struct LeaderStream {
     election: Election,
-    told: Option<Option<Fence>>,
+    last_term: Option<Option<Fence>>,
 }
 
 impl LeaderStream {
-    /// The leader, at first as it is now and then whenever it is another one. `None`: nobody leads. Terms that began and
-    /// ended between two looks are not told.
+    /// Waits for another leader. The first call returns the current one.
+    ///
+    /// `None` means that nobody leads. Terms that began and ended between two polls are skipped.
     ///
     /// # Errors
-    /// As [`Election::leader`]. It can be asked again afterwards.
+    /// The errors of [`Election::leader`]. The stream can be used again after an error.
     ///
     /// # Cancel safety
-    /// A dropped future loses nothing.
+    /// A dropped future misses nothing.
     pub async fn next(&mut self) -> Result<Option<Leader>> {
         loop {
             let leader = self.election.leader().await?;
             let term = leader.as_ref().map(|leader| leader.term);
-            if self.told != Some(term) {
-                self.told = Some(term);
+            if self.last_term != Some(term) {
+                self.last_term = Some(term);
                 return Ok(leader);
             }
             let shared = self.election.shared();
             tokio::select! {
-                () = shared.clock.sleep(LOOK_EVERY) => {}
+                () = shared.clock.sleep(POLL_INTERVAL) => {}
                 () = shared.closed.cancelled() => return Err(shared.draining_error()),
             }
         }
@@ -223,17 +230,18 @@ pub struct Leadership {
 }
 
 impl Leadership {
-    /// The number of the term, higher than all before it: send it with what the leader does.
+    /// Returns the number of the term, which is higher than those of all earlier terms. Send it with everything that
+    /// the leader does.
     pub fn term(&self) -> Fence {
         self.guard.fence()
     }
 
-    /// Whether this is still believed to lead. Local.
+    /// Returns whether this candidate leads, by its own clock. Does no I/O.
     pub fn is_leader(&self) -> bool {
         self.guard.is_held()
     }
 
-    /// An error if this does not lead any more. Local.
+    /// Returns an error if the term is over. Does no I/O.
     ///
     /// # Errors
     /// [`ErrorKind::Lost`](crate::ErrorKind::Lost).
@@ -241,26 +249,26 @@ impl Leadership {
         self.guard.check()
     }
 
-    /// Waits until the term ends under the leader, early enough to stop before another one is elected.
+    /// Waits until the term is lost, early enough to stop before another leader is elected.
     ///
     /// # Cancel safety
-    /// As [`Guard::lost`].
+    /// The same as for [`Guard::lost`].
     pub async fn lost(&self) -> LossCause {
         self.guard.lost().await
     }
 
-    /// The guard of the key that stands for the office: heartbeats, tokens for cancellation, deadlines.
+    /// Returns the guard of the election's key, for heartbeats, cancellation tokens and deadlines.
     pub fn guard(&self) -> &Guard {
         &self.guard
     }
 
-    /// Steps down; the next in line is called by the same step.
+    /// Steps down. The same operation elects the next candidate in the queue and notifies it.
     ///
     /// # Errors
-    /// As [`Guard::release`].
+    /// The errors of [`Guard::release`].
     ///
     /// # Cancel safety
-    /// As [`Guard::release`].
+    /// The same as for [`Guard::release`].
     pub async fn resign(self) -> Result<Released> {
         self.guard.release().await
     }

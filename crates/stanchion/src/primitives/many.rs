@@ -1,9 +1,10 @@
-//! Several keys, all or nothing.
+//! Locks several keys, all or nothing.
 //!
 //! # Invariants
-//! 1. Keys are asked for one after the other, in the order of their encoded names, whatever order the caller gave. Every call
-//!    goes the same way, so none waits for one that waits for it.
-//! 2. What was granted so far is in guards: whatever ends the call drops them, and that releases.
+//! 1. A call locks its keys one after the other, in the order of their encoded names, not in the caller's order. All
+//!    calls use the same order, so they cannot wait for each other in a circle.
+//! 2. The keys that were granted so far are in guards. If the call ends early, it drops the guards, which releases the
+//!    keys.
 
 use std::convert::Infallible;
 use std::future::{Future, IntoFuture};
@@ -22,7 +23,7 @@ use crate::request::LockRequest;
 use crate::store::Demand;
 use crate::wait;
 
-/// A key of [`Locks::lock_all`](crate::Locks::lock_all), and how it is wanted. A text is a key that is wanted alone.
+/// One key of [`Locks::lock_all`](crate::Locks::lock_all), and how it is locked. A string becomes an exclusive request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyRequest {
     key: String,
@@ -35,22 +36,22 @@ impl KeyRequest {
         Self { key: key.into(), units: demand.units(), capacity: demand.capacity() }
     }
 
-    /// As [`Locks::lock`](crate::Locks::lock).
+    /// Requests the key exclusively, as [`Locks::lock`](crate::Locks::lock) does.
     pub fn lock(key: impl Into<String>) -> Self {
         Self::new(key, Demand::MUTEX)
     }
 
-    /// As [`Locks::read`](crate::Locks::read).
+    /// Requests the key for a reader, as [`Locks::read`](crate::Locks::read) does.
     pub fn read(key: impl Into<String>) -> Self {
         Self::new(key, Demand::READ)
     }
 
-    /// As [`Locks::write`](crate::Locks::write).
+    /// Requests the key for a writer, as [`Locks::write`](crate::Locks::write) does.
     pub fn write(key: impl Into<String>) -> Self {
         Self::new(key, Demand::WRITE)
     }
 
-    /// `permits` of a [`Locks::semaphore`](crate::Locks::semaphore) with this limit.
+    /// Requests `permits` of the key's `limit`, as [`Locks::semaphore`](crate::Locks::semaphore) does.
     pub fn semaphore(key: impl Into<String>, limit: u32, permits: u32) -> Self {
         Self { key: key.into(), units: permits, capacity: limit }
     }
@@ -62,93 +63,99 @@ impl<T: Into<String>> From<T> for KeyRequest {
     }
 }
 
-/// A request for several keys: await it to wait until all of them are held.
+/// A request for several keys. Await it to wait until all of them are held.
 ///
-/// The keys are taken one after the other in one order that is the same for all callers, so calls with overlapping sets do
-/// not dead-lock; while it waits for one the call keeps those it has. A caller that holds one of the keys already, by another
-/// guard, waits for itself. A key that is named twice in the same way is taken once.
+/// The keys are locked one after the other, in an order that is the same for all callers, so calls with overlapping
+/// keys do not deadlock. While the call waits for a key, it keeps the keys that it has. A key that is named twice in the
+/// same way is locked once. A caller that already holds one of the keys through another guard waits for itself.
 ///
 /// # Errors
-/// As [`LockRequest`] for each key; the error names the key. [`ErrorKind::Lost`] if a key was lost while the call waited for
-/// another. [`ErrorKind::InvalidArgument`] for no key, or for one key in two ways. After every error nothing is held.
+/// - The errors of an awaited [`LockRequest`] for each key; the error names the key.
+/// - [`ErrorKind::Lost`] if a key was lost while the call waited for another one.
+/// - [`ErrorKind::InvalidArgument`] if there is no key, or if one key is requested in two ways.
+///
+/// After every error nothing is held.
 ///
 /// # Cancel safety
-/// A dropped request releases what it has got.
+/// A dropped request releases the keys that it has.
 #[derive(Clone, Debug)]
 #[must_use = "a request does nothing until it is awaited"]
 pub struct LockAllRequest {
-    /// With the options, and without a key.
-    pattern: LockRequest,
-    wanted: Vec<KeyRequest>,
+    /// The options of all keys. Its own key is not used.
+    template: LockRequest,
+    keys: Vec<KeyRequest>,
 }
 
 impl LockAllRequest {
-    pub(crate) fn new(pattern: LockRequest, wanted: Vec<KeyRequest>) -> Self {
-        Self { pattern, wanted }
+    pub(crate) fn new(template: LockRequest, keys: Vec<KeyRequest>) -> Self {
+        Self { template, keys }
     }
 
-    /// Waits no longer than this for all of them, then [`ErrorKind::Timeout`]. Default: no limit.
+    /// Limits the wait for all keys together; at the limit the call fails with [`ErrorKind::Timeout`]. Default: no
+    /// limit.
     pub fn wait(mut self, limit: Duration) -> Self {
-        self.pattern = self.pattern.wait(limit);
+        self.template = self.template.wait(limit);
         self
     }
 
-    /// As [`LockRequest::max_hold`], for each key from its own grant on.
+    /// Sets [`LockRequest::max_hold`] for each key, counted from its own grant.
     pub fn max_hold(mut self, longest: Duration) -> Self {
-        self.pattern = self.pattern.max_hold(longest);
+        self.template = self.template.max_hold(longest);
         self
     }
 
-    /// As [`LockRequest::heartbeat_within`], for all keys, from when all are held: see [`Guards::heartbeat`].
+    /// Sets [`LockRequest::heartbeat_within`] for all keys, counted from when all are held: see [`Guards::heartbeat`].
     pub fn heartbeat_within(mut self, silence: Duration) -> Self {
-        self.pattern = self.pattern.heartbeat_within(silence);
+        self.template = self.template.heartbeat_within(silence);
         self
     }
 
-    /// As [`LockRequest::cooldown`], for each key.
+    /// Sets [`LockRequest::cooldown`] for each key.
     pub fn cooldown(mut self, closed: Duration) -> Self {
-        self.pattern = self.pattern.cooldown(closed);
+        self.template = self.template.cooldown(closed);
         self
     }
 
-    /// As [`LockRequest::metadata`], for each key.
+    /// Sets [`LockRequest::metadata`] for each key.
     pub fn metadata(mut self, text: impl Into<String>) -> Self {
-        self.pattern = self.pattern.metadata(text);
+        self.template = self.template.metadata(text);
         self
     }
 
-    /// As [`LockRequest::trace`], for each key.
+    /// Sets [`LockRequest::trace`] for each key.
     pub fn trace(mut self, text: impl Into<String>) -> Self {
-        self.pattern = self.pattern.trace(text);
+        self.template = self.template.trace(text);
         self
     }
 
-    /// Gives up with [`ErrorKind::Cancelled`] when this fires.
+    /// Fails the request with [`ErrorKind::Cancelled`] when the token fires.
     pub fn cancel(mut self, token: CancellationToken) -> Self {
-        self.pattern = self.pattern.cancel(token);
+        self.template = self.template.cancel(token);
         self
     }
 
-    /// One attempt: `None` if one of the keys is not free, and then none of them is held.
+    /// Tries once. Returns `None`, and holds nothing, if one of the keys is not free.
     ///
     /// # Errors
-    /// As the request when awaited, but for the wait limit.
+    /// The errors of the awaited request, except [`ErrorKind::Timeout`] and [`ErrorKind::Busy`].
     ///
     /// # Cancel safety
-    /// As the request when awaited.
+    /// The same as for the awaited request.
     pub async fn try_acquire(mut self) -> Result<Option<Guards>> {
-        self.pattern.wait = Some(Duration::ZERO);
+        self.template.wait = Some(Duration::ZERO);
         self.acquire().await
     }
 
-    /// Waits for all keys, runs `body` and releases. As [`LockRequest::run`]: when one of the keys is lost the body's future
-    /// is dropped, and the call fails with [`ErrorKind::Lost`].
+    /// Waits for all keys, runs `body` with their guards, and releases them, as [`LockRequest::run`] does.
+    ///
+    /// If one of the keys is lost, the body's future is dropped at its next await, and the call fails with
+    /// [`ErrorKind::Lost`].
     ///
     /// # Errors
-    /// As the request when awaited.
+    /// The errors of the awaited request, and [`ErrorKind::Lost`].
     ///
     /// # Cancel safety
-    /// A dropped future drops the body and releases.
+    /// A dropped future drops the body and releases the keys.
     pub async fn run<T>(self, body: impl AsyncFnOnce(&Guards) -> T) -> Result<T> {
         let guards = self.await?;
         let value = tokio::select! {
@@ -159,7 +166,7 @@ impl LockAllRequest {
         guards.check()?;
         for guard in guards.guards {
             let (key, store) = (guard.key().clone(), guard.store_name());
-            // A release that failed is told by an event, and the keeper goes on with it.
+            // If the release failed, an event reports the error and the keeper keeps releasing.
             if let Ok(Released::AlreadyLost) = guard.release().await {
                 return Err(lost(&key, store, LossCause::Missing));
             }
@@ -167,17 +174,17 @@ impl LockAllRequest {
         Ok(value)
     }
 
-    /// In the one order (invariant 1), each key once.
+    /// Returns each key once, in the order of invariant 1.
     fn sorted(&self) -> Result<Vec<(Key, &KeyRequest)>> {
-        let mut keys = Vec::with_capacity(self.wanted.len());
-        for wanted in &self.wanted {
-            keys.push((self.pattern.locks.key(&wanted.key)?, wanted));
+        let mut keys = Vec::with_capacity(self.keys.len());
+        for request in &self.keys {
+            keys.push((self.template.locks.key(&request.key)?, request));
         }
         keys.sort_by(|(a, _), (b, _)| a.as_encoded().cmp(b.as_encoded()));
         for pair in keys.windows(2) {
             let [(key, one), (other, another)] = pair else { continue };
             if key == other && (one.units, one.capacity) != (another.units, another.capacity) {
-                let message = "the key is wanted in two ways by one call: name it once";
+                let message = "one call requests the key in two ways: name it once";
                 return Err(Error::new(ErrorKind::InvalidArgument, message).with_key(key));
             }
         }
@@ -189,17 +196,17 @@ impl LockAllRequest {
     }
 
     async fn acquire(self) -> Result<Option<Guards>> {
-        let shared = self.pattern.locks.handle.shared.clone();
+        let shared = self.template.locks.handle.shared.clone();
         let started = shared.clock.now();
-        let mut guards = Guards { guards: Vec::with_capacity(self.wanted.len()) };
-        for (_, wanted) in self.sorted()? {
-            let mut request = self.pattern.clone();
-            (request.key, request.units, request.capacity) = (wanted.key.clone(), wanted.units, wanted.capacity);
+        let mut guards = Guards { guards: Vec::with_capacity(self.keys.len()) };
+        for (_, key) in self.sorted()? {
+            let mut request = self.template.clone();
+            (request.key, request.units, request.capacity) = (key.key.clone(), key.units, key.capacity);
             let waited = shared.clock.now().since(started);
-            // What is left of the limit; a limit that is over by now is not one attempt without waiting.
+            // The rest of the limit is never zero, because a limit of zero means an attempt without waiting.
             let left = |limit: Duration| limit.saturating_sub(waited).max(Duration::from_nanos(1));
             request.wait = request.wait.map(|limit| if limit.is_zero() { limit } else { left(limit) });
-            // Nothing is done under a key before all are held, so nothing is closed behind it.
+            // The caller does nothing under a key until all keys are held, so an early end causes no cooldown.
             request.cooldown = None;
             let granted = tokio::select! {
                 biased;
@@ -214,7 +221,7 @@ impl LockAllRequest {
         }
         guards.check()?;
         for guard in &guards.guards {
-            guard.set_cooldown(self.pattern.cooldown)?;
+            guard.set_cooldown(self.template.cooldown)?;
         }
         guards.note_heartbeat(shared.clock.now());
         Ok(Some(guards))
@@ -227,13 +234,13 @@ impl IntoFuture for LockAllRequest {
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
-            let limit = self.pattern.wait.unwrap_or_default();
-            let shared = self.pattern.locks.handle.shared.clone();
+            let limit = self.template.wait.unwrap_or_default();
+            let shared = self.template.locks.handle.shared.clone();
             let message = format!("not all keys were obtained within {limit:?}");
             match self.acquire().await {
                 Ok(Some(guards)) => Ok(guards),
-                // Only a limit of zero ends so.
-                Ok(None) => Err(shared.error(ErrorKind::Busy, "not all keys are free, and this was not to wait")),
+                // The wait ends without a grant only if the limit is zero.
+                Ok(None) => Err(shared.error(ErrorKind::Busy, "not all keys are free, and the call does not wait")),
                 Err(error) if error.kind() == ErrorKind::Timeout => Err(error.restate(ErrorKind::Timeout, message)),
                 Err(error) => Err(error),
             }
@@ -242,6 +249,8 @@ impl IntoFuture for LockAllRequest {
 }
 
 /// The guards of several keys, in the order of the keys. Dropping it releases all of them.
+///
+/// It dereferences to a slice of [`Guard`]s.
 #[derive(Debug)]
 #[must_use = "dropping the guards releases the locks"]
 pub struct Guards {
@@ -257,18 +266,18 @@ impl Deref for Guards {
 }
 
 impl Guards {
-    /// The fence of this key: each key has its own. `None` for a key that is not among them.
+    /// Returns the fence of a key, or `None` if the key is not among them. Each key has its own fence.
     pub fn fence(&self, key: &str) -> Option<Fence> {
         let name = normal(key);
         self.guards.iter().find(|guard| guard.key().name() == name).map(Guard::fence)
     }
 
-    /// Whether all of them are still believed to be held. Local.
+    /// Returns whether all locks are held, by the holder's clock. Does no I/O.
     pub fn is_held(&self) -> bool {
         self.guards.iter().all(Guard::is_held)
     }
 
-    /// An error if one of them is lost. Local.
+    /// Returns an error if one of the locks is lost. Does no I/O.
     ///
     /// # Errors
     /// [`ErrorKind::Lost`].
@@ -276,15 +285,15 @@ impl Guards {
         self.guards.iter().try_for_each(Guard::check)
     }
 
-    /// How long until the first of them is lost if nothing renews it: see [`Guard::remaining`].
+    /// Returns the time until the first of the locks is lost unless something renews it: see [`Guard::remaining`].
     pub fn remaining(&self) -> Option<Duration> {
         self.guards.iter().filter_map(Guard::remaining).min()
     }
 
-    /// Waits until one of them is lost.
+    /// Waits until one of the locks is lost, and returns its key and the cause.
     ///
     /// # Cancel safety
-    /// As [`Guard::lost`].
+    /// The same as for [`Guard::lost`].
     pub async fn lost(&self) -> (Key, LossCause) {
         let mut waiting: Vec<_> = self.guards.iter().map(|guard| (guard.key(), Box::pin(guard.lost()))).collect();
         std::future::poll_fn(|context| {
@@ -298,21 +307,21 @@ impl Guards {
         .await
     }
 
-    /// [`Guard::heartbeat`] of each.
+    /// Calls [`Guard::heartbeat`] for each key.
     ///
     /// # Errors
-    /// As [`Guard::heartbeat`].
+    /// The errors of [`Guard::heartbeat`].
     pub fn heartbeat(&self) -> Result<()> {
         self.guards.iter().try_for_each(Guard::heartbeat)
     }
 
-    /// Releases all of them. [`Released::AlreadyLost`] if one of them had been lost.
+    /// Releases all locks. Returns [`Released::AlreadyLost`] if one of them had been lost.
     ///
     /// # Errors
-    /// The first of the store's faults. All are given up all the same: the keeper goes on ending them.
+    /// The first error of the store. All locks are given up all the same: the keeper keeps releasing them.
     ///
     /// # Cancel safety
-    /// If the future is dropped the keeper finishes the release.
+    /// If the future is dropped, the keeper finishes the release.
     pub async fn release(self) -> Result<Released> {
         let mut outcome = Ok(Released::Now);
         for guard in self.guards {
@@ -325,7 +334,7 @@ impl Guards {
         outcome
     }
 
-    /// Gives signs of life for work that has not begun: the last of the keys is still waited for.
+    /// Sends heartbeats for work that has not begun, while the call still waits for the last of its keys.
     async fn keep_alive(&self, clock: &Clock, within: Option<Duration>) -> Infallible {
         let Some(within) = within else { return std::future::pending().await };
         loop {
@@ -345,5 +354,6 @@ impl Guards {
 }
 
 fn lost(key: &Key, store: &'static str, cause: LossCause) -> Error {
-    Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}")).with_key(key).with_store(store)
+    let message = format!("the lock was lost while it was in use: {cause}");
+    Error::new(ErrorKind::Lost(cause), message).with_key(key).with_store(store)
 }

@@ -1,4 +1,4 @@
-//! What is made of locks: several at once, one run for all, leaders.
+//! Builds higher primitives from locks: several keys at once, one run for all callers, elections.
 
 mod election;
 mod many;

@@ -1,4 +1,4 @@
-//! One run for all who ask.
+//! Runs a body once for all callers that request it.
 
 use std::ops::Deref;
 use std::sync::{Mutex, PoisonError};
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::runs::{self, Found, RunRecord};
+use super::runs::{self, RunHistory, RunRecord};
 use crate::clock::BootTime;
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
@@ -16,13 +16,18 @@ use crate::key::Key;
 use crate::locks::{Locks, check_duration};
 use crate::request::LockRequest;
 
-/// Has something done once by whoever comes first. Made by [`Locks::once`](crate::Locks::once).
+/// A request to do something once. [`Locks::once`](crate::Locks::once) returns one.
 ///
-/// Of all who ask at the same time one runs; the others skip it, or [`wait`](OnceRequest::wait) until it is done. Who comes
-/// later skips it too, for as long as the run says: a [`cooldown`](OnceRequest::cooldown) after its end, an
-/// [`every`](OnceRequest::every) after its beginning, or its [`slot`](OnceRequest::slot) of a schedule. A record of the last
-/// run decides that, by the store's clock; [`Locks::last_run`](crate::Locks::last_run) reads it. It is kept for a day, or for
-/// as long as the run closes the key. A run that fails, or whose process dies, does not count: the next who asks runs.
+/// Of all callers at the same time, one runs the body. The others skip it, or [`wait`](OnceRequest::wait) until it is
+/// done. Later callers skip it too, for as long as the run says:
+///
+/// - a [`cooldown`](OnceRequest::cooldown) after its end,
+/// - an [`every`](OnceRequest::every) after its start,
+/// - its [`slot`](OnceRequest::slot) of a schedule.
+///
+/// The store keeps a record of the last run, and its clock decides (ADR 15).
+/// [`Locks::last_run`](crate::Locks::last_run) reads the record. The store keeps it for a day, or for as long as the run
+/// closes the key. A run that fails, or whose process dies, does not count: the next caller runs the body.
 ///
 /// ```
 /// use std::time::Duration;
@@ -47,24 +52,26 @@ pub struct OnceRequest {
     failures_count: bool,
 }
 
-/// What came of a request to run once.
+/// The result of a [`OnceRequest`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OnceOutcome<T> {
-    /// It was run here.
+    /// This call ran the body.
     Ran(T),
-    /// It was not run.
+    /// This call skipped the body.
+    #[non_exhaustive]
     Skipped {
-        /// The run for which it was skipped; while it runs elsewhere, the last run that has ended, if it is known.
+        /// The run because of which the body was skipped. While another caller runs the body, the last finished run.
         last: Option<RunRecord>,
-        /// It runs elsewhere now.
+        /// Whether another caller runs the body now.
         is_running: bool,
-        /// How long until it may be run again, if time decides that.
+        /// Time until the body may run again, if a time decides that.
         opens_in: Option<Duration>,
     },
-    /// Somebody else has done it, before or while this waited ([`OnceRequest::wait`]).
+    /// Another caller ran the body, before or while this call waited ([`OnceRequest::wait`]).
+    #[non_exhaustive]
     DoneElsewhere {
-        /// That run.
+        /// The run of the other caller.
         last: RunRecord,
     },
 }
@@ -74,90 +81,99 @@ impl OnceRequest {
         Self { request, cooldown: None, every: None, slot: None, waits: false, failures_count: false }
     }
 
-    /// Not again for this long after the end of a run. A body can set it too, from what it found: [`OnceGuard::set_cooldown`].
+    /// Sets the time after the end of a run in which nobody runs it again. The body can change it:
+    /// [`OnceGuard::set_cooldown`].
     pub fn cooldown(mut self, closed: Duration) -> Self {
         self.cooldown = Some(closed);
         self
     }
 
-    /// Once in every such period, for schedules on several machines that fire at about the same time: not again until nine
-    /// tenths of it have passed since the last run began. The tenth is for clocks that differ and schedulers that are late.
+    /// Allows one run per period, for schedules that fire on several machines at about the same time.
+    ///
+    /// Nobody runs it again until nine tenths of the period have passed since the last run started. The last tenth
+    /// allows for clocks that differ and for late schedulers.
     pub fn every(mut self, period: Duration) -> Self {
         self.every = Some(period);
         self
     }
 
-    /// For this slot of a schedule: not if a run for this slot, or for a later one, has been done. Any number that rises from
-    /// slot to slot: the hour or the day that it is due. Clocks do not matter then, but for naming the slot.
+    /// Runs only if no run for this slot of a schedule, or for a later slot, has been done.
+    ///
+    /// A slot is any number that rises, such as the hour or the day for which the run is due. Clocks matter only for
+    /// choosing the slot.
     pub fn slot(mut self, slot: u64) -> Self {
         self.slot = Some(slot);
         self
     }
 
-    /// Waits until it is done, here or elsewhere, instead of skipping it while it runs. If the other fails, this runs.
+    /// Waits until the run is done, here or elsewhere, instead of skipping it. If the other caller fails, this call
+    /// runs the body.
     pub fn wait(mut self) -> Self {
         self.waits = true;
         self
     }
 
-    /// The same, no longer than this, then [`ErrorKind::Timeout`].
+    /// Waits as [`wait`](OnceRequest::wait) does, but fails with [`ErrorKind::Timeout`] after `limit`.
     pub fn wait_at_most(mut self, limit: Duration) -> Self {
         self.request = self.request.wait(limit);
         self.wait()
     }
 
-    /// A run that fails counts like one that succeeds: it is not tried again before its time.
+    /// Counts a failed run like a successful one, so that it is not repeated before its time.
     pub fn failures_count(mut self) -> Self {
         self.failures_count = true;
         self
     }
 
-    /// As [`LockRequest::max_hold`].
+    /// Sets [`LockRequest::max_hold`] for the run.
     pub fn max_hold(mut self, longest: Duration) -> Self {
         self.request = self.request.max_hold(longest);
         self
     }
 
-    /// As [`LockRequest::heartbeat_within`].
+    /// Sets [`LockRequest::heartbeat_within`] for the run.
     pub fn heartbeat_within(mut self, silence: Duration) -> Self {
         self.request = self.request.heartbeat_within(silence);
         self
     }
 
-    /// As [`LockRequest::metadata`].
+    /// Sets [`LockRequest::metadata`] for the run.
     pub fn metadata(mut self, text: impl Into<String>) -> Self {
         self.request = self.request.metadata(text);
         self
     }
 
-    /// As [`LockRequest::trace`].
+    /// Sets [`LockRequest::trace`] for the run.
     pub fn trace(mut self, text: impl Into<String>) -> Self {
         self.request = self.request.trace(text);
         self
     }
 
-    /// As [`LockRequest::cancel`].
+    /// Fails the request with [`ErrorKind::Cancelled`] when the token fires.
     pub fn cancel(mut self, token: CancellationToken) -> Self {
         self.request = self.request.cancel(token);
         self
     }
 
-    /// Runs `body`, unless it is not to be run now. Its error is returned as it is, and its run does not count. As with
-    /// [`LockRequest::run`] the body's future is dropped when the lock is lost, and the run does not count.
+    /// Runs `body` unless the rules say to skip it.
     ///
-    /// If the run cannot be recorded that is told by an event and nothing else, because it was done: it may be done again.
+    /// If the body returns an error, the call returns that error, and the run does not count. If the lock is lost, the
+    /// body's future is dropped at its next await, as in [`LockRequest::run`], and the run does not count.
+    ///
+    /// If the store cannot record the run, an event reports that, and the call still succeeds because the body ran.
+    /// Another caller may then run it again.
     ///
     /// # Errors
-    /// The body's; as [`LockRequest::run`].
+    /// The body's errors, and those of [`LockRequest::run`].
     ///
     /// # Cancel safety
-    /// A dropped future drops the body and releases; the run does not count.
+    /// A dropped future drops the body and releases the lock. The run does not count.
     pub async fn run<T, E>(self, body: impl AsyncFnOnce(&OnceGuard) -> Result<T, E>) -> Result<OnceOutcome<T>, E>
     where
         E: From<Error>,
     {
-        let turn = match self.begin().await? {
-            OnceOutcome::Ran(turn) => turn,
+        let guard = match self.begin().await? {
+            OnceOutcome::Ran(guard) => guard,
             OnceOutcome::Skipped { last, is_running, opens_in } => {
                 return Ok(OnceOutcome::Skipped { last, is_running, opens_in });
             }
@@ -165,30 +181,28 @@ impl OnceRequest {
         };
         let result = tokio::select! {
             biased;
-            result = body(&turn) => result,
-            cause = turn.lost() => return Err(turn.lost_error(cause).into()),
+            result = body(&guard) => result,
+            cause = guard.lost() => return Err(guard.lost_error(cause).into()),
         };
         match result {
             Ok(value) => {
-                if turn.finish(true).await? == Released::AlreadyLost {
-                    let message = "lost while it was in use: the store no longer has it";
+                if guard.finish(true).await? == Released::AlreadyLost {
+                    let message = "the lock was lost while it was in use: the store no longer has it";
                     return Err(Error::new(ErrorKind::Lost(LossCause::Missing), message).into());
                 }
                 Ok(OnceOutcome::Ran(value))
             }
             Err(error) => {
-                // The body's error is what counts, whatever becomes of the release.
-                let _told_by_an_event = turn.finish(false).await;
+                let _ = guard.finish(false).await; // the body's error matters more, and an event reports this one
                 Err(error)
             }
         }
     }
 
-    /// The turn to run, for those who cannot put the body into a closure: [`OnceOutcome::Ran`] has it, and
-    /// [`OnceGuard::finish`] ends it.
+    /// Starts a run without a closure: [`OnceOutcome::Ran`] contains the guard, and [`OnceGuard::finish`] ends the run.
     ///
     /// # Errors
-    /// As the request for a lock.
+    /// The errors of an awaited [`LockRequest`].
     ///
     /// # Cancel safety
     /// A dropped future leaves nothing behind.
@@ -202,7 +216,7 @@ impl OnceRequest {
         let key = locks.key(&self.request.key)?;
         let first = runs::last_run(locks, &key).await?;
         let before = first.done.as_ref().map(|run| run.fence);
-        if let Some(outcome) = self.done(&first, before) {
+        if let Some(outcome) = self.outcome_without_run(&first, before) {
             return Ok(outcome);
         }
         let guard =
@@ -210,9 +224,9 @@ impl OnceRequest {
         let Some(guard) = guard else {
             return Ok(OnceOutcome::Skipped { last: first.run, is_running: true, opens_in: None });
         };
-        // It may have been done before this had the lock.
-        let found = runs::last_run(locks, &key).await?;
-        if let Some(outcome) = self.done(&found, before) {
+        // Another caller may have finished a run before this call got the lock.
+        let history = runs::last_run(locks, &key).await?;
+        if let Some(outcome) = self.outcome_without_run(&history, before) {
             guard.release().await?;
             return Ok(outcome);
         }
@@ -221,17 +235,33 @@ impl OnceRequest {
         let Self { cooldown, every, slot, failures_count, .. } = self;
         let cooldown = Mutex::new(cooldown);
         let locks = self.request.locks;
-        Ok(OnceOutcome::Ran(OnceGuard { locks, guard, key, began, wall, cooldown, every, slot, failures_count, found }))
+        Ok(OnceOutcome::Ran(OnceGuard {
+            locks,
+            guard,
+            key,
+            began,
+            wall,
+            cooldown,
+            every,
+            slot,
+            failures_count,
+            history,
+        }))
     }
 
-    /// Why it is not to be run, if so: the last run that counts closes it still or is another one than before this call, or a
-    /// run for this slot or a later one was done.
-    fn done<T>(&self, found: &Found, before: Option<Fence>) -> Option<OnceOutcome<T>> {
-        let done = found.done.as_ref()?;
+    /// Returns the outcome of this call if it must not run the body.
+    ///
+    /// It must not if
+    ///
+    /// - the last run that counts still closes the key,
+    /// - that run is another one than before this call, or
+    /// - a run for this slot or a later one was done.
+    fn outcome_without_run<T>(&self, history: &RunHistory, before: Option<Fence>) -> Option<OnceOutcome<T>> {
+        let done = history.done.as_ref()?;
         let opens_in = done.closed_still_for();
         let last = match self.slot {
             _ if opens_in.is_some() => done,
-            Some(slot) => found.slot_done.as_ref().filter(|done| done.slot >= Some(slot))?,
+            Some(slot) => history.slot_done.as_ref().filter(|done| done.slot >= Some(slot))?,
             None => Some(done).filter(|done| Some(done.fence) != before)?,
         };
         let last = last.clone();
@@ -243,9 +273,29 @@ impl OnceRequest {
     }
 }
 
-/// A turn to run: what the body of [`OnceRequest::run`] gets. It has what its [`Guard`] has.
+/// The lock of one run, which the body of [`OnceRequest::run`] gets. It dereferences to its [`Guard`].
+///
+/// ```
+/// use std::time::Duration;
+/// use stanchion::{Error, OnceOutcome};
+///
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// # let locks = stanchion::Locks::open("memory:").await?;
+/// let outcome = locks.once("feed").run(async |run| {
+///     // The body decides how long the feed is not read again.
+///     run.set_cooldown(Some(Duration::from_secs(60)))?;
+///     Ok::<_, Error>(run.fence())
+/// });
+/// assert!(matches!(outcome.await?, OnceOutcome::Ran(_)));
+///
+/// // Without a closure:
+/// if let OnceOutcome::Ran(run) = locks.once("mail").begin().await? {
+///     run.finish(true).await?;
+/// }
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
 #[derive(Debug)]
-#[must_use = "a turn that is dropped releases the lock, and its run does not count"]
+#[must_use = "dropping it releases the lock, and the run does not count"]
 pub struct OnceGuard {
     locks: Locks,
     guard: Guard,
@@ -256,7 +306,7 @@ pub struct OnceGuard {
     every: Option<Duration>,
     slot: Option<u64>,
     failures_count: bool,
-    found: Found,
+    history: RunHistory,
 }
 
 impl Deref for OnceGuard {
@@ -268,15 +318,16 @@ impl Deref for OnceGuard {
 }
 
 impl OnceGuard {
-    /// The run before this one, if it is known.
+    /// Returns the last run before this one, if the store has its record.
     pub fn last(&self) -> Option<&RunRecord> {
-        self.found.run.as_ref()
+        self.history.run.as_ref()
     }
 
-    /// Sets how long it is not to be run again after this run, in place of what the request said. `None`: not at all.
+    /// Sets the time after this run in which nobody runs it again, in place of [`OnceRequest::cooldown`]. `None` means
+    /// no cooldown.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] for a time out of range.
+    /// [`ErrorKind::InvalidArgument`] if the time is out of range.
     pub fn set_cooldown(&self, closed: Option<Duration>) -> Result<()> {
         if let Some(closed) = closed {
             check_duration("the cooldown", closed)?;
@@ -285,13 +336,14 @@ impl OnceGuard {
         Ok(())
     }
 
-    /// Ends the turn: records the run, and releases.
+    /// Ends the run: records it, and releases the lock.
     ///
     /// # Errors
-    /// [`ErrorKind::Lost`] if the lock was lost before: then the run does not count. As [`Guard::release`].
+    /// [`ErrorKind::Lost`] if the lock was lost before, and then the run does not count; the errors of
+    /// [`Guard::release`].
     ///
     /// # Cancel safety
-    /// If the future is dropped the run may have been recorded or not; the keeper finishes the release.
+    /// If the future is dropped, the run may or may not have been recorded; the keeper finishes the release.
     pub async fn finish(self, succeeded: bool) -> Result<Released> {
         self.guard.check()?;
         let shared = self.locks.handle.shared.clone();
@@ -311,7 +363,7 @@ impl OnceGuard {
             fence: self.guard.fence(),
             counts,
         };
-        if let Err(error) = runs::record(&self.locks, &self.guard, &run, self.found).await {
+        if let Err(error) = runs::record(&self.locks, &self.guard, &run, self.history).await {
             let (kind, message) = (error.kind(), format!("the run could not be recorded: {error}"));
             shared.observer.tell(|| Event::Error { kind, key: Some(self.key.clone()), message });
         }
@@ -319,7 +371,8 @@ impl OnceGuard {
     }
 
     fn lost_error(&self, cause: LossCause) -> Error {
-        let error = Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}"));
+        let message = format!("the lock was lost while it was in use: {cause}");
+        let error = Error::new(ErrorKind::Lost(cause), message);
         error.with_key(&self.key).with_store(self.guard.store_name())
     }
 }

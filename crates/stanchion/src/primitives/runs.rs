@@ -1,7 +1,8 @@
-//! The record of the last run of a key: what [`once`](crate::Locks::once) decides by, and people look at.
+//! Records the last run of a key, by which [`once`](crate::Locks::once) decides whether to run again.
 //!
-//! A run is a hold with a fixed lifetime under a companion of the key, with what there is to say as its text. So it is kept by the
-//! store's clock, in every store, and goes by itself. Whoever records a run has the lock, and ends the record before it.
+//! A record is a hold with a fixed lifetime under a companion of the key, and its text is the hold's metadata.
+//! Therefore every store can keep it, by its own clock, and it expires by itself. A caller records a run while it holds
+//! the key, before it releases the key.
 
 use std::time::{Duration, SystemTime};
 
@@ -14,47 +15,48 @@ use crate::shared::End;
 use crate::store::{AcquireOutcome, AcquireRequest, Demand, Lifetime};
 use crate::token::TokenId;
 
-/// A record is kept at least so long.
-const KEPT: Duration = Duration::from_secs(24 * 60 * 60);
+/// Minimum time for which a record is kept.
+const MIN_RETENTION: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// How long its request may be on its way.
-const WINDOW: Duration = Duration::from_secs(5);
+/// Time after which the request that writes a record is too late.
+const REQUEST_WINDOW: Duration = Duration::from_secs(5);
 
-/// The first word of a record. Another one is for another way to write it.
+/// First word of a record. Another format has another word.
 const VERSION: &str = "1";
 
-/// What is known of a run.
+/// The record of one run of [`once`](crate::Locks::once).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RunRecord {
-    /// The slot of a schedule that it was for, if it was said.
+    /// The slot of a schedule for which it ran, if the request named one.
     pub slot: Option<u64>,
-    /// When it began, by the clock of the one who ran: for display.
+    /// Start of the run, by the clock of the machine that ran it. For display only.
     pub began: SystemTime,
-    /// How long it took.
+    /// Duration of the run.
     pub took: Duration,
-    /// How long ago it ended, by the store's clock.
+    /// Time since the end of the run, by the store's clock.
     pub age: Duration,
     /// Whether the body returned without an error.
     pub succeeded: bool,
-    /// For how long after its end it is not to be run again, unless it is for a later slot.
+    /// Time after the end of the run in which nobody runs it again, except for a later slot.
     pub closed_for: Duration,
-    /// Who ran it: the label of its handle, by default with its host.
+    /// The owner label of the handle that ran it.
     pub owner: String,
-    /// The fence that it ran under.
+    /// The fence of the run's lock.
     pub fence: Fence,
-    /// Whether it stands for its slot: it succeeded, or a failure was to count too.
+    /// Whether the run counts for its slot: it succeeded, or the request also counts failures.
     pub(crate) counts: bool,
 }
 
 impl RunRecord {
-    /// How long it still keeps others from running.
+    /// Returns for how much longer this run keeps others from running, or `None` if it does not.
     pub fn closed_still_for(&self) -> Option<Duration> {
         self.closed_for.checked_sub(self.age).filter(|left| !left.is_zero())
     }
 
-    /// Whether a former run decides nothing any more beside this one. A run that does not count takes nothing away from those
-    /// that do, nor does one for a lower slot, or for none, from the slot that was done.
+    /// Returns whether this run makes the record of a former run useless.
+    ///
+    /// A former run that counts stays useful if this run does not count, or is for a lower slot or for none.
     fn replaces(&self, former: &Self) -> bool {
         !former.counts || (self.counts && former.slot <= self.slot)
     }
@@ -90,7 +92,7 @@ impl RunRecord {
         };
         let mut micros = || next()?.parse().ok().map(Duration::from_micros);
         let (began, took) = (SystemTime::UNIX_EPOCH.checked_add(micros()?)?, micros()?);
-        // Another program wrote it, and nobody is to be kept out for longer than a call can ask for.
+        // Another program wrote the record. It must not close the key for longer than a call can request.
         let closed_for = micros()?.min(*DURATION_RANGE.end());
         let fence = Fence::new(next()?.parse().ok()?);
         let token = TokenId::from_hex(next()?)?;
@@ -99,16 +101,16 @@ impl RunRecord {
     }
 }
 
-/// What was found of the runs of a key.
+/// The records of a key's runs that the store has.
 #[derive(Debug)]
-pub(crate) struct Found {
+pub(crate) struct RunHistory {
     /// The last run.
     pub(crate) run: Option<RunRecord>,
     /// The last run that counts.
     pub(crate) done: Option<RunRecord>,
-    /// Of those that count the one for the highest slot, if one was for a slot.
+    /// Among the runs that count, the one for the highest slot.
     pub(crate) slot_done: Option<RunRecord>,
-    /// The records that are there: those of the runs above, and some that were not ended yet.
+    /// All records and their tokens. Some may belong to older runs whose records were not released yet.
     records: Vec<(RunRecord, TokenId)>,
 }
 
@@ -116,8 +118,8 @@ fn companion(key: &Key) -> Result<Key> {
     key.companion("runs")
 }
 
-/// The last run of a key.
-pub(crate) async fn last_run(locks: &Locks, key: &Key) -> Result<Found> {
+/// Reads the records of a key's runs.
+pub(crate) async fn last_run(locks: &Locks, key: &Key) -> Result<RunHistory> {
     let shared = &locks.handle.shared;
     let companion = companion(key)?;
     let reply = shared.step(|| shared.store.inspect(&companion)).await.result;
@@ -126,26 +128,26 @@ pub(crate) async fn last_run(locks: &Locks, key: &Key) -> Result<Found> {
     for holder in holders {
         let text = holder.metadata.as_deref().unwrap_or_default();
         let Some((run, token)) = RunRecord::read(text, holder.age) else {
-            let message = "the record of the last run was written by a newer version of stanchion: update this one";
+            let message = "a newer version of stanchion wrote the record of the last run: update this version";
             return Err(shared.error(ErrorKind::Misconfigured, message).with_key(key));
         };
         records.push((run, token));
     }
     let runs = || records.iter().map(|(run, _)| run);
     let counting = || runs().filter(|run| run.counts);
-    // The last is so by the lock that it ran under: a record may arrive after that of a later run.
+    // The fence decides which run was the last one, because a record may arrive after the record of a later run.
     let run = runs().max_by_key(|run| run.fence).cloned();
     let done = counting().max_by_key(|run| run.fence).cloned();
     let slot_done = counting().filter(|run| run.slot.is_some()).max_by_key(|run| run.slot).cloned();
-    Ok(Found { run, done, slot_done, records })
+    Ok(RunHistory { run, done, slot_done, records })
 }
 
-/// Records a run, in place of those before it that say nothing beside it. Only with the guard of the key.
-pub(crate) async fn record(locks: &Locks, guard: &Guard, run: &RunRecord, former: Found) -> Result<()> {
+/// Records a run, and releases the records of former runs that it replaces. The caller must hold the key.
+pub(crate) async fn record(locks: &Locks, guard: &Guard, run: &RunRecord, former: RunHistory) -> Result<()> {
     let shared = &locks.handle.shared;
     let key = guard.key();
     let companion = companion(key)?;
-    let keep = run.closed_for.max(KEPT).min(*DURATION_RANGE.end());
+    let keep = run.closed_for.max(MIN_RETENTION).min(*DURATION_RANGE.end());
     let outcome = loop {
         let token = TokenId::random()?;
         let request = AcquireRequest {
@@ -155,14 +157,14 @@ pub(crate) async fn record(locks: &Locks, guard: &Guard, run: &RunRecord, former
             demand: Demand::READ,
             lifetime: Lifetime::Fixed(keep),
             enqueue: false,
-            not_after: shared.store_time().after(WINDOW),
+            not_after: shared.store_time().after(REQUEST_WINDOW),
             metadata: Some(run.write(token)),
             trace: None,
         };
         let step = shared.step(|| shared.store.acquire(request.clone())).await;
         let outcome = step.result.map_err(|error| error.with_key(key))?.outcome;
-        // The store was away for longer than the question may be on its way. It is there again, and nothing of that question
-        // is or will be.
+        // `Stale` means that the store was unavailable for longer than the request window. The store has recovered, and
+        // that request neither had an effect nor will have one, so it is safe to send another one.
         if outcome != AcquireOutcome::Stale || !guard.is_held() {
             break outcome;
         }
@@ -185,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_is_read_back_as_it_was_written() {
+    fn run_record_round_trips() {
         let token = TokenId::random().unwrap();
         for (slot, succeeded, counts, owner) in
             [(None, true, true, "job@host/1"), (Some(0), false, true, ""), (Some(u64::MAX), false, false, " a  b ")]
@@ -205,7 +207,11 @@ mod tests {
         }
         let endless = format!("1 succeeded - 1 2 {} 4 {} x", u64::MAX, token.to_hex());
         let (run, _) = RunRecord::read(&endless, Duration::ZERO).unwrap();
-        assert_eq!(run.closed_for, *DURATION_RANGE.end(), "nobody is kept out for longer than a call can ask for");
+        assert_eq!(
+            run.closed_for,
+            *DURATION_RANGE.end(),
+            "the record closes the key for longer than a call can request"
+        );
         for text in ["", "1", "2 succeeded - 1 2 3 4 00000000000000000000000000000000 x", "1 succeeded - 1 2 3 4 zz x"]
         {
             assert_eq!(RunRecord::read(text, Duration::ZERO), None, "{text:?}");

@@ -1,30 +1,31 @@
-//! What has become of a hold and of its process.
+//! Finds out whether a hold and the process that made it still exist.
 
 use crate::error::Result;
 use crate::locks::Locks;
 use crate::store::{HolderState, PollOutcome};
 use crate::token::Token;
 
-/// What has become of a hold: the answer to [`Locks::status`].
+/// The status of a hold and of the process that made it, as [`Locks::status`] returns it.
 ///
-/// About the past, like all that is read; but what has ended stays ended, so nothing else than `Running` and `Waiting` can
-/// turn into less than it says.
+/// It describes the moment of the query. A hold that ended stays ended, so only `Running` and `Waiting` can change
+/// afterwards.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OwnerStatus {
-    /// It is held, and the session that it was made in lives.
+    /// The hold is held, and the session that made it lives.
     Running,
-    /// It waits for the key.
+    /// The request waits for the key.
     Waiting,
-    /// It is over, and these hold the key.
+    /// The hold is over, and others hold the key.
+    #[non_exhaustive]
     SomeoneElse {
-        /// Who.
+        /// The current holders.
         holders: Vec<HolderState>,
     },
-    /// It is over, and nobody holds the key.
+    /// The hold is over, and nobody holds the key.
     Nobody,
-    /// The session that it was made in is dead, and nobody else holds the key. A fixed lifetime may still run, with nobody behind
-    /// it.
+    /// The session that made the hold has ended, and nobody else holds the key. A fixed lifetime may still be running,
+    /// without a process behind it.
     Dead,
 }
 
@@ -32,7 +33,8 @@ pub(crate) async fn status(locks: &Locks, token: &Token) -> Result<OwnerStatus> 
     let shared = &locks.handle.shared;
     shared.check_process()?;
     let key = token.key();
-    // Each question after the first is about what cannot come back: a token that is over, a session that is dead.
+    // The queries are not one snapshot. This is safe because each later query is about something that cannot come back:
+    // a token that is over, a session that ended.
     let polled = shared.step(|| shared.poll(key, token.id())).await.result;
     let polled = polled.map_err(|error| error.with_key(key))?.outcome;
     if matches!(polled, PollOutcome::Queued(_)) {

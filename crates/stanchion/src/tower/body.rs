@@ -1,4 +1,4 @@
-//! A response's body, perhaps with the lock that is held until it has ended.
+//! Defines the body of a response, which can hold the lock until it has ended.
 
 use std::fmt;
 use std::future::Future;
@@ -15,13 +15,15 @@ use crate::guard::Guard;
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 pin_project! {
-    /// The body of a response that came through a [`LockLayer`](super::LockLayer).
+    /// The body of a response from a [`LockLayer`](super::LockLayer).
+    ///
+    /// With [`hold_while_body`](super::LockLayer::hold_while_body) it holds the lock until it has ended.
     pub struct LockedBody<B> {
         #[pin]
         body: B,
-        // Dropping it releases.
+        // It owns the guard, so dropping it releases the lock.
         lost: Option<Pin<Box<dyn Future<Output = LossCause> + Send>>>,
-        // The loss was told: nothing comes after it.
+        // The body has reported the loss, which ends it.
         is_over: bool,
     }
 }
@@ -58,7 +60,7 @@ where
             && let Poll::Ready(cause) = lost.as_mut().poll(context)
         {
             (*this.lost, *this.is_over) = (None, true);
-            let message = format!("lost while the response was sent: {cause}");
+            let message = format!("the lock was lost while the response was sent: {cause}");
             return Poll::Ready(Some(Err(Error::new(ErrorKind::Lost(cause), message).into())));
         }
         let frame = ready!(this.body.as_mut().poll_frame(context));

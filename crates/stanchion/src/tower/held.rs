@@ -1,4 +1,4 @@
-//! What a service may know of the lock that is held for its request.
+//! Gives a service access to the lock that is held for its request.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -10,8 +10,9 @@ use crate::fence::Fence;
 use crate::guard::Guard;
 use crate::key::Key;
 
-/// The lock that is held for a request: an extension of it. Clones look at the same lock, and none keeps it: it is
-/// released with the response.
+/// The lock that is held for a request, as an extension of the request.
+///
+/// Clones refer to the same lock, and none of them keeps it: the layer releases it with the response.
 #[derive(Clone, Debug)]
 pub struct HeldLock {
     key: Key,
@@ -30,28 +31,29 @@ impl HeldLock {
         }
     }
 
-    /// The key.
+    /// Returns the key.
     pub fn key(&self) -> &Key {
         &self.key
     }
 
-    /// The fence: send it with every side effect.
+    /// Returns the fence. Send it with every side effect.
     pub fn fence(&self) -> Fence {
         self.fence
     }
 
-    /// Whether the lock is still believed to be held. Local.
+    /// Returns whether the lock is held, by the holder's clock. Does no I/O.
     pub fn is_held(&self) -> bool {
         self.guard.upgrade().is_some_and(|guard| guard.is_held())
     }
 
-    /// How long until the hold is lost if nothing renews it; zero when it is lost or released; `None` if nothing but the
-    /// end of the process ends it. Local.
+    /// Returns the time until the lock is lost unless something renews it. Does no I/O.
+    ///
+    /// It is zero after a loss or a release, and `None` if the hold ends only with the process.
     pub fn remaining(&self) -> Option<Duration> {
         self.guard.upgrade().map_or(Some(Duration::ZERO), |guard| guard.remaining())
     }
 
-    /// An error if the hold is lost or released. Local.
+    /// Returns an error if the lock is lost or released. Does no I/O.
     ///
     /// # Errors
     /// [`ErrorKind::Lost`].
@@ -59,22 +61,24 @@ impl HeldLock {
         self.guard()?.check()
     }
 
-    /// A sign of life of the work: see [`heartbeat_within`](crate::LockRequest::heartbeat_within). Local.
+    /// Reports that the work makes progress: see [`heartbeat_within`](crate::LockRequest::heartbeat_within). Does no
+    /// I/O.
     ///
     /// # Errors
-    /// [`ErrorKind::Lost`] if the hold is lost or released, [`ErrorKind::Draining`] if the handle is draining.
+    /// [`ErrorKind::Lost`] if the lock is lost or released, [`ErrorKind::Draining`] if the handle is draining.
     pub fn heartbeat(&self) -> Result<()> {
         self.guard()?.heartbeat()
     }
 
-    /// Fires when the hold is lost, for work that the service started elsewhere; not when it is released.
+    /// Returns a token that is cancelled when the lock is lost, but not when it is released. For work that the service
+    /// started elsewhere.
     pub fn cancel_token(&self) -> CancellationToken {
         self.lost.clone()
     }
 
     fn guard(&self) -> Result<Arc<Guard>> {
         self.guard.upgrade().ok_or_else(|| {
-            let message = "it was released with its response";
+            let message = "the lock was released with the response";
             Error::new(ErrorKind::Lost(LossCause::Missing), message).with_key(&self.key)
         })
     }
