@@ -29,7 +29,7 @@
 //!
 //! # Features
 //! `sqlite` (default): the embedded store; `redis`, `postgres`, `firestore`: those. The memory store is always there.
-//! `tracing`, `metrics`: telemetry, by the names in `docs/telemetry.md`. `tower`: a lock around each request of an HTTP service,
+//! `tracing`, `metrics`: telemetry, by the names in `docs/reference/telemetry.md`. `tower`: a lock around each request of an HTTP service,
 //! [`tower::LockLayer`]. `macros`: a lock around a function, [`locked`](macro@locked). The surface without async, [`blocking`], is
 //! always there. A feature only adds.
 
@@ -104,10 +104,63 @@ pub use token::{SessionId, Token, TokenId};
 #[cfg(feature = "macros")]
 pub use stanchion_macros::locked;
 
+/// Compiles and runs the examples of the pages.
 #[cfg(doctest)]
-#[doc = include_str!("../../../README.md")]
-struct Readme;
+mod pages {
+    #[doc = include_str!("../../../README.md")]
+    struct Readme;
 
-#[cfg(doctest)]
-#[doc = include_str!("../../../docs/coming-from.md")]
-struct ComingFrom;
+    #[doc = include_str!("../../../docs/coming-from/alepha.md")]
+    struct FromAlepha;
+
+    #[doc = include_str!("../../../docs/coming-from/distributed-locker.md")]
+    struct FromDistributedLocker;
+
+    #[doc = include_str!("../../../docs/coming-from/etcd.md")]
+    struct FromEtcd;
+
+    #[doc = include_str!("../../../docs/coming-from/exclusive-lock.md")]
+    struct FromExclusiveLock;
+
+    #[doc = include_str!("../../../docs/coming-from/kube-leader-election.md")]
+    struct FromKubeLeaderElection;
+
+    #[doc = include_str!("../../../docs/coming-from/medallion.md")]
+    struct FromMedallion;
+
+    #[doc = include_str!("../../../docs/coming-from/redisson.md")]
+    struct FromRedisson;
+
+    #[doc = include_str!("../../../docs/coming-from/redlock-rs.md")]
+    struct FromRedlockRs;
+
+    #[doc = include_str!("../../../docs/coming-from/redsync.md")]
+    struct FromRedsync;
+
+    #[doc = include_str!("../../../docs/coming-from/rslock.md")]
+    struct FromRslock;
+
+    #[doc = include_str!("../../../docs/coming-from/shedlock.md")]
+    struct FromShedlock;
+
+    #[doc = include_str!("../../../docs/coming-from/sqlx.md")]
+    struct FromSqlx;
+
+    #[doc = include_str!("../../../docs/coming-from/sync.md")]
+    struct FromSync;
+
+    #[doc = include_str!("../../../docs/coming-from/syncguard.md")]
+    struct FromSyncguard;
+
+    #[doc = include_str!("../../../docs/guide/cron-and-leaders.md")]
+    struct CronAndLeaders;
+
+    #[doc = include_str!("../../../docs/guide/fencing.md")]
+    struct Fencing;
+
+    #[doc = include_str!("../../../docs/guide/long-jobs.md")]
+    struct LongJobs;
+
+    #[doc = include_str!("../../../docs/guide/testing.md")]
+    struct Testing;
+}

@@ -1,4 +1,4 @@
-//! Spans, log events and metrics: what is told, under the names of `docs/telemetry.md` and no others.
+//! Spans, log events and metrics: what is told, under the names of `docs/reference/telemetry.md` and no others.
 #![cfg(all(feature = "tracing", feature = "metrics"))]
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
@@ -83,7 +83,7 @@ async fn everything(shown: KeyRedaction) {
 
 /// The names in the first column of a table under this heading.
 fn documented(heading: &str) -> BTreeSet<String> {
-    let docs = include_str!("../../../docs/telemetry.md");
+    let docs = include_str!("../../../docs/reference/telemetry.md");
     let section = docs.split("\n## ").find(|section| section.starts_with(heading)).unwrap();
     let names = section.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
     names.map(str::to_owned).collect()
