@@ -29,7 +29,7 @@
 //!
 //! # Features
 //! `sqlite` (default): the embedded store; `redis`, `postgres`, `firestore`: those. The memory store is always there.
-//! `tracing`, `metrics`: telemetry, by the names in `docs/reference/telemetry.md`. `tower`: a lock around each request of an HTTP service,
+//! `tracing`, `metrics`: telemetry, by the names in `docs/telemetry.md`. `tower`: a lock around each request of an HTTP service,
 //! [`tower::LockLayer`]. `macros`: a lock around a function, [`locked`](macro@locked). The surface without async, [`blocking`], is
 //! always there. A feature only adds.
 

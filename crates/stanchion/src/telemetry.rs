@@ -1,5 +1,5 @@
 //! Spans, log events and metrics: the same facts as [`Event`](crate::Event)s, for those who collect them. The names are a
-//! contract: `docs/reference/telemetry.md` lists them.
+//! contract: `docs/telemetry.md` lists them.
 //!
 //! Without the features `tracing` and `metrics` nothing of this is there.
 
