@@ -81,7 +81,9 @@ fn docs_links_and_case_names_exist() {
     let cases: Vec<_> =
         stanchion_testkit::cases().iter().map(|case| format!("{}::{}", case.subject, case.name)).collect();
     let mut pages = pages_in(&root.join("docs"));
-    pages.extend(["README.md", "DESIGN.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"].map(|name| root.join(name)));
+    pages.extend(
+        ["README.md", "DESIGN.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"].map(|name| root.join(name)),
+    );
     pages.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("BEHAVIOURS.md"));
     let (mut checked, mut faults) = (0, Vec::new());
     for page in pages {
