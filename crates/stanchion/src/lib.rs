@@ -80,7 +80,7 @@
 //! # Features
 //!
 //! - `sqlite` (default), `redis`, `postgres`, `firestore`: the stores of the table above.
-//! - `tracing`, `metrics`: telemetry. `docs/telemetry.md` lists the names.
+//! - `tracing`, `metrics`: telemetry. `docs/reference/telemetry.md` lists the names.
 //! - `tower`: a lock around each request of an HTTP service, [`tower::LockLayer`].
 //! - `macros`: a lock around a function, [`locked`](macro@locked).
 //!
@@ -158,10 +158,63 @@ pub use token::{SessionId, Token, TokenId};
 #[cfg(feature = "macros")]
 pub use stanchion_macros::locked;
 
+/// Compiles and runs the examples of the pages.
 #[cfg(doctest)]
-#[doc = include_str!("../../../README.md")]
-struct Readme;
+mod pages {
+    #[doc = include_str!("../../../README.md")]
+    struct Readme;
 
-#[cfg(doctest)]
-#[doc = include_str!("../../../docs/coming-from.md")]
-struct ComingFrom;
+    #[doc = include_str!("../../../docs/coming-from/alepha.md")]
+    struct FromAlepha;
+
+    #[doc = include_str!("../../../docs/coming-from/distributed-locker.md")]
+    struct FromDistributedLocker;
+
+    #[doc = include_str!("../../../docs/coming-from/etcd.md")]
+    struct FromEtcd;
+
+    #[doc = include_str!("../../../docs/coming-from/exclusive-lock.md")]
+    struct FromExclusiveLock;
+
+    #[doc = include_str!("../../../docs/coming-from/kube-leader-election.md")]
+    struct FromKubeLeaderElection;
+
+    #[doc = include_str!("../../../docs/coming-from/medallion.md")]
+    struct FromMedallion;
+
+    #[doc = include_str!("../../../docs/coming-from/redisson.md")]
+    struct FromRedisson;
+
+    #[doc = include_str!("../../../docs/coming-from/redlock-rs.md")]
+    struct FromRedlockRs;
+
+    #[doc = include_str!("../../../docs/coming-from/redsync.md")]
+    struct FromRedsync;
+
+    #[doc = include_str!("../../../docs/coming-from/rslock.md")]
+    struct FromRslock;
+
+    #[doc = include_str!("../../../docs/coming-from/shedlock.md")]
+    struct FromShedlock;
+
+    #[doc = include_str!("../../../docs/coming-from/sqlx.md")]
+    struct FromSqlx;
+
+    #[doc = include_str!("../../../docs/coming-from/sync.md")]
+    struct FromSync;
+
+    #[doc = include_str!("../../../docs/coming-from/syncguard.md")]
+    struct FromSyncguard;
+
+    #[doc = include_str!("../../../docs/guide/cron-and-leaders.md")]
+    struct CronAndLeaders;
+
+    #[doc = include_str!("../../../docs/guide/fencing.md")]
+    struct Fencing;
+
+    #[doc = include_str!("../../../docs/guide/long-jobs.md")]
+    struct LongJobs;
+
+    #[doc = include_str!("../../../docs/guide/testing.md")]
+    struct Testing;
+}

@@ -1,4 +1,4 @@
-//! Emits spans, log events and metrics for the [`Event`](crate::Event)s of a handle. `docs/telemetry.md` lists the
+//! Emits spans, log events and metrics for the [`Event`](crate::Event)s of a handle. `docs/reference/telemetry.md` lists the
 //! names, which are a contract.
 //!
 //! Without the features `tracing` and `metrics`, this module does nothing.

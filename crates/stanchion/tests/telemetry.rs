@@ -1,4 +1,4 @@
-//! Tests that spans, log events and metrics have exactly the names in `docs/telemetry.md`.
+//! Tests that spans, log events and metrics have exactly the names in `docs/reference/telemetry.md`.
 #![cfg(all(feature = "tracing", feature = "metrics"))]
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests wait on the real clock, and may panic")]
 
@@ -83,7 +83,7 @@ async fn cause_all_events(redaction: KeyRedaction) {
 
 /// Returns the names in the first column of the table under a heading.
 fn documented(heading: &str) -> BTreeSet<String> {
-    let docs = include_str!("../../../docs/telemetry.md");
+    let docs = include_str!("../../../docs/reference/telemetry.md");
     let section = docs.split("\n## ").find(|section| section.starts_with(heading)).unwrap();
     let names = section.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
     names.map(str::to_owned).collect()
