@@ -302,7 +302,7 @@ impl Guard {
             // A request of this token may still come: the keeper ends that too.
             shared.end(End::of_hold(&self.hold, None));
         } else {
-            shared.forget(self.hold.token);
+            shared.tokens.forget(self.hold.token);
         }
         let repeated_in_time = step.unanswered && self.hold.ended(shared.clock.now()).is_none();
         match reply.outcome {
@@ -343,15 +343,7 @@ impl Guard {
         }
         self.spent = true;
         self.hold.let_go();
-        self.shared().keep(&self.hold);
-        if self.hold.unanswered_until.is_some() {
-            // A question that comes when the hold has been taken up makes another one of the same token.
-            let mut end = End::of_hold(&self.hold, None);
-            end.spared = Some(self.hold.fence);
-            self.shared().end(end);
-        } else {
-            self.shared().forget(self.hold.token);
-        }
+        self.shared().detach(&self.hold);
         Token::new(self.hold.key.clone(), self.hold.token, self.hold.session.id)
     }
 

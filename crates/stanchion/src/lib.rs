@@ -55,9 +55,11 @@ pub mod store;
 mod telemetry;
 mod thread;
 mod token;
+mod tokens;
 #[cfg(feature = "tower")]
 pub mod tower;
 mod wait;
+mod waiter;
 
 pub use belief::Drift;
 pub use builder::Builder;

@@ -16,9 +16,9 @@ use tokio::sync::Notify;
 use crate::clock::{BootTime, jitter};
 use crate::error::{Error, ErrorKind};
 use crate::key::Key;
-use crate::shared::{Signal, WaitCell};
 use crate::store::{PollOutcome, Queued};
 use crate::token::{IdMap, TokenId};
+use crate::waiter::{Waiter, Wakeup};
 
 /// Interval between two polls of a key that nothing was pushed for: a lost push costs so much.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -50,7 +50,7 @@ struct Keys {
 /// A key that somebody waits for.
 #[derive(Debug, Default)]
 struct WaitedFor {
-    waiters: IdMap<TokenId, Waiter>,
+    waiters: IdMap<TokenId, Arc<Waiter>>,
     due: Due,
     is_taken: bool,
     /// When the request was sent that has not been answered.
@@ -66,11 +66,6 @@ impl WaitedFor {
             self.trouble = Some((ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}")));
         }
     }
-}
-
-#[derive(Debug)]
-struct Waiter {
-    cell: Arc<WaitCell>,
 }
 
 /// When a key is polled.
@@ -108,11 +103,10 @@ impl Polls {
     }
 
     /// A call waits for a key from now on.
-    pub(crate) fn enter(&self, token: TokenId, cell: &Arc<WaitCell>, queued: Queued, now: BootTime) {
-        let waiter = Waiter { cell: cell.clone() };
+    pub(crate) fn enter(&self, token: TokenId, waiter: &Arc<Waiter>, queued: Queued, now: BootTime) {
         let mut keys = self.lock();
-        keys.waited_for.entry(cell.key.clone()).or_default().waiters.insert(token, waiter);
-        self.plan(keys, &cell.key, self.due(now, queued));
+        keys.waited_for.entry(waiter.key.clone()).or_default().waiters.insert(token, waiter.clone());
+        self.plan(keys, &waiter.key, self.due(now, queued));
     }
 
     /// The call waits no more. Returns why it has heard nothing, if that is so.
@@ -200,21 +194,21 @@ impl Polls {
         let mut front = Queued { ahead: u32::MAX, check_in: None, in_use: None };
         let mut told = Vec::new();
         for (token, outcome) in outcomes {
-            let Some(waiter) = waited_for.waiters.get_mut(&token) else { continue };
+            let Some(waiter) = waited_for.waiters.get(&token) else { continue };
             match outcome {
                 PollOutcome::Queued(queued) => {
                     front.ahead = front.ahead.min(queued.ahead);
                     front.check_in = [front.check_in, queued.check_in].into_iter().flatten().min();
                 }
-                PollOutcome::Granted(granted) => told.push((waiter.cell.clone(), Signal::Polled(granted, asked))),
-                PollOutcome::Gone => told.push((waiter.cell.clone(), Signal::Gone)),
+                PollOutcome::Granted(granted) => told.push((waiter.clone(), Wakeup::Polled(granted, asked))),
+                PollOutcome::Gone => told.push((waiter.clone(), Wakeup::Gone)),
             }
         }
         waited_for.is_taken = false;
         self.plan(keys, key, self.due(now, front));
         // No lock is held while somebody is woken.
-        for (cell, signal) in told {
-            cell.tell(signal);
+        for (waiter, wakeup) in told {
+            waiter.notify(wakeup);
         }
     }
 
@@ -226,12 +220,12 @@ impl Polls {
         waited_for.trouble = Some((error.kind(), error.message().to_owned()));
         let mut told = Vec::new();
         if !error.is_transient() {
-            told.extend(waited_for.waiters.values().map(|waiter| waiter.cell.clone()));
+            told.extend(waited_for.waiters.values().cloned());
         }
         waited_for.is_taken = false;
         self.plan(keys, key, self.due(now, Queued { ahead: u32::MAX, check_in: None, in_use: None }));
-        for cell in told {
-            cell.tell(Signal::Failed(error.duplicate()));
+        for waiter in told {
+            waiter.notify(Wakeup::Failed(error.duplicate()));
         }
     }
 
@@ -276,10 +270,10 @@ mod tests {
             Self { polls: Polls::new(true), now: BootTime::from_nanos(0) }
         }
 
-        fn enter(&self, key: &Key) -> (TokenId, Arc<WaitCell>) {
-            let (token, cell) = (TokenId::random().unwrap(), Arc::new(WaitCell::new(key.clone(), true)));
-            self.polls.enter(token, &cell, QUEUED, self.now);
-            (token, cell)
+        fn enter(&self, key: &Key) -> (TokenId, Arc<Waiter>) {
+            let (token, waiter) = (TokenId::random().unwrap(), Arc::new(Waiter::new(key.clone(), true)));
+            self.polls.enter(token, &waiter, QUEUED, self.now);
+            (token, waiter)
         }
 
         fn pass(&mut self, span: Duration) {
@@ -353,7 +347,7 @@ mod tests {
         bench.polls.answered(&taken[0], bench.now, [(first, PollOutcome::Gone)], bench.now);
         let (taken, _) = bench.polls.take_due(bench.now);
         assert_eq!(bench.polls.begin(&taken[0], bench.now), [second]);
-        assert!(cell.signal.lock().unwrap().is_none());
+        assert!(cell.take().is_none());
         bench.polls.leave(&key("k"), second, bench.now);
         assert!(bench.polls.lock().waited_for.is_empty());
     }
@@ -362,7 +356,7 @@ mod tests {
     fn only_a_lasting_failure_ends_a_wait() {
         let mut bench = Bench::new();
         let (token, cell) = bench.enter(&key("k"));
-        let told = |cell: &WaitCell| matches!(*cell.signal.lock().unwrap(), Some(Signal::Failed(_)));
+        let told = |cell: &Waiter| matches!(cell.take(), Some(Wakeup::Failed(_)));
         for kind in [ErrorKind::Unavailable, ErrorKind::NetworkTimeout, ErrorKind::Unavailable, ErrorKind::Unauthorized]
         {
             assert!(!told(&cell));

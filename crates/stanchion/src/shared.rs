@@ -1,8 +1,7 @@
 //! What a handle, its requests, its guards and its keeper share.
 
 use std::future::Future;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, watch};
@@ -18,9 +17,10 @@ use crate::key::Key;
 use crate::on_lost::{Losses, OnLost};
 use crate::polls::Polls;
 use crate::retry::{Persistence, Repeated, RetryPolicy, repeat};
-use crate::store::{Capabilities, Granted, PollOutcome, Reply, Store, StoreTime};
+use crate::store::{Capabilities, PollOutcome, Reply, Store, StoreTime};
 use crate::telemetry::{KeyRedaction, Telemetry};
-use crate::token::{IdMap, SessionId, TokenId, TokenMaker};
+use crate::token::{SessionId, TokenId, TokenMaker};
+use crate::tokens::TokenTable;
 
 /// What a handle was configured with.
 #[derive(Clone, Debug)]
@@ -33,9 +33,6 @@ pub(crate) struct Config {
     pub(crate) on_lost: OnLost,
     pub(crate) key_redaction: KeyRedaction,
 }
-
-/// So many tokens are kept before the store is asked which of them it has.
-pub(crate) const MANY_KEPT: usize = 1_000;
 
 /// So many different warnings are kept.
 const MOST_WARNINGS: usize = 32;
@@ -51,17 +48,10 @@ pub(crate) struct Shared {
     pub(crate) session: watch::Sender<SessionView>,
     /// The session that was asked for last, answered or not.
     asked_session: Mutex<Option<SessionId>>,
-    tokens: TokenMaker,
-    registry: Mutex<IdMap<TokenId, Entry>>,
+    token_maker: TokenMaker,
+    pub(crate) tokens: TokenTable,
     /// What the keeper polls for those who wait.
     pub(crate) polls: Polls,
-    /// Tokens that are not in the registry and must stay as they are in the store: detached ones, and those that are
-    /// lost and wait for their grace to be over. With the session all go.
-    kept: Mutex<IdMap<TokenId, Kept>>,
-    /// When there are so many of them, the keeper asks for them.
-    most_kept: AtomicUsize,
-    /// Tokens while they are being ended, which the store may tell of until they are.
-    ending: Mutex<IdMap<TokenId, ()>>,
     store_clock: Mutex<Option<(StoreTime, BootTime)>>,
     commands: mpsc::UnboundedSender<Command>,
     warnings: Mutex<Vec<String>>,
@@ -86,84 +76,6 @@ pub(crate) enum SessionView {
     Closed,
 }
 
-/// A token that must stay as it is in the store.
-#[derive(Clone, Debug)]
-pub(crate) struct Kept {
-    pub(crate) key: Key,
-    /// Until then the store may have it; one without a deadline, until somebody takes it up.
-    pub(crate) until: BootTime,
-}
-
-/// What this process knows of a token.
-#[derive(Clone, Debug)]
-pub(crate) enum Entry {
-    Waiting(Arc<WaitCell>),
-    Held(Arc<Hold>),
-}
-
-/// Where a waiting call is told what happens.
-#[derive(Debug)]
-pub(crate) struct WaitCell {
-    pub(crate) key: Key,
-    /// What it is granted ends with the session.
-    pub(crate) session_bound: bool,
-    pub(crate) signal: Mutex<Option<Signal>>,
-    notify: Notify,
-}
-
-#[derive(Debug)]
-pub(crate) enum Signal {
-    /// Something may have changed: ask.
-    Recheck,
-    /// The keeper's polls failed, and this call is to give up.
-    Failed(Error),
-    /// A grant was pushed.
-    Granted(Fence),
-    /// A poll that was sent at this time told of the grant.
-    Polled(Granted, BootTime),
-    /// A poll told that there is nothing of the token.
-    Gone,
-}
-
-impl Signal {
-    /// One that says more is not replaced by one that says less; of two that say as much the later one counts.
-    fn rank(&self) -> u8 {
-        match self {
-            Self::Recheck => 0,
-            Self::Failed(_) => 1,
-            Self::Granted(_) => 2,
-            // There was a grant, and it is over: it was granted before it was polled.
-            Self::Polled(..) | Self::Gone => 3,
-        }
-    }
-}
-
-impl WaitCell {
-    pub(crate) fn new(key: Key, session_bound: bool) -> Self {
-        Self { key, session_bound, signal: Mutex::default(), notify: Notify::new() }
-    }
-
-    pub(crate) fn tell(&self, signal: Signal) {
-        let mut current = self.signal.lock().unwrap_or_else(PoisonError::into_inner);
-        if current.as_ref().is_none_or(|current| current.rank() <= signal.rank()) {
-            *current = Some(signal);
-        }
-        drop(current);
-        self.notify.notify_one();
-    }
-
-    /// The next signal. A dropped future loses none.
-    pub(crate) async fn next(&self) -> Signal {
-        loop {
-            let notified = self.notify.notified();
-            if let Some(signal) = self.signal.lock().unwrap_or_else(PoisonError::into_inner).take() {
-                return signal;
-            }
-            notified.await;
-        }
-    }
-}
-
 impl Shared {
     pub(crate) fn new(
         store: Arc<dyn Store>,
@@ -182,12 +94,9 @@ impl Shared {
             config,
             session: watch::Sender::new(SessionView::Opening(None)),
             asked_session: Mutex::default(),
-            tokens: TokenMaker::default(),
-            registry: Mutex::default(),
+            token_maker: TokenMaker::default(),
+            tokens: TokenTable::new(),
             polls: Polls::new(capabilities.push),
-            kept: Mutex::default(),
-            most_kept: AtomicUsize::new(MANY_KEPT),
-            ending: Mutex::default(),
             store_clock: Mutex::default(),
             commands,
             warnings: Mutex::default(),
@@ -201,52 +110,6 @@ impl Shared {
         }
     }
 
-    pub(crate) fn registry(&self) -> MutexGuard<'_, IdMap<TokenId, Entry>> {
-        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn entry(&self, token: TokenId) -> Option<Entry> {
-        self.registry().get(&token).cloned()
-    }
-
-    /// The token leaves the registry.
-    pub(crate) fn forget(&self, token: TokenId) {
-        let mut registry = self.registry();
-        registry.remove(&token);
-        shrink(&mut registry);
-    }
-
-    pub(crate) fn kept(&self) -> MutexGuard<'_, IdMap<TokenId, Kept>> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The token of this hold leaves the registry, and must stay as it is in the store.
-    pub(crate) fn keep(&self, hold: &Hold) {
-        let mut kept = self.kept();
-        // Before it grows: those whose time is over.
-        if kept.len() == kept.capacity() {
-            let now = self.clock.now();
-            kept.retain(|_, kept| kept.until > now);
-        }
-        kept.insert(hold.token, Kept { key: hold.key.clone(), until: hold.over_at() });
-        let count = kept.len();
-        drop(kept);
-        // What others have taken up says nothing of it here.
-        if count >= self.most_kept.load(Ordering::Relaxed) {
-            self.ask_for_kept_above(count);
-            self.command(Command::AskForKept);
-        }
-    }
-
-    /// The keeper asks for the kept tokens when there are twice as many.
-    pub(crate) fn ask_for_kept_above(&self, count: usize) {
-        self.most_kept.store(MANY_KEPT.max(count * 2), Ordering::Relaxed);
-    }
-
-    pub(crate) fn ending(&self) -> MutexGuard<'_, IdMap<TokenId, ()>> {
-        self.ending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(crate) fn ask_for_session(&self, id: SessionId) {
         *self.asked_session.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
     }
@@ -256,53 +119,37 @@ impl Shared {
     }
 
     pub(crate) fn new_token(&self, session: SessionId) -> Result<TokenId> {
-        self.tokens.make(session)
+        self.token_maker.make(session)
     }
 
     /// Whether this handle made the token for a call in its current session.
     pub(crate) fn has_made(&self, token: TokenId) -> bool {
-        self.asked_session().is_some_and(|session| self.tokens.has_made(token, session))
-    }
-
-    /// The tokens of all holds, for the keeper.
-    pub(crate) fn held(&self) -> Vec<TokenId> {
-        let registry = self.registry();
-        registry.iter().filter(|(_, entry)| matches!(entry, Entry::Held(_))).map(|(token, _)| *token).collect()
-    }
-
-    /// All waiting calls, for the keeper.
-    pub(crate) fn waiting(&self) -> Vec<(TokenId, Arc<WaitCell>)> {
-        let registry = self.registry();
-        registry
-            .iter()
-            .filter_map(|(token, entry)| match entry {
-                Entry::Waiting(cell) => Some((*token, cell.clone())),
-                Entry::Held(_) => None,
-            })
-            .collect()
-    }
-
-    /// All holds, for the keeper.
-    pub(crate) fn holds(&self) -> Vec<Arc<Hold>> {
-        let registry = self.registry();
-        registry
-            .values()
-            .filter_map(|entry| match entry {
-                Entry::Held(hold) => Some(hold.clone()),
-                Entry::Waiting(_) => None,
-            })
-            .collect()
+        self.asked_session().is_some_and(|session| self.token_maker.has_made(token, session))
     }
 
     pub(crate) fn command(&self, command: Command) {
         let _the_keeper_has_ended = self.commands.send(command);
     }
 
-    /// Has the keeper end a token. What the store tells of it meanwhile is known here already.
+    /// Schedules cleanup of a token. Until it finishes, pushes for this token are ignored.
     pub(crate) fn end(&self, end: End) {
-        self.ending().insert(end.token, ());
-        self.forget(end.token);
+        self.tokens.begin_cleanup(end.token);
         self.command(Command::End(end));
+    }
+
+    /// Detaches a hold: no guard has it any more, and it must stay in the store.
+    pub(crate) fn detach(&self, hold: &Hold) {
+        let has_late_request = hold.unanswered_until.is_some();
+        let is_query_due = self.tokens.detach(hold, has_late_request, self.clock.now());
+        if is_query_due {
+            self.command(Command::AskForKept);
+        }
+        if has_late_request {
+            // A request that arrives after another handle has adopted the hold makes a second hold of the same token.
+            let mut end = End::of_hold(hold, None);
+            end.spared = Some(hold.fence);
+            self.command(Command::End(end));
+        }
     }
 
     pub(crate) fn warn(&self, message: String) {
@@ -508,14 +355,18 @@ impl Shared {
         if !(cause == LossCause::Closed && self.closing.is_cancelled() && matches!(policy, OnLost::AbortAfter(_))) {
             self.losses.carry_out(policy, hold, cause);
         }
-        if cause.leaves_grace() {
-            self.keep(hold);
-        }
-        self.forget(hold.token);
-        self.observer.tell(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
         // With its session a session hold is gone. Everything else has a token that must be ended: where the holder
         // knows first, after the grace in which it stops, or by its guard when that is dropped before.
-        if !(hold.session_bound && cause == LossCause::SessionExpired) {
+        let is_gone = hold.session_bound && cause == LossCause::SessionExpired;
+        if is_gone {
+            self.tokens.forget(hold.token);
+        } else if !cause.leaves_grace() {
+            self.tokens.begin_cleanup(hold.token);
+        } else if self.tokens.begin_grace(hold, self.clock.now()) {
+            self.command(Command::AskForKept);
+        }
+        self.observer.tell(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
+        if !is_gone {
             let mut end = End::of_hold(hold, None);
             if cause.leaves_grace() {
                 end.not_before = match hold.heartbeat_within {
@@ -527,7 +378,7 @@ impl Shared {
                 };
                 hold.is_freed_at(end.not_before);
             }
-            self.end(end);
+            self.command(Command::End(end));
         }
     }
 }
@@ -535,13 +386,6 @@ impl Shared {
 /// A store is code of others: what it answers is counted.
 pub(crate) fn polled_too_few() -> Error {
     Error::new(ErrorKind::Internal, "the store answered a poll with fewer outcomes than tokens")
-}
-
-/// Gives room back that many entries needed and few do not.
-pub(crate) fn shrink<Id: Eq + std::hash::Hash, Value>(map: &mut IdMap<Id, Value>) {
-    if map.capacity() > 1_024 && map.len() < map.capacity() / 8 {
-        map.shrink_to(map.len() * 2);
-    }
 }
 
 /// A token to be ended in the store, until that is definite.

@@ -23,12 +23,13 @@ use crate::on_lost::OnLost;
 use crate::polls::{LONG_SILENCE, Trouble};
 use crate::request::LockRequest;
 use crate::retry::Persistence;
-use crate::shared::{End, Entry, Shared, Signal, WaitCell};
+use crate::shared::{End, Shared};
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Demand, Granted, Lifetime, PollOutcome, Queued,
     StoreTime,
 };
 use crate::token::{Token, TokenId};
+use crate::waiter::{Waiter, Wakeup};
 
 /// How long a request may be on its way. Shorter where the session or the lifetime is short.
 const LONGEST_WINDOW: Duration = Duration::from_secs(5);
@@ -127,7 +128,7 @@ pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
     pending.unanswered = step.unanswered;
     match step.result.map_err(|error| name(pending.in_doubt(error)))?.outcome {
         AdoptOutcome::Adopted { granted, session_bound } => {
-            shared.kept().remove(&token.id());
+            shared.tokens.forget_detached(token.id());
             let lifetime = Grant {
                 granted,
                 asked,
@@ -327,14 +328,14 @@ impl Call<'_> {
         let shared = self.shared().clone();
         let _waiting = Waiting::new(&shared, &pending, queued, self.trouble);
         loop {
-            let signal = tokio::select! {
+            let wakeup = tokio::select! {
                 biased;
                 () = pending.session.over().cancelled() => return Ok(Round::Again),
-                signal = pending.cell.next() => signal,
+                wakeup = pending.waiter.next() => wakeup,
             };
-            match signal {
+            match wakeup {
                 // A deadline's start is known only to the store: confirm it.
-                Signal::Granted(fence) if self.lifetime.length().is_none() => {
+                Wakeup::Granted(fence) if self.lifetime.length().is_none() => {
                     let granted = Granted { fence, remaining: None };
                     let round = self.granted(pending, granted, shared.clock.now());
                     // Believed at once, because hand-offs are to be fast, and confirmed then.
@@ -345,11 +346,11 @@ impl Call<'_> {
                     }
                     return Ok(round);
                 }
-                Signal::Polled(granted, asked) => return Ok(self.granted(pending, granted, asked)),
+                Wakeup::Polled(granted, asked) => return Ok(self.granted(pending, granted, asked)),
                 // Something of it may still be on its way, if an answer was missing: the keeper sees to it.
-                Signal::Gone => return Ok(Round::Again),
-                Signal::Failed(error) => return Err(error),
-                Signal::Granted(_) | Signal::Recheck => {}
+                Wakeup::Gone => return Ok(Round::Again),
+                Wakeup::Failed(error) => return Err(error),
+                Wakeup::Granted(_) | Wakeup::Recheck => {}
             }
             let mut asked = self.started;
             let step = shared.step_with(self.persistence(), || {
@@ -408,7 +409,7 @@ struct Waiting<'a> {
 
 impl<'a> Waiting<'a> {
     fn new(shared: &'a Shared, pending: &Pending, queued: Queued, trouble: &'a Mutex<Trouble>) -> Self {
-        shared.polls.enter(pending.token, &pending.cell, queued, shared.clock.now());
+        shared.polls.enter(pending.token, &pending.waiter, queued, shared.clock.now());
         Self { shared, key: pending.key.clone(), token: pending.token, trouble }
     }
 }
@@ -440,7 +441,7 @@ struct Pending {
     token: TokenId,
     session: Arc<SessionBelief>,
     not_after: StoreTime,
-    cell: Arc<WaitCell>,
+    waiter: Arc<Waiter>,
     /// The length of the lifetime, if the session does not end it.
     fixed: Option<Duration>,
     /// A question of this token that may create has not been answered.
@@ -465,8 +466,8 @@ impl Pending {
     fn new(shared: &Arc<Shared>, key: &Key, session: Arc<SessionBelief>, lifetime: Option<Lifetime>) -> Result<Self> {
         let token = shared.new_token(session.id)?;
         let not_after = shared.store_time().after(window(shared, lifetime));
-        let cell = Arc::new(WaitCell::new(key.clone(), matches!(lifetime, Some(Lifetime::Session { .. }))));
-        shared.registry().insert(token, Entry::Waiting(cell.clone()));
+        let waiter = Arc::new(Waiter::new(key.clone(), matches!(lifetime, Some(Lifetime::Session { .. }))));
+        shared.tokens.enter_waiting(token, waiter.clone());
         // Until the first answer has come, everything is unanswered.
         let unanswered = true;
         let fixed = match lifetime {
@@ -476,7 +477,7 @@ impl Pending {
             Some(Lifetime::Session { .. }) => None,
         };
         let (shared, key) = (shared.clone(), key.clone());
-        Ok(Self { shared, key, token, session, not_after, cell, fixed, unanswered, spent: false })
+        Ok(Self { shared, key, token, session, not_after, waiter, fixed, unanswered, spent: false })
     }
 
     /// An error after which the caller gives up. What the token may have got is ended when `self` is dropped.
@@ -492,7 +493,7 @@ impl Pending {
     /// The store answered that it entered nothing, and nothing else of this token is on its way.
     fn nothing_was_created(&mut self) {
         if !self.unanswered {
-            self.shared.forget(self.token);
+            self.shared.tokens.forget(self.token);
             self.spent = true;
         }
     }
@@ -517,17 +518,8 @@ impl Pending {
             unanswered_until: self.unanswered.then_some(self.not_after),
             on_lost: grant.on_lost,
         }));
-        // Whoever ends what it depends on says so first and looks into the registry then: it is seen here, or finds the hold
-        // there. One that is not believed is not entered: nobody is told of the loss of what nobody was given.
-        let is_believed = {
-            let mut registry = self.shared.registry();
-            let is_believed = hold.ended(now).is_none() && !self.shared.is_closed();
-            if is_believed {
-                registry.insert(self.token, Entry::Held(hold.clone()));
-            }
-            is_believed
-        };
-        is_believed.then(|| {
+        let is_believed = || hold.ended(now).is_none() && !self.shared.is_closed();
+        self.shared.tokens.grant(&hold, is_believed).then(|| {
             self.spent = true;
             if hold.look_at() != BootTime::NEVER {
                 self.shared.command(Command::Watch(hold.clone()));

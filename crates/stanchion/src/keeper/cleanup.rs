@@ -23,9 +23,10 @@ use tokio::task::JoinSet;
 use crate::clock::BootTime;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
+use crate::keeper::Command;
 use crate::key::Key;
 use crate::retry::limited;
-use crate::shared::{End, Shared, shrink};
+use crate::shared::{End, Shared};
 use crate::store::{EndOutcome, PollOutcome, Reply};
 use crate::token::TokenId;
 
@@ -187,13 +188,7 @@ impl Cleanup {
 
     /// What is told of the token from now on is heard.
     fn is_over(&self, end: &End) {
-        let mut ending = self.shared.ending();
-        ending.remove(&end.token);
-        shrink(&mut ending);
-        drop(ending);
-        if end.spared.is_none() {
-            self.shared.kept().remove(&end.token);
-        }
+        self.shared.tokens.end_cleanup(end.token, end.spared.is_some());
     }
 
     /// The handle is being closed, and its session with it: what ends with the session is left to that, so that closing
@@ -274,12 +269,8 @@ pub(super) async fn surviving<T>(step: impl Future<Output = Result<T>>) -> Resul
 /// is ended, a grant that a failover restored is published again whenever a waiter of the key asks, and without a waiter
 /// nobody misses the key before the session ends.
 pub(super) fn end_unknown(shared: &Arc<Shared>, key: Key, token: TokenId) {
-    let is_wanted = {
-        let ending = shared.ending();
-        ending.len() < MOST_FOR_PUSHES && !ending.contains_key(&token)
-    };
-    if is_wanted {
-        shared.end(End::of_token(key, token));
+    if shared.tokens.begin_cleanup_of_unknown(token, MOST_FOR_PUSHES) {
+        shared.command(Command::End(End::of_token(key, token)));
     }
 }
 

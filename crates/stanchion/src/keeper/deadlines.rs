@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::belief::Hold;
 use crate::clock::BootTime;
-use crate::shared::{Entry as Known, Shared};
+use crate::shared::Shared;
 use crate::token::TokenId;
 
 /// Holds by the time at which they must be looked at. A hold whose deadline has moved is looked at too early once, and
@@ -27,8 +27,7 @@ impl Deadlines {
         if at != BootTime::NEVER {
             // Before it grows: those that are gone, whose deadlines may be days away.
             if self.heap.len() == self.heap.capacity() {
-                let registry = shared.registry();
-                self.heap.retain(|Reverse(entry)| registry.contains_key(&entry.token));
+                self.heap.retain(|Reverse(entry)| shared.tokens.hold(entry.token).is_some());
             }
             self.heap.push(Reverse(Entry { at, token: hold.token }));
         }
@@ -44,7 +43,7 @@ impl Deadlines {
         while self.next() <= now {
             let Some(Reverse(entry)) = self.heap.pop() else { return };
             // The guard may have ended it meanwhile.
-            let Some(Known::Held(hold)) = shared.entry(entry.token) else { continue };
+            let Some(hold) = shared.tokens.hold(entry.token) else { continue };
             match hold.ended(now) {
                 Some(cause) => shared.lose(&hold, cause, None),
                 None => self.watch(&hold, shared),
@@ -89,13 +88,13 @@ mod tests {
         let mut deadlines = Deadlines::default();
         for _ in 0..1_000 {
             let guard = locks.lock("k").ttl(Duration::from_secs(3_600)).await.unwrap();
-            deadlines.watch(&shared.holds()[0], shared);
+            deadlines.watch(&shared.tokens.holds()[0], shared);
             guard.release().await.unwrap();
         }
         let guard = locks.lock("k").ttl(Duration::from_secs(3_600)).await.unwrap();
-        deadlines.watch(&shared.holds()[0], shared);
+        deadlines.watch(&shared.tokens.holds()[0], shared);
         assert!(deadlines.heap.len() < 100, "{}", deadlines.heap.len());
-        assert!(deadlines.heap.iter().any(|Reverse(entry)| shared.entry(entry.token).is_some()));
+        assert!(deadlines.heap.iter().any(|Reverse(entry)| shared.tokens.hold(entry.token).is_some()));
         drop(guard);
     }
 }

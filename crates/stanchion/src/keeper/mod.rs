@@ -27,9 +27,11 @@ use tokio::sync::{mpsc, oneshot};
 use crate::belief::Hold;
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, LossCause, Result};
-use crate::shared::{End, Entry, SessionView, Shared, Signal};
+use crate::shared::{End, SessionView, Shared};
 use crate::store::{GrantStream, PollOutcome, Push};
 use crate::thread::{self, Ending};
+use crate::tokens::TokenState;
+use crate::waiter::Wakeup;
 use cleanup::Cleanup;
 use deadlines::Deadlines;
 use verify::Verification;
@@ -133,7 +135,7 @@ impl Drop for Ended {
     fn drop(&mut self) {
         self.0.drain("the keeper has ended");
         self.0.session.send_replace(SessionView::Closed);
-        for hold in self.0.holds() {
+        for hold in self.0.tokens.holds() {
             self.0.lose(&hold, LossCause::Closed, None);
         }
         self.0.closed.cancel();
@@ -247,7 +249,7 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
         SessionView::Open(session) => Some(session),
         SessionView::Opening(_) | SessionView::Closed => None,
     };
-    for hold in shared.holds() {
+    for hold in shared.tokens.holds() {
         shared.lose(&hold, LossCause::Closed, None);
     }
     end_what_stays(inbox, &mut cleanup).await;
@@ -260,9 +262,9 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
     }
     cleanup.end_again_what_stays();
     // What calls got that nobody has polled since they were ended.
-    for (token, cell) in shared.waiting() {
-        if !cell.session_bound {
-            cleanup.enter(End::of_token(cell.key.clone(), token));
+    for (token, waiter) in shared.tokens.waiting() {
+        if !waiter.session_bound {
+            cleanup.enter(End::of_token(waiter.key.clone(), token));
         }
     }
     // What came meanwhile, of calls that were given up because of this.
@@ -295,27 +297,27 @@ async fn next_push(pushes: &mut Option<GrantStream>) -> Option<Push> {
 /// poll, and tokens that this session did not make are nobody's business here.
 fn receive(shared: &Arc<Shared>, push: Push) {
     match push {
-        Push::Granted { key, token, fence } => match shared.entry(token) {
-            Some(Entry::Waiting(cell)) => cell.tell(Signal::Granted(fence)),
+        Push::Granted { key, token, fence } => match shared.tokens.get(token) {
+            Some(TokenState::Waiting(waiter)) => waiter.notify(Wakeup::Granted(fence)),
             // The call has its grant already, by an answer, unless a failover made another one of it.
-            Some(Entry::Held(hold)) if hold.fence == fence => {}
-            Some(Entry::Held(hold)) => ask_for(shared, Asked::whether_it_is_there(hold)),
-            None if shared.kept().contains_key(&token) => {}
+            Some(TokenState::Held(hold)) if hold.fence == fence => {}
+            Some(TokenState::Held(hold)) => ask_for(shared, Asked::whether_it_is_there(hold)),
+            Some(TokenState::Detached(_) | TokenState::CleaningUp(_)) => {}
             // The call has ended, or its hold, and a failover forgot that: nobody will use this grant.
             None if shared.has_made(token) => cleanup::end_unknown(shared, key, token),
             None => {}
         },
-        Push::ForceReleased(lost) => match shared.entry(lost.token) {
-            Some(Entry::Held(hold)) if !shared.capabilities.authentic_push => {
+        Push::ForceReleased(lost) => match shared.tokens.get(lost.token) {
+            Some(TokenState::Held(hold)) if !shared.capabilities.authentic_push => {
                 ask_for(shared, Asked { hold, cause: LossCause::ForceReleased, reason: Some(lost.reason) });
             }
-            Some(_) => session::forced_out(shared, lost),
+            Some(TokenState::Waiting(_) | TokenState::Held(_)) => session::forced_out(shared, lost),
             // The next beat tells of it, if it is true.
-            None => {}
+            Some(TokenState::Detached(_) | TokenState::CleaningUp(_)) | None => {}
         },
         Push::Recheck { token } => {
-            if let Some(Entry::Waiting(cell)) = shared.entry(token) {
-                cell.tell(Signal::Recheck);
+            if let Some(waiter) = shared.tokens.waiter(token) {
+                waiter.notify(Wakeup::Recheck);
             }
         }
         Push::RecheckAll => shared.polls.poll_all(shared.clock.now()),
@@ -338,17 +340,15 @@ fn ask_for(shared: &Shared, asked: Asked) {
 
 /// Forgets the kept tokens that the store does not have any more.
 async fn forget_what_was_taken_up(shared: Arc<Shared>) {
-    let kept: Vec<_> = shared.kept().iter().map(|(token, kept)| (*token, kept.key.clone())).collect();
-    for (token, key) in kept {
-        match shared.step(|| shared.poll(&key, token)).await.result {
-            Ok(reply) if reply.outcome == PollOutcome::Gone => drop(shared.kept().remove(&token)),
+    for (token, detached) in shared.tokens.detached() {
+        match shared.step(|| shared.poll(&detached.key, token)).await.result {
+            Ok(reply) if reply.outcome == PollOutcome::Gone => shared.tokens.forget_detached(token),
             Ok(_) => {}
             // Another time: there will be more of them.
             Err(_) => return,
         }
     }
-    let left = shared.kept().len();
-    shared.ask_for_kept_above(left);
+    shared.tokens.detached_were_queried();
 }
 
 #[cfg(test)]
@@ -462,7 +462,7 @@ mod tests {
         let bench = Bench::new().await;
         let guard = bench.locks.lock("k").heartbeat_within(SECOND).await.unwrap();
         let shared = &bench.locks.handle.shared;
-        let token = shared.holds()[0].token;
+        let token = shared.tokens.holds()[0].token;
         bench.time.advance(SECOND);
         assert_eq!(guard.loss(), Some(LossCause::HeartbeatMissed));
         receive(shared, Push::Granted { key: guard.key().clone(), token, fence: guard.fence() });
@@ -485,9 +485,9 @@ mod tests {
             drop(locks.lock(format!("k{turn}")).ttl(SECOND).await.unwrap().detach());
             time.advance(SECOND);
         }
-        let kept = locks.handle.shared.kept();
-        assert!(kept.len() < 250, "{}", kept.len());
-        assert!(kept.values().any(|kept| kept.until == crate::clock::BootTime::NEVER));
+        let detached = locks.handle.shared.tokens.detached();
+        assert!(detached.len() < 250, "{}", detached.len());
+        assert!(detached.iter().any(|(_, detached)| detached.until == crate::clock::BootTime::NEVER));
     }
 
     #[tokio::test]
@@ -505,7 +505,7 @@ mod tests {
     async fn a_hold_that_the_store_has_forgotten_is_lost() {
         let bench = Bench::new().await;
         let guard = bench.locks.lock("k").await.unwrap();
-        let token = bench.locks.handle.shared.holds()[0].token;
+        let token = bench.locks.handle.shared.tokens.holds()[0].token;
         bench.memory.release(guard.key(), token, None).await.unwrap();
         bench.verify().await.unwrap();
         assert_eq!(guard.loss(), Some(LossCause::Missing));
@@ -521,7 +521,7 @@ mod tests {
             _ = guard.extend(20 * SECOND) => unreachable!(),
             () = bench.until("extended", async || bench.faults.count(Operation::Extend) == 1) => {}
         }
-        let hold = bench.locks.handle.shared.holds().remove(0);
+        let hold = bench.locks.handle.shared.tokens.holds().remove(0);
         // With the grace in which the holder stops.
         assert!(hold.own_until() <= asked.after(26 * SECOND), "{:?}", hold.own_until().since(asked));
     }
@@ -592,7 +592,7 @@ mod tests {
         let bench = Bench::new().await;
         let guard = bench.locks.lock("k").ttl(3_600 * SECOND).heartbeat_within(SECOND).await.unwrap();
         bench.time.advance(SECOND);
-        bench.until("lost", async || bench.locks.handle.shared.holds().is_empty()).await;
+        bench.until("lost", async || bench.locks.handle.shared.tokens.holds().is_empty()).await;
         assert_eq!(guard.loss(), Some(LossCause::HeartbeatMissed));
         assert!(guard.valid_for().unwrap() <= SECOND / 4, "{:?}", guard.valid_for());
         bench.time.advance(SECOND / 4);
@@ -682,7 +682,7 @@ mod tests {
         let bench = Bench::new().await;
         let guard = bench.locks.lock("k").cooldown(60 * SECOND).await.unwrap();
         let (key, fence) = (guard.key().clone(), guard.fence());
-        let token = *bench.locks.handle.shared.registry().keys().next().unwrap();
+        let token = bench.locks.handle.shared.tokens.held()[0];
         bench.faults.next(Operation::Release, Fault::Fail(ErrorKind::Unavailable));
         drop(guard);
         bench.until("it failed once", async || bench.faults.count(Operation::Release) == 1).await;
@@ -694,7 +694,7 @@ mod tests {
         };
         bench.until("released", tried_again).await;
         assert!(bench.locks.inspect("k").await.unwrap().closed_for.is_some(), "its cooldown");
-        bench.until("over", async || bench.locks.handle.shared.ending().is_empty()).await;
+        bench.until("over", async || bench.locks.handle.shared.tokens.cleaning_up() == 0).await;
     }
 
     #[tokio::test]
@@ -806,13 +806,13 @@ mod tests {
         let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
         let other = builder.open().await.unwrap();
         let stays = bench.locks.lock("stays").await.unwrap().detach();
-        for turn in 0..crate::shared::MANY_KEPT {
+        for turn in 0..crate::tokens::QUERY_DETACHED_AT {
             let token = bench.locks.lock(format!("k{turn}")).await.unwrap().detach();
             other.adopt(token).await.unwrap().release().await.unwrap();
         }
         let shared = &bench.locks.handle.shared;
-        bench.until("forgotten", async || shared.kept().len() < 10).await;
-        assert!(shared.kept().contains_key(&stays.id()));
+        bench.until("forgotten", async || shared.tokens.detached().len() < 10).await;
+        assert!(shared.tokens.detached().iter().any(|(token, _)| *token == stays.id()));
     }
 
     #[tokio::test]
@@ -846,7 +846,7 @@ mod tests {
         bench.until("some are on their way", async || bench.faults.count(Operation::Release) > 0).await;
         // The keeper has taken all of them by then.
         drop(bench.locks.lock("last").await.unwrap());
-        bench.until("ending", async || bench.locks.handle.shared.ending().len() == 1_001).await;
+        bench.until("ending", async || bench.locks.handle.shared.tokens.cleaning_up() == 1_001).await;
         tokio::time::sleep(SECOND / 10).await;
         assert_eq!(bench.faults.count(Operation::Release), cleanup::IN_FLIGHT as u64);
         bench.faults.clear();
@@ -894,7 +894,7 @@ mod tests {
         assert_eq!(bench.faults.deliver().await, 1);
         assert!(bench.locks.is_locked("k").await.unwrap(), "the late question made a hold");
         let shared = &bench.locks.handle.shared;
-        bench.until("that was answered", async || shared.ending().is_empty()).await;
+        bench.until("that was answered", async || shared.tokens.cleaning_up() == 0).await;
         bench.time.advance(SECOND / 50);
         bench.until_free().await;
         // It found something: the last one alone remains.
@@ -928,7 +928,7 @@ mod tests {
         let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
         let other = builder.open().await.unwrap();
         let guard = bench.locks.lock("k").await.unwrap();
-        let token = bench.locks.handle.shared.held()[0];
+        let token = bench.locks.handle.shared.tokens.held()[0];
         bench.memory.release(guard.key(), token, None).await.unwrap();
         let holder = other.lock("k").await.unwrap();
         let shared = &bench.locks.handle.shared;
@@ -978,7 +978,7 @@ mod tests {
     async fn a_forgotten_extension_counts_no_longer() {
         let bench = Bench::new().await;
         let guard = bench.locks.lock("k").ttl(10 * SECOND).await.unwrap();
-        let token = bench.locks.handle.shared.held()[0];
+        let token = bench.locks.handle.shared.tokens.held()[0];
         guard.extend(60 * SECOND).await.unwrap();
         guard.verify().await.unwrap();
         assert!(guard.valid_for().unwrap() > 58 * SECOND);
@@ -994,9 +994,21 @@ mod tests {
         for turn in 0..100 {
             guards.push(bench.locks.lock(format!("k{turn}")).await.unwrap());
         }
-        let token = match bench.locks.handle.shared.holds().iter().find(|hold| hold.fence == guards[50].fence()) {
+        let token = match bench.locks.handle.shared.tokens.holds().iter().find(|hold| hold.fence == guards[50].fence())
+        {
             Some(hold) if hold.key == *guards[50].key() => hold.token,
-            _ => bench.locks.handle.shared.holds().iter().find(|hold| hold.key == *guards[50].key()).unwrap().token,
+            _ => {
+                bench
+                    .locks
+                    .handle
+                    .shared
+                    .tokens
+                    .holds()
+                    .iter()
+                    .find(|hold| hold.key == *guards[50].key())
+                    .unwrap()
+                    .token
+            }
         };
         bench.memory.release(guards[50].key(), token, None).await.unwrap();
         let mut beats = 0;
@@ -1019,9 +1031,9 @@ mod tests {
         let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
         let other = builder.open().await.unwrap();
         let guard = other.lock("k").await.unwrap();
-        let token = other.handle.shared.held()[0];
+        let token = other.handle.shared.tokens.held()[0];
         receive(&bench.locks.handle.shared, Push::Granted { key: guard.key().clone(), token, fence: guard.fence() });
-        assert!(bench.locks.handle.shared.ending().is_empty());
+        assert_eq!(bench.locks.handle.shared.tokens.cleaning_up(), 0);
         // A token of its own that nobody has any more is ended.
         let own = bench.locks.handle.shared.new_token(bench.locks.session().unwrap()).unwrap();
         receive(

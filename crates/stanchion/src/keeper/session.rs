@@ -9,9 +9,11 @@ use crate::clock::BootTime;
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::retry::{limited, sleep_unless_back};
-use crate::shared::{Entry, SessionView, Shared};
+use crate::shared::{SessionView, Shared};
 use crate::store::{Liveness, LostToken, OpenOutcome, OpenSession, RenewOutcome};
 use crate::token::SessionId;
+use crate::tokens::TokenState;
+use crate::waiter::Wakeup;
 
 /// Keeps one session open, and another one when it is lost. Never returns.
 pub(super) async fn keep_one(shared: Arc<Shared>) {
@@ -22,13 +24,12 @@ pub(super) async fn keep_one(shared: Arc<Shared>) {
         session.end();
         shared.session.send_replace(SessionView::Opening(None));
         shared.observer.tell(|| Event::SessionLost { session: session.id });
-        for hold in shared.holds() {
+        for hold in shared.tokens.holds() {
             if hold.session_bound && hold.session.id == session.id {
                 shared.lose(&hold, LossCause::SessionExpired, None);
             }
         }
-        // What was kept in its name has nobody who is told of it any more.
-        shared.kept().clear();
+        shared.tokens.end_of_session();
         // What is left of it in the store goes, but not before its holders have had their time to stop.
         let old = shared.clone();
         let valid_until = session.valid_until().min(shared.clock.now().after(shared.config.session_ttl));
@@ -149,12 +150,13 @@ async fn renew_until_over(shared: &Arc<Shared>, session: &SessionBelief, opened:
 
 /// A token of this session was released by force.
 pub(super) fn forced_out(shared: &Arc<Shared>, lost: LostToken) {
-    match shared.entry(lost.token) {
-        Some(Entry::Held(hold)) => shared.lose(&hold, LossCause::ForceReleased, Some(lost.reason)),
-        // A waiter that does not know yet that it had been granted: asking tells it.
-        Some(Entry::Waiting(cell)) => cell.tell(crate::shared::Signal::Recheck),
+    match shared.tokens.get(lost.token) {
+        Some(TokenState::Held(hold)) => shared.lose(&hold, LossCause::ForceReleased, Some(lost.reason)),
+        // The waiter does not know yet that it had been granted: its poll finds that the token is gone.
+        Some(TokenState::Waiting(waiter)) => waiter.notify(Wakeup::Recheck),
         // Its guard is gone; only the store still remembers.
-        None => cleanup::end_unknown(shared, lost.key, lost.token),
+        Some(TokenState::Detached(_)) | None => cleanup::end_unknown(shared, lost.key, lost.token),
+        Some(TokenState::CleaningUp(_)) => {}
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tokio::task::JoinSet;
 
 use super::Asked;
-use crate::shared::{Entry, Shared};
+use crate::shared::Shared;
 use crate::token::TokenId;
 
 /// Maximum number of requests that are on their way at the same time.
@@ -42,13 +42,13 @@ impl Verification {
 
     /// Asks for every hold, also for those that it has asked for a moment ago.
     pub(super) fn all(&mut self) {
-        self.all = self.shared.held();
+        self.all = self.shared.tokens.held();
     }
 
     /// The next part of the slow round. Holds that were asked for lately are passed over.
     pub(super) fn next_part(&mut self) {
         if self.round.is_empty() {
-            self.round = self.shared.held();
+            self.round = self.shared.tokens.held();
         }
         let current = self.shared.asked_session();
         let now = self.shared.clock.now();
@@ -58,7 +58,7 @@ impl Verification {
         while left > 0
             && let Some(token) = self.round.pop()
         {
-            let Some(Entry::Held(hold)) = self.shared.entry(token) else { continue };
+            let Some(hold) = self.shared.tokens.hold(token) else { continue };
             // Fixed lifetimes outlive the session that asked for them, and then no beat tells of their forced release.
             let is_survivor = !hold.session_bound && Some(hold.session.id) != current;
             if hold.is_to_be_asked_for(now, if is_survivor { pace / 3 } else { pace }) {
@@ -92,7 +92,7 @@ impl Verification {
 
     fn pop(&mut self) -> Option<Asked> {
         // What was released meanwhile has been confirmed by that.
-        let is_held = |token| matches!(self.shared.entry(token), Some(Entry::Held(_)));
+        let is_held = |token| self.shared.tokens.hold(token).is_some();
         while let Some(asked) = self.told.pop_front() {
             if is_held(asked.hold.token) {
                 return Some(asked);
@@ -100,7 +100,7 @@ impl Verification {
         }
         self.told.shrink_to(ROUND_AT_ONCE);
         while let Some(token) = self.all.pop() {
-            if let Some(Entry::Held(hold)) = self.shared.entry(token) {
+            if let Some(hold) = self.shared.tokens.hold(token) {
                 return Some(Asked::whether_it_is_there(hold));
             }
         }
