@@ -2,6 +2,7 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::key::Key;
@@ -128,8 +129,10 @@ impl fmt::Display for LossCause {
 ///
 /// `Display` is one line that names the key and the store and never a secret; the cause is in [`source`](StdError::source).
 /// Contention is not an error: a call that may meet it says so in its return type.
-pub struct Error(Box<Inner>);
+#[derive(Clone)]
+pub struct Error(Arc<Inner>);
 
+#[derive(Clone)]
 struct Inner {
     kind: ErrorKind,
     message: String,
@@ -139,13 +142,13 @@ struct Inner {
     key: Option<Key>,
     token: Option<Token>,
     store: Option<&'static str>,
-    source: Option<Box<dyn StdError + Send + Sync>>,
+    source: Option<Arc<dyn StdError + Send + Sync>>,
 }
 
 impl Error {
     /// An error of this kind. The message is a lowercase fragment without a final period and without secrets.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self(Box::new(Inner {
+        Self(Arc::new(Inner {
             kind,
             message: message.into(),
             in_doubt: kind == ErrorKind::NetworkTimeout,
@@ -155,6 +158,16 @@ impl Error {
             store: None,
             source: None,
         }))
+    }
+
+    /// Returns the error of a call whose hold was lost while it was in use.
+    pub(crate) fn lost(cause: LossCause) -> Self {
+        Self::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}"))
+    }
+
+    /// Returns the parts for changing them; another clone of the error stays as it is.
+    fn inner_mut(&mut self) -> &mut Inner {
+        Arc::make_mut(&mut self.0)
     }
 
     /// What went wrong.
@@ -175,23 +188,9 @@ impl Error {
 
     /// The same fault as another kind, said in other words; the cause stays.
     pub(crate) fn restate(mut self, kind: ErrorKind, message: String) -> Self {
-        (self.0.kind, self.0.message) = (kind, message);
+        let inner = self.inner_mut();
+        (inner.kind, inner.message) = (kind, message);
         self
-    }
-
-    /// The same for another who is told of it. Of the cause the text is left.
-    pub(crate) fn duplicate(&self) -> Self {
-        let Inner { kind, message, in_doubt, retry_after, key, token, store, source } = &*self.0;
-        Self(Box::new(Inner {
-            kind: *kind,
-            message: message.clone(),
-            in_doubt: *in_doubt,
-            retry_after: *retry_after,
-            key: key.clone(),
-            token: token.clone(),
-            store: *store,
-            source: source.as_ref().map(|source| source.to_string().into()),
-        }))
     }
 
     /// What went wrong, without the names of the key and the store.
@@ -235,21 +234,23 @@ impl Error {
     /// Adds the cause.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        self.0.source = Some(source.into());
+        self.inner_mut().source = Some(Arc::from(source.into()));
         self
     }
 
     /// Adds the key, unless one is there already.
     #[must_use]
     pub fn with_key(mut self, key: &Key) -> Self {
-        self.0.key.get_or_insert_with(|| key.clone());
+        if self.0.key.is_none() {
+            self.inner_mut().key = Some(key.clone());
+        }
         self
     }
 
     /// Puts this key in the place of the one that is there.
     pub(crate) fn replace_key(mut self, key: &Key) -> Self {
-        if let Some(there) = &mut self.0.key {
-            *there = key.clone();
+        if self.0.key.is_some() {
+            self.inner_mut().key = Some(key.clone());
         }
         self
     }
@@ -257,14 +258,16 @@ impl Error {
     /// Adds the store's name, unless one is there already.
     #[must_use]
     pub fn with_store(mut self, store: &'static str) -> Self {
-        self.0.store.get_or_insert(store);
+        if self.0.store.is_none() {
+            self.inner_mut().store = Some(store);
+        }
         self
     }
 
     /// Adds how long to wait before another try.
     #[must_use]
     pub fn with_retry_after(mut self, after: Duration) -> Self {
-        self.0.retry_after = Some(after);
+        self.inner_mut().retry_after = Some(after);
         self
     }
 
@@ -272,13 +275,13 @@ impl Error {
     /// [`ErrorKind::Indeterminate`] may have, its kind says already.
     #[must_use]
     pub fn in_doubt(mut self, in_doubt: bool) -> Self {
-        self.0.in_doubt = in_doubt;
+        self.inner_mut().in_doubt = in_doubt;
         self
     }
 
     #[must_use]
     pub(crate) fn with_token(mut self, token: Token) -> Self {
-        self.0.token = Some(token);
+        self.inner_mut().token = Some(token);
         self
     }
 }
@@ -319,6 +322,18 @@ mod tests {
         let key = Key::new("", "invoice:42").unwrap();
         let error = Error::new(ErrorKind::Timeout, "not obtained within 5s").with_key(&key).with_store("sqlite");
         assert_eq!(error.to_string(), "key `invoice:42` in sqlite: not obtained within 5s");
+    }
+
+    #[test]
+    fn change_of_a_clone_leaves_the_error() {
+        let source = std::io::Error::other("refused");
+        let error =
+            Error::new(ErrorKind::Unavailable, "x").with_source(source).with_retry_after(Duration::from_secs(1));
+        let clone = error.clone().restate(ErrorKind::Internal, "y".into()).with_store("sqlite").in_doubt(true);
+        assert_eq!((error.kind(), error.to_string(), error.is_in_doubt()), (ErrorKind::Unavailable, "x".into(), false));
+        assert_eq!((clone.kind(), clone.to_string()), (ErrorKind::Internal, "sqlite: y".into()));
+        assert_eq!(clone.retry_after(), Some(Duration::from_secs(1)));
+        assert_eq!(clone.source().unwrap().to_string(), "refused");
     }
 
     const ALL: [ErrorKind; 14] = [

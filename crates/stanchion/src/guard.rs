@@ -352,7 +352,7 @@ impl Guard {
     }
 
     fn lost_error(&self, cause: LossCause) -> Error {
-        self.name(Error::new(ErrorKind::Lost(cause), format!("lost: {cause}")))
+        self.name(Error::lost(cause))
     }
 
     fn name(&self, error: Error) -> Error {

@@ -30,7 +30,7 @@ const INTERVAL_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 pub(crate) const LONG_SILENCE: Duration = Duration::from_millis(500);
 
 /// The last fault of a question, until one is answered.
-pub(crate) type Trouble = Option<(ErrorKind, String)>;
+pub(crate) type Trouble = Option<Error>;
 
 #[derive(Debug)]
 pub(crate) struct Polls {
@@ -63,7 +63,7 @@ impl WaitedFor {
     fn heed_silence(&mut self, now: BootTime) {
         let silent = self.sent_at.map(|sent_at| now.since(sent_at)).filter(|silent| *silent >= LONG_SILENCE);
         if let (Some(silent), None) = (silent, &self.trouble) {
-            self.trouble = Some((ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}")));
+            self.trouble = Some(Error::new(ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}")));
         }
     }
 }
@@ -175,7 +175,7 @@ impl Polls {
     pub(crate) fn attempt_failed(&self, key: &Key, error: &Error) {
         if let Some(waited_for) = self.lock().waited_for.get_mut(key) {
             waited_for.sent_at = None;
-            waited_for.trouble = Some((error.kind(), error.message().to_owned()));
+            waited_for.trouble = Some(error.clone());
         }
     }
 
@@ -217,7 +217,7 @@ impl Polls {
         let mut keys = self.lock();
         let Some(waited_for) = keys.waited_for.get_mut(key) else { return };
         waited_for.sent_at = None;
-        waited_for.trouble = Some((error.kind(), error.message().to_owned()));
+        waited_for.trouble = Some(error.clone());
         let mut told = Vec::new();
         if !error.is_transient() {
             told.extend(waited_for.waiters.values().cloned());
@@ -225,7 +225,7 @@ impl Polls {
         waited_for.is_taken = false;
         self.plan(keys, key, self.due(now, Queued { ahead: u32::MAX, check_in: None, in_use: None }));
         for waiter in told {
-            waiter.notify(Wakeup::Failed(error.duplicate()));
+            waiter.notify(Wakeup::Failed(error.clone()));
         }
     }
 

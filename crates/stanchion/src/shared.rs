@@ -71,7 +71,7 @@ pub(crate) struct Shared {
 #[derive(Clone, Debug)]
 pub(crate) enum SessionView {
     /// None yet, or none any more; the last error, if there was one.
-    Opening(Option<(ErrorKind, String)>),
+    Opening(Option<Error>),
     Open(Arc<SessionBelief>),
     Closed,
 }
@@ -163,6 +163,15 @@ impl Shared {
 
     pub(crate) fn warnings(&self) -> Vec<String> {
         self.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reports a fault of the store after which the keeper tries again.
+    pub(crate) fn report(&self, error: &Error) {
+        self.observer.tell(|| Event::Error {
+            kind: error.kind(),
+            key: error.key().cloned(),
+            message: error.to_string(),
+        });
     }
 
     pub(crate) fn error(&self, kind: ErrorKind, message: impl Into<String>) -> Error {
@@ -286,8 +295,8 @@ impl Shared {
                 SessionView::Open(session) if session.is_believed(self.clock.now()) => return Ok(session.clone()),
                 SessionView::Closed => return Err(self.draining_error()),
                 // What does not pass is not waited for.
-                SessionView::Opening(Some((kind, message))) if !kind.is_transient() => {
-                    return Err(self.error(*kind, message.clone()));
+                SessionView::Opening(Some(error)) if !error.is_transient() => {
+                    return Err(error.clone().in_doubt(false));
                 }
                 SessionView::Open(_) | SessionView::Opening(_) => {}
             }
@@ -312,7 +321,7 @@ impl Shared {
     /// Why there is no session, if that is so.
     pub(crate) fn session_fault(&self) -> Option<Error> {
         match &*self.session.borrow() {
-            SessionView::Opening(Some((kind, message))) => Some(self.error(*kind, message.clone()).in_doubt(false)),
+            SessionView::Opening(error) => error.clone().map(|error| error.in_doubt(false)),
             _ => None,
         }
     }

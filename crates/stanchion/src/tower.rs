@@ -242,9 +242,7 @@ where
     let outcome = match Arc::into_inner(guard) {
         Some(guard) => conclude(guard, finished).await,
         // Somebody looks at it through a `HeldLock` at this very moment, and drops it after that, which releases.
-        None => {
-            finished.map_err(|cause| Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}")))
-        }
+        None => finished.map_err(Error::lost),
     };
     match outcome.map_err(Refusal::from) {
         Ok(response) => Ok(response?.map(LockedBody::free)),

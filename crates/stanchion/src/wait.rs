@@ -91,8 +91,7 @@ async fn acquire_key(request: &LockRequest, key: Key) -> Result<Option<Guard>> {
 /// The error of a call whose limit has come: the store's fault if it was failing, else that the key was busy.
 fn limit_error(shared: &Shared, trouble: &Mutex<Trouble>, waits: bool, limit: Duration) -> Error {
     let trouble = trouble.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let fault = trouble.map(|(kind, message)| Error::new(kind, message));
-    let fault = fault.or_else(|| shared.session_fault());
+    let fault = trouble.or_else(|| shared.session_fault());
     fault.unwrap_or_else(|| match waits {
         true => Error::new(ErrorKind::Timeout, format!("not obtained within {limit:?}")),
         false => Error::new(ErrorKind::Unavailable, format!("the store did not answer within {limit:?}")),
@@ -196,7 +195,7 @@ impl Drop for Silence<'_> {
     fn drop(&mut self) {
         let silent = self.clock.now().since(self.since);
         if silent >= LONG_SILENCE {
-            let trouble = || (ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}"));
+            let trouble = || Error::new(ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}"));
             // A question before this one may have been told more.
             self.trouble.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(trouble);
         }
@@ -213,7 +212,7 @@ impl Call<'_> {
         let silence = Silence { trouble: self.trouble, clock: &self.shared().clock, since: asked };
         let answer = question.await;
         std::mem::forget(silence);
-        let trouble = answer.as_ref().err().map(|error| (error.kind(), error.message().to_owned()));
+        let trouble = answer.as_ref().err().cloned();
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
         answer
     }

@@ -176,8 +176,7 @@ impl Cleanup {
             Some(Err(error)) => {
                 let error = error.with_key(&job.end.key).with_store(shared.capabilities.name);
                 if job.failures == 0 {
-                    let (kind, message) = (error.kind(), error.to_string());
-                    shared.observer.tell(|| Event::Error { kind, key: Some(job.end.key.clone()), message });
+                    shared.report(&error);
                 }
                 let pause = shared.config.retry.pause_after(job.failures);
                 job.failures += 1;

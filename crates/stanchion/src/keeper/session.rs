@@ -49,9 +49,8 @@ async fn open(shared: &Arc<Shared>) -> (Arc<SessionBelief>, BootTime) {
             Ok(opened) => return opened,
             Err(error) => error.with_store(shared.capabilities.name),
         };
-        let (kind, message) = (error.kind(), error.to_string());
-        shared.session.send_replace(SessionView::Opening(Some((kind, error.message().to_owned()))));
-        shared.observer.tell(|| Event::Error { kind, key: None, message });
+        shared.session.send_replace(SessionView::Opening(Some(error.clone())));
+        shared.report(&error);
         let pause = pauses.next().unwrap_or(shared.config.retry.longest_pause);
         let pause = pause.max(error.retry_after().unwrap_or_default());
         sleep_unless_back(&shared.clock, pause, &shared.back).await;
@@ -140,8 +139,7 @@ async fn renew_until_over(shared: &Arc<Shared>, session: &SessionBelief, opened:
             }
             Err(error) => {
                 let error = error.with_store(shared.capabilities.name);
-                let (kind, message) = (error.kind(), error.to_string());
-                shared.observer.tell(|| Event::Error { kind, key: None, message });
+                shared.report(&error);
                 next = shared.clock.now().after((interval / 4).max(Duration::from_millis(10)));
             }
         }
@@ -167,10 +165,9 @@ pub(super) async fn close(shared: &Arc<Shared>, session: SessionId) {
         limited(&shared.clock, shared.config.retry.attempt, shared.store.close_session(session)).await
     {
         let error = error.with_store(shared.capabilities.name);
-        let (kind, message) = (error.kind(), error.to_string());
-        shared.observer.tell(|| Event::Error { kind, key: None, message });
+        shared.report(&error);
         // What does not pass is not waited for.
-        let Some(pause) = pauses.next().filter(|_| kind.is_transient()) else { return };
+        let Some(pause) = pauses.next().filter(|_| error.is_transient()) else { return };
         shared.clock.sleep(pause).await;
     }
 }

@@ -345,5 +345,5 @@ impl Guards {
 }
 
 fn lost(key: &Key, store: &'static str, cause: LossCause) -> Error {
-    Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}")).with_key(key).with_store(store)
+    Error::lost(cause).with_key(key).with_store(store)
 }

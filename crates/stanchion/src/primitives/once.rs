@@ -319,7 +319,6 @@ impl OnceGuard {
     }
 
     fn lost_error(&self, cause: LossCause) -> Error {
-        let error = Error::new(ErrorKind::Lost(cause), format!("lost while it was in use: {cause}"));
-        error.with_key(&self.key).with_store(self.guard.store_name())
+        Error::lost(cause).with_key(&self.key).with_store(self.guard.store_name())
     }
 }
