@@ -180,7 +180,7 @@ impl Builder {
                     Source::Url(url) => open_until_given_up(&url, &config.retry, &clock, &fault).await?,
                     Source::Store(store) => store,
                 };
-                Ok(Shared::new(store, clock, config, commands))
+                Shared::new(store, clock, config, commands)
             }
         })?;
         let ended = || Error::new(ErrorKind::Internal, "the keeper ended while it was opening the store");

@@ -52,6 +52,7 @@ mod request;
 mod retry;
 mod shared;
 pub mod store;
+mod store_clock;
 mod telemetry;
 mod thread;
 mod token;

@@ -432,7 +432,7 @@ impl Locks {
 
     /// What the store said so far of settings that may lose locks, for people. Empty is good.
     pub fn warnings(&self) -> Vec<String> {
-        self.handle.shared.warnings()
+        self.handle.shared.observer.warnings()
     }
 
     /// No new holds from now on: waiting calls end with [`ErrorKind::Draining`], guards see

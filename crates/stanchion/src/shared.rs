@@ -18,6 +18,7 @@ use crate::on_lost::{Losses, OnLost};
 use crate::polls::Polls;
 use crate::retry::{Persistence, Repeated, RetryPolicy, repeat};
 use crate::store::{Capabilities, PollOutcome, Reply, Store, StoreTime};
+use crate::store_clock::StoreClock;
 use crate::telemetry::{KeyRedaction, Telemetry};
 use crate::token::{SessionId, TokenId, TokenMaker};
 use crate::tokens::TokenTable;
@@ -34,9 +35,6 @@ pub(crate) struct Config {
     pub(crate) key_redaction: KeyRedaction,
 }
 
-/// So many different warnings are kept.
-const MOST_WARNINGS: usize = 32;
-
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) store: Arc<dyn Store>,
@@ -52,9 +50,8 @@ pub(crate) struct Shared {
     pub(crate) tokens: TokenTable,
     /// What the keeper polls for those who wait.
     pub(crate) polls: Polls,
-    store_clock: Mutex<Option<(StoreTime, BootTime)>>,
+    store_clock: StoreClock,
     commands: mpsc::UnboundedSender<Command>,
-    warnings: Mutex<Vec<String>>,
     losses: Losses,
     drain_reason: OnceLock<String>,
     draining: CancellationToken,
@@ -82,11 +79,11 @@ impl Shared {
         clock: Clock,
         config: Config,
         commands: mpsc::UnboundedSender<Command>,
-    ) -> Self {
+    ) -> Result<Self> {
         #[cfg(feature = "metrics")]
         let store = crate::telemetry::measured(store);
         let capabilities = store.capabilities();
-        Self {
+        Ok(Self {
             store,
             capabilities,
             clock,
@@ -94,12 +91,11 @@ impl Shared {
             config,
             session: watch::Sender::new(SessionView::Opening(None)),
             asked_session: Mutex::default(),
-            token_maker: TokenMaker::default(),
+            token_maker: TokenMaker::new()?,
             tokens: TokenTable::new(),
             polls: Polls::new(capabilities.push),
-            store_clock: Mutex::default(),
+            store_clock: StoreClock::default(),
             commands,
-            warnings: Mutex::default(),
             losses: Losses::default(),
             drain_reason: OnceLock::new(),
             draining: CancellationToken::new(),
@@ -107,7 +103,7 @@ impl Shared {
             back: Notify::new(),
             closed: CancellationToken::new(),
             process: std::process::id(),
-        }
+        })
     }
 
     pub(crate) fn ask_for_session(&self, id: SessionId) {
@@ -150,19 +146,6 @@ impl Shared {
             end.spared = Some(hold.fence);
             self.command(Command::End(end));
         }
-    }
-
-    pub(crate) fn warn(&self, message: String) {
-        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
-        if !warnings.contains(&message) && warnings.len() < MOST_WARNINGS {
-            warnings.push(message.clone());
-        }
-        drop(warnings);
-        self.observer.tell(|| Event::Warning { message });
-    }
-
-    pub(crate) fn warnings(&self) -> Vec<String> {
-        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Reports a fault of the store after which the keeper tries again.
@@ -235,25 +218,14 @@ impl Shared {
         Ok(Reply { time, outcome })
     }
 
-    /// The answer to a question that was asked at `asked` has this time.
-    pub(crate) fn saw_store_time(&self, time: StoreTime, asked: BootTime) {
-        let mut seen = self.store_clock.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = self.clock.now();
-        // An answer that was long on its way tells a time that is over. One that is older than that can make it comes of a
-        // clock that was set back, and is followed.
-        let is_late = seen.is_some_and(|(time_seen, at)| {
-            let known = time_seen.after(now.since(at));
-            time < known && known <= time.after(now.since(asked))
-        });
-        if !is_late {
-            *seen = Some((time, now));
-        }
+    /// Takes the store's time from the answer to a request that was sent at `sent_at`.
+    pub(crate) fn saw_store_time(&self, time: StoreTime, sent_at: BootTime) {
+        self.store_clock.observe(time, sent_at, &self.clock);
     }
 
-    /// The store's time by the last answer and what has passed since. Never ahead of the store, but for drift.
+    /// Returns an estimate of the store's time that, except for drift, is never ahead of the store.
     pub(crate) fn store_time(&self) -> StoreTime {
-        let seen = *self.store_clock.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.map_or(StoreTime::from_micros(0), |(time, at)| time.after(self.clock.now().since(at)))
+        self.store_clock.now(&self.clock)
     }
 
     pub(crate) fn drain(&self, reason: &str) {

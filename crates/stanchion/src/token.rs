@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::hash::{BuildHasher as _, BuildHasherDefault, Hasher, RandomState};
+use std::hash::{BuildHasherDefault, DefaultHasher, Hash as _, Hasher};
 use std::str::FromStr;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -86,15 +86,26 @@ random_id! {
 /// Makes the tokens of a handle, and recognises them without remembering them: a part of each depends on its session and on
 /// a secret of this handle. A message with a token that others made is told apart by that, without asking anybody, and so
 /// is a token of a session before.
-#[derive(Debug, Default)]
 pub(crate) struct TokenMaker {
-    secret: RandomState,
+    secret: [u8; 16],
+}
+
+impl fmt::Debug for TokenMaker {
+    /// Without the secret.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TokenMaker")
+    }
 }
 
 /// The random bytes of a token; the others are the mark.
 const RANDOM: usize = 12;
 
 impl TokenMaker {
+    /// Makes a secret of the operating system's randomness.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self { secret: crate::clock::random_bytes()? })
+    }
+
     pub(crate) fn make(&self, session: SessionId) -> Result<TokenId> {
         let mut bytes = crate::clock::random_bytes()?;
         let mark = self.mark(session, &bytes);
@@ -107,7 +118,9 @@ impl TokenMaker {
     }
 
     fn mark(&self, session: SessionId, bytes: &[u8; 16]) -> [u8; 4] {
-        let [a, b, c, d, ..] = self.secret.hash_one((session, &bytes[..RANDOM])).to_le_bytes();
+        let mut hasher = DefaultHasher::new();
+        (self.secret, session, &bytes[..RANDOM]).hash(&mut hasher);
+        let [a, b, c, d, ..] = hasher.finish().to_le_bytes();
         [a, b, c, d]
     }
 }
@@ -231,7 +244,7 @@ mod tests {
 
     #[test]
     fn a_handle_recognises_the_tokens_of_its_session() {
-        let (maker, other) = (TokenMaker::default(), TokenMaker::default());
+        let (maker, other) = (TokenMaker::new().unwrap(), TokenMaker::new().unwrap());
         let [session, next] = [(); 2].map(|()| SessionId::random().unwrap());
         for _ in 0..1_000 {
             let token = maker.make(session).unwrap();

@@ -326,7 +326,7 @@ fn receive(shared: &Arc<Shared>, push: Push) {
             shared.polls.poll_all(shared.clock.now());
             shared.command(Command::VerifyAll);
         }
-        Push::Warning(message) => shared.warn(message),
+        Push::Warning(message) => shared.observer.warn(message),
     }
 }
 
