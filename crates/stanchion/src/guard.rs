@@ -8,13 +8,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::belief::Hold;
 use crate::clock::BootTime;
+use crate::command::{Asked, Command, End};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::fence::Fence;
-use crate::keeper::{Asked, Command};
 use crate::key::Key;
 use crate::locks::{Locks, check_duration};
-use crate::shared::{End, Shared};
+use crate::shared::Shared;
 use crate::store::{EndOutcome, ExtendOutcome};
 use crate::token::{Token, TokenId};
 

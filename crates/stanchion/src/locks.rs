@@ -4,11 +4,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::builder::Builder;
+use crate::command::Command;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, EventStream};
 use crate::fence::Fence;
 use crate::guard::Guard;
-use crate::keeper::Command;
 use crate::key::{Key, namespace_prefix, normal};
 use crate::primitives::{Election, KeyRequest, LockAllRequest, OnceRequest, OwnerStatus, RunRecord};
 use crate::request::LockRequest;

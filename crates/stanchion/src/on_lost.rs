@@ -1,14 +1,9 @@
 //! What happens when a hold is lost, beside the signal.
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::panic::AssertUnwindSafe;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::belief::Hold;
-use crate::clock::{BootTime, Clock};
 use crate::error::LossCause;
 use crate::fence::Fence;
 use crate::key::Key;
@@ -43,10 +38,7 @@ pub enum OnLost {
     AbortAfter(Duration),
 }
 
-type Hook = Arc<dyn Fn(&Loss) + Send + Sync>;
-
-/// Nothing is due: how long until the next look.
-const LONGEST_NAP: Duration = Duration::from_secs(3_600);
+pub(crate) type Hook = Arc<dyn Fn(&Loss) + Send + Sync>;
 
 /// A hold that was lost.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,123 +72,5 @@ impl fmt::Debug for OnLost {
             Self::Hook(_) => f.write_str("Hook(…)"),
             Self::AbortAfter(grace) => f.debug_tuple("AbortAfter").field(grace).finish(),
         }
-    }
-}
-
-/// Carries out what the policies of one handle say. Not on the keeper's thread, which has beats to send, nor on the caller's,
-/// who only looked; and a hook that blocks holds up no abort. A process may lose all it holds at once, so there is one
-/// thread for each of the two, which begins with the first loss.
-#[derive(Debug, Default)]
-pub(crate) struct Losses {
-    hooks: Worker<(Hook, Loss)>,
-    aborts: Worker<Abort>,
-}
-
-impl Losses {
-    pub(crate) fn carry_out(&self, policy: &OnLost, hold: &Arc<Hold>, cause: LossCause) {
-        match policy {
-            OnLost::Signal => {}
-            OnLost::Hook(hook) => {
-                let loss = Loss { key: hold.key.clone(), fence: hold.fence, cause };
-                self.hooks.give((hook.clone(), loss), "stanchion-on-lost", call_hooks);
-            }
-            OnLost::AbortAfter(grace) => {
-                let at = Clock::system().now().after(*grace);
-                let abort = Abort { at, grace: *grace, hold: hold.clone(), cause };
-                self.aborts.give(abort, "stanchion-abort", await_aborts);
-            }
-        }
-    }
-}
-
-/// A thread that begins with the first task.
-struct Worker<T>(Mutex<Option<Sender<T>>>);
-
-impl<T> fmt::Debug for Worker<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Worker")
-    }
-}
-
-impl<T> Default for Worker<T> {
-    fn default() -> Self {
-        Self(Mutex::new(None))
-    }
-}
-
-impl<T: Send + 'static> Worker<T> {
-    fn give(&self, task: T, name: &str, live: fn(Receiver<T>)) {
-        let mut tasks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if tasks.is_none() {
-            let (sender, receiver) = mpsc::channel();
-            let started = std::thread::Builder::new().name(name.into()).spawn(move || live(receiver));
-            *tasks = started.is_ok().then_some(sender);
-        }
-        let refused = match &*tasks {
-            Some(tasks) => tasks.send(task).err().map(|refused| refused.0),
-            None => Some(task),
-        };
-        drop(tasks);
-        if let Some(task) = refused {
-            // The system has no thread for us. Done here it is late for others, which is better than never.
-            let (sender, receiver) = mpsc::channel();
-            let _received_below = sender.send(task);
-            drop(sender);
-            live(receiver);
-        }
-    }
-}
-
-fn call_hooks(losses: Receiver<(Hook, Loss)>) {
-    for (hook, loss) in losses {
-        // The next loss is told all the same.
-        let _panicked = std::panic::catch_unwind(AssertUnwindSafe(|| hook(&loss)));
-    }
-}
-
-struct Abort {
-    at: BootTime,
-    grace: Duration,
-    hold: Arc<Hold>,
-    cause: LossCause,
-}
-
-/// Goes on after the handle is gone, until the last time has come.
-fn await_aborts(tasks: Receiver<Abort>) {
-    let clock = Clock::system();
-    let mut waiting = BTreeMap::new();
-    let mut more = true;
-    for number in 0_u64.. {
-        let next =
-            waiting.first_key_value().map_or(LONGEST_NAP, |((at, _), _): (&(BootTime, u64), _)| at.since(clock.now()));
-        let task = match more {
-            true => tasks.recv_timeout(next),
-            false if waiting.is_empty() => return,
-            false => {
-                std::thread::sleep(next);
-                Err(RecvTimeoutError::Timeout)
-            }
-        };
-        match task {
-            Ok(abort) => drop(waiting.insert((abort.at, number), abort)),
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => more = false,
-        }
-        while let Some(first) = waiting.first_entry()
-            && first.key().0 <= clock.now()
-        {
-            first.remove().carry_out();
-        }
-    }
-}
-
-impl Abort {
-    fn carry_out(self) {
-        if self.hold.is_let_go() {
-            return;
-        }
-        let (key, cause, grace) = (&self.hold.key, self.cause, self.grace);
-        eprintln!("stanchion: key `{key}` was lost ({cause}) and its guard is still there after {grace:?}: aborting");
-        std::process::abort();
     }
 }

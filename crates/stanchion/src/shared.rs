@@ -9,12 +9,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::belief::{Drift, Hold, SessionBelief};
 use crate::clock::{BootTime, Clock};
+use crate::command::{Asked, Command, End};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::{Event, Observer};
-use crate::fence::Fence;
-use crate::keeper::{Asked, Command};
 use crate::key::Key;
-use crate::on_lost::{Losses, OnLost};
+use crate::loss_executor::LossExecutor;
+use crate::on_lost::OnLost;
 use crate::polls::Polls;
 use crate::retry::{Persistence, Repeated, RetryPolicy, repeat};
 use crate::store::{Capabilities, PollOutcome, Reply, Store, StoreTime};
@@ -52,7 +52,7 @@ pub(crate) struct Shared {
     pub(crate) polls: Polls,
     store_clock: StoreClock,
     commands: mpsc::UnboundedSender<Command>,
-    losses: Losses,
+    losses: LossExecutor,
     drain_reason: OnceLock<String>,
     draining: CancellationToken,
     /// Fires when the handle is being closed: what waits to be ended is ended at once.
@@ -96,7 +96,7 @@ impl Shared {
             polls: Polls::new(capabilities.push),
             store_clock: StoreClock::default(),
             commands,
-            losses: Losses::default(),
+            losses: LossExecutor::default(),
             drain_reason: OnceLock::new(),
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
@@ -138,7 +138,7 @@ impl Shared {
         let has_late_request = hold.unanswered_until.is_some();
         let is_query_due = self.tokens.detach(hold, has_late_request, self.clock.now());
         if is_query_due {
-            self.command(Command::AskForKept);
+            self.command(Command::QueryDetached);
         }
         if has_late_request {
             // A request that arrives after another handle has adopted the hold makes a second hold of the same token.
@@ -344,7 +344,7 @@ impl Shared {
         } else if !cause.leaves_grace() {
             self.tokens.begin_cleanup(hold.token);
         } else if self.tokens.begin_grace(hold, self.clock.now()) {
-            self.command(Command::AskForKept);
+            self.command(Command::QueryDetached);
         }
         self.observer.tell(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
         if !is_gone {
@@ -367,65 +367,4 @@ impl Shared {
 /// A store is code of others: what it answers is counted.
 pub(crate) fn polled_too_few() -> Error {
     Error::new(ErrorKind::Internal, "the store answered a poll with fewer outcomes than tokens")
-}
-
-/// A token to be ended in the store, until that is definite.
-#[derive(Debug)]
-pub(crate) struct End {
-    pub(crate) key: Key,
-    pub(crate) token: TokenId,
-    pub(crate) cooldown: Option<Duration>,
-    /// A request of the token may still be on its way: an answer counts only after this time of the store.
-    pub(crate) unanswered_until: Option<StoreTime>,
-    /// The session that the token depends on: once that is over, nothing is left to end.
-    pub(crate) session: Option<Arc<SessionBelief>>,
-    /// The key stays taken until then, for its holder to stop.
-    pub(crate) not_before: BootTime,
-    /// When nothing of the token can be left, because its lifetime has run out.
-    pub(crate) over_at: BootTime,
-    /// The hold, if it was one: told as released when done.
-    pub(crate) released: Option<(Fence, BootTime)>,
-    /// The hold of the token that has this fence stays.
-    pub(crate) spared: Option<Fence>,
-}
-
-impl End {
-    /// Whether nothing of the token can be left.
-    pub(crate) fn is_over(&self, now: BootTime) -> bool {
-        now >= self.over_at || self.session.as_ref().is_some_and(|session| session.over().is_cancelled())
-    }
-
-    /// Whether something of it outlives its session.
-    pub(crate) fn stays(&self) -> bool {
-        self.session.is_none() || self.cooldown.is_some()
-    }
-
-    /// Of a token of which this process knows nothing but its name.
-    pub(crate) fn of_token(key: Key, token: TokenId) -> Self {
-        Self {
-            key,
-            token,
-            cooldown: None,
-            unanswered_until: None,
-            session: None,
-            not_before: BootTime::from_nanos(0),
-            over_at: BootTime::NEVER,
-            released: None,
-            spared: None,
-        }
-    }
-
-    pub(crate) fn of_hold(hold: &Hold, cooldown: Option<Duration>) -> Self {
-        Self {
-            key: hold.key.clone(),
-            token: hold.token,
-            cooldown,
-            unanswered_until: hold.unanswered_until,
-            session: hold.session_bound.then(|| hold.session.clone()),
-            not_before: BootTime::from_nanos(0),
-            over_at: hold.over_at(),
-            released: None,
-            spared: None,
-        }
-    }
 }

@@ -13,17 +13,17 @@ use std::time::Duration;
 
 use crate::belief::{Hold, NewHold, SessionBelief};
 use crate::clock::{BootTime, Clock};
+use crate::command::{Command, End};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::guard::Guard;
-use crate::keeper::Command;
 use crate::key::Key;
 use crate::locks::{DURATION_RANGE, Locks};
 use crate::on_lost::OnLost;
 use crate::polls::{LONG_SILENCE, Trouble};
 use crate::request::LockRequest;
 use crate::retry::Persistence;
-use crate::shared::{End, Shared};
+use crate::shared::Shared;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Demand, Granted, Lifetime, PollOutcome, Queued,
     StoreTime,

@@ -21,12 +21,12 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 use crate::clock::BootTime;
+use crate::command::{Command, End};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
-use crate::keeper::Command;
 use crate::key::Key;
 use crate::retry::limited;
-use crate::shared::{End, Shared};
+use crate::shared::Shared;
 use crate::store::{EndOutcome, PollOutcome, Reply};
 use crate::token::TokenId;
 

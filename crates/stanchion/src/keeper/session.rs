@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Command, cleanup};
+use super::cleanup;
 use crate::belief::{BEATS_PER_TTL, SessionBelief};
 use crate::clock::BootTime;
+use crate::command::Command;
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::retry::{limited, sleep_unless_back};

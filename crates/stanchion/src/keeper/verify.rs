@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
-use super::Asked;
+use crate::command::Asked;
 use crate::shared::Shared;
 use crate::token::TokenId;
 

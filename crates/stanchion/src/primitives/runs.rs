@@ -5,12 +5,12 @@
 
 use std::time::{Duration, SystemTime};
 
+use crate::command::End;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::Fence;
 use crate::guard::Guard;
 use crate::key::Key;
 use crate::locks::{DURATION_RANGE, Locks};
-use crate::shared::End;
 use crate::store::{AcquireOutcome, AcquireRequest, Demand, Lifetime};
 use crate::token::TokenId;
 
