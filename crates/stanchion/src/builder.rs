@@ -3,11 +3,11 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::belief::Drift;
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::keeper;
 use crate::key::{check_namespace, normal};
+use crate::lease::Drift;
 use crate::locks::{Handle, Locks, MAX_OWNER_BYTES, check_duration};
 use crate::on_lost::OnLost;
 use crate::retry::RetryPolicy;
@@ -196,7 +196,7 @@ impl Builder {
             }
         };
         // After an error, or if this future is dropped, the keeper ends by itself, and nobody waits for that.
-        opened.shared().ok_or_else(ended)?.believed_session_by(give_up_at).await?;
+        opened.shared().ok_or_else(ended)?.valid_session_by(give_up_at).await?;
         let shared = opened.claim().ok_or_else(ended)?;
         Ok(Locks { handle: Arc::new(Handle::new(shared, thread)) })
     }

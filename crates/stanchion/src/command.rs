@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::belief::{Hold, SessionBelief};
 use crate::clock::BootTime;
 use crate::error::LossCause;
 use crate::fence::Fence;
 use crate::key::Key;
+use crate::lease::{Hold, SessionLease};
 use crate::store::{GrantStream, StoreTime};
 use crate::token::TokenId;
 
@@ -15,11 +15,11 @@ use crate::token::TokenId;
 #[derive(Debug)]
 pub(crate) enum Command {
     /// End a token.
-    End(End),
+    Cleanup(Cleanup),
     /// Look at a hold's own deadlines.
     Watch(Arc<Hold>),
     /// Ask the store whether a hold is still there.
-    Verify(Asked),
+    Verify(HoldCheck),
     /// The store may have forgotten something: ask it for every hold.
     VerifyAll,
     /// The session was renewed: ask the store for the next few holds.
@@ -34,29 +34,29 @@ pub(crate) enum Command {
 
 /// A hold that the store is asked for.
 #[derive(Debug)]
-pub(crate) struct Asked {
+pub(crate) struct HoldCheck {
     pub(crate) hold: Arc<Hold>,
     /// Why it is lost, if it is.
     pub(crate) cause: LossCause,
     pub(crate) reason: Option<String>,
 }
 
-impl Asked {
-    pub(crate) fn whether_it_is_there(hold: Arc<Hold>) -> Self {
+impl HoldCheck {
+    pub(crate) fn new(hold: Arc<Hold>) -> Self {
         Self { hold, cause: LossCause::Missing, reason: None }
     }
 }
 
 /// A token to be ended in the store, until that is definite.
 #[derive(Debug)]
-pub(crate) struct End {
+pub(crate) struct Cleanup {
     pub(crate) key: Key,
     pub(crate) token: TokenId,
     pub(crate) cooldown: Option<Duration>,
     /// A request of the token may still be on its way: an answer counts only after this time of the store.
     pub(crate) unanswered_until: Option<StoreTime>,
     /// The session that the token depends on: once that is over, nothing is left to end.
-    pub(crate) session: Option<Arc<SessionBelief>>,
+    pub(crate) session: Option<Arc<SessionLease>>,
     /// The key stays taken until then, for its holder to stop.
     pub(crate) not_before: BootTime,
     /// When nothing of the token can be left, because its lifetime has run out.
@@ -67,7 +67,7 @@ pub(crate) struct End {
     pub(crate) spared: Option<Fence>,
 }
 
-impl End {
+impl Cleanup {
     /// Whether nothing of the token can be left.
     pub(crate) fn is_over(&self, now: BootTime) -> bool {
         now >= self.over_at || self.session.as_ref().is_some_and(|session| session.over().is_cancelled())

@@ -33,7 +33,6 @@
 //! [`tower::LockLayer`]. `macros`: a lock around a function, [`locked`](macro@locked). The surface without async, [`blocking`], is
 //! always there. A feature only adds.
 
-mod belief;
 pub mod blocking;
 mod builder;
 mod clock;
@@ -44,6 +43,7 @@ mod fence;
 mod guard;
 mod keeper;
 mod key;
+mod lease;
 mod locks;
 mod loss_executor;
 mod on_lost;
@@ -64,7 +64,6 @@ pub mod tower;
 mod wait;
 mod waiter;
 
-pub use belief::Drift;
 pub use builder::Builder;
 pub use clock::{BootTime, Clock, Sleep, VirtualClock};
 pub use error::{Error, ErrorKind, LossCause, Result};
@@ -72,6 +71,7 @@ pub use event::{Event, EventStream};
 pub use fence::Fence;
 pub use guard::{Guard, Released};
 pub use key::{Key, MAX_KEY_BYTES, MAX_NAMESPACE_BYTES};
+pub use lease::Drift;
 pub use locks::{DURATION_RANGE, Locks, MAX_METADATA_BYTES, MAX_OWNER_BYTES, drain};
 pub use on_lost::{Loss, OnLost};
 pub use primitives::{

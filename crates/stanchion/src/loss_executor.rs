@@ -7,13 +7,13 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::belief::Hold;
 use crate::clock::{BootTime, Clock};
 use crate::error::LossCause;
+use crate::lease::Hold;
 use crate::on_lost::{Hook, Loss, OnLost};
 
 /// Nothing is due: how long until the next look.
-const LONGEST_NAP: Duration = Duration::from_secs(3_600);
+const MAX_SLEEP: Duration = Duration::from_secs(3_600);
 
 /// Carries out the policies of one handle. Not on the keeper's thread, which has beats to send, nor on the caller's,
 /// who only looked; and a hook that blocks holds up no abort. A process may lose all it holds at once, so there is one
@@ -100,7 +100,7 @@ fn await_aborts(tasks: Receiver<Abort>) {
     let mut more = true;
     for number in 0_u64.. {
         let next =
-            waiting.first_key_value().map_or(LONGEST_NAP, |((at, _), _): (&(BootTime, u64), _)| at.since(clock.now()));
+            waiting.first_key_value().map_or(MAX_SLEEP, |((at, _), _): (&(BootTime, u64), _)| at.since(clock.now()));
         let task = match more {
             true => tasks.recv_timeout(next),
             false if waiting.is_empty() => return,
@@ -124,7 +124,7 @@ fn await_aborts(tasks: Receiver<Abort>) {
 
 impl Abort {
     fn carry_out(self) {
-        if self.hold.is_let_go() {
+        if self.hold.is_releasing() {
             return;
         }
         let (key, cause, grace) = (&self.hold.key, self.cause, self.grace);

@@ -5,7 +5,7 @@
 //!
 //! # Invariants
 //! 1. A key is here exactly as long as a call waits for it. Then it has a time at which it is polled, or a poll is on its way.
-//! 2. A call that left is told nothing: whatever its token was granted meanwhile is ended by its `Pending`.
+//! 2. A call that left is told nothing: whatever its token was granted meanwhile is ended by its `InFlightToken`.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -183,7 +183,7 @@ impl Polls {
     pub(crate) fn answered(
         &self,
         key: &Key,
-        asked: BootTime,
+        sent_at: BootTime,
         outcomes: impl IntoIterator<Item = (TokenId, PollOutcome)>,
         now: BootTime,
     ) {
@@ -200,7 +200,7 @@ impl Polls {
                     front.ahead = front.ahead.min(queued.ahead);
                     front.check_in = [front.check_in, queued.check_in].into_iter().flatten().min();
                 }
-                PollOutcome::Granted(granted) => told.push((waiter.clone(), Wakeup::Polled(granted, asked))),
+                PollOutcome::Granted(granted) => told.push((waiter.clone(), Wakeup::Polled(granted, sent_at))),
                 PollOutcome::Gone => told.push((waiter.clone(), Wakeup::Gone)),
             }
         }

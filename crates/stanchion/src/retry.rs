@@ -96,12 +96,12 @@ pub(crate) enum Persistence {
 
 /// Repeats a step after transient faults.
 ///
-/// `attempt` must be idempotent. `back` ends a pause: the store is there again.
+/// `attempt` must be idempotent. `store_recovered` ends a pause: the store is there again.
 pub(crate) async fn repeat<T, F>(
     clock: &Clock,
     policy: &RetryPolicy,
     persistence: Persistence,
-    back: &Notify,
+    store_recovered: &Notify,
     mut attempt: impl FnMut() -> F,
 ) -> Repeated<T>
 where
@@ -128,15 +128,15 @@ where
             let result = Err(if unanswered { error.in_doubt(true) } else { error });
             return Repeated { result, unanswered };
         }
-        sleep_unless_back(clock, pause, back).await;
+        sleep_unless_recovered(clock, pause, store_recovered).await;
     }
 }
 
 /// A pause after a fault. It ends early when the store is there again, so that nobody waits longer than it is away.
-pub(crate) async fn sleep_unless_back(clock: &Clock, pause: Duration, back: &Notify) {
+pub(crate) async fn sleep_unless_recovered(clock: &Clock, pause: Duration, store_recovered: &Notify) {
     tokio::select! {
         () = clock.sleep(pause) => {}
-        () = back.notified() => {}
+        () = store_recovered.notified() => {}
     }
 }
 

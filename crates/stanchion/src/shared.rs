@@ -7,12 +7,12 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::belief::{Drift, Hold, SessionBelief};
 use crate::clock::{BootTime, Clock};
-use crate::command::{Asked, Command, End};
+use crate::command::{Cleanup, Command, HoldCheck};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::{Event, Observer};
 use crate::key::Key;
+use crate::lease::{Drift, Hold, SessionLease};
 use crate::loss_executor::LossExecutor;
 use crate::on_lost::OnLost;
 use crate::polls::Polls;
@@ -45,7 +45,7 @@ pub(crate) struct Shared {
     /// What the keeper has of a session.
     pub(crate) session: watch::Sender<SessionView>,
     /// The session that was asked for last, answered or not.
-    asked_session: Mutex<Option<SessionId>>,
+    requested_session: Mutex<Option<SessionId>>,
     token_maker: TokenMaker,
     pub(crate) tokens: TokenTable,
     /// What the keeper polls for those who wait.
@@ -58,7 +58,7 @@ pub(crate) struct Shared {
     /// Fires when the handle is being closed: what waits to be ended is ended at once.
     pub(crate) closing: CancellationToken,
     /// Told when the store is there again after it was away: pauses after faults end.
-    pub(crate) back: Notify,
+    pub(crate) store_recovered: Notify,
     /// Fires when the keeper has ended: nobody drives the timers any more.
     pub(crate) closed: CancellationToken,
     /// The process that opened the handle: a forked child must not use it.
@@ -69,7 +69,7 @@ pub(crate) struct Shared {
 pub(crate) enum SessionView {
     /// None yet, or none any more; the last error, if there was one.
     Opening(Option<Error>),
-    Open(Arc<SessionBelief>),
+    Open(Arc<SessionLease>),
     Closed,
 }
 
@@ -90,7 +90,7 @@ impl Shared {
             observer: Observer::new(Telemetry { store: capabilities.name, keys: config.key_redaction }),
             config,
             session: watch::Sender::new(SessionView::Opening(None)),
-            asked_session: Mutex::default(),
+            requested_session: Mutex::default(),
             token_maker: TokenMaker::new()?,
             tokens: TokenTable::new(),
             polls: Polls::new(capabilities.push),
@@ -100,18 +100,18 @@ impl Shared {
             drain_reason: OnceLock::new(),
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
-            back: Notify::new(),
+            store_recovered: Notify::new(),
             closed: CancellationToken::new(),
             process: std::process::id(),
         })
     }
 
-    pub(crate) fn ask_for_session(&self, id: SessionId) {
-        *self.asked_session.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
+    pub(crate) fn request_session(&self, id: SessionId) {
+        *self.requested_session.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
     }
 
-    pub(crate) fn asked_session(&self) -> Option<SessionId> {
-        *self.asked_session.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn requested_session(&self) -> Option<SessionId> {
+        *self.requested_session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn new_token(&self, session: SessionId) -> Result<TokenId> {
@@ -120,7 +120,7 @@ impl Shared {
 
     /// Whether this handle made the token for a call in its current session.
     pub(crate) fn has_made(&self, token: TokenId) -> bool {
-        self.asked_session().is_some_and(|session| self.token_maker.has_made(token, session))
+        self.requested_session().is_some_and(|session| self.token_maker.has_made(token, session))
     }
 
     pub(crate) fn command(&self, command: Command) {
@@ -128,9 +128,9 @@ impl Shared {
     }
 
     /// Schedules cleanup of a token. Until it finishes, pushes for this token are ignored.
-    pub(crate) fn end(&self, end: End) {
-        self.tokens.begin_cleanup(end.token);
-        self.command(Command::End(end));
+    pub(crate) fn clean_up(&self, cleanup: Cleanup) {
+        self.tokens.begin_cleanup(cleanup.token);
+        self.command(Command::Cleanup(cleanup));
     }
 
     /// Detaches a hold: no guard has it any more, and it must stay in the store.
@@ -142,9 +142,9 @@ impl Shared {
         }
         if has_late_request {
             // A request that arrives after another handle has adopted the hold makes a second hold of the same token.
-            let mut end = End::of_hold(hold, None);
-            end.spared = Some(hold.fence);
-            self.command(Command::End(end));
+            let mut cleanup = Cleanup::of_hold(hold, None);
+            cleanup.spared = Some(hold.fence);
+            self.command(Command::Cleanup(cleanup));
         }
     }
 
@@ -194,19 +194,19 @@ impl Shared {
     where
         F: Future<Output = Result<Reply<T>>>,
     {
-        let mut asked = self.clock.now();
+        let mut sent_at = self.clock.now();
         let attempt = || {
-            asked = self.clock.now();
+            sent_at = self.clock.now();
             attempt()
         };
         let mut repeated = tokio::select! {
             biased;
-            repeated = repeat(&self.clock, &self.config.retry, persistence, &self.back, attempt) => repeated,
+            repeated = repeat(&self.clock, &self.config.retry, persistence, &self.store_recovered, attempt) => repeated,
             () = self.closed.cancelled() => Repeated { result: Err(self.draining_error()), unanswered: true },
         };
         repeated.result = repeated.result.map_err(|error| error.with_store(self.capabilities.name));
         if let Ok(reply) = &repeated.result {
-            self.saw_store_time(reply.time, asked);
+            self.saw_store_time(reply.time, sent_at);
         }
         repeated
     }
@@ -249,14 +249,14 @@ impl Shared {
     }
 
     /// Returns a session that is believed now. Waits for the keeper to open one, within the retry policy.
-    pub(crate) async fn believed_session(&self) -> Result<Arc<SessionBelief>> {
-        self.believed_session_by(self.clock.now().after(self.config.retry.total)).await
+    pub(crate) async fn valid_session(&self) -> Result<Arc<SessionLease>> {
+        self.valid_session_by(self.clock.now().after(self.config.retry.total)).await
     }
 
     /// The same, with a time after which it gives up.
-    pub(crate) async fn believed_session_by(&self, give_up_at: BootTime) -> Result<Arc<SessionBelief>> {
+    pub(crate) async fn valid_session_by(&self, give_up_at: BootTime) -> Result<Arc<SessionLease>> {
         if let SessionView::Open(session) = &*self.session.borrow()
-            && session.is_believed(self.clock.now())
+            && session.is_valid(self.clock.now())
         {
             return Ok(session.clone());
         }
@@ -264,7 +264,7 @@ impl Shared {
         let started = self.clock.now();
         loop {
             match &*views.borrow_and_update() {
-                SessionView::Open(session) if session.is_believed(self.clock.now()) => return Ok(session.clone()),
+                SessionView::Open(session) if session.is_valid(self.clock.now()) => return Ok(session.clone()),
                 SessionView::Closed => return Err(self.draining_error()),
                 // What does not pass is not waited for.
                 SessionView::Opening(Some(error)) if !error.is_transient() => {
@@ -301,12 +301,12 @@ impl Shared {
     /// Asks the store for a hold. Anything but a grant under the believed fence is a loss: a place in the queue or another
     /// fence is what a store has that forgot the grant, or what somebody made up. Unless its holder gave it up meanwhile:
     /// then that is why.
-    pub(crate) async fn confirm(&self, asked: &Asked) -> Result<()> {
-        let hold = &asked.hold;
+    pub(crate) async fn confirm(&self, check: &HoldCheck) -> Result<()> {
+        let hold = &check.hold;
         let until = hold.own_until();
-        let mut sent = self.clock.now();
+        let mut sent_at = self.clock.now();
         let poll = self.step(|| {
-            sent = self.clock.now();
+            sent_at = self.clock.now();
             self.poll(&hold.key, hold.token)
         });
         match poll.await.result?.outcome {
@@ -315,13 +315,13 @@ impl Shared {
                     && hold.has_less(until, self.clock.now().after(remaining))
                 {
                     // The store forgot an extension.
-                    let ends = sent.after(self.config.drift.shorten(remaining));
+                    let ends = sent_at.after(self.config.drift.shorten(remaining));
                     hold.extend(self.clock.now(), ends, remaining);
                     self.command(Command::Watch(hold.clone()));
                 }
             }
-            _ if hold.is_let_go() => {}
-            _ => self.lose(hold, asked.cause, asked.reason.clone()),
+            _ if hold.is_releasing() => {}
+            _ => self.lose(hold, check.cause, check.reason.clone()),
         }
         Ok(())
     }
@@ -348,18 +348,18 @@ impl Shared {
         }
         self.observer.tell(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
         if !is_gone {
-            let mut end = End::of_hold(hold, None);
+            let mut cleanup = Cleanup::of_hold(hold, None);
             if cause.leaves_grace() {
-                end.not_before = match hold.heartbeat_within {
+                cleanup.not_before = match hold.heartbeat_within {
                     // Its work hangs: whatever is left of its lifetime is of no use to it.
                     Some(within) if cause == LossCause::HeartbeatMissed => {
-                        hold.valid_until().min(self.clock.now().after(crate::belief::grace(within)))
+                        hold.valid_until().min(self.clock.now().after(crate::lease::grace(within)))
                     }
                     _ => hold.valid_until(),
                 };
-                hold.is_freed_at(end.not_before);
+                hold.is_freed_at(cleanup.not_before);
             }
-            self.command(Command::End(end));
+            self.command(Command::Cleanup(cleanup));
         }
     }
 }

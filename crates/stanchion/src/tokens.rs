@@ -13,9 +13,9 @@
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::belief::Hold;
 use crate::clock::BootTime;
 use crate::key::Key;
+use crate::lease::Hold;
 use crate::token::{IdMap, TokenId};
 use crate::waiter::Waiter;
 
@@ -344,8 +344,8 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::belief::{NewHold, SessionBelief};
     use crate::fence::Fence;
+    use crate::lease::{NewHold, SessionLease};
     use crate::token::SessionId;
 
     const NOW: BootTime = BootTime::from_nanos(0);
@@ -357,7 +357,7 @@ mod tests {
 
     /// A hold that ends with its session, or after `ttl`.
     fn hold(token: TokenId, ttl: Option<Duration>) -> Arc<Hold> {
-        let session = SessionBelief::new(SessionId::from_bytes([1; 16]), HOUR, BootTime::NEVER);
+        let session = SessionLease::new(SessionId::from_bytes([1; 16]), HOUR, BootTime::NEVER);
         Arc::new(Hold::new(NewHold {
             key: key(),
             token,

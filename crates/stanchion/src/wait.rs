@@ -1,7 +1,7 @@
 //! The waiting loop: from a request to a grant. It alone decides how long to wait and when to ask again.
 //!
 //! # Invariants
-//! 1. From before the first question until the grant is in the caller's hand, a [`Pending`] stands for the token: dropped
+//! 1. From before the first question until the grant is in the caller's hand, an [`InFlightToken`] stands for the token: dropped
 //!    at any point, it has the keeper end whatever the token got.
 //! 2. A token is asked for once; asking again is a poll, or the very same request within its window.
 //! 3. A grant is believed only while the session that asked is believed, and a deadline counts from before the very
@@ -11,13 +11,13 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::belief::{Hold, NewHold, SessionBelief};
 use crate::clock::{BootTime, Clock};
-use crate::command::{Command, End};
+use crate::command::{Cleanup, Command};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::guard::Guard;
 use crate::key::Key;
+use crate::lease::{Hold, NewHold, SessionLease};
 use crate::locks::{DURATION_RANGE, Locks};
 use crate::on_lost::OnLost;
 use crate::polls::{LONG_SILENCE, Trouble};
@@ -32,10 +32,10 @@ use crate::token::{Token, TokenId};
 use crate::waiter::{Waiter, Wakeup};
 
 /// How long a request may be on its way. Shorter where the session or the lifetime is short.
-const LONGEST_WINDOW: Duration = Duration::from_secs(5);
+const MAX_WINDOW: Duration = Duration::from_secs(5);
 
 /// So many grants may come with no time left until a call gives up.
-const MOST_LATE: u32 = 5;
+const MAX_LATE: u32 = 5;
 
 /// How long, and what ends the wait.
 pub(crate) async fn acquire(request: &LockRequest) -> Result<Option<Guard>> {
@@ -82,7 +82,7 @@ async fn acquire_key(request: &LockRequest, key: Key) -> Result<Option<Guard>> {
         biased;
         () = cancelled => Some(Err(Error::new(ErrorKind::Cancelled, "the caller cancelled the wait"))),
         () = shared.draining().cancelled() => Some(Err(shared.draining_error())),
-        result = call.ask() => Some(result),
+        result = call.run() => Some(result),
         () = shared.clock.sleep_until(limit_at) => None,
     };
     ended.unwrap_or_else(|| Err(limit_error(shared, &trouble, enqueue, limit.unwrap_or_default()))).map_err(name)
@@ -107,43 +107,43 @@ pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
     let session = tokio::select! {
         biased;
         () = shared.draining().cancelled() => Err(shared.draining_error()),
-        session = shared.believed_session() => session,
+        session = shared.valid_session() => session,
     };
     let session = session.map_err(name)?;
-    let mut pending = Pending::new(shared, key, session, None)?;
+    let mut in_flight = InFlightToken::new(shared, key, session, None)?;
     let request = AdoptRequest {
         key: key.clone(),
         from: token.id(),
-        to: pending.token,
-        session: pending.session.id,
-        not_after: pending.not_after,
+        to: in_flight.token,
+        session: in_flight.session.id,
+        not_after: in_flight.not_after,
     };
-    let mut asked = shared.clock.now();
+    let mut sent_at = shared.clock.now();
     let step = shared.step(|| {
-        asked = shared.clock.now();
+        sent_at = shared.clock.now();
         shared.store.adopt(request.clone())
     });
     let step = step.await;
-    pending.unanswered = step.unanswered;
-    match step.result.map_err(|error| name(pending.in_doubt(error)))?.outcome {
+    in_flight.unanswered = step.unanswered;
+    match step.result.map_err(|error| name(in_flight.in_doubt(error)))?.outcome {
         AdoptOutcome::Adopted { granted, session_bound } => {
             shared.tokens.forget_detached(token.id());
             let lifetime = Grant {
                 granted,
-                asked,
+                sent_at,
                 session_bound,
                 heartbeat_within: None,
                 length: granted.remaining.map(|remaining| shared.config.drift.usable(remaining)),
                 on_lost: None,
             };
-            pending.hold(locks, lifetime, None).ok_or_else(|| {
+            in_flight.hold(locks, lifetime, None).ok_or_else(|| {
                 let too_late =
                     || Error::new(ErrorKind::Lost(LossCause::TtlExpired), "taken up with too little time left");
                 name(if shared.is_closed() { shared.draining_error() } else { too_late() })
             })
         }
         AdoptOutcome::Gone => {
-            pending.nothing_was_created();
+            in_flight.nothing_was_created();
             Err(name(Error::new(ErrorKind::Lost(LossCause::Missing), "there is no such hold any more")))
         }
         AdoptOutcome::Stale | AdoptOutcome::SessionGone => {
@@ -177,11 +177,11 @@ struct Call<'a> {
 }
 
 /// How one token ended.
-enum Round {
+enum Attempt {
     Granted(Guard),
     Busy,
     /// The token is over; the call goes on with a fresh one, at the end of the queue.
-    Again,
+    Retry,
 }
 
 /// Dropped with its question unanswered, it says so, if that took long.
@@ -208,8 +208,8 @@ impl Call<'_> {
     }
 
     /// Remembers how a question went, also if it is given up because no answer comes.
-    async fn heeding<T>(&self, asked: BootTime, question: impl Future<Output = Result<T>>) -> Result<T> {
-        let silence = Silence { trouble: self.trouble, clock: &self.shared().clock, since: asked };
+    async fn heeding<T>(&self, sent_at: BootTime, question: impl Future<Output = Result<T>>) -> Result<T> {
+        let silence = Silence { trouble: self.trouble, clock: &self.shared().clock, since: sent_at };
         let answer = question.await;
         std::mem::forget(silence);
         let trouble = answer.as_ref().err().cloned();
@@ -227,20 +227,20 @@ impl Call<'_> {
         }
     }
 
-    async fn session(&self) -> Result<Arc<SessionBelief>> {
+    async fn session(&self) -> Result<Arc<SessionLease>> {
         match self.persistence() {
-            Persistence::Policy => self.shared().believed_session().await,
-            Persistence::Endless => self.shared().believed_session_by(BootTime::NEVER).await,
+            Persistence::Policy => self.shared().valid_session().await,
+            Persistence::Endless => self.shared().valid_session_by(BootTime::NEVER).await,
         }
     }
 
-    async fn ask(&mut self) -> Result<Option<Guard>> {
+    async fn run(&mut self) -> Result<Option<Guard>> {
         loop {
-            match self.round().await {
-                Ok(Round::Granted(guard)) => return Ok(Some(guard)),
-                Ok(Round::Busy) => return Ok(None),
-                Ok(Round::Again) if self.late < MOST_LATE && self.stale < MOST_LATE => {}
-                Ok(Round::Again) => {
+            match self.attempt().await {
+                Ok(Attempt::Granted(guard)) => return Ok(Some(guard)),
+                Ok(Attempt::Busy) => return Ok(None),
+                Ok(Attempt::Retry) if self.late < MAX_LATE && self.stale < MAX_LATE => {}
+                Ok(Attempt::Retry) => {
                     let message = "the store answers too slowly for so short a lifetime; ask for a longer ttl";
                     return Err(Error::new(ErrorKind::Unavailable, message));
                 }
@@ -250,54 +250,54 @@ impl Call<'_> {
     }
 
     /// One token, from the first question to its end.
-    async fn round(&mut self) -> Result<Round> {
+    async fn attempt(&mut self) -> Result<Attempt> {
         let shared = self.shared().clone();
         let session = self.session().await?;
-        let mut pending = Pending::new(&shared, self.key, session, Some(self.in_store))?;
+        let mut in_flight = InFlightToken::new(&shared, self.key, session, Some(self.in_store))?;
         let request = AcquireRequest {
             key: self.key.clone(),
-            token: pending.token,
-            session: pending.session.id,
+            token: in_flight.token,
+            session: in_flight.session.id,
             demand: self.demand,
             lifetime: self.in_store,
             enqueue: self.enqueue,
-            not_after: pending.not_after,
+            not_after: in_flight.not_after,
             metadata: self.request.metadata.clone(),
             trace: self.request.trace.clone(),
         };
-        let mut asked = self.started;
+        let mut sent_at = self.started;
         let step = shared.step_with(self.persistence(), || {
-            asked = shared.clock.now();
-            self.heeding(asked, shared.store.acquire(request.clone()))
+            sent_at = shared.clock.now();
+            self.heeding(sent_at, shared.store.acquire(request.clone()))
         });
         let step = step.await;
-        pending.unanswered = step.unanswered;
+        in_flight.unanswered = step.unanswered;
         let reply = match step.result {
             Ok(reply) => reply,
-            Err(error) => return Err(pending.in_doubt(error)),
+            Err(error) => return Err(in_flight.in_doubt(error)),
         };
         self.answered = true;
         self.stale = if reply.outcome == AcquireOutcome::Stale { self.stale + 1 } else { 0 };
         match reply.outcome {
-            AcquireOutcome::Granted(granted) => Ok(self.granted(pending, granted, asked)),
+            AcquireOutcome::Granted(granted) => Ok(self.granted(in_flight, granted, sent_at)),
             AcquireOutcome::Queued(queued) => {
                 shared.observer.tell(|| Event::Contended { key: self.key.clone(), ahead: queued.ahead });
                 self.compare_limits(queued.in_use);
-                Box::pin(self.wait(pending, queued)).await
+                Box::pin(self.wait(in_flight, queued)).await
             }
             AcquireOutcome::Busy { in_use, .. } => {
-                pending.nothing_was_created();
+                in_flight.nothing_was_created();
                 self.compare_limits(in_use);
-                Ok(Round::Busy)
+                Ok(Attempt::Busy)
             }
             // The window was missed, or the session ended under the question: the keeper opens another one.
-            AcquireOutcome::Stale | AcquireOutcome::ForceReleased => Ok(Round::Again),
+            AcquireOutcome::Stale | AcquireOutcome::ForceReleased => Ok(Attempt::Retry),
             AcquireOutcome::SessionGone => {
-                self.session_change(&pending).await;
-                Ok(Round::Again)
+                self.session_change(&in_flight).await;
+                Ok(Attempt::Retry)
             }
             AcquireOutcome::QueueFull { limit } => {
-                pending.nothing_was_created();
+                in_flight.nothing_was_created();
                 Err(Error::new(ErrorKind::RateLimited, format!("{limit} wait for the key already")))
             }
         }
@@ -314,56 +314,56 @@ impl Call<'_> {
     }
 
     /// The store says that the session is gone; the keeper learns it by its next beat.
-    async fn session_change(&self, pending: &Pending) {
+    async fn session_change(&self, in_flight: &InFlightToken) {
         let soon = self.shared().config.session_ttl / 10;
         tokio::select! {
-            () = pending.session.over().cancelled() => {}
+            () = in_flight.session.over().cancelled() => {}
             () = self.shared().clock.sleep(soon) => {}
         }
     }
 
     /// In the queue: until a push, a poll or the end of the session says how it went on.
-    async fn wait(&mut self, pending: Pending, queued: Queued) -> Result<Round> {
+    async fn wait(&mut self, in_flight: InFlightToken, queued: Queued) -> Result<Attempt> {
         let shared = self.shared().clone();
-        let _waiting = Waiting::new(&shared, &pending, queued, self.trouble);
+        let _waiting = Waiting::new(&shared, &in_flight, queued, self.trouble);
         loop {
             let wakeup = tokio::select! {
                 biased;
-                () = pending.session.over().cancelled() => return Ok(Round::Again),
-                wakeup = pending.waiter.next() => wakeup,
+                () = in_flight.session.over().cancelled() => return Ok(Attempt::Retry),
+                wakeup = in_flight.waiter.next() => wakeup,
             };
             match wakeup {
                 // A deadline's start is known only to the store: confirm it.
                 Wakeup::Granted(fence) if self.lifetime.length().is_none() => {
                     let granted = Granted { fence, remaining: None };
-                    let round = self.granted(pending, granted, shared.clock.now());
+                    let attempt = self.granted(in_flight, granted, shared.clock.now());
                     // Believed at once, because hand-offs are to be fast, and confirmed then.
-                    if let Round::Granted(guard) = &round
+                    if let Attempt::Granted(guard) = &attempt
                         && !shared.capabilities.authentic_push
                     {
                         guard.confirm_soon();
                     }
-                    return Ok(round);
+                    return Ok(attempt);
                 }
-                Wakeup::Polled(granted, asked) => return Ok(self.granted(pending, granted, asked)),
+                Wakeup::Polled(granted, sent_at) => return Ok(self.granted(in_flight, granted, sent_at)),
                 // Something of it may still be on its way, if an answer was missing: the keeper sees to it.
-                Wakeup::Gone => return Ok(Round::Again),
+                Wakeup::Gone => return Ok(Attempt::Retry),
                 Wakeup::Failed(error) => return Err(error),
                 Wakeup::Granted(_) | Wakeup::Recheck => {}
             }
-            let mut asked = self.started;
+            let mut sent_at = self.started;
             let step = shared.step_with(self.persistence(), || {
-                asked = shared.clock.now();
-                self.heeding(asked, shared.poll(self.key, pending.token))
+                sent_at = shared.clock.now();
+                self.heeding(sent_at, shared.poll(self.key, in_flight.token))
             });
             match step.await.result {
                 Ok(reply) => match reply.outcome {
-                    PollOutcome::Granted(granted) => return Ok(self.granted(pending, granted, asked)),
+                    PollOutcome::Granted(granted) => return Ok(self.granted(in_flight, granted, sent_at)),
                     PollOutcome::Queued(still) => {
                         self.compare_limits(still.in_use);
                         shared.polls.learned(self.key, still, shared.clock.now());
                     }
-                    PollOutcome::Gone => return Ok(Round::Again),
+                    PollOutcome::Gone => return Ok(Attempt::Retry),
                 },
                 // The keeper goes on polling.
                 Err(error) if error.is_transient() => {}
@@ -372,27 +372,27 @@ impl Call<'_> {
         }
     }
 
-    fn granted(&mut self, pending: Pending, granted: Granted, asked: BootTime) -> Round {
+    fn granted(&mut self, in_flight: InFlightToken, granted: Granted, sent_at: BootTime) -> Attempt {
         let grant = Grant {
             granted,
-            asked,
+            sent_at,
             session_bound: matches!(self.lifetime, Lifetime::Session { .. }),
             heartbeat_within: self.request.heartbeat_within,
             length: self.lifetime.length(),
             on_lost: self.request.on_lost.clone(),
         };
         let fence = granted.fence;
-        match pending.hold(self.locks, grant, self.request.cooldown) {
+        match in_flight.hold(self.locks, grant, self.request.cooldown) {
             Some(guard) => {
                 let shared = self.shared();
                 let waited = shared.clock.now().since(self.started);
                 shared.observer.tell(|| Event::Acquired { key: self.key.clone(), fence, waited });
-                Round::Granted(guard)
+                Attempt::Granted(guard)
             }
             // Too little validity was left: released, not used.
             None => {
                 self.late += 1;
-                Round::Again
+                Attempt::Retry
             }
         }
     }
@@ -407,9 +407,9 @@ struct Waiting<'a> {
 }
 
 impl<'a> Waiting<'a> {
-    fn new(shared: &'a Shared, pending: &Pending, queued: Queued, trouble: &'a Mutex<Trouble>) -> Self {
-        shared.polls.enter(pending.token, &pending.waiter, queued, shared.clock.now());
-        Self { shared, key: pending.key.clone(), token: pending.token, trouble }
+    fn new(shared: &'a Shared, in_flight: &InFlightToken, queued: Queued, trouble: &'a Mutex<Trouble>) -> Self {
+        shared.polls.enter(in_flight.token, &in_flight.waiter, queued, shared.clock.now());
+        Self { shared, key: in_flight.key.clone(), token: in_flight.token, trouble }
     }
 }
 
@@ -430,15 +430,15 @@ fn window(shared: &Shared, lifetime: Option<Lifetime>) -> Duration {
     let shortest = lifetime
         .and_then(Lifetime::length)
         .map_or(shared.config.session_ttl, |length| length.min(shared.config.session_ttl));
-    LONGEST_WINDOW.min(shortest / 2)
+    MAX_WINDOW.min(shortest / 2)
 }
 
 /// A token between its first question and its grant (invariant 1).
-struct Pending {
+struct InFlightToken {
     shared: Arc<Shared>,
     key: Key,
     token: TokenId,
-    session: Arc<SessionBelief>,
+    session: Arc<SessionLease>,
     not_after: StoreTime,
     waiter: Arc<Waiter>,
     /// The length of the lifetime, if the session does not end it.
@@ -453,7 +453,7 @@ struct Pending {
 struct Grant {
     granted: Granted,
     /// Before the question was sent whose answer told of the grant.
-    asked: BootTime,
+    sent_at: BootTime,
     session_bound: bool,
     heartbeat_within: Option<Duration>,
     /// The length of the holder's own part of the lifetime, if it has a deadline.
@@ -461,8 +461,8 @@ struct Grant {
     on_lost: Option<OnLost>,
 }
 
-impl Pending {
-    fn new(shared: &Arc<Shared>, key: &Key, session: Arc<SessionBelief>, lifetime: Option<Lifetime>) -> Result<Self> {
+impl InFlightToken {
+    fn new(shared: &Arc<Shared>, key: &Key, session: Arc<SessionLease>, lifetime: Option<Lifetime>) -> Result<Self> {
         let token = shared.new_token(session.id)?;
         let not_after = shared.store_time().after(window(shared, lifetime));
         let waiter = Arc::new(Waiter::new(key.clone(), matches!(lifetime, Some(Lifetime::Session { .. }))));
@@ -504,7 +504,7 @@ impl Pending {
         let deadline = grant
             .granted
             .remaining
-            .map(|remaining| (grant.asked.after(drift.shorten(remaining)), grant.length.unwrap_or(remaining)));
+            .map(|remaining| (grant.sent_at.after(drift.shorten(remaining)), grant.length.unwrap_or(remaining)));
         let hold = Arc::new(Hold::new(NewHold {
             key: self.key.clone(),
             token: self.token,
@@ -517,8 +517,8 @@ impl Pending {
             unanswered_until: self.unanswered.then_some(self.not_after),
             on_lost: grant.on_lost,
         }));
-        let is_believed = || hold.ended(now).is_none() && !self.shared.is_closed();
-        self.shared.tokens.grant(&hold, is_believed).then(|| {
+        let is_valid = || hold.ended(now).is_none() && !self.shared.is_closed();
+        self.shared.tokens.grant(&hold, is_valid).then(|| {
             self.spent = true;
             if hold.look_at() != BootTime::NEVER {
                 self.shared.command(Command::Watch(hold.clone()));
@@ -528,19 +528,19 @@ impl Pending {
     }
 }
 
-impl Drop for Pending {
+impl Drop for InFlightToken {
     fn drop(&mut self) {
         if self.spent || !self.shared.is_own_process() {
             return;
         }
-        self.shared.end(End {
+        self.shared.clean_up(Cleanup {
             key: self.key.clone(),
             token: self.token,
             cooldown: None,
             unanswered_until: self.unanswered.then_some(self.not_after),
             session: self.fixed.is_none().then(|| self.session.clone()),
             not_before: BootTime::from_nanos(0),
-            over_at: self.fixed.map_or(BootTime::NEVER, |ttl| self.shared.clock.now().after(ttl + LONGEST_WINDOW * 2)),
+            over_at: self.fixed.map_or(BootTime::NEVER, |ttl| self.shared.clock.now().after(ttl + MAX_WINDOW * 2)),
             released: None,
             spared: None,
         });

@@ -21,7 +21,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 use crate::clock::BootTime;
-use crate::command::{Command, End};
+use crate::command::{Cleanup, Command};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::key::Key;
@@ -43,7 +43,7 @@ const REPEATED_EVERY: Duration = Duration::from_secs(1);
 const MOST_FOR_PUSHES: usize = 1_024;
 
 /// The tokens to be ended.
-pub(super) struct Cleanup {
+pub(super) struct CleanupQueue {
     shared: Arc<Shared>,
     /// To be asked for, in this order.
     ready: VecDeque<Job>,
@@ -51,11 +51,11 @@ pub(super) struct Cleanup {
     later: BinaryHeap<Reverse<Later>>,
     asking: JoinSet<(Job, Option<Result<Reply<EndOutcome>>>)>,
     /// Ended once while the handle is being closed, without certainty.
-    indefinite: Vec<End>,
+    indefinite: Vec<Cleanup>,
 }
 
 struct Job {
-    end: End,
+    cleanup: Cleanup,
     /// Attempts without an answer, since the last answer.
     failures: u32,
     /// Answers so far that were not definite.
@@ -69,7 +69,7 @@ struct Later {
     job: Job,
 }
 
-impl Cleanup {
+impl CleanupQueue {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
         Self {
             shared,
@@ -81,9 +81,9 @@ impl Cleanup {
     }
 
     /// Enters a token to be ended.
-    pub(super) fn enter(&mut self, end: End) {
-        let at = end.not_before;
-        self.schedule(at, Job { end, failures: 0, answers: 0, has_found: false });
+    pub(super) fn enter(&mut self, cleanup: Cleanup) {
+        let at = cleanup.not_before;
+        self.schedule(at, Job { cleanup, failures: 0, answers: 0, has_found: false });
     }
 
     fn schedule(&mut self, at: BootTime, job: Job) {
@@ -131,12 +131,12 @@ impl Cleanup {
         while self.asking.len() < IN_FLIGHT
             && let Some(job) = self.ready.pop_front()
         {
-            if job.end.is_over(now) {
-                self.is_over(&job.end);
+            if job.cleanup.is_over(now) {
+                self.is_over(&job.cleanup);
             } else {
                 let shared = self.shared.clone();
                 self.asking.spawn(async move {
-                    let answer = ask(&shared, &job.end).await;
+                    let answer = ask(&shared, &job.cleanup).await;
                     (job, answer)
                 });
             }
@@ -154,16 +154,16 @@ impl Cleanup {
         let shared = self.shared.clone();
         let now = shared.clock.now();
         match answer {
-            None => self.is_over(&job.end),
+            None => self.is_over(&job.cleanup),
             Some(Ok(reply)) => {
-                self.is_over(&job.end);
-                tell_released(&shared, &job.end);
+                self.is_over(&job.cleanup);
+                tell_released(&shared, &job.cleanup);
                 // The hold is released. Whatever comes late is nobody's work: not told, and nothing is closed behind it.
-                job.end.released = None;
+                job.cleanup.released = None;
                 job.has_found |= reply.outcome != EndOutcome::Nothing;
-                let Some(until) = job.end.unanswered_until.filter(|until| reply.time <= *until) else { return };
+                let Some(until) = job.cleanup.unanswered_until.filter(|until| reply.time <= *until) else { return };
                 if shared.closing.is_cancelled() {
-                    return self.indefinite.push(job.end);
+                    return self.indefinite.push(job.cleanup);
                 }
                 // By then none can come any more.
                 let last = until.since(shared.store_time()) + Duration::from_millis(1);
@@ -174,7 +174,7 @@ impl Cleanup {
                 self.schedule(now.after(pause), job);
             }
             Some(Err(error)) => {
-                let error = error.with_key(&job.end.key).with_store(shared.capabilities.name);
+                let error = error.with_key(&job.cleanup.key).with_store(shared.capabilities.name);
                 if job.failures == 0 {
                     shared.report(&error);
                 }
@@ -186,8 +186,8 @@ impl Cleanup {
     }
 
     /// What is told of the token from now on is heard.
-    fn is_over(&self, end: &End) {
-        self.shared.tokens.end_cleanup(end.token, end.spared.is_some());
+    fn is_over(&self, cleanup: &Cleanup) {
+        self.shared.tokens.end_cleanup(cleanup.token, cleanup.spared.is_some());
     }
 
     /// The handle is being closed, and its session with it: what ends with the session is left to that, so that closing
@@ -195,10 +195,10 @@ impl Cleanup {
     pub(super) fn leave_to_session(&mut self) {
         let later = std::mem::take(&mut self.later).into_iter().map(|Reverse(later)| later.job);
         for job in std::mem::take(&mut self.ready).into_iter().chain(later) {
-            if !job.end.stays() {
-                tell_released(&self.shared, &job.end);
+            if !job.cleanup.stays() {
+                tell_released(&self.shared, &job.cleanup);
             } else if job.answers > 0 {
-                self.indefinite.push(job.end);
+                self.indefinite.push(job.cleanup);
             } else {
                 self.ready.push_back(job);
             }
@@ -213,30 +213,30 @@ impl Cleanup {
     }
 
     /// With the session ended no late request of its tokens is granted: what such requests got before that is ended.
-    pub(super) fn end_again_what_stays(&mut self) {
+    pub(super) fn clean_up_indefinite(&mut self) {
         let indefinite = std::mem::take(&mut self.indefinite);
-        for mut end in indefinite.into_iter().filter(|end| end.session.is_none()) {
-            end.unanswered_until = None;
-            self.enter(end);
+        for mut cleanup in indefinite.into_iter().filter(|cleanup| cleanup.session.is_none()) {
+            cleanup.unanswered_until = None;
+            self.enter(cleanup);
         }
     }
 }
 
 /// One attempt; `None` if nothing of the token can be left before there is an answer.
-async fn ask(shared: &Arc<Shared>, end: &End) -> Option<Result<Reply<EndOutcome>>> {
-    let asked = shared.clock.now();
-    let answer = limited(&shared.clock, shared.config.retry.attempt, surviving(step(shared, end))).await;
+async fn ask(shared: &Arc<Shared>, cleanup: &Cleanup) -> Option<Result<Reply<EndOutcome>>> {
+    let sent_at = shared.clock.now();
+    let answer = limited(&shared.clock, shared.config.retry.attempt, surviving(step(shared, cleanup))).await;
     if let Ok(reply) = &answer {
-        shared.saw_store_time(reply.time, asked);
-    } else if end.is_over(shared.clock.now()) {
+        shared.saw_store_time(reply.time, sent_at);
+    } else if cleanup.is_over(shared.clock.now()) {
         return None;
     }
     Some(answer)
 }
 
-async fn step(shared: &Shared, end: &End) -> Result<Reply<EndOutcome>> {
-    if let Some(spared) = end.spared {
-        let reply = shared.poll(&end.key, end.token).await?;
+async fn step(shared: &Shared, cleanup: &Cleanup) -> Result<Reply<EndOutcome>> {
+    if let Some(spared) = cleanup.spared {
+        let reply = shared.poll(&cleanup.key, cleanup.token).await?;
         let is_other = match reply.outcome {
             PollOutcome::Granted(granted) => granted.fence != spared,
             PollOutcome::Queued(_) => true,
@@ -246,9 +246,9 @@ async fn step(shared: &Shared, end: &End) -> Result<Reply<EndOutcome>> {
             return Ok(Reply { time: reply.time, outcome: EndOutcome::Nothing });
         }
     }
-    match end.released {
-        Some(_) => shared.store.release(&end.key, end.token, end.cooldown).await,
-        None => shared.store.abandon(&end.key, end.token).await,
+    match cleanup.released {
+        Some(_) => shared.store.release(&cleanup.key, cleanup.token, cleanup.cooldown).await,
+        None => shared.store.abandon(&cleanup.key, cleanup.token).await,
     }
 }
 
@@ -267,16 +267,16 @@ pub(super) async fn surviving<T>(step: impl Future<Output = Result<T>>) -> Resul
 /// While many tokens are being ended it is dropped. That loses nothing: a forced release is told by every beat until its token
 /// is ended, a grant that a failover restored is published again whenever a waiter of the key asks, and without a waiter
 /// nobody misses the key before the session ends.
-pub(super) fn end_unknown(shared: &Arc<Shared>, key: Key, token: TokenId) {
+pub(super) fn clean_up_unknown(shared: &Arc<Shared>, key: Key, token: TokenId) {
     if shared.tokens.begin_cleanup_of_unknown(token, MOST_FOR_PUSHES) {
-        shared.command(Command::End(End::of_token(key, token)));
+        shared.command(Command::Cleanup(Cleanup::of_token(key, token)));
     }
 }
 
-fn tell_released(shared: &Shared, end: &End) {
-    if let Some((fence, since)) = end.released {
+fn tell_released(shared: &Shared, cleanup: &Cleanup) {
+    if let Some((fence, since)) = cleanup.released {
         let held = shared.clock.now().since(since);
-        shared.observer.tell(|| Event::Released { key: end.key.clone(), fence, held });
+        shared.observer.tell(|| Event::Released { key: cleanup.key.clone(), fence, held });
     }
 }
 

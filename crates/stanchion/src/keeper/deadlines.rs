@@ -4,8 +4,8 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
 
-use crate::belief::Hold;
 use crate::clock::BootTime;
+use crate::lease::Hold;
 use crate::shared::Shared;
 use crate::token::TokenId;
 

@@ -25,14 +25,14 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::Clock;
-use crate::command::{Asked, Command, End};
+use crate::command::{Cleanup, Command, HoldCheck};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::shared::{SessionView, Shared};
 use crate::store::{GrantStream, PollOutcome, Push};
 use crate::thread::{self, Ending};
 use crate::tokens::TokenState;
 use crate::waiter::Wakeup;
-use cleanup::Cleanup;
+use cleanup::CleanupQueue;
 use deadlines::Deadlines;
 use verify::Verification;
 
@@ -44,7 +44,7 @@ const END_WITHIN: Duration = Duration::from_secs(2);
 const TOLD_AGAIN_AFTER: Duration = Duration::from_millis(20);
 
 /// No nap of a timer is longer than this, because the system's timers stop while the machine sleeps.
-const LONGEST_NAP: Duration = Duration::from_millis(500);
+const MAX_TIMER_SLEEP: Duration = Duration::from_millis(500);
 
 /// Starts the keeper's thread; `setup` runs on it, inside its runtime, and makes what is shared with it. `clock` is driven
 /// meanwhile.
@@ -69,7 +69,7 @@ where
             let opened = tokio::select! {
                 opened = setup(commands) => opened,
                 () = tell.closed() => return,
-                () = clock.drive(LONGEST_NAP) => return,
+                () = clock.drive(MAX_TIMER_SLEEP) => return,
             };
             match opened {
                 Ok(shared) => {
@@ -131,14 +131,14 @@ impl Drop for Unclaimed {
 async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) {
     let _ended = Ended(shared.clone());
     let clock = shared.clock.clone();
-    let mut cleanup = Cleanup::new(shared.clone());
+    let mut cleanups = CleanupQueue::new(shared.clone());
     let mut verification = Verification::new(shared.clone());
     let mut deadlines = Deadlines::default();
     let mut pushes = None;
     let polling = tokio::spawn(polling::poll_keys(shared.clone()));
     {
-        let drive = clock.drive(LONGEST_NAP);
-        let sessions = session::keep_one(shared.clone());
+        let drive = clock.drive(MAX_TIMER_SLEEP);
+        let sessions = session::maintain_session(shared.clone());
         tokio::pin!(drive, sessions);
         loop {
             let next_deadline = deadlines.next();
@@ -149,15 +149,15 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                 () = &mut sessions => {}
                 () = clock.sleep_until(next_deadline) => deadlines.announce(&shared),
                 command = inbox.recv() => match command {
-                    Some(Command::End(end)) => cleanup.enter(end),
+                    Some(Command::Cleanup(cleanup)) => cleanups.enter(cleanup),
                     Some(Command::Watch(hold)) => deadlines.watch(&hold, &shared),
-                    Some(Command::Verify(asked)) => verification.one(asked),
+                    Some(Command::Verify(check)) => verification.one(check),
                     Some(Command::VerifyNext) => verification.next_part(),
                     Some(Command::VerifyAll) => {
-                        cleanup.retry_now();
+                        cleanups.retry_now();
                         verification.all();
                     }
-                    Some(Command::QueryDetached) => { tokio::spawn(forget_what_was_taken_up(shared.clone())); }
+                    Some(Command::QueryDetached) => { tokio::spawn(forget_adopted(shared.clone())); }
                     Some(Command::Listen(stream)) => {
                         let mut old = pushes.replace(stream);
                         report_warnings(&shared, &mut old).await;
@@ -168,7 +168,7 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                     Some(push) => receive(&shared, push),
                     None => pushes = None,
                 },
-                () = cleanup.progress() => {}
+                () = cleanups.progress() => {}
                 () = verification.progress() => {}
             }
         }
@@ -177,8 +177,8 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
     polling.abort();
     // The session's task has stopped: nothing renews from here on.
     tokio::select! {
-        () = close(&shared, &mut inbox, cleanup) => {}
-        () = clock.drive(LONGEST_NAP) => {}
+        () = close(&shared, &mut inbox, cleanups) => {}
+        () = clock.drive(MAX_TIMER_SLEEP) => {}
         () = real_time_limit(CLOSE_WITHIN) => {}
     }
 }
@@ -207,7 +207,7 @@ async fn real_time_limit(limit: Duration) {
     tokio::time::sleep(limit).await;
 }
 
-async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command>, mut cleanup: Cleanup) {
+async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command>, mut cleanups: CleanupQueue) {
     shared.closing.cancel();
     let session = match shared.session.send_replace(SessionView::Closed) {
         SessionView::Open(session) => Some(session),
@@ -216,36 +216,36 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
     for hold in shared.tokens.holds() {
         shared.lose(&hold, LossCause::Closed, None);
     }
-    end_what_stays(inbox, &mut cleanup).await;
+    clean_up_what_stays(inbox, &mut cleanups).await;
     // With the session ended, a late request of any token is refused. Also one that was asked for and not answered yet.
-    if let Some(id) = shared.asked_session() {
+    if let Some(id) = shared.requested_session() {
         session::close(shared, id).await;
     }
     if let Some(session) = session {
         session.end();
     }
-    cleanup.end_again_what_stays();
+    cleanups.clean_up_indefinite();
     // What calls got that nobody has polled since they were ended.
     for (token, waiter) in shared.tokens.waiting() {
         if !waiter.session_bound {
-            cleanup.enter(End::of_token(waiter.key.clone(), token));
+            cleanups.enter(Cleanup::of_token(waiter.key.clone(), token));
         }
     }
     // What came meanwhile, of calls that were given up because of this.
     inbox.close();
-    end_what_stays(inbox, &mut cleanup).await;
+    clean_up_what_stays(inbox, &mut cleanups).await;
 }
 
 /// Ends the tokens that do not end with the session: those of fixed lifetimes, and those that leave a cooldown.
-async fn end_what_stays(inbox: &mut mpsc::UnboundedReceiver<Command>, cleanup: &mut Cleanup) {
+async fn clean_up_what_stays(inbox: &mut mpsc::UnboundedReceiver<Command>, cleanups: &mut CleanupQueue) {
     while let Ok(command) = inbox.try_recv() {
-        if let Command::End(end) = command {
-            cleanup.enter(end);
+        if let Command::Cleanup(cleanup) = command {
+            cleanups.enter(cleanup);
         }
     }
-    cleanup.leave_to_session();
+    cleanups.leave_to_session();
     tokio::select! {
-        () = cleanup.finish() => {}
+        () = cleanups.finish() => {}
         () = real_time_limit(END_WITHIN) => {}
     }
 }
@@ -265,17 +265,17 @@ fn receive(shared: &Arc<Shared>, push: Push) {
             Some(TokenState::Waiting(waiter)) => waiter.notify(Wakeup::Granted(fence)),
             // The call has its grant already, by an answer, unless a failover made another one of it.
             Some(TokenState::Held(hold)) if hold.fence == fence => {}
-            Some(TokenState::Held(hold)) => ask_for(shared, Asked::whether_it_is_there(hold)),
+            Some(TokenState::Held(hold)) => check_soon(shared, HoldCheck::new(hold)),
             Some(TokenState::Detached(_) | TokenState::CleaningUp(_)) => {}
             // The call has ended, or its hold, and a failover forgot that: nobody will use this grant.
-            None if shared.has_made(token) => cleanup::end_unknown(shared, key, token),
+            None if shared.has_made(token) => cleanup::clean_up_unknown(shared, key, token),
             None => {}
         },
         Push::ForceReleased(lost) => match shared.tokens.get(lost.token) {
             Some(TokenState::Held(hold)) if !shared.capabilities.authentic_push => {
-                ask_for(shared, Asked { hold, cause: LossCause::ForceReleased, reason: Some(lost.reason) });
+                check_soon(shared, HoldCheck { hold, cause: LossCause::ForceReleased, reason: Some(lost.reason) });
             }
-            Some(TokenState::Waiting(_) | TokenState::Held(_)) => session::forced_out(shared, lost),
+            Some(TokenState::Waiting(_) | TokenState::Held(_)) => session::force_released(shared, lost),
             // The next beat tells of it, if it is true.
             Some(TokenState::Detached(_) | TokenState::CleaningUp(_)) | None => {}
         },
@@ -286,7 +286,7 @@ fn receive(shared: &Arc<Shared>, push: Push) {
         }
         Push::RecheckAll => shared.polls.poll_all(shared.clock.now()),
         Push::VerifyAll => {
-            shared.back.notify_waiters();
+            shared.store_recovered.notify_waiters();
             shared.polls.poll_all(shared.clock.now());
             shared.command(Command::VerifyAll);
         }
@@ -296,14 +296,14 @@ fn receive(shared: &Arc<Shared>, push: Push) {
 
 /// A message tells something of a hold. One that is passed over because another came just before is found by the slow round, or
 /// told by the next beat.
-fn ask_for(shared: &Shared, asked: Asked) {
-    if asked.hold.is_to_be_asked_for(shared.clock.now(), TOLD_AGAIN_AFTER) {
-        shared.command(Command::Verify(asked));
+fn check_soon(shared: &Shared, check: HoldCheck) {
+    if check.hold.is_check_due(shared.clock.now(), TOLD_AGAIN_AFTER) {
+        shared.command(Command::Verify(check));
     }
 }
 
 /// Forgets the kept tokens that the store does not have any more.
-async fn forget_what_was_taken_up(shared: Arc<Shared>) {
+async fn forget_adopted(shared: Arc<Shared>) {
     for (token, detached) in shared.tokens.detached() {
         match shared.step(|| shared.poll(&detached.key, token)).await.result {
             Ok(reply) if reply.outcome == PollOutcome::Gone => shared.tokens.forget_detached(token),

@@ -41,11 +41,11 @@ pub(super) async fn poll_keys(shared: Arc<Shared>) {
 }
 
 async fn poll(shared: Arc<Shared>, key: Key) {
-    let mut asked = (Arc::default(), shared.clock.now());
+    let mut sent = (Arc::default(), shared.clock.now());
     let step = shared.step(|| {
         let now = shared.clock.now();
         let tokens: Arc<[_]> = shared.polls.begin(&key, now).into();
-        asked = (tokens.clone(), now);
+        sent = (tokens.clone(), now);
         let (shared, key) = (&shared, &key);
         async move {
             let reply = surviving(shared.store.poll(key, &tokens)).await;
@@ -57,7 +57,7 @@ async fn poll(shared: Arc<Shared>, key: Key) {
         }
     });
     let result = step.await.result;
-    let (tokens, sent_at) = asked;
+    let (tokens, sent_at) = sent;
     match result {
         Ok(reply) => {
             let outcomes = tokens.iter().copied().zip(reply.outcome);

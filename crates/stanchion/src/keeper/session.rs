@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::cleanup;
-use crate::belief::{BEATS_PER_TTL, SessionBelief};
 use crate::clock::BootTime;
 use crate::command::Command;
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
-use crate::retry::{limited, sleep_unless_back};
+use crate::lease::{RENEWALS_PER_TTL, SessionLease};
+use crate::retry::{limited, sleep_unless_recovered};
 use crate::shared::{SessionView, Shared};
 use crate::store::{Liveness, LostToken, OpenOutcome, OpenSession, RenewOutcome};
 use crate::token::SessionId;
@@ -17,7 +17,7 @@ use crate::tokens::TokenState;
 use crate::waiter::Wakeup;
 
 /// Keeps one session open, and another one when it is lost. Never returns.
-pub(super) async fn keep_one(shared: Arc<Shared>) {
+pub(super) async fn maintain_session(shared: Arc<Shared>) {
     loop {
         let (session, opened) = open(&shared).await;
         shared.session.send_replace(SessionView::Open(session.clone()));
@@ -42,11 +42,11 @@ pub(super) async fn keep_one(shared: Arc<Shared>) {
 }
 
 /// A session and the time before it was asked for.
-async fn open(shared: &Arc<Shared>) -> (Arc<SessionBelief>, BootTime) {
+async fn open(shared: &Arc<Shared>) -> (Arc<SessionLease>, BootTime) {
     let mut pauses = shared.config.retry.endless_pauses();
-    let mut asked = None;
+    let mut requested = None;
     loop {
-        let error = match open_once(shared, &mut asked).await {
+        let error = match open_once(shared, &mut requested).await {
             Ok(opened) => return opened,
             Err(error) => error.with_store(shared.capabilities.name),
         };
@@ -54,36 +54,36 @@ async fn open(shared: &Arc<Shared>) -> (Arc<SessionBelief>, BootTime) {
         shared.report(&error);
         let pause = pauses.next().unwrap_or(shared.config.retry.longest_pause);
         let pause = pause.max(error.retry_after().unwrap_or_default());
-        sleep_unless_back(&shared.clock, pause, &shared.back).await;
+        sleep_unless_recovered(&shared.clock, pause, &shared.store_recovered).await;
     }
 }
 
-/// One attempt. `asked` is the session that was asked for without an answer, and when that was first done: it is asked
+/// One attempt. `requested` is the session that was asked for without an answer, and when that was first done: it is asked
 /// for again, so that none is left open that nobody knows. Its time counts from the first question, because that one may
 /// have opened it.
 async fn open_once(
     shared: &Arc<Shared>,
-    asked: &mut Option<(SessionId, BootTime)>,
-) -> Result<(Arc<SessionBelief>, BootTime)> {
+    requested: &mut Option<(SessionId, BootTime)>,
+) -> Result<(Arc<SessionLease>, BootTime)> {
     let ttl = shared.config.session_ttl;
-    let (id, asked_at) = match *asked {
-        Some(asked) => asked,
+    let (id, first_sent_at) = match *requested {
+        Some(requested) => requested,
         None => {
             let id = SessionId::random()?;
-            shared.ask_for_session(id);
+            shared.request_session(id);
             shared.command(Command::Listen(shared.store.grants(id)));
-            *asked.insert((id, shared.clock.now()))
+            *requested.insert((id, shared.clock.now()))
         }
     };
     let request = OpenSession { session: id, ttl, owner: shared.config.owner.clone() };
-    let sent = shared.clock.now();
+    let sent_at = shared.clock.now();
     let reply = limited(&shared.clock, shared.config.retry.attempt, shared.store.open_session(request)).await?;
-    shared.saw_store_time(reply.time, sent);
-    *asked = None;
-    let belief = SessionBelief::new(id, ttl, valid_until(shared, asked_at));
+    shared.saw_store_time(reply.time, sent_at);
+    *requested = None;
+    let lease = SessionLease::new(id, ttl, valid_until(shared, first_sent_at));
     match reply.outcome {
         OpenOutcome::Gone => Err(Error::new(ErrorKind::Unavailable, "the session ended while it was being opened")),
-        OpenOutcome::Opened if belief.is_believed(shared.clock.now()) => Ok((Arc::new(belief), asked_at)),
+        OpenOutcome::Opened if lease.is_valid(shared.clock.now()) => Ok((Arc::new(lease), first_sent_at)),
         OpenOutcome::Opened => {
             let old = shared.clone();
             tokio::spawn(async move { close(&old, id).await });
@@ -92,26 +92,26 @@ async fn open_once(
     }
 }
 
-fn valid_until(shared: &Shared, asked: BootTime) -> BootTime {
+fn valid_until(shared: &Shared, sent_at: BootTime) -> BootTime {
     match shared.capabilities.liveness {
-        Liveness::Renewal => asked.after(shared.config.drift.shorten(shared.config.session_ttl)),
+        Liveness::Renewal => sent_at.after(shared.config.drift.shorten(shared.config.session_ttl)),
         Liveness::Process => BootTime::NEVER,
     }
 }
 
 /// Beats until the session is over.
-async fn renew_until_over(shared: &Arc<Shared>, session: &SessionBelief, opened: BootTime) {
-    let interval = shared.config.session_ttl / BEATS_PER_TTL;
+async fn renew_until_over(shared: &Arc<Shared>, session: &SessionLease, opened: BootTime) {
+    let interval = shared.config.session_ttl / RENEWALS_PER_TTL;
     let mut next = opened.after(interval);
     loop {
         let stop_by = session.stop_by();
         tokio::select! {
             () = shared.clock.sleep_until(next.min(stop_by)) => {}
             // The store that is back may lack the newest beats.
-            () = shared.back.notified() => {}
+            () = shared.store_recovered.notified() => {}
         }
-        let asked = shared.clock.now();
-        if !session.is_believed(asked) {
+        let sent_at = shared.clock.now();
+        if !session.is_valid(sent_at) {
             return;
         }
         let answer = tokio::select! {
@@ -123,20 +123,20 @@ async fn renew_until_over(shared: &Arc<Shared>, session: &SessionBelief, opened:
         match answer {
             Ok(reply) => {
                 // An answer to a request that was sent in time, read too late, changes nothing.
-                if !session.renew(shared.clock.now(), valid_until(shared, asked)) {
+                if !session.renew(shared.clock.now(), valid_until(shared, sent_at)) {
                     return;
                 }
-                shared.saw_store_time(reply.time, asked);
+                shared.saw_store_time(reply.time, sent_at);
                 match reply.outcome {
                     RenewOutcome::Alive { lost } => {
                         for lost in lost {
-                            forced_out(shared, lost);
+                            force_released(shared, lost);
                         }
                         shared.command(Command::VerifyNext);
                     }
                     RenewOutcome::Gone => return session.gone(shared.clock.now()),
                 }
-                next = asked.after(interval);
+                next = sent_at.after(interval);
             }
             Err(error) => {
                 let error = error.with_store(shared.capabilities.name);
@@ -148,13 +148,13 @@ async fn renew_until_over(shared: &Arc<Shared>, session: &SessionBelief, opened:
 }
 
 /// A token of this session was released by force.
-pub(super) fn forced_out(shared: &Arc<Shared>, lost: LostToken) {
+pub(super) fn force_released(shared: &Arc<Shared>, lost: LostToken) {
     match shared.tokens.get(lost.token) {
         Some(TokenState::Held(hold)) => shared.lose(&hold, LossCause::ForceReleased, Some(lost.reason)),
         // The waiter does not know yet that it had been granted: its poll finds that the token is gone.
         Some(TokenState::Waiting(waiter)) => waiter.notify(Wakeup::Recheck),
         // Its guard is gone; only the store still remembers.
-        Some(TokenState::Detached(_)) | None => cleanup::end_unknown(shared, lost.key, lost.token),
+        Some(TokenState::Detached(_)) | None => cleanup::clean_up_unknown(shared, lost.key, lost.token),
         Some(TokenState::CleaningUp(_)) => {}
     }
 }

@@ -274,7 +274,7 @@ async fn a_token_that_is_told_again_and_again_is_ended_by_one_who_tries() {
     let key = crate::Key::new("", "k").unwrap();
     for _ in 0..50 {
         let lost = crate::store::LostToken { key: key.clone(), token, reason: String::new() };
-        session::forced_out(&bench.locks.handle.shared, lost);
+        session::force_released(&bench.locks.handle.shared, lost);
     }
     bench.until("tried", async || bench.faults.count(Operation::Abandon) > 0).await;
     // Whatever was told before this has been tried by now.

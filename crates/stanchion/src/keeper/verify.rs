@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
-use crate::command::Asked;
+use crate::command::HoldCheck;
 use crate::shared::Shared;
 use crate::token::TokenId;
 
@@ -23,7 +23,7 @@ const ROUND_AT_ONCE: usize = 16;
 pub(super) struct Verification {
     shared: Arc<Shared>,
     /// Those of which a message told.
-    told: VecDeque<Asked>,
+    told: VecDeque<HoldCheck>,
     /// After a failover: all that were held then.
     all: Vec<TokenId>,
     /// The rest of the slow round.
@@ -36,8 +36,8 @@ impl Verification {
         Self { shared, told: VecDeque::new(), all: Vec::new(), round: Vec::new(), asking: JoinSet::new() }
     }
 
-    pub(super) fn one(&mut self, asked: Asked) {
-        self.told.push_back(asked);
+    pub(super) fn one(&mut self, check: HoldCheck) {
+        self.told.push_back(check);
     }
 
     /// Asks for every hold, also for those that it has asked for a moment ago.
@@ -50,10 +50,10 @@ impl Verification {
         if self.round.is_empty() {
             self.round = self.shared.tokens.held();
         }
-        let current = self.shared.asked_session();
+        let current = self.shared.requested_session();
         let now = self.shared.clock.now();
         // Every second beat.
-        let pace = self.shared.config.session_ttl * 3 / (2 * crate::belief::BEATS_PER_TTL);
+        let interval = self.shared.config.session_ttl * 3 / (2 * crate::lease::RENEWALS_PER_TTL);
         let mut left = ROUND_AT_ONCE;
         while left > 0
             && let Some(token) = self.round.pop()
@@ -61,8 +61,8 @@ impl Verification {
             let Some(hold) = self.shared.tokens.hold(token) else { continue };
             // Fixed lifetimes outlive the session that asked for them, and then no beat tells of their forced release.
             let is_survivor = !hold.session_bound && Some(hold.session.id) != current;
-            if hold.is_to_be_asked_for(now, if is_survivor { pace / 3 } else { pace }) {
-                self.told.push_back(Asked::whether_it_is_there(hold));
+            if hold.is_check_due(now, if is_survivor { interval / 3 } else { interval }) {
+                self.told.push_back(HoldCheck::new(hold));
                 left -= 1;
             }
         }
@@ -71,11 +71,11 @@ impl Verification {
     /// Does what is next: sends requests, or takes an answer. Dropped, it loses nothing.
     pub(super) async fn progress(&mut self) {
         while self.asking.len() < IN_FLIGHT
-            && let Some(asked) = self.pop()
+            && let Some(check) = self.pop()
         {
             let shared = self.shared.clone();
             self.asking.spawn(async move {
-                let _asked_again_in_the_next_round = shared.confirm(&asked).await;
+                let _asked_again_in_the_next_round = shared.confirm(&check).await;
             });
         }
         if self.asking.join_next().await.is_none() {
@@ -90,18 +90,18 @@ impl Verification {
         }
     }
 
-    fn pop(&mut self) -> Option<Asked> {
+    fn pop(&mut self) -> Option<HoldCheck> {
         // What was released meanwhile has been confirmed by that.
         let is_held = |token| self.shared.tokens.hold(token).is_some();
-        while let Some(asked) = self.told.pop_front() {
-            if is_held(asked.hold.token) {
-                return Some(asked);
+        while let Some(check) = self.told.pop_front() {
+            if is_held(check.hold.token) {
+                return Some(check);
             }
         }
         self.told.shrink_to(ROUND_AT_ONCE);
         while let Some(token) = self.all.pop() {
             if let Some(hold) = self.shared.tokens.hold(token) {
-                return Some(Asked::whether_it_is_there(hold));
+                return Some(HoldCheck::new(hold));
             }
         }
         None

@@ -24,7 +24,7 @@ use crate::token::{SessionId, TokenId};
 use std::sync::Arc;
 
 /// Renewals of a session within its ttl: one every 2 s for the default of 10 s.
-pub(crate) const BEATS_PER_TTL: u32 = 5;
+pub(crate) const RENEWALS_PER_TTL: u32 = 5;
 
 /// How much a clock may be wrong in rate, and how coarse a store's time may be.
 ///
@@ -47,7 +47,7 @@ impl Drift {
     /// Refuses a drift that leaves too little of a session's `ttl`: it would be lost before its first renewal.
     pub(crate) fn check(self, ttl: Duration) -> Result<()> {
         let usable = self.shorten(ttl).saturating_sub(grace(ttl));
-        if usable > ttl / BEATS_PER_TTL {
+        if usable > ttl / RENEWALS_PER_TTL {
             return Ok(());
         }
         let message = format!(
@@ -55,7 +55,7 @@ impl Drift {
              renewed every {:?}; lower the drift, or use a longer session ttl",
             self.per_mille,
             self.fixed,
-            ttl / BEATS_PER_TTL
+            ttl / RENEWALS_PER_TTL
         );
         Err(Error::new(ErrorKind::InvalidArgument, message))
     }
@@ -107,7 +107,7 @@ const LONGEST_IN_STORE: Duration = Duration::from_secs(30 * 24 * 60 * 60 / 100 *
 
 /// The belief in a session.
 #[derive(Debug)]
-pub(crate) struct SessionBelief {
+pub(crate) struct SessionLease {
     pub(crate) id: SessionId,
     grace: Duration,
     /// Until when the store keeps it, in nanoseconds since boot; never, if it lives with the process.
@@ -115,7 +115,7 @@ pub(crate) struct SessionBelief {
     over: CancellationToken,
 }
 
-impl SessionBelief {
+impl SessionLease {
     pub(crate) fn new(id: SessionId, ttl: Duration, until: BootTime) -> Self {
         Self { id, grace: grace(ttl), until: AtomicU64::new(until.as_nanos()), over: CancellationToken::new() }
     }
@@ -128,13 +128,13 @@ impl SessionBelief {
         stop_by(self.valid_until(), self.grace)
     }
 
-    pub(crate) fn is_believed(&self, now: BootTime) -> bool {
+    pub(crate) fn is_valid(&self, now: BootTime) -> bool {
         !self.over.is_cancelled() && now < self.stop_by()
     }
 
     /// A beat was answered: it is kept until `until`. Tells whether that came in time (invariant 2).
     pub(crate) fn renew(&self, now: BootTime, until: BootTime) -> bool {
-        if !self.is_believed(now) {
+        if !self.is_valid(now) {
             return false;
         }
         self.until.fetch_max(until.as_nanos(), Ordering::AcqRel);
@@ -162,7 +162,7 @@ pub(crate) struct Hold {
     pub(crate) key: Key,
     pub(crate) token: TokenId,
     pub(crate) fence: Fence,
-    pub(crate) session: Arc<SessionBelief>,
+    pub(crate) session: Arc<SessionLease>,
     pub(crate) session_bound: bool,
     pub(crate) since: BootTime,
     /// The end of its own lifetime, in nanoseconds since boot; never, if it has none.
@@ -187,9 +187,9 @@ pub(crate) struct Hold {
     /// In place of what the handle says.
     pub(crate) on_lost: Option<OnLost>,
     /// When the store was last asked for it, in nanoseconds since boot.
-    asked_for: AtomicU64,
+    checked_at: AtomicU64,
     /// Its holder gives it up: from then on it may be gone from the store, and is not lost by that.
-    let_go: AtomicBool,
+    releasing: AtomicBool,
     lost: OnceLock<LossCause>,
     /// Made when somebody listens: most holds are released before.
     lost_token: OnceLock<CancellationToken>,
@@ -200,7 +200,7 @@ pub(crate) struct NewHold {
     pub(crate) key: Key,
     pub(crate) token: TokenId,
     pub(crate) fence: Fence,
-    pub(crate) session: Arc<SessionBelief>,
+    pub(crate) session: Arc<SessionLease>,
     pub(crate) session_bound: bool,
     pub(crate) since: BootTime,
     /// The end of its own lifetime and the lifetime's length, if it has one.
@@ -230,8 +230,8 @@ impl Hold {
             last_heartbeat: AtomicU64::new(new.since.as_nanos()),
             unanswered_until: new.unanswered_until,
             on_lost: new.on_lost,
-            asked_for: AtomicU64::new(new.since.as_nanos()),
-            let_go: AtomicBool::new(false),
+            checked_at: AtomicU64::new(new.since.as_nanos()),
+            releasing: AtomicBool::new(false),
             lost: OnceLock::new(),
             lost_token: OnceLock::new(),
         }
@@ -292,7 +292,7 @@ impl Hold {
     pub(crate) fn ended(&self, now: BootTime) -> Option<LossCause> {
         if let Some(cause) = self.lost.get() {
             Some(*cause)
-        } else if self.session_bound && !self.session.is_believed(now) {
+        } else if self.session_bound && !self.session.is_valid(now) {
             Some(LossCause::SessionExpired)
         } else if now >= self.own_stop_by() {
             Some(if self.session_bound { LossCause::MaxHold } else { LossCause::TtlExpired })
@@ -313,16 +313,16 @@ impl Hold {
     }
 
     /// It is about to be released or handed on: said before anything is sent.
-    pub(crate) fn let_go(&self) {
-        self.let_go.store(true, Ordering::Release);
+    pub(crate) fn begin_release(&self) {
+        self.releasing.store(true, Ordering::Release);
     }
 
-    pub(crate) fn is_let_go(&self) -> bool {
-        self.let_go.load(Ordering::Acquire)
+    pub(crate) fn is_releasing(&self) -> bool {
+        self.releasing.load(Ordering::Acquire)
     }
 
     /// An extension is about to be asked for. Gives what [`Hold::extension_answered`] needs when its answer has come.
-    pub(crate) fn extension_asked(&self, ttl: Duration) -> u64 {
+    pub(crate) fn extension_sent(&self, ttl: Duration) -> u64 {
         self.shortest_unanswered.fetch_min(nanos(ttl), Ordering::AcqRel)
     }
 
@@ -337,7 +337,7 @@ impl Hold {
     }
 
     /// How long from its question an extension may be believed.
-    pub(crate) fn believable(&self, ttl: Duration) -> Duration {
+    pub(crate) fn usable_extension(&self, ttl: Duration) -> Duration {
         ttl.min(Duration::from_nanos(self.shortest_unanswered.load(Ordering::Acquire)))
     }
 
@@ -362,10 +362,10 @@ impl Hold {
     }
 
     /// Whether the store has not been asked for it for so long. Of several who ask, one hears yes.
-    pub(crate) fn is_to_be_asked_for(&self, now: BootTime, pace: Duration) -> bool {
-        let last = self.asked_for.load(Ordering::Acquire);
-        now.since(BootTime::from_nanos(last)) >= pace
-            && self.asked_for.compare_exchange(last, now.as_nanos(), Ordering::AcqRel, Ordering::Acquire).is_ok()
+    pub(crate) fn is_check_due(&self, now: BootTime, interval: Duration) -> bool {
+        let last = self.checked_at.load(Ordering::Acquire);
+        now.since(BootTime::from_nanos(last)) >= interval
+            && self.checked_at.compare_exchange(last, now.as_nanos(), Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
     /// Fires when the hold is lost.
@@ -395,11 +395,11 @@ mod tests {
         BootTime::from_nanos(millis * 1_000_000)
     }
 
-    fn session(until: BootTime) -> Arc<SessionBelief> {
-        Arc::new(SessionBelief::new(SessionId::from_bytes([1; 16]), Duration::from_secs(10), until))
+    fn session(until: BootTime) -> Arc<SessionLease> {
+        Arc::new(SessionLease::new(SessionId::from_bytes([1; 16]), Duration::from_secs(10), until))
     }
 
-    fn hold(session: Arc<SessionBelief>, deadline: Option<(BootTime, Duration)>, session_bound: bool) -> Hold {
+    fn hold(session: Arc<SessionLease>, deadline: Option<(BootTime, Duration)>, session_bound: bool) -> Hold {
         Hold::new(NewHold {
             key: Key::new("", "k").unwrap(),
             token: TokenId::from_bytes([2; 16]),
@@ -455,7 +455,7 @@ mod tests {
         assert!(session.renew(at(7_000), at(12_000)), "in time");
         assert_eq!(session.stop_by(), at(9_500));
         assert!(!session.renew(at(9_500), at(20_000)), "too late");
-        assert!(!session.is_believed(at(9_500)));
+        assert!(!session.is_valid(at(9_500)));
         assert_eq!(session.valid_until(), at(12_000));
     }
 
