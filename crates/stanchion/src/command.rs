@@ -14,29 +14,29 @@ use crate::token::TokenId;
 /// A request of a handle to its keeper.
 #[derive(Debug)]
 pub(crate) enum Command {
-    /// End a token.
+    /// Release a token until it is certain that the token can no longer hold anything.
     Cleanup(Cleanup),
-    /// Look at a hold's own deadlines.
+    /// Watch the deadlines of a hold.
     Watch(Arc<Hold>),
-    /// Ask the store whether a hold is still there.
+    /// Check that the store still has a hold.
     Verify(HoldCheck),
-    /// The store may have forgotten something: ask it for every hold.
+    /// Check every hold, because the store may have forgotten grants.
     VerifyAll,
-    /// The session was renewed: ask the store for the next few holds.
+    /// Check the next few holds, because the session was renewed.
     VerifyNext,
-    /// Ask the store which of the tokens that must stay it still has.
+    /// Query the store for the detached tokens, and forget those it does not have any more.
     QueryDetached,
     /// Listen to the pushes of a session.
     Listen(GrantStream),
-    /// Release everything, end the session and stop.
+    /// Release everything, close the session and stop.
     Close,
 }
 
-/// A hold that the store is asked for.
+/// A hold that the keeper checks in the store.
 #[derive(Debug)]
 pub(crate) struct HoldCheck {
     pub(crate) hold: Arc<Hold>,
-    /// Why it is lost, if it is.
+    /// The cause of the loss, if the store does not have the hold.
     pub(crate) cause: LossCause,
     pub(crate) reason: Option<String>,
 }
@@ -47,38 +47,38 @@ impl HoldCheck {
     }
 }
 
-/// A token to be ended in the store, until that is definite.
+/// A token that the keeper releases until it is certain that the token can no longer hold anything.
 #[derive(Debug)]
 pub(crate) struct Cleanup {
     pub(crate) key: Key,
     pub(crate) token: TokenId,
     pub(crate) cooldown: Option<Duration>,
-    /// A request of the token may still be on its way: an answer counts only after this time of the store.
+    /// Store time until which a request of the token may still arrive: only an answer after this time is definite.
     pub(crate) unanswered_until: Option<StoreTime>,
-    /// The session that the token depends on: once that is over, nothing is left to end.
+    /// The session that the token depends on: once the session is over, nothing is left to release.
     pub(crate) session: Option<Arc<SessionLease>>,
-    /// The key stays taken until then, for its holder to stop.
+    /// Time until which the key stays held, so that its holder can stop.
     pub(crate) not_before: BootTime,
-    /// When nothing of the token can be left, because its lifetime has run out.
+    /// Time after which nothing of the token can be left, because its lifetime is over.
     pub(crate) over_at: BootTime,
-    /// The hold, if it was one: told as released when done.
+    /// Fence and start of the hold, if the release of a hold is to be reported.
     pub(crate) released: Option<(Fence, BootTime)>,
-    /// The hold of the token that has this fence stays.
+    /// The fence of a hold of the token that must stay.
     pub(crate) spared: Option<Fence>,
 }
 
 impl Cleanup {
-    /// Whether nothing of the token can be left.
+    /// Returns whether nothing of the token can be left.
     pub(crate) fn is_over(&self, now: BootTime) -> bool {
         now >= self.over_at || self.session.as_ref().is_some_and(|session| session.over().is_cancelled())
     }
 
-    /// Whether something of it outlives its session.
+    /// Returns whether something of the token outlives its session.
     pub(crate) fn stays(&self) -> bool {
         self.session.is_none() || self.cooldown.is_some()
     }
 
-    /// Of a token of which this process knows nothing but its name.
+    /// Returns the cleanup of a token of which this process knows only the name.
     pub(crate) fn of_token(key: Key, token: TokenId) -> Self {
         Self {
             key,

@@ -12,12 +12,14 @@ use crate::error::LossCause;
 use crate::lease::Hold;
 use crate::on_lost::{Hook, Loss, OnLost};
 
-/// Nothing is due: how long until the next look.
+/// Maximum time for which the thread sleeps when no abort is due.
 const MAX_SLEEP: Duration = Duration::from_secs(3_600);
 
-/// Carries out the policies of one handle. Not on the keeper's thread, which has beats to send, nor on the caller's,
-/// who only looked; and a hook that blocks holds up no abort. A process may lose all it holds at once, so there is one
-/// thread for each of the two, which begins with the first loss.
+/// Carries out the policies of one handle, on threads of its own.
+///
+/// The keeper's thread has sessions to renew, and a caller's thread only looked at its guard. Hooks and aborts have one thread
+/// each, because a hook that blocks must not delay an abort, and because a process may lose all its holds at once. Each thread
+/// starts with the first loss.
 #[derive(Debug, Default)]
 pub(crate) struct LossExecutor {
     hooks: Worker<(Hook, Loss)>,
@@ -41,7 +43,7 @@ impl LossExecutor {
     }
 }
 
-/// A thread that begins with the first task.
+/// A thread that starts with its first task.
 struct Worker<T>(Mutex<Option<Sender<T>>>);
 
 impl<T> fmt::Debug for Worker<T> {
@@ -70,7 +72,7 @@ impl<T: Send + 'static> Worker<T> {
         };
         drop(tasks);
         if let Some(task) = refused {
-            // The system has no thread for us. Done here it is late for others, which is better than never.
+            // The system has no thread left. Running the task here delays this thread, which is better than not running the task.
             let (sender, receiver) = mpsc::channel();
             let _received_below = sender.send(task);
             drop(sender);
@@ -81,7 +83,7 @@ impl<T: Send + 'static> Worker<T> {
 
 fn call_hooks(losses: Receiver<(Hook, Loss)>) {
     for (hook, loss) in losses {
-        // The next loss is told all the same.
+        // A hook that panics does not keep the next hook from being called.
         let _panicked = std::panic::catch_unwind(AssertUnwindSafe(|| hook(&loss)));
     }
 }
@@ -93,7 +95,7 @@ struct Abort {
     cause: LossCause,
 }
 
-/// Goes on after the handle is gone, until the last time has come.
+/// Aborts the process when an abort is due. Runs until no abort is left, also after the handle is gone.
 fn await_aborts(tasks: Receiver<Abort>) {
     let clock = Clock::system();
     let mut waiting = BTreeMap::new();

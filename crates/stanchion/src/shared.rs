@@ -1,4 +1,4 @@
-//! What a handle, its requests, its guards and its keeper share.
+//! Holds the state that a handle, its requests, its guards and its keeper share.
 
 use std::future::Future;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -23,7 +23,7 @@ use crate::telemetry::{KeyRedaction, Telemetry};
 use crate::token::{SessionId, TokenId, TokenMaker};
 use crate::tokens::TokenTable;
 
-/// What a handle was configured with.
+/// The configuration of a handle.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     pub(crate) namespace: String,
@@ -42,24 +42,24 @@ pub(crate) struct Shared {
     pub(crate) clock: Clock,
     pub(crate) config: Config,
     pub(crate) observer: Observer,
-    /// What the keeper has of a session.
+    /// The session as the keeper sees it.
     pub(crate) session: watch::Sender<SessionView>,
-    /// The session that was asked for last, answered or not.
+    /// The last session that the keeper requested, whether or not the store has answered.
     requested_session: Mutex<Option<SessionId>>,
     token_maker: TokenMaker,
     pub(crate) tokens: TokenTable,
-    /// What the keeper polls for those who wait.
+    /// The keys that the keeper polls for waiting calls.
     pub(crate) polls: Polls,
     store_clock: StoreClock,
     commands: mpsc::UnboundedSender<Command>,
     losses: LossExecutor,
     drain_reason: OnceLock<String>,
     draining: CancellationToken,
-    /// Fires when the handle is being closed: what waits to be ended is ended at once.
+    /// Fires when the handle is being closed: the keeper then cleans up without waiting for graces.
     pub(crate) closing: CancellationToken,
-    /// Told when the store is there again after it was away: pauses after faults end.
+    /// Notified when the store is available again: pauses after faults end.
     pub(crate) store_recovered: Notify,
-    /// Fires when the keeper has ended: nobody drives the timers any more.
+    /// Fires when the keeper has ended: from then on nothing drives the timers.
     pub(crate) closed: CancellationToken,
     /// The process that opened the handle: a forked child must not use it.
     process: u32,
@@ -67,7 +67,7 @@ pub(crate) struct Shared {
 
 #[derive(Clone, Debug)]
 pub(crate) enum SessionView {
-    /// None yet, or none any more; the last error, if there was one.
+    /// No session is open; with the last error of opening one, if there was an error.
     Opening(Option<Error>),
     Open(Arc<SessionLease>),
     Closed,
@@ -118,7 +118,7 @@ impl Shared {
         self.token_maker.make(session)
     }
 
-    /// Whether this handle made the token for a call in its current session.
+    /// Returns whether this handle made the token for a call in its current session.
     pub(crate) fn has_made(&self, token: TokenId) -> bool {
         self.requested_session().is_some_and(|session| self.token_maker.has_made(token, session))
     }
@@ -161,7 +161,7 @@ impl Shared {
         Error::new(kind, message).with_store(self.capabilities.name)
     }
 
-    /// Refuses a child that was forked after the handle was opened: it would share the parent's connections.
+    /// Rejects a child process that was forked after the handle was opened: it would share its parent's connections.
     pub(crate) fn check_process(&self) -> Result<()> {
         if self.is_own_process() {
             return Ok(());
@@ -177,7 +177,8 @@ impl Shared {
         std::process::id() == self.process
     }
 
-    /// Repeats a step after faults, learns the store's time from its answer, and names the store in its error.
+    /// Runs an operation of the store within the retry policy. Takes the store's time from the answer, and adds the store's name
+    /// to an error.
     pub(crate) async fn step<T, F>(&self, attempt: impl FnMut() -> F) -> Repeated<Reply<T>>
     where
         F: Future<Output = Result<Reply<T>>>,
@@ -185,7 +186,7 @@ impl Shared {
         self.step_with(Persistence::Policy, attempt).await
     }
 
-    /// The same, repeated for as long as `persistence` says.
+    /// Runs an operation of the store, and retries it for as long as `persistence` says.
     pub(crate) async fn step_with<T, F>(
         &self,
         persistence: Persistence,
@@ -211,7 +212,7 @@ impl Shared {
         repeated
     }
 
-    /// Asks the store once what became of one token.
+    /// Polls one token, once.
     pub(crate) async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
         let Reply { time, outcome } = self.store.poll(key, &[token]).await?;
         let outcome = outcome.into_iter().next().ok_or_else(polled_too_few)?;
@@ -248,12 +249,12 @@ impl Shared {
         self.error(ErrorKind::Draining, format!("the handle takes no new holds: {reason}"))
     }
 
-    /// Returns a session that is believed now. Waits for the keeper to open one, within the retry policy.
+    /// Returns a session that is valid now. Waits for the keeper to open one, within the retry policy.
     pub(crate) async fn valid_session(&self) -> Result<Arc<SessionLease>> {
         self.valid_session_by(self.clock.now().after(self.config.retry.total)).await
     }
 
-    /// The same, with a time after which it gives up.
+    /// Returns a session that is valid now. Waits for the keeper to open one, until `give_up_at`.
     pub(crate) async fn valid_session_by(&self, give_up_at: BootTime) -> Result<Arc<SessionLease>> {
         if let SessionView::Open(session) = &*self.session.borrow()
             && session.is_valid(self.clock.now())
@@ -266,7 +267,7 @@ impl Shared {
             match &*views.borrow_and_update() {
                 SessionView::Open(session) if session.is_valid(self.clock.now()) => return Ok(session.clone()),
                 SessionView::Closed => return Err(self.draining_error()),
-                // What does not pass is not waited for.
+                // A permanent fault does not go away by waiting.
                 SessionView::Opening(Some(error)) if !error.is_transient() => {
                     return Err(error.clone().in_doubt(false));
                 }
@@ -285,12 +286,12 @@ impl Shared {
         }
     }
 
-    /// No hold is believed any more: the keeper has ended, or is about to.
+    /// Returns whether no hold is valid any more, because the keeper has ended or is about to.
     pub(crate) fn is_closed(&self) -> bool {
         matches!(*self.session.borrow(), SessionView::Closed)
     }
 
-    /// Why there is no session, if that is so.
+    /// Returns the fault because of which no session is open, if there is one.
     pub(crate) fn session_fault(&self) -> Option<Error> {
         match &*self.session.borrow() {
             SessionView::Opening(error) => error.clone().map(|error| error.in_doubt(false)),
@@ -298,9 +299,9 @@ impl Shared {
         }
     }
 
-    /// Asks the store for a hold. Anything but a grant under the believed fence is a loss: a place in the queue or another
-    /// fence is what a store has that forgot the grant, or what somebody made up. Unless its holder gave it up meanwhile:
-    /// then that is why.
+    /// Polls the token of a hold, and loses the hold unless the store has its grant under the same fence. A place in the queue,
+    /// or another fence, means that the store forgot the grant, or that the grant was made up. A hold that its holder is
+    /// releasing is not lost: the release is why the store does not have it.
     pub(crate) async fn confirm(&self, check: &HoldCheck) -> Result<()> {
         let hold = &check.hold;
         let until = hold.own_until();
@@ -326,18 +327,18 @@ impl Shared {
         Ok(())
     }
 
-    /// Ends the belief in a hold, tells everybody, and has its token ended in the store.
+    /// Loses a hold: notifies its holder, reports the loss, and schedules cleanup of the token.
     pub(crate) fn lose(&self, hold: &Arc<Hold>, cause: LossCause, reason: Option<String>) {
         if !hold.lose(cause) {
             return;
         }
         let policy = hold.on_lost.as_ref().unwrap_or(&self.config.on_lost);
-        // Where the keeper has ended by a defect, nobody said that the work is over.
+        // A caller that closes the handle says that its work is over. A keeper that ended by a defect does not say that.
         if !(cause == LossCause::Closed && self.closing.is_cancelled() && matches!(policy, OnLost::AbortAfter(_))) {
             self.losses.carry_out(policy, hold, cause);
         }
-        // With its session a session hold is gone. Everything else has a token that must be ended: where the holder
-        // knows first, after the grace in which it stops, or by its guard when that is dropped before.
+        // A session hold is gone with its session. Every other token must be cleaned up. If the holder notices the loss before the
+        // store does, cleanup starts after the grace in which the holder stops, or when the guard is dropped before that.
         let is_gone = hold.session_bound && cause == LossCause::SessionExpired;
         if is_gone {
             self.tokens.forget(hold.token);
@@ -351,7 +352,7 @@ impl Shared {
             let mut cleanup = Cleanup::of_hold(hold, None);
             if cause.leaves_grace() {
                 cleanup.not_before = match hold.heartbeat_within {
-                    // Its work hangs: whatever is left of its lifetime is of no use to it.
+                    // The work hangs, so it has no use for the rest of the lifetime.
                     Some(within) if cause == LossCause::HeartbeatMissed => {
                         hold.valid_until().min(self.clock.now().after(crate::lease::grace(within)))
                     }
@@ -364,7 +365,7 @@ impl Shared {
     }
 }
 
-/// A store is code of others: what it answers is counted.
+/// Returns the error of a poll with too few outcomes: a store may be code of others, so its answers are counted.
 pub(crate) fn polled_too_few() -> Error {
     Error::new(ErrorKind::Internal, "the store answered a poll with fewer outcomes than tokens")
 }

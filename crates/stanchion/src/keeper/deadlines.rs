@@ -1,4 +1,4 @@
-//! The deadlines of single holds: fixed lifetimes, `max_hold`, heartbeats.
+//! Loses holds whose own deadline has come: a fixed lifetime, `max_hold` or a heartbeat.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -9,8 +9,8 @@ use crate::lease::Hold;
 use crate::shared::Shared;
 use crate::token::TokenId;
 
-/// Holds by the time at which they must be looked at. A hold whose deadline has moved is looked at too early once, and
-/// entered again; one that is gone is dropped then.
+/// Holds by the time at which the keeper must look at them. A hold whose deadline was moved is looked at too early once, and
+/// entered again. A hold that is gone is dropped at that time.
 #[derive(Default)]
 pub(super) struct Deadlines {
     heap: BinaryHeap<Reverse<Entry>>,
@@ -25,7 +25,7 @@ impl Deadlines {
     pub(super) fn watch(&mut self, hold: &Arc<Hold>, shared: &Shared) {
         let at = hold.look_at();
         if at != BootTime::NEVER {
-            // Before it grows: those that are gone, whose deadlines may be days away.
+            // Before the heap grows, drop the holds that are gone: their deadlines may be days away.
             if self.heap.len() == self.heap.capacity() {
                 self.heap.retain(|Reverse(entry)| shared.tokens.hold(entry.token).is_some());
             }
@@ -37,12 +37,12 @@ impl Deadlines {
         self.heap.peek().map_or(BootTime::NEVER, |Reverse(entry)| entry.at)
     }
 
-    /// Announces the holds whose time is up.
+    /// Loses the holds whose deadline has come.
     pub(super) fn announce(&mut self, shared: &Shared) {
         let now = shared.clock.now();
         while self.next() <= now {
             let Some(Reverse(entry)) = self.heap.pop() else { return };
-            // The guard may have ended it meanwhile.
+            // The guard may have released the hold since.
             let Some(hold) = shared.tokens.hold(entry.token) else { continue };
             match hold.ended(now) {
                 Some(cause) => shared.lose(&hold, cause, None),

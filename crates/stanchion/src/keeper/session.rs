@@ -1,4 +1,4 @@
-//! The session: opened, beaten, lost, opened anew.
+//! Opens a session, renews it, and replaces it after a loss.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use crate::token::SessionId;
 use crate::tokens::TokenState;
 use crate::waiter::Wakeup;
 
-/// Keeps one session open, and another one when it is lost. Never returns.
+/// Keeps a session open, and opens another session when the session is lost. Never returns.
 pub(super) async fn maintain_session(shared: Arc<Shared>) {
     loop {
         let (session, opened) = open(&shared).await;
@@ -31,7 +31,7 @@ pub(super) async fn maintain_session(shared: Arc<Shared>) {
             }
         }
         shared.tokens.end_of_session();
-        // What is left of it in the store goes, but not before its holders have had their time to stop.
+        // Close the old session in the store, but only after its holders have had their time to stop.
         let old = shared.clone();
         let valid_until = session.valid_until().min(shared.clock.now().after(shared.config.session_ttl));
         tokio::spawn(async move {
@@ -41,7 +41,7 @@ pub(super) async fn maintain_session(shared: Arc<Shared>) {
     }
 }
 
-/// A session and the time before it was asked for.
+/// Opens a session. Returns it with the time at which its first request was sent.
 async fn open(shared: &Arc<Shared>) -> (Arc<SessionLease>, BootTime) {
     let mut pauses = shared.config.retry.endless_pauses();
     let mut requested = None;
@@ -58,9 +58,9 @@ async fn open(shared: &Arc<Shared>) -> (Arc<SessionLease>, BootTime) {
     }
 }
 
-/// One attempt. `requested` is the session that was asked for without an answer, and when that was first done: it is asked
-/// for again, so that none is left open that nobody knows. Its time counts from the first question, because that one may
-/// have opened it.
+/// Tries once to open a session. `requested` is the session that was requested without an answer, with the time of its first
+/// request. The same session is requested again, so that no session stays open that nobody knows. Its validity counts from the
+/// first request, because that request may have opened it.
 async fn open_once(
     shared: &Arc<Shared>,
     requested: &mut Option<(SessionId, BootTime)>,
@@ -99,7 +99,7 @@ fn valid_until(shared: &Shared, sent_at: BootTime) -> BootTime {
     }
 }
 
-/// Beats until the session is over.
+/// Renews the session until it is over.
 async fn renew_until_over(shared: &Arc<Shared>, session: &SessionLease, opened: BootTime) {
     let interval = shared.config.session_ttl / RENEWALS_PER_TTL;
     let mut next = opened.after(interval);
@@ -107,7 +107,7 @@ async fn renew_until_over(shared: &Arc<Shared>, session: &SessionLease, opened: 
         let stop_by = session.stop_by();
         tokio::select! {
             () = shared.clock.sleep_until(next.min(stop_by)) => {}
-            // The store that is back may lack the newest beats.
+            // A store that has recovered may lack the last renewals.
             () = shared.store_recovered.notified() => {}
         }
         let sent_at = shared.clock.now();
@@ -117,12 +117,12 @@ async fn renew_until_over(shared: &Arc<Shared>, session: &SessionLease, opened: 
         let answer = tokio::select! {
             biased;
             answer = limited(&shared.clock, interval, shared.store.renew_session(session.id)) => answer,
-            // It is over, also while a beat hangs: its loss is told on time.
+            // The loss of the session is reported on time, also while a renewal hangs.
             () = shared.clock.sleep_until(stop_by) => return,
         };
         match answer {
             Ok(reply) => {
-                // An answer to a request that was sent in time, read too late, changes nothing.
+                // An answer that is read too late changes nothing, even if its request was sent in time.
                 if !session.renew(shared.clock.now(), valid_until(shared, sent_at)) {
                     return;
                 }
@@ -147,19 +147,19 @@ async fn renew_until_over(shared: &Arc<Shared>, session: &SessionLease, opened: 
     }
 }
 
-/// A token of this session was released by force.
+/// Handles a token of this session that was force-released.
 pub(super) fn force_released(shared: &Arc<Shared>, lost: LostToken) {
     match shared.tokens.get(lost.token) {
         Some(TokenState::Held(hold)) => shared.lose(&hold, LossCause::ForceReleased, Some(lost.reason)),
         // The waiter does not know yet that it had been granted: its poll finds that the token is gone.
         Some(TokenState::Waiting(waiter)) => waiter.notify(Wakeup::Recheck),
-        // Its guard is gone; only the store still remembers.
+        // The guard is gone, and only the store still has the token.
         Some(TokenState::Detached(_)) | None => cleanup::clean_up_unknown(shared, lost.key, lost.token),
         Some(TokenState::CleaningUp(_)) => {}
     }
 }
 
-/// Ends a session in the store, best effort: without an answer it dies by itself.
+/// Closes a session in the store. If no attempt is answered, the session expires by itself.
 pub(super) async fn close(shared: &Arc<Shared>, session: SessionId) {
     let mut pauses = shared.config.retry.pauses();
     while let Err(error) =
@@ -167,7 +167,7 @@ pub(super) async fn close(shared: &Arc<Shared>, session: SessionId) {
     {
         let error = error.with_store(shared.capabilities.name);
         shared.report(&error);
-        // What does not pass is not waited for.
+        // A permanent fault does not go away by waiting.
         let Some(pause) = pauses.next().filter(|_| error.is_transient()) else { return };
         shared.clock.sleep(pause).await;
     }
