@@ -415,13 +415,13 @@ mod tests {
     }
 
     #[test]
-    fn a_term_of_ten_seconds_is_believed_one_percent_and_two_milliseconds_less() {
+    fn lifetime_is_shortened_by_the_drift() {
         assert_eq!(Drift::default().shorten(Duration::from_secs(10)), Duration::from_millis(9_898));
         assert_eq!(Drift::default().shorten(Duration::from_millis(1)), Duration::ZERO);
     }
 
     #[test]
-    fn holder_can_use_all_that_it_asked_for() {
+    fn holder_can_use_the_requested_time() {
         let month = Duration::from_secs(30 * 24 * 60 * 60);
         let mut spans: Vec<_> = (10..3_000).map(Duration::from_millis).collect();
         spans.extend((3..100).map(Duration::from_secs));
@@ -450,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn a_late_beat_changes_nothing() {
+    fn late_renewal_changes_nothing() {
         let session = session(at(10_000));
         assert!(session.renew(at(7_000), at(12_000)), "in time");
         assert_eq!(session.stop_by(), at(9_500));
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hold_ends_with_its_session_or_its_own_term_whichever_is_first() {
+    fn hold_ends_with_session_or_own_lifetime() {
         let bound = hold(session(at(10_000)), Some((at(60_000), Duration::from_secs(60))), true);
         assert_eq!(bound.ended(at(7_499)), None);
         assert_eq!(bound.ended(at(7_500)), Some(LossCause::SessionExpired));
@@ -472,7 +472,7 @@ mod tests {
     }
 
     #[test]
-    fn an_extension_that_comes_too_late_changes_nothing() {
+    fn late_extension_changes_nothing() {
         let fixed = hold(session(BootTime::NEVER), Some((at(4_000), Duration::from_secs(4))), false);
         assert!(fixed.extend(at(1_000), at(8_000), Duration::from_secs(7)));
         assert_eq!(fixed.ended(at(4_000)), None);
@@ -484,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_sees_half_of_an_extension() {
+    fn readers_see_whole_extensions() {
         let fixed = Arc::new(hold(session(BootTime::NEVER), Some((at(60_000), Duration::from_secs(60))), false));
         let looking = std::thread::spawn({
             let fixed = fixed.clone();
@@ -498,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn an_extension_without_an_answer_counts_for_how_long_something_may_be_left() {
+    fn unanswered_extension_delays_the_end() {
         let fixed = hold(session(BootTime::NEVER), Some((at(4_000), Duration::from_secs(4))), false);
         assert_eq!(fixed.over_at(), at(64_000));
         fixed.may_last_until(at(100_000));

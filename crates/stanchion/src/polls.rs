@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn call_that_came_during_a_poll_is_polled_next() {
+    fn new_call_during_a_poll_is_polled_next() {
         let mut bench = Bench::new();
         let (first, _cell) = bench.enter(&key("k"));
         bench.pass(Duration::from_secs(2));

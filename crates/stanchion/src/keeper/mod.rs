@@ -1,17 +1,16 @@
-//! The keeper: one OS thread per handle, with a runtime of its own.
+//! Runs the keeper of a handle: one OS thread with a runtime of its own.
 //!
-//! It keeps the session alive, receives grants, polls for the calls that wait, finishes what dropped futures and guards left,
-//! and publishes losses.
-//! User code that blocks every thread of its own executor does not reach it.
+//! The keeper renews the session, receives grants, polls for waiting calls, cleans up after dropped futures and guards, and
+//! reports losses. User code that blocks every thread of its own executor does not block the keeper.
 //!
 //! # Invariants
-//! 1. The keeper is the only one who beats, and the only one who declares a session over.
-//! 2. A token that it was told to end is ended until the store's answer is definite: given when no request of the token
-//!    can be on its way any more, or after the time until which such a request may act.
-//! 3. It never calls user code and never waits for it. It wakes tasks only while it holds no lock, because waking may
-//!    drop a task and its guards.
-//! 4. However it ends, also by a panic of a store, every hold is lost and every waiting call is ended: without it nobody
-//!    drives the timers.
+//! 1. Only the keeper renews a session, and only the keeper declares a session over.
+//! 2. The keeper keeps releasing a token until the store's answer is definite: the answer comes when no request of the token can be
+//!    on its way any more, or after the time until which such a request may act.
+//! 3. The keeper never calls user code and never waits for it. It wakes tasks only while it holds no lock, because waking may drop a
+//!    task and its guards.
+//! 4. However the keeper ends, also by a panic of a store, every hold is lost and every waiting call fails, because without the
+//!    keeper nothing drives the timers.
 
 mod cleanup;
 mod deadlines;
@@ -36,31 +35,31 @@ use cleanup::CleanupQueue;
 use deadlines::Deadlines;
 use verify::Verification;
 
-/// How long closing waits for a store that does not answer, and how much of it for single tokens.
+/// Maximum time for which closing waits for a store that does not answer, and the part of it for the tokens.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 const END_WITHIN: Duration = Duration::from_secs(2);
 
-/// Time after which a hold is asked for again because of a message: of many messages about it few cost a request.
+/// Minimum time between two checks of a hold because of messages: many messages about a hold cost few requests.
 const TOLD_AGAIN_AFTER: Duration = Duration::from_millis(20);
 
-/// No nap of a timer is longer than this, because the system's timers stop while the machine sleeps.
+/// Maximum sleep of a timer: the system's timers stop while the machine is suspended.
 const MAX_TIMER_SLEEP: Duration = Duration::from_millis(500);
 
-/// Starts the keeper's thread; `setup` runs on it, inside its runtime, and makes what is shared with it. `clock` is driven
-/// meanwhile.
+/// Starts the keeper's thread. `setup` runs on the thread, inside its runtime, and makes the state that the keeper shares with the
+/// handle. The keeper drives `clock` from the start.
 pub(crate) fn start<S, F>(clock: Clock, setup: S) -> Result<(Ending, oneshot::Receiver<Result<Unclaimed>>)>
 where
     S: FnOnce(mpsc::UnboundedSender<Command>) -> F + Send + 'static,
     F: Future<Output = Result<Shared>> + 'static,
 {
     let (mut tell, shared) = oneshot::channel();
-    // The runtime is made on the thread itself: without a thread it would be dropped in the caller's async code.
+    // The thread makes the runtime. Otherwise the caller's async code would drop the runtime if no thread can be started.
     let run = move || {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(fault) => {
                 let error = Error::new(ErrorKind::Internal, "the system has no resources for the keeper's runtime");
-                let _the_opener_gave_up = tell.send(Err(error.with_source(fault)));
+                let _ = tell.send(Err(error.with_source(fault))); // the opener may have given up
                 return;
             }
         };
@@ -74,16 +73,16 @@ where
             match opened {
                 Ok(shared) => {
                     let shared = Arc::new(shared);
-                    // If the opener gave up, what comes back closes the handle as it is dropped here.
+                    // If the opener gave up, the handle comes back, and dropping it closes it.
                     drop(tell.send(Ok(Unclaimed(Some(shared.clone())))));
                     keep(shared, inbox).await;
                 }
                 Err(error) => {
-                    let _the_opener_gave_up = tell.send(Err(error));
+                    let _ = tell.send(Err(error)); // the opener may have given up
                 }
             }
         });
-        // A name that is being resolved is not waited for.
+        // Do not wait for a name that is being resolved.
         runtime.shutdown_background();
     };
     let ending = thread::spawn("stanchion-keeper", run).map_err(|fault| {
@@ -92,7 +91,7 @@ where
     Ok((ending, shared))
 }
 
-/// Invariant 4.
+/// Ends every hold and every waiting call when it is dropped (invariant 4).
 struct Ended(Arc<Shared>);
 
 impl Drop for Ended {
@@ -106,7 +105,7 @@ impl Drop for Ended {
     }
 }
 
-/// What was opened, until its opener takes it. An opener that gave up meanwhile leaves it to be closed.
+/// A handle that was opened, until its opener takes it. If the opener has given up, the handle is closed.
 #[derive(Debug)]
 pub(crate) struct Unclaimed(Option<Arc<Shared>>);
 
@@ -143,7 +142,7 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
         loop {
             let next_deadline = deadlines.next();
             tokio::select! {
-                // What must be on time comes first, what may be much comes last.
+                // Work that must be on time comes first, work that may be much comes last.
                 biased;
                 () = &mut drive => {}
                 () = &mut sessions => {}
@@ -175,7 +174,7 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
     }
     report_warnings(&shared, &mut pushes).await;
     polling.abort();
-    // The session's task has stopped: nothing renews from here on.
+    // The session's task has stopped, so nothing renews the session from here on.
     tokio::select! {
         () = close(&shared, &mut inbox, cleanups) => {}
         () = clock.drive(MAX_TIMER_SLEEP) => {}
@@ -201,7 +200,7 @@ async fn push_that_is_there(pushes: &mut Option<GrantStream>) -> Option<Push> {
     }
 }
 
-/// Closing is limited in real time, also under a virtual clock that nobody moves on.
+/// Waits in real time: closing is limited also under a virtual clock that does not advance.
 #[allow(clippy::disallowed_methods, reason = "a limit on shutting down, not a deadline of the protocol")]
 async fn real_time_limit(limit: Duration) {
     tokio::time::sleep(limit).await;
@@ -217,7 +216,8 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
         shared.lose(&hold, LossCause::Closed, None);
     }
     clean_up_what_stays(inbox, &mut cleanups).await;
-    // With the session ended, a late request of any token is refused. Also one that was asked for and not answered yet.
+    // Once the session is closed, the store rejects late requests of its tokens. This includes a session that was requested and
+    // is not answered yet.
     if let Some(id) = shared.requested_session() {
         session::close(shared, id).await;
     }
@@ -225,18 +225,18 @@ async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command
         session.end();
     }
     cleanups.clean_up_indefinite();
-    // What calls got that nobody has polled since they were ended.
+    // Fixed lifetimes that were granted to calls whose futures have not been polled since.
     for (token, waiter) in shared.tokens.waiting() {
         if !waiter.session_bound {
             cleanups.enter(Cleanup::of_token(waiter.key.clone(), token));
         }
     }
-    // What came meanwhile, of calls that were given up because of this.
+    // Cleanups that arrived since, from calls that gave up because the handle closes.
     inbox.close();
     clean_up_what_stays(inbox, &mut cleanups).await;
 }
 
-/// Ends the tokens that do not end with the session: those of fixed lifetimes, and those that leave a cooldown.
+/// Cleans up the tokens that do not end with the session: those with a fixed lifetime or a cooldown.
 async fn clean_up_what_stays(inbox: &mut mpsc::UnboundedReceiver<Command>, cleanups: &mut CleanupQueue) {
     while let Ok(command) = inbox.try_recv() {
         if let Command::Cleanup(cleanup) = command {
@@ -257,17 +257,17 @@ async fn next_push(pushes: &mut Option<GrantStream>) -> Option<Push> {
     }
 }
 
-/// Takes a message. Where others than the store can send one, it is a hint at most: what it says of a hold is confirmed by a
-/// poll, and tokens that this session did not make are nobody's business here.
+/// Handles a message. If others than the store can send messages, a message is only a hint: a poll confirms the state of a hold,
+/// and tokens that this session did not make are ignored.
 fn receive(shared: &Arc<Shared>, push: Push) {
     match push {
         Push::Granted { key, token, fence } => match shared.tokens.get(token) {
             Some(TokenState::Waiting(waiter)) => waiter.notify(Wakeup::Granted(fence)),
-            // The call has its grant already, by an answer, unless a failover made another one of it.
+            // An answer has given the call its grant already, unless a failover made another grant of it.
             Some(TokenState::Held(hold)) if hold.fence == fence => {}
             Some(TokenState::Held(hold)) => check_soon(shared, HoldCheck::new(hold)),
             Some(TokenState::Detached(_) | TokenState::CleaningUp(_)) => {}
-            // The call has ended, or its hold, and a failover forgot that: nobody will use this grant.
+            // The call or its hold has ended, and a failover forgot that: nobody will use this grant.
             None if shared.has_made(token) => cleanup::clean_up_unknown(shared, key, token),
             None => {}
         },
@@ -276,7 +276,7 @@ fn receive(shared: &Arc<Shared>, push: Push) {
                 check_soon(shared, HoldCheck { hold, cause: LossCause::ForceReleased, reason: Some(lost.reason) });
             }
             Some(TokenState::Waiting(_) | TokenState::Held(_)) => session::force_released(shared, lost),
-            // The next beat tells of it, if it is true.
+            // The next renewal reports a true forced release.
             Some(TokenState::Detached(_) | TokenState::CleaningUp(_)) | None => {}
         },
         Push::Recheck { token } => {
@@ -294,21 +294,21 @@ fn receive(shared: &Arc<Shared>, push: Push) {
     }
 }
 
-/// A message tells something of a hold. One that is passed over because another came just before is found by the slow round, or
-/// told by the next beat.
+/// Checks a hold because of a message, unless the hold was checked just before. The slow round or the next renewal finds the
+/// change that a skipped message was about.
 fn check_soon(shared: &Shared, check: HoldCheck) {
     if check.hold.is_check_due(shared.clock.now(), TOLD_AGAIN_AFTER) {
         shared.command(Command::Verify(check));
     }
 }
 
-/// Forgets the kept tokens that the store does not have any more.
+/// Forgets the detached tokens that the store does not have any more, for example because another handle adopted the hold.
 async fn forget_adopted(shared: Arc<Shared>) {
     for (token, detached) in shared.tokens.detached() {
         match shared.step(|| shared.poll(&detached.key, token)).await.result {
             Ok(reply) if reply.outcome == PollOutcome::Gone => shared.tokens.forget_detached(token),
             Ok(_) => {}
-            // Another time: there will be more of them.
+            // The next query comes when more holds have been detached.
             Err(_) => return,
         }
     }

@@ -66,7 +66,7 @@ async fn told(bench: &Bench, events: &mut EventStream) -> Vec<Event> {
 }
 
 #[tokio::test]
-async fn a_hold_that_is_being_released_is_not_lost() {
+async fn hold_in_release_is_not_lost() {
     let bench = Bench::new().await;
     let guard = bench.locks.lock("k").await.unwrap();
     let mut events = bench.locks.events();
@@ -81,7 +81,7 @@ async fn a_hold_that_is_being_released_is_not_lost() {
 }
 
 #[tokio::test]
-async fn a_hold_that_was_given_up_while_it_was_asked_for_is_not_lost() {
+async fn hold_given_up_during_a_check_is_not_lost() {
     let bench = Bench::new().await;
     for way in ["released", "dropped", "detached"] {
         let guard = bench.locks.lock("k").await.unwrap();
@@ -105,7 +105,7 @@ async fn a_hold_that_was_given_up_while_it_was_asked_for_is_not_lost() {
 }
 
 #[tokio::test]
-async fn a_lost_hold_that_is_told_again_as_granted_keeps_its_grace() {
+async fn repeated_grant_leaves_a_lost_hold_its_grace() {
     let bench = Bench::new().await;
     let guard = bench.locks.lock("k").heartbeat_within(SECOND).await.unwrap();
     let shared = &bench.locks.handle.shared;
@@ -122,7 +122,7 @@ async fn a_lost_hold_that_is_told_again_as_granted_keeps_its_grace() {
 }
 
 #[tokio::test]
-async fn what_was_detached_is_remembered_as_long_as_the_store_may_have_it() {
+async fn expired_detached_holds_are_forgotten() {
     let time = VirtualClock::new();
     let store = Memory::with_clock(time.clock());
     let builder = Locks::builder_with_store(store).clock(time.clock()).session_ttl(3_600 * SECOND);
@@ -138,7 +138,7 @@ async fn what_was_detached_is_remembered_as_long_as_the_store_may_have_it() {
 }
 
 #[tokio::test]
-async fn a_store_that_is_back_hears_a_beat_at_once() {
+async fn recovered_store_gets_a_renewal_at_once() {
     let bench = Bench::new().await;
     let before = bench.faults.count(Operation::RenewSession);
     let beats = async || {
@@ -149,7 +149,7 @@ async fn a_store_that_is_back_hears_a_beat_at_once() {
 }
 
 #[tokio::test]
-async fn a_hold_that_the_store_has_forgotten_is_lost() {
+async fn forgotten_hold_is_lost() {
     let bench = Bench::new().await;
     let guard = bench.locks.lock("k").await.unwrap();
     let token = bench.locks.handle.shared.tokens.holds()[0].token;
@@ -159,7 +159,7 @@ async fn a_hold_that_the_store_has_forgotten_is_lost() {
 }
 
 #[tokio::test]
-async fn a_shorter_extension_without_an_answer_counts_although_the_session_ends_before_it() {
+async fn unanswered_shorter_extension_counts() {
     let bench = Bench::new().await;
     let guard = bench.locks.lock("k").max_hold(60 * SECOND).await.unwrap();
     bench.faults.next(Operation::Extend, Fault::DelayReply(3_600 * SECOND));
@@ -174,7 +174,7 @@ async fn a_shorter_extension_without_an_answer_counts_although_the_session_ends_
 }
 
 #[tokio::test]
-async fn the_end_of_a_session_is_told_on_time_while_a_beat_hangs() {
+async fn hanging_renewal_does_not_delay_the_loss() {
     let bench = Bench::new().await;
     let guard = bench.locks.lock("k").await.unwrap();
     let told = guard.cancel_token();
@@ -190,7 +190,7 @@ async fn the_end_of_a_session_is_told_on_time_while_a_beat_hangs() {
 }
 
 #[tokio::test]
-async fn what_is_taken_up_while_the_handle_is_closed_is_not_believed() {
+async fn adopt_during_close_is_rejected() {
     let bench = Bench::new().await;
     let token = bench.locks.lock("k").await.unwrap().detach();
     bench.faults.next(Operation::Adopt, Fault::DelayReply(SECOND));
@@ -212,7 +212,7 @@ async fn what_is_taken_up_while_the_handle_is_closed_is_not_believed() {
 }
 
 #[tokio::test]
-async fn a_fixed_term_of_a_call_that_is_dropped_while_the_handle_is_closed_is_ended() {
+async fn close_releases_the_lifetime_of_a_dropped_call() {
     let bench = Bench::new().await;
     bench.faults.next(Operation::Acquire, Fault::DelayReply(3_600 * SECOND));
     bench.faults.next(Operation::CloseSession, Fault::DelayReply(SECOND));
@@ -235,7 +235,7 @@ async fn a_fixed_term_of_a_call_that_is_dropped_while_the_handle_is_closed_is_en
 }
 
 #[tokio::test]
-async fn work_that_hangs_loses_its_term_and_frees_the_key_after_its_grace() {
+async fn hanging_work_frees_the_key_after_its_grace() {
     let bench = Bench::new().await;
     let guard = bench.locks.lock("k").ttl(3_600 * SECOND).heartbeat_within(SECOND).await.unwrap();
     bench.time.advance(SECOND);
@@ -247,7 +247,7 @@ async fn work_that_hangs_loses_its_term_and_frees_the_key_after_its_grace() {
 }
 
 #[tokio::test]
-async fn questions_that_always_come_too_late_are_given_up() {
+async fn always_late_requests_fail() {
     let bench = Bench::new().await;
     bench.faults.always(Operation::Acquire, Fault::Delay(SECOND / 20));
     let asking = bench.locks.lock("k").ttl(SECOND / 20).into_future();
@@ -267,7 +267,7 @@ async fn questions_that_always_come_too_late_are_given_up() {
 }
 
 #[tokio::test]
-async fn a_token_that_is_told_again_and_again_is_ended_by_one_who_tries() {
+async fn repeated_reports_start_one_cleanup() {
     let bench = Bench::new().await;
     bench.faults.always(Operation::Abandon, Fault::LoseRequest);
     let token = crate::TokenId::random().unwrap();
@@ -284,7 +284,7 @@ async fn a_token_that_is_told_again_and_again_is_ended_by_one_who_tries() {
 }
 
 #[tokio::test]
-async fn a_late_answer_does_not_set_back_the_clock_of_the_store() {
+async fn late_answer_does_not_set_the_store_clock_back() {
     let bench = Bench::new().await;
     bench.faults.next(Operation::Inspect, Fault::DelayReply(3 * SECOND / 2));
     let looking = tokio::spawn({
@@ -299,7 +299,7 @@ async fn a_late_answer_does_not_set_back_the_clock_of_the_store() {
 }
 
 #[tokio::test]
-async fn the_clock_of_a_store_that_was_set_back_is_followed() {
+async fn store_clock_follows_a_clock_set_back() {
     let bench = Bench::new().await;
     let shared = &bench.locks.handle.shared;
     let set_back = crate::store::StoreTime::from_micros(shared.store_time().as_micros() - 60_000_000);
@@ -308,7 +308,7 @@ async fn the_clock_of_a_store_that_was_set_back_is_followed() {
 }
 
 #[tokio::test]
-async fn a_token_whose_end_failed_by_a_defect_of_the_store_is_ended_all_the_same() {
+async fn panic_of_the_store_does_not_end_a_cleanup() {
     let bench = Bench::new().await;
     let session = bench.locks.session();
     let guard = bench.locks.lock("k").await.unwrap();
@@ -325,7 +325,7 @@ async fn a_token_whose_end_failed_by_a_defect_of_the_store_is_ended_all_the_same
 }
 
 #[tokio::test]
-async fn a_hold_that_is_told_again_while_it_is_released_keeps_its_cooldown() {
+async fn repeated_grant_keeps_the_cooldown() {
     let bench = Bench::new().await;
     let guard = bench.locks.lock("k").cooldown(60 * SECOND).await.unwrap();
     let (key, fence) = (guard.key().clone(), guard.fence());
@@ -345,7 +345,7 @@ async fn a_hold_that_is_told_again_while_it_is_released_keeps_its_cooldown() {
 }
 
 #[tokio::test]
-async fn a_question_that_comes_late_after_its_hold_was_detached_leaves_nothing() {
+async fn late_request_of_a_detached_hold_is_released() {
     let bench = Bench::new().await;
     let session = bench.locks.session();
     let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
@@ -374,7 +374,7 @@ async fn a_question_that_comes_late_after_its_hold_was_detached_leaves_nothing()
 }
 
 #[tokio::test]
-async fn a_fixed_term_whose_question_comes_late_is_ended_when_the_handle_is_closed() {
+async fn close_releases_the_lifetime_of_a_late_request() {
     let bench = Bench::new().await;
     bench.faults.next(Operation::Acquire, Fault::Hold);
     let mut asking = Box::pin(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
@@ -394,7 +394,7 @@ async fn a_fixed_term_whose_question_comes_late_is_ended_when_the_handle_is_clos
 }
 
 #[tokio::test]
-async fn a_fixed_term_of_a_call_that_nobody_polls_while_the_handle_is_closed_is_ended() {
+async fn close_releases_the_lifetime_of_an_idle_call() {
     let bench = Bench::new().await;
     bench.faults.next(Operation::Acquire, Fault::DelayReply(3_600 * SECOND));
     let mut asking = Box::pin(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
@@ -410,7 +410,7 @@ async fn a_fixed_term_of_a_call_that_nobody_polls_while_the_handle_is_closed_is_
 }
 
 #[tokio::test]
-async fn what_is_taken_up_when_the_keeper_has_ended_is_not_believed() {
+async fn adopt_after_the_keeper_ended_is_rejected() {
     let bench = Bench::new().await;
     let token = bench.locks.lock("k").await.unwrap().detach();
     bench.faults.next(Operation::Adopt, Fault::DelayReply(2 * SECOND));
@@ -428,7 +428,7 @@ async fn what_is_taken_up_when_the_keeper_has_ended_is_not_believed() {
 }
 
 #[tokio::test]
-async fn taking_up_ends_when_the_handle_drains_while_there_is_no_session() {
+async fn drain_ends_adopt_without_a_session() {
     let bench = Bench::new().await;
     let token = bench.locks.lock("k").ttl(3_600 * SECOND).await.unwrap().detach();
     bench.faults.always(Operation::OpenSession, Fault::Fail(ErrorKind::Unavailable));
@@ -448,7 +448,7 @@ async fn taking_up_ends_when_the_handle_drains_while_there_is_no_session() {
 }
 
 #[tokio::test]
-async fn what_was_detached_and_taken_up_elsewhere_is_not_remembered_for_ever() {
+async fn holds_adopted_elsewhere_are_forgotten() {
     let bench = Bench::new().await;
     let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
     let other = builder.open().await.unwrap();
@@ -463,7 +463,7 @@ async fn what_was_detached_and_taken_up_elsewhere_is_not_remembered_for_ever() {
 }
 
 #[tokio::test]
-async fn a_release_is_told_once_although_a_question_may_come_late() {
+async fn release_is_reported_once() {
     let bench = Bench::new().await;
     let mut events = bench.locks.events();
     bench.faults.next(Operation::Acquire, Fault::Hold);
@@ -482,7 +482,7 @@ async fn a_release_is_told_once_although_a_question_may_come_late() {
 }
 
 #[tokio::test]
-async fn ends_in_flight_are_limited() {
+async fn cleanups_in_flight_are_limited() {
     let bench = Bench::new().await;
     let mut guards = Vec::new();
     for turn in 0..1_000 {
@@ -506,7 +506,7 @@ async fn ends_in_flight_are_limited() {
 }
 
 #[tokio::test]
-async fn failing_ends_delay_no_others() {
+async fn failing_cleanups_delay_no_others() {
     let bench = Bench::new().await;
     let mut guards = Vec::new();
     for turn in 0..600 {
@@ -527,7 +527,7 @@ async fn failing_ends_delay_no_others() {
 }
 
 #[tokio::test]
-async fn an_overtaken_question_is_ended_soon() {
+async fn overtaken_request_is_released_soon() {
     let bench = Bench::new().await;
     bench.faults.next(Operation::Acquire, Fault::Hold);
     let mut asking = Box::pin(bench.locks.lock("k").into_future());
@@ -595,7 +595,7 @@ async fn forget_grant(bench: &Bench) -> (crate::Guard, crate::TokenId, Locks, cr
 }
 
 #[tokio::test]
-async fn a_hold_that_is_only_queued_is_lost() {
+async fn queued_hold_is_lost() {
     for way in ["a failover", "the guard"] {
         let bench = Bench::new().await;
         let (guard, _, other, _holder) = forget_grant(&bench).await;
@@ -609,7 +609,7 @@ async fn a_hold_that_is_only_queued_is_lost() {
 }
 
 #[tokio::test]
-async fn a_grant_under_another_fence_is_a_loss() {
+async fn grant_under_another_fence_is_a_loss() {
     let bench = Bench::new().await;
     let (guard, token, other, holder) = forget_grant(&bench).await;
     let fence = crate::Fence::new(guard.fence().get() + 1);
@@ -622,7 +622,7 @@ async fn a_grant_under_another_fence_is_a_loss() {
 }
 
 #[tokio::test]
-async fn a_forgotten_extension_counts_no_longer() {
+async fn forgotten_extension_counts_no_longer() {
     let bench = Bench::new().await;
     let guard = bench.locks.lock("k").ttl(10 * SECOND).await.unwrap();
     let token = bench.locks.handle.shared.tokens.held()[0];
@@ -635,7 +635,7 @@ async fn a_forgotten_extension_counts_no_longer() {
 }
 
 #[tokio::test]
-async fn a_deleted_hold_is_a_loss_within_some_beats() {
+async fn deleted_hold_is_lost_within_some_renewals() {
     let bench = Bench::new().await;
     let mut guards = Vec::new();
     for turn in 0..100 {

@@ -80,7 +80,7 @@ fn a_process_that_does_not_stop_in_time_aborts() {
     use std::os::unix::process::ExitStatusExt as _;
 
     for (part, lost) in [
-        ("part_does_not_stop", "key `k` was lost (it was released by force)"),
+        ("part_does_not_stop", "key `k` was lost (it was force-released)"),
         ("part_does_not_stop_when_the_keeper_ends", "key `k` was lost (the handle was closed)"),
     ] {
         let start = Instant::now();
