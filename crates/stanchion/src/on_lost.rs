@@ -1,4 +1,4 @@
-//! What happens when a hold is lost, beside the signal.
+//! Policies for the loss of a hold.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,9 +8,11 @@ use crate::error::LossCause;
 use crate::fence::Fence;
 use crate::key::Key;
 
-/// What happens when a hold is lost. In every case its guard says so, [`Guard::lost`](crate::Guard::lost) and
-/// [`Guard::cancel_token`](crate::Guard::cancel_token) fire, an event is told, and the body of
-/// [`LockRequest::run`](crate::LockRequest::run) is dropped; this comes on top.
+/// Chooses the reaction to the loss of a hold, in addition to the signals.
+///
+/// The signals come in every case: the guard reports the loss, [`Guard::lost`](crate::Guard::lost) and
+/// [`Guard::cancel_token`](crate::Guard::cancel_token) fire, an event is reported, and the body of
+/// [`LockRequest::run`](crate::LockRequest::run) is dropped.
 ///
 /// ```
 /// use std::time::Duration;
@@ -26,15 +28,16 @@ use crate::key::Key;
 #[derive(Clone, Default)]
 #[non_exhaustive]
 pub enum OnLost {
-    /// Nothing more.
+    /// Does nothing more.
     #[default]
     Signal,
-    /// This function is called, once for each hold, one after the other, on a thread of its own.
+    /// Calls this function once for each lost hold, one call after the other, on a thread of its own.
     Hook(Hook),
-    /// The process aborts if the guard is still there after this time. A hold lasts for its grace after it was lost (a
-    /// quarter of the session's or its own lifetime, 5 s at most), unless it was released by force or is missing in the store:
-    /// a shorter time here ends the process before somebody else holds the key. Not done where
-    /// [`Locks::close`](crate::Locks::close) was called.
+    /// Aborts the process if the guard still exists after this time.
+    ///
+    /// A lost hold keeps the key for its grace (a quarter of the session's or its own lifetime, 5 s at most), unless it was
+    /// force-released or is missing in the store. A time that is shorter than the grace ends the process before another process
+    /// holds the key. The process is not aborted if [`Locks::close`](crate::Locks::close) was called.
     AbortAfter(Duration),
 }
 
@@ -48,18 +51,18 @@ pub struct Loss {
     pub key: Key,
     /// The fence of the hold.
     pub fence: Fence,
-    /// Why.
+    /// The cause of the loss.
     pub cause: LossCause,
 }
 
 impl OnLost {
-    /// Calls this function, once for each hold that is lost, one after the other, on a thread of its own: it may block, and the
-    /// next call waits for it.
+    /// Returns a policy that calls this function once for each lost hold, one call after the other, on a thread of its own. The
+    /// function may block; the next call waits for it.
     pub fn hook(hook: impl Fn(&Loss) + Send + Sync + 'static) -> Self {
         Self::Hook(Arc::new(hook))
     }
 
-    /// Aborts the process if the guard is still there after this time.
+    /// Returns a policy that aborts the process if the guard still exists after this time.
     pub fn abort_after(grace: Duration) -> Self {
         Self::AbortAfter(grace)
     }

@@ -1,11 +1,11 @@
-//! The waiting loop: from a request to a grant. It alone decides how long to wait and when to ask again.
+//! Runs the waiting loop, from a request to a grant. Only this module decides how long a call waits and when it polls.
 //!
 //! # Invariants
-//! 1. From before the first question until the grant is in the caller's hand, an [`InFlightToken`] stands for the token: dropped
-//!    at any point, it has the keeper end whatever the token got.
-//! 2. A token is asked for once; asking again is a poll, or the very same request within its window.
-//! 3. A grant is believed only while the session that asked is believed, and a deadline counts from before the very
-//!    question whose answer told what remains.
+//! 1. From before the first request until the caller has the grant, an [`InFlightToken`] stands for the token. If it is dropped at
+//!    any point, the keeper releases everything that the token got.
+//! 2. A token is requested once. Each further request is a poll, or repeats the same request within its window.
+//! 3. A grant is valid only while the session of the request is valid, and a deadline counts from before the request whose answer
+//!    stated the remaining time.
 
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -31,13 +31,13 @@ use crate::store::{
 use crate::token::{Token, TokenId};
 use crate::waiter::{Waiter, Wakeup};
 
-/// How long a request may be on its way. Shorter where the session or the lifetime is short.
+/// Maximum time for which a request may be on its way. The time is shorter if the session or the lifetime is short.
 const MAX_WINDOW: Duration = Duration::from_secs(5);
 
-/// So many grants may come with no time left until a call gives up.
+/// Maximum number of grants that may arrive already expired before the call fails.
 const MAX_LATE: u32 = 5;
 
-/// How long, and what ends the wait.
+/// Acquires a key. Returns `None` if the key is busy and the call does not wait.
 pub(crate) async fn acquire(request: &LockRequest) -> Result<Option<Guard>> {
     let locks = &request.locks;
     let shared = &locks.handle.shared;
@@ -88,7 +88,7 @@ async fn acquire_key(request: &LockRequest, key: Key) -> Result<Option<Guard>> {
     ended.unwrap_or_else(|| Err(limit_error(shared, &trouble, enqueue, limit.unwrap_or_default()))).map_err(name)
 }
 
-/// The error of a call whose limit has come: the store's fault if it was failing, else that the key was busy.
+/// Returns the error of a call that reached its wait limit: the store's fault if the store was failing, else a timeout.
 fn limit_error(shared: &Shared, trouble: &Mutex<Trouble>, waits: bool, limit: Duration) -> Error {
     let trouble = trouble.lock().unwrap_or_else(PoisonError::into_inner).take();
     let fault = trouble.or_else(|| shared.session_fault());
@@ -98,7 +98,7 @@ fn limit_error(shared: &Shared, trouble: &Mutex<Trouble>, waits: bool, limit: Du
     })
 }
 
-/// Takes up a detached hold.
+/// Adopts a detached hold.
 pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
     let shared = &locks.handle.shared;
     let key = token.key();
@@ -159,32 +159,32 @@ struct Call<'a> {
     request: &'a LockRequest,
     /// The lifetime that the caller asked for.
     lifetime: Lifetime,
-    /// The lifetime that the store is asked for: longer by what the holder may not use.
+    /// The lifetime that is requested from the store: longer by the time that the holder cannot use.
     in_store: Lifetime,
     demand: Demand,
     started: BootTime,
     enqueue: bool,
-    /// The store has answered this call: from then on it waits through outages.
+    /// Whether the store has answered this call: from then on the call waits through outages.
     answered: bool,
-    /// The fault of the last question, until one is answered. The caller looks at it when the wait limit comes.
+    /// The fault of the last request, until a request is answered. It becomes the call's error at the wait limit.
     trouble: &'a Mutex<Trouble>,
-    /// How many grants came with no time left.
+    /// Number of grants that arrived already expired.
     late: u32,
-    /// How many questions came too late, one after the other.
+    /// Number of consecutive requests that reached the store too late.
     stale: u32,
     /// The limit of other users that was last reported because it is not the limit of this call.
     other_limit: Option<u32>,
 }
 
-/// How one token ended.
+/// The result of one token.
 enum Attempt {
     Granted(Guard),
     Busy,
-    /// The token is over; the call goes on with a fresh one, at the end of the queue.
+    /// The token is over, and the call goes on with a new token at the end of the queue.
     Retry,
 }
 
-/// Dropped with its question unanswered, it says so, if that took long.
+/// Notes a fault if it is dropped before the answer to a request has come, and the request has taken long.
 struct Silence<'a> {
     trouble: &'a Mutex<Trouble>,
     clock: &'a Clock,
@@ -196,7 +196,7 @@ impl Drop for Silence<'_> {
         let silent = self.clock.now().since(self.since);
         if silent >= LONG_SILENCE {
             let trouble = || Error::new(ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}"));
-            // A question before this one may have been told more.
+            // The fault of an earlier request may say more.
             self.trouble.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(trouble);
         }
     }
@@ -207,7 +207,7 @@ impl Call<'_> {
         &self.locks.handle.shared
     }
 
-    /// Remembers how a question went, also if it is given up because no answer comes.
+    /// Remembers the result of a request, also if the request is given up because no answer comes.
     async fn heeding<T>(&self, sent_at: BootTime, question: impl Future<Output = Result<T>>) -> Result<T> {
         let silence = Silence { trouble: self.trouble, clock: &self.shared().clock, since: sent_at };
         let answer = question.await;
@@ -217,8 +217,8 @@ impl Call<'_> {
         answer
     }
 
-    /// How long a step of this call is repeated: until the wait limit if there is one, and else within the policy until
-    /// the store has answered once.
+    /// Returns how long a request of this call is retried: until the wait limit if there is one, and otherwise within the policy
+    /// until the store has answered once.
     fn persistence(&self) -> Persistence {
         if self.enqueue && (self.answered || self.request.wait.is_some()) {
             Persistence::Endless
@@ -249,7 +249,7 @@ impl Call<'_> {
         }
     }
 
-    /// One token, from the first question to its end.
+    /// Runs one token from its first request to its end.
     async fn attempt(&mut self) -> Result<Attempt> {
         let shared = self.shared().clone();
         let session = self.session().await?;
@@ -290,7 +290,7 @@ impl Call<'_> {
                 self.compare_limits(in_use);
                 Ok(Attempt::Busy)
             }
-            // The window was missed, or the session ended under the question: the keeper opens another one.
+            // The request missed its window, or the session ended before it arrived. The keeper opens another session.
             AcquireOutcome::Stale | AcquireOutcome::ForceReleased => Ok(Attempt::Retry),
             AcquireOutcome::SessionGone => {
                 self.session_change(&in_flight).await;
@@ -303,7 +303,7 @@ impl Call<'_> {
         }
     }
 
-    /// Reports it, once, if the holders share the key with another limit than this call says.
+    /// Reports once that the holders share the key with another limit than this call's limit.
     fn compare_limits(&mut self, in_use: Option<u32>) {
         let asked = self.demand.capacity();
         let is_news = in_use != self.other_limit && !self.demand.is_exclusive();
@@ -313,7 +313,7 @@ impl Call<'_> {
         }
     }
 
-    /// The store says that the session is gone; the keeper learns it by its next beat.
+    /// Waits for another session, because the store says that the session is gone. The keeper learns that with its next renewal.
     async fn session_change(&self, in_flight: &InFlightToken) {
         let soon = self.shared().config.session_ttl / 10;
         tokio::select! {
@@ -322,7 +322,7 @@ impl Call<'_> {
         }
     }
 
-    /// In the queue: until a push, a poll or the end of the session says how it went on.
+    /// Waits in the queue until a push, a poll or the end of the session ends the wait.
     async fn wait(&mut self, in_flight: InFlightToken, queued: Queued) -> Result<Attempt> {
         let shared = self.shared().clone();
         let _waiting = Waiting::new(&shared, &in_flight, queued, self.trouble);
@@ -333,11 +333,11 @@ impl Call<'_> {
                 wakeup = in_flight.waiter.next() => wakeup,
             };
             match wakeup {
-                // A deadline's start is known only to the store: confirm it.
+                // Only the store knows when a deadline starts, so a grant with a deadline is polled below.
                 Wakeup::Granted(fence) if self.lifetime.length().is_none() => {
                     let granted = Granted { fence, remaining: None };
                     let attempt = self.granted(in_flight, granted, shared.clock.now());
-                    // Believed at once, because hand-offs are to be fast, and confirmed then.
+                    // Take the grant at once, so that hand-offs are fast, and check it afterwards.
                     if let Attempt::Granted(guard) = &attempt
                         && !shared.capabilities.authentic_push
                     {
@@ -346,7 +346,7 @@ impl Call<'_> {
                     return Ok(attempt);
                 }
                 Wakeup::Polled(granted, sent_at) => return Ok(self.granted(in_flight, granted, sent_at)),
-                // Something of it may still be on its way, if an answer was missing: the keeper sees to it.
+                // If an answer was missing, a request may still be on its way. The keeper releases the hold of such a request.
                 Wakeup::Gone => return Ok(Attempt::Retry),
                 Wakeup::Failed(error) => return Err(error),
                 Wakeup::Granted(_) | Wakeup::Recheck => {}
@@ -389,7 +389,7 @@ impl Call<'_> {
                 shared.observer.tell(|| Event::Acquired { key: self.key.clone(), fence, waited });
                 Attempt::Granted(guard)
             }
-            // Too little validity was left: released, not used.
+            // Too little time is left: the hold is released and not used.
             None => {
                 self.late += 1;
                 Attempt::Retry
@@ -398,7 +398,7 @@ impl Call<'_> {
     }
 }
 
-/// A call whose token the keeper polls, as long as this is there.
+/// Has the keeper poll the token of a call until this value is dropped.
 struct Waiting<'a> {
     shared: &'a Shared,
     key: Key,
@@ -415,7 +415,7 @@ impl<'a> Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        // In a forked child somebody may hold these locks for ever.
+        // In a forked child another thread may hold these locks for ever.
         if !self.shared.is_own_process() {
             return;
         }
@@ -425,7 +425,7 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// How long a request may be on its way: shorter than the shortest lifetime that depends on it.
+/// Returns how long a request may be on its way: less than the shortest lifetime that depends on it.
 fn window(shared: &Shared, lifetime: Option<Lifetime>) -> Duration {
     let shortest = lifetime
         .and_then(Lifetime::length)
@@ -433,7 +433,7 @@ fn window(shared: &Shared, lifetime: Option<Lifetime>) -> Duration {
     MAX_WINDOW.min(shortest / 2)
 }
 
-/// A token between its first question and its grant (invariant 1).
+/// A token between its first request and its grant (invariant 1).
 struct InFlightToken {
     shared: Arc<Shared>,
     key: Key,
@@ -441,22 +441,22 @@ struct InFlightToken {
     session: Arc<SessionLease>,
     not_after: StoreTime,
     waiter: Arc<Waiter>,
-    /// The length of the lifetime, if the session does not end it.
+    /// Length of the lifetime, if the hold does not end with the session.
     fixed: Option<Duration>,
-    /// A question of this token that may create has not been answered.
+    /// Whether a request of this token that may create state has not been answered.
     unanswered: bool,
-    /// The token has nothing to end: it was handed on, or it never got anything.
+    /// Whether nothing is left to release, because a guard has the token or the token got nothing.
     spent: bool,
 }
 
-/// A grant and what its belief is built from.
+/// A grant, with the values that its hold is made of.
 struct Grant {
     granted: Granted,
-    /// Before the question was sent whose answer told of the grant.
+    /// Time before the request was sent whose answer stated the grant.
     sent_at: BootTime,
     session_bound: bool,
     heartbeat_within: Option<Duration>,
-    /// The length of the holder's own part of the lifetime, if it has a deadline.
+    /// Length of the part of the lifetime that the holder can use, if there is a deadline.
     length: Option<Duration>,
     on_lost: Option<OnLost>,
 }
@@ -467,11 +467,11 @@ impl InFlightToken {
         let not_after = shared.store_time().after(window(shared, lifetime));
         let waiter = Arc::new(Waiter::new(key.clone(), matches!(lifetime, Some(Lifetime::Session { .. }))));
         shared.tokens.enter_waiting(token, waiter.clone());
-        // Until the first answer has come, everything is unanswered.
+        // Until the first answer has come, the request counts as unanswered.
         let unanswered = true;
         let fixed = match lifetime {
             Some(Lifetime::Fixed(ttl)) => Some(ttl),
-            // What is adopted may have any lifetime.
+            // An adopted hold may have any lifetime.
             None => Some(*DURATION_RANGE.end()),
             Some(Lifetime::Session { .. }) => None,
         };
@@ -479,7 +479,7 @@ impl InFlightToken {
         Ok(Self { shared, key, token, session, not_after, waiter, fixed, unanswered, spent: false })
     }
 
-    /// An error after which the caller gives up. What the token may have got is ended when `self` is dropped.
+    /// Returns the error with which the call fails. The drop of `self` schedules the cleanup of everything that the token got.
     fn in_doubt(&mut self, error: Error) -> Error {
         if !self.unanswered || !error.is_transient() {
             return error;
@@ -489,7 +489,7 @@ impl InFlightToken {
         error.restate(ErrorKind::Indeterminate, message).with_token(token)
     }
 
-    /// The store answered that it entered nothing, and nothing else of this token is on its way.
+    /// Forgets the token, if no other request is on its way: the store answered that it entered nothing.
     fn nothing_was_created(&mut self) {
         if !self.unanswered {
             self.shared.tokens.forget(self.token);
@@ -497,7 +497,7 @@ impl InFlightToken {
         }
     }
 
-    /// Turns the grant into a guard, if it can be believed for a while.
+    /// Turns the grant into a guard, if the hold is still valid.
     fn hold(mut self, locks: &Locks, grant: Grant, cooldown: Option<Duration>) -> Option<Guard> {
         let now = self.shared.clock.now();
         let drift = self.shared.config.drift;

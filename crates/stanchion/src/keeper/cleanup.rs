@@ -266,7 +266,7 @@ pub(super) async fn surviving<T>(step: impl Future<Output = Result<T>>) -> Resul
 
 /// Cleans up a token that a message or a renewal named and that this process does not use any more.
 ///
-/// While many tokens are in cleanup the token is dropped. That loses nothing:
+/// While many tokens are in cleanup the token is dropped, which loses nothing:
 /// 1. every renewal reports a forced release until its token is released;
 /// 2. a store publishes a grant that a failover restored again when a waiter polls the key;
 /// 3. without a waiter nobody needs the key before the session ends.

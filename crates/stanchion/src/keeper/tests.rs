@@ -27,7 +27,7 @@ impl Bench {
         Self { time, memory, faults, locks }
     }
 
-    /// What a push of the store starts.
+    /// Checks all holds, as a push of the store does.
     fn verify(&self) -> tokio::task::JoinHandle<()> {
         let mut verification = Verification::new(self.locks.handle.shared.clone());
         tokio::spawn(async move {
@@ -52,7 +52,7 @@ impl Bench {
     }
 }
 
-/// What was told of key `k` until now.
+/// Returns the events of key `k` until now.
 async fn told(bench: &Bench, events: &mut EventStream) -> Vec<Event> {
     drop(bench.locks.lock("last").await.unwrap());
     let mut told = Vec::new();
@@ -113,7 +113,7 @@ async fn repeated_grant_leaves_a_lost_hold_its_grace() {
     bench.time.advance(SECOND);
     assert_eq!(guard.loss(), Some(LossCause::HeartbeatMissed));
     receive(shared, Push::Granted { key: guard.key().clone(), token, fence: guard.fence() });
-    // The keeper ends this one after whatever it was told before.
+    // The keeper cleans up this token after all tokens that it got before.
     drop(bench.locks.lock("other").await.unwrap());
     bench.until("the keeper came to it", async || bench.faults.count(Operation::Release) > 0).await;
     assert_eq!(bench.locks.inspect("k").await.unwrap().holders.len(), 1);
@@ -277,7 +277,7 @@ async fn repeated_reports_start_one_cleanup() {
         session::force_released(&bench.locks.handle.shared, lost);
     }
     bench.until("tried", async || bench.faults.count(Operation::Abandon) > 0).await;
-    // Whatever was told before this has been tried by now.
+    // By now the keeper has tried everything that was reported before.
     drop(bench.locks.lock("last").await.unwrap());
     bench.until("the keeper came to it", async || bench.faults.count(Operation::Release) > 0).await;
     assert_eq!(bench.faults.count(Operation::Abandon), 1);
@@ -615,7 +615,7 @@ async fn grant_under_another_fence_is_a_loss() {
     let fence = crate::Fence::new(guard.fence().get() + 1);
     holder.release().await.unwrap();
     bench.time.advance(SECOND);
-    // The store tells of it, or whoever can send messages: it is only asked.
+    // The message may come from the store or from anybody who can publish, so the keeper only checks the hold.
     receive(&bench.locks.handle.shared, Push::Granted { key: guard.key().clone(), token, fence });
     bench.until("lost", async || guard.loss() == Some(LossCause::Missing)).await;
     bench.until("ended", async || !other.is_locked("k").await.unwrap()).await;
