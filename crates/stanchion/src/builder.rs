@@ -3,11 +3,11 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::belief::Drift;
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::keeper;
 use crate::key::{check_namespace, normal};
+use crate::lease::Drift;
 use crate::locks::{Handle, Locks, MAX_OWNER_BYTES, check_duration};
 use crate::on_lost::OnLost;
 use crate::retry::RetryPolicy;
@@ -215,7 +215,7 @@ impl Builder {
                     Source::Url(url) => open_until_given_up(&url, &config.retry, &clock, &fault).await?,
                     Source::Store(store) => store,
                 };
-                Ok(Shared::new(store, clock, config, commands))
+                Shared::new(store, clock, config, commands)
             }
         })?;
         let ended = || Error::new(ErrorKind::Internal, "the keeper ended while it was opening the store");
@@ -231,7 +231,7 @@ impl Builder {
             }
         };
         // After an error, or if this future is dropped, the keeper ends by itself in the background.
-        opened.shared().ok_or_else(ended)?.believed_session_by(give_up_at).await?;
+        opened.shared().ok_or_else(ended)?.valid_session_by(give_up_at).await?;
         let shared = opened.claim().ok_or_else(ended)?;
         Ok(Locks { handle: Arc::new(Handle::new(shared, thread)) })
     }

@@ -2,6 +2,7 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::key::Key;
@@ -147,8 +148,10 @@ impl fmt::Display for LossCause {
 /// }
 /// # Ok::<(), stanchion::Error>(()) }).unwrap();
 /// ```
-pub struct Error(Box<Inner>);
+#[derive(Clone)]
+pub struct Error(Arc<Inner>);
 
+#[derive(Clone)]
 struct Inner {
     kind: ErrorKind,
     message: String,
@@ -158,13 +161,13 @@ struct Inner {
     key: Option<Key>,
     token: Option<Token>,
     store: Option<&'static str>,
-    source: Option<Box<dyn StdError + Send + Sync>>,
+    source: Option<Arc<dyn StdError + Send + Sync>>,
 }
 
 impl Error {
     /// Creates an error of this kind. The message is a lowercase fragment without a final period and without secrets.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self(Box::new(Inner {
+        Self(Arc::new(Inner {
             kind,
             message: message.into(),
             in_doubt: kind == ErrorKind::NetworkTimeout,
@@ -174,6 +177,16 @@ impl Error {
             store: None,
             source: None,
         }))
+    }
+
+    /// Creates the error of a call whose hold was lost.
+    pub(crate) fn lost(cause: LossCause) -> Self {
+        Self::new(ErrorKind::Lost(cause), format!("the lock was lost: {cause}"))
+    }
+
+    /// Returns the parts for changing them; another clone of the error stays as it is.
+    fn inner_mut(&mut self) -> &mut Inner {
+        Arc::make_mut(&mut self.0)
     }
 
     /// Returns the kind, which says how the caller can react.
@@ -195,23 +208,9 @@ impl Error {
 
     /// Replaces the kind and the message, and keeps the source.
     pub(crate) fn restate(mut self, kind: ErrorKind, message: String) -> Self {
-        (self.0.kind, self.0.message) = (kind, message);
+        let inner = self.inner_mut();
+        (inner.kind, inner.message) = (kind, message);
         self
-    }
-
-    /// Copies the error for another caller. The copy has the text of the source, but not its type.
-    pub(crate) fn duplicate(&self) -> Self {
-        let Inner { kind, message, in_doubt, retry_after, key, token, store, source } = &*self.0;
-        Self(Box::new(Inner {
-            kind: *kind,
-            message: message.clone(),
-            in_doubt: *in_doubt,
-            retry_after: *retry_after,
-            key: key.clone(),
-            token: token.clone(),
-            store: *store,
-            source: source.as_ref().map(|source| source.to_string().into()),
-        }))
     }
 
     /// Returns the message without the names of the key and the store.
@@ -255,21 +254,23 @@ impl Error {
     /// Adds the cause.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        self.0.source = Some(source.into());
+        self.inner_mut().source = Some(Arc::from(source.into()));
         self
     }
 
     /// Adds the key, unless the error has one.
     #[must_use]
     pub fn with_key(mut self, key: &Key) -> Self {
-        self.0.key.get_or_insert_with(|| key.clone());
+        if self.0.key.is_none() {
+            self.inner_mut().key = Some(key.clone());
+        }
         self
     }
 
     /// Replaces the key if the error has one.
     pub(crate) fn replace_key(mut self, key: &Key) -> Self {
-        if let Some(there) = &mut self.0.key {
-            *there = key.clone();
+        if self.0.key.is_some() {
+            self.inner_mut().key = Some(key.clone());
         }
         self
     }
@@ -277,14 +278,16 @@ impl Error {
     /// Adds the store's name, unless the error has one.
     #[must_use]
     pub fn with_store(mut self, store: &'static str) -> Self {
-        self.0.store.get_or_insert(store);
+        if self.0.store.is_none() {
+            self.inner_mut().store = Some(store);
+        }
         self
     }
 
     /// Adds how long to wait before another attempt.
     #[must_use]
     pub fn with_retry_after(mut self, after: Duration) -> Self {
-        self.0.retry_after = Some(after);
+        self.inner_mut().retry_after = Some(after);
         self
     }
 
@@ -293,13 +296,13 @@ impl Error {
     /// Stores call this if the kind alone does not say it. An [`ErrorKind::Indeterminate`] always stays in doubt.
     #[must_use]
     pub fn in_doubt(mut self, in_doubt: bool) -> Self {
-        self.0.in_doubt = in_doubt;
+        self.inner_mut().in_doubt = in_doubt;
         self
     }
 
     #[must_use]
     pub(crate) fn with_token(mut self, token: Token) -> Self {
-        self.0.token = Some(token);
+        self.inner_mut().token = Some(token);
         self
     }
 }
@@ -340,6 +343,18 @@ mod tests {
         let key = Key::new("", "invoice:42").unwrap();
         let error = Error::new(ErrorKind::Timeout, "not obtained within 5s").with_key(&key).with_store("sqlite");
         assert_eq!(error.to_string(), "key `invoice:42` in sqlite: not obtained within 5s");
+    }
+
+    #[test]
+    fn change_of_a_clone_leaves_the_error() {
+        let source = std::io::Error::other("refused");
+        let error =
+            Error::new(ErrorKind::Unavailable, "x").with_source(source).with_retry_after(Duration::from_secs(1));
+        let clone = error.clone().restate(ErrorKind::Internal, "y".into()).with_store("sqlite").in_doubt(true);
+        assert_eq!((error.kind(), error.to_string(), error.is_in_doubt()), (ErrorKind::Unavailable, "x".into(), false));
+        assert_eq!((clone.kind(), clone.to_string()), (ErrorKind::Internal, "sqlite: y".into()));
+        assert_eq!(clone.retry_after(), Some(Duration::from_secs(1)));
+        assert_eq!(clone.source().unwrap().to_string(), "refused");
     }
 
     const ALL: [ErrorKind; 14] = [

@@ -203,7 +203,12 @@ pub(crate) struct Observer {
     count: AtomicUsize,
     /// `None` if the events are not collected.
     telemetry: Option<Telemetry>,
+    /// The different warnings so far, for callers that do not listen to events.
+    warnings: Mutex<Vec<String>>,
 }
+
+/// Maximum number of different warnings that are remembered.
+const MAX_WARNINGS: usize = 32;
 
 #[derive(Clone, Debug)]
 struct Listener {
@@ -258,6 +263,21 @@ impl Observer {
         if closed {
             self.change(|listeners| listeners.retain(|listener| !listener.events.is_closed()));
         }
+    }
+
+    /// Reports a warning of the store, and remembers it.
+    pub(crate) fn warn(&self, message: String) {
+        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        if !warnings.contains(&message) && warnings.len() < MAX_WARNINGS {
+            warnings.push(message.clone());
+        }
+        drop(warnings);
+        self.tell(|| Event::Warning { message });
+    }
+
+    /// Returns the warnings so far.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn change(&self, change: impl FnOnce(&mut Vec<Listener>)) {

@@ -6,15 +6,15 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::belief::Hold;
 use crate::clock::BootTime;
+use crate::command::{Cleanup, Command, HoldCheck};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::fence::Fence;
-use crate::keeper::{Asked, Command};
 use crate::key::Key;
+use crate::lease::Hold;
 use crate::locks::{Locks, check_duration};
-use crate::shared::{End, Shared};
+use crate::shared::Shared;
 use crate::store::{EndOutcome, ExtendOutcome};
 use crate::token::{Token, TokenId};
 
@@ -198,19 +198,19 @@ impl Guard {
         let shared = self.shared();
         shared.check_process()?;
         let _one_at_a_time = self.hold.extending.lock().await;
-        let mut asked = shared.clock.now();
+        let mut sent_at = shared.clock.now();
         let drift = shared.config.drift;
         let in_store = drift.lengthen(ttl);
-        let before = self.hold.extension_asked(in_store);
+        let before = self.hold.extension_sent(in_store);
         // The store may apply a shorter lifetime before its answer arrives.
-        let at_least = asked.after(drift.shorten(in_store));
+        let at_least = sent_at.after(drift.shorten(in_store));
         if at_least < self.hold.own_until() {
-            self.hold.extend(asked, at_least, ttl);
+            self.hold.extend(sent_at, at_least, ttl);
             shared.command(Command::Watch(self.hold.clone()));
         }
         let step = shared.step(|| {
-            asked = shared.clock.now();
-            self.hold.may_last_until(asked.after(in_store));
+            sent_at = shared.clock.now();
+            self.hold.may_last_until(sent_at.after(in_store));
             shared.store.extend(&self.hold.key, self.hold.token, in_store)
         });
         let step = step.await;
@@ -220,7 +220,7 @@ impl Guard {
         let reply = step.result.map_err(|error| self.name(error))?;
         match reply.outcome {
             ExtendOutcome::Extended => {
-                let until = asked.after(drift.shorten(self.hold.believable(in_store)));
+                let until = sent_at.after(drift.shorten(self.hold.usable_extension(in_store)));
                 if !self.hold.extend(shared.clock.now(), until, ttl) {
                     return self.check();
                 }
@@ -247,7 +247,7 @@ impl Guard {
         self.check()?;
         let now = self.shared().clock.now();
         self.hold.heartbeat(now);
-        if self.hold.is_to_be_asked_for(now, self.shared().config.session_ttl) {
+        if self.hold.is_check_due(now, self.shared().config.session_ttl) {
             self.confirm_soon();
         }
         if self.shared().draining().is_cancelled() {
@@ -272,7 +272,7 @@ impl Guard {
     pub async fn sleep(&self, span: Duration) -> Result<()> {
         let shared = self.shared();
         let until = shared.clock.now().after(span);
-        let pace = self.hold.heartbeat_within.map_or(shared.config.session_ttl, |within| within / 3);
+        let interval = self.hold.heartbeat_within.map_or(shared.config.session_ttl, |within| within / 3);
         loop {
             self.heartbeat()?;
             let now = shared.clock.now();
@@ -282,7 +282,7 @@ impl Guard {
             tokio::select! {
                 _ = self.lost() => {}
                 () = shared.draining().cancelled() => {}
-                () = shared.clock.sleep_until(until.min(now.after(pace))) => {}
+                () = shared.clock.sleep_until(until.min(now.after(interval))) => {}
             }
         }
     }
@@ -302,14 +302,14 @@ impl Guard {
         self.check()?;
         let shared = self.shared();
         shared.check_process()?;
-        let asked = Asked::whether_it_is_there(self.hold.clone());
-        shared.confirm(&asked).await.map_err(|error| self.name(error))?;
+        let check = HoldCheck::new(self.hold.clone());
+        shared.confirm(&check).await.map_err(|error| self.name(error))?;
         self.check()
     }
 
     /// Has the keeper query the store for this hold.
     pub(crate) fn confirm_soon(&self) {
-        self.shared().command(Command::Verify(Asked::whether_it_is_there(self.hold.clone())));
+        self.shared().command(Command::Verify(HoldCheck::new(self.hold.clone())));
     }
 
     /// Sets how long the key stays closed after the release, in place of
@@ -337,21 +337,21 @@ impl Guard {
         shared.check_process()?;
         if let Some(cause) = self.loss() {
             self.spent = true;
-            self.hold.let_go();
+            self.hold.begin_release();
             self.end_early(cause);
             return Ok(Released::AlreadyLost);
         }
         let cooldown = *self.cooldown.lock().unwrap_or_else(PoisonError::into_inner);
-        self.hold.let_go();
+        self.hold.begin_release();
         // If this future is dropped, the guard's own drop hands the token to the keeper.
         let step = shared.step(|| shared.store.release(&self.hold.key, self.hold.token, cooldown)).await;
         let reply = step.result.map_err(|error| self.name(error))?;
         self.spent = true;
         if self.hold.unanswered_until.is_some_and(|until| reply.time <= until) {
             // An acquire request of this token may still reach the store. The keeper cleans up after that too.
-            shared.end(End::of_hold(&self.hold, None));
+            shared.clean_up(Cleanup::of_hold(&self.hold, None));
         } else {
-            shared.forget(self.hold.token);
+            shared.tokens.forget(self.hold.token);
         }
         let repeated_in_time = step.unanswered && self.hold.ended(shared.clock.now()).is_none();
         match reply.outcome {
@@ -369,7 +369,7 @@ impl Guard {
     /// Releases a lost hold before its grace is over, because its holder has stopped.
     fn end_early(&self, cause: LossCause) {
         if cause.leaves_grace() {
-            self.shared().end(End::of_hold(&self.hold, None));
+            self.shared().clean_up(Cleanup::of_hold(&self.hold, None));
         }
     }
 
@@ -392,17 +392,8 @@ impl Guard {
             return Token::new(self.hold.key.clone(), TokenId::from_bytes([0; 16]), self.hold.session.id);
         }
         self.spent = true;
-        self.hold.let_go();
-        self.shared().keep(&self.hold);
-        if self.hold.unanswered_until.is_some() {
-            // An acquire request that arrives after the hold was adopted would create a second hold with this token.
-            // The keeper releases that one, and spares the hold with this fence.
-            let mut end = End::of_hold(&self.hold, None);
-            end.spared = Some(self.hold.fence);
-            self.shared().end(end);
-        } else {
-            self.shared().forget(self.hold.token);
-        }
+        self.hold.begin_release();
+        self.shared().detach(&self.hold);
         Token::new(self.hold.key.clone(), self.hold.token, self.hold.session.id)
     }
 
@@ -411,7 +402,7 @@ impl Guard {
     }
 
     fn lost_error(&self, cause: LossCause) -> Error {
-        self.name(Error::new(ErrorKind::Lost(cause), format!("the lock is lost: {cause}")))
+        self.name(Error::lost(cause))
     }
 
     fn name(&self, error: Error) -> Error {
@@ -426,13 +417,13 @@ impl Drop for Guard {
             return;
         }
         if let Some(cause) = self.loss() {
-            self.hold.let_go();
+            self.hold.begin_release();
             return self.end_early(cause);
         }
         let cooldown = *self.cooldown.get_mut().unwrap_or_else(PoisonError::into_inner);
-        self.hold.let_go();
-        let mut end = End::of_hold(&self.hold, cooldown);
-        end.released = Some((self.hold.fence, self.hold.since));
-        self.shared().end(end);
+        self.hold.begin_release();
+        let mut cleanup = Cleanup::of_hold(&self.hold, cooldown);
+        cleanup.released = Some((self.hold.fence, self.hold.since));
+        self.shared().clean_up(cleanup);
     }
 }

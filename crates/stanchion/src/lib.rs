@@ -86,17 +86,19 @@
 //!
 //! Features only add: no feature changes the behaviour of another one.
 
-mod belief;
 pub mod blocking;
 mod builder;
 mod clock;
+mod command;
 mod error;
 mod event;
 mod fence;
 mod guard;
 mod keeper;
 mod key;
+mod lease;
 mod locks;
+mod loss_executor;
 mod on_lost;
 mod polls;
 mod primitives;
@@ -105,15 +107,17 @@ mod request;
 mod retry;
 mod shared;
 pub mod store;
+mod store_clock;
 mod sync;
 mod telemetry;
 mod thread;
 mod token;
+mod tokens;
 #[cfg(feature = "tower")]
 pub mod tower;
 mod wait;
+mod waiter;
 
-pub use belief::Drift;
 pub use builder::Builder;
 pub use clock::{BootTime, Clock, Sleep, VirtualClock};
 pub use error::{Error, ErrorKind, LossCause, Result};
@@ -121,6 +125,7 @@ pub use event::{Event, EventStream};
 pub use fence::Fence;
 pub use guard::{Guard, Released};
 pub use key::{Key, MAX_KEY_BYTES, MAX_NAMESPACE_BYTES};
+pub use lease::Drift;
 pub use locks::{DURATION_RANGE, Locks, MAX_METADATA_BYTES, MAX_OWNER_BYTES, drain};
 pub use on_lost::{Loss, OnLost};
 pub use primitives::{

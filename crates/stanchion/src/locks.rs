@@ -4,11 +4,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::builder::Builder;
+use crate::command::Command;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, EventStream};
 use crate::fence::Fence;
 use crate::guard::Guard;
-use crate::keeper::Command;
 use crate::key::{Key, namespace_prefix, normal};
 use crate::primitives::{Election, KeyRequest, LockAllRequest, OnceRequest, OwnerStatus, RunRecord};
 use crate::request::LockRequest;
@@ -494,7 +494,7 @@ impl Locks {
     ///
     /// An empty list is good. [`Event::Warning`] reports each of them as it arrives.
     pub fn warnings(&self) -> Vec<String> {
-        self.handle.shared.warnings()
+        self.handle.shared.observer.warnings()
     }
 
     /// Stops new holds: waiting calls and later ones fail with [`ErrorKind::Draining`].

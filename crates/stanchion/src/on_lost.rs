@@ -1,21 +1,18 @@
-//! What happens when a hold is lost, beside the signal.
+//! Policies for the loss of a hold.
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::panic::AssertUnwindSafe;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::belief::Hold;
-use crate::clock::{BootTime, Clock};
 use crate::error::LossCause;
 use crate::fence::Fence;
 use crate::key::Key;
 
-/// What happens when a hold is lost. In every case its guard says so, [`Guard::lost`](crate::Guard::lost) and
-/// [`Guard::cancel_token`](crate::Guard::cancel_token) fire, an event is told, and the body of
-/// [`LockRequest::run`](crate::LockRequest::run) is dropped; this comes on top.
+/// Chooses the reaction to the loss of a hold, in addition to the signals.
+///
+/// The signals come in every case: the guard reports the loss, [`Guard::lost`](crate::Guard::lost) and
+/// [`Guard::cancel_token`](crate::Guard::cancel_token) fire, an event is reported, and the body of
+/// [`LockRequest::run`](crate::LockRequest::run) is dropped.
 ///
 /// ```
 /// use std::time::Duration;
@@ -31,22 +28,20 @@ use crate::key::Key;
 #[derive(Clone, Default)]
 #[non_exhaustive]
 pub enum OnLost {
-    /// Nothing more.
+    /// Does nothing more.
     #[default]
     Signal,
-    /// This function is called, once for each hold, one after the other, on a thread of its own.
+    /// Calls this function once for each lost hold, one call after the other, on a thread of its own.
     Hook(Hook),
-    /// The process aborts if the guard is still there after this time. A hold lasts for its grace after it was lost (a
-    /// quarter of the session's or its own lifetime, 5 s at most), unless it was released by force or is missing in the store:
-    /// a shorter time here ends the process before somebody else holds the key. Not done where
-    /// [`Locks::close`](crate::Locks::close) was called.
+    /// Aborts the process if the guard still exists after this time.
+    ///
+    /// A lost hold keeps the key for its grace (a quarter of the session's or its own lifetime, 5 s at most), unless it was
+    /// force-released or is missing in the store. A time that is shorter than the grace ends the process before another process
+    /// holds the key. The process is not aborted if [`Locks::close`](crate::Locks::close) was called.
     AbortAfter(Duration),
 }
 
-type Hook = Arc<dyn Fn(&Loss) + Send + Sync>;
-
-/// Nothing is due: how long until the next look.
-const LONGEST_NAP: Duration = Duration::from_secs(3_600);
+pub(crate) type Hook = Arc<dyn Fn(&Loss) + Send + Sync>;
 
 /// A hold that was lost.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,18 +51,18 @@ pub struct Loss {
     pub key: Key,
     /// The fence of the hold.
     pub fence: Fence,
-    /// Why.
+    /// The cause of the loss.
     pub cause: LossCause,
 }
 
 impl OnLost {
-    /// Calls this function, once for each hold that is lost, one after the other, on a thread of its own: it may block, and the
-    /// next call waits for it.
+    /// Returns a policy that calls this function once for each lost hold, one call after the other, on a thread of its own. The
+    /// function may block; the next call waits for it.
     pub fn hook(hook: impl Fn(&Loss) + Send + Sync + 'static) -> Self {
         Self::Hook(Arc::new(hook))
     }
 
-    /// Aborts the process if the guard is still there after this time.
+    /// Returns a policy that aborts the process if the guard still exists after this time.
     pub fn abort_after(grace: Duration) -> Self {
         Self::AbortAfter(grace)
     }
@@ -80,123 +75,5 @@ impl fmt::Debug for OnLost {
             Self::Hook(_) => f.write_str("Hook(…)"),
             Self::AbortAfter(grace) => f.debug_tuple("AbortAfter").field(grace).finish(),
         }
-    }
-}
-
-/// Carries out what the policies of one handle say. Not on the keeper's thread, which has beats to send, nor on the caller's,
-/// who only looked; and a hook that blocks holds up no abort. A process may lose all it holds at once, so there is one
-/// thread for each of the two, which begins with the first loss.
-#[derive(Debug, Default)]
-pub(crate) struct Losses {
-    hooks: Worker<(Hook, Loss)>,
-    aborts: Worker<Abort>,
-}
-
-impl Losses {
-    pub(crate) fn carry_out(&self, policy: &OnLost, hold: &Arc<Hold>, cause: LossCause) {
-        match policy {
-            OnLost::Signal => {}
-            OnLost::Hook(hook) => {
-                let loss = Loss { key: hold.key.clone(), fence: hold.fence, cause };
-                self.hooks.give((hook.clone(), loss), "stanchion-on-lost", call_hooks);
-            }
-            OnLost::AbortAfter(grace) => {
-                let at = Clock::system().now().after(*grace);
-                let abort = Abort { at, grace: *grace, hold: hold.clone(), cause };
-                self.aborts.give(abort, "stanchion-abort", await_aborts);
-            }
-        }
-    }
-}
-
-/// A thread that begins with the first task.
-struct Worker<T>(Mutex<Option<Sender<T>>>);
-
-impl<T> fmt::Debug for Worker<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Worker")
-    }
-}
-
-impl<T> Default for Worker<T> {
-    fn default() -> Self {
-        Self(Mutex::new(None))
-    }
-}
-
-impl<T: Send + 'static> Worker<T> {
-    fn give(&self, task: T, name: &str, live: fn(Receiver<T>)) {
-        let mut tasks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if tasks.is_none() {
-            let (sender, receiver) = mpsc::channel();
-            let started = std::thread::Builder::new().name(name.into()).spawn(move || live(receiver));
-            *tasks = started.is_ok().then_some(sender);
-        }
-        let refused = match &*tasks {
-            Some(tasks) => tasks.send(task).err().map(|refused| refused.0),
-            None => Some(task),
-        };
-        drop(tasks);
-        if let Some(task) = refused {
-            // The system has no thread for us. Done here it is late for others, which is better than never.
-            let (sender, receiver) = mpsc::channel();
-            let _received_below = sender.send(task);
-            drop(sender);
-            live(receiver);
-        }
-    }
-}
-
-fn call_hooks(losses: Receiver<(Hook, Loss)>) {
-    for (hook, loss) in losses {
-        // The next loss is told all the same.
-        let _panicked = std::panic::catch_unwind(AssertUnwindSafe(|| hook(&loss)));
-    }
-}
-
-struct Abort {
-    at: BootTime,
-    grace: Duration,
-    hold: Arc<Hold>,
-    cause: LossCause,
-}
-
-/// Goes on after the handle is gone, until the last time has come.
-fn await_aborts(tasks: Receiver<Abort>) {
-    let clock = Clock::system();
-    let mut waiting = BTreeMap::new();
-    let mut more = true;
-    for number in 0_u64.. {
-        let next =
-            waiting.first_key_value().map_or(LONGEST_NAP, |((at, _), _): (&(BootTime, u64), _)| at.since(clock.now()));
-        let task = match more {
-            true => tasks.recv_timeout(next),
-            false if waiting.is_empty() => return,
-            false => {
-                std::thread::sleep(next);
-                Err(RecvTimeoutError::Timeout)
-            }
-        };
-        match task {
-            Ok(abort) => drop(waiting.insert((abort.at, number), abort)),
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => more = false,
-        }
-        while let Some(first) = waiting.first_entry()
-            && first.key().0 <= clock.now()
-        {
-            first.remove().carry_out();
-        }
-    }
-}
-
-impl Abort {
-    fn carry_out(self) {
-        if self.hold.is_let_go() {
-            return;
-        }
-        let (key, cause, grace) = (&self.hold.key, self.cause, self.grace);
-        eprintln!("stanchion: key `{key}` was lost ({cause}) and its guard is still there after {grace:?}: aborting");
-        std::process::abort();
     }
 }

@@ -1,11 +1,12 @@
-//! What the keeper polls: the keys that calls of a handle wait for, and when each is polled next.
+//! Schedules the polls of the keys that calls of a handle wait for.
 //!
-//! All calls that wait for one key share its polls, so they cost one request a second however many they are. A call that
-//! sleeps here is woken only if there is something to do.
+//! All calls that wait for one key share its polls, so they cost one request a second however many calls there are. A waiting
+//! call is woken only if it has something to do.
 //!
 //! # Invariants
-//! 1. A key is here exactly as long as a call waits for it. Then it has a time at which it is polled, or a poll is on its way.
-//! 2. A call that left is told nothing: whatever its token was granted meanwhile is ended by its `Pending`.
+//! 1. A key is scheduled exactly as long as a call waits for it. Then the key has a time for its next poll, or a poll is on its
+//!    way.
+//! 2. A call that left is not notified. If its token was granted since, the drop of its `InFlightToken` schedules the cleanup.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,26 +17,26 @@ use tokio::sync::Notify;
 use crate::clock::{BootTime, jitter};
 use crate::error::{Error, ErrorKind};
 use crate::key::Key;
-use crate::shared::{Signal, WaitCell};
 use crate::store::{PollOutcome, Queued};
 use crate::token::{IdMap, TokenId};
+use crate::waiter::{Waiter, Wakeup};
 
-/// Interval between two polls of a key that nothing was pushed for: a lost push costs so much.
+/// Interval between two polls of a key without pushes: a lost push costs up to this time.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// The same in a store that does not push.
+/// Interval between two polls of a key in a store that does not push.
 const INTERVAL_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 
 /// Time after which a poll without an answer is reported as the reason when the wait limit comes.
 pub(crate) const LONG_SILENCE: Duration = Duration::from_millis(500);
 
-/// The last fault of a question, until one is answered.
-pub(crate) type Trouble = Option<(ErrorKind, String)>;
+/// The last fault of a request, until a request is answered.
+pub(crate) type Trouble = Option<Error>;
 
 #[derive(Debug)]
 pub(crate) struct Polls {
     keys: Mutex<Keys>,
-    /// Told when a key is to be polled before the keeper would look.
+    /// Notified when a key is due before the keeper would look.
     earlier: Notify,
     interval: Duration,
 }
@@ -43,42 +44,37 @@ pub(crate) struct Polls {
 #[derive(Debug)]
 struct Keys {
     waited_for: HashMap<Key, WaitedFor>,
-    /// The keeper looks again then.
+    /// Time at which the keeper looks again.
     next_look: BootTime,
 }
 
-/// A key that somebody waits for.
+/// A key that at least one call waits for.
 #[derive(Debug, Default)]
 struct WaitedFor {
-    waiters: IdMap<TokenId, Waiter>,
+    waiters: IdMap<TokenId, Arc<Waiter>>,
     due: Due,
     is_taken: bool,
-    /// When the request was sent that has not been answered.
+    /// Time at which the request was sent that has no answer yet.
     sent_at: Option<BootTime>,
     trouble: Trouble,
 }
 
 impl WaitedFor {
-    /// A request without an answer is a fault too, if that has taken long. One before it may have told more.
+    /// Notes a request without an answer as a fault, if it has taken long. The fault of an earlier request may say more, and stays.
     fn heed_silence(&mut self, now: BootTime) {
         let silent = self.sent_at.map(|sent_at| now.since(sent_at)).filter(|silent| *silent >= LONG_SILENCE);
         if let (Some(silent), None) = (silent, &self.trouble) {
-            self.trouble = Some((ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}")));
+            self.trouble = Some(Error::new(ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}")));
         }
     }
 }
 
-#[derive(Debug)]
-struct Waiter {
-    cell: Arc<WaitCell>,
-}
-
-/// When a key is polled.
+/// The time of a key's next poll.
 #[derive(Clone, Copy, Debug)]
 struct Due {
-    /// Not later than this.
+    /// Latest time of the poll.
     by: BootTime,
-    /// Together with other keys, not earlier than this: so the keys of a handle come to be polled at one time.
+    /// Earliest time of a poll together with other keys, so that over time all keys of a handle are polled at the same time.
     from: BootTime,
 }
 
@@ -107,15 +103,14 @@ impl Polls {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A call waits for a key from now on.
-    pub(crate) fn enter(&self, token: TokenId, cell: &Arc<WaitCell>, queued: Queued, now: BootTime) {
-        let waiter = Waiter { cell: cell.clone() };
+    /// Enters a call that waits for a key.
+    pub(crate) fn enter(&self, token: TokenId, waiter: &Arc<Waiter>, queued: Queued, now: BootTime) {
         let mut keys = self.lock();
-        keys.waited_for.entry(cell.key.clone()).or_default().waiters.insert(token, waiter);
-        self.plan(keys, &cell.key, self.due(now, queued));
+        keys.waited_for.entry(waiter.key.clone()).or_default().waiters.insert(token, waiter.clone());
+        self.plan(keys, &waiter.key, self.due(now, queued));
     }
 
-    /// The call waits no more. Returns why it has heard nothing, if that is so.
+    /// Removes a call that does not wait any more. Returns the fault because of which polls brought no answer, if there is one.
     pub(crate) fn leave(&self, key: &Key, token: TokenId, now: BootTime) -> Trouble {
         let mut keys = self.lock();
         let waited_for = keys.waited_for.get_mut(key)?;
@@ -128,12 +123,12 @@ impl Polls {
         trouble
     }
 
-    /// A waiter has polled its token by itself and learned this.
+    /// Takes the answer of a poll that a waiter sent itself.
     pub(crate) fn learned(&self, key: &Key, queued: Queued, now: BootTime) {
         self.plan(self.lock(), key, self.due(now, queued));
     }
 
-    /// Something may have changed for every key.
+    /// Makes every key due, because something may have changed for all of them.
     pub(crate) fn poll_all(&self, now: BootTime) {
         let mut keys = self.lock();
         for waited_for in keys.waited_for.values_mut() {
@@ -144,18 +139,18 @@ impl Polls {
         self.earlier.notify_one();
     }
 
-    /// Waits until a key is to be polled before the time that [`take_due`](Self::take_due) gave.
+    /// Waits until a key is due before the time that [`take_due`](Self::take_due) returned.
     pub(crate) async fn earlier(&self) {
         self.earlier.notified().await;
     }
 
-    /// Takes the keys that are to be polled now, and tells when to look again. Each is given back by
-    /// [`answered`](Self::answered) or [`failed`](Self::failed).
+    /// Takes the keys that are due. Returns them with the time at which to look again. [`answered`](Self::answered) or
+    /// [`failed`](Self::failed) puts each key back.
     pub(crate) fn take_due(&self, now: BootTime) -> (Vec<Key>, BootTime) {
         let mut keys = self.lock();
         let mut taken = Vec::new();
         let waiting = |keys: &Keys| keys.waited_for.values().filter(|key| !key.is_taken).map(|key| key.due.by).min();
-        // Nobody wakes for those that may come along.
+        // A key that may only join other keys wakes nobody.
         if waiting(&keys).is_some_and(|by| by <= now) {
             for (key, waited_for) in &mut keys.waited_for {
                 if !waited_for.is_taken && waited_for.due.from <= now {
@@ -168,7 +163,7 @@ impl Polls {
         (taken, keys.next_look)
     }
 
-    /// The tokens to ask for, in a request that is sent now. None are left if all who waited have gone.
+    /// Returns the tokens to poll in a request that is sent now. The list is empty if no call waits any more.
     pub(crate) fn begin(&self, key: &Key, now: BootTime) -> Vec<TokenId> {
         let mut keys = self.lock();
         let Some(waited_for) = keys.waited_for.get_mut(key) else { return Vec::new() };
@@ -177,69 +172,69 @@ impl Polls {
         waited_for.waiters.keys().copied().collect()
     }
 
-    /// The request was answered by an error; another one may follow.
+    /// Notes a request that failed; a retry may follow.
     pub(crate) fn attempt_failed(&self, key: &Key, error: &Error) {
         if let Some(waited_for) = self.lock().waited_for.get_mut(key) {
             waited_for.sent_at = None;
-            waited_for.trouble = Some((error.kind(), error.message().to_owned()));
+            waited_for.trouble = Some(error.clone());
         }
     }
 
-    /// Passes on what a poll told.
+    /// Notifies the waiters of the outcomes of a poll.
     pub(crate) fn answered(
         &self,
         key: &Key,
-        asked: BootTime,
+        sent_at: BootTime,
         outcomes: impl IntoIterator<Item = (TokenId, PollOutcome)>,
         now: BootTime,
     ) {
         let mut keys = self.lock();
         let Some(waited_for) = keys.waited_for.get_mut(key) else { return };
         (waited_for.sent_at, waited_for.trouble) = (None, None);
-        // When the key is polled again is for the first of them: it settles the key for all.
+        // The first waiter decides when the key is polled again: its poll reconciles the key for all.
         let mut front = Queued { ahead: u32::MAX, check_in: None, in_use: None };
         let mut told = Vec::new();
         for (token, outcome) in outcomes {
-            let Some(waiter) = waited_for.waiters.get_mut(&token) else { continue };
+            let Some(waiter) = waited_for.waiters.get(&token) else { continue };
             match outcome {
                 PollOutcome::Queued(queued) => {
                     front.ahead = front.ahead.min(queued.ahead);
                     front.check_in = [front.check_in, queued.check_in].into_iter().flatten().min();
                 }
-                PollOutcome::Granted(granted) => told.push((waiter.cell.clone(), Signal::Polled(granted, asked))),
-                PollOutcome::Gone => told.push((waiter.cell.clone(), Signal::Gone)),
+                PollOutcome::Granted(granted) => told.push((waiter.clone(), Wakeup::Polled(granted, sent_at))),
+                PollOutcome::Gone => told.push((waiter.clone(), Wakeup::Gone)),
             }
         }
         waited_for.is_taken = false;
         self.plan(keys, key, self.due(now, front));
-        // No lock is held while somebody is woken.
-        for (cell, signal) in told {
-            cell.tell(signal);
+        // Wake tasks without a lock.
+        for (waiter, wakeup) in told {
+            waiter.notify(wakeup);
         }
     }
 
-    /// A poll failed with all its attempts. Calls that wait live through an outage: only what does not pass ends them.
+    /// Notes a poll that failed with all its attempts. Waiting calls live through an outage, so only a permanent fault fails them.
     pub(crate) fn failed(&self, key: &Key, error: &Error, now: BootTime) {
         let mut keys = self.lock();
         let Some(waited_for) = keys.waited_for.get_mut(key) else { return };
         waited_for.sent_at = None;
-        waited_for.trouble = Some((error.kind(), error.message().to_owned()));
+        waited_for.trouble = Some(error.clone());
         let mut told = Vec::new();
         if !error.is_transient() {
-            told.extend(waited_for.waiters.values().map(|waiter| waiter.cell.clone()));
+            told.extend(waited_for.waiters.values().cloned());
         }
         waited_for.is_taken = false;
         self.plan(keys, key, self.due(now, Queued { ahead: u32::MAX, check_in: None, in_use: None }));
-        for cell in told {
-            cell.tell(Signal::Failed(error.duplicate()));
+        for waiter in told {
+            waiter.notify(Wakeup::Failed(error.clone()));
         }
     }
 
-    /// When a key is polled whose foremost waiter was told this.
+    /// Returns when to poll a key next, by the last answer for its first waiter.
     fn due(&self, now: BootTime, front: Queued) -> Due {
         let interval = jitter(self.interval);
         let by = now.after(interval);
-        // Those behind come a little later: the head's poll settles the key for all.
+        // Waiters further back poll a little later: the poll of the first waiter reconciles the key for all.
         let later = Duration::from_millis(1 + u64::from(front.ahead.min(100)));
         match front.check_in.map(|check_in| now.after(check_in + later)) {
             Some(at) if at < by => Due { by: at, from: at },
@@ -252,7 +247,7 @@ impl Polls {
         waited_for.due = waited_for.due.or(due);
         let (by, is_taken) = (waited_for.due.by, waited_for.is_taken);
         if by < keys.next_look && !is_taken {
-            // Once: until it has looked.
+            // Notify the keeper once, until it has looked.
             keys.next_look = by;
             drop(keys);
             self.earlier.notify_one();
@@ -276,17 +271,17 @@ mod tests {
             Self { polls: Polls::new(true), now: BootTime::from_nanos(0) }
         }
 
-        fn enter(&self, key: &Key) -> (TokenId, Arc<WaitCell>) {
-            let (token, cell) = (TokenId::random().unwrap(), Arc::new(WaitCell::new(key.clone(), true)));
-            self.polls.enter(token, &cell, QUEUED, self.now);
-            (token, cell)
+        fn enter(&self, key: &Key) -> (TokenId, Arc<Waiter>) {
+            let (token, waiter) = (TokenId::random().unwrap(), Arc::new(Waiter::new(key.clone(), true)));
+            self.polls.enter(token, &waiter, QUEUED, self.now);
+            (token, waiter)
         }
 
         fn pass(&mut self, span: Duration) {
             self.now = self.now.after(span);
         }
 
-        /// Polls what is due, and answers that all wait.
+        /// Polls the keys that are due, and answers that all calls still wait.
         fn poll(&self, queued: Queued) -> usize {
             let (taken, _) = self.polls.take_due(self.now);
             for key in &taken {
@@ -311,7 +306,7 @@ mod tests {
             bench.pass(Duration::from_millis(7));
             bench.poll(QUEUED);
         }
-        // By chance, so it takes a few rounds; from then on they stay together.
+        // The keys meet by chance, so this takes a few rounds; from then on they stay together.
         for _ in 0..10_000 {
             bench.pass(Duration::from_millis(10));
             bench.poll(QUEUED);
@@ -339,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn call_that_came_during_a_poll_is_polled_next() {
+    fn new_call_during_a_poll_is_polled_next() {
         let mut bench = Bench::new();
         let (first, _cell) = bench.enter(&key("k"));
         bench.pass(Duration::from_secs(2));
@@ -349,11 +344,11 @@ mod tests {
         bench.pass(Duration::from_secs(2));
         assert!(bench.polls.take_due(bench.now).0.is_empty(), "one poll of a key at a time");
         bench.polls.leave(&key("k"), first, bench.now);
-        // The answer is for one that has gone.
+        // The answer is for a call that has left.
         bench.polls.answered(&taken[0], bench.now, [(first, PollOutcome::Gone)], bench.now);
         let (taken, _) = bench.polls.take_due(bench.now);
         assert_eq!(bench.polls.begin(&taken[0], bench.now), [second]);
-        assert!(cell.signal.lock().unwrap().is_none());
+        assert!(cell.take().is_none());
         bench.polls.leave(&key("k"), second, bench.now);
         assert!(bench.polls.lock().waited_for.is_empty());
     }
@@ -362,7 +357,7 @@ mod tests {
     fn only_a_lasting_failure_ends_a_wait() {
         let mut bench = Bench::new();
         let (token, cell) = bench.enter(&key("k"));
-        let told = |cell: &WaitCell| matches!(*cell.signal.lock().unwrap(), Some(Signal::Failed(_)));
+        let told = |cell: &Waiter| matches!(cell.take(), Some(Wakeup::Failed(_)));
         for kind in [ErrorKind::Unavailable, ErrorKind::NetworkTimeout, ErrorKind::Unavailable, ErrorKind::Unauthorized]
         {
             assert!(!told(&cell));

@@ -272,8 +272,7 @@ impl LockRequest {
 /// [`LockRequest::run`] documents the rules.
 pub(crate) async fn conclude<T>(guard: Guard, finished: Result<T, LossCause>) -> Result<T> {
     let (key, store) = (guard.key().clone(), guard.store_name());
-    let lost = |cause| Error::new(ErrorKind::Lost(cause), format!("the lock was lost while it was in use: {cause}"));
-    let lost = |cause| lost(cause).with_key(&key).with_store(store);
+    let lost = |cause| Error::lost(cause).with_key(&key).with_store(store);
     let value = finished.map_err(lost)?;
     if let Some(cause) = guard.loss() {
         return Err(lost(cause));

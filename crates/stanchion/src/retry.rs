@@ -1,4 +1,4 @@
-//! The retry layer: repeating after faults. Waiting for a key that is held is not its business.
+//! Retries an operation of the store after transient faults. Waiting for a held key is done elsewhere.
 
 use std::future::Future;
 use std::time::Duration;
@@ -9,26 +9,26 @@ use tokio::sync::Notify;
 use crate::clock::{BootTime, Clock, jitter, jitter_seed};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Limits how a step is repeated after a transient fault: attempts and time are both limited, and the pauses between
-/// attempts double, with jitter. Contention is not a fault.
+/// Limits how an operation is retried after a transient fault. The number of attempts and the total time are both limited, and the
+/// pauses between attempts double, with jitter. Contention is not a fault.
 ///
-/// A call that waits for a key goes by its wait limit instead of [`attempts`](Self::attempts) and [`total`](Self::total):
+/// A call that waits for a key uses its wait limit instead of [`attempts`](Self::attempts) and [`total`](Self::total):
 /// it keeps trying until that limit. Without a wait limit the policy applies until the store has answered the call once;
 /// from then on the call waits through an outage of any length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// The most attempts of one step, the first included. Default: 8.
+    /// Maximum number of attempts of one operation, including the first. Default: 8.
     pub attempts: u32,
-    /// The longest time for one step with all its attempts, and for opening a handle. Default: 10 s.
+    /// Maximum time for one operation with all its attempts, and for opening a handle. Default: 10 s.
     pub total: Duration,
-    /// The longest time for a call that does not wait for its key ([`try_lock`](crate::Locks::try_lock)), with all its
-    /// attempts. Default: 1 s. Raise it for a store that is slower than that.
+    /// Maximum time for a call that does not wait for its key ([`try_lock`](crate::Locks::try_lock)), with all its
+    /// attempts. Default: 1 s. Raise it for a slower store.
     pub no_wait: Duration,
-    /// The longest time for the answer to one attempt. Default: 2 s.
+    /// Maximum time for the answer to one attempt. Default: 2 s.
     pub attempt: Duration,
-    /// The first pause. Default: 20 ms.
+    /// Length of the first pause. Default: 20 ms.
     pub pause: Duration,
-    /// The longest pause. Default: 1 s.
+    /// Maximum length of a pause. Default: 1 s.
     pub longest_pause: Duration,
 }
 
@@ -46,22 +46,22 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// One attempt, no repeats.
+    /// Returns a policy with one attempt and no retries.
     pub fn never() -> Self {
         Self { attempts: 1, ..Self::default() }
     }
 
-    /// The pauses between attempts: one fewer than attempts.
+    /// Returns the pauses between attempts: one fewer than attempts.
     pub(crate) fn pauses(&self) -> impl Iterator<Item = Duration> + Send + use<> {
         self.backoff().with_max_times(self.attempts.saturating_sub(1) as usize).build()
     }
 
-    /// Pauses without an end, for work that must be finished.
+    /// Returns pauses without an end, for work that must be finished.
     pub(crate) fn endless_pauses(&self) -> impl Iterator<Item = Duration> + Send + use<> {
         self.backoff().without_max_times().build()
     }
 
-    /// The pause after this many failures of work that must be finished, for those who keep no iterator.
+    /// Returns the pause after this number of failures, for work that must be finished and keeps no iterator.
     pub(crate) fn pause_after(&self, failures: u32) -> Duration {
         jitter(self.pause.saturating_mul(1 << failures.min(20)).min(self.longest_pause * 4 / 5))
     }
@@ -70,38 +70,37 @@ impl RetryPolicy {
         ExponentialBuilder::default()
             .with_factor(2.0)
             .with_min_delay(self.pause)
-            // The jitter adds up to as much again.
+            // The jitter adds up to the same length again.
             .with_max_delay(self.longest_pause / 2)
             .with_jitter()
             .with_jitter_seed(jitter_seed())
     }
 }
 
-/// The result of a step that was repeated.
+/// The result of an operation with all its attempts.
 pub(crate) struct Repeated<T> {
     pub(crate) result: Result<T>,
-    /// How many attempts were made and how many of them were answered, or cannot have had an effect. Where the two
-    /// differ a request may still be on its way.
+    /// Whether an attempt had no answer and may have had an effect: its request may still be on its way.
     pub(crate) unanswered: bool,
 }
 
-/// How long a step is repeated.
+/// Limits for how long an operation is retried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Persistence {
-    /// As long as the policy says.
+    /// The retry policy limits it.
     Policy,
-    /// Until its caller drops it: the caller has a limit of its own, or none.
+    /// Only the caller limits it, by dropping the future.
     Endless,
 }
 
-/// Repeats a step after transient faults.
+/// Retries an operation after transient faults.
 ///
-/// `attempt` must be idempotent. `back` ends a pause: the store is there again.
+/// `attempt` must be idempotent. `store_recovered` ends a pause early.
 pub(crate) async fn repeat<T, F>(
     clock: &Clock,
     policy: &RetryPolicy,
     persistence: Persistence,
-    back: &Notify,
+    store_recovered: &Notify,
     mut attempt: impl FnMut() -> F,
 ) -> Repeated<T>
 where
@@ -113,7 +112,7 @@ where
     let mut pauses = None;
     let mut unanswered = false;
     loop {
-        // The last attempt gets what is left of the time, and not more.
+        // The last attempt gets only the time that is left.
         let limit = policy.attempt.min(give_up_at.since(clock.now()));
         let error = match limited(clock, limit, attempt()).await {
             Ok(value) => return Repeated { result: Ok(value), unanswered },
@@ -124,23 +123,23 @@ where
         let pause = pauses.get_or_insert_with(|| policy.endless_pauses()).next().unwrap_or(policy.longest_pause);
         let pause = pause.max(error.retry_after().unwrap_or_default());
         if left == 0 || !error.is_transient() || clock.now().after(pause) >= give_up_at {
-            // The last attempt may have done nothing where one before it may have.
+            // An earlier attempt may have had an effect, even if the last attempt had none.
             let result = Err(if unanswered { error.in_doubt(true) } else { error });
             return Repeated { result, unanswered };
         }
-        sleep_unless_back(clock, pause, back).await;
+        sleep_unless_recovered(clock, pause, store_recovered).await;
     }
 }
 
-/// A pause after a fault. It ends early when the store is there again, so that nobody waits longer than it is away.
-pub(crate) async fn sleep_unless_back(clock: &Clock, pause: Duration, back: &Notify) {
+/// Pauses after a fault. The pause ends early when the store recovers, so that no call waits longer than the outage.
+pub(crate) async fn sleep_unless_recovered(clock: &Clock, pause: Duration, store_recovered: &Notify) {
     tokio::select! {
         () = clock.sleep(pause) => {}
-        () = back.notified() => {}
+        () = store_recovered.notified() => {}
     }
 }
 
-/// One attempt with a limit on the time for its answer.
+/// Runs one attempt with a time limit for its answer.
 pub(crate) async fn limited<T>(clock: &Clock, limit: Duration, attempt: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::select! {
         biased;
@@ -165,7 +164,7 @@ mod tests {
         }
     }
 
-    /// Runs a future on a virtual clock that moves on whenever everybody sleeps.
+    /// Runs a future on a virtual clock that advances whenever every task sleeps.
     async fn skipping_time<T>(time: &VirtualClock, work: impl Future<Output = T>) -> T {
         tokio::select! {
             biased;
@@ -175,7 +174,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_fault_that_passes_is_repeated_and_a_lasting_one_is_not() {
+    async fn only_transient_faults_are_retried() {
         let time = VirtualClock::new();
         let clock = time.clock();
         for (kind, expected) in
@@ -195,7 +194,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_attempt_without_an_answer_ends_at_its_limit() {
+    async fn unanswered_attempt_ends_at_its_limit() {
         let time = VirtualClock::new();
         let clock = time.clock();
         let policy = RetryPolicy { attempts: 2, attempt: Duration::from_millis(50), ..policy() };
@@ -215,7 +214,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_pause_ends_when_the_store_is_back() {
+    async fn recovery_of_the_store_ends_a_pause() {
         let clock = VirtualClock::new().clock();
         let back = Notify::new();
         let tried = Cell::new(0);
@@ -225,7 +224,7 @@ mod tests {
             let answer = if tried.get() < 3 { Err(Error::new(ErrorKind::Unavailable, "x")) } else { Ok(()) };
             async move { answer }
         });
-        // Nobody moves the clock on.
+        // The clock does not advance.
         let repeated = tokio::select! {
             biased;
             repeated = work => repeated,
@@ -249,7 +248,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lost_answer_leaves_the_step_in_doubt() {
+    async fn lost_answer_leaves_the_outcome_unknown() {
         let time = VirtualClock::new();
         for last in [ErrorKind::Unavailable, ErrorKind::Unauthorized] {
             let (tried, never, policy) = (Cell::new(0), Notify::new(), policy());
@@ -277,7 +276,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn endless_step_outlives_the_policy() {
+    async fn endless_operation_outlives_the_policy() {
         let time = VirtualClock::new();
         let clock = time.clock();
         let policy = RetryPolicy { attempts: 2, total: Duration::from_millis(10), ..policy() };

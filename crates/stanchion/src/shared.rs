@@ -1,28 +1,29 @@
-//! What a handle, its requests, its guards and its keeper share.
+//! Holds the state that a handle, its requests, its guards and its keeper share.
 
 use std::future::Future;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::belief::{Drift, Hold, SessionBelief};
 use crate::clock::{BootTime, Clock};
+use crate::command::{Cleanup, Command, HoldCheck};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::{Event, Observer};
-use crate::fence::Fence;
-use crate::keeper::{Asked, Command};
 use crate::key::Key;
-use crate::on_lost::{Losses, OnLost};
+use crate::lease::{Drift, Hold, SessionLease};
+use crate::loss_executor::LossExecutor;
+use crate::on_lost::OnLost;
 use crate::polls::Polls;
 use crate::retry::{Persistence, Repeated, RetryPolicy, repeat};
-use crate::store::{Capabilities, Granted, PollOutcome, Reply, Store, StoreTime};
+use crate::store::{Capabilities, PollOutcome, Reply, Store, StoreTime};
+use crate::store_clock::StoreClock;
 use crate::telemetry::{KeyRedaction, Telemetry};
-use crate::token::{IdMap, SessionId, TokenId, TokenMaker};
+use crate::token::{SessionId, TokenId, TokenMaker};
+use crate::tokens::TokenTable;
 
-/// What a handle was configured with.
+/// The configuration of a handle.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     pub(crate) namespace: String,
@@ -34,12 +35,6 @@ pub(crate) struct Config {
     pub(crate) key_redaction: KeyRedaction,
 }
 
-/// So many tokens are kept before the store is asked which of them it has.
-pub(crate) const MANY_KEPT: usize = 1_000;
-
-/// So many different warnings are kept.
-const MOST_WARNINGS: usize = 32;
-
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) store: Arc<dyn Store>,
@@ -47,32 +42,24 @@ pub(crate) struct Shared {
     pub(crate) clock: Clock,
     pub(crate) config: Config,
     pub(crate) observer: Observer,
-    /// What the keeper has of a session.
+    /// The session as the keeper sees it.
     pub(crate) session: watch::Sender<SessionView>,
-    /// The session that was asked for last, answered or not.
-    asked_session: Mutex<Option<SessionId>>,
-    tokens: TokenMaker,
-    registry: Mutex<IdMap<TokenId, Entry>>,
-    /// What the keeper polls for those who wait.
+    /// The last session that the keeper requested, whether or not the store has answered.
+    requested_session: Mutex<Option<SessionId>>,
+    token_maker: TokenMaker,
+    pub(crate) tokens: TokenTable,
+    /// The keys that the keeper polls for waiting calls.
     pub(crate) polls: Polls,
-    /// Tokens that are not in the registry and must stay as they are in the store: detached ones, and those that are
-    /// lost and wait for their grace to be over. With the session all go.
-    kept: Mutex<IdMap<TokenId, Kept>>,
-    /// When there are so many of them, the keeper asks for them.
-    most_kept: AtomicUsize,
-    /// Tokens while they are being ended, which the store may tell of until they are.
-    ending: Mutex<IdMap<TokenId, ()>>,
-    store_clock: Mutex<Option<(StoreTime, BootTime)>>,
+    store_clock: StoreClock,
     commands: mpsc::UnboundedSender<Command>,
-    warnings: Mutex<Vec<String>>,
-    losses: Losses,
+    losses: LossExecutor,
     drain_reason: OnceLock<String>,
     draining: CancellationToken,
-    /// Fires when the handle is being closed: what waits to be ended is ended at once.
+    /// Fires when the handle is being closed: the keeper then cleans up without waiting for graces.
     pub(crate) closing: CancellationToken,
-    /// Told when the store is there again after it was away: pauses after faults end.
-    pub(crate) back: Notify,
-    /// Fires when the keeper has ended: nobody drives the timers any more.
+    /// Notified when the store is available again: pauses after faults end.
+    pub(crate) store_recovered: Notify,
+    /// Fires when the keeper has ended: from then on nothing drives the timers.
     pub(crate) closed: CancellationToken,
     /// The process that opened the handle: a forked child must not use it.
     process: u32,
@@ -80,88 +67,10 @@ pub(crate) struct Shared {
 
 #[derive(Clone, Debug)]
 pub(crate) enum SessionView {
-    /// None yet, or none any more; the last error, if there was one.
-    Opening(Option<(ErrorKind, String)>),
-    Open(Arc<SessionBelief>),
+    /// No session is open; with the last error of opening one, if there was an error.
+    Opening(Option<Error>),
+    Open(Arc<SessionLease>),
     Closed,
-}
-
-/// A token that must stay as it is in the store.
-#[derive(Clone, Debug)]
-pub(crate) struct Kept {
-    pub(crate) key: Key,
-    /// Until then the store may have it; one without a deadline, until somebody takes it up.
-    pub(crate) until: BootTime,
-}
-
-/// What this process knows of a token.
-#[derive(Clone, Debug)]
-pub(crate) enum Entry {
-    Waiting(Arc<WaitCell>),
-    Held(Arc<Hold>),
-}
-
-/// Where a waiting call is told what happens.
-#[derive(Debug)]
-pub(crate) struct WaitCell {
-    pub(crate) key: Key,
-    /// What it is granted ends with the session.
-    pub(crate) session_bound: bool,
-    pub(crate) signal: Mutex<Option<Signal>>,
-    notify: Notify,
-}
-
-#[derive(Debug)]
-pub(crate) enum Signal {
-    /// Something may have changed: ask.
-    Recheck,
-    /// The keeper's polls failed, and this call is to give up.
-    Failed(Error),
-    /// A grant was pushed.
-    Granted(Fence),
-    /// A poll that was sent at this time told of the grant.
-    Polled(Granted, BootTime),
-    /// A poll told that there is nothing of the token.
-    Gone,
-}
-
-impl Signal {
-    /// One that says more is not replaced by one that says less; of two that say as much the later one counts.
-    fn rank(&self) -> u8 {
-        match self {
-            Self::Recheck => 0,
-            Self::Failed(_) => 1,
-            Self::Granted(_) => 2,
-            // There was a grant, and it is over: it was granted before it was polled.
-            Self::Polled(..) | Self::Gone => 3,
-        }
-    }
-}
-
-impl WaitCell {
-    pub(crate) fn new(key: Key, session_bound: bool) -> Self {
-        Self { key, session_bound, signal: Mutex::default(), notify: Notify::new() }
-    }
-
-    pub(crate) fn tell(&self, signal: Signal) {
-        let mut current = self.signal.lock().unwrap_or_else(PoisonError::into_inner);
-        if current.as_ref().is_none_or(|current| current.rank() <= signal.rank()) {
-            *current = Some(signal);
-        }
-        drop(current);
-        self.notify.notify_one();
-    }
-
-    /// The next signal. A dropped future loses none.
-    pub(crate) async fn next(&self) -> Signal {
-        loop {
-            let notified = self.notify.notified();
-            if let Some(signal) = self.signal.lock().unwrap_or_else(PoisonError::into_inner).take() {
-                return signal;
-            }
-            notified.await;
-        }
-    }
 }
 
 impl Shared {
@@ -170,159 +79,89 @@ impl Shared {
         clock: Clock,
         config: Config,
         commands: mpsc::UnboundedSender<Command>,
-    ) -> Self {
+    ) -> Result<Self> {
         #[cfg(feature = "metrics")]
         let store = crate::telemetry::measured(store);
         let capabilities = store.capabilities();
-        Self {
+        Ok(Self {
             store,
             capabilities,
             clock,
             observer: Observer::new(Telemetry { store: capabilities.name, keys: config.key_redaction }),
             config,
             session: watch::Sender::new(SessionView::Opening(None)),
-            asked_session: Mutex::default(),
-            tokens: TokenMaker::default(),
-            registry: Mutex::default(),
+            requested_session: Mutex::default(),
+            token_maker: TokenMaker::new()?,
+            tokens: TokenTable::new(),
             polls: Polls::new(capabilities.push),
-            kept: Mutex::default(),
-            most_kept: AtomicUsize::new(MANY_KEPT),
-            ending: Mutex::default(),
-            store_clock: Mutex::default(),
+            store_clock: StoreClock::default(),
             commands,
-            warnings: Mutex::default(),
-            losses: Losses::default(),
+            losses: LossExecutor::default(),
             drain_reason: OnceLock::new(),
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
-            back: Notify::new(),
+            store_recovered: Notify::new(),
             closed: CancellationToken::new(),
             process: std::process::id(),
-        }
+        })
     }
 
-    pub(crate) fn registry(&self) -> MutexGuard<'_, IdMap<TokenId, Entry>> {
-        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn request_session(&self, id: SessionId) {
+        *self.requested_session.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
     }
 
-    pub(crate) fn entry(&self, token: TokenId) -> Option<Entry> {
-        self.registry().get(&token).cloned()
-    }
-
-    /// The token leaves the registry.
-    pub(crate) fn forget(&self, token: TokenId) {
-        let mut registry = self.registry();
-        registry.remove(&token);
-        shrink(&mut registry);
-    }
-
-    pub(crate) fn kept(&self) -> MutexGuard<'_, IdMap<TokenId, Kept>> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The token of this hold leaves the registry, and must stay as it is in the store.
-    pub(crate) fn keep(&self, hold: &Hold) {
-        let mut kept = self.kept();
-        // Before it grows: those whose time is over.
-        if kept.len() == kept.capacity() {
-            let now = self.clock.now();
-            kept.retain(|_, kept| kept.until > now);
-        }
-        kept.insert(hold.token, Kept { key: hold.key.clone(), until: hold.over_at() });
-        let count = kept.len();
-        drop(kept);
-        // What others have taken up says nothing of it here.
-        if count >= self.most_kept.load(Ordering::Relaxed) {
-            self.ask_for_kept_above(count);
-            self.command(Command::AskForKept);
-        }
-    }
-
-    /// The keeper asks for the kept tokens when there are twice as many.
-    pub(crate) fn ask_for_kept_above(&self, count: usize) {
-        self.most_kept.store(MANY_KEPT.max(count * 2), Ordering::Relaxed);
-    }
-
-    pub(crate) fn ending(&self) -> MutexGuard<'_, IdMap<TokenId, ()>> {
-        self.ending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn ask_for_session(&self, id: SessionId) {
-        *self.asked_session.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
-    }
-
-    pub(crate) fn asked_session(&self) -> Option<SessionId> {
-        *self.asked_session.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn requested_session(&self) -> Option<SessionId> {
+        *self.requested_session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn new_token(&self, session: SessionId) -> Result<TokenId> {
-        self.tokens.make(session)
+        self.token_maker.make(session)
     }
 
-    /// Whether this handle made the token for a call in its current session.
+    /// Returns whether this handle made the token for a call in its current session.
     pub(crate) fn has_made(&self, token: TokenId) -> bool {
-        self.asked_session().is_some_and(|session| self.tokens.has_made(token, session))
-    }
-
-    /// The tokens of all holds, for the keeper.
-    pub(crate) fn held(&self) -> Vec<TokenId> {
-        let registry = self.registry();
-        registry.iter().filter(|(_, entry)| matches!(entry, Entry::Held(_))).map(|(token, _)| *token).collect()
-    }
-
-    /// All waiting calls, for the keeper.
-    pub(crate) fn waiting(&self) -> Vec<(TokenId, Arc<WaitCell>)> {
-        let registry = self.registry();
-        registry
-            .iter()
-            .filter_map(|(token, entry)| match entry {
-                Entry::Waiting(cell) => Some((*token, cell.clone())),
-                Entry::Held(_) => None,
-            })
-            .collect()
-    }
-
-    /// All holds, for the keeper.
-    pub(crate) fn holds(&self) -> Vec<Arc<Hold>> {
-        let registry = self.registry();
-        registry
-            .values()
-            .filter_map(|entry| match entry {
-                Entry::Held(hold) => Some(hold.clone()),
-                Entry::Waiting(_) => None,
-            })
-            .collect()
+        self.requested_session().is_some_and(|session| self.token_maker.has_made(token, session))
     }
 
     pub(crate) fn command(&self, command: Command) {
         let _the_keeper_has_ended = self.commands.send(command);
     }
 
-    /// Has the keeper end a token. What the store tells of it meanwhile is known here already.
-    pub(crate) fn end(&self, end: End) {
-        self.ending().insert(end.token, ());
-        self.forget(end.token);
-        self.command(Command::End(end));
+    /// Schedules cleanup of a token. Until it finishes, pushes for this token are ignored.
+    pub(crate) fn clean_up(&self, cleanup: Cleanup) {
+        self.tokens.begin_cleanup(cleanup.token);
+        self.command(Command::Cleanup(cleanup));
     }
 
-    pub(crate) fn warn(&self, message: String) {
-        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
-        if !warnings.contains(&message) && warnings.len() < MOST_WARNINGS {
-            warnings.push(message.clone());
+    /// Detaches a hold: no guard has it any more, and it must stay in the store.
+    pub(crate) fn detach(&self, hold: &Hold) {
+        let has_late_request = hold.unanswered_until.is_some();
+        let is_query_due = self.tokens.detach(hold, has_late_request, self.clock.now());
+        if is_query_due {
+            self.command(Command::QueryDetached);
         }
-        drop(warnings);
-        self.observer.tell(|| Event::Warning { message });
+        if has_late_request {
+            // A request that arrives after another handle has adopted the hold makes a second hold of the same token.
+            let mut cleanup = Cleanup::of_hold(hold, None);
+            cleanup.spared = Some(hold.fence);
+            self.command(Command::Cleanup(cleanup));
+        }
     }
 
-    pub(crate) fn warnings(&self) -> Vec<String> {
-        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Reports a fault of the store after which the keeper tries again.
+    pub(crate) fn report(&self, error: &Error) {
+        self.observer.tell(|| Event::Error {
+            kind: error.kind(),
+            key: error.key().cloned(),
+            message: error.to_string(),
+        });
     }
 
     pub(crate) fn error(&self, kind: ErrorKind, message: impl Into<String>) -> Error {
         Error::new(kind, message).with_store(self.capabilities.name)
     }
 
-    /// Refuses a child that was forked after the handle was opened: it would share the parent's connections.
+    /// Rejects a child process that was forked after the handle was opened: it would share its parent's connections.
     pub(crate) fn check_process(&self) -> Result<()> {
         if self.is_own_process() {
             return Ok(());
@@ -338,7 +177,8 @@ impl Shared {
         std::process::id() == self.process
     }
 
-    /// Repeats a step after faults, learns the store's time from its answer, and names the store in its error.
+    /// Runs an operation of the store within the retry policy. Takes the store's time from the answer, and adds the store's name
+    /// to an error.
     pub(crate) async fn step<T, F>(&self, attempt: impl FnMut() -> F) -> Repeated<Reply<T>>
     where
         F: Future<Output = Result<Reply<T>>>,
@@ -346,7 +186,7 @@ impl Shared {
         self.step_with(Persistence::Policy, attempt).await
     }
 
-    /// The same, repeated for as long as `persistence` says.
+    /// Runs an operation of the store, and retries it for as long as `persistence` says.
     pub(crate) async fn step_with<T, F>(
         &self,
         persistence: Persistence,
@@ -355,49 +195,38 @@ impl Shared {
     where
         F: Future<Output = Result<Reply<T>>>,
     {
-        let mut asked = self.clock.now();
+        let mut sent_at = self.clock.now();
         let attempt = || {
-            asked = self.clock.now();
+            sent_at = self.clock.now();
             attempt()
         };
         let mut repeated = tokio::select! {
             biased;
-            repeated = repeat(&self.clock, &self.config.retry, persistence, &self.back, attempt) => repeated,
+            repeated = repeat(&self.clock, &self.config.retry, persistence, &self.store_recovered, attempt) => repeated,
             () = self.closed.cancelled() => Repeated { result: Err(self.draining_error()), unanswered: true },
         };
         repeated.result = repeated.result.map_err(|error| error.with_store(self.capabilities.name));
         if let Ok(reply) = &repeated.result {
-            self.saw_store_time(reply.time, asked);
+            self.saw_store_time(reply.time, sent_at);
         }
         repeated
     }
 
-    /// Asks the store once what became of one token.
+    /// Polls one token, once.
     pub(crate) async fn poll(&self, key: &Key, token: TokenId) -> Result<Reply<PollOutcome>> {
         let Reply { time, outcome } = self.store.poll(key, &[token]).await?;
         let outcome = outcome.into_iter().next().ok_or_else(polled_too_few)?;
         Ok(Reply { time, outcome })
     }
 
-    /// The answer to a question that was asked at `asked` has this time.
-    pub(crate) fn saw_store_time(&self, time: StoreTime, asked: BootTime) {
-        let mut seen = self.store_clock.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = self.clock.now();
-        // An answer that was long on its way tells a time that is over. One that is older than that can make it comes of a
-        // clock that was set back, and is followed.
-        let is_late = seen.is_some_and(|(time_seen, at)| {
-            let known = time_seen.after(now.since(at));
-            time < known && known <= time.after(now.since(asked))
-        });
-        if !is_late {
-            *seen = Some((time, now));
-        }
+    /// Takes the store's time from the answer to a request that was sent at `sent_at`.
+    pub(crate) fn saw_store_time(&self, time: StoreTime, sent_at: BootTime) {
+        self.store_clock.observe(time, sent_at, &self.clock);
     }
 
-    /// The store's time by the last answer and what has passed since. Never ahead of the store, but for drift.
+    /// Returns an estimate of the store's time that, except for drift, is never ahead of the store.
     pub(crate) fn store_time(&self) -> StoreTime {
-        let seen = *self.store_clock.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.map_or(StoreTime::from_micros(0), |(time, at)| time.after(self.clock.now().since(at)))
+        self.store_clock.now(&self.clock)
     }
 
     pub(crate) fn drain(&self, reason: &str) {
@@ -420,15 +249,15 @@ impl Shared {
         self.error(ErrorKind::Draining, format!("the handle takes no new holds: {reason}"))
     }
 
-    /// Returns a session that is believed now. Waits for the keeper to open one, within the retry policy.
-    pub(crate) async fn believed_session(&self) -> Result<Arc<SessionBelief>> {
-        self.believed_session_by(self.clock.now().after(self.config.retry.total)).await
+    /// Returns a session that is valid now. Waits for the keeper to open one, within the retry policy.
+    pub(crate) async fn valid_session(&self) -> Result<Arc<SessionLease>> {
+        self.valid_session_by(self.clock.now().after(self.config.retry.total)).await
     }
 
-    /// The same, with a time after which it gives up.
-    pub(crate) async fn believed_session_by(&self, give_up_at: BootTime) -> Result<Arc<SessionBelief>> {
+    /// Returns a session that is valid now. Waits for the keeper to open one, until `give_up_at`.
+    pub(crate) async fn valid_session_by(&self, give_up_at: BootTime) -> Result<Arc<SessionLease>> {
         if let SessionView::Open(session) = &*self.session.borrow()
-            && session.is_believed(self.clock.now())
+            && session.is_valid(self.clock.now())
         {
             return Ok(session.clone());
         }
@@ -436,11 +265,11 @@ impl Shared {
         let started = self.clock.now();
         loop {
             match &*views.borrow_and_update() {
-                SessionView::Open(session) if session.is_believed(self.clock.now()) => return Ok(session.clone()),
+                SessionView::Open(session) if session.is_valid(self.clock.now()) => return Ok(session.clone()),
                 SessionView::Closed => return Err(self.draining_error()),
-                // What does not pass is not waited for.
-                SessionView::Opening(Some((kind, message))) if !kind.is_transient() => {
-                    return Err(self.error(*kind, message.clone()));
+                // A permanent fault does not go away by waiting.
+                SessionView::Opening(Some(error)) if !error.is_transient() => {
+                    return Err(error.clone().in_doubt(false));
                 }
                 SessionView::Open(_) | SessionView::Opening(_) => {}
             }
@@ -457,28 +286,28 @@ impl Shared {
         }
     }
 
-    /// No hold is believed any more: the keeper has ended, or is about to.
+    /// Returns whether no hold is valid any more, because the keeper has ended or is about to.
     pub(crate) fn is_closed(&self) -> bool {
         matches!(*self.session.borrow(), SessionView::Closed)
     }
 
-    /// Why there is no session, if that is so.
+    /// Returns the fault because of which no session is open, if there is one.
     pub(crate) fn session_fault(&self) -> Option<Error> {
         match &*self.session.borrow() {
-            SessionView::Opening(Some((kind, message))) => Some(self.error(*kind, message.clone()).in_doubt(false)),
+            SessionView::Opening(error) => error.clone().map(|error| error.in_doubt(false)),
             _ => None,
         }
     }
 
-    /// Asks the store for a hold. Anything but a grant under the believed fence is a loss: a place in the queue or another
-    /// fence is what a store has that forgot the grant, or what somebody made up. Unless its holder gave it up meanwhile:
-    /// then that is why.
-    pub(crate) async fn confirm(&self, asked: &Asked) -> Result<()> {
-        let hold = &asked.hold;
+    /// Polls the token of a hold, and loses the hold unless the store has its grant under the same fence. A place in the queue,
+    /// or another fence, means that the store forgot the grant, or that the grant was made up. A hold that its holder is
+    /// releasing is not lost: the release is why the store does not have it.
+    pub(crate) async fn confirm(&self, check: &HoldCheck) -> Result<()> {
+        let hold = &check.hold;
         let until = hold.own_until();
-        let mut sent = self.clock.now();
+        let mut sent_at = self.clock.now();
         let poll = self.step(|| {
-            sent = self.clock.now();
+            sent_at = self.clock.now();
             self.poll(&hold.key, hold.token)
         });
         match poll.await.result?.outcome {
@@ -487,120 +316,56 @@ impl Shared {
                     && hold.has_less(until, self.clock.now().after(remaining))
                 {
                     // The store forgot an extension.
-                    let ends = sent.after(self.config.drift.shorten(remaining));
+                    let ends = sent_at.after(self.config.drift.shorten(remaining));
                     hold.extend(self.clock.now(), ends, remaining);
                     self.command(Command::Watch(hold.clone()));
                 }
             }
-            _ if hold.is_let_go() => {}
-            _ => self.lose(hold, asked.cause, asked.reason.clone()),
+            _ if hold.is_releasing() => {}
+            _ => self.lose(hold, check.cause, check.reason.clone()),
         }
         Ok(())
     }
 
-    /// Ends the belief in a hold, tells everybody, and has its token ended in the store.
+    /// Loses a hold: notifies its holder, reports the loss, and schedules cleanup of the token.
     pub(crate) fn lose(&self, hold: &Arc<Hold>, cause: LossCause, reason: Option<String>) {
         if !hold.lose(cause) {
             return;
         }
         let policy = hold.on_lost.as_ref().unwrap_or(&self.config.on_lost);
-        // Where the keeper has ended by a defect, nobody said that the work is over.
+        // A caller that closes the handle says that its work is over. A keeper that ended by a defect does not say that.
         if !(cause == LossCause::Closed && self.closing.is_cancelled() && matches!(policy, OnLost::AbortAfter(_))) {
             self.losses.carry_out(policy, hold, cause);
         }
-        if cause.leaves_grace() {
-            self.keep(hold);
+        // A session hold is gone with its session. Every other token must be cleaned up. If the holder notices the loss before the
+        // store does, cleanup starts after the grace in which the holder stops, or when the guard is dropped before that.
+        let is_gone = hold.session_bound && cause == LossCause::SessionExpired;
+        if is_gone {
+            self.tokens.forget(hold.token);
+        } else if !cause.leaves_grace() {
+            self.tokens.begin_cleanup(hold.token);
+        } else if self.tokens.begin_grace(hold, self.clock.now()) {
+            self.command(Command::QueryDetached);
         }
-        self.forget(hold.token);
         self.observer.tell(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
-        // With its session a session hold is gone. Everything else has a token that must be ended: where the holder
-        // knows first, after the grace in which it stops, or by its guard when that is dropped before.
-        if !(hold.session_bound && cause == LossCause::SessionExpired) {
-            let mut end = End::of_hold(hold, None);
+        if !is_gone {
+            let mut cleanup = Cleanup::of_hold(hold, None);
             if cause.leaves_grace() {
-                end.not_before = match hold.heartbeat_within {
-                    // Its work hangs: whatever is left of its lifetime is of no use to it.
+                cleanup.not_before = match hold.heartbeat_within {
+                    // The work hangs, so it has no use for the rest of the lifetime.
                     Some(within) if cause == LossCause::HeartbeatMissed => {
-                        hold.valid_until().min(self.clock.now().after(crate::belief::grace(within)))
+                        hold.valid_until().min(self.clock.now().after(crate::lease::grace(within)))
                     }
                     _ => hold.valid_until(),
                 };
-                hold.is_freed_at(end.not_before);
+                hold.is_freed_at(cleanup.not_before);
             }
-            self.end(end);
+            self.command(Command::Cleanup(cleanup));
         }
     }
 }
 
-/// A store is code of others: what it answers is counted.
+/// Returns the error of a poll with too few outcomes: a store may be code of others, so its answers are counted.
 pub(crate) fn polled_too_few() -> Error {
     Error::new(ErrorKind::Internal, "the store answered a poll with fewer outcomes than tokens")
-}
-
-/// Gives room back that many entries needed and few do not.
-pub(crate) fn shrink<Id: Eq + std::hash::Hash, Value>(map: &mut IdMap<Id, Value>) {
-    if map.capacity() > 1_024 && map.len() < map.capacity() / 8 {
-        map.shrink_to(map.len() * 2);
-    }
-}
-
-/// A token to be ended in the store, until that is definite.
-#[derive(Debug)]
-pub(crate) struct End {
-    pub(crate) key: Key,
-    pub(crate) token: TokenId,
-    pub(crate) cooldown: Option<Duration>,
-    /// A request of the token may still be on its way: an answer counts only after this time of the store.
-    pub(crate) unanswered_until: Option<StoreTime>,
-    /// The session that the token depends on: once that is over, nothing is left to end.
-    pub(crate) session: Option<Arc<SessionBelief>>,
-    /// The key stays taken until then, for its holder to stop.
-    pub(crate) not_before: BootTime,
-    /// When nothing of the token can be left, because its lifetime has run out.
-    pub(crate) over_at: BootTime,
-    /// The hold, if it was one: told as released when done.
-    pub(crate) released: Option<(Fence, BootTime)>,
-    /// The hold of the token that has this fence stays.
-    pub(crate) spared: Option<Fence>,
-}
-
-impl End {
-    /// Whether nothing of the token can be left.
-    pub(crate) fn is_over(&self, now: BootTime) -> bool {
-        now >= self.over_at || self.session.as_ref().is_some_and(|session| session.over().is_cancelled())
-    }
-
-    /// Whether something of it outlives its session.
-    pub(crate) fn stays(&self) -> bool {
-        self.session.is_none() || self.cooldown.is_some()
-    }
-
-    /// Of a token of which this process knows nothing but its name.
-    pub(crate) fn of_token(key: Key, token: TokenId) -> Self {
-        Self {
-            key,
-            token,
-            cooldown: None,
-            unanswered_until: None,
-            session: None,
-            not_before: BootTime::from_nanos(0),
-            over_at: BootTime::NEVER,
-            released: None,
-            spared: None,
-        }
-    }
-
-    pub(crate) fn of_hold(hold: &Hold, cooldown: Option<Duration>) -> Self {
-        Self {
-            key: hold.key.clone(),
-            token: hold.token,
-            cooldown,
-            unanswered_until: hold.unanswered_until,
-            session: hold.session_bound.then(|| hold.session.clone()),
-            not_before: BootTime::from_nanos(0),
-            over_at: hold.over_at(),
-            released: None,
-            spared: None,
-        }
-    }
 }

@@ -1,4 +1,4 @@
-//! Threads of the library: started without a panic, and awaited without blocking an executor.
+//! Starts threads without a panic, and waits for their end without blocking an executor.
 
 use std::io;
 use std::sync::mpsc;
@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 /// Starts a thread.
 ///
 /// # Errors
-/// If the system has no thread left. `run` is dropped then, on the calling thread.
+/// Fails if the system has no thread left. Then `run` is dropped on the calling thread.
 pub(crate) fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<Ending> {
     let (sender, joined) = mpsc::channel();
     let ended = CancellationToken::new();
@@ -35,22 +35,22 @@ impl Drop for EndsWhenDropped {
     }
 }
 
-/// The end of a thread, for those who wait for it.
+/// Waits for the end of a thread.
 #[derive(Debug)]
 pub(crate) struct Ending {
     thread: ThreadId,
     ended: CancellationToken,
     /// Disconnected when the thread has ended.
     joined: mpsc::Receiver<()>,
-    /// The longest time for which a drop waits.
+    /// Maximum time for which a drop waits.
     limit: Duration,
 }
 
 impl Ending {
-    /// Waits for the end of the thread, at most `limit`.
+    /// Waits for the end of the thread, for at most `limit`.
     ///
-    /// Inside a tokio runtime nothing is blocked: a task waits. If the runtime ends before the thread does, the end of the
-    /// runtime waits instead, so that the process does not exit too early.
+    /// Inside a tokio runtime a task waits, and nothing is blocked. If the runtime ends before the thread does, the end of the
+    /// runtime waits, so that the process does not exit too early.
     pub(crate) fn wait(mut self, limit: Duration) {
         self.limit = limit;
         if let Ok(runtime) = Handle::try_current() {
@@ -64,14 +64,14 @@ impl Ending {
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        // The thread itself may drop the last of what it serves.
+        // The thread itself may drop the last handle.
         if !self.limit.is_zero() && std::thread::current().id() != self.thread {
-            let _ended_or_late = self.joined.recv_timeout(self.limit);
+            let _ = self.joined.recv_timeout(self.limit); // an error says that the thread has ended, or is late
         }
     }
 }
 
-/// A thread that drives a runtime. It ends when this is dropped, and all tasks of the runtime with it.
+/// A thread that drives a runtime. Dropping this value ends the thread and all tasks of the runtime.
 #[derive(Debug)]
 pub(crate) struct RuntimeThread {
     pub(crate) runtime: Handle,
@@ -82,11 +82,11 @@ impl RuntimeThread {
     /// Starts the thread.
     ///
     /// # Errors
-    /// If the system has no thread or no descriptor left.
+    /// Fails if the system has no thread or no descriptor left.
     pub(crate) fn start(name: &str) -> io::Result<Self> {
         let (give, take) = mpsc::channel::<Runtime>();
         let (lives, ends) = oneshot::channel::<()>();
-        // The thread first: a runtime that gets no thread would be dropped here, and that is a panic in async code.
+        // The thread comes first: if no thread can be started, no runtime must be dropped here, because that panics in async code.
         spawn(name, move || {
             if let Ok(runtime) = take.recv() {
                 drop(runtime.block_on(ends));
@@ -110,7 +110,7 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// A thread that ends after `span`.
+    /// Starts a thread that ends after `span`.
     fn busy(span: Duration) -> Ending {
         spawn("busy", move || std::thread::sleep(span)).unwrap()
     }

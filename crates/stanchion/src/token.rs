@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::hash::{BuildHasher as _, BuildHasherDefault, Hasher, RandomState};
+use std::hash::{BuildHasherDefault, DefaultHasher, Hash as _, Hasher};
 use std::str::FromStr;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -89,15 +89,26 @@ random_id! {
 ///
 /// Part of each token depends on its session and on a secret of this handle. Without asking the store, the handle can
 /// therefore tell its tokens from the tokens of other handles and of its own former sessions.
-#[derive(Debug, Default)]
 pub(crate) struct TokenMaker {
-    secret: RandomState,
+    secret: [u8; 16],
+}
+
+impl fmt::Debug for TokenMaker {
+    /// Without the secret.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TokenMaker")
+    }
 }
 
 /// Number of random bytes in a token id. The other bytes are the mark.
 const RANDOM: usize = 12;
 
 impl TokenMaker {
+    /// Makes a secret of the operating system's randomness.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self { secret: crate::clock::random_bytes()? })
+    }
+
     pub(crate) fn make(&self, session: SessionId) -> Result<TokenId> {
         let mut bytes = crate::clock::random_bytes()?;
         let mark = self.mark(session, &bytes);
@@ -110,7 +121,9 @@ impl TokenMaker {
     }
 
     fn mark(&self, session: SessionId, bytes: &[u8; 16]) -> [u8; 4] {
-        let [a, b, c, d, ..] = self.secret.hash_one((session, &bytes[..RANDOM])).to_le_bytes();
+        let mut hasher = DefaultHasher::new();
+        (self.secret, session, &bytes[..RANDOM]).hash(&mut hasher);
+        let [a, b, c, d, ..] = hasher.finish().to_le_bytes();
         [a, b, c, d]
     }
 }
@@ -248,7 +261,7 @@ mod tests {
 
     #[test]
     fn handle_recognises_tokens_of_its_session() {
-        let (maker, other) = (TokenMaker::default(), TokenMaker::default());
+        let (maker, other) = (TokenMaker::new().unwrap(), TokenMaker::new().unwrap());
         let [session, next] = [(); 2].map(|()| SessionId::random().unwrap());
         for _ in 0..1_000 {
             let token = maker.make(session).unwrap();

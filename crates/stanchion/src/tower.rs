@@ -251,9 +251,7 @@ where
         Some(guard) => conclude(guard, finished).await,
         // Another thread uses the guard through a `HeldLock` at this moment. It drops the guard afterwards, which
         // releases the lock.
-        None => finished.map_err(|cause| {
-            Error::new(ErrorKind::Lost(cause), format!("the lock was lost while it was in use: {cause}"))
-        }),
+        None => finished.map_err(Error::lost),
     };
     match outcome.map_err(Rejection::from) {
         Ok(response) => Ok(response?.map(LockedBody::free)),

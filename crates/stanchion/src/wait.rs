@@ -1,42 +1,43 @@
-//! The waiting loop: from a request to a grant. It alone decides how long to wait and when to ask again.
+//! Runs the waiting loop, from a request to a grant. Only this module decides how long a call waits and when it polls.
 //!
 //! # Invariants
-//! 1. From before the first question until the grant is in the caller's hand, a [`Pending`] stands for the token: dropped
-//!    at any point, it has the keeper end whatever the token got.
-//! 2. A token is asked for once; asking again is a poll, or the very same request within its window.
-//! 3. A grant is believed only while the session that asked is believed, and a deadline counts from before the very
-//!    question whose answer told what remains.
+//! 1. From before the first request until the caller has the grant, an [`InFlightToken`] stands for the token. If it is dropped at
+//!    any point, the keeper releases everything that the token got.
+//! 2. A token is requested once. Each further request is a poll, or repeats the same request within its window.
+//! 3. A grant is valid only while the session of the request is valid, and a deadline counts from before the request whose answer
+//!    stated the remaining time.
 
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::belief::{Hold, NewHold, SessionBelief};
 use crate::clock::{BootTime, Clock};
+use crate::command::{Cleanup, Command};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::guard::Guard;
-use crate::keeper::Command;
 use crate::key::Key;
+use crate::lease::{Hold, NewHold, SessionLease};
 use crate::locks::{DURATION_RANGE, Locks};
 use crate::on_lost::OnLost;
 use crate::polls::{LONG_SILENCE, Trouble};
 use crate::request::LockRequest;
 use crate::retry::Persistence;
-use crate::shared::{End, Entry, Shared, Signal, WaitCell};
+use crate::shared::Shared;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Demand, Granted, Lifetime, PollOutcome, Queued,
     StoreTime,
 };
 use crate::token::{Token, TokenId};
+use crate::waiter::{Waiter, Wakeup};
 
-/// How long a request may be on its way. Shorter where the session or the lifetime is short.
-const LONGEST_WINDOW: Duration = Duration::from_secs(5);
+/// Maximum time for which a request may be on its way. The time is shorter if the session or the lifetime is short.
+const MAX_WINDOW: Duration = Duration::from_secs(5);
 
-/// So many grants may come with no time left until a call gives up.
-const MOST_LATE: u32 = 5;
+/// Maximum number of grants that may arrive already expired before the call fails.
+const MAX_LATE: u32 = 5;
 
-/// How long, and what ends the wait.
+/// Acquires a key. Returns `None` if the key is busy and the call does not wait.
 pub(crate) async fn acquire(request: &LockRequest) -> Result<Option<Guard>> {
     let locks = &request.locks;
     let shared = &locks.handle.shared;
@@ -81,24 +82,23 @@ async fn acquire_key(request: &LockRequest, key: Key) -> Result<Option<Guard>> {
         biased;
         () = cancelled => Some(Err(Error::new(ErrorKind::Cancelled, "the caller cancelled the wait"))),
         () = shared.draining().cancelled() => Some(Err(shared.draining_error())),
-        result = call.ask() => Some(result),
+        result = call.run() => Some(result),
         () = shared.clock.sleep_until(limit_at) => None,
     };
     ended.unwrap_or_else(|| Err(limit_error(shared, &trouble, enqueue, limit.unwrap_or_default()))).map_err(name)
 }
 
-/// The error of a call whose limit has come: the store's fault if it was failing, else that the key was busy.
+/// Returns the error of a call that reached its wait limit: the store's fault if the store was failing, else a timeout.
 fn limit_error(shared: &Shared, trouble: &Mutex<Trouble>, waits: bool, limit: Duration) -> Error {
     let trouble = trouble.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let fault = trouble.map(|(kind, message)| Error::new(kind, message));
-    let fault = fault.or_else(|| shared.session_fault());
+    let fault = trouble.or_else(|| shared.session_fault());
     fault.unwrap_or_else(|| match waits {
         true => Error::new(ErrorKind::Timeout, format!("not obtained within {limit:?}")),
         false => Error::new(ErrorKind::Unavailable, format!("the store did not answer within {limit:?}")),
     })
 }
 
-/// Takes up a detached hold.
+/// Adopts a detached hold.
 pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
     let shared = &locks.handle.shared;
     let key = token.key();
@@ -107,43 +107,43 @@ pub(crate) async fn adopt(locks: &Locks, token: Token) -> Result<Guard> {
     let session = tokio::select! {
         biased;
         () = shared.draining().cancelled() => Err(shared.draining_error()),
-        session = shared.believed_session() => session,
+        session = shared.valid_session() => session,
     };
     let session = session.map_err(name)?;
-    let mut pending = Pending::new(shared, key, session, None)?;
+    let mut in_flight = InFlightToken::new(shared, key, session, None)?;
     let request = AdoptRequest {
         key: key.clone(),
         from: token.id(),
-        to: pending.token,
-        session: pending.session.id,
-        not_after: pending.not_after,
+        to: in_flight.token,
+        session: in_flight.session.id,
+        not_after: in_flight.not_after,
     };
-    let mut asked = shared.clock.now();
+    let mut sent_at = shared.clock.now();
     let step = shared.step(|| {
-        asked = shared.clock.now();
+        sent_at = shared.clock.now();
         shared.store.adopt(request.clone())
     });
     let step = step.await;
-    pending.unanswered = step.unanswered;
-    match step.result.map_err(|error| name(pending.in_doubt(error)))?.outcome {
+    in_flight.unanswered = step.unanswered;
+    match step.result.map_err(|error| name(in_flight.in_doubt(error)))?.outcome {
         AdoptOutcome::Adopted { granted, session_bound } => {
-            shared.kept().remove(&token.id());
+            shared.tokens.forget_detached(token.id());
             let lifetime = Grant {
                 granted,
-                asked,
+                sent_at,
                 session_bound,
                 heartbeat_within: None,
                 length: granted.remaining.map(|remaining| shared.config.drift.usable(remaining)),
                 on_lost: None,
             };
-            pending.hold(locks, lifetime, None).ok_or_else(|| {
+            in_flight.hold(locks, lifetime, None).ok_or_else(|| {
                 let too_late =
                     || Error::new(ErrorKind::Lost(LossCause::TtlExpired), "taken up with too little time left");
                 name(if shared.is_closed() { shared.draining_error() } else { too_late() })
             })
         }
         AdoptOutcome::Gone => {
-            pending.nothing_was_created();
+            in_flight.nothing_was_created();
             Err(name(Error::new(ErrorKind::Lost(LossCause::Missing), "there is no such hold any more")))
         }
         AdoptOutcome::Stale | AdoptOutcome::SessionGone => {
@@ -159,32 +159,32 @@ struct Call<'a> {
     request: &'a LockRequest,
     /// The lifetime that the caller asked for.
     lifetime: Lifetime,
-    /// The lifetime that the store is asked for: longer by what the holder may not use.
+    /// The lifetime that is requested from the store: longer by the time that the holder cannot use.
     in_store: Lifetime,
     demand: Demand,
     started: BootTime,
     enqueue: bool,
-    /// The store has answered this call: from then on it waits through outages.
+    /// Whether the store has answered this call: from then on the call waits through outages.
     answered: bool,
-    /// The fault of the last question, until one is answered. The caller looks at it when the wait limit comes.
+    /// The fault of the last request, until a request is answered. It becomes the call's error at the wait limit.
     trouble: &'a Mutex<Trouble>,
-    /// How many grants came with no time left.
+    /// Number of grants that arrived already expired.
     late: u32,
-    /// How many questions came too late, one after the other.
+    /// Number of consecutive requests that reached the store too late.
     stale: u32,
     /// The limit of other users that was last reported because it is not the limit of this call.
     other_limit: Option<u32>,
 }
 
-/// How one token ended.
-enum Round {
+/// The result of one token.
+enum Attempt {
     Granted(Guard),
     Busy,
-    /// The token is over; the call goes on with a fresh one, at the end of the queue.
-    Again,
+    /// The token is over, and the call goes on with a new token at the end of the queue.
+    Retry,
 }
 
-/// Dropped with its question unanswered, it says so, if that took long.
+/// Notes a fault if it is dropped before the answer to a request has come, and the request has taken long.
 struct Silence<'a> {
     trouble: &'a Mutex<Trouble>,
     clock: &'a Clock,
@@ -195,8 +195,8 @@ impl Drop for Silence<'_> {
     fn drop(&mut self) {
         let silent = self.clock.now().since(self.since);
         if silent >= LONG_SILENCE {
-            let trouble = || (ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}"));
-            // A question before this one may have been told more.
+            let trouble = || Error::new(ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}"));
+            // The fault of an earlier request may say more.
             self.trouble.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(trouble);
         }
     }
@@ -207,18 +207,18 @@ impl Call<'_> {
         &self.locks.handle.shared
     }
 
-    /// Remembers how a question went, also if it is given up because no answer comes.
-    async fn heeding<T>(&self, asked: BootTime, question: impl Future<Output = Result<T>>) -> Result<T> {
-        let silence = Silence { trouble: self.trouble, clock: &self.shared().clock, since: asked };
+    /// Remembers the result of a request, also if the request is given up because no answer comes.
+    async fn heeding<T>(&self, sent_at: BootTime, question: impl Future<Output = Result<T>>) -> Result<T> {
+        let silence = Silence { trouble: self.trouble, clock: &self.shared().clock, since: sent_at };
         let answer = question.await;
         std::mem::forget(silence);
-        let trouble = answer.as_ref().err().map(|error| (error.kind(), error.message().to_owned()));
+        let trouble = answer.as_ref().err().cloned();
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
         answer
     }
 
-    /// How long a step of this call is repeated: until the wait limit if there is one, and else within the policy until
-    /// the store has answered once.
+    /// Returns how long a request of this call is retried: until the wait limit if there is one, and otherwise within the policy
+    /// until the store has answered once.
     fn persistence(&self) -> Persistence {
         if self.enqueue && (self.answered || self.request.wait.is_some()) {
             Persistence::Endless
@@ -227,20 +227,20 @@ impl Call<'_> {
         }
     }
 
-    async fn session(&self) -> Result<Arc<SessionBelief>> {
+    async fn session(&self) -> Result<Arc<SessionLease>> {
         match self.persistence() {
-            Persistence::Policy => self.shared().believed_session().await,
-            Persistence::Endless => self.shared().believed_session_by(BootTime::NEVER).await,
+            Persistence::Policy => self.shared().valid_session().await,
+            Persistence::Endless => self.shared().valid_session_by(BootTime::NEVER).await,
         }
     }
 
-    async fn ask(&mut self) -> Result<Option<Guard>> {
+    async fn run(&mut self) -> Result<Option<Guard>> {
         loop {
-            match self.round().await {
-                Ok(Round::Granted(guard)) => return Ok(Some(guard)),
-                Ok(Round::Busy) => return Ok(None),
-                Ok(Round::Again) if self.late < MOST_LATE && self.stale < MOST_LATE => {}
-                Ok(Round::Again) => {
+            match self.attempt().await {
+                Ok(Attempt::Granted(guard)) => return Ok(Some(guard)),
+                Ok(Attempt::Busy) => return Ok(None),
+                Ok(Attempt::Retry) if self.late < MAX_LATE && self.stale < MAX_LATE => {}
+                Ok(Attempt::Retry) => {
                     let message = "the store answers too slowly for so short a lifetime; ask for a longer ttl";
                     return Err(Error::new(ErrorKind::Unavailable, message));
                 }
@@ -249,61 +249,61 @@ impl Call<'_> {
         }
     }
 
-    /// One token, from the first question to its end.
-    async fn round(&mut self) -> Result<Round> {
+    /// Runs one token from its first request to its end.
+    async fn attempt(&mut self) -> Result<Attempt> {
         let shared = self.shared().clone();
         let session = self.session().await?;
-        let mut pending = Pending::new(&shared, self.key, session, Some(self.in_store))?;
+        let mut in_flight = InFlightToken::new(&shared, self.key, session, Some(self.in_store))?;
         let request = AcquireRequest {
             key: self.key.clone(),
-            token: pending.token,
-            session: pending.session.id,
+            token: in_flight.token,
+            session: in_flight.session.id,
             demand: self.demand,
             lifetime: self.in_store,
             enqueue: self.enqueue,
-            not_after: pending.not_after,
+            not_after: in_flight.not_after,
             metadata: self.request.metadata.clone(),
             trace: self.request.trace.clone(),
         };
-        let mut asked = self.started;
+        let mut sent_at = self.started;
         let step = shared.step_with(self.persistence(), || {
-            asked = shared.clock.now();
-            self.heeding(asked, shared.store.acquire(request.clone()))
+            sent_at = shared.clock.now();
+            self.heeding(sent_at, shared.store.acquire(request.clone()))
         });
         let step = step.await;
-        pending.unanswered = step.unanswered;
+        in_flight.unanswered = step.unanswered;
         let reply = match step.result {
             Ok(reply) => reply,
-            Err(error) => return Err(pending.in_doubt(error)),
+            Err(error) => return Err(in_flight.in_doubt(error)),
         };
         self.answered = true;
         self.stale = if reply.outcome == AcquireOutcome::Stale { self.stale + 1 } else { 0 };
         match reply.outcome {
-            AcquireOutcome::Granted(granted) => Ok(self.granted(pending, granted, asked)),
+            AcquireOutcome::Granted(granted) => Ok(self.granted(in_flight, granted, sent_at)),
             AcquireOutcome::Queued(queued) => {
                 shared.observer.tell(|| Event::Contended { key: self.key.clone(), ahead: queued.ahead });
                 self.compare_limits(queued.in_use);
-                Box::pin(self.wait(pending, queued)).await
+                Box::pin(self.wait(in_flight, queued)).await
             }
             AcquireOutcome::Busy { in_use, .. } => {
-                pending.nothing_was_created();
+                in_flight.nothing_was_created();
                 self.compare_limits(in_use);
-                Ok(Round::Busy)
+                Ok(Attempt::Busy)
             }
-            // The window was missed, or the session ended under the question: the keeper opens another one.
-            AcquireOutcome::Stale | AcquireOutcome::ForceReleased => Ok(Round::Again),
+            // The request missed its window, or the session ended before it arrived. The keeper opens another session.
+            AcquireOutcome::Stale | AcquireOutcome::ForceReleased => Ok(Attempt::Retry),
             AcquireOutcome::SessionGone => {
-                self.session_change(&pending).await;
-                Ok(Round::Again)
+                self.session_change(&in_flight).await;
+                Ok(Attempt::Retry)
             }
             AcquireOutcome::QueueFull { limit } => {
-                pending.nothing_was_created();
+                in_flight.nothing_was_created();
                 Err(Error::new(ErrorKind::RateLimited, format!("{limit} wait for the key already")))
             }
         }
     }
 
-    /// Reports it, once, if the holders share the key with another limit than this call says.
+    /// Reports once that the holders share the key with another limit than this call's limit.
     fn compare_limits(&mut self, in_use: Option<u32>) {
         let asked = self.demand.capacity();
         let is_news = in_use != self.other_limit && !self.demand.is_exclusive();
@@ -313,57 +313,57 @@ impl Call<'_> {
         }
     }
 
-    /// The store says that the session is gone; the keeper learns it by its next beat.
-    async fn session_change(&self, pending: &Pending) {
+    /// Waits for another session, because the store says that the session is gone. The keeper learns that with its next renewal.
+    async fn session_change(&self, in_flight: &InFlightToken) {
         let soon = self.shared().config.session_ttl / 10;
         tokio::select! {
-            () = pending.session.over().cancelled() => {}
+            () = in_flight.session.over().cancelled() => {}
             () = self.shared().clock.sleep(soon) => {}
         }
     }
 
-    /// In the queue: until a push, a poll or the end of the session says how it went on.
-    async fn wait(&mut self, pending: Pending, queued: Queued) -> Result<Round> {
+    /// Waits in the queue until a push, a poll or the end of the session ends the wait.
+    async fn wait(&mut self, in_flight: InFlightToken, queued: Queued) -> Result<Attempt> {
         let shared = self.shared().clone();
-        let _waiting = Waiting::new(&shared, &pending, queued, self.trouble);
+        let _waiting = Waiting::new(&shared, &in_flight, queued, self.trouble);
         loop {
-            let signal = tokio::select! {
+            let wakeup = tokio::select! {
                 biased;
-                () = pending.session.over().cancelled() => return Ok(Round::Again),
-                signal = pending.cell.next() => signal,
+                () = in_flight.session.over().cancelled() => return Ok(Attempt::Retry),
+                wakeup = in_flight.waiter.next() => wakeup,
             };
-            match signal {
-                // A deadline's start is known only to the store: confirm it.
-                Signal::Granted(fence) if self.lifetime.length().is_none() => {
+            match wakeup {
+                // Only the store knows when a deadline starts, so a grant with a deadline is polled below.
+                Wakeup::Granted(fence) if self.lifetime.length().is_none() => {
                     let granted = Granted { fence, remaining: None };
-                    let round = self.granted(pending, granted, shared.clock.now());
-                    // Believed at once, because hand-offs are to be fast, and confirmed then.
-                    if let Round::Granted(guard) = &round
+                    let attempt = self.granted(in_flight, granted, shared.clock.now());
+                    // Take the grant at once, so that hand-offs are fast, and check it afterwards.
+                    if let Attempt::Granted(guard) = &attempt
                         && !shared.capabilities.authentic_push
                     {
                         guard.confirm_soon();
                     }
-                    return Ok(round);
+                    return Ok(attempt);
                 }
-                Signal::Polled(granted, asked) => return Ok(self.granted(pending, granted, asked)),
-                // Something of it may still be on its way, if an answer was missing: the keeper sees to it.
-                Signal::Gone => return Ok(Round::Again),
-                Signal::Failed(error) => return Err(error),
-                Signal::Granted(_) | Signal::Recheck => {}
+                Wakeup::Polled(granted, sent_at) => return Ok(self.granted(in_flight, granted, sent_at)),
+                // If an answer was missing, a request may still be on its way. The keeper releases the hold of such a request.
+                Wakeup::Gone => return Ok(Attempt::Retry),
+                Wakeup::Failed(error) => return Err(error),
+                Wakeup::Granted(_) | Wakeup::Recheck => {}
             }
-            let mut asked = self.started;
+            let mut sent_at = self.started;
             let step = shared.step_with(self.persistence(), || {
-                asked = shared.clock.now();
-                self.heeding(asked, shared.poll(self.key, pending.token))
+                sent_at = shared.clock.now();
+                self.heeding(sent_at, shared.poll(self.key, in_flight.token))
             });
             match step.await.result {
                 Ok(reply) => match reply.outcome {
-                    PollOutcome::Granted(granted) => return Ok(self.granted(pending, granted, asked)),
+                    PollOutcome::Granted(granted) => return Ok(self.granted(in_flight, granted, sent_at)),
                     PollOutcome::Queued(still) => {
                         self.compare_limits(still.in_use);
                         shared.polls.learned(self.key, still, shared.clock.now());
                     }
-                    PollOutcome::Gone => return Ok(Round::Again),
+                    PollOutcome::Gone => return Ok(Attempt::Retry),
                 },
                 // The keeper goes on polling.
                 Err(error) if error.is_transient() => {}
@@ -372,33 +372,33 @@ impl Call<'_> {
         }
     }
 
-    fn granted(&mut self, pending: Pending, granted: Granted, asked: BootTime) -> Round {
+    fn granted(&mut self, in_flight: InFlightToken, granted: Granted, sent_at: BootTime) -> Attempt {
         let grant = Grant {
             granted,
-            asked,
+            sent_at,
             session_bound: matches!(self.lifetime, Lifetime::Session { .. }),
             heartbeat_within: self.request.heartbeat_within,
             length: self.lifetime.length(),
             on_lost: self.request.on_lost.clone(),
         };
         let fence = granted.fence;
-        match pending.hold(self.locks, grant, self.request.cooldown) {
+        match in_flight.hold(self.locks, grant, self.request.cooldown) {
             Some(guard) => {
                 let shared = self.shared();
                 let waited = shared.clock.now().since(self.started);
                 shared.observer.tell(|| Event::Acquired { key: self.key.clone(), fence, waited });
-                Round::Granted(guard)
+                Attempt::Granted(guard)
             }
-            // Too little validity was left: released, not used.
+            // Too little time is left: the hold is released and not used.
             None => {
                 self.late += 1;
-                Round::Again
+                Attempt::Retry
             }
         }
     }
 }
 
-/// A call whose token the keeper polls, as long as this is there.
+/// Has the keeper poll the token of a call until this value is dropped.
 struct Waiting<'a> {
     shared: &'a Shared,
     key: Key,
@@ -407,15 +407,15 @@ struct Waiting<'a> {
 }
 
 impl<'a> Waiting<'a> {
-    fn new(shared: &'a Shared, pending: &Pending, queued: Queued, trouble: &'a Mutex<Trouble>) -> Self {
-        shared.polls.enter(pending.token, &pending.cell, queued, shared.clock.now());
-        Self { shared, key: pending.key.clone(), token: pending.token, trouble }
+    fn new(shared: &'a Shared, in_flight: &InFlightToken, queued: Queued, trouble: &'a Mutex<Trouble>) -> Self {
+        shared.polls.enter(in_flight.token, &in_flight.waiter, queued, shared.clock.now());
+        Self { shared, key: in_flight.key.clone(), token: in_flight.token, trouble }
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        // In a forked child somebody may hold these locks for ever.
+        // In a forked child another thread may hold these locks for ever.
         if !self.shared.is_own_process() {
             return;
         }
@@ -425,61 +425,61 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// How long a request may be on its way: shorter than the shortest lifetime that depends on it.
+/// Returns how long a request may be on its way: less than the shortest lifetime that depends on it.
 fn window(shared: &Shared, lifetime: Option<Lifetime>) -> Duration {
     let shortest = lifetime
         .and_then(Lifetime::length)
         .map_or(shared.config.session_ttl, |length| length.min(shared.config.session_ttl));
-    LONGEST_WINDOW.min(shortest / 2)
+    MAX_WINDOW.min(shortest / 2)
 }
 
-/// A token between its first question and its grant (invariant 1).
-struct Pending {
+/// A token between its first request and its grant (invariant 1).
+struct InFlightToken {
     shared: Arc<Shared>,
     key: Key,
     token: TokenId,
-    session: Arc<SessionBelief>,
+    session: Arc<SessionLease>,
     not_after: StoreTime,
-    cell: Arc<WaitCell>,
-    /// The length of the lifetime, if the session does not end it.
+    waiter: Arc<Waiter>,
+    /// Length of the lifetime, if the hold does not end with the session.
     fixed: Option<Duration>,
-    /// A question of this token that may create has not been answered.
+    /// Whether a request of this token that may create state has not been answered.
     unanswered: bool,
-    /// The token has nothing to end: it was handed on, or it never got anything.
+    /// Whether nothing is left to release, because a guard has the token or the token got nothing.
     spent: bool,
 }
 
-/// A grant and what its belief is built from.
+/// A grant, with the values that its hold is made of.
 struct Grant {
     granted: Granted,
-    /// Before the question was sent whose answer told of the grant.
-    asked: BootTime,
+    /// Time before the request was sent whose answer stated the grant.
+    sent_at: BootTime,
     session_bound: bool,
     heartbeat_within: Option<Duration>,
-    /// The length of the holder's own part of the lifetime, if it has a deadline.
+    /// Length of the part of the lifetime that the holder can use, if there is a deadline.
     length: Option<Duration>,
     on_lost: Option<OnLost>,
 }
 
-impl Pending {
-    fn new(shared: &Arc<Shared>, key: &Key, session: Arc<SessionBelief>, lifetime: Option<Lifetime>) -> Result<Self> {
+impl InFlightToken {
+    fn new(shared: &Arc<Shared>, key: &Key, session: Arc<SessionLease>, lifetime: Option<Lifetime>) -> Result<Self> {
         let token = shared.new_token(session.id)?;
         let not_after = shared.store_time().after(window(shared, lifetime));
-        let cell = Arc::new(WaitCell::new(key.clone(), matches!(lifetime, Some(Lifetime::Session { .. }))));
-        shared.registry().insert(token, Entry::Waiting(cell.clone()));
-        // Until the first answer has come, everything is unanswered.
+        let waiter = Arc::new(Waiter::new(key.clone(), matches!(lifetime, Some(Lifetime::Session { .. }))));
+        shared.tokens.enter_waiting(token, waiter.clone());
+        // Until the first answer has come, the request counts as unanswered.
         let unanswered = true;
         let fixed = match lifetime {
             Some(Lifetime::Fixed(ttl)) => Some(ttl),
-            // What is adopted may have any lifetime.
+            // An adopted hold may have any lifetime.
             None => Some(*DURATION_RANGE.end()),
             Some(Lifetime::Session { .. }) => None,
         };
         let (shared, key) = (shared.clone(), key.clone());
-        Ok(Self { shared, key, token, session, not_after, cell, fixed, unanswered, spent: false })
+        Ok(Self { shared, key, token, session, not_after, waiter, fixed, unanswered, spent: false })
     }
 
-    /// An error after which the caller gives up. What the token may have got is ended when `self` is dropped.
+    /// Returns the error with which the call fails. The drop of `self` schedules the cleanup of everything that the token got.
     fn in_doubt(&mut self, error: Error) -> Error {
         if !self.unanswered || !error.is_transient() {
             return error;
@@ -489,22 +489,22 @@ impl Pending {
         error.restate(ErrorKind::Indeterminate, message).with_token(token)
     }
 
-    /// The store answered that it entered nothing, and nothing else of this token is on its way.
+    /// Forgets the token, if no other request is on its way: the store answered that it entered nothing.
     fn nothing_was_created(&mut self) {
         if !self.unanswered {
-            self.shared.forget(self.token);
+            self.shared.tokens.forget(self.token);
             self.spent = true;
         }
     }
 
-    /// Turns the grant into a guard, if it can be believed for a while.
+    /// Turns the grant into a guard, if the hold is still valid.
     fn hold(mut self, locks: &Locks, grant: Grant, cooldown: Option<Duration>) -> Option<Guard> {
         let now = self.shared.clock.now();
         let drift = self.shared.config.drift;
         let deadline = grant
             .granted
             .remaining
-            .map(|remaining| (grant.asked.after(drift.shorten(remaining)), grant.length.unwrap_or(remaining)));
+            .map(|remaining| (grant.sent_at.after(drift.shorten(remaining)), grant.length.unwrap_or(remaining)));
         let hold = Arc::new(Hold::new(NewHold {
             key: self.key.clone(),
             token: self.token,
@@ -517,17 +517,8 @@ impl Pending {
             unanswered_until: self.unanswered.then_some(self.not_after),
             on_lost: grant.on_lost,
         }));
-        // Whoever ends what it depends on says so first and looks into the registry then: it is seen here, or finds the hold
-        // there. One that is not believed is not entered: nobody is told of the loss of what nobody was given.
-        let is_believed = {
-            let mut registry = self.shared.registry();
-            let is_believed = hold.ended(now).is_none() && !self.shared.is_closed();
-            if is_believed {
-                registry.insert(self.token, Entry::Held(hold.clone()));
-            }
-            is_believed
-        };
-        is_believed.then(|| {
+        let is_valid = || hold.ended(now).is_none() && !self.shared.is_closed();
+        self.shared.tokens.grant(&hold, is_valid).then(|| {
             self.spent = true;
             if hold.look_at() != BootTime::NEVER {
                 self.shared.command(Command::Watch(hold.clone()));
@@ -537,19 +528,19 @@ impl Pending {
     }
 }
 
-impl Drop for Pending {
+impl Drop for InFlightToken {
     fn drop(&mut self) {
         if self.spent || !self.shared.is_own_process() {
             return;
         }
-        self.shared.end(End {
+        self.shared.clean_up(Cleanup {
             key: self.key.clone(),
             token: self.token,
             cooldown: None,
             unanswered_until: self.unanswered.then_some(self.not_after),
             session: self.fixed.is_none().then(|| self.session.clone()),
             not_before: BootTime::from_nanos(0),
-            over_at: self.fixed.map_or(BootTime::NEVER, |ttl| self.shared.clock.now().after(ttl + LONGEST_WINDOW * 2)),
+            over_at: self.fixed.map_or(BootTime::NEVER, |ttl| self.shared.clock.now().after(ttl + MAX_WINDOW * 2)),
             released: None,
             spared: None,
         });

@@ -1,13 +1,13 @@
-//! Ends tokens until the store's answer is definite: a bounded number at a time, the others in a queue.
+//! Releases tokens until the store's answer is definite: a bounded number at a time, the others in a queue.
 //!
 //! # Invariants
-//! 1. At most [`IN_FLIGHT`] requests are on their way, and an attempt's time limit counts from when its request is sent.
-//!    A hundred thousand guards that are dropped at once therefore wait here, where they cost memory and nothing else, and
-//!    not in the store's connections, where they would time out and stand before the renewals.
-//! 2. Tokens are ended in the order in which the keeper was told of them. A token that has to wait for a later time, or
-//!    whose attempt failed, takes no place among the requests meanwhile: a key that always fails delays no other.
-//! 3. An end that a request of the same token may overtake is repeated: soon, because that request is most likely on its
-//!    way already, and once more when it can come no more.
+//! 1. At most [`IN_FLIGHT`] requests are on their way, and the time limit of an attempt counts from when its request is sent.
+//!    If a hundred thousand guards are dropped at once, their tokens wait in this queue, where they only cost memory. In the
+//!    store's connections they would time out and delay the renewals.
+//! 2. Tokens are cleaned up in the order in which the keeper got them. A token that waits for a later time, or whose attempt
+//!    failed, takes no place among the requests: a key that always fails delays no other key.
+//! 3. A cleanup that may have overtaken a request of the same token is repeated: soon, because that request is most likely on its
+//!    way already, and once more when the request can no longer arrive.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -21,45 +21,47 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 use crate::clock::BootTime;
+use crate::command::{Cleanup, Command};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::key::Key;
 use crate::retry::limited;
-use crate::shared::{End, Shared, shrink};
+use crate::shared::Shared;
 use crate::store::{EndOutcome, PollOutcome, Reply};
 use crate::token::TokenId;
 
-/// Maximum number of requests that are on their way at the same time. The stores combine what is asked at the same time, in
-/// three calls of up to 64 steps, so more of them would not be faster.
+/// Maximum number of requests that are on their way at the same time. A store combines simultaneous requests in three batches of up
+/// to 64 operations, so a higher number would not be faster.
 pub(super) const IN_FLIGHT: usize = 256;
 
-/// Pauses before an end is repeated that may have overtaken a request of its token; after these, every second.
+/// Pauses before a cleanup that may have overtaken a request of its token is repeated.
 const REPEATED_AFTER: [Duration; 3] =
     [Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(320)];
+/// Pause before each further repeat.
 const REPEATED_EVERY: Duration = Duration::from_secs(1);
 
-/// Maximum number of tokens that are being ended when a push may add one.
-const MOST_FOR_PUSHES: usize = 1_024;
+/// Maximum number of tokens in cleanup at which a push may still add a token.
+const MAX_FOR_PUSHES: usize = 1_024;
 
-/// The tokens to be ended.
-pub(super) struct Cleanup {
+/// The tokens to clean up.
+pub(super) struct CleanupQueue {
     shared: Arc<Shared>,
-    /// To be asked for, in this order.
+    /// Tokens whose request is sent next, in this order.
     ready: VecDeque<Job>,
-    /// To be asked for at a later time.
+    /// Tokens whose request is sent at a later time.
     later: BinaryHeap<Reverse<Later>>,
     asking: JoinSet<(Job, Option<Result<Reply<EndOutcome>>>)>,
-    /// Ended once while the handle is being closed, without certainty.
-    indefinite: Vec<End>,
+    /// Tokens that were released once while the handle is being closed, without a definite answer.
+    indefinite: Vec<Cleanup>,
 }
 
 struct Job {
-    end: End,
-    /// Attempts without an answer, since the last answer.
+    cleanup: Cleanup,
+    /// Number of failed attempts since the last answer.
     failures: u32,
-    /// Answers so far that were not definite.
+    /// Number of answers so far that were not definite.
     answers: usize,
-    /// Something of the token was found and ended: what may still come is a rare second request.
+    /// Whether the store had something of the token: only a rare second request may still arrive.
     has_found: bool,
 }
 
@@ -68,7 +70,7 @@ struct Later {
     job: Job,
 }
 
-impl Cleanup {
+impl CleanupQueue {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
         Self {
             shared,
@@ -79,15 +81,15 @@ impl Cleanup {
         }
     }
 
-    /// Enters a token to be ended.
-    pub(super) fn enter(&mut self, end: End) {
-        let at = end.not_before;
-        self.schedule(at, Job { end, failures: 0, answers: 0, has_found: false });
+    /// Enters a token to clean up.
+    pub(super) fn enter(&mut self, cleanup: Cleanup) {
+        let at = cleanup.not_before;
+        self.schedule(at, Job { cleanup, failures: 0, answers: 0, has_found: false });
     }
 
     fn schedule(&mut self, at: BootTime, job: Job) {
         let is_due = at <= self.shared.clock.now();
-        // What waits for its holder to stop waits no longer when the handle is closed; what has failed does.
+        // When the handle closes, a token no longer waits for its holder to stop. A token whose attempt failed still waits.
         if is_due || (self.shared.closing.is_cancelled() && job.failures == 0) {
             self.ready.push_back(job);
         } else {
@@ -95,7 +97,7 @@ impl Cleanup {
         }
     }
 
-    /// Does what is next: sends requests, or takes an answer. Dropped, it loses nothing.
+    /// Sends the next requests, or takes an answer. Dropping the future loses nothing.
     pub(super) async fn progress(&mut self) {
         self.send();
         let next = self.later.peek().map_or(BootTime::NEVER, |Reverse(later)| later.at);
@@ -111,7 +113,7 @@ impl Cleanup {
         self.ready.is_empty() && self.later.is_empty() && self.asking.is_empty()
     }
 
-    /// The store is there again: what has failed is tried at once.
+    /// Retries the failed tokens at once, because the store has recovered.
     pub(super) fn retry_now(&mut self) {
         let (failed, others): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.later).into_iter().partition(|Reverse(later)| later.job.failures > 0);
@@ -130,17 +132,17 @@ impl Cleanup {
         while self.asking.len() < IN_FLIGHT
             && let Some(job) = self.ready.pop_front()
         {
-            if job.end.is_over(now) {
-                self.is_over(&job.end);
+            if job.cleanup.is_over(now) {
+                self.is_over(&job.cleanup);
             } else {
                 let shared = self.shared.clone();
                 self.asking.spawn(async move {
-                    let answer = ask(&shared, &job.end).await;
+                    let answer = ask(&shared, &job.cleanup).await;
                     (job, answer)
                 });
             }
         }
-        // What came at once leaves its room behind.
+        // Return memory to the system after many tokens arrived at once.
         if self.ready.capacity() > 1_024 && self.ready.len() < self.ready.capacity() / 8 {
             self.ready.shrink_to(self.ready.len() * 2);
         }
@@ -153,18 +155,18 @@ impl Cleanup {
         let shared = self.shared.clone();
         let now = shared.clock.now();
         match answer {
-            None => self.is_over(&job.end),
+            None => self.is_over(&job.cleanup),
             Some(Ok(reply)) => {
-                self.is_over(&job.end);
-                tell_released(&shared, &job.end);
-                // The hold is released. Whatever comes late is nobody's work: not told, and nothing is closed behind it.
-                job.end.released = None;
+                self.is_over(&job.cleanup);
+                tell_released(&shared, &job.cleanup);
+                // The hold is released. A hold of a late request is nobody's work: its release is not reported and leaves no cooldown.
+                job.cleanup.released = None;
                 job.has_found |= reply.outcome != EndOutcome::Nothing;
-                let Some(until) = job.end.unanswered_until.filter(|until| reply.time <= *until) else { return };
+                let Some(until) = job.cleanup.unanswered_until.filter(|until| reply.time <= *until) else { return };
                 if shared.closing.is_cancelled() {
-                    return self.indefinite.push(job.end);
+                    return self.indefinite.push(job.cleanup);
                 }
-                // By then none can come any more.
+                // After that time no request can arrive any more.
                 let last = until.since(shared.store_time()) + Duration::from_millis(1);
                 let soon = REPEATED_AFTER.get(job.answers).copied().unwrap_or(REPEATED_EVERY);
                 let pause = if job.has_found { last } else { last.min(soon) };
@@ -173,10 +175,9 @@ impl Cleanup {
                 self.schedule(now.after(pause), job);
             }
             Some(Err(error)) => {
-                let error = error.with_key(&job.end.key).with_store(shared.capabilities.name);
+                let error = error.with_key(&job.cleanup.key).with_store(shared.capabilities.name);
                 if job.failures == 0 {
-                    let (kind, message) = (error.kind(), error.to_string());
-                    shared.observer.tell(|| Event::Error { kind, key: Some(job.end.key.clone()), message });
+                    shared.report(&error);
                 }
                 let pause = shared.config.retry.pause_after(job.failures);
                 job.failures += 1;
@@ -185,64 +186,59 @@ impl Cleanup {
         }
     }
 
-    /// What is told of the token from now on is heard.
-    fn is_over(&self, end: &End) {
-        let mut ending = self.shared.ending();
-        ending.remove(&end.token);
-        shrink(&mut ending);
-        drop(ending);
-        if end.spared.is_none() {
-            self.shared.kept().remove(&end.token);
-        }
+    /// Ends the cleanup in the token table: pushes for the token count again.
+    fn is_over(&self, cleanup: &Cleanup) {
+        self.shared.tokens.end_cleanup(cleanup.token, cleanup.spared.is_some());
     }
 
-    /// The handle is being closed, and its session with it: what ends with the session is left to that, so that closing
-    /// takes one step however many holds there are.
+    /// Leaves the tokens that end with the session to the closing of the session, so that closing a handle takes one request
+    /// however many holds there are.
     pub(super) fn leave_to_session(&mut self) {
         let later = std::mem::take(&mut self.later).into_iter().map(|Reverse(later)| later.job);
         for job in std::mem::take(&mut self.ready).into_iter().chain(later) {
-            if !job.end.stays() {
-                tell_released(&self.shared, &job.end);
+            if !job.cleanup.stays() {
+                tell_released(&self.shared, &job.cleanup);
             } else if job.answers > 0 {
-                self.indefinite.push(job.end);
+                self.indefinite.push(job.cleanup);
             } else {
                 self.ready.push_back(job);
             }
         }
     }
 
-    /// Ends what is left, without certainty.
+    /// Cleans up the tokens that are left, without waiting for definite answers.
     pub(super) async fn finish(&mut self) {
         while !self.is_empty() {
             self.progress().await;
         }
     }
 
-    /// With the session ended no late request of its tokens is granted: what such requests got before that is ended.
-    pub(super) fn end_again_what_stays(&mut self) {
+    /// Cleans up once more after the session was closed. The store grants no late request from then on, and this cleanup releases
+    /// the holds of late requests that arrived before.
+    pub(super) fn clean_up_indefinite(&mut self) {
         let indefinite = std::mem::take(&mut self.indefinite);
-        for mut end in indefinite.into_iter().filter(|end| end.session.is_none()) {
-            end.unanswered_until = None;
-            self.enter(end);
+        for mut cleanup in indefinite.into_iter().filter(|cleanup| cleanup.session.is_none()) {
+            cleanup.unanswered_until = None;
+            self.enter(cleanup);
         }
     }
 }
 
-/// One attempt; `None` if nothing of the token can be left before there is an answer.
-async fn ask(shared: &Arc<Shared>, end: &End) -> Option<Result<Reply<EndOutcome>>> {
-    let asked = shared.clock.now();
-    let answer = limited(&shared.clock, shared.config.retry.attempt, surviving(step(shared, end))).await;
+/// Tries once to release a token. Returns `None` if nothing of the token can be left, although no answer came.
+async fn ask(shared: &Arc<Shared>, cleanup: &Cleanup) -> Option<Result<Reply<EndOutcome>>> {
+    let sent_at = shared.clock.now();
+    let answer = limited(&shared.clock, shared.config.retry.attempt, surviving(step(shared, cleanup))).await;
     if let Ok(reply) = &answer {
-        shared.saw_store_time(reply.time, asked);
-    } else if end.is_over(shared.clock.now()) {
+        shared.saw_store_time(reply.time, sent_at);
+    } else if cleanup.is_over(shared.clock.now()) {
         return None;
     }
     Some(answer)
 }
 
-async fn step(shared: &Shared, end: &End) -> Result<Reply<EndOutcome>> {
-    if let Some(spared) = end.spared {
-        let reply = shared.poll(&end.key, end.token).await?;
+async fn step(shared: &Shared, cleanup: &Cleanup) -> Result<Reply<EndOutcome>> {
+    if let Some(spared) = cleanup.spared {
+        let reply = shared.poll(&cleanup.key, cleanup.token).await?;
         let is_other = match reply.outcome {
             PollOutcome::Granted(granted) => granted.fence != spared,
             PollOutcome::Queued(_) => true,
@@ -252,13 +248,13 @@ async fn step(shared: &Shared, end: &End) -> Result<Reply<EndOutcome>> {
             return Ok(Reply { time: reply.time, outcome: EndOutcome::Nothing });
         }
     }
-    match end.released {
-        Some(_) => shared.store.release(&end.key, end.token, end.cooldown).await,
-        None => shared.store.abandon(&end.key, end.token).await,
+    match cleanup.released {
+        Some(_) => shared.store.release(&cleanup.key, cleanup.token, cleanup.cooldown).await,
+        None => shared.store.abandon(&cleanup.key, cleanup.token).await,
     }
 }
 
-/// A panic of the store is a fault like any other: what has to be ended is not forgotten for it.
+/// Turns a panic of the store into an error, so that the token is not forgotten.
 pub(super) async fn surviving<T>(step: impl Future<Output = Result<T>>) -> Result<T> {
     let mut step = pin!(step);
     std::future::poll_fn(|context| {
@@ -268,25 +264,22 @@ pub(super) async fn surviving<T>(step: impl Future<Output = Result<T>>) -> Resul
     .await
 }
 
-/// Ends a token of which this process knows nothing but its name: its session is told of it, and its call is over.
+/// Cleans up a token that a message or a renewal named and that this process does not use any more.
 ///
-/// While many tokens are being ended it is dropped. That loses nothing: a forced release is told by every beat until its token
-/// is ended, a grant that a failover restored is published again whenever a waiter of the key asks, and without a waiter
-/// nobody misses the key before the session ends.
-pub(super) fn end_unknown(shared: &Arc<Shared>, key: Key, token: TokenId) {
-    let is_wanted = {
-        let ending = shared.ending();
-        ending.len() < MOST_FOR_PUSHES && !ending.contains_key(&token)
-    };
-    if is_wanted {
-        shared.end(End::of_token(key, token));
+/// While many tokens are in cleanup the token is dropped, which loses nothing:
+/// 1. every renewal reports a forced release until its token is released;
+/// 2. a store publishes a grant that a failover restored again when a waiter polls the key;
+/// 3. without a waiter nobody needs the key before the session ends.
+pub(super) fn clean_up_unknown(shared: &Arc<Shared>, key: Key, token: TokenId) {
+    if shared.tokens.begin_cleanup_of_unknown(token, MAX_FOR_PUSHES) {
+        shared.command(Command::Cleanup(Cleanup::of_token(key, token)));
     }
 }
 
-fn tell_released(shared: &Shared, end: &End) {
-    if let Some((fence, since)) = end.released {
+fn tell_released(shared: &Shared, cleanup: &Cleanup) {
+    if let Some((fence, since)) = cleanup.released {
         let held = shared.clock.now().since(since);
-        shared.observer.tell(|| Event::Released { key: end.key.clone(), fence, held });
+        shared.observer.tell(|| Event::Released { key: cleanup.key.clone(), fence, held });
     }
 }
 

@@ -1,16 +1,16 @@
-//! The deadlines of single holds: fixed lifetimes, `max_hold`, heartbeats.
+//! Loses holds whose own deadline has come: a fixed lifetime, `max_hold` or a heartbeat.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
 
-use crate::belief::Hold;
 use crate::clock::BootTime;
-use crate::shared::{Entry as Known, Shared};
+use crate::lease::Hold;
+use crate::shared::Shared;
 use crate::token::TokenId;
 
-/// Holds by the time at which they must be looked at. A hold whose deadline has moved is looked at too early once, and
-/// entered again; one that is gone is dropped then.
+/// Holds by the time at which the keeper must look at them. A hold whose deadline was moved is looked at too early once, and
+/// entered again. A hold that is gone is dropped at that time.
 #[derive(Default)]
 pub(super) struct Deadlines {
     heap: BinaryHeap<Reverse<Entry>>,
@@ -25,10 +25,9 @@ impl Deadlines {
     pub(super) fn watch(&mut self, hold: &Arc<Hold>, shared: &Shared) {
         let at = hold.look_at();
         if at != BootTime::NEVER {
-            // Before it grows: those that are gone, whose deadlines may be days away.
+            // Before the heap grows, drop the holds that are gone: their deadlines may be days away.
             if self.heap.len() == self.heap.capacity() {
-                let registry = shared.registry();
-                self.heap.retain(|Reverse(entry)| registry.contains_key(&entry.token));
+                self.heap.retain(|Reverse(entry)| shared.tokens.hold(entry.token).is_some());
             }
             self.heap.push(Reverse(Entry { at, token: hold.token }));
         }
@@ -38,13 +37,13 @@ impl Deadlines {
         self.heap.peek().map_or(BootTime::NEVER, |Reverse(entry)| entry.at)
     }
 
-    /// Announces the holds whose time is up.
+    /// Loses the holds whose deadline has come.
     pub(super) fn announce(&mut self, shared: &Shared) {
         let now = shared.clock.now();
         while self.next() <= now {
             let Some(Reverse(entry)) = self.heap.pop() else { return };
-            // The guard may have ended it meanwhile.
-            let Some(Known::Held(hold)) = shared.entry(entry.token) else { continue };
+            // The guard may have released the hold since.
+            let Some(hold) = shared.tokens.hold(entry.token) else { continue };
             match hold.ended(now) {
                 Some(cause) => shared.lose(&hold, cause, None),
                 None => self.watch(&hold, shared),
@@ -89,13 +88,13 @@ mod tests {
         let mut deadlines = Deadlines::default();
         for _ in 0..1_000 {
             let guard = locks.lock("k").ttl(Duration::from_secs(3_600)).await.unwrap();
-            deadlines.watch(&shared.holds()[0], shared);
+            deadlines.watch(&shared.tokens.holds()[0], shared);
             guard.release().await.unwrap();
         }
         let guard = locks.lock("k").ttl(Duration::from_secs(3_600)).await.unwrap();
-        deadlines.watch(&shared.holds()[0], shared);
+        deadlines.watch(&shared.tokens.holds()[0], shared);
         assert!(deadlines.heap.len() < 100, "{}", deadlines.heap.len());
-        assert!(deadlines.heap.iter().any(|Reverse(entry)| shared.entry(entry.token).is_some()));
+        assert!(deadlines.heap.iter().any(|Reverse(entry)| shared.tokens.hold(entry.token).is_some()));
         drop(guard);
     }
 }

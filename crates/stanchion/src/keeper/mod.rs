@@ -1,17 +1,16 @@
-//! The keeper: one OS thread per handle, with a runtime of its own.
+//! Runs the keeper of a handle: one OS thread with a runtime of its own.
 //!
-//! It keeps the session alive, receives grants, polls for the calls that wait, finishes what dropped futures and guards left,
-//! and publishes losses.
-//! User code that blocks every thread of its own executor does not reach it.
+//! The keeper renews the session, receives grants, polls for waiting calls, cleans up after dropped futures and guards, and
+//! reports losses. User code that blocks every thread of its own executor does not block the keeper.
 //!
 //! # Invariants
-//! 1. The keeper is the only one who beats, and the only one who declares a session over.
-//! 2. A token that it was told to end is ended until the store's answer is definite: given when no request of the token
-//!    can be on its way any more, or after the time until which such a request may act.
-//! 3. It never calls user code and never waits for it. It wakes tasks only while it holds no lock, because waking may
-//!    drop a task and its guards.
-//! 4. However it ends, also by a panic of a store, every hold is lost and every waiting call is ended: without it nobody
-//!    drives the timers.
+//! 1. Only the keeper renews a session, and only the keeper declares a session over.
+//! 2. The keeper keeps releasing a token until the store's answer is definite: the answer comes when no request of the token can be
+//!    on its way any more, or after the time until which such a request may act.
+//! 3. The keeper never calls user code and never waits for it. It wakes tasks only while it holds no lock, because waking may drop a
+//!    task and its guards.
+//! 4. However the keeper ends, also by a panic of a store, every hold is lost and every waiting call fails, because without the
+//!    keeper nothing drives the timers.
 
 mod cleanup;
 mod deadlines;
@@ -24,77 +23,43 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::belief::Hold;
 use crate::clock::Clock;
+use crate::command::{Cleanup, Command, HoldCheck};
 use crate::error::{Error, ErrorKind, LossCause, Result};
-use crate::shared::{End, Entry, SessionView, Shared, Signal};
+use crate::shared::{SessionView, Shared};
 use crate::store::{GrantStream, PollOutcome, Push};
 use crate::thread::{self, Ending};
-use cleanup::Cleanup;
+use crate::tokens::TokenState;
+use crate::waiter::Wakeup;
+use cleanup::CleanupQueue;
 use deadlines::Deadlines;
 use verify::Verification;
 
-/// What the keeper is asked to do.
-#[derive(Debug)]
-pub(crate) enum Command {
-    /// End a token.
-    End(End),
-    /// Look at a hold's own deadlines.
-    Watch(Arc<Hold>),
-    /// Ask the store whether a hold is still there.
-    Verify(Asked),
-    /// The store may have forgotten something: ask it for every hold.
-    VerifyAll,
-    /// The session was renewed: ask the store for the next few holds.
-    VerifyNext,
-    /// Ask the store which of the tokens that must stay it still has.
-    AskForKept,
-    /// Listen to the pushes of a session.
-    Listen(GrantStream),
-    /// Release everything, end the session and stop.
-    Close,
-}
-
-/// A hold that the store is asked for.
-#[derive(Debug)]
-pub(crate) struct Asked {
-    pub(crate) hold: Arc<Hold>,
-    /// Why it is lost, if it is.
-    pub(crate) cause: LossCause,
-    pub(crate) reason: Option<String>,
-}
-
-impl Asked {
-    pub(crate) fn whether_it_is_there(hold: Arc<Hold>) -> Self {
-        Self { hold, cause: LossCause::Missing, reason: None }
-    }
-}
-
-/// How long closing waits for a store that does not answer, and how much of it for single tokens.
+/// Maximum time for which closing waits for a store that does not answer, and the part of it for the tokens.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 const END_WITHIN: Duration = Duration::from_secs(2);
 
-/// Time after which a hold is asked for again because of a message: of many messages about it few cost a request.
+/// Minimum time between two checks of a hold because of messages: many messages about a hold cost few requests.
 const TOLD_AGAIN_AFTER: Duration = Duration::from_millis(20);
 
-/// No nap of a timer is longer than this, because the system's timers stop while the machine sleeps.
-const LONGEST_NAP: Duration = Duration::from_millis(500);
+/// Maximum sleep of a timer: the system's timers stop while the machine is suspended.
+const MAX_TIMER_SLEEP: Duration = Duration::from_millis(500);
 
-/// Starts the keeper's thread; `setup` runs on it, inside its runtime, and makes what is shared with it. `clock` is driven
-/// meanwhile.
+/// Starts the keeper's thread. `setup` runs on the thread, inside its runtime, and makes the state that the keeper shares with the
+/// handle. The keeper drives `clock` from the start.
 pub(crate) fn start<S, F>(clock: Clock, setup: S) -> Result<(Ending, oneshot::Receiver<Result<Unclaimed>>)>
 where
     S: FnOnce(mpsc::UnboundedSender<Command>) -> F + Send + 'static,
     F: Future<Output = Result<Shared>> + 'static,
 {
     let (mut tell, shared) = oneshot::channel();
-    // The runtime is made on the thread itself: without a thread it would be dropped in the caller's async code.
+    // The thread makes the runtime. Otherwise the caller's async code would drop the runtime if no thread can be started.
     let run = move || {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(fault) => {
                 let error = Error::new(ErrorKind::Internal, "the system has no resources for the keeper's runtime");
-                let _the_opener_gave_up = tell.send(Err(error.with_source(fault)));
+                let _ = tell.send(Err(error.with_source(fault))); // the opener may have given up
                 return;
             }
         };
@@ -103,21 +68,21 @@ where
             let opened = tokio::select! {
                 opened = setup(commands) => opened,
                 () = tell.closed() => return,
-                () = clock.drive(LONGEST_NAP) => return,
+                () = clock.drive(MAX_TIMER_SLEEP) => return,
             };
             match opened {
                 Ok(shared) => {
                     let shared = Arc::new(shared);
-                    // If the opener gave up, what comes back closes the handle as it is dropped here.
+                    // If the opener gave up, the handle comes back, and dropping it closes it.
                     drop(tell.send(Ok(Unclaimed(Some(shared.clone())))));
                     keep(shared, inbox).await;
                 }
                 Err(error) => {
-                    let _the_opener_gave_up = tell.send(Err(error));
+                    let _ = tell.send(Err(error)); // the opener may have given up
                 }
             }
         });
-        // A name that is being resolved is not waited for.
+        // Do not wait for a name that is being resolved.
         runtime.shutdown_background();
     };
     let ending = thread::spawn("stanchion-keeper", run).map_err(|fault| {
@@ -126,21 +91,21 @@ where
     Ok((ending, shared))
 }
 
-/// Invariant 4.
+/// Ends every hold and every waiting call when it is dropped (invariant 4).
 struct Ended(Arc<Shared>);
 
 impl Drop for Ended {
     fn drop(&mut self) {
         self.0.drain("the keeper has ended");
         self.0.session.send_replace(SessionView::Closed);
-        for hold in self.0.holds() {
+        for hold in self.0.tokens.holds() {
             self.0.lose(&hold, LossCause::Closed, None);
         }
         self.0.closed.cancel();
     }
 }
 
-/// What was opened, until its opener takes it. An opener that gave up meanwhile leaves it to be closed.
+/// A handle that was opened, until its opener takes it. If the opener has given up, the handle is closed.
 #[derive(Debug)]
 pub(crate) struct Unclaimed(Option<Arc<Shared>>);
 
@@ -165,33 +130,33 @@ impl Drop for Unclaimed {
 async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) {
     let _ended = Ended(shared.clone());
     let clock = shared.clock.clone();
-    let mut cleanup = Cleanup::new(shared.clone());
+    let mut cleanups = CleanupQueue::new(shared.clone());
     let mut verification = Verification::new(shared.clone());
     let mut deadlines = Deadlines::default();
     let mut pushes = None;
     let polling = tokio::spawn(polling::poll_keys(shared.clone()));
     {
-        let drive = clock.drive(LONGEST_NAP);
-        let sessions = session::keep_one(shared.clone());
+        let drive = clock.drive(MAX_TIMER_SLEEP);
+        let sessions = session::maintain_session(shared.clone());
         tokio::pin!(drive, sessions);
         loop {
             let next_deadline = deadlines.next();
             tokio::select! {
-                // What must be on time comes first, what may be much comes last.
+                // Work that must be on time comes first, work that may be much comes last.
                 biased;
                 () = &mut drive => {}
                 () = &mut sessions => {}
                 () = clock.sleep_until(next_deadline) => deadlines.announce(&shared),
                 command = inbox.recv() => match command {
-                    Some(Command::End(end)) => cleanup.enter(end),
+                    Some(Command::Cleanup(cleanup)) => cleanups.enter(cleanup),
                     Some(Command::Watch(hold)) => deadlines.watch(&hold, &shared),
-                    Some(Command::Verify(asked)) => verification.one(asked),
+                    Some(Command::Verify(check)) => verification.one(check),
                     Some(Command::VerifyNext) => verification.next_part(),
                     Some(Command::VerifyAll) => {
-                        cleanup.retry_now();
+                        cleanups.retry_now();
                         verification.all();
                     }
-                    Some(Command::AskForKept) => { tokio::spawn(forget_what_was_taken_up(shared.clone())); }
+                    Some(Command::QueryDetached) => { tokio::spawn(forget_adopted(shared.clone())); }
                     Some(Command::Listen(stream)) => {
                         let mut old = pushes.replace(stream);
                         report_warnings(&shared, &mut old).await;
@@ -202,17 +167,17 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                     Some(push) => receive(&shared, push),
                     None => pushes = None,
                 },
-                () = cleanup.progress() => {}
+                () = cleanups.progress() => {}
                 () = verification.progress() => {}
             }
         }
     }
     report_warnings(&shared, &mut pushes).await;
     polling.abort();
-    // The session's task has stopped: nothing renews from here on.
+    // The session's task has stopped, so nothing renews the session from here on.
     tokio::select! {
-        () = close(&shared, &mut inbox, cleanup) => {}
-        () = clock.drive(LONGEST_NAP) => {}
+        () = close(&shared, &mut inbox, cleanups) => {}
+        () = clock.drive(MAX_TIMER_SLEEP) => {}
         () = real_time_limit(CLOSE_WITHIN) => {}
     }
 }
@@ -235,51 +200,52 @@ async fn push_that_is_there(pushes: &mut Option<GrantStream>) -> Option<Push> {
     }
 }
 
-/// Closing is limited in real time, also under a virtual clock that nobody moves on.
+/// Waits in real time: closing is limited also under a virtual clock that does not advance.
 #[allow(clippy::disallowed_methods, reason = "a limit on shutting down, not a deadline of the protocol")]
 async fn real_time_limit(limit: Duration) {
     tokio::time::sleep(limit).await;
 }
 
-async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command>, mut cleanup: Cleanup) {
+async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command>, mut cleanups: CleanupQueue) {
     shared.closing.cancel();
     let session = match shared.session.send_replace(SessionView::Closed) {
         SessionView::Open(session) => Some(session),
         SessionView::Opening(_) | SessionView::Closed => None,
     };
-    for hold in shared.holds() {
+    for hold in shared.tokens.holds() {
         shared.lose(&hold, LossCause::Closed, None);
     }
-    end_what_stays(inbox, &mut cleanup).await;
-    // With the session ended, a late request of any token is refused. Also one that was asked for and not answered yet.
-    if let Some(id) = shared.asked_session() {
+    clean_up_what_stays(inbox, &mut cleanups).await;
+    // Once the session is closed, the store rejects late requests of its tokens. This includes a session that was requested and
+    // is not answered yet.
+    if let Some(id) = shared.requested_session() {
         session::close(shared, id).await;
     }
     if let Some(session) = session {
         session.end();
     }
-    cleanup.end_again_what_stays();
-    // What calls got that nobody has polled since they were ended.
-    for (token, cell) in shared.waiting() {
-        if !cell.session_bound {
-            cleanup.enter(End::of_token(cell.key.clone(), token));
+    cleanups.clean_up_indefinite();
+    // Fixed lifetimes that were granted to calls whose futures have not been polled since.
+    for (token, waiter) in shared.tokens.waiting() {
+        if !waiter.session_bound {
+            cleanups.enter(Cleanup::of_token(waiter.key.clone(), token));
         }
     }
-    // What came meanwhile, of calls that were given up because of this.
+    // Cleanups that arrived since, from calls that gave up because the handle closes.
     inbox.close();
-    end_what_stays(inbox, &mut cleanup).await;
+    clean_up_what_stays(inbox, &mut cleanups).await;
 }
 
-/// Ends the tokens that do not end with the session: those of fixed lifetimes, and those that leave a cooldown.
-async fn end_what_stays(inbox: &mut mpsc::UnboundedReceiver<Command>, cleanup: &mut Cleanup) {
+/// Cleans up the tokens that do not end with the session: those with a fixed lifetime or a cooldown.
+async fn clean_up_what_stays(inbox: &mut mpsc::UnboundedReceiver<Command>, cleanups: &mut CleanupQueue) {
     while let Ok(command) = inbox.try_recv() {
-        if let Command::End(end) = command {
-            cleanup.enter(end);
+        if let Command::Cleanup(cleanup) = command {
+            cleanups.enter(cleanup);
         }
     }
-    cleanup.leave_to_session();
+    cleanups.leave_to_session();
     tokio::select! {
-        () = cleanup.finish() => {}
+        () = cleanups.finish() => {}
         () = real_time_limit(END_WITHIN) => {}
     }
 }
@@ -291,744 +257,63 @@ async fn next_push(pushes: &mut Option<GrantStream>) -> Option<Push> {
     }
 }
 
-/// Takes a message. Where others than the store can send one, it is a hint at most: what it says of a hold is confirmed by a
-/// poll, and tokens that this session did not make are nobody's business here.
+/// Handles a message. If others than the store can send messages, a message is only a hint: a poll confirms the state of a hold,
+/// and tokens that this session did not make are ignored.
 fn receive(shared: &Arc<Shared>, push: Push) {
     match push {
-        Push::Granted { key, token, fence } => match shared.entry(token) {
-            Some(Entry::Waiting(cell)) => cell.tell(Signal::Granted(fence)),
-            // The call has its grant already, by an answer, unless a failover made another one of it.
-            Some(Entry::Held(hold)) if hold.fence == fence => {}
-            Some(Entry::Held(hold)) => ask_for(shared, Asked::whether_it_is_there(hold)),
-            None if shared.kept().contains_key(&token) => {}
-            // The call has ended, or its hold, and a failover forgot that: nobody will use this grant.
-            None if shared.has_made(token) => cleanup::end_unknown(shared, key, token),
+        Push::Granted { key, token, fence } => match shared.tokens.get(token) {
+            Some(TokenState::Waiting(waiter)) => waiter.notify(Wakeup::Granted(fence)),
+            // An answer has given the call its grant already, unless a failover made another grant of it.
+            Some(TokenState::Held(hold)) if hold.fence == fence => {}
+            Some(TokenState::Held(hold)) => check_soon(shared, HoldCheck::new(hold)),
+            Some(TokenState::Detached(_) | TokenState::CleaningUp(_)) => {}
+            // The call or its hold has ended, and a failover forgot that: nobody will use this grant.
+            None if shared.has_made(token) => cleanup::clean_up_unknown(shared, key, token),
             None => {}
         },
-        Push::ForceReleased(lost) => match shared.entry(lost.token) {
-            Some(Entry::Held(hold)) if !shared.capabilities.authentic_push => {
-                ask_for(shared, Asked { hold, cause: LossCause::ForceReleased, reason: Some(lost.reason) });
+        Push::ForceReleased(lost) => match shared.tokens.get(lost.token) {
+            Some(TokenState::Held(hold)) if !shared.capabilities.authentic_push => {
+                check_soon(shared, HoldCheck { hold, cause: LossCause::ForceReleased, reason: Some(lost.reason) });
             }
-            Some(_) => session::forced_out(shared, lost),
-            // The next beat tells of it, if it is true.
-            None => {}
+            Some(TokenState::Waiting(_) | TokenState::Held(_)) => session::force_released(shared, lost),
+            // The next renewal reports a true forced release.
+            Some(TokenState::Detached(_) | TokenState::CleaningUp(_)) | None => {}
         },
         Push::Recheck { token } => {
-            if let Some(Entry::Waiting(cell)) = shared.entry(token) {
-                cell.tell(Signal::Recheck);
+            if let Some(waiter) = shared.tokens.waiter(token) {
+                waiter.notify(Wakeup::Recheck);
             }
         }
         Push::RecheckAll => shared.polls.poll_all(shared.clock.now()),
         Push::VerifyAll => {
-            shared.back.notify_waiters();
+            shared.store_recovered.notify_waiters();
             shared.polls.poll_all(shared.clock.now());
             shared.command(Command::VerifyAll);
         }
-        Push::Warning(message) => shared.warn(message),
+        Push::Warning(message) => shared.observer.warn(message),
     }
 }
 
-/// A message tells something of a hold. One that is passed over because another came just before is found by the slow round, or
-/// told by the next beat.
-fn ask_for(shared: &Shared, asked: Asked) {
-    if asked.hold.is_to_be_asked_for(shared.clock.now(), TOLD_AGAIN_AFTER) {
-        shared.command(Command::Verify(asked));
+/// Checks a hold because of a message, unless the hold was checked just before. The slow round or the next renewal finds the
+/// change that a skipped message was about.
+fn check_soon(shared: &Shared, check: HoldCheck) {
+    if check.hold.is_check_due(shared.clock.now(), TOLD_AGAIN_AFTER) {
+        shared.command(Command::Verify(check));
     }
 }
 
-/// Forgets the kept tokens that the store does not have any more.
-async fn forget_what_was_taken_up(shared: Arc<Shared>) {
-    let kept: Vec<_> = shared.kept().iter().map(|(token, kept)| (*token, kept.key.clone())).collect();
-    for (token, key) in kept {
-        match shared.step(|| shared.poll(&key, token)).await.result {
-            Ok(reply) if reply.outcome == PollOutcome::Gone => drop(shared.kept().remove(&token)),
+/// Forgets the detached tokens that the store does not have any more, for example because another handle adopted the hold.
+async fn forget_adopted(shared: Arc<Shared>) {
+    for (token, detached) in shared.tokens.detached() {
+        match shared.step(|| shared.poll(&detached.key, token)).await.result {
+            Ok(reply) if reply.outcome == PollOutcome::Gone => shared.tokens.forget_detached(token),
             Ok(_) => {}
-            // Another time: there will be more of them.
+            // The next query comes when more holds have been detached.
             Err(_) => return,
         }
     }
-    let left = shared.kept().len();
-    shared.ask_for_kept_above(left);
+    shared.tokens.detached_were_queried();
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "test code")]
-
-    use super::*;
-    use crate::clock::VirtualClock;
-    use crate::event::{Event, EventStream};
-    use crate::locks::Locks;
-    use crate::store::{Fault, Faults, Faulty, Memory, Operation, Store};
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    struct Bench {
-        time: VirtualClock,
-        memory: Memory,
-        faults: Faults,
-        locks: Locks,
-    }
-
-    impl Bench {
-        async fn new() -> Self {
-            let time = VirtualClock::new();
-            let memory = Memory::with_clock(time.clock());
-            let store = Faulty::with_clock(memory.clone(), &time);
-            let faults = store.faults();
-            let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
-            Self { time, memory, faults, locks }
-        }
-
-        /// What a push of the store starts.
-        fn verify(&self) -> tokio::task::JoinHandle<()> {
-            let mut verification = Verification::new(self.locks.handle.shared.clone());
-            tokio::spawn(async move {
-                verification.all();
-                verification.finish().await;
-            })
-        }
-
-        async fn until(&self, what: &str, mut so: impl AsyncFnMut() -> bool) {
-            for _ in 0..10_000 {
-                if so().await {
-                    return;
-                }
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-            panic!("never: {what}");
-        }
-
-        async fn until_free(&self) {
-            let is_free = async || self.locks.inspect("k").await.unwrap().holders.is_empty();
-            self.until("free", is_free).await;
-        }
-    }
-
-    /// What was told of key `k` until now.
-    async fn told(bench: &Bench, events: &mut EventStream) -> Vec<Event> {
-        drop(bench.locks.lock("last").await.unwrap());
-        let mut told = Vec::new();
-        loop {
-            match events.next().await.unwrap() {
-                Event::Released { key, .. } if key.name() == "last" => return told,
-                event @ (Event::Released { .. } | Event::Lost { .. }) => told.push(event),
-                _ => {}
-            }
-        }
-    }
-
-    #[tokio::test]
-    async fn a_hold_that_is_being_released_is_not_lost() {
-        let bench = Bench::new().await;
-        let guard = bench.locks.lock("k").await.unwrap();
-        let mut events = bench.locks.events();
-        bench.faults.next(Operation::Release, Fault::DelayReply(SECOND));
-        let releasing = tokio::spawn(guard.release());
-        bench.until_free().await;
-        bench.verify().await.unwrap();
-        bench.time.advance(SECOND);
-        assert_eq!(releasing.await.unwrap().unwrap(), crate::Released::Now);
-        let told = told(&bench, &mut events).await;
-        assert!(matches!(told[..], [Event::Released { .. }]), "{told:?}");
-    }
-
-    #[tokio::test]
-    async fn a_hold_that_was_given_up_while_it_was_asked_for_is_not_lost() {
-        let bench = Bench::new().await;
-        for way in ["released", "dropped", "detached"] {
-            let guard = bench.locks.lock("k").await.unwrap();
-            let mut events = bench.locks.events();
-            let asked = bench.faults.count(Operation::Poll);
-            bench.faults.next(Operation::Poll, Fault::Delay(SECOND));
-            let verifying = bench.verify();
-            bench.until("asked", async || bench.faults.count(Operation::Poll) > asked).await;
-            match way {
-                "released" => drop(guard.release().await.unwrap()),
-                "dropped" => drop(guard),
-                // Its token is another one from then on.
-                _ => drop(bench.locks.adopt(guard.detach()).await.unwrap()),
-            }
-            bench.until_free().await;
-            bench.time.advance(SECOND);
-            verifying.await.unwrap();
-            let told = told(&bench, &mut events).await;
-            assert!(matches!(told[..], [Event::Released { .. }]), "{way}: {told:?}");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_lost_hold_that_is_told_again_as_granted_keeps_its_grace() {
-        let bench = Bench::new().await;
-        let guard = bench.locks.lock("k").heartbeat_within(SECOND).await.unwrap();
-        let shared = &bench.locks.handle.shared;
-        let token = shared.holds()[0].token;
-        bench.time.advance(SECOND);
-        assert_eq!(guard.loss(), Some(LossCause::HeartbeatMissed));
-        receive(shared, Push::Granted { key: guard.key().clone(), token, fence: guard.fence() });
-        // The keeper ends this one after whatever it was told before.
-        drop(bench.locks.lock("other").await.unwrap());
-        bench.until("the keeper came to it", async || bench.faults.count(Operation::Release) > 0).await;
-        assert_eq!(bench.locks.inspect("k").await.unwrap().holders.len(), 1);
-        bench.time.advance(SECOND / 4);
-        bench.until_free().await;
-    }
-
-    #[tokio::test]
-    async fn what_was_detached_is_remembered_as_long_as_the_store_may_have_it() {
-        let time = VirtualClock::new();
-        let store = Memory::with_clock(time.clock());
-        let builder = Locks::builder_with_store(store).clock(time.clock()).session_ttl(3_600 * SECOND);
-        let locks = builder.open().await.unwrap();
-        drop(locks.lock("as long as the session").await.unwrap().detach());
-        for turn in 0..500 {
-            drop(locks.lock(format!("k{turn}")).ttl(SECOND).await.unwrap().detach());
-            time.advance(SECOND);
-        }
-        let kept = locks.handle.shared.kept();
-        assert!(kept.len() < 250, "{}", kept.len());
-        assert!(kept.values().any(|kept| kept.until == crate::clock::BootTime::NEVER));
-    }
-
-    #[tokio::test]
-    async fn a_store_that_is_back_hears_a_beat_at_once() {
-        let bench = Bench::new().await;
-        let before = bench.faults.count(Operation::RenewSession);
-        let beats = async || {
-            receive(&bench.locks.handle.shared, Push::VerifyAll);
-            bench.faults.count(Operation::RenewSession) > before
-        };
-        bench.until("a beat, and no time has gone by", beats).await;
-    }
-
-    #[tokio::test]
-    async fn a_hold_that_the_store_has_forgotten_is_lost() {
-        let bench = Bench::new().await;
-        let guard = bench.locks.lock("k").await.unwrap();
-        let token = bench.locks.handle.shared.holds()[0].token;
-        bench.memory.release(guard.key(), token, None).await.unwrap();
-        bench.verify().await.unwrap();
-        assert_eq!(guard.loss(), Some(LossCause::Missing));
-    }
-
-    #[tokio::test]
-    async fn a_shorter_extension_without_an_answer_counts_although_the_session_ends_before_it() {
-        let bench = Bench::new().await;
-        let guard = bench.locks.lock("k").max_hold(60 * SECOND).await.unwrap();
-        bench.faults.next(Operation::Extend, Fault::DelayReply(3_600 * SECOND));
-        let asked = bench.time.clock().now();
-        tokio::select! {
-            _ = guard.extend(20 * SECOND) => unreachable!(),
-            () = bench.until("extended", async || bench.faults.count(Operation::Extend) == 1) => {}
-        }
-        let hold = bench.locks.handle.shared.holds().remove(0);
-        // With the grace in which the holder stops.
-        assert!(hold.own_until() <= asked.after(26 * SECOND), "{:?}", hold.own_until().since(asked));
-    }
-
-    #[tokio::test]
-    async fn the_end_of_a_session_is_told_on_time_while_a_beat_hangs() {
-        let bench = Bench::new().await;
-        let guard = bench.locks.lock("k").await.unwrap();
-        let told = guard.cancel_token();
-        bench.faults.always(Operation::RenewSession, Fault::DelayReply(3_600 * SECOND));
-        // Beats hang at two seconds, at four and a half, at seven; the last one beyond the time at which the session is over.
-        for _ in 0..74 {
-            bench.time.advance(SECOND / 10);
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-        // Nobody looks at the guard, which would see it by the clock.
-        bench.until("told", async || told.is_cancelled()).await;
-        assert_eq!(guard.loss(), Some(LossCause::SessionExpired));
-    }
-
-    #[tokio::test]
-    async fn what_is_taken_up_while_the_handle_is_closed_is_not_believed() {
-        let bench = Bench::new().await;
-        let token = bench.locks.lock("k").await.unwrap().detach();
-        bench.faults.next(Operation::Adopt, Fault::DelayReply(SECOND));
-        bench.faults.next(Operation::CloseSession, Fault::DelayReply(3 * SECOND));
-        let adopting = tokio::spawn({
-            let locks = bench.locks.clone();
-            async move { locks.adopt(token).await.map(|guard| guard.fence()) }
-        });
-        bench.until("asked", async || bench.faults.count(Operation::Adopt) == 1).await;
-        let closing = tokio::spawn({
-            let locks = bench.locks.clone();
-            async move { locks.close().await }
-        });
-        bench.until("closed in the store", async || bench.faults.count(Operation::CloseSession) == 1).await;
-        bench.time.advance(SECOND);
-        assert_eq!(adopting.await.unwrap().unwrap_err().kind(), ErrorKind::Draining);
-        bench.time.advance(3 * SECOND);
-        closing.await.unwrap().unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_fixed_term_of_a_call_that_is_dropped_while_the_handle_is_closed_is_ended() {
-        let bench = Bench::new().await;
-        bench.faults.next(Operation::Acquire, Fault::DelayReply(3_600 * SECOND));
-        bench.faults.next(Operation::CloseSession, Fault::DelayReply(SECOND));
-        let mut asking = Box::pin(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
-        tokio::select! {
-            biased;
-            _ = &mut asking => unreachable!(),
-            () = bench.until("asked", async || bench.faults.count(Operation::Acquire) == 1) => {}
-        }
-        let closing = tokio::spawn({
-            let locks = bench.locks.clone();
-            async move { locks.close().await }
-        });
-        bench.until("closed in the store", async || bench.faults.count(Operation::CloseSession) == 1).await;
-        drop(asking);
-        bench.time.advance(SECOND);
-        closing.await.unwrap().unwrap();
-        let key = crate::Key::new("", "k").unwrap();
-        assert!(bench.memory.inspect(&key).await.unwrap().outcome.holders.is_empty());
-    }
-
-    #[tokio::test]
-    async fn work_that_hangs_loses_its_term_and_frees_the_key_after_its_grace() {
-        let bench = Bench::new().await;
-        let guard = bench.locks.lock("k").ttl(3_600 * SECOND).heartbeat_within(SECOND).await.unwrap();
-        bench.time.advance(SECOND);
-        bench.until("lost", async || bench.locks.handle.shared.holds().is_empty()).await;
-        assert_eq!(guard.loss(), Some(LossCause::HeartbeatMissed));
-        assert!(guard.valid_for().unwrap() <= SECOND / 4, "{:?}", guard.valid_for());
-        bench.time.advance(SECOND / 4);
-        bench.until_free().await;
-    }
-
-    #[tokio::test]
-    async fn questions_that_always_come_too_late_are_given_up() {
-        let bench = Bench::new().await;
-        bench.faults.always(Operation::Acquire, Fault::Delay(SECOND / 20));
-        let asking = bench.locks.lock("k").ttl(SECOND / 20).into_future();
-        let moving = async {
-            loop {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-                bench.time.advance(SECOND / 20);
-            }
-        };
-        let limit = Duration::from_secs(30);
-        let asked = async {
-            tokio::select! { asked = asking => asked, () = moving => unreachable!() }
-        };
-        let error = tokio::time::timeout(limit, asked).await.expect("an end").unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
-        assert!(error.to_string().contains("ask for a longer ttl"), "{error}");
-    }
-
-    #[tokio::test]
-    async fn a_token_that_is_told_again_and_again_is_ended_by_one_who_tries() {
-        let bench = Bench::new().await;
-        bench.faults.always(Operation::Abandon, Fault::LoseRequest);
-        let token = crate::TokenId::random().unwrap();
-        let key = crate::Key::new("", "k").unwrap();
-        for _ in 0..50 {
-            let lost = crate::store::LostToken { key: key.clone(), token, reason: String::new() };
-            session::forced_out(&bench.locks.handle.shared, lost);
-        }
-        bench.until("tried", async || bench.faults.count(Operation::Abandon) > 0).await;
-        // Whatever was told before this has been tried by now.
-        drop(bench.locks.lock("last").await.unwrap());
-        bench.until("the keeper came to it", async || bench.faults.count(Operation::Release) > 0).await;
-        assert_eq!(bench.faults.count(Operation::Abandon), 1);
-    }
-
-    #[tokio::test]
-    async fn a_late_answer_does_not_set_back_the_clock_of_the_store() {
-        let bench = Bench::new().await;
-        bench.faults.next(Operation::Inspect, Fault::DelayReply(3 * SECOND / 2));
-        let looking = tokio::spawn({
-            let locks = bench.locks.clone();
-            async move { locks.inspect("k").await }
-        });
-        bench.until("asked", async || bench.faults.count(Operation::Inspect) == 1).await;
-        bench.time.advance(3 * SECOND / 2);
-        looking.await.unwrap().unwrap();
-        let _guard = bench.locks.lock("k").ttl(SECOND).await.unwrap();
-        assert_eq!(bench.faults.count(Operation::Acquire), 1, "the first question was in time");
-    }
-
-    #[tokio::test]
-    async fn the_clock_of_a_store_that_was_set_back_is_followed() {
-        let bench = Bench::new().await;
-        let shared = &bench.locks.handle.shared;
-        let set_back = crate::store::StoreTime::from_micros(shared.store_time().as_micros() - 60_000_000);
-        shared.saw_store_time(set_back, bench.time.clock().now());
-        assert_eq!(shared.store_time(), set_back);
-    }
-
-    #[tokio::test]
-    async fn a_token_whose_end_failed_by_a_defect_of_the_store_is_ended_all_the_same() {
-        let bench = Bench::new().await;
-        let session = bench.locks.session();
-        let guard = bench.locks.lock("k").await.unwrap();
-        bench.faults.next(Operation::Release, Fault::Panic);
-        drop(guard);
-        // Nobody tells the keeper of it again.
-        let tried_again = async || {
-            bench.time.advance(SECOND / 100);
-            bench.faults.count(Operation::Release) > 1
-        };
-        bench.until("tried again", tried_again).await;
-        bench.until_free().await;
-        assert_eq!(bench.locks.session(), session, "it did not go with its session");
-    }
-
-    #[tokio::test]
-    async fn a_hold_that_is_told_again_while_it_is_released_keeps_its_cooldown() {
-        let bench = Bench::new().await;
-        let guard = bench.locks.lock("k").cooldown(60 * SECOND).await.unwrap();
-        let (key, fence) = (guard.key().clone(), guard.fence());
-        let token = *bench.locks.handle.shared.registry().keys().next().unwrap();
-        bench.faults.next(Operation::Release, Fault::Fail(ErrorKind::Unavailable));
-        drop(guard);
-        bench.until("it failed once", async || bench.faults.count(Operation::Release) == 1).await;
-        // As a store does whose pushes begin anew.
-        receive(&bench.locks.handle.shared, Push::Granted { key, token, fence });
-        let tried_again = async || {
-            bench.time.advance(SECOND / 100);
-            bench.locks.inspect("k").await.unwrap().holders.is_empty()
-        };
-        bench.until("released", tried_again).await;
-        assert!(bench.locks.inspect("k").await.unwrap().closed_for.is_some(), "its cooldown");
-        bench.until("over", async || bench.locks.handle.shared.ending().is_empty()).await;
-    }
-
-    #[tokio::test]
-    async fn a_question_that_comes_late_after_its_hold_was_detached_leaves_nothing() {
-        let bench = Bench::new().await;
-        let session = bench.locks.session();
-        let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
-        let other = builder.open().await.unwrap();
-        let mut tokens = Vec::new();
-        for key in ["taken up", "stays"] {
-            let asked = bench.faults.count(Operation::Acquire);
-            // On its way for long; its repeat is answered.
-            bench.faults.next(Operation::Acquire, Fault::Hold);
-            let asking = tokio::spawn(bench.locks.lock(key).into_future());
-            bench.until("asked", async || bench.faults.count(Operation::Acquire) > asked).await;
-            bench.time.advance(SECOND / 10);
-            tokens.push(asking.await.unwrap().unwrap().detach());
-        }
-        let is_locked = async |key| bench.locks.is_locked(key).await.unwrap();
-        other.adopt(tokens.remove(0)).await.unwrap().release().await.unwrap();
-        assert!(!is_locked("taken up").await);
-        assert_eq!(bench.faults.deliver().await, 2);
-        assert!(is_locked("taken up").await, "the late question made a hold: the test is worth something");
-        // Now no more of it can come.
-        bench.time.advance(6 * SECOND);
-        bench.until("ended", async || !is_locked("taken up").await).await;
-        assert_eq!(bench.locks.session(), session, "it did not go with its session");
-        let adopted = other.adopt(tokens.remove(0)).await.unwrap();
-        assert_eq!(adopted.release().await.unwrap(), crate::Released::Now);
-    }
-
-    #[tokio::test]
-    async fn a_fixed_term_whose_question_comes_late_is_ended_when_the_handle_is_closed() {
-        let bench = Bench::new().await;
-        bench.faults.next(Operation::Acquire, Fault::Hold);
-        let mut asking = Box::pin(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
-        tokio::select! {
-            biased;
-            _ = &mut asking => unreachable!(),
-            () = bench.until("asked", async || bench.faults.count(Operation::Acquire) == 1) => {}
-        }
-        drop(asking);
-        bench.until("ended once", async || bench.faults.count(Operation::Abandon) == 1).await;
-        assert_eq!(bench.faults.deliver().await, 1);
-        let key = crate::Key::new("", "k").unwrap();
-        let holders = async || bench.memory.inspect(&key).await.unwrap().outcome.holders.len();
-        assert_eq!(holders().await, 1, "the late question made a hold: the test is worth something");
-        bench.locks.close().await.unwrap();
-        assert_eq!(holders().await, 0);
-    }
-
-    #[tokio::test]
-    async fn a_fixed_term_of_a_call_that_nobody_polls_while_the_handle_is_closed_is_ended() {
-        let bench = Bench::new().await;
-        bench.faults.next(Operation::Acquire, Fault::DelayReply(3_600 * SECOND));
-        let mut asking = Box::pin(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
-        tokio::select! {
-            biased;
-            _ = &mut asking => unreachable!(),
-            () = bench.until("asked", async || bench.faults.count(Operation::Acquire) == 1) => {}
-        }
-        bench.locks.close().await.unwrap();
-        drop(asking);
-        let key = crate::Key::new("", "k").unwrap();
-        assert!(bench.memory.inspect(&key).await.unwrap().outcome.holders.is_empty());
-    }
-
-    #[tokio::test]
-    async fn what_is_taken_up_when_the_keeper_has_ended_is_not_believed() {
-        let bench = Bench::new().await;
-        let token = bench.locks.lock("k").await.unwrap().detach();
-        bench.faults.next(Operation::Adopt, Fault::DelayReply(2 * SECOND));
-        bench.faults.next(Operation::RenewSession, Fault::Panic);
-        let mut adopting = Box::pin(bench.locks.adopt(token));
-        tokio::select! {
-            biased;
-            _ = &mut adopting => unreachable!(),
-            () = bench.until("asked", async || bench.faults.count(Operation::Adopt) == 1) => {}
-        }
-        // Its answer comes while the keeper ends, and is read after that.
-        bench.time.advance(2 * SECOND);
-        bench.locks.handle.shared.closed.cancelled().await;
-        assert_eq!(adopting.await.unwrap_err().kind(), ErrorKind::Draining);
-    }
-
-    #[tokio::test]
-    async fn taking_up_ends_when_the_handle_drains_while_there_is_no_session() {
-        let bench = Bench::new().await;
-        let token = bench.locks.lock("k").ttl(3_600 * SECOND).await.unwrap().detach();
-        bench.faults.always(Operation::OpenSession, Fault::Fail(ErrorKind::Unavailable));
-        bench.memory.close_session(bench.locks.session().unwrap()).await.unwrap();
-        bench.time.advance(2 * SECOND);
-        bench.until("there is no session", async || bench.locks.session().is_none()).await;
-        let mut taking_up = Box::pin(bench.locks.adopt(token));
-        tokio::select! {
-            biased;
-            _ = &mut taking_up => unreachable!(),
-            () = std::future::ready(()) => {}
-        }
-        bench.locks.drain("a test");
-        let ended = tokio::time::timeout(10 * SECOND, taking_up).await.expect("at once, and no time goes by");
-        assert_eq!(ended.unwrap_err().kind(), ErrorKind::Draining);
-        assert_eq!(bench.faults.count(Operation::Adopt), 0);
-    }
-
-    #[tokio::test]
-    async fn what_was_detached_and_taken_up_elsewhere_is_not_remembered_for_ever() {
-        let bench = Bench::new().await;
-        let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
-        let other = builder.open().await.unwrap();
-        let stays = bench.locks.lock("stays").await.unwrap().detach();
-        for turn in 0..crate::shared::MANY_KEPT {
-            let token = bench.locks.lock(format!("k{turn}")).await.unwrap().detach();
-            other.adopt(token).await.unwrap().release().await.unwrap();
-        }
-        let shared = &bench.locks.handle.shared;
-        bench.until("forgotten", async || shared.kept().len() < 10).await;
-        assert!(shared.kept().contains_key(&stays.id()));
-    }
-
-    #[tokio::test]
-    async fn a_release_is_told_once_although_a_question_may_come_late() {
-        let bench = Bench::new().await;
-        let mut events = bench.locks.events();
-        bench.faults.next(Operation::Acquire, Fault::Hold);
-        let asking = tokio::spawn(bench.locks.lock("k").ttl(3_600 * SECOND).into_future());
-        bench.until("asked", async || bench.faults.count(Operation::Acquire) == 1).await;
-        bench.time.advance(SECOND / 10);
-        drop(asking.await.unwrap().unwrap());
-        bench.until_free().await;
-        bench.locks.close().await.unwrap();
-        drop(bench.locks);
-        let mut told = 0;
-        while let Some(event) = events.next().await {
-            told += usize::from(matches!(event, Event::Released { .. }));
-        }
-        assert_eq!(told, 1);
-    }
-
-    #[tokio::test]
-    async fn ends_in_flight_are_limited() {
-        let bench = Bench::new().await;
-        let mut guards = Vec::new();
-        for turn in 0..1_000 {
-            guards.push(bench.locks.lock(format!("k{turn}")).await.unwrap());
-        }
-        bench.faults.always(Operation::Release, Fault::DelayReply(3_600 * SECOND));
-        drop(guards);
-        bench.until("some are on their way", async || bench.faults.count(Operation::Release) > 0).await;
-        // The keeper has taken all of them by then.
-        drop(bench.locks.lock("last").await.unwrap());
-        bench.until("ending", async || bench.locks.handle.shared.ending().len() == 1_001).await;
-        tokio::time::sleep(SECOND / 10).await;
-        assert_eq!(bench.faults.count(Operation::Release), cleanup::IN_FLIGHT as u64);
-        bench.faults.clear();
-        bench
-            .until("all are ended", async || {
-                bench.time.advance(SECOND);
-                bench.locks.list("").await.unwrap().is_empty()
-            })
-            .await;
-    }
-
-    #[tokio::test]
-    async fn failing_ends_delay_no_others() {
-        let bench = Bench::new().await;
-        let mut guards = Vec::new();
-        for turn in 0..600 {
-            guards.push(bench.locks.lock(format!("k{turn}")).await.unwrap());
-        }
-        for _ in 0..400 {
-            bench.faults.next(Operation::Release, Fault::Fail(ErrorKind::Internal));
-        }
-        drop(guards);
-        // No time goes by.
-        bench.until("the others are ended", async || bench.locks.list("").await.unwrap().len() == 400).await;
-        bench
-            .until("so are they", async || {
-                bench.time.advance(SECOND / 10);
-                bench.locks.list("").await.unwrap().is_empty()
-            })
-            .await;
-    }
-
-    #[tokio::test]
-    async fn an_overtaken_question_is_ended_soon() {
-        let bench = Bench::new().await;
-        bench.faults.next(Operation::Acquire, Fault::Hold);
-        let mut asking = Box::pin(bench.locks.lock("k").into_future());
-        tokio::select! {
-            biased;
-            _ = &mut asking => unreachable!(),
-            () = bench.until("asked", async || bench.faults.count(Operation::Acquire) == 1) => {}
-        }
-        drop(asking);
-        bench.until("ended once", async || bench.faults.count(Operation::Abandon) == 1).await;
-        assert_eq!(bench.faults.deliver().await, 1);
-        assert!(bench.locks.is_locked("k").await.unwrap(), "the late question made a hold");
-        let shared = &bench.locks.handle.shared;
-        bench.until("that was answered", async || shared.ending().is_empty()).await;
-        bench.time.advance(SECOND / 50);
-        bench.until_free().await;
-        // It found something: the last one alone remains.
-        bench.time.advance(4 * SECOND);
-        tokio::time::sleep(SECOND / 20).await;
-        assert_eq!(bench.faults.count(Operation::Abandon), 2);
-        bench
-            .until("the last one", async || {
-                bench.time.advance(SECOND / 10);
-                bench.faults.count(Operation::Abandon) == 3
-            })
-            .await;
-    }
-
-    #[tokio::test]
-    async fn closing_leaves_holds_to_the_session() {
-        let bench = Bench::new().await;
-        let mut guards = Vec::new();
-        for turn in 0..1_000 {
-            guards.push(bench.locks.lock(format!("k{turn}")).await.unwrap());
-        }
-        let fixed = bench.locks.lock("fixed").ttl(60 * SECOND).await.unwrap();
-        bench.locks.close().await.unwrap();
-        assert_eq!((bench.faults.count(Operation::Release), bench.faults.count(Operation::Abandon)), (0, 1));
-        assert!(!fixed.is_held() && guards.iter().all(|guard| !guard.is_held()));
-        assert!(bench.memory.list("", None, 10).await.unwrap().outcome.is_empty());
-    }
-
-    /// The store forgot the grant of `k`, and gave the key to another one.
-    async fn forget_grant(bench: &Bench) -> (crate::Guard, crate::TokenId, Locks, crate::Guard) {
-        let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
-        let other = builder.open().await.unwrap();
-        let guard = bench.locks.lock("k").await.unwrap();
-        let token = bench.locks.handle.shared.held()[0];
-        bench.memory.release(guard.key(), token, None).await.unwrap();
-        let holder = other.lock("k").await.unwrap();
-        let shared = &bench.locks.handle.shared;
-        let request = crate::store::AcquireRequest {
-            key: guard.key().clone(),
-            token,
-            session: bench.locks.session().unwrap(),
-            demand: crate::store::Demand::MUTEX,
-            lifetime: crate::store::Lifetime::Session { max_hold: None },
-            enqueue: true,
-            not_after: shared.store_time().after(SECOND),
-            metadata: None,
-            trace: None,
-        };
-        bench.memory.acquire(request).await.unwrap();
-        (guard, token, other, holder)
-    }
-
-    #[tokio::test]
-    async fn a_hold_that_is_only_queued_is_lost() {
-        for way in ["a failover", "the guard"] {
-            let bench = Bench::new().await;
-            let (guard, _, other, _holder) = forget_grant(&bench).await;
-            match way {
-                "the guard" => assert!(guard.verify().await.is_err()),
-                _ => bench.verify().await.unwrap(),
-            }
-            assert_eq!(guard.loss(), Some(LossCause::Missing));
-            bench.until("its place is given up", async || other.inspect("k").await.unwrap().waiters.is_empty()).await;
-        }
-    }
-
-    #[tokio::test]
-    async fn a_grant_under_another_fence_is_a_loss() {
-        let bench = Bench::new().await;
-        let (guard, token, other, holder) = forget_grant(&bench).await;
-        let fence = crate::Fence::new(guard.fence().get() + 1);
-        holder.release().await.unwrap();
-        bench.time.advance(SECOND);
-        // The store tells of it, or whoever can send messages: it is only asked.
-        receive(&bench.locks.handle.shared, Push::Granted { key: guard.key().clone(), token, fence });
-        bench.until("lost", async || guard.loss() == Some(LossCause::Missing)).await;
-        bench.until("ended", async || !other.is_locked("k").await.unwrap()).await;
-    }
-
-    #[tokio::test]
-    async fn a_forgotten_extension_counts_no_longer() {
-        let bench = Bench::new().await;
-        let guard = bench.locks.lock("k").ttl(10 * SECOND).await.unwrap();
-        let token = bench.locks.handle.shared.held()[0];
-        guard.extend(60 * SECOND).await.unwrap();
-        guard.verify().await.unwrap();
-        assert!(guard.valid_for().unwrap() > 58 * SECOND);
-        bench.memory.extend(guard.key(), token, 10 * SECOND).await.unwrap();
-        guard.verify().await.unwrap();
-        assert!(guard.valid_for().unwrap() <= 10 * SECOND);
-    }
-
-    #[tokio::test]
-    async fn a_deleted_hold_is_a_loss_within_some_beats() {
-        let bench = Bench::new().await;
-        let mut guards = Vec::new();
-        for turn in 0..100 {
-            guards.push(bench.locks.lock(format!("k{turn}")).await.unwrap());
-        }
-        let token = match bench.locks.handle.shared.holds().iter().find(|hold| hold.fence == guards[50].fence()) {
-            Some(hold) if hold.key == *guards[50].key() => hold.token,
-            _ => bench.locks.handle.shared.holds().iter().find(|hold| hold.key == *guards[50].key()).unwrap().token,
-        };
-        bench.memory.release(guards[50].key(), token, None).await.unwrap();
-        let mut beats = 0;
-        while guards[50].is_held() {
-            assert!(beats < 20);
-            let before = (bench.faults.count(Operation::RenewSession), bench.faults.count(Operation::Poll));
-            bench.time.advance(2 * SECOND);
-            bench.until("renewed", async || bench.faults.count(Operation::RenewSession) > before.0).await;
-            tokio::time::sleep(SECOND / 20).await;
-            assert!(bench.faults.count(Operation::Poll) - before.1 <= 16);
-            beats += 1;
-        }
-        assert_eq!(guards[50].loss(), Some(LossCause::Missing));
-        assert!(guards.iter().filter(|guard| guard.is_held()).count() == 99);
-    }
-
-    #[tokio::test]
-    async fn grants_of_foreign_tokens_are_ignored() {
-        let bench = Bench::new().await;
-        let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
-        let other = builder.open().await.unwrap();
-        let guard = other.lock("k").await.unwrap();
-        let token = other.handle.shared.held()[0];
-        receive(&bench.locks.handle.shared, Push::Granted { key: guard.key().clone(), token, fence: guard.fence() });
-        assert!(bench.locks.handle.shared.ending().is_empty());
-        // A token of its own that nobody has any more is ended.
-        let own = bench.locks.handle.shared.new_token(bench.locks.session().unwrap()).unwrap();
-        receive(
-            &bench.locks.handle.shared,
-            Push::Granted { key: guard.key().clone(), token: own, fence: guard.fence() },
-        );
-        bench.until("ended", async || bench.faults.count(Operation::Abandon) == 1).await;
-        guard.check().unwrap();
-    }
-}
+mod tests;

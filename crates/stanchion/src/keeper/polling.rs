@@ -1,8 +1,8 @@
 //! Polls the keys that calls of this handle wait for.
 //!
-//! It is done here and not by one of the calls, although those send their other requests themselves: a call can be dropped at
-//! any point, or run where nobody looks at it, and the others would have to notice and take over. Nobody waits for such a
-//! poll, so the way through another thread costs nothing.
+//! The keeper sends these polls, although calls send their other requests themselves. A call can be dropped at any point, or
+//! not be polled by its executor, and then the other calls would have to notice that and take over. No call waits for such a
+//! poll, so the detour through another thread costs nothing.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,11 +13,11 @@ use super::cleanup::surviving;
 use crate::key::Key;
 use crate::shared::{Shared, polled_too_few};
 
-/// Maximum number of polls that are on their way. A store may have few connections for them, and a poll that stands in line for
-/// one of those would look like one without an answer.
+/// Maximum number of polls that are on their way. A store may have few connections for them, and a poll that queues for a
+/// connection would look like a poll without an answer.
 const AT_ONCE: usize = 64;
 
-/// Never returns.
+/// Polls each key when it is due. Never returns.
 pub(super) async fn poll_keys(shared: Arc<Shared>) {
     let (mut due, mut polling) = (VecDeque::new(), JoinSet::new());
     loop {
@@ -41,11 +41,11 @@ pub(super) async fn poll_keys(shared: Arc<Shared>) {
 }
 
 async fn poll(shared: Arc<Shared>, key: Key) {
-    let mut asked = (Arc::default(), shared.clock.now());
+    let mut sent = (Arc::default(), shared.clock.now());
     let step = shared.step(|| {
         let now = shared.clock.now();
         let tokens: Arc<[_]> = shared.polls.begin(&key, now).into();
-        asked = (tokens.clone(), now);
+        sent = (tokens.clone(), now);
         let (shared, key) = (&shared, &key);
         async move {
             let reply = surviving(shared.store.poll(key, &tokens)).await;
@@ -57,7 +57,7 @@ async fn poll(shared: Arc<Shared>, key: Key) {
         }
     });
     let result = step.await.result;
-    let (tokens, sent_at) = asked;
+    let (tokens, sent_at) = sent;
     match result {
         Ok(reply) => {
             let outcomes = tokens.iter().copied().zip(reply.outcome);

@@ -1,32 +1,34 @@
-//! Asks the store whether holds are still there: a hold that it does not have under the believed fence is lost.
+//! Checks that the store still has the holds of this handle. A hold that the store does not have under its fence is lost.
 //!
-//! Three occasions, by urgency: a message about one hold, a store that may have forgotten something, and a slow round over
-//! all holds, which finds what somebody deleted by hand. The round costs a fixed number of requests a beat, however many
-//! holds there are.
+//! A check has one of three reasons, by urgency:
+//! 1. a message about one hold;
+//! 2. a store that may have forgotten grants, after a failover;
+//! 3. a slow round over all holds, which finds holds that were deleted by hand. The round sends a fixed number of requests at each
+//!    renewal, however many holds there are.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
-use super::Asked;
-use crate::shared::{Entry, Shared};
+use crate::command::HoldCheck;
+use crate::shared::Shared;
 use crate::token::TokenId;
 
 /// Maximum number of requests that are on their way at the same time.
 const IN_FLIGHT: usize = 64;
 
-/// Maximum number of holds that the store is asked for at a beat.
+/// Maximum number of holds that are checked at a renewal.
 const ROUND_AT_ONCE: usize = 16;
 
-/// The holds to ask for.
+/// The holds to check.
 pub(super) struct Verification {
     shared: Arc<Shared>,
-    /// Those of which a message told.
-    told: VecDeque<Asked>,
-    /// After a failover: all that were held then.
+    /// Holds that a message was about.
+    told: VecDeque<HoldCheck>,
+    /// All holds at the time of a failover.
     all: Vec<TokenId>,
-    /// The rest of the slow round.
+    /// Holds that are left in the slow round.
     round: Vec<TokenId>,
     asking: JoinSet<()>,
 }
@@ -36,46 +38,46 @@ impl Verification {
         Self { shared, told: VecDeque::new(), all: Vec::new(), round: Vec::new(), asking: JoinSet::new() }
     }
 
-    pub(super) fn one(&mut self, asked: Asked) {
-        self.told.push_back(asked);
+    pub(super) fn one(&mut self, check: HoldCheck) {
+        self.told.push_back(check);
     }
 
-    /// Asks for every hold, also for those that it has asked for a moment ago.
+    /// Checks every hold, also the holds that were checked a moment ago.
     pub(super) fn all(&mut self) {
-        self.all = self.shared.held();
+        self.all = self.shared.tokens.held();
     }
 
-    /// The next part of the slow round. Holds that were asked for lately are passed over.
+    /// Starts the next part of the slow round. Skips holds that were checked lately.
     pub(super) fn next_part(&mut self) {
         if self.round.is_empty() {
-            self.round = self.shared.held();
+            self.round = self.shared.tokens.held();
         }
-        let current = self.shared.asked_session();
+        let current = self.shared.requested_session();
         let now = self.shared.clock.now();
-        // Every second beat.
-        let pace = self.shared.config.session_ttl * 3 / (2 * crate::belief::BEATS_PER_TTL);
+        // Between one and two renewals.
+        let interval = self.shared.config.session_ttl * 3 / (2 * crate::lease::RENEWALS_PER_TTL);
         let mut left = ROUND_AT_ONCE;
         while left > 0
             && let Some(token) = self.round.pop()
         {
-            let Some(Entry::Held(hold)) = self.shared.entry(token) else { continue };
-            // Fixed lifetimes outlive the session that asked for them, and then no beat tells of their forced release.
+            let Some(hold) = self.shared.tokens.hold(token) else { continue };
+            // Fixed lifetimes outlive the session that requested them, and then no renewal reports a forced release.
             let is_survivor = !hold.session_bound && Some(hold.session.id) != current;
-            if hold.is_to_be_asked_for(now, if is_survivor { pace / 3 } else { pace }) {
-                self.told.push_back(Asked::whether_it_is_there(hold));
+            if hold.is_check_due(now, if is_survivor { interval / 3 } else { interval }) {
+                self.told.push_back(HoldCheck::new(hold));
                 left -= 1;
             }
         }
     }
 
-    /// Does what is next: sends requests, or takes an answer. Dropped, it loses nothing.
+    /// Sends the next requests, or takes an answer. Dropping the future loses nothing.
     pub(super) async fn progress(&mut self) {
         while self.asking.len() < IN_FLIGHT
-            && let Some(asked) = self.pop()
+            && let Some(check) = self.pop()
         {
             let shared = self.shared.clone();
             self.asking.spawn(async move {
-                let _asked_again_in_the_next_round = shared.confirm(&asked).await;
+                let _ = shared.confirm(&check).await; // after a fault the next round checks the hold again
             });
         }
         if self.asking.join_next().await.is_none() {
@@ -90,18 +92,18 @@ impl Verification {
         }
     }
 
-    fn pop(&mut self) -> Option<Asked> {
-        // What was released meanwhile has been confirmed by that.
-        let is_held = |token| matches!(self.shared.entry(token), Some(Entry::Held(_)));
-        while let Some(asked) = self.told.pop_front() {
-            if is_held(asked.hold.token) {
-                return Some(asked);
+    fn pop(&mut self) -> Option<HoldCheck> {
+        // A hold that was released since needs no check.
+        let is_held = |token| self.shared.tokens.hold(token).is_some();
+        while let Some(check) = self.told.pop_front() {
+            if is_held(check.hold.token) {
+                return Some(check);
             }
         }
         self.told.shrink_to(ROUND_AT_ONCE);
         while let Some(token) = self.all.pop() {
-            if let Some(Entry::Held(hold)) = self.shared.entry(token) {
-                return Some(Asked::whether_it_is_there(hold));
+            if let Some(hold) = self.shared.tokens.hold(token) {
+                return Some(HoldCheck::new(hold));
             }
         }
         None

@@ -6,7 +6,7 @@ use crate::error::{LossCause, Result};
 use crate::fence::Fence;
 use crate::guard::{Guard, Released};
 use crate::request::LockRequest;
-use crate::retry::sleep_unless_back;
+use crate::retry::sleep_unless_recovered;
 use crate::shared::Shared;
 use crate::store::HolderState;
 
@@ -157,7 +157,7 @@ impl Election {
             };
             let pause = pauses.next().unwrap_or_default().max(fault.retry_after().unwrap_or_default());
             tokio::select! {
-                () = sleep_unless_back(&shared.clock, pause, &shared.back) => {}
+                () = sleep_unless_recovered(&shared.clock, pause, &shared.store_recovered) => {}
                 () = shared.draining().cancelled() => return Err(shared.draining_error()),
             }
         }

@@ -354,6 +354,5 @@ impl Guards {
 }
 
 fn lost(key: &Key, store: &'static str, cause: LossCause) -> Error {
-    let message = format!("the lock was lost while it was in use: {cause}");
-    Error::new(ErrorKind::Lost(cause), message).with_key(key).with_store(store)
+    Error::lost(cause).with_key(key).with_store(store)
 }

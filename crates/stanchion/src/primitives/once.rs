@@ -371,8 +371,6 @@ impl OnceGuard {
     }
 
     fn lost_error(&self, cause: LossCause) -> Error {
-        let message = format!("the lock was lost while it was in use: {cause}");
-        let error = Error::new(ErrorKind::Lost(cause), message);
-        error.with_key(&self.key).with_store(self.guard.store_name())
+        Error::lost(cause).with_key(&self.key).with_store(self.guard.store_name())
     }
 }

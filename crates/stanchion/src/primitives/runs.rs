@@ -6,12 +6,12 @@
 
 use std::time::{Duration, SystemTime};
 
+use crate::command::Cleanup;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::Fence;
 use crate::guard::Guard;
 use crate::key::Key;
 use crate::locks::{DURATION_RANGE, Locks};
-use crate::shared::End;
 use crate::store::{AcquireOutcome, AcquireRequest, Demand, Lifetime};
 use crate::token::TokenId;
 
@@ -153,7 +153,7 @@ pub(crate) async fn record(locks: &Locks, guard: &Guard, run: &RunRecord, former
         let request = AcquireRequest {
             key: companion.clone(),
             token,
-            session: shared.believed_session().await?.id,
+            session: shared.valid_session().await?.id,
             demand: Demand::READ,
             lifetime: Lifetime::Fixed(keep),
             enqueue: false,
@@ -177,7 +177,7 @@ pub(crate) async fn record(locks: &Locks, guard: &Guard, run: &RunRecord, former
         if !run.replaces(&former) {
             continue;
         }
-        shared.end(End::of_token(companion.clone(), token));
+        shared.clean_up(Cleanup::of_token(companion.clone(), token));
     }
     Ok(())
 }

@@ -1,11 +1,10 @@
-//! What the holder believes: local, without I/O, on the boot-time clock.
+//! Tracks how long a session and a hold are valid, as the holder sees it: without I/O, on the boot-time clock.
 //!
 //! # Invariants
-//! 1. Belief ends no later than the store may let go: deadlines are counted from before the request that set them, less
-//!    a drift margin.
-//! 2. Lost is final: nothing that arrives later restores a belief, neither a beat's answer nor an extension.
-//! 3. A belief that has run out by the clock is lost for everybody who looks, whether or not the keeper has come to
-//!    announce it.
+//! 1. Validity ends no later than the store may give the key to others: a deadline counts from before the request that set it,
+//!    less a margin for drift.
+//! 2. Lost is final: nothing that arrives later makes a session or a hold valid again, neither a renewal nor an extension.
+//! 3. A hold whose validity has ended by the clock is lost for every reader, whether or not the keeper has reported it.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,17 +22,17 @@ use crate::token::{SessionId, TokenId};
 
 use std::sync::Arc;
 
-/// Renewals of a session within its ttl: one every 2 s for the default of 10 s.
-pub(crate) const BEATS_PER_TTL: u32 = 5;
+/// Number of renewals of a session within its ttl: one every 2 s for the default of 10 s.
+pub(crate) const RENEWALS_PER_TTL: u32 = 5;
 
-/// How much a clock may be wrong in rate, and how coarse a store's time may be.
+/// Limits how wrong the rate of a clock may be, and how coarse a store's time may be.
 ///
-/// A lifetime of `ttl` in the store is believed for `ttl − ttl × rate − fixed`. The default is 1 % and 2 ms.
+/// A lifetime of `ttl` in the store is valid for `ttl − ttl × rate − fixed`. The default is 1 % and 2 ms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drift {
-    /// Parts of a thousand.
+    /// Part of the lifetime, in thousandths.
     pub per_mille: u32,
-    /// A fixed part.
+    /// Fixed part.
     pub fixed: Duration,
 }
 
@@ -44,10 +43,10 @@ impl Default for Drift {
 }
 
 impl Drift {
-    /// Refuses a drift that leaves too little of a session's `ttl`: it would be lost before its first renewal.
+    /// Rejects a drift that leaves too little of a session's `ttl`: the session would be lost before its first renewal.
     pub(crate) fn check(self, ttl: Duration) -> Result<()> {
         let usable = self.shorten(ttl).saturating_sub(grace(ttl));
-        if usable > ttl / BEATS_PER_TTL {
+        if usable > ttl / RENEWALS_PER_TTL {
             return Ok(());
         }
         let message = format!(
@@ -55,32 +54,32 @@ impl Drift {
              renewed every {:?}; lower the drift, or use a longer session ttl",
             self.per_mille,
             self.fixed,
-            ttl / BEATS_PER_TTL
+            ttl / RENEWALS_PER_TTL
         );
         Err(Error::new(ErrorKind::InvalidArgument, message))
     }
 
-    /// How long a lifetime of `ttl` may be believed.
+    /// Returns how long a lifetime of `ttl` is valid.
     pub(crate) fn shorten(self, ttl: Duration) -> Duration {
         let rate = Duration::from_nanos((ttl.as_nanos() as u64 / 1_000).saturating_mul(u64::from(self.per_mille)));
         ttl.saturating_sub(rate).saturating_sub(self.fixed)
     }
 
-    /// The lifetime to ask the store for, so that the holder can use all of `ttl` and has the grace after it.
+    /// Returns the lifetime to request, so that the holder can use all of `ttl` and has the grace after it.
     pub(crate) fn lengthen(self, ttl: Duration) -> Duration {
         let needed = ttl + grace(ttl) + self.fixed;
         let rate = needed.as_micros() * u128::from(self.per_mille) / u128::from(1_000 - self.per_mille.min(999));
-        // Stores count in milliseconds: the next whole one.
+        // Stores count in milliseconds, so round up to the next millisecond.
         let millis = (needed.as_micros() + rate).div_ceil(1_000) + 1;
         let lengthened = Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX));
         lengthened.min(LONGEST_IN_STORE).max(ttl)
     }
 
-    /// How much of a lifetime with so much left in the store a holder can use: [`lengthen`](Self::lengthen) gives the lifetime of
-    /// which that is left.
+    /// Returns how much time a holder can use of a lifetime with `remaining` left in the store. The inverse of
+    /// [`lengthen`](Self::lengthen).
     pub(crate) fn usable(self, remaining: Duration) -> Duration {
         let believed = self.shorten(remaining);
-        // The longest that leaves its own grace, piece by piece as that is defined.
+        // The longest part that leaves its own grace. The candidates follow the cases in the definition of the grace.
         let of_each = [
             believed * 2 / 3,
             believed.saturating_sub(MOST_GRACE),
@@ -91,10 +90,11 @@ impl Drift {
     }
 }
 
-/// How coarse the remaining time of a lifetime may be that a store tells.
+/// Maximum error of the remaining time that a store returns.
 const LIFETIME_SLACK: Duration = Duration::from_millis(10);
 
-/// The time between "stop" and "others may have it": a quarter of the lifetime, 50 ms to 5 s, never more than half.
+/// Returns the time between the loss of a hold and the time at which others may get the key: a quarter of the lifetime, 50 ms to
+/// 5 s, at most half of the lifetime.
 pub(crate) fn grace(lifetime: Duration) -> Duration {
     (lifetime / 4).clamp(LEAST_GRACE, MOST_GRACE).min(lifetime / 2)
 }
@@ -102,20 +102,20 @@ pub(crate) fn grace(lifetime: Duration) -> Duration {
 const LEAST_GRACE: Duration = Duration::from_millis(50);
 const MOST_GRACE: Duration = Duration::from_secs(5);
 
-/// The longest lifetime that a store is asked for: the longest duration there is, with what belongs to it at the usual drift.
+/// Maximum lifetime that is requested from a store: the maximum duration, with its grace and the default drift.
 const LONGEST_IN_STORE: Duration = Duration::from_secs(30 * 24 * 60 * 60 / 100 * 102);
 
-/// The belief in a session.
+/// The validity of a session.
 #[derive(Debug)]
-pub(crate) struct SessionBelief {
+pub(crate) struct SessionLease {
     pub(crate) id: SessionId,
     grace: Duration,
-    /// Until when the store keeps it, in nanoseconds since boot; never, if it lives with the process.
+    /// Time until which the store keeps the session, in nanoseconds since boot; never over if the session lives with the process.
     until: AtomicU64,
     over: CancellationToken,
 }
 
-impl SessionBelief {
+impl SessionLease {
     pub(crate) fn new(id: SessionId, ttl: Duration, until: BootTime) -> Self {
         Self { id, grace: grace(ttl), until: AtomicU64::new(until.as_nanos()), over: CancellationToken::new() }
     }
@@ -128,13 +128,13 @@ impl SessionBelief {
         stop_by(self.valid_until(), self.grace)
     }
 
-    pub(crate) fn is_believed(&self, now: BootTime) -> bool {
+    pub(crate) fn is_valid(&self, now: BootTime) -> bool {
         !self.over.is_cancelled() && now < self.stop_by()
     }
 
-    /// A beat was answered: it is kept until `until`. Tells whether that came in time (invariant 2).
+    /// Renews the session: the store keeps it until `until`. Returns whether the answer came in time (invariant 2).
     pub(crate) fn renew(&self, now: BootTime, until: BootTime) -> bool {
-        if !self.is_believed(now) {
+        if !self.is_valid(now) {
             return false;
         }
         self.until.fetch_max(until.as_nanos(), Ordering::AcqRel);
@@ -145,7 +145,7 @@ impl SessionBelief {
         self.over.cancel();
     }
 
-    /// The store has ended it: nothing is kept from others any more.
+    /// Ends the time in which others cannot have the keys, because the store has ended the session.
     pub(crate) fn gone(&self, now: BootTime) {
         self.until.fetch_min(now.as_nanos(), Ordering::AcqRel);
     }
@@ -156,54 +156,54 @@ impl SessionBelief {
     }
 }
 
-/// The belief in a hold.
+/// The validity of a hold.
 #[derive(Debug)]
 pub(crate) struct Hold {
     pub(crate) key: Key,
     pub(crate) token: TokenId,
     pub(crate) fence: Fence,
-    pub(crate) session: Arc<SessionBelief>,
+    pub(crate) session: Arc<SessionLease>,
     pub(crate) session_bound: bool,
     pub(crate) since: BootTime,
-    /// The end of its own lifetime, in nanoseconds since boot; never, if it has none.
+    /// End of the hold's own lifetime, in nanoseconds since boot; never over if the hold has none.
     until: AtomicU64,
-    /// When it has to be given up by its own lifetime, in nanoseconds since boot: earlier than `until` by the grace. A value of its
-    /// own, so that nobody sees half of an extension.
+    /// Time at which the holder must stop because of the hold's own lifetime, in nanoseconds since boot: earlier than `until` by the
+    /// grace. It has a value of its own so that no reader sees half of an extension.
     stop: AtomicU64,
-    /// The latest end of the lifetime that was asked for, answered or not, in nanoseconds since boot.
+    /// Latest end of the lifetime that was requested, answered or not, in nanoseconds since boot.
     asked_until: AtomicU64,
-    /// Where it was lost with a grace: when the store is told to end it, in nanoseconds since boot.
+    /// Time at which the keeper releases a hold that was lost with a grace, in nanoseconds since boot.
     freed_at: AtomicU64,
-    /// One extension at a time: answers would otherwise be believed in another order than the store has.
+    /// Admits one extension at a time: otherwise answers could be applied in another order than in the store.
     pub(crate) extending: tokio::sync::Mutex<()>,
-    /// The shortest ttl of an extension whose answer is missing, in nanoseconds: it may still reach the store, after
-    /// later ones, so no belief reaches further.
+    /// Shortest ttl of an extension whose answer is missing, in nanoseconds. Such an extension may still reach the store after later
+    /// extensions, so no extension is valid for longer.
     shortest_unanswered: AtomicU64,
-    /// The longest silence that the holder promised, and when it last gave a sign.
+    /// Maximum time between two heartbeats that the holder promised.
     pub(crate) heartbeat_within: Option<Duration>,
     last_heartbeat: AtomicU64,
-    /// A request that made this hold may still be on its way: its token is over only after this time of the store.
+    /// Store time until which a request of the token may still arrive: the token is over only after this time.
     pub(crate) unanswered_until: Option<StoreTime>,
-    /// In place of what the handle says.
+    /// The policy for the loss of this hold, in place of the handle's policy.
     pub(crate) on_lost: Option<OnLost>,
-    /// When the store was last asked for it, in nanoseconds since boot.
-    asked_for: AtomicU64,
-    /// Its holder gives it up: from then on it may be gone from the store, and is not lost by that.
-    let_go: AtomicBool,
+    /// Time of the last check in the store, in nanoseconds since boot.
+    checked_at: AtomicU64,
+    /// Whether the holder is releasing the hold: from then on the hold may be gone from the store without being lost.
+    releasing: AtomicBool,
     lost: OnceLock<LossCause>,
-    /// Made when somebody listens: most holds are released before.
+    /// Made for the first listener, because most holds are released before one listens.
     lost_token: OnceLock<CancellationToken>,
 }
 
-/// What [`Hold::new`] needs.
+/// The arguments of [`Hold::new`].
 pub(crate) struct NewHold {
     pub(crate) key: Key,
     pub(crate) token: TokenId,
     pub(crate) fence: Fence,
-    pub(crate) session: Arc<SessionBelief>,
+    pub(crate) session: Arc<SessionLease>,
     pub(crate) session_bound: bool,
     pub(crate) since: BootTime,
-    /// The end of its own lifetime and the lifetime's length, if it has one.
+    /// End and length of the hold's own lifetime, if it has one.
     pub(crate) deadline: Option<(BootTime, Duration)>,
     pub(crate) heartbeat_within: Option<Duration>,
     pub(crate) unanswered_until: Option<StoreTime>,
@@ -230,14 +230,14 @@ impl Hold {
             last_heartbeat: AtomicU64::new(new.since.as_nanos()),
             unanswered_until: new.unanswered_until,
             on_lost: new.on_lost,
-            asked_for: AtomicU64::new(new.since.as_nanos()),
-            let_go: AtomicBool::new(false),
+            checked_at: AtomicU64::new(new.since.as_nanos()),
+            releasing: AtomicBool::new(false),
             lost: OnceLock::new(),
             lost_token: OnceLock::new(),
         }
     }
 
-    /// Until when others cannot have it.
+    /// Returns the time until which others cannot have the key.
     pub(crate) fn valid_until(&self) -> BootTime {
         if matches!(self.lost.get(), Some(LossCause::ForceReleased | LossCause::Missing | LossCause::Closed)) {
             return BootTime::from_nanos(0);
@@ -246,17 +246,17 @@ impl Hold {
         if self.session_bound { own.min(self.session.valid_until()) } else { own }
     }
 
-    /// Lost, and kept from others until then.
+    /// Limits the time in which others cannot have the key, because the lost hold is released at `at`.
     pub(crate) fn is_freed_at(&self, at: BootTime) {
         self.freed_at.fetch_min(at.as_nanos(), Ordering::AcqRel);
     }
 
-    /// When it has to be given up.
+    /// Returns the time at which the holder must stop.
     pub(crate) fn stop_by(&self) -> BootTime {
         if self.session_bound { self.own_stop_by().min(self.session.stop_by()) } else { self.own_stop_by() }
     }
 
-    /// When the keeper has to look at it: its own lifetime or its heartbeat, not its session.
+    /// Returns the time at which the keeper must look at the hold because of its own lifetime or its heartbeat, not its session.
     pub(crate) fn look_at(&self) -> BootTime {
         self.own_stop_by().min(self.heartbeat_by())
     }
@@ -265,13 +265,13 @@ impl Hold {
         self.own_until() != BootTime::NEVER
     }
 
-    /// The end of its own lifetime.
+    /// Returns the end of the hold's own lifetime.
     pub(crate) fn own_until(&self) -> BootTime {
         BootTime::from_nanos(self.until.load(Ordering::Acquire))
     }
 
-    /// When the store has nothing of it any more, because its own lifetime has run out, an extension without an answer included:
-    /// with a slack for a clock that is wrong.
+    /// Returns the time after which the store has nothing of the hold, because its own lifetime is over. Includes extensions without
+    /// an answer, and a margin for a wrong clock.
     pub(crate) fn over_at(&self) -> BootTime {
         let asked = BootTime::from_nanos(self.asked_until.load(Ordering::Acquire));
         self.own_until().max(asked).after(Duration::from_secs(60))
@@ -288,11 +288,11 @@ impl Hold {
         }
     }
 
-    /// Why the belief has ended by `now`, if it has (invariant 3).
+    /// Returns why the hold is lost at `now`, if it is (invariant 3).
     pub(crate) fn ended(&self, now: BootTime) -> Option<LossCause> {
         if let Some(cause) = self.lost.get() {
             Some(*cause)
-        } else if self.session_bound && !self.session.is_believed(now) {
+        } else if self.session_bound && !self.session.is_valid(now) {
             Some(LossCause::SessionExpired)
         } else if now >= self.own_stop_by() {
             Some(if self.session_bound { LossCause::MaxHold } else { LossCause::TtlExpired })
@@ -303,7 +303,7 @@ impl Hold {
         }
     }
 
-    /// Ends the belief. Tells whether this call did it.
+    /// Marks the hold as lost. Returns whether this call did that.
     pub(crate) fn lose(&self, cause: LossCause) -> bool {
         let first = self.lost.set(cause).is_ok();
         if let Some(token) = self.lost_token.get() {
@@ -312,36 +312,36 @@ impl Hold {
         first
     }
 
-    /// It is about to be released or handed on: said before anything is sent.
-    pub(crate) fn let_go(&self) {
-        self.let_go.store(true, Ordering::Release);
+    /// Marks the hold as being released or detached, before a request is sent.
+    pub(crate) fn begin_release(&self) {
+        self.releasing.store(true, Ordering::Release);
     }
 
-    pub(crate) fn is_let_go(&self) -> bool {
-        self.let_go.load(Ordering::Acquire)
+    pub(crate) fn is_releasing(&self) -> bool {
+        self.releasing.load(Ordering::Acquire)
     }
 
-    /// An extension is about to be asked for. Gives what [`Hold::extension_answered`] needs when its answer has come.
-    pub(crate) fn extension_asked(&self, ttl: Duration) -> u64 {
+    /// Notes that an extension is about to be sent. Returns the value that [`Hold::extension_answered`] needs for its answer.
+    pub(crate) fn extension_sent(&self, ttl: Duration) -> u64 {
         self.shortest_unanswered.fetch_min(nanos(ttl), Ordering::AcqRel)
     }
 
-    /// A request is sent that may make it last until then.
+    /// Notes that a request is sent after which the store may keep the hold until `until`.
     pub(crate) fn may_last_until(&self, until: BootTime) {
         self.asked_until.fetch_max(until.as_nanos(), Ordering::AcqRel);
     }
 
-    /// Every request of an extension was answered: it can come no more.
+    /// Notes that every request of an extension was answered, so that none can arrive any more.
     pub(crate) fn extension_answered(&self, before: u64) {
         self.shortest_unanswered.store(before, Ordering::Release);
     }
 
-    /// How long from its question an extension may be believed.
-    pub(crate) fn believable(&self, ttl: Duration) -> Duration {
+    /// Returns how long an extension is valid, from the time when its request was sent.
+    pub(crate) fn usable_extension(&self, ttl: Duration) -> Duration {
         ttl.min(Duration::from_nanos(self.shortest_unanswered.load(Ordering::Acquire)))
     }
 
-    /// Sets the end of the lifetime anew, unless the hold was lost meanwhile (invariant 2).
+    /// Sets a new end of the lifetime, unless the hold has been lost (invariant 2).
     pub(crate) fn extend(&self, now: BootTime, until: BootTime, length: Duration) -> bool {
         if self.ended(now).is_some() {
             return false;
@@ -351,8 +351,8 @@ impl Hold {
         true
     }
 
-    /// Whether the store keeps it for less long than is believed, by an answer that it ends at `ends` by the latest. Not where
-    /// an extension has been answered, or has counted, since the end of its lifetime was `before`.
+    /// Returns whether the store keeps the hold for a shorter time than this process expects. `ends` is the latest end by the
+    /// store's answer. Returns `false` if an extension has changed the end of the lifetime since it was `before`.
     pub(crate) fn has_less(&self, before: BootTime, ends: BootTime) -> bool {
         before != BootTime::NEVER && self.own_until() == before && ends.after(LIFETIME_SLACK) < before
     }
@@ -361,17 +361,18 @@ impl Hold {
         self.last_heartbeat.fetch_max(now.as_nanos(), Ordering::AcqRel);
     }
 
-    /// Whether the store has not been asked for it for so long. Of several who ask, one hears yes.
-    pub(crate) fn is_to_be_asked_for(&self, now: BootTime, pace: Duration) -> bool {
-        let last = self.asked_for.load(Ordering::Acquire);
-        now.since(BootTime::from_nanos(last)) >= pace
-            && self.asked_for.compare_exchange(last, now.as_nanos(), Ordering::AcqRel, Ordering::Acquire).is_ok()
+    /// Returns whether the last check was at least `interval` ago. Of several concurrent callers, one gets `true`.
+    pub(crate) fn is_check_due(&self, now: BootTime, interval: Duration) -> bool {
+        let last = self.checked_at.load(Ordering::Acquire);
+        now.since(BootTime::from_nanos(last)) >= interval
+            && self.checked_at.compare_exchange(last, now.as_nanos(), Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
     /// Fires when the hold is lost.
     pub(crate) fn lost_token(&self) -> &CancellationToken {
         let token = self.lost_token.get_or_init(CancellationToken::new);
-        // Lost before it was made, or while it was: whoever comes second sees what the other did.
+        // The hold may have been lost before the token was made, or at the same time: the later of the two threads sees the work of
+        // the earlier one.
         if self.lost.get().is_some() {
             token.cancel();
         }
@@ -395,11 +396,11 @@ mod tests {
         BootTime::from_nanos(millis * 1_000_000)
     }
 
-    fn session(until: BootTime) -> Arc<SessionBelief> {
-        Arc::new(SessionBelief::new(SessionId::from_bytes([1; 16]), Duration::from_secs(10), until))
+    fn session(until: BootTime) -> Arc<SessionLease> {
+        Arc::new(SessionLease::new(SessionId::from_bytes([1; 16]), Duration::from_secs(10), until))
     }
 
-    fn hold(session: Arc<SessionBelief>, deadline: Option<(BootTime, Duration)>, session_bound: bool) -> Hold {
+    fn hold(session: Arc<SessionLease>, deadline: Option<(BootTime, Duration)>, session_bound: bool) -> Hold {
         Hold::new(NewHold {
             key: Key::new("", "k").unwrap(),
             token: TokenId::from_bytes([2; 16]),
@@ -415,13 +416,13 @@ mod tests {
     }
 
     #[test]
-    fn a_term_of_ten_seconds_is_believed_one_percent_and_two_milliseconds_less() {
+    fn lifetime_is_shortened_by_the_drift() {
         assert_eq!(Drift::default().shorten(Duration::from_secs(10)), Duration::from_millis(9_898));
         assert_eq!(Drift::default().shorten(Duration::from_millis(1)), Duration::ZERO);
     }
 
     #[test]
-    fn holder_can_use_all_that_it_asked_for() {
+    fn holder_can_use_the_requested_time() {
         let month = Duration::from_secs(30 * 24 * 60 * 60);
         let mut spans: Vec<_> = (10..3_000).map(Duration::from_millis).collect();
         spans.extend((3..100).map(Duration::from_secs));
@@ -450,17 +451,17 @@ mod tests {
     }
 
     #[test]
-    fn a_late_beat_changes_nothing() {
+    fn late_renewal_changes_nothing() {
         let session = session(at(10_000));
         assert!(session.renew(at(7_000), at(12_000)), "in time");
         assert_eq!(session.stop_by(), at(9_500));
         assert!(!session.renew(at(9_500), at(20_000)), "too late");
-        assert!(!session.is_believed(at(9_500)));
+        assert!(!session.is_valid(at(9_500)));
         assert_eq!(session.valid_until(), at(12_000));
     }
 
     #[test]
-    fn a_hold_ends_with_its_session_or_its_own_term_whichever_is_first() {
+    fn hold_ends_with_session_or_own_lifetime() {
         let bound = hold(session(at(10_000)), Some((at(60_000), Duration::from_secs(60))), true);
         assert_eq!(bound.ended(at(7_499)), None);
         assert_eq!(bound.ended(at(7_500)), Some(LossCause::SessionExpired));
@@ -472,7 +473,7 @@ mod tests {
     }
 
     #[test]
-    fn an_extension_that_comes_too_late_changes_nothing() {
+    fn late_extension_changes_nothing() {
         let fixed = hold(session(BootTime::NEVER), Some((at(4_000), Duration::from_secs(4))), false);
         assert!(fixed.extend(at(1_000), at(8_000), Duration::from_secs(7)));
         assert_eq!(fixed.ended(at(4_000)), None);
@@ -484,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_sees_half_of_an_extension() {
+    fn readers_see_whole_extensions() {
         let fixed = Arc::new(hold(session(BootTime::NEVER), Some((at(60_000), Duration::from_secs(60))), false));
         let looking = std::thread::spawn({
             let fixed = fixed.clone();
@@ -498,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn an_extension_without_an_answer_counts_for_how_long_something_may_be_left() {
+    fn unanswered_extension_delays_the_end() {
         let fixed = hold(session(BootTime::NEVER), Some((at(4_000), Duration::from_secs(4))), false);
         assert_eq!(fixed.over_at(), at(64_000));
         fixed.may_last_until(at(100_000));
