@@ -137,7 +137,7 @@ fn transfers_lose_no_money_and_an_old_fence_is_refused() {
 #[test]
 fn a_loss_is_told_in_every_way() {
     let lines = says("on_lost");
-    let forced = "it was released by force";
+    let forced = "it was force-released";
     place(&lines, &format!("the guard says: {forced}"));
     place(&lines, "its token is cancelled: true");
     assert!(lines[place(&lines, "a check fails: key `ledger` in memory: ")].ends_with(forced));
