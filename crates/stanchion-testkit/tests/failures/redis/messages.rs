@@ -78,7 +78,7 @@ fn repeated_acquire_returns_the_same_fence() {
     let proxy = Proxy::start(server.port(), seed("repeated_acquire_returns_the_same_fence"));
     block_on(async {
         let (through, direct) = (store(proxy.port()), store(server.port()));
-        let (client, observer) = (through.actor().await, direct.actor().await);
+        let (client, observer) = (through.client().await, direct.client().await);
         let mut repeated = 0;
         proxy.faults().lose_answers(400);
         for _ in 0..500 {
@@ -95,7 +95,7 @@ fn repeated_acquire_returns_the_same_fence() {
                 }
                 tokio::time::sleep(Duration::from_millis(1)).await;
             };
-            let before: Vec<_> = observer.sees(&key("k")).await.holders.iter().map(|hold| hold.fence).collect();
+            let before: Vec<_> = observer.inspect(&key("k")).await.holders.iter().map(|hold| hold.fence).collect();
             assert_eq!(before, [granted.fence], "this hold is the only one");
             repeated += u32::from(attempts > 1);
             loop {
@@ -108,7 +108,7 @@ fn repeated_acquire_returns_the_same_fence() {
                 }
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
-            assert!(!observer.sees_held(&key("k")).await);
+            assert!(!observer.is_locked(&key("k")).await);
         }
         assert!(repeated > 50, "{repeated} were repeated");
     });
