@@ -264,9 +264,6 @@ impl<S: Store> Client<S> {
     }
 }
 
-// Former names, which the failure tests of Redis and Firestore still use.
-
-
 /// Returns the key with this name and no namespace.
 pub(crate) fn key(name: &str) -> Key {
     Key::new("", name).unwrap()
