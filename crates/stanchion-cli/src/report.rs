@@ -159,7 +159,8 @@ impl HoldReport {
                 self.reason = reason;
             }
             stanchion::Event::Warning { message, .. } => self.warning = Some(message),
-            stanchion::Event::Error { key: None, message, .. } => self.fault = Some(message),
+            // After the end of the session, faults are about opening another one.
+            stanchion::Event::Error { key: None, message, .. } if !self.session_ended => self.fault = Some(message),
             _ => {}
         }
     }
@@ -178,8 +179,8 @@ impl HoldReport {
         }
     }
 
-    /// Explains the loss: the reason of a forced release or, if the session ended, the last warning or fault of the store.
+    /// Explains the loss: the reason of a forced release or, if the session ended, the last fault or warning of the store.
     pub(crate) fn explanation(self) -> Option<String> {
-        self.reason.or_else(|| self.warning.or(self.fault).filter(|_| self.session_ended))
+        self.reason.or_else(|| self.fault.or(self.warning).filter(|_| self.session_ended))
     }
 }
