@@ -123,7 +123,7 @@ type QueuedCall = (KeyCall, oneshot::Sender<Result<Row>>);
 /// The calls that wait to be sent, and the number of requests in flight.
 #[derive(Debug, Default)]
 pub(super) struct CallQueues {
-    /// Number of requests for one key in flight, without those that repeat skipped calls.
+    /// Number of single requests in flight. Requests with skipped calls do not count.
     singles: usize,
     /// Number of batches in flight, and of the calls in them.
     batches: usize,

@@ -31,7 +31,7 @@ type Getting = Pin<Box<dyn Future<Output = Result<Box<dyn Borrowed>>> + Send>>;
 /// A pool that belongs to the user.
 pub(super) struct UsersPool {
     get: Box<dyn Fn() -> Getting + Send + Sync>,
-    /// The runtime in which the pool opens its connections, whichever task asks for one.
+    /// The runtime in which the pool opens its connections, even for a task of another runtime.
     runtime: Handle,
 }
 

@@ -53,7 +53,7 @@ const MAX_CONNECTIONS_CHECKED: usize = 64;
 pub(super) const SERVER: &str = "pg_catalog.pg_is_in_recovery() OR pg_catalog.current_setting('transaction_read_only') = 'on', \
      extract(epoch FROM pg_catalog.pg_postmaster_start_time())::text";
 
-/// SQL for whether an operation sees the commits that happened while it waited. That depends on the isolation level.
+/// SQL for whether the isolation level lets an operation see the commits that happened while it waited.
 pub(super) const SEES_COMMITS: &str =
     "pg_catalog.current_setting('transaction_isolation') NOT IN ('repeatable read', 'serializable')";
 
@@ -106,7 +106,7 @@ impl Pool {
         let permits = Arc::new(Semaphore::new(config.pool - for_batches - for_reads));
         let separate = |count| match count {
             0 => permits.clone(),
-            count => Arc::new(Semaphore::new(count)),
+            _ => Arc::new(Semaphore::new(count)),
         };
         Self {
             batch_permits: separate(for_batches),

@@ -71,11 +71,13 @@ const POLL_INTERVAL_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 /// | option | |
 /// |---|---|
 /// | `schema` | the name of the schema; `stanchion` by default |
-/// | `pool` | the maximum number of connections for operations on keys; 16 by default. One more renews the session, and one receives pushes |
+/// | `pool` | the maximum number of connections for operations on keys; 16 by default |
 /// | `listen` | the URL of the server itself (percent-encoded), if `host` is a transaction pooler; `none` for no pushes |
-/// | `sslmode` | `disable` or `verify-full`; by default `disable` for localhost and Unix sockets, and `verify-full` for all others |
+/// | `sslmode` | `disable` or `verify-full`; by default `verify-full`, except to localhost and Unix sockets |
 /// | `ca_file`, `cert_file`, `key_file` | PEM files: the authorities, the certificate of this client and its key |
 /// | `create_schema` | `true` to create a missing schema; `false` by default |
+///
+/// Beyond `pool`, one connection renews the session and one receives pushes.
 ///
 /// # Behind a pooler
 /// Every operation works through a transaction pooler, but pushes do not arrive. The store notices that and reports a

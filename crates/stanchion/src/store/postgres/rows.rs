@@ -28,7 +28,7 @@ pub(super) fn not_after(time: StoreTime) -> i64 {
     i64::try_from(time.as_micros()).unwrap_or(i64::MAX)
 }
 
-/// Encodes a fence for the database. A fence beyond the range of the database becomes one that no hold has.
+/// Encodes a fence for the database. A fence beyond the range of the database becomes -1, which no hold has.
 pub(super) fn whole_fence(fence: Fence) -> i64 {
     i64::try_from(fence.get()).unwrap_or(-1)
 }
