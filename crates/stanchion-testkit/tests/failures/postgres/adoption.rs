@@ -39,7 +39,7 @@ async fn apply_is_refused(server: &PostgresServer, attack: &str) {
 }
 
 #[test]
-fn a_schema_of_another_role_is_not_adopted() {
+fn schema_of_another_role_is_rejected() {
     let server = with_attacker();
     let trap = format!(
         "CREATE FUNCTION stanchion.trap() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {ESCALATE} RETURN new; END $$; \
@@ -117,7 +117,7 @@ fn names_of_another_role_are_not_called() {
 
 /// Code of others on our tables runs within the operations, with the rights of the owner: it is refused when a handle is opened.
 #[test]
-fn foreign_code_in_the_schema_is_refused() {
+fn foreign_code_in_the_schema_is_rejected() {
     let server = server();
     server.psql(
         "CREATE ROLE mallory LOGIN; CREATE ROLE app LOGIN; CREATE SCHEMA evil; \
@@ -185,7 +185,7 @@ fn foreign_code_in_the_schema_is_refused() {
 
 /// A role that may only connect takes the number that the name of a key gives.
 #[test]
-fn an_advisory_lock_cannot_be_guessed() {
+fn advisory_lock_numbers_are_unpredictable() {
     let server = server();
     server.psql("CREATE ROLE mallory LOGIN");
     let number = "hashtextextended('\"stanchion\" :k', 0)";

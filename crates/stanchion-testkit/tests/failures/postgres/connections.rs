@@ -9,7 +9,7 @@ use stanchion_testkit::servers::PgBouncer;
 use super::*;
 
 #[test]
-fn ended_connections_are_made_again_and_nothing_is_lost() {
+fn ended_connections_are_replaced_without_loss() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
@@ -36,7 +36,7 @@ fn ended_connections_are_made_again_and_nothing_is_lost() {
 }
 
 #[test]
-fn a_restarted_server_has_every_hold_and_every_waiter() {
+fn restarted_server_keeps_holds_and_waiters() {
     let mut server = server();
     block_on(async {
         let locks = Locks::builder(&server.url()).session_ttl(30 * SECOND).open().await.unwrap();
@@ -58,7 +58,7 @@ fn a_restarted_server_has_every_hold_and_every_waiter() {
 
 /// All connections for steps wait for a row; the session is kept all the same.
 #[test]
-fn a_crowd_of_steps_that_wait_delays_no_beat() {
+fn waiting_operations_do_not_delay_renewals() {
     let server = server();
     block_on(async {
         let locks = Locks::builder(&format!("{}?pool=2", server.url())).session_ttl(3 * SECOND).open().await.unwrap();
@@ -84,7 +84,7 @@ fn a_crowd_of_steps_that_wait_delays_no_beat() {
 
 /// A step that its caller gives up goes on at the server. Nothing else may wait behind it, least of all a beat.
 #[test]
-fn a_step_that_was_given_up_holds_up_nothing() {
+fn abandoned_operation_blocks_nothing() {
     let server = server();
     block_on(async {
         let held = locks(&server).await.lock("k").await.unwrap();
@@ -105,7 +105,7 @@ fn a_step_that_was_given_up_holds_up_nothing() {
     });
 }
 
-pub(super) fn of_users(
+pub(super) fn store_with_users_pool(
     port: u16,
     size: usize,
     database: &str,
@@ -127,10 +127,10 @@ pub(super) fn of_users(
 
 /// The user's work has all connections of the pool: nothing is lost, and steps go on when it is done.
 #[test]
-fn a_pool_that_is_used_up_ends_no_session() {
+fn exhausted_pool_ends_no_session() {
     let server = server();
     block_on(async {
-        let (store, pool) = of_users(server.port(), 2, "postgres", &server.url()).unwrap();
+        let (store, pool) = store_with_users_pool(server.port(), 2, "postgres", &server.url()).unwrap();
         let locks = Locks::builder_with_store(store).session_ttl(2 * SECOND).open().await.unwrap();
         let (held, waited_for) = (locks.lock("held").await.unwrap(), locks.lock("waited").await.unwrap());
         let waiting = {
@@ -153,28 +153,28 @@ fn a_pool_that_is_used_up_ends_no_session() {
 }
 
 #[test]
-fn a_pool_of_another_database_is_refused() {
+fn pool_of_another_database_is_rejected() {
     let server = server();
     server.psql("CREATE DATABASE other");
     block_on(async {
-        let (store, _pool) = of_users(server.port(), 2, "other", &server.url()).unwrap();
+        let (store, _pool) = store_with_users_pool(server.port(), 2, "other", &server.url()).unwrap();
         let fault = Locks::with_store(store).await.unwrap_err();
         assert_eq!(fault.kind(), ErrorKind::Misconfigured, "without a schema: {fault}");
         let url = format!("{}other", server.url().strip_suffix("postgres").unwrap());
         server.psql_in("other", &Postgres::from_url(&url).unwrap().schema_sql());
-        let (store, _pool) = of_users(server.port(), 2, "other", &server.url()).unwrap();
+        let (store, _pool) = store_with_users_pool(server.port(), 2, "other", &server.url()).unwrap();
         let fault = Locks::with_store(store).await.unwrap_err();
         assert!(fault.to_string().contains("another database"), "{fault}");
-        let (store, _pool) = of_users(server.port(), 2, "other", &url).unwrap();
+        let (store, _pool) = store_with_users_pool(server.port(), 2, "other", &url).unwrap();
         Locks::with_store(store).await.unwrap().lock("k").await.unwrap().release().await.unwrap();
     });
-    let outside = of_users(server.port(), 2, "postgres", &server.url()).unwrap_err();
+    let outside = store_with_users_pool(server.port(), 2, "postgres", &server.url()).unwrap_err();
     assert_eq!(outside.kind(), ErrorKind::InvalidArgument);
 }
 
 /// A pooler that nobody named one: pushes are found not to come, that is told, and waiting goes on by asking.
 #[test]
-fn a_pooler_is_noticed_and_told_and_waiting_goes_on() {
+fn transaction_pooler_causes_a_warning() {
     let server = server();
     let pooler = PgBouncer::with(&server, &[("max_client_conn", "1000"), ("default_pool_size", "20")]);
     block_on(async {
@@ -198,7 +198,7 @@ fn a_pooler_is_noticed_and_told_and_waiting_goes_on() {
 
 /// The tables are on a disk of their own, and somebody fills it.
 #[test]
-fn a_full_disk_is_unavailable_and_everything_goes_on_when_there_is_room() {
+fn full_disk_is_unavailable_until_there_is_room() {
     let server = PostgresServer::start(Kind::V15);
     let Some(disk) = SmallDisk::new(&server) else {
         // As in most containers. Where the release is tested they are there.
@@ -263,7 +263,7 @@ impl Drop for SmallDisk {
 
 /// The connection of the beats falls silent: the next beat takes another.
 #[test]
-fn a_silent_connection_ends_no_session() {
+fn silent_connection_ends_no_session() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
@@ -288,7 +288,7 @@ fn a_silent_connection_ends_no_session() {
 
 /// The session cannot be closed; its listener goes all the same.
 #[test]
-fn a_session_that_cannot_be_closed_is_no_longer_listened_to() {
+fn failed_close_still_stops_the_listener() {
     let server = server();
     block_on(async {
         let store = Postgres::from_url(&server.url()).unwrap();
@@ -305,7 +305,7 @@ fn a_session_that_cannot_be_closed_is_no_longer_listened_to() {
 
 /// Where pushes are to come from accepts connections and says nothing: waiting calls ask, and one task tries on.
 #[test]
-fn a_silent_host_of_pushes_stops_nothing() {
+fn silent_push_host_stops_nothing() {
     let server = server();
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let listen = format!("postgres%3A%2F%2Fpostgres%40127.0.0.1%3A{}%2Fpostgres", silent.local_addr().unwrap().port());
@@ -331,7 +331,7 @@ fn a_silent_host_of_pushes_stops_nothing() {
 
 /// A standby and a machine that does not answer may be named first: the primary is found.
 #[test]
-fn of_several_hosts_the_primary_is_used() {
+fn primary_is_used_among_several_hosts() {
     let server = server();
     let standby = PostgresServer::standby_of(&server);
     let port = |server: &PostgresServer| server.url().rsplit(':').next().unwrap().split('/').next().unwrap().to_owned();

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn an_acquire_and_a_release_are_one_statement_each() {
+fn acquire_and_release_are_one_statement_each() {
     let server = server();
     server.psql("CREATE EXTENSION pg_stat_statements");
     block_on(async {
@@ -31,7 +31,7 @@ fn an_acquire_and_a_release_are_one_statement_each() {
 }
 
 #[test]
-fn only_a_hand_off_notifies() {
+fn only_hand_offs_notify() {
     let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);
     server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
     server.psql("CREATE EXTENSION pg_stat_statements");
@@ -86,7 +86,7 @@ fn only_a_hand_off_notifies() {
 
 /// A plan that seems dear is compiled by the server, which takes longer than all that it does.
 #[test]
-fn no_step_is_compiled() {
+fn no_operation_is_compiled() {
     let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);
     server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
     server.psql("CREATE EXTENSION pg_stat_statements");
@@ -112,7 +112,7 @@ fn no_step_is_compiled() {
 
 /// What a queue has of dead waiters is passed over at once, by a hand-off and by a look.
 #[test]
-fn thousands_of_dead_waiters_cost_one_statement() {
+fn many_expired_waiters_cost_one_statement() {
     let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);
     server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
     server.psql("CREATE EXTENSION pg_stat_statements");
@@ -208,7 +208,7 @@ fn many_callers_share_requests_and_never_a_key() {
 
 /// Two handles, a hundred tasks each, want one key, while connections are ended: who is asked for together loses nothing.
 #[test]
-fn crowds_of_two_handles_on_one_key_lose_nothing() {
+fn two_busy_handles_share_a_key_without_loss() {
     let server = server();
     const TASKS: usize = 200;
     block_on(async {
@@ -261,7 +261,7 @@ async fn until_done(tasks: Vec<tokio::task::JoinHandle<()>>, now_and_then: impl 
 
 /// Whoever waits for a lock holds no transaction open.
 #[test]
-fn waiters_hold_up_no_index_and_no_vacuum() {
+fn waiters_do_not_block_index_or_vacuum() {
     let server = server();
     block_on(async {
         let (locks, other) = (locks(&server).await, locks(&server).await);
@@ -283,7 +283,7 @@ fn waiters_hold_up_no_index_and_no_vacuum() {
 /// Many cycles on few keys leave the tables as small as they were.
 #[test]
 #[ignore = "long"]
-fn rows_of_the_past_do_not_pile_up() {
+fn old_rows_do_not_accumulate() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
@@ -313,7 +313,7 @@ fn rows_of_the_past_do_not_pile_up() {
 }
 
 #[test]
-fn what_is_left_behind_vanishes() {
+fn leftovers_of_expired_sessions_are_deleted() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
@@ -340,7 +340,7 @@ fn what_is_left_behind_vanishes() {
 
 /// A service may have a key for each thing that it does, a thousand in a second.
 #[test]
-fn the_rows_of_many_keys_vanish_as_fast_as_they_come() {
+fn idle_keys_are_deleted_as_fast_as_they_come() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
@@ -361,7 +361,7 @@ fn the_rows_of_many_keys_vanish_as_fast_as_they_come() {
 
 /// Steps that share a call share no fault.
 #[test]
-fn a_key_at_its_highest_fence_fails_alone() {
+fn key_at_its_highest_fence_fails_alone() {
     let server = server();
     server.psql(&format!("INSERT INTO stanchion.keys (key, fence) VALUES (':spent', {})", i64::MAX));
     block_on(async {

@@ -3,7 +3,7 @@
 use stanchion::store::OpenSession;
 use stanchion_testkit::proxy::Proxy;
 
-use super::connections::of_users;
+use super::connections::store_with_users_pool;
 use super::*;
 
 /// A primary, its standby, and an address that leads to the primary.
@@ -57,7 +57,7 @@ async fn many(locks: &Locks, count: usize) {
 }
 
 #[test]
-fn a_failover_behind_one_address_loses_nothing() {
+fn failover_behind_one_address_loses_nothing() {
     let pair = Pair::start();
     block_on(async {
         let open = async || Locks::builder(&pair.url()).session_ttl(10 * SECOND).open().await.unwrap();
@@ -86,7 +86,7 @@ fn a_failover_behind_one_address_loses_nothing() {
 
 /// A look must not take the old server's word, which knows nothing of what came after.
 #[test]
-fn looks_at_a_server_without_writes_are_refused() {
+fn reads_on_a_read_only_server_are_rejected() {
     let server = server();
     block_on(async {
         let store = Postgres::from_url(&server.url()).unwrap();
@@ -114,7 +114,7 @@ fn looks_at_a_server_without_writes_are_refused() {
 
 /// Of several hosts the one that takes writes is looked for again.
 #[test]
-fn a_failover_between_hosts_loses_nothing() {
+fn failover_between_hosts_loses_nothing() {
     let pair = Pair::start();
     block_on(async {
         let url = format!("postgres://postgres@127.0.0.1:{},127.0.0.1:{}/postgres", pair.old.port(), pair.new.port());
@@ -135,10 +135,10 @@ fn a_failover_between_hosts_loses_nothing() {
 
 /// The connections of a user's pool from before the failover are ended one by one, so that the pool makes others.
 #[test]
-fn a_failover_behind_a_users_pool_loses_nothing() {
+fn failover_behind_a_users_pool_loses_nothing() {
     let pair = Pair::start();
     block_on(async {
-        let (store, pool) = of_users(pair.address.port(), 8, "postgres", &pair.url()).unwrap();
+        let (store, pool) = store_with_users_pool(pair.address.port(), 8, "postgres", &pair.url()).unwrap();
         let locks = Locks::builder_with_store(store).session_ttl(10 * SECOND).open().await.unwrap();
         let held = locks.lock("held").await.unwrap();
         let waiting = waiter(&locks, "held");
@@ -163,7 +163,7 @@ fn a_failover_behind_a_users_pool_loses_nothing() {
 
 /// An abandon must not overtake the acquire of its token on another connection.
 #[test]
-fn a_dropped_acquire_is_ended_at_once() {
+fn dropped_acquire_is_abandoned_at_once() {
     let server = server();
     let link = Proxy::start(server.port(), 1);
     block_on(async {

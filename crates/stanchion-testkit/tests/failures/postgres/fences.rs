@@ -9,7 +9,7 @@ use super::*;
 mod example;
 
 #[test]
-fn a_transaction_that_checks_a_fence_writes_as_the_holder_or_not_at_all() {
+fn only_the_holder_writes_after_check_fence() {
     let server = server();
     block_on(async {
         let (locks, other) = (locks(&server).await, locks(&server).await);
@@ -50,7 +50,7 @@ fn a_transaction_that_checks_a_fence_writes_as_the_holder_or_not_at_all() {
 }
 
 #[test]
-fn while_a_transaction_has_checked_the_fence_nobody_gets_the_key() {
+fn check_fence_reserves_the_key_until_commit() {
     let server = server();
     block_on(async {
         let (locks, other) = (locks(&server).await, locks(&server).await);
@@ -70,7 +70,7 @@ fn while_a_transaction_has_checked_the_fence_nobody_gets_the_key() {
 }
 
 #[test]
-fn the_example_writes_as_the_holder_and_is_refused_afterwards() {
+fn example_writes_only_as_the_holder() {
     let server = server();
     block_on(example::run(&server.url())).unwrap();
     assert_eq!(server.psql("SELECT cents FROM payouts").trim(), "4200");
@@ -78,7 +78,7 @@ fn the_example_writes_as_the_holder_and_is_refused_afterwards() {
 
 /// Steps that wait for a key that a transaction has checked hold up no step on another.
 #[test]
-fn steps_on_a_key_that_a_transaction_keeps_hold_up_no_others() {
+fn blocked_key_does_not_block_other_keys() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
@@ -112,7 +112,7 @@ fn steps_on_a_key_that_a_transaction_keeps_hold_up_no_others() {
 
 /// Those who ask what became of them wait for a key like others, and are many: they have connections of their own.
 #[test]
-fn questions_for_a_key_that_a_transaction_keeps_hold_up_no_steps() {
+fn polls_of_a_blocked_key_do_not_block_others() {
     let server = server();
     block_on(async {
         let store = Postgres::from_url(&server.url()).unwrap();
@@ -139,7 +139,7 @@ fn questions_for_a_key_that_a_transaction_keeps_hold_up_no_steps() {
 
 /// Many of one process want a key that a transaction keeps, and its holder gives it back: that goes before them.
 #[test]
-fn a_release_stands_in_line_before_those_who_want_the_key() {
+fn release_goes_before_queued_acquires() {
     let server = server();
     block_on(async {
         let retry = RetryPolicy { attempt: 30 * SECOND, no_wait: 30 * SECOND, ..RetryPolicy::default() };
@@ -167,7 +167,7 @@ fn a_release_stands_in_line_before_those_who_want_the_key() {
 
 /// Whoever asks, and does not look at the answer, keeps nobody else from being answered.
 #[test]
-fn a_question_that_nobody_looks_at_holds_up_nothing() {
+fn unpolled_call_blocks_nothing() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
@@ -184,7 +184,7 @@ fn a_question_that_nobody_looks_at_holds_up_nothing() {
 /// A transaction keeps a key that others wait for: it is seen and listed meanwhile, a session that has to do with it ends,
 /// and so does what it had elsewhere.
 #[test]
-fn a_key_that_a_transaction_keeps_holds_up_no_look_and_no_close() {
+fn blocked_key_does_not_block_reads_or_close() {
     let server = server();
     block_on(async {
         let open = async || Locks::builder(&server.url()).session_ttl(30 * SECOND).open().await.unwrap();
@@ -212,7 +212,7 @@ fn a_key_that_a_transaction_keeps_holds_up_no_look_and_no_close() {
 
 /// Extending at the moment of the end races another's question: one of them has the key, never both.
 #[test]
-fn an_extension_at_the_end_never_makes_two_holders() {
+fn late_extension_never_makes_two_holders() {
     use stanchion::store::{
         AcquireOutcome, AcquireRequest, Demand, ExtendOutcome, Lifetime, OpenSession, Store, StoreTime,
     };
@@ -276,7 +276,7 @@ fn an_extension_at_the_end_never_makes_two_holders() {
 
 /// A session with a long lifetime beats seldom: it is told hours later that it lost a hold by force.
 #[test]
-fn a_release_by_force_is_not_forgotten_while_its_session_lives() {
+fn live_session_learns_of_an_old_forced_release() {
     use stanchion::store::{
         AcquireOutcome, AcquireRequest, Demand, ForceReleaseRequest, Lifetime, OpenSession, RenewOutcome, StoreTime,
     };

@@ -3,7 +3,7 @@
 
 use stanchion_testkit::servers::PgBouncer;
 
-use super::connections::of_users;
+use super::connections::store_with_users_pool;
 use super::*;
 
 fn is_refused(fault: &stanchion::Error) -> bool {
@@ -11,7 +11,7 @@ fn is_refused(fault: &stanchion::Error) -> bool {
 }
 
 /// The key's turn is waited for longer than the session of its holder would live without the beats meanwhile.
-async fn a_living_holder_keeps_its_key(server: &PostgresServer, contender: &str) {
+async fn assert_live_holder_keeps_its_key(server: &PostgresServer, contender: &str) {
     let held = locks(server).await.lock("k").await.unwrap();
     let mut transaction = sleeping_transaction(server, held.fence().get(), 4, "SELECT").await;
     let other = Locks::open(contender).await.unwrap();
@@ -25,25 +25,25 @@ async fn a_living_holder_keeps_its_key(server: &PostgresServer, contender: &str)
 }
 
 #[test]
-fn repeatable_read_by_default_makes_no_second_holder() {
+fn repeatable_read_default_adds_no_holder() {
     let server = server();
     server.psql("ALTER ROLE postgres SET default_transaction_isolation = 'repeatable read'");
-    block_on(a_living_holder_keeps_its_key(&server, &server.url()));
+    block_on(assert_live_holder_keeps_its_key(&server, &server.url()));
 }
 
 #[test]
-fn repeatable_read_by_the_url_makes_no_second_holder() {
+fn repeatable_read_in_the_url_adds_no_holder() {
     let server = server();
     let url = format!("{}?options=-c%20default_transaction_isolation%3Drepeatable%5C%20read", server.url());
-    block_on(a_living_holder_keeps_its_key(&server, &url));
+    block_on(assert_live_holder_keeps_its_key(&server, &url));
 }
 
 /// Nothing is set on connections that are the user's: those of another isolation take no steps.
 #[test]
-fn a_pool_of_another_isolation_is_refused() {
+fn pool_of_another_isolation_is_rejected() {
     let server = server();
     block_on(async {
-        let (store, pool) = of_users(server.port(), 2, "postgres", &server.url()).unwrap();
+        let (store, pool) = store_with_users_pool(server.port(), 2, "postgres", &server.url()).unwrap();
         let locks = Locks::with_store(store).await.unwrap();
         let held = locks.lock("held").await.unwrap();
         locks.lock("free").await.unwrap().release().await.unwrap();
@@ -60,7 +60,7 @@ fn a_pool_of_another_isolation_is_refused() {
         }
         held.check().unwrap();
         server.psql("ALTER ROLE postgres SET default_transaction_isolation = 'serializable'");
-        let (store, _pool) = of_users(server.port(), 2, "postgres", &server.url()).unwrap();
+        let (store, _pool) = store_with_users_pool(server.port(), 2, "postgres", &server.url()).unwrap();
         let fault = Locks::with_store(store).await.unwrap_err();
         assert!(is_refused(&fault), "{fault:?}");
     });
@@ -68,7 +68,7 @@ fn a_pool_of_another_isolation_is_refused() {
 
 /// A pooler's connections are everybody's: what is set on one would be set for others.
 #[test]
-fn another_isolation_behind_a_pooler_is_refused() {
+fn other_isolation_behind_a_pooler_is_rejected() {
     let server = server();
     server.psql("ALTER ROLE postgres SET default_transaction_isolation = 'repeatable read'");
     let pooler = PgBouncer::start(&server);

@@ -6,7 +6,7 @@ use stanchion::store::ForceReleaseOutcome;
 use super::*;
 
 #[test]
-fn functions_refuse_values_outside_the_limits() {
+fn functions_reject_values_outside_the_limits() {
     let server = server();
     let s16 = "'\\x00000000000000000000000000000001'::bytea";
     server.psql(&format!("SELECT stanchion.open_session({s16}, 3600000000, 'me')"));
@@ -105,7 +105,7 @@ fn functions_refuse_values_outside_the_limits() {
 
 /// The highest fence there is was granted: no other is granted after it, it is given back, and each request is told.
 #[test]
-fn the_highest_fence_is_the_last() {
+fn nothing_follows_the_highest_fence() {
     let server = server();
     let highest = i64::MAX as u64;
     block_on(async {

@@ -74,7 +74,7 @@ fn many_keys_are_listed_in_linear_time() {
 }
 
 #[test]
-fn a_page_costs_the_same_for_any_keys() {
+fn page_cost_does_not_depend_on_the_keys() {
     let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all"), ("autovacuum", "off")]);
     server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
     server.psql("CREATE EXTENSION pg_stat_statements");

@@ -40,7 +40,7 @@ fn enter(server: &PostgresServer, before: usize) {
 
 /// A poll of one token takes a short way; a poll of two, one of which is unknown, does not.
 #[test]
-fn short_and_long_polls_answer_the_same() {
+fn fast_and_slow_polls_answer_the_same() {
     let server = server();
     server.psql(&format!("SELECT stanchion.open_session({SESSION}, 3600000000, 'me')"));
     for before in [0, 1, 2] {
@@ -61,7 +61,7 @@ fn short_and_long_polls_answer_the_same() {
 }
 
 #[test]
-fn a_poll_of_a_waiter_costs_few_statements() {
+fn waiter_poll_costs_few_statements() {
     let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);
     server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
     server.psql("CREATE EXTENSION pg_stat_statements");

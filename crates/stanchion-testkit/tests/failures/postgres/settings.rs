@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn a_schema_can_be_applied_by_ten_at_once_and_again() {
+fn ten_processes_apply_the_schema_at_once() {
     let server = PostgresServer::start(Kind::V15);
     block_on(async {
         for _ in 0..2 {
@@ -46,7 +46,7 @@ fn a_schema_can_be_applied_by_ten_at_once_and_again() {
 }
 
 #[test]
-fn what_cannot_be_used_says_why() {
+fn unusable_databases_are_rejected_with_a_hint() {
     let server = PostgresServer::start(Kind::V15);
     block_on(async {
         let error = Locks::open(&server.url()).await.unwrap_err();
@@ -77,7 +77,7 @@ fn what_cannot_be_used_says_why() {
 
 /// A server whose users have set limits, or another isolation, takes the steps all the same.
 #[test]
-fn time_outs_and_isolation_of_the_database_change_nothing() {
+fn database_defaults_do_not_affect_operations() {
     let server = PostgresServer::with(
         Kind::V15,
         &[("default_transaction_isolation", "serializable"), ("statement_timeout", "5s"), ("lock_timeout", "1s")],
@@ -114,7 +114,7 @@ fn time_outs_and_isolation_of_the_database_change_nothing() {
 
 /// What the server tells, and what to make of it.
 #[test]
-fn a_full_queue_of_notifications_passes_and_a_strange_answer_is_in_doubt() {
+fn server_errors_map_to_kind_and_outcome() {
     let server = server();
     block_on(async {
         let store = Postgres::from_url(&server.url()).unwrap();
