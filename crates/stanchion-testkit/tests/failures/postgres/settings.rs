@@ -1,4 +1,4 @@
-//! What the database is set to, and what is in it.
+//! Checks databases with unusual settings, other schema versions or unexpected answers.
 
 use super::*;
 
@@ -11,12 +11,12 @@ fn ten_processes_apply_the_schema_at_once() {
                 .map(|_| Postgres::from_url(&server.url()).unwrap())
                 .map(|store| tokio::spawn(async move { store.apply_schema().await }))
                 .collect();
-            for one in all {
-                one.await.unwrap().unwrap();
+            for process in all {
+                process.await.unwrap().unwrap();
             }
         }
         drop(locks(&server).await.lock("k").await.unwrap());
-        // An older one is named with what to run, and becomes this one.
+        // The error for an older schema names the command that upgrades it.
         server.psql(
             "CREATE ROLE service; GRANT EXECUTE ON FUNCTION stanchion.renew_session, stanchion.acquire TO service; \
              UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.together",
@@ -27,13 +27,15 @@ fn ten_processes_apply_the_schema_at_once() {
         drop(locks(&server).await.lock("k").await.unwrap());
         let rights = "SELECT count(*) FROM unnest('{session_lives,acquire,poll_many,together}'::text[]) f (name) \
                       JOIN pg_proc p ON p.proname = f.name WHERE has_function_privilege('service', p.oid, 'EXECUTE')";
-        assert_eq!(server.psql(rights), "4", "functions that were replaced keep their rights");
-        // A program that is running meanwhile goes on: it does not say whether it waits.
+        assert_eq!(server.psql(rights), "4", "replaced functions keep their rights");
+        // A running program of an older version, which omits the last argument, keeps working.
         let old = "SELECT count(*) FROM stanchion.together('{:a}', '{x}', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, \
                    ARRAY[NULL]::bigint[])";
-        // The first calls of a connection take so long that they leave steps.
-        assert!(server.psql(&[old; 4].join(";")).ends_with('1'));
-        // A newer one is not touched, and not used.
+        // Such a batch skips calls that it cannot start within 10 ms. The first batches of a connection are slow, and
+        // so is a busy machine.
+        let batches = [old; 4].join(";");
+        until("a batch of the older program runs", async || server.psql(&batches).ends_with('1')).await;
+        // A newer schema is neither changed nor used.
         server.psql("UPDATE stanchion.meta SET version = 7");
         let store = Postgres::from_url(&server.url()).unwrap();
         assert_eq!(store.apply_schema().await.unwrap_err().kind(), ErrorKind::Misconfigured);
@@ -75,7 +77,7 @@ fn unusable_databases_are_rejected_with_a_hint() {
     });
 }
 
-/// A server whose users have set limits, or another isolation, takes the steps all the same.
+/// The operations work although the database sets time limits and another isolation level.
 #[test]
 fn database_defaults_do_not_affect_operations() {
     let server = PostgresServer::with(
@@ -94,7 +96,7 @@ fn database_defaults_do_not_affect_operations() {
                         let guard = locks.lock("k").wait(60 * SECOND).await.unwrap();
                         let before = {
                             let mut count = count.lock().unwrap();
-                            assert!(guard.fence().get() > count.1, "fences rise");
+                            assert!(guard.fence().get() > count.1, "fences increase");
                             count.1 = guard.fence().get();
                             count.0
                         };
@@ -108,11 +110,11 @@ fn database_defaults_do_not_affect_operations() {
         for task in tasks {
             task.await.unwrap();
         }
-        assert_eq!(count.lock().unwrap().0, 200, "one at a time");
+        assert_eq!(count.lock().unwrap().0, 200, "one holder at a time");
     });
 }
 
-/// What the server tells, and what to make of it.
+/// A full queue of notifications is a transient error, and an unreadable answer leaves the outcome unknown.
 #[test]
 fn server_errors_map_to_kind_and_outcome() {
     let server = server();
@@ -128,7 +130,7 @@ fn server_errors_map_to_kind_and_outcome() {
         extend("RAISE EXCEPTION 'too many notifications in the NOTIFY queue' USING ERRCODE = '54000'");
         let fault = store.extend(&key, token, SECOND).await.unwrap_err();
         assert!(fault.kind() == ErrorKind::Unavailable && !fault.is_in_doubt(), "{fault:?}");
-        // The step was done, whatever it was.
+        // The server has run the operation, so the outcome is unknown.
         for strange in ["outcome := 'odd'; at := 1", "outcome := 'extended'; at := -1", "at := 1"] {
             extend(strange);
             let fault = store.extend(&key, token, SECOND).await.unwrap_err();
@@ -137,7 +139,7 @@ fn server_errors_map_to_kind_and_outcome() {
     });
 }
 
-/// The user part of a URL may be a secret by mistake, and the server's own words name the user.
+/// Somebody may have put a secret into the user part of the URL, and the server's messages name the user.
 #[test]
 fn errors_do_not_name_the_user() {
     let server = PostgresServer::with_passwords(Kind::V15, &[]);
@@ -158,8 +160,8 @@ fn errors_do_not_name_the_user() {
                 }
             };
             let fault = store.apply_schema().await.unwrap_err();
-            let told = format!("{store:?} {fault} {fault:?}");
-            assert!(!told.contains("hunter"), "{told}");
+            let texts = format!("{store:?} {fault} {fault:?}");
+            assert!(!texts.contains("hunter"), "{texts}");
         }
     });
 }
