@@ -85,8 +85,11 @@ const POLL_INTERVAL_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 ///
 /// # Isolation
 /// Operations need the isolation level `read committed`. The store sets it on its own connections. Behind a pooler, and
-/// in a pool of yours, it must be the default of the role, which it is unless you changed it: `ALTER ROLE … SET
-/// default_transaction_isolation = 'read committed'`. Your own transactions may call `check_fence` at any level.
+/// in a pool of yours, it must be the default of the role, which it is unless you changed it:
+/// ```sql
+/// ALTER ROLE app SET default_transaction_isolation = 'read committed';
+/// ```
+/// Your own transactions may call `check_fence` at any level.
 ///
 /// # Rights
 /// Create a separate role, not a superuser, to own the schema, because the functions run with the owner's rights. To
@@ -104,7 +107,7 @@ const POLL_INTERVAL_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 /// limits too, so a service cannot write values that others could not read. Services that do not trust each other need
 /// separate schemas.
 ///
-/// The store rejects a schema as misconfigured in these cases, because foreign code would run within the operations:
+/// The store rejects a schema as misconfigured in these cases, because foreign code could run within the operations:
 /// - A part of the schema does not belong to the owner of the schema.
 /// - Another role may create in the schema, or add triggers to its tables.
 /// - A table of the schema has a trigger, a rule or a policy.
@@ -115,8 +118,11 @@ const POLL_INTERVAL_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 /// Any role that may connect can take any advisory lock. The store computes the numbers of its locks with a secret of
 /// the schema, so nobody can block a key by its name. One risk remains: `pg_locks` shows the numbers in use, and a role
 /// that takes the number of a key blocks the key until its transaction or session ends. Each call for the key then
-/// fails with `Unavailable` after 5 s. The owner can change all numbers with `UPDATE stanchion.meta SET secret =
-/// uuid_send(gen_random_uuid())`. Grant `CONNECT` only to roles that you trust this far.
+/// fails with `Unavailable` after 5 s. Grant `CONNECT` only to roles that you trust this far. The owner can change all
+/// numbers:
+/// ```sql
+/// UPDATE stanchion.meta SET secret = uuid_send(gen_random_uuid());
+/// ```
 ///
 /// # In your own transactions
 /// `stanchion.check_fence(key, fence)` succeeds only while the hold with this fence is live, and nobody else gets the

@@ -58,7 +58,7 @@ COMMENT ON SCHEMA @schema@ IS 'stanchion: distributed locks';
 CREATE TABLE IF NOT EXISTS @schema@.meta (
   one boolean PRIMARY KEY DEFAULT true CHECK (one),
   version integer NOT NULL,
-  -- Identifies this database. A program with two connections compares the identifiers.
+  -- Identifies this database. A store with a user's pool compares the identifiers behind the pool and behind the URL.
   id uuid NOT NULL DEFAULT gen_random_uuid(),
   -- No fence of a deleted key is higher than this.
   fence_floor bigint NOT NULL DEFAULT 0,
@@ -214,7 +214,7 @@ BEGIN
           FROM @schema@.holds h WHERE h.key = wanted);
 END $$;
 
--- Returns the smallest capacity of those holds of a key that share the key.
+-- Returns the smallest capacity among the holds of a key that leave room for others.
 CREATE OR REPLACE FUNCTION @schema@.in_use(wanted text) RETURNS integer LANGUAGE plpgsql STABLE AS $$
 #variable_conflict use_variable
 BEGIN

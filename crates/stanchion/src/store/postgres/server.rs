@@ -83,7 +83,7 @@ impl Watch {
 }
 
 /// Returns whether the server of a connection accepts writes. If it does not, ends the connection, and waits until the
-/// client notices that, because a pool looks at the client.
+/// client notices that, because the pool of the client checks the client.
 pub(super) async fn accepts_writes(client: &Client) -> bool {
     if matches!(within(CHECK_TIMEOUT, client.batch_execute(END_WITHOUT_WRITES)).await, Some(Ok(()))) {
         return true;
