@@ -118,8 +118,8 @@ pub(crate) enum Command {
     /// Run a command at most once per period: the guard for cron
     ///
     /// Runs CMD, unless another process runs it now or it was done for this period or slot. Then it does
-    /// nothing and ends with exit code 0, in silence unless it writes to a terminal. A command that fails does not count, so that the next
-    /// machine can try. `inspect KEY` shows the last run.
+    /// nothing and ends with exit code 0, in silence unless it writes to a terminal. A command that fails
+    /// does not count, so that the next machine can try. `inspect KEY` shows the last run.
     #[command(verbatim_doc_comment, after_long_help = after_help())]
     Once(Once),
     /// List the keys that are held, waited for or closed

@@ -121,13 +121,23 @@ pub(crate) struct HoldReport {
     warning: Option<String>,
     fault: Option<String>,
     session_ended: bool,
-    /// Time left to the holder when the outage was reported, until the store answers again.
-    outage: Option<Duration>,
+    is_outage_reported: bool,
+    /// Time left to the holder when the outage was reported, until the store answers again. `None` also in a store whose
+    /// sessions need no renewal: there the end of an outage cannot be seen here.
+    left_at_outage: Option<Duration>,
 }
 
 impl HoldReport {
     pub(crate) fn new(fence: Fence) -> Self {
-        Self { fence, reason: None, warning: None, fault: None, session_ended: false, outage: None }
+        Self {
+            fence,
+            reason: None,
+            warning: None,
+            fault: None,
+            session_ended: false,
+            is_outage_reported: false,
+            left_at_outage: None,
+        }
     }
 
     /// Takes note of an event; returns a report if the user should know now.
@@ -136,9 +146,9 @@ impl HoldReport {
         match event {
             stanchion::Event::Warning { message, .. } => Some(Report::Progress(message)),
             // Renewals begin to fail. Faults of single keys are about other requests.
-            stanchion::Event::Error { key: None, message, .. } if self.outage.is_none() && guard.is_held() => {
+            stanchion::Event::Error { key: None, message, .. } if !self.is_outage_reported && guard.is_held() => {
                 let left = guard.remaining();
-                self.outage = Some(left.unwrap_or(Duration::MAX));
+                (self.is_outage_reported, self.left_at_outage) = (true, left);
                 let end = left.map(|left| {
                     let left = for_people(left);
                     format!("; the command will be ended in {left} unless the store answers before that")
@@ -157,7 +167,8 @@ impl HoldReport {
                 self.reason = reason;
             }
             stanchion::Event::Warning { message, .. } => self.warning = Some(message),
-            stanchion::Event::Error { key: None, message, .. } => self.fault = Some(message),
+            // After the end of the session, faults are about opening another one.
+            stanchion::Event::Error { key: None, message, .. } if !self.session_ended => self.fault = Some(message),
             _ => {}
         }
     }
@@ -165,19 +176,19 @@ impl HoldReport {
     /// Waits until the store answers again after an outage that was reported; forever if there was none.
     pub(crate) async fn end_of_outage(&mut self, guard: &Guard) -> Report {
         loop {
-            let Some(left) = self.outage else { std::future::pending().await };
+            let Some(left) = self.left_at_outage else { std::future::pending().await };
             let _passed = within(Duration::from_millis(200), std::future::pending::<()>()).await;
             // Only a renewal makes it longer.
-            if guard.is_held() && guard.remaining().is_none_or(|now| now > left) {
-                self.outage = None;
+            if guard.is_held() && guard.remaining().is_some_and(|now| now > left) {
+                (self.is_outage_reported, self.left_at_outage) = (false, None);
                 let key = quoted_key(guard.key().name());
                 return Report::Problem(format!("the store answers again; key `{key}` is still held"));
             }
         }
     }
 
-    /// Explains the loss: the reason of a forced release or, if the session ended, the last warning or fault of the store.
+    /// Explains the loss: the reason of a forced release or, if the session ended, the last fault or warning of the store.
     pub(crate) fn explanation(self) -> Option<String> {
-        self.reason.or_else(|| self.warning.or(self.fault).filter(|_| self.session_ended))
+        self.reason.or_else(|| self.fault.or(self.warning).filter(|_| self.session_ended))
     }
 }

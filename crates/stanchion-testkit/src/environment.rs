@@ -264,63 +264,6 @@ impl<S: Store> Client<S> {
     }
 }
 
-// Former names, which the failure tests of Redis and Firestore still use.
-#[doc(hidden)]
-#[allow(missing_docs, reason = "these names go away")]
-impl<S: Store> Environment<S> {
-    pub async fn actor(&self) -> Client<S> {
-        self.client().await
-    }
-
-    pub async fn mortal(&self, ttl: Duration) -> Client<S> {
-        self.client_with_ttl(ttl).await
-    }
-}
-
-#[doc(hidden)]
-#[allow(missing_docs, reason = "these names go away")]
-impl<S: Store> Client<S> {
-    pub async fn ask(&self, request: &AcquireRequest) -> AcquireOutcome {
-        self.acquire(request).await
-    }
-
-    pub async fn takes(&self, key: &Key) -> (TokenId, Granted) {
-        self.lock(key).await
-    }
-
-    pub async fn gets(&self, request: &AcquireRequest) -> Granted {
-        self.expect_grant(request).await
-    }
-
-    pub async fn queues(&self, key: &Key) -> TokenId {
-        self.enqueue(key).await
-    }
-
-    pub async fn polls(&self, key: &Key, token: TokenId) -> PollOutcome {
-        self.poll(key, token).await
-    }
-
-    pub async fn granted(&self, key: &Key, token: TokenId) -> Option<Granted> {
-        self.current_grant(key, token).await
-    }
-
-    pub async fn releases(&self, key: &Key, token: TokenId) -> EndOutcome {
-        self.release(key, token).await
-    }
-
-    pub async fn sees(&self, key: &Key) -> KeyState {
-        self.inspect(key).await
-    }
-
-    pub async fn sees_held(&self, key: &Key) -> bool {
-        self.is_locked(key).await
-    }
-
-    pub async fn pushed(&mut self) -> Push {
-        self.next_push().await
-    }
-}
-
 /// Returns the key with this name and no namespace.
 pub(crate) fn key(name: &str) -> Key {
     Key::new("", name).unwrap()

@@ -46,8 +46,6 @@ pub mod servers;
 use stanchion::Store;
 use stanchion::store::{Capabilities, Liveness};
 
-#[doc(hidden)]
-pub use environment::Client as Actor;
 pub use environment::{Client, Environment, Fixture, block_on, list_all, read_pages, seed, until};
 
 /// A case of the suite.

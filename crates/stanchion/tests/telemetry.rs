@@ -112,7 +112,7 @@ fn telemetry_matches_docs_and_redacts_keys() {
         assert_eq!(names, expected);
         assert!(ours.iter().any(|(name, _)| name == "stanchion.acquire"));
         let lost = ours.iter().find(|(name, _)| name == "stanchion.lost").unwrap();
-        assert!(lost.1.contains("cause=\"forced\"") && lost.1.contains("because"), "{}", lost.1);
+        assert!(lost.1.contains("cause=\"force_released\"") && lost.1.contains("because"), "{}", lost.1);
         if redaction == KeyRedaction::Hashed {
             let hash =
                 |fields: &str| fields.split("key=\"").nth(1).and_then(|rest| rest.split('"').next()).map(str::to_owned);

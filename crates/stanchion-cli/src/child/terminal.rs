@@ -86,7 +86,7 @@ impl Terminal {
 
 /// Puts the group into the foreground. System calls only: it also runs in the child between fork and exec.
 pub(crate) fn put_in_foreground(device: BorrowedFd<'_>, group: Pid) -> rustix::io::Result<()> {
-    // Who does this from the background is stopped by SIGTTOU otherwise.
+    // SIGTTOU would stop a process that does this from the background.
     sys::while_ignoring(libc::SIGTTOU, || tcsetpgrp(device, group))
 }
 

@@ -72,7 +72,7 @@ pub(crate) fn command_ends_before_another_gets_the_key(mut server: impl Server) 
     let running = run(&world, &["run", "--ttl", "2s", "k", "-c", "touch $D/held; exec sleep 600"]).start();
     world.until_file("held");
     server.kill();
-    running.finish().code(76).says(&["key `k` was lost while the command ran"]);
+    running.finish().code(76).reports(&["the command will be ended in ", "key `k` was lost while the command ran"]);
     world.until_nothing_runs();
 }
 

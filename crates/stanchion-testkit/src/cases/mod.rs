@@ -6,6 +6,7 @@
 pub mod adoption;
 pub mod cancellation;
 pub mod concurrency;
+pub mod differential;
 pub mod force_release;
 pub mod handoff;
 pub mod holds;
@@ -103,6 +104,7 @@ macro_rules! for_every_case {
             limits::lowered_limit_waits_for_old_holders [Fair],
             limits::force_released_holder_limits_nobody,
             limits::random_limits_match_the_reference [Fair],
+            differential::random_operations_match_memory [Fair],
             messages::reply_times_never_decrease,
             messages::late_acquire_changes_nothing,
             messages::acquire_after_abandon_can_be_abandoned,

@@ -18,16 +18,17 @@ fn ten_processes_apply_the_schema_at_once() {
         drop(locks(&server).await.lock("k").await.unwrap());
         // The error for an older schema names the command that upgrades it.
         server.psql(
-            "CREATE ROLE service; GRANT EXECUTE ON FUNCTION stanchion.renew_session, stanchion.acquire TO service; \
-             UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.together",
+            "CREATE ROLE service; GRANT EXECUTE ON FUNCTION stanchion.open_session, stanchion.acquire TO service; \
+             UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.together, \
+             stanchion.renew_session, stanchion.force_release",
         );
         let error = Locks::open(&server.url()).await.unwrap_err();
         assert!(error.to_string().contains("stanchion schema --apply"), "{error}");
         Postgres::from_url(&server.url()).unwrap().apply_schema().await.unwrap();
         drop(locks(&server).await.lock("k").await.unwrap());
-        let rights = "SELECT count(*) FROM unnest('{session_lives,acquire,poll_many,together}'::text[]) f (name) \
+        let rights = "SELECT count(*) FROM unnest('{session_lives,renew_session,acquire,poll_many,together,force_release}'::text[]) f (name) \
                       JOIN pg_proc p ON p.proname = f.name WHERE has_function_privilege('service', p.oid, 'EXECUTE')";
-        assert_eq!(server.psql(rights), "4", "replaced functions keep their rights");
+        assert_eq!(server.psql(rights), "6", "replaced functions keep their rights");
         // A running program of an older version, which omits the last argument, keeps working.
         let old = "SELECT count(*) FROM stanchion.together('{:a}', '{x}', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, \
                    ARRAY[NULL]::bigint[])";

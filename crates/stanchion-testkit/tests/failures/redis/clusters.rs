@@ -149,15 +149,15 @@ fn redirected_rejection_keeps_its_kind() {
     };
     block_on(async {
         let url = format!("redis+cluster://{}", cluster.hosts());
-        let actor = Environment::new(move || Redis::from_url(&url).unwrap()).actor().await;
+        let actor = Environment::new(move || Redis::from_url(&url).unwrap()).client().await;
         let expect = async |expected: &str| {
             let error = actor.store.acquire(actor.request(&key)).await.unwrap_err();
             assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, false), "{error}");
             assert!(error.to_string().contains(expected), "{error}");
         };
         // The next server gets all Redis keys of the lock, because a moving slot with only some of them serves nobody.
-        let (token, _) = actor.takes(&key).await;
-        actor.queues(&key).await;
+        let (token, _) = actor.lock(&key).await;
+        actor.enqueue(&key).await;
         assert_eq!(from.command(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to.command(&["CLUSTER", "MYID"])]), "OK");
         let import = ["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from.command(&["CLUSTER", "MYID"])];
         assert_eq!(to.command(&import), "OK");
@@ -166,7 +166,7 @@ fn redirected_rejection_keeps_its_kind() {
             assert_eq!(from.command(&["MIGRATE", "127.0.0.1", &port, &name, "0", "5000"]), "OK");
         }
         // This sends the script to the next server.
-        assert!(matches!(actor.ask(&actor.request(&key)).await, AcquireOutcome::Queued(_)));
+        assert!(matches!(actor.acquire(&actor.request(&key)).await, AcquireOutcome::Queued(_)));
         let before = clients();
         to.command(&["CONFIG", "SET", "maxmemory", "1"]);
         expect("out of memory").await;
@@ -178,7 +178,7 @@ fn redirected_rejection_keeps_its_kind() {
         assert_eq!(to.command(&["CLUSTER", "SETSLOT", &slot, "STABLE"]), "OK");
         expect("redirected the request too often").await;
         assert_eq!(to.command(&import), "OK");
-        assert_eq!(actor.releases(&key, token).await, EndOutcome::Released);
+        assert_eq!(actor.release(&key, token).await, EndOutcome::Released);
         assert_eq!(clients(), before, "a rejection does not cost the connection");
     });
 }

@@ -5,7 +5,7 @@ use stanchion::store::{
 };
 use stanchion::{Error, ErrorKind, Fence, Store, TokenId};
 use stanchion_testkit::servers::{Redis as Kind, RedisServer};
-use stanchion_testkit::{Actor, block_on};
+use stanchion_testkit::{Client, block_on};
 
 use super::{SECOND, key, locks, store};
 
@@ -50,7 +50,7 @@ fn damages() -> Vec<Vec<String>> {
 }
 
 /// Runs every operation on the key, and counts the errors. Any error will do if its kind fits and its outcome is known.
-async fn all_operations<S: Store>(actor: &Actor<S>, what: &str) -> u32 {
+async fn all_operations<S: Store>(actor: &Client<S>, what: &str) -> u32 {
     let (store, key, token) = (&actor.store, key("k"), TokenId::random().unwrap());
     let request = actor.request(&key);
     let adopt = AdoptRequest {
@@ -86,7 +86,7 @@ fn damaged_records_cause_no_panic() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
-        let actor = environment.actor().await;
+        let actor = environment.client().await;
         let locks = locks(server.port()).await;
         for damage in damages() {
             let words: Vec<_> = damage.iter().map(String::as_str).collect();
@@ -119,8 +119,8 @@ fn damaged_records_cause_no_panic() {
         // The queue and the requests of waiters may be damaged too.
         for other in [":queue", ":waiting"] {
             server.command(&["DEL", RECORD, "stanchion:{:k}:queue", "stanchion:{:k}:waiting"]);
-            actor.takes(&key("k")).await;
-            actor.queues(&key("k")).await;
+            actor.lock(&key("k")).await;
+            actor.enqueue(&key("k")).await;
             server.command(&["SET", &format!("{RECORD}{other}"), "hello"]);
             assert!(all_operations(&actor, other).await > 0);
         }
@@ -132,10 +132,10 @@ fn damaged_session_is_reported_without_panic() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
-        let other = environment.actor().await;
+        let other = environment.client().await;
         for damage in ["", "x", "00", &"x".repeat(32), &"9".repeat(32), &"9".repeat(400)] {
-            let actor = environment.actor().await;
-            actor.takes(&key(damage.get(..1).unwrap_or("empty"))).await;
+            let actor = environment.client().await;
+            actor.lock(&key(damage.get(..1).unwrap_or("empty"))).await;
             let name = format!("stanchion:session:{{{}}}", actor.session.to_hex());
             server.command(&["SET", &name, damage]);
             let renewed = actor.store.renew_session(actor.session).await;
@@ -149,7 +149,7 @@ fn damaged_session_is_reported_without_panic() {
             server.command(&["FLUSHALL"]);
         }
         // An unreadable list of losses must not cost the session.
-        let actor = environment.actor().await;
+        let actor = environment.client().await;
         let name = format!("stanchion:session:{{{}}}", actor.session.to_hex());
         let kept = server.command(&["GETRANGE", &name, "0", "31"]);
         server.command(&["SET", &name, &format!("{kept}garbage"), "PX", "60000"]);
@@ -165,14 +165,14 @@ fn highest_fence_stops_every_grant() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
-        let (holder, next) = (environment.actor().await, environment.actor().await);
+        let (holder, next) = (environment.client().await, environment.client().await);
         server.command(&["SET", RECORD, &format!("0{}", LAST - 1)]);
-        let (token, granted) = holder.takes(&key("k")).await;
+        let (token, granted) = holder.lock(&key("k")).await;
         assert_eq!(granted.fence.get(), LAST);
-        let waiting = next.queues(&key("k")).await;
+        let waiting = next.enqueue(&key("k")).await;
         // This release would hand the key on.
-        assert_eq!(holder.releases(&key("k"), token).await, EndOutcome::Released);
-        assert_eq!(next.polls(&key("k"), waiting).await, PollOutcome::Gone);
+        assert_eq!(holder.release(&key("k"), token).await, EndOutcome::Released);
+        assert_eq!(next.poll(&key("k"), waiting).await, PollOutcome::Gone);
         // Single calls, batched calls, and a request with a capacity.
         let pooled = AcquireRequest { demand: Demand::new(1, 3).unwrap(), ..next.request(&key("k")) };
         let requests = (0..40).map(|turn| {
@@ -185,7 +185,7 @@ fn highest_fence_stops_every_grant() {
             assert!(error.to_string().contains("highest fence"), "{error}");
         }
         assert_eq!(server.command(&["GET", RECORD]), format!("0{LAST}"));
-        let other = next.ask(&next.request(&key("other"))).await;
+        let other = next.acquire(&next.request(&key("other"))).await;
         assert!(matches!(other, AcquireOutcome::Granted(_)), "{other:?}");
     });
 }

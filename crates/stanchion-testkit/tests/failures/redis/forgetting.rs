@@ -52,12 +52,12 @@ fn a_thousand_lossy_failovers_repeat_no_fence() {
             servers[new].command(&["REPLICAOF", "NO", "ONE"]);
             // The new primary may have the first grant, but never the second one.
             for primary in [old, old, new] {
-                let actor = stores[primary].actor().await;
-                let (token, granted) = actor.takes(&key("k")).await;
+                let actor = stores[primary].client().await;
+                let (token, granted) = actor.lock(&key("k")).await;
                 assert!(fences.insert(granted.fence), "failover {turn}: {:?} twice", granted.fence);
                 assert!(granted.fence.get() > last, "failover {turn}: {:?} after {last}", granted.fence);
                 last = granted.fence.get();
-                actor.releases(&key("k"), token).await;
+                actor.release(&key("k"), token).await;
                 repeated += usize::from(!counts.insert(servers[primary].command(&["INCR", "control"])));
             }
         }
@@ -139,7 +139,7 @@ fn min_replicas_checks_the_granting_server() {
     let url = format!("{}?min_replicas=1", url(proxy.port()));
     block_on(async {
         let environment = Environment::new(move || Redis::from_url(&url).unwrap());
-        let (actor, observer) = (environment.actor().await, store(first.port()).actor().await);
+        let (actor, observer) = (environment.client().await, store(first.port()).client().await);
         let error = actor.store.acquire(actor.request(&key("before"))).await.unwrap_err();
         assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, true), "{error}");
         assert!(error.to_string().contains("0 replicas have the grant"), "{error}");
@@ -148,7 +148,7 @@ fn min_replicas_checks_the_granting_server() {
             let (store, request) = (actor.store.clone(), actor.request(&key("k")));
             async move { store.acquire(request).await }
         });
-        until("granted", async || observer.sees_held(&key("k")).await).await;
+        until("granted", async || observer.is_locked(&key("k")).await).await;
         // A request that stays unanswered for long makes its connection suspect, so the next request uses another one.
         let (before, other_key) = (proxy.faults().connections(), key("other"));
         let unanswered = tokio::time::timeout(SECOND * 6 / 5, actor.store.inspect(&other_key)).await;
@@ -163,7 +163,7 @@ fn min_replicas_checks_the_granting_server() {
         let error = asking.await.unwrap().unwrap_err();
         assert_eq!((error.kind(), error.is_in_doubt()), (ErrorKind::Unavailable, true), "{error}");
         next.await.unwrap().unwrap();
-        assert!(observer.sees_held(&key("k")).await, "the grant stays in spite of the error");
+        assert!(observer.is_locked(&key("k")).await, "the grant stays in spite of the error");
     });
 }
 
@@ -180,7 +180,7 @@ fn min_replicas_applies_to_repeated_requests() {
         let url = format!("{}?min_replicas=1", url(primary.port()));
         block_on(async {
             let environment = Environment::new(move || Redis::from_url(&url).unwrap());
-            let actor = environment.actor().await;
+            let actor = environment.client().await;
             replica.process().unwrap().signal("STOP");
             let request = actor.request(&key("k"));
             for _ in 0..2 {
@@ -202,8 +202,8 @@ fn stale_replica_expires_no_session() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
-        let actor = environment.mortal(SECOND).await;
-        actor.takes(&key("k")).await;
+        let actor = environment.client_with_ttl(SECOND).await;
+        actor.lock(&key("k")).await;
         // A replica without a primary still serves its data.
         server.command(&["REPLICAOF", "127.0.0.1", "1"]);
         // By the server's clock the session has expired then.

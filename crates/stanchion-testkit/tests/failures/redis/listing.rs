@@ -93,10 +93,10 @@ fn long_queues_do_not_make_a_page_unbounded() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let store = store(server.port());
-        let (holder, waiter) = (store.actor().await, store.actor().await);
+        let (holder, waiter) = (store.client().await, store.client().await);
         for at in 0..3 {
-            holder.takes(&key(&format!("k{at}"))).await;
-            waiter.queues(&key(&format!("k{at}"))).await;
+            holder.lock(&key(&format!("k{at}"))).await;
+            waiter.enqueue(&key(&format!("k{at}"))).await;
             // Multiplies the one waiter until the queue fills a page.
             let grow = "local queue, waiting = KEYS[1], KEYS[2]
                 local one = redis.call('HVALS', waiting)[1]

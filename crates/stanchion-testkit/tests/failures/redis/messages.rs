@@ -78,7 +78,7 @@ fn repeated_acquire_returns_the_same_fence() {
     let proxy = Proxy::start(server.port(), seed("repeated_acquire_returns_the_same_fence"));
     block_on(async {
         let (through, direct) = (store(proxy.port()), store(server.port()));
-        let (client, observer) = (through.actor().await, direct.actor().await);
+        let (client, observer) = (through.client().await, direct.client().await);
         let mut repeated = 0;
         proxy.faults().lose_answers(400);
         for _ in 0..500 {
@@ -95,7 +95,7 @@ fn repeated_acquire_returns_the_same_fence() {
                 }
                 tokio::time::sleep(Duration::from_millis(1)).await;
             };
-            let before: Vec<_> = observer.sees(&key("k")).await.holders.iter().map(|hold| hold.fence).collect();
+            let before: Vec<_> = observer.inspect(&key("k")).await.holders.iter().map(|hold| hold.fence).collect();
             assert_eq!(before, [granted.fence], "this hold is the only one");
             repeated += u32::from(attempts > 1);
             loop {
@@ -108,7 +108,7 @@ fn repeated_acquire_returns_the_same_fence() {
                 }
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
-            assert!(!observer.sees_held(&key("k")).await);
+            assert!(!observer.is_locked(&key("k")).await);
         }
         assert!(repeated > 50, "{repeated} were repeated");
     });
@@ -250,7 +250,8 @@ fn reconnecting_is_no_storm() {
 fn message_flood_delays_no_renewal() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
-        let ttl = 2 * SECOND;
+        // Longer than a busy machine needs to send the messages.
+        let ttl = 5 * SECOND;
         let locks = Locks::builder(&url(server.port())).session_ttl(ttl).open().await.unwrap();
         let other = super::locks(server.port()).await;
         let guard = locks.lock("held").await.unwrap();
@@ -268,7 +269,7 @@ fn message_flood_delays_no_renewal() {
             assert_eq!(server.command(&["EVAL", flood, "1", &channel, message]), "OK");
         }
         println!("200,000 messages sent in {:?}", start.elapsed());
-        while start.elapsed() < 2 * ttl {
+        while start.elapsed() < ttl + SECOND {
             guard.check().unwrap();
             assert_eq!(locks.session(), session);
             tokio::time::sleep(ttl / 20).await;

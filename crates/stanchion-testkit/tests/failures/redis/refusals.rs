@@ -18,7 +18,7 @@ fn every_fault_of_a_server_has_its_kind() {
     let port = server.port();
     block_on(async {
         let environment = store(port);
-        let actor = environment.actor().await;
+        let actor = environment.client().await;
         let fault = async |what: &str| -> Error {
             let request = actor.request(&key(what));
             actor.store.acquire(request).await.expect_err(what)
@@ -32,13 +32,13 @@ fn every_fault_of_a_server_has_its_kind() {
             assert_eq!(error.is_transient(), matches!(kind, ErrorKind::Unavailable | ErrorKind::RateLimited));
         };
         // Out of memory: no new hold is granted, and existing ones can be released.
-        let (token, _) = actor.takes(&key("held")).await;
-        let waiting = actor.queues(&key("held")).await;
+        let (token, _) = actor.lock(&key("held")).await;
+        let waiting = actor.enqueue(&key("held")).await;
         server.command(&["CONFIG", "SET", "maxmemory", "1"]);
         expect("OOM", ErrorKind::Unavailable, false, "out of memory").await;
-        assert_eq!(actor.releases(&key("held"), token).await, EndOutcome::Released);
-        assert!(actor.granted(&key("held"), waiting).await.is_some(), "the key is handed on");
-        assert_eq!(actor.releases(&key("held"), waiting).await, EndOutcome::Released);
+        assert_eq!(actor.release(&key("held"), token).await, EndOutcome::Released);
+        assert!(actor.current_grant(&key("held"), waiting).await.is_some(), "the key is handed on");
+        assert_eq!(actor.release(&key("held"), waiting).await, EndOutcome::Released);
         actor.store.renew_session(actor.session).await.unwrap();
         server.command(&["CONFIG", "SET", "maxmemory", "0"]);
         // Too few replicas.
@@ -96,8 +96,8 @@ fn every_fault_of_a_server_has_its_kind() {
     server.kill();
     server.restart();
     block_on(async {
-        let actor = environment.actor().await;
-        actor.takes(&key("a")).await;
+        let actor = environment.client().await;
+        actor.lock(&key("a")).await;
         server.process().unwrap().signal("STOP");
         let request = actor.request(&key("b"));
         let asking = tokio::spawn({
@@ -168,8 +168,9 @@ fn missing_right_breaks_no_queue() {
     }
     block_on(async {
         let environment = store(server.port());
-        let (holder, first, second) = (environment.actor().await, environment.actor().await, environment.actor().await);
-        let (mut held, _) = holder.takes(&key("k")).await;
+        let (holder, first, second) =
+            (environment.client().await, environment.client().await, environment.client().await);
+        let (mut held, _) = holder.lock(&key("k")).await;
         for user in ["no-hash", "no-queue"] {
             let url = format!("redis://{user}:pw@127.0.0.1:{}", server.port());
             let poor = Redis::from_url(&url).unwrap();
@@ -179,13 +180,13 @@ fn missing_right_breaks_no_queue() {
         }
         // Somebody removed a waiter's request by hand, so its place in the queue is left without one.
         server.command(&["ZADD", "stanchion:{:k}:queue", "0", "nobody"]);
-        let waiting = [first.queues(&key("k")).await, second.queues(&key("k")).await];
+        let waiting = [first.enqueue(&key("k")).await, second.enqueue(&key("k")).await];
         for (actor, token) in [(&first, waiting[0]), (&second, waiting[1])] {
-            assert_eq!(holder.releases(&key("k"), held).await, EndOutcome::Released);
-            assert!(actor.granted(&key("k"), token).await.is_some(), "in request order");
+            assert_eq!(holder.release(&key("k"), held).await, EndOutcome::Released);
+            assert!(actor.current_grant(&key("k"), token).await.is_some(), "in request order");
             held = token;
         }
-        assert_eq!(holder.releases(&key("k"), held).await, EndOutcome::Released);
+        assert_eq!(holder.release(&key("k"), held).await, EndOutcome::Released);
         assert_eq!(server.command(&["EXISTS", "stanchion:{:k}:queue"]), "0");
     });
 }
@@ -261,7 +262,7 @@ fn recovered_server_is_used_without_help() {
     let port = server.port();
     block_on(async {
         let environment = store(port);
-        let actor = environment.actor().await;
+        let actor = environment.client().await;
         let is_rejected = async |kind: ErrorKind, expected: &str| {
             let mut last = String::new();
             until(expected, async || match actor.store.acquire(actor.request(&key(expected))).await {

@@ -69,8 +69,8 @@ fn force_release_is_reported_without_memory() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
-        let (mut holder, other) = (environment.actor().await, environment.actor().await);
-        let (token, granted) = holder.takes(&key("k")).await;
+        let (mut holder, other) = (environment.client().await, environment.client().await);
+        let (token, granted) = holder.lock(&key("k")).await;
         server.command(&["CONFIG", "SET", "maxmemory", "1"]);
         let request = ForceReleaseRequest { key: key("k"), fence: granted.fence, reason: "by hand".into() };
         assert_eq!(other.store.force_release(request).await.unwrap().outcome, ForceReleaseOutcome::Released);
@@ -78,7 +78,7 @@ fn force_release_is_reported_without_memory() {
             panic!("the session is alive");
         };
         assert_eq!((lost.len(), lost[0].token, lost[0].reason.as_str()), (1, token, "by hand"));
-        assert_eq!(holder.pushed().await, Push::ForceReleased(lost[0].clone()));
+        assert_eq!(holder.next_push().await, Push::ForceReleased(lost[0].clone()));
     });
 }
 
@@ -89,16 +89,16 @@ fn force_release_itself_notifies_the_holder() {
     let proxy = Proxy::start(server.port(), 1);
     block_on(async {
         let (environment, breaker) = (store(server.port()), store(proxy.port()).open());
-        let (mut holder, observer) = (environment.actor().await, environment.actor().await);
-        let (token, granted) = holder.takes(&key("k")).await;
+        let (mut holder, observer) = (environment.client().await, environment.client().await);
+        let (token, granted) = holder.lock(&key("k")).await;
         breaker.inspect(&key("k")).await.unwrap();
         proxy.faults().delay_answers(SECOND);
         let request = ForceReleaseRequest { key: key("k"), fence: granted.fence, reason: "by hand".into() };
         let releasing = tokio::spawn(async move { breaker.force_release(request).await });
-        until("released", async || !observer.sees_held(&key("k")).await).await;
+        until("released", async || !observer.is_locked(&key("k")).await).await;
         // This is long before the caller gets the answer.
         releasing.abort();
-        assert!(matches!(holder.pushed().await, Push::ForceReleased(lost) if lost.token == token));
+        assert!(matches!(holder.next_push().await, Push::ForceReleased(lost) if lost.token == token));
         let renewed = holder.store.renew_session(holder.session).await.unwrap().outcome;
         assert_eq!(renewed, RenewOutcome::Alive { lost: Vec::new() }, "the second request was not sent");
     });
@@ -127,13 +127,13 @@ fn session_is_rechecked_within_its_ttl() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
-        let (holder, other) = (environment.mortal(20 * SECOND).await, environment.actor().await);
-        holder.takes(&key("k")).await;
+        let (holder, other) = (environment.client_with_ttl(20 * SECOND).await, environment.client().await);
+        holder.lock(&key("k")).await;
         let session = format!("stanchion:session:{{{}}}", holder.session.to_hex());
         let ahead = Clock::system().wall_micros() + 3_600_000_000;
         server.command(&["SET", &session, &format!("{ahead:016}{:016}", 20_000_000), "PX", "100000"]);
         let request = AcquireRequest { enqueue: false, ..other.request(&key("k")) };
-        let AcquireOutcome::Busy { check_in: Some(check_in), .. } = other.ask(&request).await else {
+        let AcquireOutcome::Busy { check_in: Some(check_in), .. } = other.acquire(&request).await else {
             panic!("the key is held");
         };
         assert!(check_in <= 20 * SECOND, "{check_in:?}");
@@ -147,8 +147,8 @@ fn adopted_hold_outlives_rare_renewals() {
     block_on(async {
         let environment = store(server.port());
         let day = Duration::from_secs(24 * 60 * 60);
-        let (holder, rare) = (environment.actor().await, environment.mortal(20 * day).await);
-        let (from, _) = holder.takes(&key("k")).await;
+        let (holder, rare) = (environment.client().await, environment.client_with_ttl(20 * day).await);
+        let (from, _) = holder.lock(&key("k")).await;
         let request = AdoptRequest {
             key: key("k"),
             from,

@@ -19,27 +19,27 @@ fn ten_thousand_grants_keep_request_order() {
         let environment = store(server.port());
         let mut actors = Vec::new();
         for _ in 0..4 {
-            actors.push(environment.actor().await);
+            actors.push(environment.client().await);
         }
         let mut queue = std::collections::VecDeque::new();
         for turn in 0..64 {
             let actor = &actors[turn % 4];
             let request = actor.request(&key("k"));
-            actor.ask(&request).await;
+            actor.acquire(&request).await;
             queue.push_back((turn % 4, request.token));
         }
         let mut last = None;
         for turn in 0..10_000 {
             let (actor, token) = queue.pop_front().unwrap();
             let granted = actors[actor]
-                .granted(&key("k"), token)
+                .current_grant(&key("k"), token)
                 .await
                 .unwrap_or_else(|| panic!("grant {turn} overtook a waiter"));
             assert!(Some(granted.fence) > last);
             last = Some(granted.fence);
-            assert_eq!(actors[actor].releases(&key("k"), token).await, EndOutcome::Released);
+            assert_eq!(actors[actor].release(&key("k"), token).await, EndOutcome::Released);
             let next = (turn * 7) % 4;
-            queue.push_back((next, actors[next].queues(&key("k")).await));
+            queue.push_back((next, actors[next].enqueue(&key("k")).await));
         }
     });
 }
@@ -50,17 +50,17 @@ fn grant_to_an_expired_session_is_reaped() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
-        let (holder, next) = (environment.actor().await, environment.actor().await);
-        let dying = environment.mortal(SECOND).await;
-        let (held, _) = holder.takes(&key("k")).await;
-        dying.queues(&key("k")).await;
-        let waiting = next.queues(&key("k")).await;
+        let (holder, next) = (environment.client().await, environment.client().await);
+        let dying = environment.client_with_ttl(SECOND).await;
+        let (held, _) = holder.lock(&key("k")).await;
+        dying.enqueue(&key("k")).await;
+        let waiting = next.enqueue(&key("k")).await;
         // By the server's clock the session has expired then.
         tokio::time::sleep(SECOND + SECOND / 4).await;
         // The hand-off goes to the expired session, because no script sees sessions.
-        assert_eq!(holder.releases(&key("k"), held).await, EndOutcome::Released);
-        assert!(next.granted(&key("k"), waiting).await.is_some(), "the next request reaps the expired session");
-        let state = next.sees(&key("k")).await;
+        assert_eq!(holder.release(&key("k"), held).await, EndOutcome::Released);
+        assert!(next.current_grant(&key("k"), waiting).await.is_some(), "the next request reaps the expired session");
+        let state = next.inspect(&key("k")).await;
         assert_eq!((state.holders.len(), state.waiters.len()), (1, 0));
     });
 }
@@ -119,10 +119,10 @@ fn batched_calls_change_only_their_own_keys() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
-        let actor = Arc::new(environment.actor().await);
+        let actor = Arc::new(environment.client().await);
         server.command(&["RPUSH", "stanchion:{:foreign}", "hello"]);
-        let (token, _) = actor.takes(&key("k")).await;
-        let (closed, _) = actor.takes(&key("closed")).await;
+        let (token, _) = actor.lock(&key("k")).await;
+        let (closed, _) = actor.lock(&key("closed")).await;
         actor.store.release(&key("closed"), closed, Some(60 * SECOND)).await.unwrap();
         let mut tasks = Vec::new();
         for turn in 0..60 {
@@ -135,17 +135,17 @@ fn batched_calls_change_only_their_own_keys() {
                 let foreign = actor.request(&key("foreign"));
                 match turn % 5 {
                     4 => assert!(actor.store.acquire(foreign).await.is_err(), "the record is foreign"),
-                    0 => assert_eq!(actor.releases(&key("k"), stranger).await, EndOutcome::Nothing),
-                    1 => assert_eq!(actor.ask(&late).await, AcquireOutcome::Stale),
-                    2 => assert!(matches!(actor.ask(&at_once).await, AcquireOutcome::Busy { .. })),
-                    _ => assert!(matches!(actor.ask(&shut).await, AcquireOutcome::Busy { check_in: Some(_), .. })),
+                    0 => assert_eq!(actor.release(&key("k"), stranger).await, EndOutcome::Nothing),
+                    1 => assert_eq!(actor.acquire(&late).await, AcquireOutcome::Stale),
+                    2 => assert!(matches!(actor.acquire(&at_once).await, AcquireOutcome::Busy { .. })),
+                    _ => assert!(matches!(actor.acquire(&shut).await, AcquireOutcome::Busy { check_in: Some(_), .. })),
                 }
             }));
         }
         for task in tasks {
             task.await.unwrap();
         }
-        assert!(actor.granted(&key("k"), token).await.is_some());
+        assert!(actor.current_grant(&key("k"), token).await.is_some());
         assert_eq!(server.command(&["TYPE", "stanchion:{:foreign}"]), "list");
         assert!(server.command(&["INFO", "commandstats"]).contains("cmdstat_mget:"), "calls were batched");
     });
@@ -241,8 +241,8 @@ fn dropped_calls_keep_the_order_of_the_rest() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
-        let actor = environment.actor().await;
-        actor.takes(&key("warm")).await;
+        let actor = environment.client().await;
+        actor.lock(&key("warm")).await;
         for round in 0..20 {
             let name = key(&format!("k{round}"));
             let requests: Vec<_> = (0..100).map(|_| actor.request(&name)).collect();
@@ -269,8 +269,8 @@ fn dropped_calls_keep_the_order_of_the_rest() {
                 }
             }
             for token in kept {
-                assert!(actor.granted(&name, token).await.is_some(), "in request order");
-                assert_eq!(actor.releases(&name, token).await, EndOutcome::Released);
+                assert!(actor.current_grant(&name, token).await.is_some(), "in request order");
+                assert_eq!(actor.release(&name, token).await, EndOutcome::Released);
             }
         }
     });
@@ -282,7 +282,7 @@ fn renewal_overtakes_queued_releases() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
-        let actor = Arc::new(environment.actor().await);
+        let actor = Arc::new(environment.client().await);
         let ended = Arc::new(AtomicU64::new(0));
         let start = Instant::now();
         let releases: Vec<_> = (0..RELEASES)
@@ -291,7 +291,7 @@ fn renewal_overtakes_queued_releases() {
                 tokio::spawn(async move {
                     let token = stanchion::TokenId::random().unwrap();
                     let key = key(&format!("k{}", release % 1_000));
-                    assert_eq!(actor.releases(&key, token).await, EndOutcome::Nothing);
+                    assert_eq!(actor.release(&key, token).await, EndOutcome::Nothing);
                     ended.fetch_add(1, Ordering::SeqCst);
                 })
             })

@@ -409,7 +409,7 @@ impl Store for Postgres {
 
     async fn renew_session(&self, session: SessionId) -> Result<Reply<RenewOutcome>> {
         let id = session.as_bytes().as_slice();
-        let rows = self.inner.session_rows("beat", parameters![id => BYTEA]).await?;
+        let rows = self.inner.session_rows("renew_session", parameters![id => BYTEA]).await?;
         let (first, lost) = rows.split_first().ok_or_else(malformed)?;
         let time = time(first)?;
         if column::<&str>(first, "outcome")? == "gone" {
@@ -524,7 +524,7 @@ impl Store for Postgres {
     async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
         let fence = whole_fence(request.fence);
         let parameters = parameters![request.key.as_encoded() => TEXT, fence => INT8, request.reason => TEXT];
-        let row = self.inner.row("evict", parameters).await?;
+        let row = self.inner.row("force_release", parameters).await?;
         let outcome = match column(&row, "outcome")? {
             "evicted" => ForceReleaseOutcome::Released,
             "no_such_hold" => {

@@ -1197,10 +1197,11 @@ DECLARE
 BEGIN
   FOR who IN
     SELECT a.grantee FROM pg_proc p, aclexplode(p.proacl) a
-    WHERE p.oid = '@schema@.renew_session(bytea)'::regprocedure AND a.privilege_type = 'EXECUTE' AND a.grantee <> p.proowner
+    WHERE p.pronamespace = '@schema@'::regnamespace AND p.proname = 'open_session' AND a.privilege_type = 'EXECUTE'
+      AND a.grantee <> p.proowner
   LOOP
-    EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives, @schema@.acquire, @schema@.together, '
-      '@schema@.poll_many, @schema@.list_page TO %s', who);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives, @schema@.renew_session, @schema@.acquire, '
+      '@schema@.together, @schema@.poll_many, @schema@.force_release, @schema@.list_page TO %s', who);
   END LOOP;
 END $$;
 
