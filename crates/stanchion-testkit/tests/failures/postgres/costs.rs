@@ -23,7 +23,7 @@ fn acquire_and_release_are_one_statement_each() {
         // The only other statements are renewals, housekeeping, and the check of a new connection.
         let others = server.psql(
             "SELECT query FROM pg_stat_statements WHERE toplevel AND query NOT LIKE '%acquire(%' \
-             AND query NOT LIKE '%finish(%' AND query NOT LIKE '%beat(%' AND query NOT LIKE '%tidy(%' \
+             AND query NOT LIKE '%finish(%' AND query NOT LIKE '%renew_session(%' AND query NOT LIKE '%tidy(%' \
              AND query NOT LIKE '%pg_is_in_recovery%' AND query NOT LIKE '%pg_stat_statements%'",
         );
         assert_eq!(others.trim(), "");
