@@ -129,7 +129,15 @@ pub(crate) struct HoldReport {
 
 impl HoldReport {
     pub(crate) fn new(fence: Fence) -> Self {
-        Self { fence, reason: None, warning: None, fault: None, session_ended: false, is_outage_reported: false, left_at_outage: None }
+        Self {
+            fence,
+            reason: None,
+            warning: None,
+            fault: None,
+            session_ended: false,
+            is_outage_reported: false,
+            left_at_outage: None,
+        }
     }
 
     /// Takes note of an event; returns a report if the user should know now.

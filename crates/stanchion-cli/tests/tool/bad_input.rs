@@ -85,7 +85,9 @@ fn mistyped_store_folders_are_rejected() {
         // The user's own store is only empty.
         assert_ne!(world.stanchion(looking).finish().code, Some(78));
     }
-    assert!(!world.path("started").exists() && !world.path("absent").exists() && !world.path("state/stanchion").exists());
+    assert!(
+        !world.path("started").exists() && !world.path("absent").exists() && !world.path("state/stanchion").exists()
+    );
     run("sqlite:~/locks").code(0);
     assert!(world.path("locks").exists());
 }

@@ -58,7 +58,8 @@ impl Fences {
     fn state(&mut self, (real, memory): (&KeyState, &KeyState), round: usize) {
         let key = &real.key;
         let shape = |state: &KeyState| {
-            let holders = state.holders.iter().map(|one| (one.units, one.capacity, one.session_bound, one.remaining.is_some()));
+            let holders =
+                state.holders.iter().map(|one| (one.units, one.capacity, one.session_bound, one.remaining.is_some()));
             let waiters = state.waiters.iter().map(|one| (one.units, one.capacity));
             (holders.collect::<Vec<_>>(), waiters.collect::<Vec<_>>(), state.closed_for.is_some())
         };
@@ -229,7 +230,8 @@ pub async fn random_operations_match_memory<S: Store>(env: &Environment<S>) {
                     both!(clients, chosen, one, one.store.renew_session(one.session).await.unwrap().outcome);
                 let losses = |outcome: RenewOutcome| match outcome {
                     RenewOutcome::Alive { lost } => {
-                        let mut lost: Vec<_> = lost.into_iter().map(|lost| (lost.token, lost.key, lost.reason)).collect();
+                        let mut lost: Vec<_> =
+                            lost.into_iter().map(|lost| (lost.token, lost.key, lost.reason)).collect();
                         lost.sort();
                         Some(lost)
                     }
@@ -238,7 +240,8 @@ pub async fn random_operations_match_memory<S: Store>(env: &Environment<S>) {
                 assert_eq!(losses(real), losses(memory), "round {round}: renew");
             }
             (18, Some(_)) => {
-                let (real, memory) = std::mem::replace(&mut clients[chosen], (env.client().await, model.client().await));
+                let (real, memory) =
+                    std::mem::replace(&mut clients[chosen], (env.client().await, model.client().await));
                 real.store.close_session(real.session).await.unwrap();
                 memory.store.close_session(memory.session).await.unwrap();
                 // Its tokens belong to no open session. Fixed holds live on.

@@ -1,9 +1,9 @@
-//! A schema, or a part of it, that another role made: its code must not run with the rights of the role that applies the
-//! schema, nor with those of the schema's owner.
+//! Schemas that another role created, as a whole or in part. Code of that role must run neither with the rights of the
+//! role that applies the schema, nor with those of the schema's owner.
 
 use super::*;
 
-/// A server with a role that may create in the database, as the attacker.
+/// Starts a server with an attacker: a role that may create in the database.
 fn with_attacker() -> PostgresServer {
     let server = PostgresServer::start(Kind::V15);
     server.psql("CREATE ROLE mallory LOGIN; GRANT CREATE ON DATABASE postgres TO mallory");
@@ -14,22 +14,23 @@ fn as_attacker(server: &PostgresServer, sql: &str) {
     server.psql(&format!("SET SESSION AUTHORIZATION mallory; {sql}"));
 }
 
-/// The attacker's code: it works with the rights of a superuser, and fails silently without.
+/// The attacker's code. It makes the attacker a superuser if it runs with a superuser's rights, and otherwise fails
+/// silently.
 const ESCALATE: &str =
     "BEGIN EXECUTE 'ALTER ROLE mallory SUPERUSER'; EXCEPTION WHEN insufficient_privilege THEN NULL; END;";
 
-fn is_refused(fault: &stanchion::Error) -> bool {
+fn is_rejected(fault: &stanchion::Error) -> bool {
     fault.kind() == ErrorKind::Misconfigured && !fault.is_transient()
 }
 
-/// Applies the schema in all ways, as superuser. Each must refuse, and the attacker must gain nothing.
-async fn apply_is_refused(server: &PostgresServer, attack: &str) {
+/// Applies the schema in every way, as superuser. Each way must fail, and the attacker must gain no rights.
+async fn assert_apply_is_rejected(server: &PostgresServer, attack: &str) {
     let store = Postgres::from_url(&server.url()).unwrap();
     let fault = store.apply_schema().await.unwrap_err();
-    assert!(is_refused(&fault), "{attack}: {fault:?}");
+    assert!(is_rejected(&fault), "{attack}: {fault:?}");
     let fault = Locks::open(&format!("{}?create_schema=true", server.url())).await.unwrap_err();
-    assert!(is_refused(&fault), "{attack}: {fault:?}");
-    // By `psql`, which goes on after an error.
+    assert!(is_rejected(&fault), "{attack}: {fault:?}");
+    // By default `psql` continues after an error.
     let script = server.folder().join("schema.sql");
     std::fs::write(&script, store.schema_sql()).unwrap();
     let mut psql = std::process::Command::new("psql");
@@ -39,7 +40,7 @@ async fn apply_is_refused(server: &PostgresServer, attack: &str) {
 }
 
 #[test]
-fn a_schema_of_another_role_is_not_adopted() {
+fn schema_of_another_role_is_rejected() {
     let server = with_attacker();
     let trap = format!(
         "CREATE FUNCTION stanchion.trap() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {ESCALATE} RETURN new; END $$; \
@@ -59,7 +60,7 @@ fn a_schema_of_another_role_is_not_adopted() {
             (format!("{table}; CREATE RULE r AS ON INSERT TO stanchion.meta DO ALSO SELECT stanchion.look()"), ""),
             ("CREATE TYPE stanchion.keys AS (key text)".into(), ""),
             (String::new(), ""),
-            // Only the schema was given to the superuser.
+            // The superuser took over the schema, but not its parts.
             (
                 format!(
                     "{table}; CREATE TRIGGER t BEFORE INSERT ON stanchion.meta FOR EACH ROW EXECUTE FUNCTION stanchion.trap()"
@@ -67,7 +68,7 @@ fn a_schema_of_another_role_is_not_adopted() {
                 "ALTER SCHEMA stanchion OWNER TO postgres",
             ),
             ("CREATE SEQUENCE stanchion.queue_place_seq".into(), "ALTER SCHEMA stanchion OWNER TO postgres"),
-            // All of it was, and what it does stayed.
+            // The superuser took over everything, and the attacker's code stayed in the definitions.
             (
                 format!("{table}; ALTER TABLE stanchion.meta ADD CHECK (stanchion.look() = version)"),
                 "REASSIGN OWNED BY mallory TO postgres",
@@ -88,16 +89,16 @@ fn a_schema_of_another_role_is_not_adopted() {
             if !then.is_empty() {
                 server.psql(then);
             }
-            apply_is_refused(&server, &format!("{attack}; {then}")).await;
+            assert_apply_is_rejected(&server, &format!("{attack}; {then}")).await;
             server.psql("DROP SCHEMA stanchion CASCADE; GRANT CREATE ON DATABASE postgres TO mallory");
         }
-        // Nothing of it is left: now it is applied.
+        // The attacker's schema is gone, so the schema can be applied.
         Postgres::from_url(&server.url()).unwrap().apply_schema().await.unwrap();
         drop(locks(&server).await.lock("k").await.unwrap());
     });
 }
 
-/// Names in the script that are not qualified: by default those of a schema with the role's name are found too.
+/// By default an unqualified name in the script could also resolve to an object in a schema with the role's name.
 #[test]
 fn names_of_another_role_are_not_called() {
     let server = with_attacker();
@@ -115,9 +116,9 @@ fn names_of_another_role_are_not_called() {
     assert_eq!(server.psql("SELECT rolsuper FROM pg_roles WHERE rolname = 'mallory'"), "f");
 }
 
-/// Code of others on our tables runs within the operations, with the rights of the owner: it is refused when a handle is opened.
+/// Foreign code on the store's tables would run within the operations, with the rights of the schema's owner.
 #[test]
-fn foreign_code_in_the_schema_is_refused() {
+fn foreign_code_in_the_schema_is_rejected() {
     let server = server();
     server.psql(
         "CREATE ROLE mallory LOGIN; CREATE ROLE app LOGIN; CREATE SCHEMA evil; \
@@ -129,7 +130,7 @@ fn foreign_code_in_the_schema_is_refused() {
     server.psql(&rights.replace("@schema@", "stanchion").replace("@role@", "app"));
     block_on(async {
         drop(Locks::open(&app).await.unwrap());
-        for (wrong, mend) in [
+        for (attack, undo) in [
             (
                 "CREATE TRIGGER t BEFORE INSERT ON stanchion.keys FOR EACH ROW EXECUTE FUNCTION evil.trap()",
                 "DROP TRIGGER t ON stanchion.keys",
@@ -165,27 +166,27 @@ fn foreign_code_in_the_schema_is_refused() {
             ("GRANT CREATE ON SCHEMA stanchion TO app", "REVOKE CREATE ON SCHEMA stanchion FROM app"),
             ("GRANT TRIGGER ON stanchion.keys TO app", "REVOKE TRIGGER ON stanchion.keys FROM app"),
         ] {
-            server.psql(wrong);
+            server.psql(attack);
             for url in [app.clone(), server.url()] {
                 let fault = Locks::open(&url).await.unwrap_err();
-                assert!(is_refused(&fault), "{wrong}: {fault:?}");
+                assert!(is_rejected(&fault), "{attack}: {fault:?}");
             }
-            if !wrong.contains("FUNCTION stanchion.renew_session") {
+            if !attack.contains("FUNCTION stanchion.renew_session") {
                 let fault = Postgres::from_url(&server.url()).unwrap().apply_schema().await.unwrap_err();
-                assert!(is_refused(&fault), "{wrong}: {fault:?}");
+                assert!(is_rejected(&fault), "{attack}: {fault:?}");
             }
-            server.psql(mend);
+            server.psql(undo);
         }
         drop(Locks::open(&app).await.unwrap().lock("k").await.unwrap());
-        // Another role's schema is used with its rights, and is not one to create in.
+        // A service may use a schema of another role, but it must not create in that schema.
         let fault = Locks::open(&format!("{app}?create_schema=true")).await.unwrap_err();
-        assert!(is_refused(&fault) && fault.to_string().contains("belongs to postgres"), "{fault:?}");
+        assert!(is_rejected(&fault) && fault.to_string().contains("belongs to postgres"), "{fault:?}");
     });
 }
 
-/// A role that may only connect takes the number that the name of a key gives.
+/// A role that may only connect takes the lock number that follows from a key's name alone.
 #[test]
-fn an_advisory_lock_cannot_be_guessed() {
+fn advisory_lock_numbers_are_unpredictable() {
     let server = server();
     server.psql("CREATE ROLE mallory LOGIN");
     let number = "hashtextextended('\"stanchion\" :k', 0)";
@@ -196,7 +197,7 @@ fn an_advisory_lock_cannot_be_guessed() {
         .spawn()
         .unwrap();
     block_on(async {
-        until("it has the lock", async || {
+        until("the blocker has the lock", async || {
             server.psql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") == "1"
         })
         .await;
@@ -204,8 +205,8 @@ fn an_advisory_lock_cannot_be_guessed() {
     });
     blocker.kill().unwrap();
     blocker.wait().unwrap();
-    let may = "SELECT has_table_privilege('mallory', 'stanchion.meta', 'SELECT'), \
+    let rights = "SELECT has_table_privilege('mallory', 'stanchion.meta', 'SELECT'), \
                has_any_column_privilege('mallory', 'stanchion.meta', 'SELECT')";
-    assert_eq!(server.psql(may), "f|f", "the secret is the owner's");
+    assert_eq!(server.psql(rights), "f|f", "only the owner can read the secret");
     assert_eq!(server.psql("SELECT length(secret), secret <> decode('', 'hex') FROM stanchion.meta"), "16|t");
 }

@@ -1,9 +1,9 @@
-//! Batches: operations on many keys in one call, which has a few statements for all of them.
+//! Checks that a batch runs operations on many keys with few statements, and that its outcomes match single operations.
 
 use super::*;
 use crate::ends::acquire_many;
 
-/// A server that counts the statements within functions too, and what a table of few rows would make it plan.
+/// Starts a server that also counts the statements inside functions, and whose statistics stay those of small tables.
 fn counting_server() -> PostgresServer {
     let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all"), ("autovacuum", "off")]);
     server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
@@ -15,14 +15,14 @@ fn reset(server: &PostgresServer) {
     server.psql("SELECT pg_stat_statements_reset()");
 }
 
-/// Operations that a function for one key did, on its own or within a batch.
+/// Returns the number of operations that a function for one key has run, single or within a batch.
 fn single(server: &PostgresServer) -> usize {
     let calls = "SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE query NOT LIKE '%pg_stat%' \
                  AND (query LIKE '%.acquire(%' OR query LIKE '%.finish(%') AND query NOT LIKE 'CREATE %'";
     server.psql(calls).parse().unwrap()
 }
 
-/// Pages that the operations looked at.
+/// Returns the number of pages that the operations have read.
 fn pages(server: &PostgresServer) -> usize {
     let pages = "SELECT coalesce(sum(shared_blks_hit + shared_blks_read), 0) FROM pg_stat_statements WHERE toplevel \
                  AND (query LIKE '%.acquire(%' OR query LIKE '%.finish(%' OR query LIKE '%.together(%') \
@@ -42,7 +42,7 @@ fn new_keys_are_locked_and_released_in_bulk() {
         assert!(acquired < KEYS / 10, "{acquired} of {KEYS} keys were locked one by one");
         reset(&server);
         drop(guards);
-        until("all are free", async || locks.list("").await.unwrap().is_empty()).await;
+        until("all keys are free", async || locks.list("").await.unwrap().is_empty()).await;
         let released = single(&server);
         assert!(released < KEYS / 10, "{released} of {KEYS} keys were released one by one");
     });
@@ -60,13 +60,13 @@ fn holds_with_deadlines_are_released_in_bulk() {
         }
         reset(&server);
         drop(guards);
-        until("all are free", async || locks.list("").await.unwrap().is_empty()).await;
+        until("all keys are free", async || locks.list("").await.unwrap().is_empty()).await;
         let released = single(&server);
         assert!(released < KEYS / 5, "{released} of {KEYS} keys were released one by one");
     });
 }
 
-/// A connection keeps its plans. With one row in a table, a scan of the table is the cheapest of all.
+/// A connection keeps its plans, and for a table with one row a scan of the whole table is the cheapest plan.
 #[test]
 fn plans_made_for_one_key_serve_many() {
     const KEYS: usize = 3_000;
@@ -78,12 +78,12 @@ fn plans_made_for_one_key_serve_many() {
         reset(&server);
         let guards = acquire_many(&locks, KEYS).await;
         let per_key = pages(&server) / KEYS;
-        assert!(per_key < 60, "{per_key} pages a key to lock it");
+        assert!(per_key < 60, "{per_key} pages per key to lock it");
         reset(&server);
         drop(guards);
-        until("all are free", async || locks.list("").await.unwrap().is_empty()).await;
+        until("all keys are free", async || locks.list("").await.unwrap().is_empty()).await;
         let per_key = pages(&server) / KEYS;
-        assert!(per_key < 60, "{per_key} pages a key to release it");
+        assert!(per_key < 60, "{per_key} pages per key to release it");
         reset(&server);
         for at in 0..100 {
             locks.lock(format!("single{at}")).await.unwrap().release().await.unwrap();
@@ -93,7 +93,7 @@ fn plans_made_for_one_key_serve_many() {
     });
 }
 
-/// A case of `finish`: a name, what is in the store before it, and its cooldown. `{k}` is the key.
+/// Cases of `finish`: a name, the state of the store before the call, and the cooldown. `{k}` is the key.
 const ENDS: [(&str, &str, &str); 14] = [
     ("unknown key", "", "NULL"),
     ("idle key", "INSERT INTO keys (key, fence) VALUES ({k}, 7)", "NULL"),
@@ -147,7 +147,7 @@ const ENDS: [(&str, &str, &str); 14] = [
     ),
 ];
 
-/// A case of `acquire`: a name, what is in the store before it, its session and its limit.
+/// Cases of `acquire`: a name, the state of the store before the call, the session, and the latest time of a grant.
 const ACQUIRES: [(&str, &str, &str, &str); 9] = [
     ("new key", "", "{live}", "8000000000000000"),
     ("new key, dead session", "", "{dead}", "8000000000000000"),
@@ -175,58 +175,58 @@ const ACQUIRES: [(&str, &str, &str, &str); 9] = [
     ),
 ];
 
-/// A value of a case, for the case at this place of the one or the other way.
-fn of_case(text: &str, way: &str, at: usize) -> String {
-    let token = |whose: &str| format!("decode(md5('{whose} {way} {at}'), 'hex')");
-    text.replace("{k}", &format!("':{way} {at}'"))
+/// Fills in the placeholders of a case. Each case runs with both dispatches, with separate keys and tokens.
+fn fill_in(text: &str, dispatch: &str, at: usize) -> String {
+    let token = |whose: &str| format!("decode(md5('{whose} {dispatch} {at}'), 'hex')");
+    text.replace("{k}", &format!("':{dispatch} {at}'"))
         .replace("{own}", &token("own"))
         .replace("{other}", &token("other"))
         .replace("{live}", "decode(repeat('ab', 16), 'hex')")
         .replace("{dead}", "decode(repeat('de', 16), 'hex')")
 }
 
-/// What is known of each case afterwards, without times.
-fn states(server: &PostgresServer, way: &str, count: usize) -> Vec<String> {
+/// Returns the final state of each case, without times.
+fn states(server: &PostgresServer, dispatch: &str, count: usize) -> Vec<String> {
     let state = |at| {
         let state = format!(
             "SELECT string_agg(concat_ws(' ', kind, owner, units, capacity, bound, remaining > 0, fence > 7), ', ') \
-             FROM stanchion.inspect(':{way} {at}') WHERE kind <> 'key' OR remaining > 0"
+             FROM stanchion.inspect(':{dispatch} {at}') WHERE kind <> 'key' OR remaining > 0"
         );
-        let forced = format!("SELECT count(*) FROM stanchion.forced WHERE key = ':{way} {at}'");
+        let forced = format!("SELECT count(*) FROM stanchion.forced WHERE key = ':{dispatch} {at}'");
         format!("{}; forced {}", server.psql(&state), server.psql(&forced))
     };
     (0..count).map(state).collect()
 }
 
-fn enter(server: &PostgresServer, before: &[&str]) {
+fn insert(server: &PostgresServer, before: &[&str]) {
     server.psql("SELECT stanchion.open_session(decode(repeat('ab', 16), 'hex'), 3600000000, 'me')");
-    for way in ["single", "batch"] {
+    for dispatch in ["single", "batch"] {
         for (at, before) in before.iter().enumerate() {
-            server.psql(&format!("SET search_path = stanchion; {}", of_case(before, way, at)));
+            server.psql(&format!("SET search_path = stanchion; {}", fill_in(before, dispatch, at)));
         }
     }
 }
 
-/// The outcome of each case and what is known of its key afterwards, one by one and by the function for many.
+/// Asserts that each case has the same outcome and the same final state as a single call and as a batch.
 fn compare(server: &PostgresServer, names: &[&str], single: impl Fn(usize) -> String, batch: impl Fn(usize) -> String) {
-    let outcomes = |way: &str, call: &dyn Fn(usize) -> String| -> Vec<String> {
-        (0..names.len()).map(|at| server.psql(&of_case(&call(at), way, at))).collect()
+    let outcomes = |dispatch: &str, call: &dyn Fn(usize) -> String| -> Vec<String> {
+        (0..names.len()).map(|at| server.psql(&fill_in(&call(at), dispatch, at))).collect()
     };
-    let told = |way: &str, outcomes: Vec<String>| -> Vec<String> {
-        let all = names.iter().zip(outcomes).zip(states(server, way, names.len()));
+    let results = |dispatch: &str, outcomes: Vec<String>| -> Vec<String> {
+        let all = names.iter().zip(outcomes).zip(states(server, dispatch, names.len()));
         all.map(|((name, outcome), state)| format!("{name}: {outcome}; {state}")).collect()
     };
-    let single = told("single", outcomes("single", &single));
-    assert_eq!(told("batch", outcomes("batch", &batch)), single);
+    let single = results("single", outcomes("single", &single));
+    assert_eq!(results("batch", outcomes("batch", &batch)), single);
     println!("{single:#?}");
 }
 
 #[test]
 fn ends_in_a_batch_match_single_ends() {
     let server = server();
-    enter(&server, &ENDS.map(|(_, before, _)| before));
+    insert(&server, &ENDS.map(|(_, before, _)| before));
     let single = |at: usize| format!("SELECT outcome FROM stanchion.finish({{k}}, {{own}}, {})", ENDS[at].2);
-    // It waits for its turn, and so does its first operation however long that takes.
+    // The last argument makes the batch wait for its turn and run its first operation, however long that takes.
     let batch = |at: usize| {
         format!(
             "SELECT outcome FROM stanchion.together(ARRAY[{{k}}], ARRAY[{{own}}], ARRAY[NULL::bytea], ARRAY[NULL::integer], \
@@ -241,7 +241,7 @@ fn ends_in_a_batch_match_single_ends() {
 #[test]
 fn acquires_in_a_batch_match_single_acquires() {
     let server = server();
-    enter(&server, &ACQUIRES.map(|(_, before, ..)| before));
+    insert(&server, &ACQUIRES.map(|(_, before, ..)| before));
     let single = |at: usize| {
         let (_, _, session, latest) = ACQUIRES[at];
         format!(
@@ -259,7 +259,7 @@ fn acquires_in_a_batch_match_single_acquires() {
     compare(&server, &ACQUIRES.map(|(name, ..)| name), single, batch);
 }
 
-/// The fences of a key whose row was deleted are not above this floor.
+/// No fence of a deleted key is above the floor, so the fences of new keys must be.
 #[test]
 fn new_keys_have_fences_above_the_floor() {
     const FLOOR: u64 = 1 << 60;

@@ -1,4 +1,4 @@
-//! Many tokens that end at once, rows that somebody deletes, and messages that the store did not send.
+//! Checks many releases at once, rows that somebody deletes, and messages that the store did not send.
 
 use super::*;
 use crate::ends::{drop_calls, drop_many, number};
@@ -19,13 +19,13 @@ fn dropped_calls_free_their_keys_soon() {
 }
 
 #[test]
-fn a_deleted_row_is_a_loss_within_some_beats() {
+fn deleted_row_is_reported_as_a_loss() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
         let guard = locks.lock("deleted").await.unwrap();
         server.psql("TRUNCATE stanchion.keys, stanchion.holds");
-        until("it is lost", async || guard.loss() == Some(LossCause::Missing)).await;
+        until("the hold is lost", async || guard.loss() == Some(LossCause::Missing)).await;
     });
 }
 
@@ -36,14 +36,14 @@ fn a_forged_grant_is_lost_at_once() {
         let (locks, other) = (locks(&server).await, locks(&server).await);
         let holder = locks.lock("k").await.unwrap();
         let waiting = tokio::spawn(other.lock("k").into_future());
-        until("it waits", async || !locks.inspect("k").await.unwrap().waiters.is_empty()).await;
+        until("the other handle waits", async || !locks.inspect("k").await.unwrap().waiters.is_empty()).await;
         let token = server.psql("SELECT encode(token, 'hex') FROM stanchion.queue");
         let channel = server.psql("SELECT 'stanchion_' || encode(session, 'hex') FROM stanchion.queue");
         let message = format!("G{}{} :k", token.trim(), 1_u64 << 52);
         server.psql(&format!("SELECT pg_notify('{}', '{message}')", channel.trim()));
         let forged = waiting.await.unwrap().unwrap();
-        assert_eq!(forged.fence().get(), 1 << 52, "the message was believed at first");
-        until("it is lost", async || forged.loss() == Some(LossCause::Missing)).await;
+        assert_eq!(forged.fence().get(), 1 << 52, "the waiter accepts the message at first");
+        until("the forged hold is lost", async || forged.loss() == Some(LossCause::Missing)).await;
         holder.check().unwrap();
     });
 }

@@ -1,4 +1,4 @@
-//! Connections that end, wait, or are not ours.
+//! Checks connections that break or block, pools of the user, poolers, and hosts that do not answer.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
@@ -9,7 +9,7 @@ use stanchion_testkit::servers::PgBouncer;
 use super::*;
 
 #[test]
-fn ended_connections_are_made_again_and_nothing_is_lost() {
+fn ended_connections_are_replaced_without_loss() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
@@ -23,12 +23,12 @@ fn ended_connections_are_made_again_and_nothing_is_lost() {
             server.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'stanchion'");
             guard.release().await.unwrap();
         }
-        // A waiter hears again.
+        // Waiters receive pushes again.
         let waiting = {
             let locks = locks.clone();
             tokio::spawn(async move { locks.lock("held").await.unwrap() })
         };
-        until("waits", async || locks.inspect("held").await.unwrap().waiters.len() == 1).await;
+        until("the task waits", async || locks.inspect("held").await.unwrap().waiters.len() == 1).await;
         held.check().unwrap();
         held.release().await.unwrap();
         drop(waiting.await.unwrap());
@@ -36,7 +36,7 @@ fn ended_connections_are_made_again_and_nothing_is_lost() {
 }
 
 #[test]
-fn a_restarted_server_has_every_hold_and_every_waiter() {
+fn restarted_server_keeps_holds_and_waiters() {
     let mut server = server();
     block_on(async {
         let locks = Locks::builder(&server.url()).session_ttl(30 * SECOND).open().await.unwrap();
@@ -45,10 +45,11 @@ fn a_restarted_server_has_every_hold_and_every_waiter() {
             let locks = locks.clone();
             tokio::spawn(async move { locks.lock("k").await.unwrap() })
         };
-        until("waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+        until("the task waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
         server.kill();
         server.restart();
-        until("it answers", async || locks.inspect("k").await.is_ok_and(|state| state.waiters.len() == 1)).await;
+        until("the server answers", async || locks.inspect("k").await.is_ok_and(|state| state.waiters.len() == 1))
+            .await;
         held.check().unwrap();
         let fence = held.fence();
         held.release().await.unwrap();
@@ -56,9 +57,9 @@ fn a_restarted_server_has_every_hold_and_every_waiter() {
     });
 }
 
-/// All connections for steps wait for a row; the session is kept all the same.
+/// All connections for operations wait for a row, and the session stays alive all the same.
 #[test]
-fn a_crowd_of_steps_that_wait_delays_no_beat() {
+fn waiting_operations_do_not_delay_renewals() {
     let server = server();
     block_on(async {
         let locks = Locks::builder(&format!("{}?pool=2", server.url())).session_ttl(3 * SECOND).open().await.unwrap();
@@ -72,19 +73,19 @@ fn a_crowd_of_steps_that_wait_delays_no_beat() {
             })
             .collect();
         let released = tokio::spawn(locked.release());
-        for one in crowd {
-            drop(one.await.unwrap());
+        for waiter in crowd {
+            drop(waiter.await.unwrap());
         }
         held.check().unwrap();
-        let _in_doubt = released.await.unwrap();
+        let _ = released.await.unwrap(); // The outcome of the release may be unknown.
         transaction.wait().unwrap();
         held.check().unwrap();
     });
 }
 
-/// A step that its caller gives up goes on at the server. Nothing else may wait behind it, least of all a beat.
+/// The server continues an operation whose caller gave up. Nothing else may wait behind it, least of all a renewal.
 #[test]
-fn a_step_that_was_given_up_holds_up_nothing() {
+fn abandoned_operation_blocks_nothing() {
     let server = server();
     block_on(async {
         let held = locks(&server).await.lock("k").await.unwrap();
@@ -92,20 +93,26 @@ fn a_step_that_was_given_up_holds_up_nothing() {
         let store = Postgres::from_url(&server.url()).unwrap();
         let key = Key::new("", "k").unwrap();
         let waits = async || store.extend(&key, TokenId::random().unwrap(), SECOND).await;
-        assert!(tokio::time::timeout(SECOND / 2, async { tokio::join!(waits(), waits()) }).await.is_err(), "both wait");
-        let asked = Instant::now();
+        assert!(
+            tokio::time::timeout(SECOND / 2, async { tokio::join!(waits(), waits()) }).await.is_err(),
+            "both operations wait"
+        );
+        let sent_at = Instant::now();
         store.renew_session(SessionId::random().unwrap()).await.unwrap();
-        assert!(asked.elapsed() < 4 * SECOND, "it waited {:?}", asked.elapsed());
+        assert!(sent_at.elapsed() < 4 * SECOND, "the renewal waited {:?}", sent_at.elapsed());
         transaction.wait().unwrap();
         // Both connections are used again.
-        until("settled", async || connections(&server, "state = 'idle'") == connections(&server, "true")).await;
+        until("all connections are idle", async || {
+            connections(&server, "state = 'idle'") == connections(&server, "true")
+        })
+        .await;
         let before = connections(&server, "true");
-        let _both = tokio::join!(store.inspect(&key), store.inspect(&key));
+        let _ = tokio::join!(store.inspect(&key), store.inspect(&key));
         assert_eq!(connections(&server, "true"), before);
     });
 }
 
-pub(super) fn of_users(
+pub(super) fn store_with_users_pool(
     port: u16,
     size: usize,
     database: &str,
@@ -125,20 +132,20 @@ pub(super) fn of_users(
     Ok((Postgres::from_pool(url, get, |connection| connection)?, pool))
 }
 
-/// The user's work has all connections of the pool: nothing is lost, and steps go on when it is done.
+/// While the user's work has all connections of the pool, nothing is lost. Afterwards operations continue.
 #[test]
-fn a_pool_that_is_used_up_ends_no_session() {
+fn exhausted_pool_ends_no_session() {
     let server = server();
     block_on(async {
-        let (store, pool) = of_users(server.port(), 2, "postgres", &server.url()).unwrap();
+        let (store, pool) = store_with_users_pool(server.port(), 2, "postgres", &server.url()).unwrap();
         let locks = Locks::builder_with_store(store).session_ttl(2 * SECOND).open().await.unwrap();
         let (held, waited_for) = (locks.lock("held").await.unwrap(), locks.lock("waited").await.unwrap());
         let waiting = {
             let locks = locks.clone();
             tokio::spawn(async move { locks.lock("waited").await.unwrap() })
         };
-        until("it waits", async || locks.inspect("waited").await.unwrap().waiters.len() == 1).await;
-        until("waiting takes none of the connections", async || pool.status().available == pool.status().size).await;
+        until("the task waits", async || locks.inspect("waited").await.unwrap().waiters.len() == 1).await;
+        until("the waiter occupies no connection", async || pool.status().available == pool.status().size).await;
         let used = (pool.get().await.unwrap(), pool.get().await.unwrap());
         let expires = || -> u64 { server.psql("SELECT max(expires) FROM stanchion.sessions").trim().parse().unwrap() };
         let before = expires();
@@ -153,56 +160,56 @@ fn a_pool_that_is_used_up_ends_no_session() {
 }
 
 #[test]
-fn a_pool_of_another_database_is_refused() {
+fn pool_of_another_database_is_rejected() {
     let server = server();
     server.psql("CREATE DATABASE other");
     block_on(async {
-        let (store, _pool) = of_users(server.port(), 2, "other", &server.url()).unwrap();
+        let (store, _pool) = store_with_users_pool(server.port(), 2, "other", &server.url()).unwrap();
         let fault = Locks::with_store(store).await.unwrap_err();
-        assert_eq!(fault.kind(), ErrorKind::Misconfigured, "without a schema: {fault}");
+        assert_eq!(fault.kind(), ErrorKind::Misconfigured, "the other database has no schema: {fault}");
         let url = format!("{}other", server.url().strip_suffix("postgres").unwrap());
         server.psql_in("other", &Postgres::from_url(&url).unwrap().schema_sql());
-        let (store, _pool) = of_users(server.port(), 2, "other", &server.url()).unwrap();
+        let (store, _pool) = store_with_users_pool(server.port(), 2, "other", &server.url()).unwrap();
         let fault = Locks::with_store(store).await.unwrap_err();
         assert!(fault.to_string().contains("another database"), "{fault}");
-        let (store, _pool) = of_users(server.port(), 2, "other", &url).unwrap();
+        let (store, _pool) = store_with_users_pool(server.port(), 2, "other", &url).unwrap();
         Locks::with_store(store).await.unwrap().lock("k").await.unwrap().release().await.unwrap();
     });
-    let outside = of_users(server.port(), 2, "postgres", &server.url()).unwrap_err();
+    let outside = store_with_users_pool(server.port(), 2, "postgres", &server.url()).unwrap_err();
     assert_eq!(outside.kind(), ErrorKind::InvalidArgument);
 }
 
-/// A pooler that nobody named one: pushes are found not to come, that is told, and waiting goes on by asking.
+/// The store notices a pooler that the URL does not mention, reports a warning, and waiting calls poll.
 #[test]
-fn a_pooler_is_noticed_and_told_and_waiting_goes_on() {
+fn transaction_pooler_causes_a_warning() {
     let server = server();
     let pooler = PgBouncer::with(&server, &[("max_client_conn", "1000"), ("default_pool_size", "20")]);
     block_on(async {
         let (locks, other) = (Locks::open(&pooler.url()).await.unwrap(), Locks::open(&pooler.url()).await.unwrap());
-        let told =
+        let warned =
             |locks: &Locks| locks.warnings().iter().any(|warning| warning.contains("notifications do not arrive"));
-        until("it is told", async || told(&locks) && told(&other)).await;
+        until("both handles warn", async || warned(&locks) && warned(&other)).await;
         let held = locks.lock("k").await.unwrap();
         let waiting = {
             let other = other.clone();
             tokio::spawn(async move { other.lock("k").await.unwrap() })
         };
-        until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+        until("the task waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
         held.release().await.unwrap();
         waiting.await.unwrap().check().unwrap();
-        // Directly nothing is told.
+        // Without the pooler there is no warning.
         let direct = Locks::open(&server.url()).await.unwrap();
-        assert!(!told(&direct));
+        assert!(!warned(&direct));
     });
 }
 
-/// The tables are on a disk of their own, and somebody fills it.
+/// The tables are on a small disk of their own, and another table fills that disk.
 #[test]
-fn a_full_disk_is_unavailable_and_everything_goes_on_when_there_is_room() {
+fn full_disk_is_unavailable_until_there_is_room() {
     let server = PostgresServer::start(Kind::V15);
     let Some(disk) = SmallDisk::new(&server) else {
-        // As in most containers. Where the release is tested they are there.
-        return eprintln!("NOT TESTED: a full disk: this system lets nobody mount a file system of their own");
+        // Most containers do not allow this. The machine that tests a release does.
+        return eprintln!("NOT TESTED: a full disk: this system does not allow mounting a file system");
     };
     server.psql(&format!("CREATE TABLESPACE small LOCATION '{}'", disk.folder.display()));
     server.psql("ALTER DATABASE postgres SET default_tablespace = small");
@@ -215,13 +222,13 @@ fn a_full_disk_is_unavailable_and_everything_goes_on_when_there_is_room() {
             "DO $$ BEGIN LOOP INSERT INTO filler VALUES (repeat('x', 1900)); END LOOP; \
              EXCEPTION WHEN disk_full THEN NULL; END $$",
         );
-        // Each key needs a row: sooner or later there is no room for one.
+        // Each key needs a row, so at some point there is no room for another one.
         let mut fault = None;
         for n in 0..10_000 {
             match locks.lock(format!("{n} {}", "x".repeat(400))).wait(SECOND).await {
                 Ok(guard) => drop(guard.release().await),
-                Err(told) => {
-                    fault = Some(told);
+                Err(error) => {
+                    fault = Some(error);
                     break;
                 }
             }
@@ -229,14 +236,14 @@ fn a_full_disk_is_unavailable_and_everything_goes_on_when_there_is_room() {
         let fault = fault.unwrap();
         assert!(fault.kind() == ErrorKind::Unavailable && fault.to_string().contains("disk is full"), "{fault}");
         server.psql("DROP TABLE filler");
-        until("there is room", async || locks.lock("new").wait(SECOND).await.is_ok()).await;
+        until("there is room again", async || locks.lock("new").wait(SECOND).await.is_ok()).await;
         locks.lock("after").await.unwrap().release().await.unwrap();
         drop(held);
         until("nothing is left", async || locks.list("").await.unwrap().is_empty()).await;
     });
 }
 
-/// A file system of a few megabytes for a tablespace.
+/// A file system of 8 MB for a tablespace.
 struct SmallDisk {
     folder: std::path::PathBuf,
 }
@@ -255,27 +262,27 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        // Lazily: the server still has files in it.
+        // Unmount lazily, because the server still has open files in it.
         let unmounted = Command::new("umount").arg("-l").arg(&self.folder).status();
         assert!(unmounted.is_ok_and(|status| status.success()));
     }
 }
 
-/// The connection of the beats falls silent: the next beat takes another.
+/// The server process that renews the session stops, and the next renewal uses another connection.
 #[test]
-fn a_silent_connection_ends_no_session() {
+fn silent_connection_ends_no_session() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
         let held = locks.lock("k").await.unwrap();
-        let beats =
+        let renewals =
             "SELECT pid FROM pg_stat_activity WHERE application_name = 'stanchion' AND query LIKE '%.renew_session(%'";
         let mut pid = String::new();
         let is_one = async || {
-            server.psql(beats).trim().clone_into(&mut pid);
+            server.psql(renewals).trim().clone_into(&mut pid);
             pid.parse::<u32>().is_ok()
         };
-        until("a beat", is_one).await;
+        until("the session is renewed", is_one).await;
         let send = |signal: &str| assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
         let expires = || -> u64 { server.psql("SELECT max(expires) FROM stanchion.sessions").trim().parse().unwrap() };
         let before = expires();
@@ -286,9 +293,9 @@ fn a_silent_connection_ends_no_session() {
     });
 }
 
-/// The session cannot be closed; its listener goes all the same.
+/// The request that closes the session fails, and the listener ends all the same.
 #[test]
-fn a_session_that_cannot_be_closed_is_no_longer_listened_to() {
+fn failed_close_still_stops_the_listener() {
     let server = server();
     block_on(async {
         let store = Postgres::from_url(&server.url()).unwrap();
@@ -296,55 +303,57 @@ fn a_session_that_cannot_be_closed_is_no_longer_listened_to() {
         let _stream = store.grants(session);
         store.open_session(OpenSession { session, ttl: 60 * SECOND, owner: "me".into() }).await.unwrap();
         let listeners = || connections(&server, "query LIKE 'LISTEN%'");
-        until("it listens", async || listeners() == 1).await;
+        until("the store listens", async || listeners() == 1).await;
         server.psql("ALTER FUNCTION stanchion.close_session RENAME TO gone");
         store.close_session(session).await.unwrap_err();
         until("nobody listens", async || listeners() == 0).await;
     });
 }
 
-/// Where pushes are to come from accepts connections and says nothing: waiting calls ask, and one task tries on.
+/// The host for pushes accepts connections and never answers. Waiting calls poll, and one task keeps trying to listen.
 #[test]
-fn a_silent_host_of_pushes_stops_nothing() {
+fn silent_push_host_stops_nothing() {
     let server = server();
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let listen = format!("postgres%3A%2F%2Fpostgres%40127.0.0.1%3A{}%2Fpostgres", silent.local_addr().unwrap().port());
     let url = format!("{}?listen={listen}", server.url());
     block_on(async {
-        let asked = Instant::now();
+        let start = Instant::now();
         let locks = Locks::builder(&url).session_ttl(3 * SECOND).open().await.unwrap();
-        assert!(asked.elapsed() < 2 * SECOND, "within the first attempt: {:?}", asked.elapsed());
+        assert!(start.elapsed() < 2 * SECOND, "opening waited for the first attempt: {:?}", start.elapsed());
         let held = locks.lock("k").await.unwrap();
         let waiting = {
             let locks = locks.clone();
             tokio::spawn(async move { locks.lock("k").await.unwrap() })
         };
-        until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+        until("the task waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
         held.release().await.unwrap();
         let released = Instant::now();
         waiting.await.unwrap().check().unwrap();
-        assert!(released.elapsed() < SECOND, "it asks often: {:?}", released.elapsed());
-        let told = |locks: &Locks| locks.warnings().iter().any(|warning| warning.contains("no pushes"));
-        until("it is told", async || told(&locks)).await;
+        assert!(released.elapsed() < SECOND, "the waiter polled too late: {:?}", released.elapsed());
+        let warned =
+            |locks: &Locks| locks.warnings().iter().any(|warning| warning.contains("notifications unavailable"));
+        until("the handle warns", async || warned(&locks)).await;
     });
 }
 
-/// A standby and a machine that does not answer may be named first: the primary is found.
+/// The URL names a standby, or a machine that does not answer, before the primary.
 #[test]
-fn of_several_hosts_the_primary_is_used() {
+fn primary_is_used_among_several_hosts() {
     let server = server();
     let standby = PostgresServer::standby_of(&server);
     let port = |server: &PostgresServer| server.url().rsplit(':').next().unwrap().split('/').next().unwrap().to_owned();
     block_on(async {
-        // Nobody takes what connects there, and there is no room for more.
+        // This listener accepts no connection, and its backlog is full.
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let deaf = socket.local_addr().unwrap();
+        let unresponsive = socket.local_addr().unwrap();
         let _listens = socket.listen(0).unwrap();
-        let _fills_it: Vec<_> = (0..4).map(|_| tokio::spawn(tokio::net::TcpStream::connect(deaf))).collect();
-        for before in [port(&standby), deaf.port().to_string()] {
+        let _fills_it: Vec<_> = (0..4).map(|_| tokio::spawn(tokio::net::TcpStream::connect(unresponsive))).collect();
+        for before in [port(&standby), unresponsive.port().to_string()] {
             let url = format!("postgres://postgres@127.0.0.1:{before},127.0.0.1:{}/postgres", port(&server));
-            // Attempts are shorter than it takes: what one of them began is there for another.
+            // One attempt is too short to reach the primary. A later attempt uses the connection that an earlier one
+            // began.
             let retry = RetryPolicy { attempts: 30, attempt: Duration::from_millis(300), ..RetryPolicy::default() };
             let locks = Locks::builder(&url).retry(retry).open().await.unwrap();
             locks.lock("k").await.unwrap().release().await.unwrap();

@@ -1,9 +1,9 @@
-//! What steps cost, and what they leave behind.
+//! Checks the cost of operations, and that old rows are deleted.
 
 use super::*;
 
 #[test]
-fn an_acquire_and_a_release_are_one_statement_each() {
+fn acquire_and_release_are_one_statement_each() {
     let server = server();
     server.psql("CREATE EXTENSION pg_stat_statements");
     block_on(async {
@@ -20,7 +20,7 @@ fn an_acquire_and_a_release_are_one_statement_each() {
             ))
         };
         assert_eq!((calls("acquire(").trim(), calls("finish(").trim()), ("100", "100"));
-        // Nothing else but the beats, and housekeeping, and the look at a new connection where they meet a step.
+        // The only other statements are renewals, housekeeping, and the check of a new connection.
         let others = server.psql(
             "SELECT query FROM pg_stat_statements WHERE toplevel AND query NOT LIKE '%acquire(%' \
              AND query NOT LIKE '%finish(%' AND query NOT LIKE '%renew_session(%' AND query NOT LIKE '%tidy(%' \
@@ -31,7 +31,7 @@ fn an_acquire_and_a_release_are_one_statement_each() {
 }
 
 #[test]
-fn only_a_hand_off_notifies() {
+fn only_hand_offs_notify() {
     let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);
     server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
     server.psql("CREATE EXTENSION pg_stat_statements");
@@ -41,13 +41,13 @@ fn only_a_hand_off_notifies() {
         sent.trim().parse().unwrap()
     };
     block_on(async {
-        // With time: how many requests are sent is the question, not how long they take on a busy machine.
+        // The limits are long, because this test counts requests and must not depend on the speed of the machine.
         let retry = RetryPolicy { attempt: 60 * SECOND, total: 60 * SECOND, ..RetryPolicy::default() };
         let locks = Locks::builder(&server.url()).session_ttl(60 * SECOND).retry(retry).open().await.unwrap();
         for _ in 0..20 {
             locks.lock("k").await.unwrap().release().await.unwrap();
         }
-        assert_eq!(sent(), 0, "nobody waits");
+        assert_eq!(sent(), 0, "nobody waits, so nothing is sent");
         let mut held = locks.lock("k").await.unwrap();
         let waiting: Vec<_> = (0..WAITERS)
             .map(|_| {
@@ -55,8 +55,8 @@ fn only_a_hand_off_notifies() {
                 tokio::spawn(async move { locks.lock("k").await.unwrap().release().await.unwrap() })
             })
             .collect();
-        until("all wait", async || {
-            // Who counts stops this thread, on which they are: they need time.
+        until("all tasks wait", async || {
+            // The count below blocks the thread that also runs the tasks, so give the tasks some time.
             tokio::time::sleep(Duration::from_millis(50)).await;
             server.psql("SELECT count(*) FROM stanchion.queue") == WAITERS.to_string()
         })
@@ -64,7 +64,7 @@ fn only_a_hand_off_notifies() {
         assert_eq!(locks.inspect("k").await.unwrap().waiters.len(), WAITERS);
         let most = connections(&server, "true");
         assert!(most <= 18, "{most} connections");
-        // Each is one transaction, of as many as were there to enter.
+        // Each request is one transaction for all calls that were queued when it left.
         let entered = server.psql(
             "SELECT sum(calls) FROM pg_stat_statements WHERE toplevel \
              AND (query LIKE '%.acquire(%' OR query LIKE '%.together(%') \
@@ -75,8 +75,8 @@ fn only_a_hand_off_notifies() {
         assert!(entered < WAITERS / 5, "{entered} requests for {WAITERS} waiters");
         held.check().unwrap();
         held.release().await.unwrap();
-        for one in waiting {
-            one.await.unwrap();
+        for task in waiting {
+            task.await.unwrap();
         }
         assert_eq!(sent(), WAITERS);
         held = locks.lock("k").await.unwrap();
@@ -84,9 +84,9 @@ fn only_a_hand_off_notifies() {
     });
 }
 
-/// A plan that seems dear is compiled by the server, which takes longer than all that it does.
+/// The server compiles a plan whose estimated cost is high, and the compilation takes longer than the operation.
 #[test]
-fn no_step_is_compiled() {
+fn no_operation_is_compiled() {
     let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);
     server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
     server.psql("CREATE EXTENSION pg_stat_statements");
@@ -94,7 +94,7 @@ fn no_step_is_compiled() {
         let (locks, other) = (locks(&server).await, locks(&server).await);
         let held = locks.lock("k").wait(SECOND).ttl(60 * SECOND).await.unwrap();
         let waiting = tokio::spawn(async move { other.lock("k").await.unwrap() });
-        until("it waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+        until("the other handle waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
         held.extend(50 * SECOND).await.unwrap();
         held.release().await.unwrap();
         let held = waiting.await.unwrap();
@@ -110,49 +110,49 @@ fn no_step_is_compiled() {
     assert!(compiled.ends_with("|0"), "{compiled}");
 }
 
-/// What a queue has of dead waiters is passed over at once, by a hand-off and by a look.
+/// A hand-off and a read each remove all expired waiters at the front of a queue with one statement.
 #[test]
-fn thousands_of_dead_waiters_cost_one_statement() {
+fn many_expired_waiters_cost_one_statement() {
     let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);
     server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
     server.psql("CREATE EXTENSION pg_stat_statements");
-    const DEAD: usize = 5_000;
+    const EXPIRED: usize = 5_000;
     let deletions = || -> usize {
         let calls = "SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE NOT toplevel \
                      AND query LIKE 'DELETE FROM %.queue %'";
         server.psql(calls).parse().unwrap()
     };
-    // As if they had died after they were looked at for the last time.
-    let enter_the_dead = || {
+    // These waiters look as if their session had expired since the last operation.
+    let insert_expired = || {
         server.psql(&format!(
             "INSERT INTO stanchion.queue (key, place, token, session, bound, units, capacity, at) OVERRIDING SYSTEM VALUE \
-             SELECT ':k', -n, int8send(n), '\\xdead', true, 1, 1, 0 FROM generate_series(1, {DEAD}) n; \
-             UPDATE stanchion.keys SET waiting = waiting + {DEAD}, busy = true; SELECT pg_stat_statements_reset()"
+             SELECT ':k', -n, int8send(n), '\\xdead', true, 1, 1, 0 FROM generate_series(1, {EXPIRED}) n; \
+             UPDATE stanchion.keys SET waiting = waiting + {EXPIRED}, busy = true; SELECT pg_stat_statements_reset()"
         ));
     };
-    let all_passed = || {
+    let assert_removed = || {
         let left = "SELECT waiting + (SELECT count(*) FROM stanchion.queue) FROM stanchion.keys";
         assert_eq!(server.psql(left), "0");
-        // Housekeeping may have come too.
-        assert!((1..=9).contains(&deletions()), "{} deletions for {DEAD}", deletions());
+        // Housekeeping may have run too.
+        assert!((1..=9).contains(&deletions()), "{} deletions for {EXPIRED} waiters", deletions());
     };
     block_on(async {
         let (one, other) = (locks(&server).await, locks(&server).await);
         let held = one.lock("k").await.unwrap();
         let waiting = tokio::spawn(async move { other.lock("k").await.unwrap() });
-        until("it waits", async || one.inspect("k").await.unwrap().waiters.len() == 1).await;
-        enter_the_dead();
+        until("the other handle waits", async || one.inspect("k").await.unwrap().waiters.len() == 1).await;
+        insert_expired();
         held.release().await.unwrap();
         let next = waiting.await.unwrap();
-        all_passed();
-        enter_the_dead();
+        assert_removed();
+        insert_expired();
         assert_eq!(one.inspect("k").await.unwrap().waiters.len(), 0);
-        all_passed();
+        assert_removed();
         next.release().await.unwrap();
     });
 }
 
-/// Fifty tasks of one handle on ten keys and one key each, while connections are ended.
+/// Fifty tasks of one handle use ten shared keys and one key of their own each, while connections break.
 #[test]
 fn many_callers_share_requests_and_never_a_key() {
     let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "top")]);
@@ -179,14 +179,14 @@ fn many_callers_share_requests_and_never_a_key() {
                         let own = locks.lock(format!("own {task}")).await.unwrap();
                         let shared = locks.lock(format!("shared {at}")).await.unwrap();
                         let (count, last) = &keys[at];
-                        // Read, give way, write: two holders at once would lose a count.
+                        // Read, yield, write: two holders at the same time would lose a count.
                         let before = count.load(Relaxed);
                         tokio::task::yield_now().await;
                         count.store(before + 1, Relaxed);
                         let fence = shared.fence().get();
-                        assert!(last.swap(fence, Relaxed) < fence, "fences rise");
-                        // What a broken connection leaves in doubt is ended in the background.
-                        let _in_doubt = (shared.release().await, own.release().await);
+                        assert!(last.swap(fence, Relaxed) < fence, "fences increase");
+                        // The keeper retries releases whose outcome is unknown after a broken connection.
+                        let _ = (shared.release().await, own.release().await);
                     }
                 })
             })
@@ -195,20 +195,21 @@ fn many_callers_share_requests_and_never_a_key() {
             server.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'stanchion'");
         })
         .await;
-        assert!(ended > 0, "connections were ended meanwhile");
+        assert!(ended > 0, "connections broke during the test");
         let total: u64 = keys.iter().map(|(count, _)| count.load(Relaxed)).sum();
         assert_eq!(total, (TASKS * ROUNDS) as u64);
         until("nothing is left", async || locks.list("").await.unwrap().is_empty()).await;
-        let (together, alone) = (calls("together"), calls("acquire") + calls("finish"));
-        let steps = (TASKS * ROUNDS * 4) as u64;
-        println!("{steps} steps: {together} calls of many, {alone} alone");
-        assert!(together > 0 && together + alone < steps, "{together} calls of many, {alone} alone, {steps} steps");
+        let (batches, singles) = (calls("together"), calls("acquire") + calls("finish"));
+        let operations = (TASKS * ROUNDS * 4) as u64;
+        let counts = format!("{operations} operations in {batches} batches and {singles} single requests");
+        println!("{counts}");
+        assert!(batches > 0 && batches + singles < operations, "{counts}");
     });
 }
 
-/// Two handles, a hundred tasks each, want one key, while connections are ended: who is asked for together loses nothing.
+/// A hundred tasks of each of two handles want one key, while connections break.
 #[test]
-fn crowds_of_two_handles_on_one_key_lose_nothing() {
+fn two_busy_handles_share_a_key_without_loss() {
     let server = server();
     const TASKS: usize = 200;
     block_on(async {
@@ -219,7 +220,7 @@ fn crowds_of_two_handles_on_one_key_lose_nothing() {
             .map(|task| {
                 let (locks, key) = (handles[task % 2].clone(), key.clone());
                 tokio::spawn(async move {
-                    // A broken connection may leave one without an answer: it asks again.
+                    // A broken connection may lose the answer, so the task tries again.
                     let guard = loop {
                         if let Ok(guard) = locks.lock("k").await {
                             break guard;
@@ -230,8 +231,8 @@ fn crowds_of_two_handles_on_one_key_lose_nothing() {
                     tokio::task::yield_now().await;
                     count.store(before + 1, Relaxed);
                     let fence = guard.fence().get();
-                    assert!(last.swap(fence, Relaxed) < fence, "fences rise");
-                    let _in_doubt = guard.release().await;
+                    assert!(last.swap(fence, Relaxed) < fence, "fences increase");
+                    let _ = guard.release().await; // The keeper retries a release whose outcome is unknown.
                 })
             })
             .collect();
@@ -239,18 +240,18 @@ fn crowds_of_two_handles_on_one_key_lose_nothing() {
             server.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'stanchion'");
         })
         .await;
-        assert!(ended > 0, "connections were ended meanwhile");
+        assert!(ended > 0, "connections broke during the test");
         assert_eq!(key.0.load(Relaxed), TASKS as u64);
         until("nothing is left", async || handles[0].list("").await.unwrap().is_empty()).await;
     });
 }
 
-/// Does something now and then until all tasks have ended, and tells how often.
-async fn until_done(tasks: Vec<tokio::task::JoinHandle<()>>, now_and_then: impl AsyncFn()) -> u32 {
+/// Repeats an action every 300 ms until all tasks have ended. Returns the number of repetitions.
+async fn until_done(tasks: Vec<tokio::task::JoinHandle<()>>, action: impl AsyncFn()) -> u32 {
     let mut done = 0;
     for task in tasks {
         while !task.is_finished() {
-            now_and_then().await;
+            action().await;
             done += 1;
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
@@ -259,15 +260,15 @@ async fn until_done(tasks: Vec<tokio::task::JoinHandle<()>>, now_and_then: impl 
     done
 }
 
-/// Whoever waits for a lock holds no transaction open.
+/// A waiter keeps no transaction open, which would delay `CREATE INDEX CONCURRENTLY` and `VACUUM`.
 #[test]
-fn waiters_hold_up_no_index_and_no_vacuum() {
+fn waiters_do_not_block_index_or_vacuum() {
     let server = server();
     block_on(async {
         let (locks, other) = (locks(&server).await, locks(&server).await);
         let held = locks.lock("k").await.unwrap();
         let waiting = tokio::spawn(async move { other.lock("k").await.map(drop) });
-        until("waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
+        until("the other handle waits", async || locks.inspect("k").await.unwrap().waiters.len() == 1).await;
         server.psql("CREATE TABLE theirs AS SELECT g AS n FROM generate_series(1, 1000) g");
         server.psql("DELETE FROM theirs WHERE n % 2 = 0");
         server.psql("CREATE INDEX CONCURRENTLY theirs_n ON theirs (n)");
@@ -280,10 +281,10 @@ fn waiters_hold_up_no_index_and_no_vacuum() {
     });
 }
 
-/// Many cycles on few keys leave the tables as small as they were.
+/// Many locks and releases of a few keys do not make the tables grow.
 #[test]
 #[ignore = "long"]
-fn rows_of_the_past_do_not_pile_up() {
+fn old_rows_do_not_accumulate() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
@@ -313,60 +314,60 @@ fn rows_of_the_past_do_not_pile_up() {
 }
 
 #[test]
-fn what_is_left_behind_vanishes() {
+fn leftovers_of_expired_sessions_are_deleted() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
         for i in 0..30 {
             locks.lock(format!("k{i}")).await.unwrap().release().await.unwrap();
         }
-        // Others died long ago, with a hold, a place in a queue, and idle keys.
+        // A session expired long ago and left a hold and a force-released token. The other keys are idle.
         server.psql(
             "INSERT INTO stanchion.sessions VALUES ('\\x01', 'dead', 1000000, 1);
              INSERT INTO stanchion.keys (key, fence, token, session, at) VALUES (':dead', 5, '\\x02', '\\x01', 1);
              INSERT INTO stanchion.forced VALUES ('\\x09', '\\x01', ':x', 'why', 1);
              UPDATE stanchion.keys SET fence = 7 WHERE key LIKE ':k%'",
         );
-        // As every beat does, now and then.
+        // A renewal does this from time to time.
         let left = || {
             server.psql("SELECT stanchion.tidy(); SELECT (SELECT count(*) FROM stanchion.keys) + (SELECT count(*) FROM stanchion.forced) + (SELECT count(*) FROM stanchion.sessions WHERE owner = 'dead')")
         };
-        until("all is gone", async || left().split_whitespace().last() == Some("0")).await;
-        // What was forgotten still counts.
+        until("all leftovers are deleted", async || left().split_whitespace().last() == Some("0")).await;
+        // The floor still covers the fences of the deleted keys.
         assert_eq!(server.psql("SELECT fence_floor FROM stanchion.meta").trim(), "7");
         assert!(locks.lock("k1").await.unwrap().fence().get() > 7);
     });
 }
 
-/// A service may have a key for each thing that it does, a thousand in a second.
+/// A service may use a key for each item of its work, a thousand per second.
 #[test]
-fn the_rows_of_many_keys_vanish_as_fast_as_they_come() {
+fn idle_keys_are_deleted_as_fast_as_they_come() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
         let held = locks.lock("n3").await.unwrap();
         server.psql("INSERT INTO stanchion.keys (key, fence) SELECT ':o' || n, n FROM generate_series(1, 9000) n");
         let mut rounds = 0;
-        until("only what is held is left", async || {
+        until("only the held key is left", async || {
             rounds += 1;
             server.psql("SELECT stanchion.tidy(); SELECT string_agg(key, ' ') FROM stanchion.keys").trim() == ":n3"
         })
         .await;
-        // One may have met another's, and one may have begun in the middle.
+        // One round may have met a round of another process, and one may have begun in the middle of the keys.
         assert!(rounds <= 3, "{rounds} rounds");
         assert_eq!(server.psql("SELECT fence_floor FROM stanchion.meta"), "9000");
         held.check().unwrap();
     });
 }
 
-/// Steps that share a call share no fault.
+/// Operations that share a batch do not share errors.
 #[test]
-fn a_key_at_its_highest_fence_fails_alone() {
+fn key_at_its_highest_fence_fails_alone() {
     let server = server();
     server.psql(&format!("INSERT INTO stanchion.keys (key, fence) VALUES (':spent', {})", i64::MAX));
     block_on(async {
         let locks = locks(&server).await;
-        // More than once: the first calls take so long that they do little.
+        // Repeat this, because the first batches of a connection are slow and skip most of their calls.
         for _ in 0..10 {
             let tasks: Vec<_> = (0..40)
                 .map(|task| {

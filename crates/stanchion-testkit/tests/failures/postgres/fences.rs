@@ -1,15 +1,15 @@
-//! Fences that are checked in the user's transactions, and races for a hold.
+//! Checks fences in transactions of the user, keys that such a transaction blocks, and races for a hold.
 
 use std::task::Poll;
 
 use super::*;
 
-#[allow(dead_code, reason = "its main is for a shell")]
+#[allow(dead_code, reason = "the test does not call main")]
 #[path = "../../../../stanchion/examples/postgres_fence.rs"]
 mod example;
 
 #[test]
-fn a_transaction_that_checks_a_fence_writes_as_the_holder_or_not_at_all() {
+fn only_the_holder_writes_after_check_fence() {
     let server = server();
     block_on(async {
         let (locks, other) = (locks(&server).await, locks(&server).await);
@@ -20,7 +20,7 @@ fn a_transaction_that_checks_a_fence_writes_as_the_holder_or_not_at_all() {
                 tokio::spawn(async move { other.lock("it's").await })
             });
             if contended {
-                until("waits", async || locks.inspect("it's").await.unwrap().waiters.len() == 1).await;
+                until("the other handle waits", async || locks.inspect("it's").await.unwrap().waiters.len() == 1).await;
             }
             let check = |fence: u64| {
                 format!(
@@ -50,7 +50,7 @@ fn a_transaction_that_checks_a_fence_writes_as_the_holder_or_not_at_all() {
 }
 
 #[test]
-fn while_a_transaction_has_checked_the_fence_nobody_gets_the_key() {
+fn check_fence_reserves_the_key_until_commit() {
     let server = server();
     block_on(async {
         let (locks, other) = (locks(&server).await, locks(&server).await);
@@ -59,10 +59,14 @@ fn while_a_transaction_has_checked_the_fence_nobody_gets_the_key() {
         server.psql("CREATE TABLE written (at timestamptz)");
         let mut transaction =
             sleeping_transaction(&server, fence, 4, "INSERT INTO written VALUES (clock_timestamp())").await;
-        // The release is sent while the row is locked, and comes through after it.
+        // The release is sent while the transaction locks the row, and takes effect afterwards.
         let released = tokio::spawn(guard.release());
         let got = other.lock("k").wait(20 * SECOND).await.unwrap();
-        assert_eq!(server.psql("SELECT count(*) FROM written").trim(), "1", "the transaction ended first");
+        assert_eq!(
+            server.psql("SELECT count(*) FROM written").trim(),
+            "1",
+            "the transaction has ended before the grant"
+        );
         assert!(got.fence().get() > fence);
         released.await.unwrap().unwrap();
         assert!(transaction.wait().unwrap().success());
@@ -70,15 +74,15 @@ fn while_a_transaction_has_checked_the_fence_nobody_gets_the_key() {
 }
 
 #[test]
-fn the_example_writes_as_the_holder_and_is_refused_afterwards() {
+fn example_writes_only_as_the_holder() {
     let server = server();
     block_on(example::run(&server.url())).unwrap();
     assert_eq!(server.psql("SELECT cents FROM payouts").trim(), "4200");
 }
 
-/// Steps that wait for a key that a transaction has checked hold up no step on another.
+/// Operations wait for a key whose fence a transaction has checked, and operations on other keys continue.
 #[test]
-fn steps_on_a_key_that_a_transaction_keeps_hold_up_no_others() {
+fn blocked_key_does_not_block_other_keys() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
@@ -91,55 +95,55 @@ fn steps_on_a_key_that_a_transaction_keeps_hold_up_no_others() {
                 tokio::spawn(async move { locks.lock("k").await.map(drop) })
             })
             .collect();
-        until("one waits", async || connections(&server, "wait_event_type = 'Lock'") > 0).await;
-        let asked = Instant::now();
+        until("an operation waits", async || connections(&server, "wait_event_type = 'Lock'") > 0).await;
+        let start = Instant::now();
         for _ in 0..20 {
             locks.lock("other").await.unwrap().release().await.unwrap();
         }
-        // Whoever gave up leaves a request behind that is no longer waited for.
-        let most = connections(&server, "wait_event_type = 'Lock'");
-        assert!((1..=3).contains(&most), "{most} connections wait for one key");
-        assert!(transaction.try_wait().unwrap().is_none(), "the transaction lasts");
-        assert!(asked.elapsed() < 4 * SECOND, "{:?}", asked.elapsed());
+        // Callers that gave up may leave abandoned requests at the server.
+        let waiting = connections(&server, "wait_event_type = 'Lock'");
+        assert!((1..=3).contains(&waiting), "{waiting} connections wait for one key");
+        assert!(transaction.try_wait().unwrap().is_none(), "the transaction is still open");
+        assert!(start.elapsed() < 4 * SECOND, "{:?}", start.elapsed());
         transaction.wait().unwrap();
         held.release().await.unwrap();
-        // They may have been told that the key is kept for too long.
-        for one in crowd {
-            drop(one.await.unwrap());
+        // A call may have failed because the transaction blocked the key for too long.
+        for call in crowd {
+            drop(call.await.unwrap());
         }
     });
 }
 
-/// Those who ask what became of them wait for a key like others, and are many: they have connections of their own.
+/// Many polls may wait for a blocked key. They have separate connections, so other operations continue.
 #[test]
-fn questions_for_a_key_that_a_transaction_keeps_hold_up_no_steps() {
+fn polls_of_a_blocked_key_do_not_block_others() {
     let server = server();
     block_on(async {
         let store = Postgres::from_url(&server.url()).unwrap();
         let locks = Locks::builder_with_store(store.clone()).session_ttl(30 * SECOND).open().await.unwrap();
         let held = locks.lock("k").await.unwrap();
         let mut transaction = sleeping_transaction(&server, held.fence().get(), 4, "SELECT").await;
-        let asking: Vec<_> = (0..40)
+        let polls: Vec<_> = (0..40)
             .map(|_| {
                 let (store, key) = (store.clone(), held.key().clone());
                 tokio::spawn(async move { store.poll(&key, &[TokenId::random().unwrap()]).await })
             })
             .collect();
-        until("some wait", async || connections(&server, "wait_event_type = 'Lock'") >= 4).await;
+        until("some polls wait", async || connections(&server, "wait_event_type = 'Lock'") >= 4).await;
         for _ in 0..20 {
             locks.lock("other").await.unwrap().release().await.unwrap();
         }
-        assert!(transaction.try_wait().unwrap().is_none(), "the transaction lasts");
+        assert!(transaction.try_wait().unwrap().is_none(), "the transaction is still open");
         assert!(transaction.wait().unwrap().success());
-        for one in asking {
-            assert_eq!(one.await.unwrap().unwrap().outcome, [PollOutcome::Gone]);
+        for poll in polls {
+            assert_eq!(poll.await.unwrap().unwrap().outcome, [PollOutcome::Gone]);
         }
     });
 }
 
-/// Many of one process want a key that a transaction keeps, and its holder gives it back: that goes before them.
+/// Many calls of one process queue for a key that a transaction blocks. The release of its holder goes before them.
 #[test]
-fn a_release_stands_in_line_before_those_who_want_the_key() {
+fn release_goes_before_queued_acquires() {
     let server = server();
     block_on(async {
         let retry = RetryPolicy { attempt: 30 * SECOND, no_wait: 30 * SECOND, ..RetryPolicy::default() };
@@ -151,23 +155,23 @@ fn a_release_stands_in_line_before_those_who_want_the_key() {
             tokio::spawn(async move { locks.try_lock("k").await.unwrap().is_some() })
         };
         let mut crowd = vec![wants()];
-        until("one waits", async || connections(&server, "wait_event_type = 'Lock'") == 1).await;
+        until("the first call waits", async || connections(&server, "wait_event_type = 'Lock'") == 1).await;
         crowd.extend((0..100).map(|_| wants()));
         tokio::task::yield_now().await;
         let released = tokio::spawn(held.release());
         assert!(transaction.wait().unwrap().success());
-        let mut had = 0;
-        for one in crowd {
-            had += u32::from(one.await.unwrap());
+        let mut granted = 0;
+        for call in crowd {
+            granted += u32::from(call.await.unwrap());
         }
-        assert!(had > 0, "those who came first were told that it is held, and nobody got it");
+        assert!(granted > 0, "the release came after all acquires, so none of them got the key");
         assert_eq!(released.await.unwrap().unwrap(), Released::Now);
     });
 }
 
-/// Whoever asks, and does not look at the answer, keeps nobody else from being answered.
+/// A caller that never polls its future again must not block the calls of other callers.
 #[test]
-fn a_question_that_nobody_looks_at_holds_up_nothing() {
+fn unpolled_call_blocks_nothing() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;
@@ -181,38 +185,38 @@ fn a_question_that_nobody_looks_at_holds_up_nothing() {
     });
 }
 
-/// A transaction keeps a key that others wait for: it is seen and listed meanwhile, a session that has to do with it ends,
-/// and so does what it had elsewhere.
+/// While a transaction blocks a key with waiters, the key can be inspected and listed, and its holder's session can be
+/// closed, which releases the other keys of that session.
 #[test]
-fn a_key_that_a_transaction_keeps_holds_up_no_look_and_no_close() {
+fn blocked_key_does_not_block_reads_or_close() {
     let server = server();
     block_on(async {
         let open = async || Locks::builder(&server.url()).session_ttl(30 * SECOND).open().await.unwrap();
         let (one, two) = (open().await, open().await);
-        let kept = one.lock("k").await.unwrap();
-        // Before `k` in the order in which keys are looked at.
+        let blocked = one.lock("k").await.unwrap();
+        // This key sorts before `k`, so the close visits it first.
         let _other = one.lock("a").await.unwrap();
         let waits = |key: &'static str| {
             let two = two.clone();
             tokio::spawn(async move { two.lock(key).await.unwrap() })
         };
-        let (wants_kept, wants_other) = (waits("k"), waits("a"));
-        until("they wait", async || server.psql("SELECT sum(waiting) FROM stanchion.keys") == "2").await;
-        let mut transaction = sleeping_transaction(&server, kept.fence().get(), 5, "SELECT").await;
+        let (wants_blocked, wants_other) = (waits("k"), waits("a"));
+        until("both tasks wait", async || server.psql("SELECT sum(waiting) FROM stanchion.keys") == "2").await;
+        let mut transaction = sleeping_transaction(&server, blocked.fence().get(), 5, "SELECT").await;
         assert_eq!(two.list("").await.unwrap().len(), 2);
         assert_eq!(two.inspect("k").await.unwrap().waiters.len(), 1);
         one.close().await.unwrap();
         drop(wants_other.await.unwrap());
-        assert!(transaction.try_wait().unwrap().is_none(), "the transaction lasts");
-        assert!(!wants_kept.is_finished(), "it has what a transaction writes under");
+        assert!(transaction.try_wait().unwrap().is_none(), "the transaction is still open");
+        assert!(!wants_blocked.is_finished(), "the waiter got a key under which a transaction still writes");
         assert!(transaction.wait().unwrap().success());
-        drop(wants_kept.await.unwrap());
+        drop(wants_blocked.await.unwrap());
     });
 }
 
-/// Extending at the moment of the end races another's question: one of them has the key, never both.
+/// An extension at the deadline of a hold races an acquire. At most one of the two gets the key.
 #[test]
-fn an_extension_at_the_end_never_makes_two_holders() {
+fn late_extension_never_makes_two_holders() {
     use stanchion::store::{
         AcquireOutcome, AcquireRequest, Demand, ExtendOutcome, Lifetime, OpenSession, Store, StoreTime,
     };
@@ -234,7 +238,7 @@ fn an_extension_at_the_end_never_makes_two_holders() {
             metadata: None,
             trace: None,
         };
-        let racing: Vec<_> = (0..20)
+        let racers: Vec<_> = (0..20)
             .map(|racer| {
                 let store = store.clone();
                 let key = Key::new("", &format!("race{racer}")).unwrap();
@@ -249,11 +253,11 @@ fn an_extension_at_the_end_never_makes_two_holders() {
                         ));
                         tokio::time::sleep(Duration::from_micros(6_000 + 97 * round % 4_000)).await;
                         let second = request(&key, Lifetime::Fixed(SECOND * 60));
-                        let (extended, asked) =
+                        let (extended, acquired) =
                             tokio::join!(store.extend(&key, first.token, SECOND * 60), store.acquire(second.clone()));
                         let extended = extended.unwrap().outcome == ExtendOutcome::Extended;
-                        let granted = matches!(asked.unwrap().outcome, AcquireOutcome::Granted(_));
-                        assert!(!(extended && granted), "two holders");
+                        let granted = matches!(acquired.unwrap().outcome, AcquireOutcome::Granted(_));
+                        assert!(!(extended && granted), "the key has two holders");
                         kept += u32::from(extended);
                         taken += u32::from(granted);
                         for token in [first.token, second.token] {
@@ -265,18 +269,18 @@ fn an_extension_at_the_end_never_makes_two_holders() {
             })
             .collect();
         let (mut kept, mut taken) = (0, 0);
-        for racer in racing {
+        for racer in racers {
             let (k, t) = racer.await.unwrap();
             (kept, taken) = (kept + k, taken + t);
         }
         println!("10,000 races: {kept} extended, {taken} taken");
-        assert!(kept > 0 && taken > 0, "it was a race: {kept} extended, {taken} taken");
+        assert!(kept > 0 && taken > 0, "the test was no race: {kept} extended, {taken} taken");
     });
 }
 
-/// A session with a long lifetime beats seldom: it is told hours later that it lost a hold by force.
+/// A session with a long ttl is renewed rarely, and still learns hours later that its hold was force-released.
 #[test]
-fn a_release_by_force_is_not_forgotten_while_its_session_lives() {
+fn live_session_learns_of_an_old_forced_release() {
     use stanchion::store::{
         AcquireOutcome, AcquireRequest, Demand, ForceReleaseRequest, Lifetime, OpenSession, RenewOutcome, StoreTime,
     };
@@ -303,13 +307,13 @@ fn a_release_by_force_is_not_forgotten_while_its_session_lives() {
         server.psql("UPDATE stanchion.forced SET at = at - 5 * 3600000000; SELECT stanchion.tidy()");
         assert_eq!(store.acquire(request).await.unwrap().outcome, AcquireOutcome::ForceReleased);
         let RenewOutcome::Alive { lost } = store.renew_session(session).await.unwrap().outcome else {
-            panic!("it lives")
+            panic!("the session has ended")
         };
         assert_eq!(lost.len(), 1);
-        // Of the dead it is forgotten.
+        // The forced release is deleted after the session has expired.
         server.psql("UPDATE stanchion.sessions SET expires = 0");
-        // A round that the beat has begun keeps others from working.
+        // A round that the renewal has started makes other rounds do nothing.
         let left = || server.psql("SELECT stanchion.tidy(); SELECT count(*) FROM stanchion.forced");
-        until("it is forgotten", async || left().trim() == "0").await;
+        until("the forced release is deleted", async || left().trim() == "0").await;
     });
 }

@@ -1,12 +1,12 @@
-//! The limits of the documentation, which the functions of the schema keep themselves: rights to the steps are no rights to
-//! write what others cannot read.
+//! Checks that the functions of the schema enforce the documented limits, so that a role with the right to call them
+//! cannot write values that others cannot read.
 
 use stanchion::store::ForceReleaseOutcome;
 
 use super::*;
 
 #[test]
-fn functions_refuse_values_outside_the_limits() {
+fn functions_reject_values_outside_the_limits() {
     let server = server();
     let s16 = "'\\x00000000000000000000000000000001'::bytea";
     server.psql(&format!("SELECT stanchion.open_session({s16}, 3600000000, 'me')"));
@@ -20,7 +20,7 @@ fn functions_refuse_values_outside_the_limits() {
              ARRAY[{lifetime}]::bigint[], '{{false}}', '{{9000000000000000}}', '{{NULL}}', '{{NULL}}', '{{NULL}}', true)"
         )
     };
-    let refused = [
+    let rejected = [
         acquire("'no colon'", usual),
         acquire("'9:short'", usual),
         acquire("'256:' || repeat('x', 300)", usual),
@@ -75,12 +75,12 @@ fn functions_refuse_values_outside_the_limits() {
              EXCEPTION WHEN OTHERS THEN RETURN sqlstate; END $t$; SELECT pg_temp.try()"
         ))
     };
-    for call in refused {
+    for call in rejected {
         assert_eq!(refusal(&call), "SF006", "{call}");
     }
     assert_eq!(server.psql("SELECT count(*) FROM stanchion.keys"), "0");
     assert_eq!(server.psql("SELECT count(*) FROM stanchion.sessions"), "1");
-    // What the documentation allows is done, and the longest lifetime with the grace that it may be sent with.
+    // Values at the documented limits are accepted, and so is the longest lifetime with its grace.
     let full = format!("2147483647, 2147483647, false, {}, true, 9000000000000000, {m}, {m}", most, m = long(4_096));
     for call in [
         acquire("':' || repeat('x', 512)", &full),
@@ -94,8 +94,8 @@ fn functions_refuse_values_outside_the_limits() {
     block_on(async {
         let store = Postgres::from_url(&server.url()).unwrap();
         let listed = store.list("", None, 10).await.unwrap().outcome;
-        assert_eq!(listed.len(), 4, "all of it can be read");
-        // The kind of the error is definite.
+        assert_eq!(listed.len(), 4, "every accepted value can be read");
+        // The error says that the request took no effect.
         let key = Key::new("", "k").unwrap();
         let fault =
             store.extend(&key, TokenId::random().unwrap(), Duration::from_secs(1_000_000_000)).await.unwrap_err();
@@ -103,9 +103,9 @@ fn functions_refuse_values_outside_the_limits() {
     });
 }
 
-/// The highest fence there is was granted: no other is granted after it, it is given back, and each request is told.
+/// After the grant of the highest fence, its holder can release, and every later request fails with an error.
 #[test]
-fn the_highest_fence_is_the_last() {
+fn nothing_follows_the_highest_fence() {
     let server = server();
     let highest = i64::MAX as u64;
     block_on(async {
@@ -115,23 +115,23 @@ fn the_highest_fence_is_the_last() {
             let key = format!("k{waits}");
             let held = locks.lock(&key).await.unwrap();
             assert_eq!(held.fence().get(), highest);
-            let told = |fault: &stanchion::Error| {
+            let is_named = |fault: &stanchion::Error| {
                 fault.kind() == ErrorKind::Misconfigured && fault.to_string().contains("highest fence")
             };
             if waits {
                 let fence = held.fence();
                 locks.force_release(&key, fence, "stuck").await.unwrap();
-                until("it is lost", async || held.check().is_err()).await;
+                until("the hold is lost", async || held.check().is_err()).await;
             }
             let fault = locks.lock(&key).wait(20 * SECOND).await.unwrap_err();
-            assert!(told(&fault), "{fault:?}");
+            assert!(is_named(&fault), "{fault:?}");
             if !waits {
                 assert_eq!(held.release().await.unwrap(), Released::Now);
             }
             let fault = locks.lock(&key).wait(20 * SECOND).await.unwrap_err();
-            assert!(told(&fault), "{fault:?}");
+            assert!(is_named(&fault), "{fault:?}");
         }
-        // A fence that the database cannot have is nobody's.
+        // No hold has a fence beyond the range of the database.
         server.psql(&format!("INSERT INTO stanchion.keys (key, fence) VALUES (':last', {})", highest - 1));
         let held = locks.lock("last").await.unwrap();
         assert_eq!(held.fence().get(), highest);
@@ -146,13 +146,13 @@ fn the_highest_fence_is_the_last() {
         let fault = store.check_fence(&transaction, held.key(), beyond).await.unwrap_err();
         assert!(matches!(fault.kind(), ErrorKind::Lost(_)), "{fault:?}");
         drop(transaction);
-        // A waiter that was there before the last grant is told too.
+        // A waiter that was queued before the last grant gets the error too.
         let first = locks.lock("queued").await.unwrap();
         let waiting = {
             let locks = locks.clone();
             tokio::spawn(async move { locks.lock("queued").wait(30 * SECOND).await.map(drop) })
         };
-        until("it waits", async || locks.inspect("queued").await.unwrap().waiters.len() == 1).await;
+        until("the task waits", async || locks.inspect("queued").await.unwrap().waiters.len() == 1).await;
         server.psql(&format!("UPDATE stanchion.keys SET fence = {highest} WHERE key = ':queued'"));
         assert_eq!(first.release().await.unwrap(), Released::Now);
         let fault = waiting.await.unwrap().unwrap_err();

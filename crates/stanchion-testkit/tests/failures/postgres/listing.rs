@@ -1,4 +1,4 @@
-//! Listings: damaged entries, and many keys.
+//! Checks listings with damaged entries and with many keys.
 
 use super::*;
 use stanchion_testkit::read_pages;
@@ -45,16 +45,16 @@ fn many_keys_are_listed_in_linear_time() {
     block_on(async {
         let locks = locks(&server).await;
         let session = locks.session().unwrap().to_hex();
-        let plant = |which: &str, session: &str| {
+        let insert = |prefix: &str, session: &str| {
             server.psql(&format!(
                 "INSERT INTO stanchion.keys (key, fence, token, session, at)
-                 SELECT ':{which}' || n, 7, decode(md5(n::text), 'hex'), decode('{session}', 'hex'), 7
+                 SELECT ':{prefix}' || n, 7, decode(md5(n::text), 'hex'), decode('{session}', 'hex'), 7
                  FROM generate_series(1, 20000) n"
             ));
         };
-        plant("own/", &session);
-        // Nobody has opened this session: it is as dead as one whose process was killed.
-        plant("dead/", &"a".repeat(32));
+        insert("own/", &session);
+        // This session was never opened, so it counts as expired.
+        insert("dead/", &"a".repeat(32));
         server.psql(
             "INSERT INTO stanchion.keys (key, fence) SELECT ':idle/' || n, 7 FROM generate_series(1, 20000) n;
              INSERT INTO stanchion.keys (key, fence, busy) SELECT ':term/' || n, 7, true FROM generate_series(1, 20000) n;
@@ -64,9 +64,12 @@ fn many_keys_are_listed_in_linear_time() {
         let start = Instant::now();
         let listing = locks.list("").await.unwrap();
         assert_eq!((listing.keys.len(), listing.damaged.len()), (40_000, 0));
-        assert!(listing.keys.is_sorted_by(|one, other| one.key < other.key), "in order, each once");
+        assert!(
+            listing.keys.is_sorted_by(|one, other| one.key < other.key),
+            "the keys are not in order, or a key comes twice"
+        );
         assert!(start.elapsed() < 20 * SECOND, "{:?}", start.elapsed());
-        // A page looks at a bounded number of rows, whatever they are.
+        // A page reads a bounded number of rows, even if it lists none of their keys.
         let store = Postgres::from_url(&server.url()).unwrap();
         let (pages, _) = read_pages(&store, ":idle/", 100).await;
         assert!(pages.len() > 10 && pages.iter().all(|page| page.keys.is_empty()), "{}", pages.len());
@@ -74,7 +77,7 @@ fn many_keys_are_listed_in_linear_time() {
 }
 
 #[test]
-fn a_page_costs_the_same_for_any_keys() {
+fn page_cost_does_not_depend_on_the_keys() {
     let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all"), ("autovacuum", "off")]);
     server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
     server.psql("CREATE EXTENSION pg_stat_statements");
@@ -94,7 +97,7 @@ fn a_page_costs_the_same_for_any_keys() {
         assert!(keys.iter().all(|state| state.holders.len() == 2));
         let nested = "SELECT sum(calls) FROM pg_stat_statements WHERE NOT toplevel AND query NOT LIKE '%pg_stat%'";
         let nested: usize = server.psql(nested).parse().unwrap();
-        // Housekeeping and a beat may come too.
+        // Housekeeping and a renewal may run too.
         assert!(nested < 100, "{nested} statements for {} pages", pages.len());
     });
 }

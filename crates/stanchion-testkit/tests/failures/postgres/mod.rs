@@ -1,4 +1,4 @@
-//! PostgreSQL where something goes wrong, and what it costs. Real servers.
+//! Checks the PostgreSQL store on real servers: failures, costs, limits and foreign parts of the schema.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs, reason = "test code")]
 
 mod adoption;
@@ -36,7 +36,8 @@ async fn locks(server: &PostgresServer) -> Locks {
     Locks::builder(&server.url()).session_ttl(3 * SECOND).open().await.unwrap()
 }
 
-/// A transaction that has checked the fence of `k`, sleeps for so many seconds, and does something more. It sleeps by now.
+/// Starts a transaction that checks the fence of `k`, sleeps for some seconds and then runs a statement. Returns when
+/// it sleeps.
 async fn sleeping_transaction(server: &PostgresServer, fence: u64, seconds: u32, then: &str) -> std::process::Child {
     let script =
         format!("BEGIN; SELECT stanchion.check_fence('k', {fence}); SELECT pg_sleep({seconds}); {then}; COMMIT");
@@ -45,7 +46,7 @@ async fn sleeping_transaction(server: &PostgresServer, fence: u64, seconds: u32,
         .stdout(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    until("it sleeps", async || {
+    until("the transaction sleeps", async || {
         server.psql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'").trim() == "1"
     })
     .await;

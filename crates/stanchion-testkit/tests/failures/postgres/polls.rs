@@ -1,11 +1,11 @@
-//! Polls: what they cost the server, and the short way of the commonest.
+//! Checks the fast path of polls against the general path, and the cost of a poll for the server.
 
 use super::*;
 
 const SESSION: &str = "decode(repeat('ab', 16), 'hex')";
 const DEAD: &str = "decode(repeat('de', 16), 'hex')";
 
-/// What is in the store before a poll of `w`, which is the last in the queue of `k`.
+/// Cases of a poll of `w`, the last waiter in the queue of `k`: a name, and the state of the store before the poll.
 const CASES: [(&str, &str); 8] = [
     ("held", "INSERT INTO holds VALUES ({k}, 'h', {live}, true, NULL, 7, 1, 1, 'me', 7)"),
     (
@@ -20,11 +20,11 @@ const CASES: [(&str, &str); 8] = [
     ("closed before", "UPDATE keys SET closed_until = 8 WHERE key = {k}"),
 ];
 
-/// Enters each case twice, for two ways of polling, with so many waiters before `w`.
-fn enter(server: &PostgresServer, before: usize) {
+/// Inserts each case twice, for the two kinds of polls, with this number of waiters before `w`.
+fn insert(server: &PostgresServer, before: usize) {
     for (at, (_, case)) in CASES.iter().enumerate() {
-        for way in ["one", "two"] {
-            let key = format!("':{way} {before} {at}'");
+        for kind in ["one", "two"] {
+            let key = format!("':{kind} {before} {at}'");
             server.psql(&format!(
                 "SET search_path = stanchion;
                  INSERT INTO keys (key, fence, busy, waiting) VALUES ({key}, 7, true, {before} + 1);
@@ -38,19 +38,19 @@ fn enter(server: &PostgresServer, before: usize) {
     }
 }
 
-/// A poll of one token takes a short way; a poll of two, one of which is unknown, does not.
+/// A poll of one token takes the fast path. A poll of two tokens does not, here with an unknown second token.
 #[test]
-fn short_and_long_polls_answer_the_same() {
+fn fast_and_slow_polls_answer_the_same() {
     let server = server();
     server.psql(&format!("SELECT stanchion.open_session({SESSION}, 3600000000, 'me')"));
     for before in [0, 1, 2] {
-        enter(&server, before);
+        insert(&server, before);
         for (at, (name, _)) in CASES.iter().enumerate() {
-            // Both rows of the answer, to a minute.
-            let answer = |way: &str, tokens: &str| {
+            // The values of both rows of the answer, with times rounded to a minute.
+            let answer = |kind: &str, tokens: &str| {
                 server.psql(&format!(
                     "SELECT max(check_in) / 60000000, max(in_use), max(number), max(fence) > 7, max(remaining) \
-                     FROM stanchion.poll_many(':{way} {before} {at}', ARRAY[{tokens}]::bytea[])"
+                     FROM stanchion.poll_many(':{kind} {before} {at}', ARRAY[{tokens}]::bytea[])"
                 ))
             };
             let (one, two) = (answer("one", "'w'"), answer("two", "'w', 'unknown'"));
@@ -61,17 +61,17 @@ fn short_and_long_polls_answer_the_same() {
 }
 
 #[test]
-fn a_poll_of_a_waiter_costs_few_statements() {
+fn waiter_poll_costs_few_statements() {
     let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);
     server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
     server.psql("CREATE EXTENSION pg_stat_statements");
     server.psql(&format!("SELECT stanchion.open_session({SESSION}, 3600000000, 'me')"));
-    enter(&server, 0);
+    insert(&server, 0);
     server.psql("SELECT pg_stat_statements_reset()");
     for _ in 0..100 {
         server.psql("SELECT * FROM stanchion.poll_many(':one 0 0', ARRAY['w']::bytea[])");
     }
     let nested = "SELECT sum(calls) / 100 FROM pg_stat_statements WHERE NOT toplevel AND query NOT LIKE '%pg_stat%'";
     let nested: f64 = server.psql(nested).parse().unwrap();
-    assert!(nested < 6.0, "{nested} statements a poll");
+    assert!(nested < 6.0, "{nested} statements per poll");
 }

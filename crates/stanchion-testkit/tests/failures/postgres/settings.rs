@@ -1,9 +1,9 @@
-//! What the database is set to, and what is in it.
+//! Checks databases with unusual settings, other schema versions or unexpected answers.
 
 use super::*;
 
 #[test]
-fn a_schema_can_be_applied_by_ten_at_once_and_again() {
+fn ten_processes_apply_the_schema_at_once() {
     let server = PostgresServer::start(Kind::V15);
     block_on(async {
         for _ in 0..2 {
@@ -11,12 +11,12 @@ fn a_schema_can_be_applied_by_ten_at_once_and_again() {
                 .map(|_| Postgres::from_url(&server.url()).unwrap())
                 .map(|store| tokio::spawn(async move { store.apply_schema().await }))
                 .collect();
-            for one in all {
-                one.await.unwrap().unwrap();
+            for process in all {
+                process.await.unwrap().unwrap();
             }
         }
         drop(locks(&server).await.lock("k").await.unwrap());
-        // An older one is named with what to run, and becomes this one.
+        // The error for an older schema names the command that upgrades it.
         server.psql(
             "CREATE ROLE service; GRANT EXECUTE ON FUNCTION stanchion.open_session, stanchion.acquire TO service; \
              UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.together, \
@@ -28,13 +28,15 @@ fn a_schema_can_be_applied_by_ten_at_once_and_again() {
         drop(locks(&server).await.lock("k").await.unwrap());
         let rights = "SELECT count(*) FROM unnest('{session_lives,renew_session,acquire,poll_many,together,force_release}'::text[]) f (name) \
                       JOIN pg_proc p ON p.proname = f.name WHERE has_function_privilege('service', p.oid, 'EXECUTE')";
-        assert_eq!(server.psql(rights), "6", "functions that were replaced keep their rights");
-        // A program that is running meanwhile goes on: it does not say whether it waits.
+        assert_eq!(server.psql(rights), "6", "replaced functions keep their rights");
+        // A running program of an older version, which omits the last argument, keeps working.
         let old = "SELECT count(*) FROM stanchion.together('{:a}', '{x}', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, \
                    ARRAY[NULL]::bigint[])";
-        // The first calls of a connection take so long that they leave steps.
-        assert!(server.psql(&[old; 4].join(";")).ends_with('1'));
-        // A newer one is not touched, and not used.
+        // Such a batch skips calls that it cannot start within 10 ms. The first batches of a connection are slow, and
+        // so is a busy machine.
+        let batches = [old; 4].join(";");
+        until("a batch of the older program runs", async || server.psql(&batches).ends_with('1')).await;
+        // A newer schema is neither changed nor used.
         server.psql("UPDATE stanchion.meta SET version = 7");
         let store = Postgres::from_url(&server.url()).unwrap();
         assert_eq!(store.apply_schema().await.unwrap_err().kind(), ErrorKind::Misconfigured);
@@ -47,7 +49,7 @@ fn a_schema_can_be_applied_by_ten_at_once_and_again() {
 }
 
 #[test]
-fn what_cannot_be_used_says_why() {
+fn unusable_databases_are_rejected_with_a_hint() {
     let server = PostgresServer::start(Kind::V15);
     block_on(async {
         let error = Locks::open(&server.url()).await.unwrap_err();
@@ -76,9 +78,9 @@ fn what_cannot_be_used_says_why() {
     });
 }
 
-/// A server whose users have set limits, or another isolation, takes the steps all the same.
+/// The operations work although the database sets time limits and another isolation level.
 #[test]
-fn time_outs_and_isolation_of_the_database_change_nothing() {
+fn database_defaults_do_not_affect_operations() {
     let server = PostgresServer::with(
         Kind::V15,
         &[("default_transaction_isolation", "serializable"), ("statement_timeout", "5s"), ("lock_timeout", "1s")],
@@ -95,7 +97,7 @@ fn time_outs_and_isolation_of_the_database_change_nothing() {
                         let guard = locks.lock("k").wait(60 * SECOND).await.unwrap();
                         let before = {
                             let mut count = count.lock().unwrap();
-                            assert!(guard.fence().get() > count.1, "fences rise");
+                            assert!(guard.fence().get() > count.1, "fences increase");
                             count.1 = guard.fence().get();
                             count.0
                         };
@@ -109,13 +111,13 @@ fn time_outs_and_isolation_of_the_database_change_nothing() {
         for task in tasks {
             task.await.unwrap();
         }
-        assert_eq!(count.lock().unwrap().0, 200, "one at a time");
+        assert_eq!(count.lock().unwrap().0, 200, "one holder at a time");
     });
 }
 
-/// What the server tells, and what to make of it.
+/// A full queue of notifications is a transient error, and an unreadable answer leaves the outcome unknown.
 #[test]
-fn a_full_queue_of_notifications_passes_and_a_strange_answer_is_in_doubt() {
+fn server_errors_map_to_kind_and_outcome() {
     let server = server();
     block_on(async {
         let store = Postgres::from_url(&server.url()).unwrap();
@@ -129,7 +131,7 @@ fn a_full_queue_of_notifications_passes_and_a_strange_answer_is_in_doubt() {
         extend("RAISE EXCEPTION 'too many notifications in the NOTIFY queue' USING ERRCODE = '54000'");
         let fault = store.extend(&key, token, SECOND).await.unwrap_err();
         assert!(fault.kind() == ErrorKind::Unavailable && !fault.is_in_doubt(), "{fault:?}");
-        // The step was done, whatever it was.
+        // The server has run the operation, so the outcome is unknown.
         for strange in ["outcome := 'odd'; at := 1", "outcome := 'extended'; at := -1", "at := 1"] {
             extend(strange);
             let fault = store.extend(&key, token, SECOND).await.unwrap_err();
@@ -138,7 +140,7 @@ fn a_full_queue_of_notifications_passes_and_a_strange_answer_is_in_doubt() {
     });
 }
 
-/// The user part of a URL may be a secret by mistake, and the server's own words name the user.
+/// Somebody may have put a secret into the user part of the URL, and the server's messages name the user.
 #[test]
 fn errors_do_not_name_the_user() {
     let server = PostgresServer::with_passwords(Kind::V15, &[]);
@@ -159,8 +161,8 @@ fn errors_do_not_name_the_user() {
                 }
             };
             let fault = store.apply_schema().await.unwrap_err();
-            let told = format!("{store:?} {fault} {fault:?}");
-            assert!(!told.contains("hunter"), "{told}");
+            let texts = format!("{store:?} {fault} {fault:?}");
+            assert!(!texts.contains("hunter"), "{texts}");
         }
     });
 }

@@ -168,7 +168,8 @@ fn missing_right_breaks_no_queue() {
     }
     block_on(async {
         let environment = store(server.port());
-        let (holder, first, second) = (environment.client().await, environment.client().await, environment.client().await);
+        let (holder, first, second) =
+            (environment.client().await, environment.client().await, environment.client().await);
         let (mut held, _) = holder.lock(&key("k")).await;
         for user in ["no-hash", "no-queue"] {
             let url = format!("redis://{user}:pw@127.0.0.1:{}", server.port());

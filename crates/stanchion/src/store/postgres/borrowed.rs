@@ -1,4 +1,4 @@
-//! Connections of a pool that belongs to the user.
+//! Borrows connections from a pool that belongs to the user.
 
 use std::fmt;
 use std::future::{Future, poll_fn};
@@ -10,7 +10,7 @@ use tokio_postgres::Client;
 use super::error::error;
 use crate::error::{ErrorKind, Result};
 
-/// A connection that goes back to its pool when this is dropped.
+/// A connection of the user's pool. Dropping it returns the connection to the pool.
 pub(super) trait Borrowed: Send + Sync {
     fn client(&self) -> &Client;
 }
@@ -28,10 +28,10 @@ impl<C: Send + Sync, A: for<'a> Fn(&'a C) -> &'a Client + Send + Sync> Borrowed 
 
 type Getting = Pin<Box<dyn Future<Output = Result<Box<dyn Borrowed>>> + Send>>;
 
-/// The user's pool.
+/// A pool that belongs to the user.
 pub(super) struct UsersPool {
     get: Box<dyn Fn() -> Getting + Send + Sync>,
-    /// Where its connections are made, whoever asks for one.
+    /// The runtime in which the pool opens its connections, even for a task of another runtime.
     runtime: Handle,
 }
 
@@ -51,15 +51,14 @@ impl UsersPool {
         E: fmt::Display,
         F: Future<Output = std::result::Result<C, E>> + Send + 'static,
     {
-        let runtime = Handle::try_current().map_err(|_| {
-            error(ErrorKind::InvalidArgument, "`from_pool` is to be called in the runtime that the pool belongs to")
-        })?;
+        let runtime = Handle::try_current()
+            .map_err(|_| error(ErrorKind::InvalidArgument, "call `from_pool` inside the Tokio runtime of the pool"))?;
         let client = std::sync::Arc::new(client);
         let get = move || -> Getting {
             let (getting, client) = (get(), client.clone());
             Box::pin(async move {
                 let of_pool = getting.await.map_err(|fault| {
-                    error(ErrorKind::Unavailable, format!("no connection from the pool: {fault}")).in_doubt(false)
+                    error(ErrorKind::Unavailable, format!("the pool returned no connection: {fault}")).in_doubt(false)
                 })?;
                 Ok(Box::new(Connection { of_pool, client }) as Box<dyn Borrowed>)
             })

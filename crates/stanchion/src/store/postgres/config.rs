@@ -1,4 +1,4 @@
-//! Where the store is: its URL and its options.
+//! Reads the URL of the store and its options.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,31 +13,33 @@ use super::error::error;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::url::percent_decoded;
 
-/// How long making a connection may take.
-pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(3);
+/// Time after which an attempt to connect is given up.
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-const DEFAULT_POOL: usize = 16;
-const LONGEST_NAME: usize = 63;
+/// Default maximum number of connections for operations on keys.
+const DEFAULT_POOL_SIZE: usize = 16;
 
-/// All that a URL says.
+/// Maximum length of the schema's name, in characters: the server cuts longer names off.
+const MAX_SCHEMA_LENGTH: usize = 63;
+
+/// The settings that a URL contains.
 #[derive(Clone)]
 pub(super) struct Config {
-    /// Where steps are done.
-    pub(super) steps: Place,
-    /// Where pushes are heard: the same place, or one that no pooler stands before.
-    /// Nowhere, if waiting calls are to ask instead.
-    pub(super) listen: Option<Place>,
+    /// The endpoint for operations.
+    pub(super) operations: Endpoint,
+    /// The endpoint for pushes: the same one, or the server behind a pooler. Without an endpoint waiting calls poll.
+    pub(super) listen: Option<Endpoint>,
     /// The name of the schema, quoted.
     pub(super) schema: String,
-    /// The most connections for steps.
+    /// Maximum number of connections for operations on keys.
     pub(super) pool: usize,
-    /// Whether the schema is made where it is not there.
+    /// Whether the store creates a missing schema.
     pub(super) create_schema: bool,
 }
 
-/// A server, and how to talk to it.
+/// A server, and how to connect to it.
 #[derive(Clone)]
-pub(super) struct Place {
+pub(super) struct Endpoint {
     pub(super) settings: tokio_postgres::Config,
     pub(super) tls: Tls,
 }
@@ -50,10 +52,10 @@ pub(super) enum Tls {
 }
 
 impl std::fmt::Debug for Config {
-    /// Without the passwords.
+    /// Omits the passwords.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Config")
-            .field("hosts", &self.steps.settings.get_hosts())
+            .field("hosts", &self.operations.settings.get_hosts())
             .field("schema", &self.schema)
             .field("pool", &self.pool)
             .finish_non_exhaustive()
@@ -61,18 +63,19 @@ impl std::fmt::Debug for Config {
 }
 
 impl Config {
-    /// Reads a URL. What is wrong with it is told without the part that may hold a password.
+    /// Reads a URL. An error text omits the part of the URL that may contain a password.
     pub(super) fn from_url(url: &str) -> Result<Self> {
         let (base, query) = url.split_once('?').unwrap_or((url, ""));
         let mut rest = Vec::new();
-        let (mut schema, mut pool, mut listen) = ("stanchion".to_owned(), DEFAULT_POOL, None);
+        let (mut schema, mut pool, mut listen) = ("stanchion".to_owned(), DEFAULT_POOL_SIZE, None);
         let mut create_schema = false;
         let (mut mode, mut authorities, mut certificate, mut key) = (None, None, None, None);
         for option in query.split('&').filter(|option| !option.is_empty()) {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
             match name {
                 "create_schema" => {
-                    create_schema = value.parse().map_err(|_| invalid("`create_schema` is `true` or `false`".into()))?
+                    create_schema =
+                        value.parse().map_err(|_| invalid("`create_schema` must be `true` or `false`".into()))?
                 }
                 "schema" => schema = text("`schema`", value)?,
                 "pool" => pool = number("`pool`", value)?,
@@ -85,66 +88,75 @@ impl Config {
             }
         }
         if pool == 0 {
-            return Err(invalid("`pool` is the most connections for steps, 1 or more".into()));
+            return Err(invalid("`pool`, the maximum number of connections, must be 1 or more".into()));
         }
         let query = if rest.is_empty() { String::new() } else { format!("?{}", rest.join("&")) };
-        let steps = connection(&format!("{base}{query}"), url)?;
-        let of_listen = |fault: Error| {
-            invalid(format!("`listen` (`none`, or a URL with its special characters as %XX): {}", fault.message()))
+        let operations = connection(&format!("{base}{query}"), url)?;
+        let in_listen = |fault: Error| {
+            invalid(format!(
+                "`listen` must be `none`, or a URL with its special characters as %XX: {}",
+                fault.message()
+            ))
         };
         let listen = match listen.as_deref() {
             Some("none") => None,
-            Some(url) => Some(connection(url, url).map_err(of_listen)?),
-            None => Some(steps.clone()),
+            Some(url) => Some(connection(url, url).map_err(in_listen)?),
+            None => Some(operations.clone()),
         };
-        // A pooler may be on this machine, and the server elsewhere.
-        let encrypts = |settings: &tokio_postgres::Config| mode.unwrap_or_else(|| !is_near(settings));
+        // A pooler may run on this machine and the server elsewhere, so each endpoint is judged on its own.
+        let encrypts = |settings: &tokio_postgres::Config| mode.unwrap_or_else(|| !is_local(settings));
         let files = [authorities.as_deref(), certificate.as_deref(), key.as_deref()];
-        let tls = if encrypts(&steps) || listen.as_ref().is_some_and(encrypts) {
+        let tls = if encrypts(&operations) || listen.as_ref().is_some_and(encrypts) {
             Tls::Verified(MakeRustlsConnect::new(client_config(files)?))
         } else if files.iter().any(Option::is_some) {
-            return Err(invalid("certificates are of no use without `sslmode=verify-full`".into()));
+            return Err(invalid("certificates have no effect without `sslmode=verify-full`".into()));
         } else {
             Tls::None
         };
-        let place = |mut settings: tokio_postgres::Config| {
+        let endpoint = |mut settings: tokio_postgres::Config| {
             let encrypts = encrypts(&settings);
             settings.ssl_mode(if encrypts { SslMode::Require } else { SslMode::Disable });
-            Place { settings, tls: if encrypts { tls.clone() } else { Tls::None } }
+            Endpoint { settings, tls: if encrypts { tls.clone() } else { Tls::None } }
         };
-        Ok(Self { steps: place(steps), listen: listen.map(place), schema: quoted(&schema)?, pool, create_schema })
+        Ok(Self {
+            operations: endpoint(operations),
+            listen: listen.map(endpoint),
+            schema: quoted(&schema)?,
+            pool,
+            create_schema,
+        })
     }
 }
 
-const SPECIAL: &str = "special characters of a user or a password are written as %XX";
+const ESCAPING: &str = "write special characters in a user or a password as %XX";
 
-/// What the client reads of a URL. `whole` is as the user gave it.
+/// Parses the options of the client. `whole` is the URL as the user gave it.
 fn connection(url: &str, whole: &str) -> Result<tokio_postgres::Config> {
     let mut config: tokio_postgres::Config = url.parse().map_err(|fault: tokio_postgres::Error| {
-        // The client's message names the option, and no value. What it takes for an option may be the rest of a password.
+        // The client's message names the option and no value. But a part of a password can look like an option.
         let cause = std::error::Error::source(&fault).map(ToString::to_string).unwrap_or_default();
         let name = cause.split('`').nth(1).unwrap_or_default();
         let is_name = name.chars().all(|c| c.is_ascii_lowercase() || c == '_');
         let is_password = whole.split_once('?').is_some_and(|(_, query)| query.contains('@'));
-        let cause = if is_name && !is_password { cause } else { SPECIAL.to_owned() };
+        let cause = if is_name && !is_password { cause } else { ESCAPING.to_owned() };
         let options = "`schema`, `pool`, `listen`, `sslmode`, `ca_file`, `cert_file`, `key_file`, `create_schema` and those of the client";
-        invalid(format!("this is no `postgres://host:5432/database`: {cause}; the options are {options}"))
+        invalid(format!("the URL must have the form `postgres://host:5432/database`: {cause}; the options are {options}"))
     })?;
     if config.get_hosts().is_empty() {
-        return Err(invalid("a host is missing: `postgres://host:5432/database`".into()));
+        return Err(invalid("a host is missing: the URL must have the form `postgres://host:5432/database`".into()));
     }
-    // A `/`, `?` or `@` of a password ends it, and its rest is taken for a host or a database.
+    // A password ends at its first `/`, `?` or `@`, and the rest of it counts as a host or a database.
     let has_rest = url.split('?').next().is_some_and(|base| base.matches('@').count() > 1)
         || url.split_once("://").and_then(|(_, rest)| rest.split_once('/')).is_some_and(|(_, path)| path.contains('@'));
     if has_rest || config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
-        return Err(invalid(format!("a host and a database have no `@`: {SPECIAL}")));
+        return Err(invalid(format!("a host or a database must not contain `@`: {ESCAPING}")));
     }
     let hosts = u32::try_from(config.get_hosts().len()).unwrap_or(u32::MAX);
     if hosts > 1 {
-        // Of several servers it is the primary that is meant.
+        // Several hosts are a primary and its standbys. Locks need the primary.
         config.target_session_attrs(TargetSessionAttrs::ReadWrite);
     }
-    config.connect_timeout(CONNECT_WITHIN / hosts).keepalives_idle(Duration::from_secs(3));
+    config.connect_timeout(CONNECT_TIMEOUT / hosts).keepalives_idle(Duration::from_secs(3));
     config.keepalives_interval(Duration::from_secs(1)).keepalives_retries(3).tcp_user_timeout(Duration::from_secs(6));
     if config.get_application_name().is_none() {
         config.application_name("stanchion");
@@ -152,43 +164,44 @@ fn connection(url: &str, whole: &str) -> Result<tokio_postgres::Config> {
     Ok(config)
 }
 
-/// Whether nothing leaves this machine. `hostaddr` is where the client connects to, whatever the name of the host is.
-fn is_near(config: &tokio_postgres::Config) -> bool {
-    let is_near = |host: &Host| match host {
+/// Returns whether no data leaves this machine. If there is a `hostaddr`, the client connects to that address and
+/// ignores the name of the host.
+fn is_local(config: &tokio_postgres::Config) -> bool {
+    let is_local = |host: &Host| match host {
         Host::Unix(_) => true,
         Host::Tcp(name) => {
             name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
         }
     };
-    config.get_hosts().iter().all(is_near) && config.get_hostaddrs().iter().all(std::net::IpAddr::is_loopback)
+    config.get_hosts().iter().all(is_local) && config.get_hostaddrs().iter().all(std::net::IpAddr::is_loopback)
 }
 
-/// Whether connections are encrypted. Those that are, are verified.
+/// Returns whether connections are encrypted. Encrypted connections are always verified.
 fn ssl_mode(text: &str) -> Result<bool> {
     match text {
         "disable" => Ok(false),
         "require" | "verify-ca" | "verify-full" => Ok(true),
         _ => Err(invalid(
-            "`sslmode` is `disable` or `verify-full` (`require` and `verify-ca` mean the same as `verify-full` here)"
+            "`sslmode` must be `disable` or `verify-full` (`require` and `verify-ca` mean the same as `verify-full`)"
                 .into(),
         )),
     }
 }
 
 fn client_config([authorities, certificate, key]: [Option<&str>; 3]) -> Result<ClientConfig> {
-    let unreadable = |what: &str, path: &str, fault: &dyn std::fmt::Display| {
-        invalid(format!("`{what}`: {path} cannot be read as PEM: {fault}"))
+    let unreadable = |option: &str, path: &str, fault: &dyn std::fmt::Display| {
+        invalid(format!("`{option}`: {path} cannot be read as PEM: {fault}"))
     };
-    let read = |what: &str, path: &str| -> Result<Vec<CertificateDer<'static>>> {
+    let read = |option: &str, path: &str| -> Result<Vec<CertificateDer<'static>>> {
         let all = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
-        all.map_err(|fault| unreadable(what, path, &fault))
+        all.map_err(|fault| unreadable(option, path, &fault))
     };
     let mut roots = RootCertStore::empty();
     match authorities {
         Some(path) => {
             let (added, _) = roots.add_parsable_certificates(read("ca_file", path)?);
             if added == 0 {
-                return Err(invalid(format!("`ca_file`: there is no certificate in {path}")));
+                return Err(invalid(format!("`ca_file`: {path} contains no certificate")));
             }
         }
         None => {
@@ -207,7 +220,7 @@ fn client_config([authorities, certificate, key]: [Option<&str>; 3]) -> Result<C
             let config = builder.with_client_auth_cert(read("cert_file", certificate)?, key);
             config.map_err(|fault| invalid(format!("`cert_file` and `key_file`: {fault}")))
         }
-        _ => Err(invalid("`cert_file` and `key_file` belong together".into())),
+        _ => Err(invalid("`cert_file` and `key_file` must be given together".into())),
     }
 }
 
@@ -215,22 +228,22 @@ fn invalid(message: String) -> Error {
     error(ErrorKind::InvalidArgument, message)
 }
 
-fn text(what: &str, encoded: &str) -> Result<String> {
+fn text(option: &str, encoded: &str) -> Result<String> {
     let bytes = percent_decoded(encoded)
-        .ok_or_else(|| invalid(format!("{what}: a `%` must be followed by two hexadecimal digits")))?;
-    String::from_utf8(bytes).map_err(|_| invalid(format!("{what} is not UTF-8")))
+        .ok_or_else(|| invalid(format!("{option}: a `%` must be followed by two hexadecimal digits")))?;
+    String::from_utf8(bytes).map_err(|_| invalid(format!("{option} is not UTF-8")))
 }
 
-fn number<T: std::str::FromStr>(what: &str, text: &str) -> Result<T> {
-    text.parse().map_err(|_| invalid(format!("{what} must be a whole number")))
+fn number<T: std::str::FromStr>(option: &str, text: &str) -> Result<T> {
+    text.parse().map_err(|_| invalid(format!("{option} must be a whole number")))
 }
 
-/// The name of the schema, as SQL takes it.
+/// Returns the name of the schema in quotes, for SQL.
 fn quoted(schema: &str) -> Result<String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    if schema.is_empty() || schema.len() > LONGEST_NAME || !schema.chars().all(fits) || schema.starts_with("pg_") {
+    if schema.is_empty() || schema.len() > MAX_SCHEMA_LENGTH || !schema.chars().all(fits) || schema.starts_with("pg_") {
         return Err(invalid(format!(
-            "`schema` has 1 to {LONGEST_NAME} characters: letters, digits, `_`; it does not begin with `pg_`"
+            "`schema` must have 1 to {MAX_SCHEMA_LENGTH} letters, digits or `_`, and must not begin with `pg_`"
         )));
     }
     Ok(format!("\"{schema}\""))
@@ -241,34 +254,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_url_that_is_wrong_is_told_what_would_be_right() {
-        for (url, told) in [
+    fn malformed_urls_are_rejected_with_a_hint() {
+        for (url, hint) in [
             ("postgres://", "a host is missing"),
             ("postgres:///app", "a host is missing"),
             ("postgres://h:port/app", "`port`"),
             ("postgres://h/app?colour=red", "unknown option `colour`; the options are `schema`"),
-            ("postgres://h/app?schema=", "`schema` has 1 to 63 characters"),
-            ("postgres://h/app?schema=pg_x", "does not begin with `pg_`"),
-            ("postgres://h/app?schema=a%22b", "letters, digits, `_`"),
+            ("postgres://h/app?schema=", "`schema` must have 1 to 63 letters"),
+            ("postgres://h/app?schema=pg_x", "must not begin with `pg_`"),
+            ("postgres://h/app?schema=a%22b", "letters, digits or `_`"),
             ("postgres://h/app?schema=%zz", "two hexadecimal digits"),
             ("postgres://h/app?pool=0", "1 or more"),
             ("postgres://h/app?pool=many", "`pool` must be a whole number"),
-            ("postgres://h/app?listen=", "`listen` (`none`, or a URL"),
-            ("postgres://h/app?listen=redis://x", "`listen` (`none`, or a URL"),
+            ("postgres://h/app?listen=", "`listen` must be `none`, or a URL"),
+            ("postgres://h/app?listen=redis://x", "`listen` must be `none`, or a URL"),
             ("postgres://h/app?sslmode=prefer", "`disable` or `verify-full`"),
             ("postgres://h/app?ca_file=/no/such", "`ca_file`: /no/such cannot be read as PEM"),
-            ("postgres://localhost/app?ca_file=/no/such", "of no use without `sslmode=verify-full`"),
-            ("postgres://h/app?cert_file=/x", "belong together"),
+            ("postgres://localhost/app?ca_file=/no/such", "have no effect without `sslmode=verify-full`"),
+            ("postgres://h/app?cert_file=/x", "must be given together"),
             ("postgres://h/app?create_schema=yes", "`true` or `false`"),
         ] {
             let fault = Config::from_url(url).unwrap_err();
             assert_eq!(fault.kind(), ErrorKind::InvalidArgument, "{url}");
-            assert!(fault.message().contains(told), "{url}: {fault}");
+            assert!(fault.message().contains(hint), "{url}: {fault}");
         }
     }
 
     #[test]
-    fn no_message_and_no_debug_text_tells_a_password() {
+    fn passwords_stay_out_of_errors_and_debug_output() {
         let url = "postgres://me:hunter2@h/app?listen=postgres%3A%2F%2Fme%3Ahunter2%40d%2Fapp";
         assert!(!format!("{:?}", Config::from_url(url).unwrap()).contains("hunter2"));
         for wrong in [
@@ -295,14 +308,14 @@ mod tests {
     }
 
     #[test]
-    fn connections_are_encrypted_but_to_this_machine() {
-        let is_encrypted = |url| matches!(Config::from_url(url).unwrap().steps.tls, Tls::Verified(_));
+    fn only_local_connections_are_unencrypted() {
+        let is_encrypted = |url| matches!(Config::from_url(url).unwrap().operations.tls, Tls::Verified(_));
         assert!(is_encrypted("postgres://db.example/app") && is_encrypted("postgres://localhost/app?sslmode=require"));
         assert!(!is_encrypted("postgres://localhost/app") && !is_encrypted("postgres://127.0.0.1/app"));
         assert!(
             !is_encrypted("postgres://db.example/app?sslmode=disable") && !is_encrypted("postgres:///app?host=/run")
         );
-        assert!(is_encrypted("postgres://localhost,db.example/app"), "one of them is elsewhere");
+        assert!(is_encrypted("postgres://localhost,db.example/app"), "one of the hosts is another machine");
         for (address, encrypts) in [
             ("localhost/app?hostaddr=192.0.2.7", true),
             ("127.0.0.1/app?hostaddr=192.0.2.7", true),
@@ -314,14 +327,14 @@ mod tests {
             ("/app?host=/run&hostaddr=192.0.2.7", true),
         ] {
             let url = format!("postgres://{address}");
-            let steps = Config::from_url(&url).unwrap().steps;
-            assert_eq!(matches!(steps.tls, Tls::Verified(_)), encrypts, "{address}");
+            let operations = Config::from_url(&url).unwrap().operations;
+            assert_eq!(matches!(operations.tls, Tls::Verified(_)), encrypts, "{address}");
             let listen =
                 format!("postgres%3A%2F%2F{}", address.replace('/', "%2F").replace('?', "%3F").replace('&', "%26"));
             let config = Config::from_url(&format!("postgres://localhost/app?listen={listen}")).unwrap();
             assert_eq!(matches!(config.listen.unwrap().tls, Tls::Verified(_)), encrypts, "listen: {address}");
         }
         let both = Config::from_url("postgres://localhost/app?listen=postgres%3A%2F%2Fdb.example%2Fapp").unwrap();
-        assert!(matches!((both.steps.tls, both.listen.unwrap().tls), (Tls::None, Tls::Verified(_))));
+        assert!(matches!((both.operations.tls, both.listen.unwrap().tls), (Tls::None, Tls::Verified(_))));
     }
 }

@@ -1,17 +1,18 @@
-//! Connections for steps: a few, made when needed, given back after each step.
+//! Opens connections, lends one to each operation, and replaces the connections of a server that accepts no writes.
 //!
-//! Connections are driven by a thread of the store's own. So a step can be asked for from any runtime, or from none; what
-//! the user's runtime does delays no answer, and its end ends no connection. One step at a time uses a connection, because
-//! the server does one after the other, each with its own write to the disk; several connections share that write.
+//! A thread of the store drives the connections. Operations can therefore run in any runtime, or in none; a busy
+//! runtime of the user delays no answer, and its end closes no connection. Each operation has its connection to itself,
+//! because the server runs the statements of one connection one after the other, each with its own write to the disk.
+//! Several connections share such a write.
 //!
-//! Steps on keys may use the connections of a pool of the user's instead. What keeps the session never does: work of the
-//! user's that has all of them would end it.
+//! Operations on keys may use the connections of a user's pool instead. The renewal of the session never does, because
+//! the session would end while the user's work uses all of them.
 //!
 //! The client never repeats a request (rule 7 of the store trait).
 
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -19,74 +20,77 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Connection, NoTls, Row, Socket};
 
+use super::batch::MAX_BATCHES_IN_FLIGHT;
 use super::borrowed::{Borrowed, UsersPool};
-use super::config::{CONNECT_WITHIN, Config, Place, Tls};
+use super::config::{CONNECT_TIMEOUT, Config, Endpoint, Tls};
 use super::error::{OTHER_ISOLATION, Verdict, error, from_answer, malformed, verdict, while_connecting};
-use super::server::{Server, Watch, takes_writes};
-use super::together;
+use super::server::{Server, Watch, accepts_writes};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::lock;
 use crate::thread::RuntimeThread;
 
-/// After a fault nobody connects for so long, doubled with each further one: a thousand tasks are no storm.
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Minimum and maximum pause between two attempts to connect. Each failed attempt doubles the pause, and all tasks
+/// share it, so that a thousand tasks do not flood the server.
+const MIN_PAUSE: Duration = Duration::from_millis(20);
+const MAX_PAUSE: Duration = Duration::from_secs(1);
 
-/// The most connections for those that look.
-const LOOKS: usize = 4;
+/// Maximum number of connections for operations that only read.
+const MAX_READS_IN_FLIGHT: usize = 4;
 
-/// The answer of a step that was given up is waited for, so long: a little longer than the longest step. Its connection is
-/// used by nobody else meanwhile, and never again without that answer.
-const SETTLED_WITHIN: Duration = Duration::from_secs(6);
+/// Time after which the answer to an operation whose caller gave up counts as lost: a little longer than the longest
+/// operation. Until the answer arrives, no other operation uses the connection, and without the answer none ever does.
+const ABANDONED_ANSWER_TIMEOUT: Duration = Duration::from_secs(6);
 
-/// Time for which the connections of a user's pool are asked whether their server takes writes, after one did not. The pool
-/// may have others from before a failover.
-const ASKED_FOR: Duration = Duration::from_secs(60);
+/// Time for which the connections of a user's pool are checked before use, after one of them led to a server that
+/// accepts no writes. The pool may have more connections from before a failover.
+const POOL_CHECK_PERIOD: Duration = Duration::from_secs(60);
 
-/// Maximum number of connections of a user's pool that one step asks.
-const MOST_ASKED: usize = 64;
+/// Maximum number of connections of a user's pool that one operation checks.
+const MAX_CONNECTIONS_CHECKED: usize = 64;
 
-/// Whether a server takes no writes, and when it was started: another one was started at another time.
+/// SQL for whether a server accepts no writes, and for its start time. The start time identifies the server.
 pub(super) const SERVER: &str = "pg_catalog.pg_is_in_recovery() OR pg_catalog.current_setting('transaction_read_only') = 'on', \
      extract(epoch FROM pg_catalog.pg_postmaster_start_time())::text";
 
-/// Whether the isolation of transactions is one in which a step sees what was committed while it waited.
-pub(super) const SEES_WHAT_IS_NEW: &str =
+/// SQL for whether the isolation level lets an operation see the commits that happened while it waited.
+pub(super) const SEES_COMMITS: &str =
     "pg_catalog.current_setting('transaction_isolation') NOT IN ('repeatable read', 'serializable')";
 
-/// Makes it so, as an option of a connection.
+/// The option of a connection that sets the isolation level.
 const READ_COMMITTED: &str = r"-c default_transaction_isolation=read\ committed";
 
-/// A value and its type: a statement whose types are told needs no name and one round trip, so that it can go through a
-/// pooler.
+/// A value and its type. A statement with the types of its parameters needs no name and only one round trip, so that it
+/// works through a pooler.
 pub(super) type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 
 #[derive(Debug)]
 pub(super) struct Pool {
     pub(super) config: Config,
-    /// Drives the connections. Started with the first connection.
+    /// Drives the connections. The first connection starts it.
     driver: Mutex<Option<RuntimeThread>>,
     idle: Mutex<Vec<Own>>,
     server: Server,
-    /// Until then the connections of a user's pool are asked before they are used.
-    asks_until: Mutex<BootTime>,
-    /// Where connections for steps on keys come from, if they are not our own.
+    /// Until this time the connections of a user's pool are checked before use.
+    checks_until: Mutex<BootTime>,
+    /// The user's pool, if operations on keys use one.
     users: Option<UsersPool>,
     permits: Arc<Semaphore>,
-    /// Calls of many steps have a few of the connections: they wait for nobody's turn, and never for those that do.
-    together_permits: Arc<Semaphore>,
-    /// Looks have a few too: a thousand that wait look once in a second, and no step stands in line behind that.
-    look_permits: Arc<Semaphore>,
-    /// One connection more, for what keeps the session: no crowd of steps may delay a beat.
+    /// Batches have separate connections. They wait for no key's turn, and must not wait for requests that do.
+    batch_permits: Arc<Semaphore>,
+    /// Reads have separate connections: a thousand waiters may poll at once, and no other operation must queue behind
+    /// them.
+    read_permits: Arc<Semaphore>,
+    /// The session has one connection more, so that no crowd of operations delays a renewal.
     session_permit: Semaphore,
     pause: Mutex<Pause>,
     saw_primary: AtomicBool,
-    /// The default isolation was seen to be another one: connections are made with an option against it.
+    /// Whether new connections set the isolation level, because the default was found to be another one.
     sets_isolation: AtomicBool,
     clock: Clock,
 }
 
-/// Not before `next` is another connection made.
+/// The pause before the next attempt to connect, which begins at `next` at the earliest.
 #[derive(Debug)]
 struct Pause {
     next: BootTime,
@@ -94,27 +98,24 @@ struct Pause {
     why: Option<(ErrorKind, String)>,
 }
 
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Pool {
     pub(super) fn new(config: Config, users: Option<UsersPool>) -> Self {
-        let pause = Pause { next: BootTime::from_nanos(0), length: FIRST_PAUSE, why: None };
-        let (for_together, for_looks) = (together::REQUESTS.min(config.pool / 2), LOOKS.min(config.pool / 4));
-        let permits = Arc::new(Semaphore::new(config.pool - for_together - for_looks));
-        let of_their_own = |count| match count {
+        let pause = Pause { next: BootTime::from_nanos(0), length: MIN_PAUSE, why: None };
+        let for_batches = MAX_BATCHES_IN_FLIGHT.min(config.pool / 2);
+        let for_reads = MAX_READS_IN_FLIGHT.min(config.pool / 4);
+        let permits = Arc::new(Semaphore::new(config.pool - for_batches - for_reads));
+        let separate = |count| match count {
             0 => permits.clone(),
-            some => Arc::new(Semaphore::new(some)),
+            _ => Arc::new(Semaphore::new(count)),
         };
         Self {
-            together_permits: of_their_own(for_together),
-            look_permits: of_their_own(for_looks),
+            batch_permits: separate(for_batches),
+            read_permits: separate(for_reads),
             permits,
             driver: Mutex::default(),
             idle: Mutex::default(),
             server: Server::new(),
-            asks_until: Mutex::new(BootTime::from_nanos(0)),
+            checks_until: Mutex::new(BootTime::from_nanos(0)),
             users,
             session_permit: Semaphore::new(1),
             pause: Mutex::new(pause),
@@ -125,19 +126,19 @@ impl Pool {
         }
     }
 
-    /// Whether steps on keys use a pool of the user's.
-    pub(super) fn is_of_user(&self) -> bool {
+    /// Returns whether operations on keys use a pool of the user.
+    pub(super) fn uses_users_pool(&self) -> bool {
         self.users.is_some()
     }
 
-    /// The runtime that connections live in.
+    /// Returns the runtime of the connections, and starts its thread if necessary.
     pub(super) fn runtime(&self) -> Result<Handle> {
         let mut driver = lock(&self.driver);
         match &*driver {
             Some(driver) => Ok(driver.runtime.clone()),
             None => {
                 let started = RuntimeThread::start("stanchion-postgres").map_err(|fault| {
-                    error(ErrorKind::Unavailable, format!("no thread for the connections: {fault}"))
+                    error(ErrorKind::Unavailable, format!("cannot start the thread for the connections: {fault}"))
                 })?;
                 let runtime = started.runtime.clone();
                 *driver = Some(started);
@@ -146,54 +147,54 @@ impl Pool {
         }
     }
 
-    /// One statement, on a connection that nobody else uses meanwhile.
-    pub(super) async fn ask(self: &Arc<Self>, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
-        self.ask_with(&self.permits, statement, parameters).await
+    /// Runs a statement for an operation on a key, over a connection that no other operation uses at the same time.
+    pub(super) async fn query(self: &Arc<Self>, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
+        self.query_with(&self.permits, statement, parameters).await
     }
 
-    /// The same for a call of many steps.
-    pub(super) async fn ask_together(
+    /// Runs a statement for a batch.
+    pub(super) async fn query_batch(
         self: &Arc<Self>,
         statement: &str,
         parameters: &[Parameter<'_>],
     ) -> Result<Vec<Row>> {
-        self.ask_with(&self.together_permits, statement, parameters).await
+        self.query_with(&self.batch_permits, statement, parameters).await
     }
 
-    /// The same for one that looks. It is driven where connections live: who asked may be slow to look at the answer, and
-    /// keeps no connection from the others meanwhile.
-    pub(super) async fn look(
+    /// Runs a statement that only reads. It runs in a task of the connections' runtime, so that a caller that polls its
+    /// future late occupies no connection.
+    pub(super) async fn read(
         self: &Arc<Self>,
         statement: String,
         parameters: Vec<(Box<dyn ToSql + Sync + Send>, Type)>,
     ) -> Result<Vec<Row>> {
-        let (mut sender, looked) = oneshot::channel();
+        let (mut sender, outcome) = oneshot::channel();
         let pool = self.clone();
         self.runtime()?.spawn(async move {
             let parameters: Vec<Parameter<'_>> =
                 parameters.iter().map(|(value, kind)| (&**value as &(dyn ToSql + Sync), kind.clone())).collect();
             let rows = tokio::select! {
                 biased;
-                rows = pool.ask_with(&pool.look_permits, &statement, &parameters) => rows,
+                rows = pool.query_with(&pool.read_permits, &statement, &parameters) => rows,
                 () = sender.closed() => return,
             };
-            let _gave_up = sender.send(rows);
+            let _ = sender.send(rows); // The caller may have given up.
         });
-        looked.await.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the store was dropped while it was used")))
+        outcome.await.unwrap_or_else(|_| Err(dropped()))
     }
 
-    /// The same for a step of a session, which waits for no step on a key.
-    pub(super) async fn ask_for_session(
+    /// Runs a statement for the session. It never waits for an operation on a key.
+    pub(super) async fn query_session(
         self: &Arc<Self>,
         statement: &str,
         parameters: &[Parameter<'_>],
     ) -> Result<Vec<Row>> {
         let _permit = self.session_permit.acquire().await;
         let connection = Connected::Own(self.connection().await?);
-        self.ask_by(connection, None, statement, parameters).await
+        self.query_over(connection, None, statement, parameters).await
     }
 
-    async fn ask_with(
+    async fn query_with(
         self: &Arc<Self>,
         permits: &Arc<Semaphore>,
         statement: &str,
@@ -201,25 +202,25 @@ impl Pool {
     ) -> Result<Vec<Row>> {
         let permit = permits.clone().acquire_owned().await.ok();
         let connection = match &self.users {
-            Some(users) => Connected::Users(self.connection_of(users).await?),
+            Some(users) => Connected::Users(self.borrow_from(users).await?),
             None => Connected::Own(self.connection().await?),
         };
-        self.ask_by(connection, permit, statement, parameters).await
+        self.query_over(connection, permit, statement, parameters).await
     }
 
-    /// A connection of the user's pool. After a failover it may have some from before.
-    async fn connection_of(&self, users: &UsersPool) -> Result<Box<dyn Borrowed>> {
-        for _ in 0..MOST_ASKED {
+    /// Borrows a connection from the user's pool. After a failover the pool may have useless connections from before.
+    async fn borrow_from(&self, users: &UsersPool) -> Result<Box<dyn Borrowed>> {
+        for _ in 0..MAX_CONNECTIONS_CHECKED {
             let connection = users.connection().await?;
-            if self.clock.now() >= *lock(&self.asks_until) || takes_writes(connection.client()).await {
+            if self.clock.now() >= *lock(&self.checks_until) || accepts_writes(connection.client()).await {
                 return Ok(connection);
             }
         }
-        let message = "the connections of the pool lead to a server that takes no writes";
+        let message = "the connections of the pool lead to a server that accepts no writes";
         Err(error(ErrorKind::Unavailable, message).in_doubt(false))
     }
 
-    async fn ask_by(
+    async fn query_over(
         self: &Arc<Self>,
         connection: Connected,
         permit: Option<OwnedSemaphorePermit>,
@@ -228,7 +229,7 @@ impl Pool {
     ) -> Result<Vec<Row>> {
         let mut lease = Lease { pool: self, connection: Some(connection), permit, is_answered: false, verdict: None };
         let Some(connection) = &lease.connection else {
-            return Err(error(ErrorKind::Internal, "a lease without a connection"));
+            return Err(error(ErrorKind::Internal, "the lease has no connection"));
         };
         let answer = connection.client().query_typed(statement, parameters).await;
         lease.is_answered = true;
@@ -236,39 +237,39 @@ impl Pool {
         answer.map_err(from_answer)
     }
 
-    /// Several statements without parameters, for the schema.
+    /// Runs several statements without parameters, for the schema.
     pub(super) async fn run_script(self: &Arc<Self>, script: &str) -> Result<()> {
         let _permit = self.permits.acquire().await;
         let client = self.connection().await?;
         let done = client.client.batch_execute(script).await.map_err(from_answer);
         if done.is_ok() {
-            // After a failure it may be in the midst of a transaction.
+            // After an error the connection may be inside a transaction.
             self.keep(client);
         }
         done
     }
 
-    /// Keeps a connection for the next step, if it is of use.
+    /// Keeps a connection for the next operation, unless it has become useless.
     fn keep(&self, own: Own) {
         if own.generation == self.server.generation() && !own.client.is_closed() {
             lock(&self.idle).push(own);
         }
     }
 
-    /// The server of a connection takes no writes any more: the next step connects again.
-    fn leave(&self, generation: u64) {
-        if self.server.left(generation) {
+    /// Drops the idle connections to a server that no longer accepts writes, so that the next operation connects again.
+    fn retire(&self, generation: u64) {
+        if self.server.retire(generation) {
             lock(&self.idle).clear();
-            self.ask_users_pool();
+            self.check_users_pool();
         }
     }
 
-    /// From now on the connections of the user's pool are asked before they are used.
-    fn ask_users_pool(&self) {
-        *lock(&self.asks_until) = self.clock.now().after(ASKED_FOR);
+    /// Has the connections of the user's pool checked before use, for a while.
+    fn check_users_pool(&self) {
+        *lock(&self.checks_until) = self.clock.now().after(POOL_CHECK_PERIOD);
     }
 
-    /// Tells when the server is another one.
+    /// Returns a watch that reports when the server was replaced.
     pub(super) fn watch(&self) -> Watch {
         self.server.watch()
     }
@@ -290,25 +291,26 @@ impl Pool {
         let pool = self.clone();
         self.runtime()?.spawn(async move {
             let made = pool.connect().await;
-            pool.remember(made.as_ref().err());
-            // A far server may need more time than whoever wanted it had: the next attempt has it.
+            pool.record_attempt(made.as_ref().err());
+            // Connecting to a distant server may take longer than the caller waits. The next attempt then finds the
+            // connection here.
             if let Err(Ok(own)) = sender.send(made)
                 && lock(&pool.idle).is_empty()
             {
                 pool.keep(own);
             }
         });
-        made.await.unwrap_or_else(|_| Err(error(ErrorKind::Unavailable, "the store was dropped while it was used")))
+        made.await.unwrap_or_else(|_| Err(dropped()))
     }
 
-    /// How the last attempt to connect went.
-    fn remember(&self, fault: Option<&Error>) {
+    /// Records how an attempt to connect ended.
+    fn record_attempt(&self, fault: Option<&Error>) {
         let mut pause = lock(&self.pause);
         match fault {
-            None => *pause = Pause { next: BootTime::from_nanos(0), length: FIRST_PAUSE, why: None },
+            None => *pause = Pause { next: BootTime::from_nanos(0), length: MIN_PAUSE, why: None },
             Some(fault) => {
                 pause.next = self.clock.now().after(jitter(pause.length));
-                pause.length = (pause.length * 2).min(LONGEST_PAUSE);
+                pause.length = (pause.length * 2).min(MAX_PAUSE);
                 pause.why = Some((fault.kind(), fault.message().to_owned()));
             }
         }
@@ -318,7 +320,7 @@ impl Pool {
         let begun_in = self.server.generation();
         let mut opened = None;
         if !self.sets_isolation.load(Ordering::Relaxed) {
-            opened = Some(self.open(self.config.steps.clone()).await?).filter(|opened| opened.sees_what_is_new);
+            opened = Some(self.open(self.config.operations.clone()).await?).filter(|opened| opened.sees_commits);
         }
         let opened = match opened {
             Some(opened) => opened,
@@ -329,93 +331,99 @@ impl Pool {
                 self.saw_primary.store(true, Ordering::Relaxed);
                 let generation = self.server.reached(&opened.server, begun_in);
                 if generation != begun_in {
-                    self.ask_users_pool();
+                    self.check_users_pool();
                 }
                 Ok(Own { client: opened.client, generation })
             }
-            // At first that is a mistake; later it is a failover that has not reached the name yet.
+            // Before this process has seen a primary, the URL is wrong. Later, the address still leads to the old
+            // server of a failover.
             (true, false) => Err(error(
                 ErrorKind::Misconfigured,
-                "this server takes no writes: name the primary if it is a standby, and look for `default_transaction_read_only`",
+                "the server accepts no writes: if it is a standby, name the primary; otherwise check `default_transaction_read_only`",
             )),
             (true, true) => {
-                takes_writes(&opened.client).await;
-                Err(error(ErrorKind::Unavailable, "the server takes no writes: it is a standby now, perhaps"))
+                accepts_writes(&opened.client).await;
+                Err(error(ErrorKind::Unavailable, "the server accepts no writes: it may be a standby now"))
             }
         }
     }
 
-    /// A connection with the isolation that steps need, where another one is the default. It is asked for as the connection
-    /// begins: set later, behind a pooler, it would be set for whoever has that connection next.
+    /// Opens a connection with the isolation level that operations need, if the default is another one. The level is an
+    /// option of the connection: a later `SET` would, behind a pooler, also apply to the next client of the connection.
     async fn open_with_isolation(&self) -> Result<Opened> {
-        let mut place = self.config.steps.clone();
-        let options = format!("{} {READ_COMMITTED}", place.settings.get_options().unwrap_or_default());
-        place.settings.options(options.as_str());
+        let mut endpoint = self.config.operations.clone();
+        let options = format!("{} {READ_COMMITTED}", endpoint.settings.get_options().unwrap_or_default());
+        endpoint.settings.options(options.as_str());
         let other = || error(ErrorKind::Misconfigured, OTHER_ISOLATION).in_doubt(false);
-        match self.open(place).await {
-            Ok(opened) if opened.sees_what_is_new => {
+        match self.open(endpoint).await {
+            Ok(opened) if opened.sees_commits => {
                 self.sets_isolation.store(true, Ordering::Relaxed);
                 Ok(opened)
             }
-            // Poolers refuse options, each in its words, or drop them.
+            // A pooler rejects options, with a text of its own, or ignores them.
             Ok(_) => Err(other()),
-            Err(fault) if ["startup parameter", "(0A000"].iter().any(|told| fault.message().contains(told)) => {
+            Err(fault) if ["startup parameter", "(0A000"].iter().any(|text| fault.message().contains(text)) => {
                 Err(other().with_source(fault))
             }
             Err(fault) => Err(fault),
         }
     }
 
-    async fn open(&self, Place { settings, tls }: Place) -> Result<Opened> {
-        let opened = within(CONNECT_WITHIN, async move {
+    async fn open(&self, Endpoint { settings, tls }: Endpoint) -> Result<Opened> {
+        let opened = within(CONNECT_TIMEOUT, async move {
             let client = match tls {
                 Tls::None => drive(settings.connect(NoTls).await.map_err(while_connecting)?),
                 Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(while_connecting)?),
             };
-            let look = format!("SELECT {SERVER}, {SEES_WHAT_IS_NEW}");
-            let told = client.query_typed(&look, &[]).await.map_err(while_connecting)?;
-            let told = told.first().ok_or_else(malformed)?;
-            let read = |fault| malformed().in_doubt(false).with_source(fault);
+            let statement = format!("SELECT {SERVER}, {SEES_COMMITS}");
+            let rows = client.query_typed(&statement, &[]).await.map_err(while_connecting)?;
+            let row = rows.first().ok_or_else(malformed)?;
+            let unreadable = |fault| malformed().in_doubt(false).with_source(fault);
             Ok(Opened {
-                is_read_only: told.try_get(0).map_err(read)?,
-                server: told.try_get(1).map_err(read)?,
-                sees_what_is_new: told.try_get(2).map_err(read)?,
+                is_read_only: row.try_get(0).map_err(unreadable)?,
+                server: row.try_get(1).map_err(unreadable)?,
+                sees_commits: row.try_get(2).map_err(unreadable)?,
                 client,
             })
         });
         let late =
-            || Err(error(ErrorKind::Unavailable, format!("cannot connect: no answer within {CONNECT_WITHIN:?}")));
+            || Err(error(ErrorKind::Unavailable, format!("cannot connect: no answer within {CONNECT_TIMEOUT:?}")));
         opened.await.unwrap_or_else(late)
     }
 }
 
-/// A connection that was just made.
+/// Returns the error of a request whose store was dropped.
+fn dropped() -> Error {
+    error(ErrorKind::Unavailable, "the store was dropped while the request was in flight")
+}
+
+/// A connection that was just opened.
 struct Opened {
     client: Client,
     is_read_only: bool,
     server: String,
-    /// Whether a step sees what was committed while it waited.
-    sees_what_is_new: bool,
+    /// Whether an operation sees the commits that happened while it waited.
+    sees_commits: bool,
 }
 
-/// A connection of the store's own.
+/// A connection that the store has opened itself.
 #[derive(Debug)]
 struct Own {
     client: Client,
     generation: u64,
 }
 
-/// Runs the connection, as long as there is a client.
+/// Drives a connection in a task, as long as its client exists.
 fn drive<T>((client, connection): (Client, Connection<Socket, T>)) -> Client
 where
     Connection<Socket, T>: Future<Output = Result<(), tokio_postgres::Error>> + Send + 'static,
 {
-    // What breaks it is told to who waits for an answer.
+    // The error is ignored here, because it also reaches the callers that wait for an answer.
     tokio::spawn(async move { drop(connection.await) });
     client
 }
 
-/// The outcome, if it comes in time.
+/// Returns the outcome of the work, or nothing if the work takes longer than the limit.
 #[allow(clippy::disallowed_methods, reason = "a limit on a connection, not a deadline of the protocol")]
 pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
     tokio::time::timeout(limit, work).await.ok()
@@ -439,33 +447,34 @@ impl Connected {
         }
     }
 
-    /// Once all that was asked on it is answered. The user's pool looks after its own.
+    /// Returns the connection to its pool. Every request over the connection must be answered. The user's pool manages
+    /// its own connections.
     fn give_back(self, pool: &Pool) {
         if let Self::Own(own) = self {
             pool.keep(own);
         }
     }
 
-    /// After an answer that tells that it is of no use.
+    /// Drops the connection after an error that makes it useless, and with it others that the error makes useless.
     fn end(self, verdict: Verdict, pool: &Arc<Pool>) {
         if verdict == Verdict::Connection {
             return;
         }
         match &self {
-            Self::Own(own) => pool.leave(own.generation),
-            Self::Users(_) => pool.ask_users_pool(),
+            Self::Own(own) => pool.retire(own.generation),
+            Self::Users(_) => pool.check_users_pool(),
         }
         if let Ok(runtime) = pool.runtime() {
-            runtime.spawn(async move { takes_writes(self.client()).await });
+            runtime.spawn(async move { accepts_writes(self.client()).await });
         }
     }
 }
 
-/// A connection that a step uses.
+/// A connection that an operation uses.
 struct Lease<'a> {
     pool: &'a Arc<Pool>,
     connection: Option<Connected>,
-    /// Kept until the answer came, also where nobody waits for that any more. A step of a session has none.
+    /// Held until the answer arrives, even if the caller has given up. Statements for the session have no permit.
     permit: Option<OwnedSemaphorePermit>,
     is_answered: bool,
     verdict: Option<Verdict>,
@@ -480,14 +489,16 @@ impl Drop for Lease<'_> {
         if self.is_answered {
             return connection.give_back(self.pool);
         }
-        // A session's: the next beat waits for no answer to this one, and the connection is closed.
+        // Without a permit this is the session's connection. It is closed, because the next renewal must not wait for
+        // this answer.
         let Some(permit) = self.permit.take() else { return };
-        // Given up early its step goes on, and may wait for a row: whoever had the connection next would wait with it.
+        // The caller gave up, but the server still runs the operation, which may wait for a row. The next operation
+        // over this connection would have to wait too.
         let pool = Arc::downgrade(self.pool);
         if let Ok(runtime) = self.pool.runtime() {
             runtime.spawn(async move {
-                let settled = within(SETTLED_WITHIN, connection.client().batch_execute("")).await;
-                if let (Some(Ok(())), Some(pool)) = (settled, pool.upgrade()) {
+                let answered = within(ABANDONED_ANSWER_TIMEOUT, connection.client().batch_execute("")).await;
+                if let (Some(Ok(())), Some(pool)) = (answered, pool.upgrade()) {
                     connection.give_back(&pool);
                 }
                 drop(permit);

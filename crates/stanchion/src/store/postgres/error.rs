@@ -1,4 +1,4 @@
-//! What the server and the client report, as errors of stanchion.
+//! Turns errors of the server and of the client into errors of stanchion.
 
 use tokio_postgres::error::{DbError, Severity, SqlState};
 
@@ -7,48 +7,48 @@ use crate::error::{Error, ErrorKind, LossCause};
 /// The store's name in errors and events.
 pub(super) const NAME: &str = "postgres";
 
-/// What is wrong with connections whose transactions have one snapshot, and what mends it.
-pub(super) const OTHER_ISOLATION: &str = "transactions are not `read committed` by default, without which a living holder would count as dead: \
-     ALTER ROLE … SET default_transaction_isolation = 'read committed', and connect anew";
+/// Error text for connections with another isolation level, whose transactions see one snapshot.
+pub(super) const OTHER_ISOLATION: &str = "transactions are not `read committed` by default, so a live holder could count as expired: run \
+     ALTER ROLE … SET default_transaction_isolation = 'read committed', and connect again";
 
-/// A message and its kind.
+/// Returns an error of this store.
 pub(super) fn error(kind: ErrorKind, message: impl Into<String>) -> Error {
     Error::new(kind, message).with_store(NAME)
 }
 
-/// An answer to a step came: it was done, whatever it was.
+/// Returns the error for an unreadable answer. Its outcome is unknown, because the server ran the operation.
 pub(super) fn malformed() -> Error {
-    error(ErrorKind::Internal, "the database gave an answer that is not one of ours: is the schema changed?")
+    error(ErrorKind::Internal, "the answer of the database is malformed: has somebody changed the schema?")
         .in_doubt(true)
 }
 
-/// A fault while a connection was being made: nothing was sent yet.
+/// Converts an error that occurred while the client connected. No operation was sent yet.
 pub(super) fn while_connecting(fault: tokio_postgres::Error) -> Error {
-    let (kind, what) = match fault.as_db_error() {
-        Some(told) => kind_of(told),
-        None => (from_client(&fault), causes(&fault)),
+    let (kind, message) = match fault.as_db_error() {
+        Some(reported) => kind_of(reported),
+        None => (kind_of_client(&fault), causes(&fault)),
     };
-    with_cause(error(kind, format!("cannot connect: {what}")).in_doubt(false), fault)
+    with_cause(error(kind, format!("cannot connect: {message}")).in_doubt(false), fault)
 }
 
-/// A fault of a request that was sent.
+/// Converts an error of a request that was sent.
 pub(super) fn from_answer(fault: tokio_postgres::Error) -> Error {
-    let (kind, what, in_doubt) = match fault.as_db_error() {
-        Some(told) => {
-            let (kind, what) = kind_of(told);
-            // An error rolls the step back. What ends the connection may come after the step was done.
-            (kind, what, told.parsed_severity().is_none_or(|severity| severity != Severity::Error))
+    let (kind, message, in_doubt) = match fault.as_db_error() {
+        Some(reported) => {
+            let (kind, message) = kind_of(reported);
+            // An ordinary error rolls the operation back. An error that ends the connection may come after the commit.
+            (kind, message, reported.parsed_severity().is_none_or(|severity| severity != Severity::Error))
         }
         None => (ErrorKind::Unavailable, causes(&fault), true),
     };
-    with_cause(error(kind, what).in_doubt(in_doubt), fault)
+    with_cause(error(kind, message).in_doubt(in_doubt), fault)
 }
 
 fn with_cause(error: Error, fault: tokio_postgres::Error) -> Error {
     if fault.as_db_error().is_some_and(names_the_role) { error } else { error.with_source(fault) }
 }
 
-/// The client says little itself; what is behind it does.
+/// Returns the client's message with those of its causes, because the client's own message says little.
 fn causes(fault: &tokio_postgres::Error) -> String {
     let mut text = fault.to_string();
     let mut cause = std::error::Error::source(fault);
@@ -62,7 +62,7 @@ fn causes(fault: &tokio_postgres::Error) -> String {
     text
 }
 
-fn from_client(fault: &tokio_postgres::Error) -> ErrorKind {
+fn kind_of_client(fault: &tokio_postgres::Error) -> ErrorKind {
     let text = causes(fault);
     if text.contains("certificate") || text.contains("server does not support TLS") {
         ErrorKind::Misconfigured
@@ -73,28 +73,28 @@ fn from_client(fault: &tokio_postgres::Error) -> ErrorKind {
     }
 }
 
-/// The kind of an error that the server told, and what to do about it.
-fn kind_of(told: &DbError) -> (ErrorKind, String) {
-    let code = told.code();
-    let (kind, what) = match code {
+/// Returns the kind of an error that the server reported, and a message that says what to do.
+fn kind_of(reported: &DbError) -> (ErrorKind, String) {
+    let code = reported.code();
+    let (kind, message) = match code {
         _ if code.code() == "SF001" => {
             (ErrorKind::Lost(LossCause::Missing), "the hold with this fence is over: do not write")
         }
         _ if code.code() == "SF002" => {
-            (ErrorKind::Misconfigured, "the key has the highest fence there is: the server's clock was far ahead once")
+            (ErrorKind::Misconfigured, "the key has reached the highest fence: the server's clock was once far ahead")
         }
         _ if code.code() == "SF005" => (ErrorKind::Misconfigured, "another role could run code in the schema"),
-        _ if code.code() == "SF006" => (ErrorKind::InvalidArgument, "the database refused the request"),
+        _ if code.code() == "SF006" => (ErrorKind::InvalidArgument, "the database rejected the request"),
         _ if code.code() == "SF003" => (ErrorKind::Misconfigured, "the schema is newer than this program"),
         _ if code.code() == "SF004" => (ErrorKind::Misconfigured, OTHER_ISOLATION),
-        _ if code.code() == "28000" && told.routine() == Some("ClientAuthentication") => {
+        _ if code.code() == "28000" && reported.routine() == Some("ClientAuthentication") => {
             (ErrorKind::Unauthorized, "no entry of the server's pg_hba.conf admits this connection")
         }
         _ if code.code().starts_with("28") => {
-            (ErrorKind::Unauthorized, "the server refused the user, the password or the address")
+            (ErrorKind::Unauthorized, "the server rejected the user, the password or the address")
         }
         &SqlState::INSUFFICIENT_PRIVILEGE => {
-            (ErrorKind::Unauthorized, "the user lacks a right; see the rights in the documentation of the store")
+            (ErrorKind::Unauthorized, "the user lacks a right; the documentation of the store lists the rights")
         }
         &SqlState::INVALID_CATALOG_NAME => (ErrorKind::Misconfigured, "there is no such database"),
         &SqlState::UNDEFINED_TABLE
@@ -102,57 +102,62 @@ fn kind_of(told: &DbError) -> (ErrorKind, String) {
         | &SqlState::UNDEFINED_COLUMN
         | &SqlState::INVALID_SCHEMA_NAME => (
             ErrorKind::Misconfigured,
-            "the schema is not there, or another version of it: `stanchion schema --store URL --apply` creates it",
+            "the schema is missing or has another version: `stanchion schema --store URL --apply` creates it",
         ),
         &SqlState::TOO_MANY_CONNECTIONS => (ErrorKind::RateLimited, "the server has too many connections"),
         &SqlState::DISK_FULL => (ErrorKind::Unavailable, "the server's disk is full"),
         &SqlState::OUT_OF_MEMORY => (ErrorKind::Unavailable, "the server is out of memory"),
         &SqlState::READ_ONLY_SQL_TRANSACTION => {
-            (ErrorKind::Unavailable, "the server takes no writes: it is a standby now, perhaps")
+            (ErrorKind::Unavailable, "the server accepts no writes: it may be a standby now")
         }
         &SqlState::LOCK_NOT_AVAILABLE => {
-            (ErrorKind::Unavailable, "a transaction keeps the row of the key locked (`check_fence`?)")
+            (ErrorKind::Unavailable, "another transaction keeps the key locked (does it call `check_fence`?)")
         }
-        &SqlState::QUERY_CANCELED => (ErrorKind::Unavailable, "the server cancelled the step (`statement_timeout`?)"),
+        &SqlState::QUERY_CANCELED => {
+            (ErrorKind::Unavailable, "the server cancelled the operation (is there a `statement_timeout`?)")
+        }
         &SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED => {
-            (ErrorKind::Unavailable, "the step met another transaction")
+            (ErrorKind::Unavailable, "the operation conflicted with another transaction")
         }
-        &SqlState::ADMIN_SHUTDOWN | &SqlState::CRASH_SHUTDOWN => (ErrorKind::Unavailable, "the connection was ended"),
+        &SqlState::ADMIN_SHUTDOWN | &SqlState::CRASH_SHUTDOWN => {
+            (ErrorKind::Unavailable, "the server ended the connection")
+        }
         &SqlState::CANNOT_CONNECT_NOW => (ErrorKind::Unavailable, "the server is starting or stopping"),
-        // Connections, resources, limits (a full queue of notifications), what the operator did, the system: they pass.
+        // Errors of connections, resources, limits (a full queue of notifications), operators and the system pass.
         _ if code.code().get(..2).is_some_and(|class| ["08", "53", "54", "57", "58", "40", "55"].contains(&class)) => {
-            (ErrorKind::Unavailable, "it failed")
+            (ErrorKind::Unavailable, "the server reported an error")
         }
-        _ => (ErrorKind::Internal, "it failed"),
+        _ => (ErrorKind::Internal, "the server reported an error"),
     };
-    match names_the_role(told) {
-        true => (kind, format!("{what} ({})", code.code())),
-        false => (kind, format!("{what} ({}: {})", code.code(), told.message())),
+    match names_the_role(reported) {
+        true => (kind, format!("{message} ({})", code.code())),
+        false => (kind, format!("{message} ({}: {})", code.code(), reported.message())),
     }
 }
 
-/// Whether the server's text names the role: the user part of the URL, where a secret can be by mistake.
-fn names_the_role(told: &DbError) -> bool {
-    told.code().code().starts_with("28") || *told.code() == SqlState::TOO_MANY_CONNECTIONS
+/// Returns whether the server's text names the role. The role is the user part of the URL, where somebody may have put
+/// a secret by mistake.
+fn names_the_role(reported: &DbError) -> bool {
+    reported.code().code().starts_with("28") || *reported.code() == SqlState::TOO_MANY_CONNECTIONS
 }
 
-/// What an answer tells of the connection that it came on.
+/// The consequence of an error for the connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// It is not to be used again.
+    /// This connection must not be used again.
     Connection,
-    /// Its server takes no writes: no connection that was made before is to be used again. A server that goes down closes them.
+    /// The server accepts no writes, so no connection that was opened before must be used again.
     Server,
 }
 
-/// Judges a fault of a request.
+/// Returns the consequence of a request's error for the connections.
 pub(super) fn verdict(fault: &tokio_postgres::Error) -> Option<Verdict> {
-    let told = fault.as_db_error()?;
-    let code = told.code().code();
-    let is_in_recovery = code == "55000" && told.message().contains("recovery");
+    let reported = fault.as_db_error()?;
+    let code = reported.code().code();
+    let is_in_recovery = code == "55000" && reported.message().contains("recovery");
     match code {
         _ if code == "25006" || is_in_recovery => Some(Verdict::Server),
         _ if code.starts_with("08") || code.starts_with("57P") => Some(Verdict::Connection),
-        _ => told.parsed_severity().filter(|severity| *severity != Severity::Error).map(|_| Verdict::Connection),
+        _ => reported.parsed_severity().filter(|severity| *severity != Severity::Error).map(|_| Verdict::Connection),
     }
 }

@@ -1,6 +1,6 @@
--- Lists what makes the schema unsafe to use, a line for each: parts that do not belong to its owner, and code of others that
--- a step would run when it reads or writes a table of ours. It reads the catalog alone: reading a table, or calling a function,
--- could run that code.
+-- Lists the reasons why the schema is unsafe to use, one per row: parts that do not belong to the schema's owner, and
+-- foreign code that an operation would run when it reads or writes a table of the schema. The query reads only the
+-- catalog, because reading a table or calling a function could run that code.
 WITH place AS (
   SELECT n.oid, n.nspowner AS owner, n.nspacl AS acl FROM pg_catalog.pg_namespace n
   WHERE n.oid = pg_catalog.to_regnamespace('@schema@')
@@ -43,11 +43,13 @@ WITH place AS (
     UNION ALL
     SELECT 'pg_catalog.pg_class'::regclass, i.indexrelid, 'calls functions' FROM pg_catalog.pg_index i
     WHERE i.indrelid = ours.oid AND (i.indexprs IS NOT NULL OR i.indpred IS NOT NULL)
-    -- Not joined before: these functions cost something, and the catalog of a large database is long.
+    -- `OFFSET 0` keeps the planner from joining earlier: these functions are slow, and the catalog of a large database
+    -- is long.
     OFFSET 0
   ) found
   UNION ALL
-  -- The server records what a column or an index needs, unless it is its own: a domain, an operator class.
+  -- The server records on which objects a column or an index depends, for example a domain or an operator class, unless
+  -- the object is built in.
   SELECT d.refclassid, d.refobjid, 'is used by ' || pg_catalog.pg_describe_object(d.classid, d.objid, d.objsubid)
   FROM pg_catalog.pg_depend d
   WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.deptype = 'n'
@@ -56,7 +58,8 @@ WITH place AS (
     AND d.objid IN (SELECT ours.oid FROM ours UNION ALL
       SELECT i.indexrelid FROM pg_catalog.pg_index i JOIN ours ON i.indrelid = ours.oid)
   UNION ALL
-  -- Called with the rights of its owner it is safe with a fixed path alone, and otherwise it runs with those of the caller.
+  -- A function that runs with its owner's rights is safe only with a fixed path. Any other function would run with the
+  -- rights of its caller.
   SELECT 'pg_catalog.pg_proc'::regclass, p.oid, 'does not run with its owner''s rights and a fixed search_path'
   FROM pg_catalog.pg_proc p JOIN place ON p.pronamespace = place.oid
   WHERE p.proname IN ('version', 'open_session', 'renew_session', 'close_session', 'session_lives', 'acquire', 'poll', 'poll_many', 'finish',

@@ -1,17 +1,17 @@
-//! PostgreSQL: locks where the data already is.
+//! Stores locks in a PostgreSQL database, next to the data of the application.
 //!
-//! Each step is a function in the database (`schema.sql`), and one round trip. What is here turns requests into calls,
-//! and answers into outcomes.
+//! Each operation is a function in the database (`schema.sql`), and costs one round trip. This module turns requests
+//! into calls of these functions, and their answers into outcomes.
 
+mod batch;
 mod borrowed;
 mod check;
 mod config;
 mod connect;
 mod error;
-mod listen;
+mod push;
 mod rows;
 mod server;
-mod together;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -21,12 +21,12 @@ use async_trait::async_trait;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Row, Transaction};
 
+use self::batch::{CallQueues, KeyCall};
 use self::borrowed::UsersPool;
 use self::config::Config;
-use self::connect::{Parameter, Pool, lock, within};
+use self::connect::{Parameter, Pool, within};
 use self::error::{NAME, error, from_answer, malformed};
 use self::rows::{column, granted, in_use, listing, micros, not_after, number, parameters, span, time, whole_fence};
-use self::together::{Operation, Together};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
@@ -37,95 +37,111 @@ use crate::store::{
     ForceReleaseOutcome, ForceReleaseRequest, GrantStream, KeyState, Listing, LostToken, OpenOutcome, OpenSession,
     PollOutcome, Queued, RenewOutcome, Reply, Store,
 };
+use crate::sync::lock;
 use crate::token::{SessionId, TokenId};
 
-/// The schema, with `@schema@` for its name and `@foreign@` for what follows.
+/// The script that creates the schema, with placeholders: `@schema@` for the name, and `@foreign@` for [`FOREIGN`].
 const SCHEMA: &str = include_str!("schema.sql");
 
-/// Lists what makes a schema unsafe to use.
+/// A query that lists the parts that make a schema unsafe to use.
 const FOREIGN: &str = include_str!("foreign.sql");
 
-/// Housekeeping is done with a beat, not more often than this.
-const TIDY_EVERY: Duration = Duration::from_secs(10);
+/// Minimum interval between two rounds of housekeeping. A renewal of the session starts a round.
+const TIDY_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A session is opened while its first attempt to listen goes on, if that takes longer.
-const TRIED_WITHIN: Duration = Duration::from_millis(500);
+/// Maximum time that the opening of a session waits for the first attempt to listen.
+const MAX_LISTEN_WAIT: Duration = Duration::from_millis(500);
 
 /// Maximum number of keys on one page of a listing.
 const MAX_KEYS_PER_PAGE: usize = 10_000;
 
-/// How often a waiter asks where no push comes.
-const PACE_WITHOUT_PUSH: Duration = Duration::from_millis(50);
+/// Interval between two polls of a waiter while no pushes arrive.
+const POLL_INTERVAL_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 
 /// Locks in a PostgreSQL database, version 15 or later.
 ///
-/// The tables and functions are in a schema of their own, which is made before:
-/// `stanchion schema --store URL --apply`, or [`create_schema`](Self::create_schema).
+/// The tables and functions are in a schema of their own. Create the schema first, with
+/// `stanchion schema --store URL --apply`, or let the store create it: [`create_schema`](Self::create_schema).
 ///
 /// # URL
 /// `postgres://user:password@host:5432/database`, with these options and those of the client (`host`, `port`, `user`,
-/// `password`, `dbname`, …). Several hosts, `one:5432,two:5432`, are a primary and its standbys: they are tried in order, each
-/// for its part of three seconds, until one is the primary.
+/// `password`, `dbname`, …). Several hosts, `one:5432,two:5432`, are a primary and its standbys. The store tries them
+/// in order until one is the primary, and gives each an equal part of three seconds.
 ///
 /// | option | |
 /// |---|---|
-/// | `schema` | the schema's name; `stanchion` |
-/// | `pool` | the most connections for steps on keys; 16. One more keeps the session, one listens for pushes |
-/// | `listen` | the URL (percent-encoded) of the server itself, where `host` is a transaction pooler; `none`: no pushes |
-/// | `sslmode` | `disable` or `verify-full`; by default encrypted and verified, but for sockets and this very machine |
-/// | `ca_file`, `cert_file`, `key_file` | PEM files: the authority, a client's certificate and its key |
-/// | `create_schema` | `true`: the schema is made if it is not there |
+/// | `schema` | the name of the schema; `stanchion` by default |
+/// | `pool` | the maximum number of connections for operations on keys; 16 by default |
+/// | `listen` | the URL of the server itself (percent-encoded), if `host` is a transaction pooler; `none` for no pushes |
+/// | `sslmode` | `disable` or `verify-full`; by default `verify-full`, except to localhost and Unix sockets |
+/// | `ca_file`, `cert_file`, `key_file` | PEM files: the authorities, the certificate of this client and its key |
+/// | `create_schema` | `true` to create a missing schema; `false` by default |
+///
+/// Beyond `pool`, one connection renews the session and one receives pushes.
 ///
 /// # Behind a pooler
-/// Every step works through a transaction pooler. Pushes do not: that is noticed, told as a warning, and waiting calls
-/// ask every 50 ms. With `listen` they come as without a pooler.
+/// Every operation works through a transaction pooler, but pushes do not arrive. The store notices that and reports a
+/// warning, and waiting calls poll every 50 ms. With the option `listen` pushes arrive as without a pooler.
 ///
 /// # Isolation
-/// Steps are done in `read committed` alone. The store's own connections see to that; behind a pooler, and in a pool of yours,
-/// it must be the default of the role, which it is unless you changed it:
-/// `ALTER ROLE … SET default_transaction_isolation = 'read committed'`. Your own transactions may call `check_fence` in any.
+/// Operations need the isolation level `read committed`. The store sets it on its own connections. Behind a pooler, and
+/// in a pool of yours, it must be the default of the role, which it is unless you changed it:
+/// ```sql
+/// ALTER ROLE app SET default_transaction_isolation = 'read committed';
+/// ```
+/// Your own transactions may call `check_fence` at any level.
 ///
 /// # Rights
-/// Let a role of its own own the schema, which is no superuser: the functions run with its rights. To apply the schema it
-/// needs `CREATE` on the database, and later nothing more.
+/// Create a separate role, not a superuser, to own the schema, because the functions run with the owner's rights. To
+/// apply the schema the role needs `CREATE` on the database, and later nothing more.
 /// ```sql
 /// CREATE ROLE stanchion_owner LOGIN;
 /// GRANT CREATE ON DATABASE app TO stanchion_owner;
 /// ```
-/// A service needs no right to a table. After the schema was applied, its owner gives the role of the service these:
+/// A service needs no right to a table. After the owner has applied the schema, it grants the role of the service these
+/// rights:
 /// ```sql
 #[doc = include_str!("rights.sql")]
 /// ```
-/// With these rights a service can use every key of the schema, force-release included, but it cannot write what others could
-/// not read: the functions check the limits too. Services that do not trust each other need a schema each.
+/// With these rights a service can use every key of the schema and force-release any hold. The functions check the
+/// limits too, so a service cannot write values that others could not read. Services that do not trust each other need
+/// separate schemas.
 ///
-/// The store refuses a schema, as misconfigured, if a part of it does not belong to its owner, if others may create in it or
-/// add triggers to its tables, or if its tables have triggers, rules or policies: such code would run within the operations. A
-/// role that may create in the database can make the schema first. Applying it tells that, and a service cannot tell it: apply
-/// the schema before the services have its name.
+/// The store rejects a schema as misconfigured in these cases, because foreign code could run within the operations:
+/// - A part of the schema does not belong to the owner of the schema.
+/// - Another role may create in the schema, or add triggers to its tables.
+/// - A table of the schema has a trigger, a rule or a policy.
 ///
-/// A role that may connect can take any advisory lock. The numbers that the store uses are made with a secret of the schema,
-/// so that nobody can block a key by its name. What remains: the numbers in use are shown in `pg_locks`, and a role that takes
-/// the number of a key blocks it, as long as its transaction or session lasts; calls for the key fail then with
-/// `Unavailable` after 5 s each. The owner changes all numbers with
-/// `UPDATE stanchion.meta SET secret = uuid_send(gen_random_uuid())`. Give `CONNECT` only to roles that you trust that far.
+/// A role that may create in the database can create a schema of this name first. The owner notices that when it
+/// applies the schema, but a service cannot notice it: apply the schema before you give its name to the services.
+///
+/// Any role that may connect can take any advisory lock. The store computes the numbers of its locks with a secret of
+/// the schema, so nobody can block a key by its name. One risk remains: `pg_locks` shows the numbers in use, and a role
+/// that takes the number of a key blocks the key until its transaction or session ends. Each call for the key then
+/// fails with `Unavailable` after 5 s. Grant `CONNECT` only to roles that you trust this far. The owner can change all
+/// numbers:
+/// ```sql
+/// UPDATE stanchion.meta SET secret = uuid_send(gen_random_uuid());
+/// ```
 ///
 /// # In your own transactions
-/// `stanchion.check_fence(key, fence)` goes on only while the hold with this fence is live, and keeps the key from being
-/// given to anybody else until your transaction has ended: the write that comes after it is the write of the holder.
-/// Otherwise the SQLSTATE is `SF001`, and the transaction is over. A namespace is its third argument.
+/// `stanchion.check_fence(key, fence)` succeeds only while the hold with this fence is live, and nobody else gets the
+/// key until your transaction has ended. A write that follows in the transaction is therefore a write of the holder. If
+/// the hold is over, the function raises SQLSTATE `SF001`, and the transaction fails. The namespace is the third
+/// argument.
 /// ```sql
 /// BEGIN;
 /// SELECT stanchion.check_fence('report', 1764000000000000);
 /// UPDATE reports SET status = 'sent' WHERE day = current_date;
 /// COMMIT;
 /// ```
-/// Who wants the key meanwhile is told after five seconds at most that the store is unavailable, and tries again.
+/// During the transaction, a call of another client for the key fails with `Unavailable` after at most 5 s, and the
+/// client tries again.
 ///
-/// # What it does not do
-/// A commit that the server answers and then loses (`synchronous_commit=off` and a crash, an asynchronous standby that is
-/// promoted) loses a grant. The next fence is higher all the same, as long as the clocks of the two servers differ by less
-/// than the time between.
+/// # Limits
+/// A server that confirms a commit and then loses it, loses a grant: after a crash with `synchronous_commit=off`, or
+/// after a failover to an asynchronous standby. The next fence is higher all the same, if the clocks of the two servers
+/// differ by less than the time between the two grants.
 #[derive(Clone, Debug)]
 pub struct Postgres {
     inner: Arc<Inner>,
@@ -134,18 +150,18 @@ pub struct Postgres {
 #[derive(Debug)]
 struct Inner {
     pool: Arc<Pool>,
-    together: Mutex<Together>,
+    calls: Mutex<CallQueues>,
     creates_schema: AtomicBool,
     is_checked: tokio::sync::Mutex<bool>,
     streams: Streams,
-    /// Pushes do not come.
-    is_deaf: Arc<AtomicBool>,
-    tidied: Mutex<BootTime>,
+    /// Whether notifications do not arrive, so that waiters have to poll often.
+    notifications_down: Arc<AtomicBool>,
+    tidied_at: Mutex<BootTime>,
     clock: Clock,
 }
 
 impl Postgres {
-    /// A store at this URL. Nothing is connected yet.
+    /// Returns a store at this URL. It does not connect yet.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if the URL is malformed.
@@ -153,14 +169,15 @@ impl Postgres {
         Ok(Self::new(Config::from_url(url)?, None))
     }
 
-    /// A store whose steps on keys use connections of your pool, `pool` of them at most (an option of the URL; 16).
+    /// Returns a store whose operations on keys use connections of your pool, at most `pool` of them (an option of the
+    /// URL; 16 by default).
     ///
-    /// What keeps the session uses a connection of its own to the URL, and so do pushes: a waiting call has none of your
-    /// connections, and work of yours that has all of them ends no session. A step is one statement; a connection is given
-    /// back when it was answered.
+    /// The session and the pushes use separate connections to the URL. A waiting call therefore occupies none of your
+    /// connections, and no session ends because your work uses all of them. An operation is one statement, and returns
+    /// its connection when the server has answered.
     ///
-    /// `get` takes a connection from the pool, and `client` tells where its client is (`tokio-postgres` 0.7). Both serve
-    /// `deadpool-postgres`, `bb8-postgres` and the like:
+    /// `get` takes a connection from the pool, and `client` returns the client in the connection (`tokio-postgres`
+    /// 0.7). This suits `deadpool-postgres`, `bb8-postgres` and similar pools:
     /// ```
     /// # struct Object(tokio_postgres::Client);
     /// # impl std::ops::Deref for Object { type Target = tokio_postgres::Client; fn deref(&self) -> &Self::Target { &self.0 } }
@@ -180,7 +197,8 @@ impl Postgres {
     /// ```
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if the URL is malformed, or outside of a runtime.
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) if the URL is malformed, or outside of a Tokio
+    /// runtime.
     pub fn from_pool<C, E, F>(
         url: &str,
         get: impl Fn() -> F + Send + Sync + 'static,
@@ -198,51 +216,55 @@ impl Postgres {
         let inner = Inner {
             creates_schema: AtomicBool::new(config.create_schema),
             pool: Arc::new(Pool::new(config, users)),
-            together: Mutex::default(),
+            calls: Mutex::default(),
             is_checked: tokio::sync::Mutex::new(false),
             streams: Streams::default(),
-            is_deaf: Arc::new(AtomicBool::new(false)),
-            tidied: Mutex::new(BootTime::from_nanos(0)),
+            notifications_down: Arc::new(AtomicBool::new(false)),
+            tidied_at: Mutex::new(BootTime::from_nanos(0)),
             clock: Clock::system(),
         };
         Self { inner: Arc::new(inner) }
     }
 
-    /// Makes the schema when a handle is opened, if it is not there. Off by default: the right to create is not one that a
-    /// service should have.
+    /// Sets whether a missing schema is created when a handle is opened. Off by default, because a service should not
+    /// have the right to create.
     #[must_use]
     pub fn create_schema(self, create: bool) -> Self {
         self.inner.creates_schema.store(create, Ordering::Relaxed);
         self
     }
 
-    /// Returns the SQL that makes the schema. Idempotent.
+    /// Returns the SQL that creates the schema, or upgrades it. Applying it again changes nothing.
     pub fn schema_sql(&self) -> String {
         self.inner.schema_sql()
     }
 
-    /// Runs [`schema_sql`](Self::schema_sql) in a database that can keep locks, and returns warnings: settings of the server
-    /// that may lose some. Several processes may apply it at the same time.
+    /// Runs [`schema_sql`](Self::schema_sql) if the database can store locks, and returns warnings about settings of
+    /// the server that may lose locks. Several processes may apply the schema at the same time.
     ///
-    /// The role that applies the schema owns it. A schema or a part of it that another role made is refused, because its code
-    /// would run with the rights of the role that applies.
+    /// The role that applies the schema owns it. A schema that another role created, as a whole or in part, is
+    /// rejected, because its code would run with the rights of the applying role.
     ///
     /// # Errors
     /// - [`ErrorKind::Unauthorized`](crate::ErrorKind::Unauthorized) without the right to create.
-    /// - [`ErrorKind::Misconfigured`](crate::ErrorKind::Misconfigured) if a newer version or something foreign is there, or
-    ///   if the database would be refused when a handle is opened.
+    /// - [`ErrorKind::Misconfigured`](crate::ErrorKind::Misconfigured) if the database has a newer version of the
+    ///   schema, a schema with foreign parts, or a setting that prevents storing locks.
     /// - [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) if the server cannot be reached.
     ///
     /// # Cancel safety
-    /// The script is one transaction. If this future is dropped, the transaction is done or it is not.
+    /// The script is one transaction. If this future is dropped, the transaction has either taken effect as a whole or
+    /// not at all.
     pub async fn apply_schema(&self) -> Result<Vec<String>> {
         self.inner.apply().await
     }
 
-    /// Goes on only while the hold of `key` with this fence is live, and keeps the key from being given to anybody else
-    /// until your transaction has ended: what it writes, the holder writes. Keep the transaction short.
+    /// Checks in your transaction that the hold of `key` with this fence is live.
     ///
-    /// The transaction is of `tokio-postgres` 0.7, in the database that the schema is in. Others call the function in SQL.
+    /// If the check succeeds, nobody else gets the key until your transaction has ended, so its later writes are writes
+    /// of the holder. Keep the transaction short, because other clients that want the key wait for it.
+    ///
+    /// The transaction must be one of `tokio-postgres` 0.7, in the database of the schema. From other clients, call the
+    /// SQL function.
     /// ```no_run
     /// # async fn write(store: stanchion::store::Postgres, guard: stanchion::Guard, mut client: tokio_postgres::Client)
     /// #     -> Result<(), Box<dyn std::error::Error>> {
@@ -254,8 +276,8 @@ impl Postgres {
     /// ```
     ///
     /// # Errors
-    /// [`ErrorKind::Lost`](crate::ErrorKind::Lost) if the hold is over, or those of a step. The transaction can only be
-    /// rolled back then.
+    /// [`ErrorKind::Lost`](crate::ErrorKind::Lost) if the hold is over, or an error of the database. The transaction can
+    /// then only be rolled back.
     pub async fn check_fence(&self, transaction: &Transaction<'_>, key: &Key, fence: Fence) -> Result<()> {
         let statement = format!("SELECT {}.check_fence($1,$2,$3)", self.inner.pool.config.schema);
         let fence = whole_fence(fence);
@@ -274,28 +296,32 @@ impl Inner {
         SCHEMA.replace("@foreign@", FOREIGN).replace("@schema@", &self.pool.config.schema)
     }
 
-    /// The rows of a function of the schema.
+    /// Calls a function of the schema, and returns its rows.
     async fn rows(&self, function: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
-        self.pool.ask(&self.call(function, parameters.len()), parameters).await
+        self.pool.query(&self.statement(function, parameters.len()), parameters).await
     }
 
-    /// The same for one that looks.
-    async fn looked(&self, function: &str, parameters: Vec<(Box<dyn ToSql + Sync + Send>, Type)>) -> Result<Vec<Row>> {
-        self.pool.look(self.call(function, parameters.len()), parameters).await
+    /// Calls a function of the schema that only reads, and returns its rows.
+    async fn read_rows(
+        &self,
+        function: &str,
+        parameters: Vec<(Box<dyn ToSql + Sync + Send>, Type)>,
+    ) -> Result<Vec<Row>> {
+        self.pool.read(self.statement(function, parameters.len()), parameters).await
     }
 
-    /// The same for a step of a session.
+    /// Calls a function of the schema that concerns the session, and returns its rows.
     async fn session_rows(&self, function: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
-        self.pool.ask_for_session(&self.call(function, parameters.len()), parameters).await
+        self.pool.query_session(&self.statement(function, parameters.len()), parameters).await
     }
 
-    fn call(&self, function: &str, parameters: usize) -> String {
+    fn statement(&self, function: &str, parameters: usize) -> String {
         let places: Vec<_> = (1..=parameters).map(|place| format!("${place}")).collect();
         format!("SELECT * FROM {}.{function}({})", self.pool.config.schema, places.join(","))
     }
 
-    /// The one row of a step.
-    async fn step(&self, function: &str, parameters: &[Parameter<'_>]) -> Result<Row> {
+    /// Calls a function of the schema, and returns its first row.
+    async fn row(&self, function: &str, parameters: &[Parameter<'_>]) -> Result<Row> {
         self.rows(function, parameters).await?.into_iter().next().ok_or_else(malformed)
     }
 
@@ -303,11 +329,11 @@ impl Inner {
         Ok(Queued { ahead: number(row)?, check_in: self.check_in(row)?, in_use: in_use(row)? })
     }
 
-    /// When to ask again.
+    /// Returns the time after which a waiter polls again.
     fn check_in(&self, row: &Row) -> Result<Option<Duration>> {
-        let told = column::<Option<i64>>(row, "check_in")?.map(span);
-        let own = self.is_deaf.load(Ordering::Relaxed).then(|| jitter(PACE_WITHOUT_PUSH));
-        Ok(told.into_iter().chain(own).min())
+        let needed = column::<Option<i64>>(row, "check_in")?.map(span);
+        let without_push = self.notifications_down.load(Ordering::Relaxed).then(|| jitter(POLL_INTERVAL_WITHOUT_PUSH));
+        Ok(needed.into_iter().chain(without_push).min())
     }
 
     async fn listen(&self, session: SessionId) -> Result<()> {
@@ -315,23 +341,23 @@ impl Inner {
             return Ok(());
         }
         if let Some(pushes) = self.streams.unfilled(session) {
-            let (task, tried) = listen::start(&self.pool, session, pushes, self.is_deaf.clone())?;
-            // Before anything is waited for: who gives up there leaves no task that nobody ends.
+            let (task, tried) = push::start(&self.pool, session, pushes, self.notifications_down.clone())?;
+            // This comes before the first await, because a caller may give up there and must not leave a task behind.
             self.streams.fill(session, task);
-            let _tried_or_late = within(TRIED_WITHIN, tried).await;
+            let _ = within(MAX_LISTEN_WAIT, tried).await; // A late attempt continues in its task.
         }
         Ok(())
     }
 
-    /// Housekeeping now and then. Nobody waits for it, and what fails is done another time.
+    /// Starts a round of housekeeping if one is due. Errors are ignored because a later round does the same work.
     fn tidy(self: &Arc<Self>) {
         let now = self.clock.now();
         {
-            let mut tidied = lock(&self.tidied);
-            if now.since(*tidied) < TIDY_EVERY {
+            let mut tidied_at = lock(&self.tidied_at);
+            if now.since(*tidied_at) < TIDY_INTERVAL {
                 return;
             }
-            *tidied = now;
+            *tidied_at = now;
         }
         if let Ok(runtime) = self.pool.runtime() {
             let inner = self.clone();
@@ -340,7 +366,7 @@ impl Inner {
     }
 
     async fn end(self: &Arc<Self>, key: &Key, token: TokenId, cooldown: Option<Duration>) -> Result<Reply<EndOutcome>> {
-        let row = together::step(self, Operation::Finish { key: key.clone(), token, cooldown }).await?;
+        let row = batch::run(self, KeyCall::Finish { key: key.clone(), token, cooldown }).await?;
         let outcome = match column(&row, "outcome")? {
             "released" => EndOutcome::Released,
             "dequeued" => EndOutcome::Dequeued,
@@ -359,9 +385,9 @@ fn text(text: &str) -> (Box<dyn ToSql + Sync + Send>, Type) {
 #[deny(clippy::missing_trait_methods)]
 impl Store for Postgres {
     fn capabilities(&self) -> Capabilities {
-        let mut can = Capabilities::new(NAME);
-        can.push = self.inner.pool.config.listen.is_some();
-        can
+        let mut capabilities = Capabilities::new(NAME);
+        capabilities.push = self.inner.pool.config.listen.is_some();
+        capabilities
     }
 
     async fn open_session(&self, request: OpenSession) -> Result<Reply<OpenOutcome>> {
@@ -400,7 +426,7 @@ impl Store for Postgres {
     }
 
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
-        // First: whether it is answered or not, nobody hears this session any more.
+        // This comes first, so that the listener ends even if the request fails.
         self.inner.streams.end(session);
         let id = session.as_bytes().as_slice();
         let rows = self.inner.session_rows("close_session", parameters![id => BYTEA]).await?;
@@ -408,15 +434,15 @@ impl Store for Postgres {
     }
 
     async fn session_lives(&self, session: SessionId) -> Result<Reply<bool>> {
-        // Of any session, by as many as like: not where the own one is kept.
+        // Many callers may query any session, so this does not use the connection that renews the own session.
         let rows =
-            self.inner.looked("session_lives", vec![(Box::new(session.as_bytes().to_vec()), Type::BYTEA)]).await?;
+            self.inner.read_rows("session_lives", vec![(Box::new(session.as_bytes().to_vec()), Type::BYTEA)]).await?;
         let row = rows.first().ok_or_else(malformed)?;
         Ok(Reply { time: time(row)?, outcome: column(row, "alive")? })
     }
 
     async fn acquire(&self, request: AcquireRequest) -> Result<Reply<AcquireOutcome>> {
-        let row = together::step(&self.inner, Operation::Acquire(request)).await?;
+        let row = batch::run(&self.inner, KeyCall::Acquire(request)).await?;
         let outcome = match column(&row, "outcome")? {
             "granted" => AcquireOutcome::Granted(granted(&row)?),
             "queued" => AcquireOutcome::Queued(self.inner.queued(&row)?),
@@ -434,9 +460,9 @@ impl Store for Postgres {
     }
 
     async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
-        let asked: Vec<Vec<u8>> = tokens.iter().map(|token| token.as_bytes().to_vec()).collect();
-        let parameters = vec![text(key.as_encoded()), (Box::new(asked) as _, Type::BYTEA_ARRAY)];
-        let rows = self.inner.looked("poll_many", parameters).await?;
+        let polled: Vec<Vec<u8>> = tokens.iter().map(|token| token.as_bytes().to_vec()).collect();
+        let parameters = vec![text(key.as_encoded()), (Box::new(polled) as _, Type::BYTEA_ARRAY)];
+        let rows = self.inner.read_rows("poll_many", parameters).await?;
         let (first, rows) = rows.split_first().ok_or_else(malformed)?;
         if rows.len() != tokens.len() {
             return Err(malformed());
@@ -465,7 +491,7 @@ impl Store for Postgres {
     async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
         let token = token.as_bytes().as_slice();
         let parameters = parameters![key.as_encoded() => TEXT, token => BYTEA, micros(ttl) => INT8];
-        let row = self.inner.step("extend", parameters).await?;
+        let row = self.inner.row("extend", parameters).await?;
         let outcome = match column(&row, "outcome")? {
             "extended" => ExtendOutcome::Extended,
             "not_held" => ExtendOutcome::NotHeld,
@@ -484,7 +510,7 @@ impl Store for Postgres {
             session => BYTEA,
             not_after(request.not_after) => INT8,
         ];
-        let row = self.inner.step("adopt", parameters).await?;
+        let row = self.inner.row("adopt", parameters).await?;
         let outcome = match column(&row, "outcome")? {
             "adopted" => AdoptOutcome::Adopted { granted: granted(&row)?, session_bound: column(&row, "bound")? },
             "gone" => AdoptOutcome::Gone,
@@ -498,7 +524,7 @@ impl Store for Postgres {
     async fn force_release(&self, request: ForceReleaseRequest) -> Result<Reply<ForceReleaseOutcome>> {
         let fence = whole_fence(request.fence);
         let parameters = parameters![request.key.as_encoded() => TEXT, fence => INT8, request.reason => TEXT];
-        let row = self.inner.step("force_release", parameters).await?;
+        let row = self.inner.row("force_release", parameters).await?;
         let outcome = match column(&row, "outcome")? {
             "evicted" => ForceReleaseOutcome::Released,
             "no_such_hold" => {
@@ -512,7 +538,7 @@ impl Store for Postgres {
     }
 
     async fn inspect(&self, key: &Key) -> Result<Reply<KeyState>> {
-        let rows = self.inner.looked("inspect", vec![text(key.as_encoded())]).await?;
+        let rows = self.inner.read_rows("inspect", vec![text(key.as_encoded())]).await?;
         let Reply { time, outcome: Listing { keys, damaged, .. } } = listing(&rows)?;
         if let Some(entry) = damaged.into_iter().next() {
             return Err(error(ErrorKind::Internal, entry.problem));
@@ -526,7 +552,7 @@ impl Store for Postgres {
         let after = cursor.map_or("", Cursor::as_str);
         let limit = i64::try_from(limit.clamp(1, MAX_KEYS_PER_PAGE)).unwrap_or(1);
         let parameters = vec![text(prefix), text(after), (Box::new(limit) as _, Type::INT8)];
-        let mut page = listing(&self.inner.looked("list_page", parameters).await?)?;
+        let mut page = listing(&self.inner.read_rows("list_page", parameters).await?)?;
         let is_used =
             |state: &KeyState| !(state.holders.is_empty() && state.waiters.is_empty() && state.closed_for.is_none());
         page.outcome.keys.retain(is_used);

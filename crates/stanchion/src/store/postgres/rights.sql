@@ -1,5 +1,5 @@
--- The rights of those who use locks, and no others: `@role@` may take the steps and see nothing else. Whoever applies the
--- schema owns it and gives them.
+-- The owner of the schema grants these rights to a role that uses locks. `@role@` may call the operations, and can read
+-- no table.
 GRANT USAGE ON SCHEMA @schema@ TO @role@;
 GRANT EXECUTE ON FUNCTION @schema@.version, @schema@.open_session, @schema@.renew_session, @schema@.close_session,
   @schema@.session_lives, @schema@.acquire, @schema@.poll, @schema@.poll_many, @schema@.finish, @schema@.together,

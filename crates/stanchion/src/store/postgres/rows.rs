@@ -1,4 +1,4 @@
-//! What a step is asked with, and what its rows tell.
+//! Encodes the parameters of calls, and decodes the rows of answers.
 
 use std::time::{Duration, SystemTime};
 
@@ -11,7 +11,7 @@ use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{Cursor, DamagedEntry, Granted, HolderState, KeyState, Listing, Reply, StoreTime, WaiterState};
 
-/// The parameters of a call, with their types.
+/// Builds the parameters of a call, with their types.
 macro_rules! parameters {
     ($($value:expr => $type:ident),* $(,)?) => {
         &[$((&$value as &(dyn tokio_postgres::types::ToSql + Sync), tokio_postgres::types::Type::$type)),*]
@@ -28,7 +28,7 @@ pub(super) fn not_after(time: StoreTime) -> i64 {
     i64::try_from(time.as_micros()).unwrap_or(i64::MAX)
 }
 
-/// A fence as the database has it. One that it cannot have is none that it has.
+/// Encodes a fence for the database. A fence beyond the range of the database becomes -1, which no hold has.
 pub(super) fn whole_fence(fence: Fence) -> i64 {
     i64::try_from(fence.get()).unwrap_or(-1)
 }
@@ -37,7 +37,7 @@ pub(super) fn span(micros: i64) -> Duration {
     Duration::from_micros(u64::try_from(micros).unwrap_or(0))
 }
 
-/// A column, which is as the schema says.
+/// Decodes a column. An error means that the schema is not the expected one.
 pub(super) fn column<'a, T: FromSql<'a>>(row: &'a Row, name: &str) -> Result<T> {
     row.try_get(name).map_err(|fault| malformed().with_source(fault))
 }
@@ -66,10 +66,10 @@ pub(super) fn in_use(row: &Row) -> Result<Option<u32>> {
     capacity.map(|capacity| u32::try_from(capacity).map_err(|_| malformed())).transpose()
 }
 
-/// Why a key that rows tell of cannot be shown.
+/// The reason why the rows of a key cannot be decoded.
 type Problem = String;
 
-/// The keys that the rows of `inspect` and `list_page` tell of, in order.
+/// Decodes the rows of `inspect` and `list_page`: the keys, in order.
 pub(super) fn listing(rows: &[Row]) -> Result<Reply<Listing>> {
     let (first, rows) = rows.split_first().ok_or_else(malformed)?;
     let now: i64 = column(first, "now_is")?;
@@ -88,7 +88,7 @@ pub(super) fn listing(rows: &[Row]) -> Result<Reply<Listing>> {
     Ok(Reply { time, outcome: listing })
 }
 
-// The columns of `inspect` and `list_page`, by their place: a listing reads many rows.
+// The places of the columns of `inspect` and `list_page`. A listing reads many rows, and looking names up takes time.
 const NOW_IS: usize = 0;
 const KIND: usize = 1;
 const OF_KEY: usize = 2;
@@ -107,7 +107,7 @@ fn is_of_key(one: &Row, next: &Row) -> bool {
     of_key(one) == of_key(next)
 }
 
-/// What the rows of one key tell.
+/// Decodes the rows of one key.
 fn state(rows: &[Row]) -> Result<KeyState, Problem> {
     let (first, others) = rows.split_first().ok_or("its row is missing")?;
     let kind: &str = cell(first, KIND, "kind")?;

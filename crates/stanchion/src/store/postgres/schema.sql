@@ -1,20 +1,22 @@
--- The schema of stanchion in PostgreSQL. Idempotent: it may be applied again, and by several at once.
+-- The schema of stanchion in PostgreSQL. Applying it again changes nothing, and several processes may apply it at once.
 --
--- Each step of the protocol is a function, and costs one round trip. A step locks one row of `keys`, and looks at the
--- clock after that: `clock_timestamp()`, never `now()`, which stands still while a step waits for the row. Times are µs
--- since 1970; tokens and sessions are 16 bytes. Every column is named with its table, so that a bare name is a variable.
+-- Each operation of the protocol is a function, and costs one round trip. An operation locks one row of `keys`, and
+-- then reads the clock: `clock_timestamp()`, never `now()`, which stands still while an operation waits for the row.
+-- Times are µs since 1970; tokens and sessions are 16 bytes. Every column is qualified with its table, so a bare name
+-- is a variable.
 
 BEGIN ISOLATION LEVEL READ COMMITTED;
 
--- Names that are not qualified are the server's. Another role could have put its own before them.
+-- Unqualified names resolve to objects of the server. Without this line another role could put its own objects before
+-- them.
 SET LOCAL search_path = pg_catalog, pg_temp;
 
--- One at a time applies it. Every role can take this lock: it is not waited for without an end.
+-- One process at a time applies the schema. Every role can take this lock, so the wait has a limit.
 SET LOCAL lock_timeout = '60s';
 SELECT pg_advisory_xact_lock(hashtextextended('stanchion schema', 0));
 
--- Another role may have made the schema, or a part of it, before. Its code would run with the rights of the role that applies
--- this script, so nothing that is there is touched before its owner is known.
+-- Another role may already have created the schema, or a part of it. Its code would run with the rights of the role
+-- that applies this script, so the script checks the owner of all parts before it touches one.
 DO $$
 DECLARE
   owner name;
@@ -46,7 +48,7 @@ BEGIN
         USING ERRCODE = 'SF003';
     END IF;
     IF found < 5 THEN
-      -- Their answers have another form now.
+      -- The columns of their results have changed.
       DROP FUNCTION IF EXISTS @schema@.acquire, @schema@.poll_many, @schema@.together;
     END IF;
   END IF;
@@ -56,17 +58,17 @@ COMMENT ON SCHEMA @schema@ IS 'stanchion: distributed locks';
 CREATE TABLE IF NOT EXISTS @schema@.meta (
   one boolean PRIMARY KEY DEFAULT true CHECK (one),
   version integer NOT NULL,
-  -- Which database this is: two that a program uses must be the same.
+  -- Identifies this database. A store with a user's pool compares the identifiers behind the pool and behind the URL.
   id uuid NOT NULL DEFAULT gen_random_uuid(),
-  -- At least as high as every fence of a key whose row was deleted.
+  -- No fence of a deleted key is higher than this.
   fence_floor bigint NOT NULL DEFAULT 0,
-  -- Housekeeping goes through the keys in order, and is here.
+  -- The last key that housekeeping has visited. It visits the keys in order.
   tidied_to text COLLATE "C" NOT NULL DEFAULT ''
 );
--- Only the owner can read it: see `turn`.
+-- Only the owner can read the secret: see `turn`.
 ALTER TABLE @schema@.meta ADD COLUMN IF NOT EXISTS secret bytea NOT NULL DEFAULT uuid_send(gen_random_uuid());
 
--- A process. It lives until `expires`, and never again after that.
+-- The sessions of processes. A session is alive until `expires`, and never becomes alive again.
 CREATE TABLE IF NOT EXISTS @schema@.sessions (
   id bytea PRIMARY KEY,
   owner text NOT NULL,
@@ -74,9 +76,9 @@ CREATE TABLE IF NOT EXISTS @schema@.sessions (
   expires bigint NOT NULL
 ) WITH (fillfactor = 50);
 
--- A key. `token` and what follows is the hold of a mutex without a deadline, while nobody waits and nothing else is known
--- of the key: the commonest case costs one update of one row. Where `busy`, `holds`, `queue` and `forced` tell the rest;
--- `waiting` is how many are in the queue.
+-- The keys. The columns from `token` to `trace` are the hold of a mutex without a deadline, as long as the key has no
+-- waiters and no other state. This most frequent case costs one update of one row. If `busy`, the state of the key is
+-- in `holds`, `queue` and `forced`. `waiting` is the number of waiters in the queue.
 CREATE TABLE IF NOT EXISTS @schema@.keys (
   key text COLLATE "C" PRIMARY KEY,
   fence bigint,
@@ -123,7 +125,7 @@ CREATE TABLE IF NOT EXISTS @schema@.queue (
 CREATE UNIQUE INDEX IF NOT EXISTS queue_token ON @schema@.queue (key, token);
 CREATE INDEX IF NOT EXISTS queue_session ON @schema@.queue (session);
 
--- Tokens that were taken by force: they are never granted again, and their session is told.
+-- Force-released tokens. A token in this table is never granted again, and a renewal reports it to its session.
 CREATE TABLE IF NOT EXISTS @schema@.forced (
   token bytea PRIMARY KEY,
   session bytea NOT NULL,
@@ -137,8 +139,9 @@ CREATE INDEX IF NOT EXISTS forced_key ON @schema@.forced (key);
 CREATE OR REPLACE FUNCTION @schema@.clock() RETURNS bigint LANGUAGE sql VOLATILE AS
 $$ SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint $$;
 
--- The limits that the documentation of the store states. The steps check them, because rights to the steps are no rights to
--- write what others cannot read. A span may be a little longer than 30 days: a term is sent with its grace.
+-- Check the limits that the documentation of the store states. The operations check them too, because the right to call
+-- an operation must not allow a role to write values that others cannot read. A span may be a little longer than 30
+-- days, because a lifetime is sent with its grace.
 CREATE OR REPLACE FUNCTION @schema@.is_span(span bigint) RETURNS boolean LANGUAGE sql IMMUTABLE AS
 $$ SELECT span BETWEEN 1 AND 2721610000000 $$;
 
@@ -152,7 +155,7 @@ CREATE OR REPLACE FUNCTION @schema@.is_request(
     AND (metadata IS NULL OR octet_length(metadata) <= 4096) AND (trace IS NULL OR octet_length(trace) <= 4096)
 $$;
 
--- As `Key::from_encoded` reads it. A key of a store with a prefix is longer than a user's.
+-- Returns whether `Key::from_encoded` accepts the text. In a store with a prefix a key may be longer than a user's key.
 CREATE OR REPLACE FUNCTION @schema@.is_key(wanted text) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
 DECLARE
   length integer;
@@ -162,7 +165,7 @@ BEGIN
   length := coalesce(nullif(split_part(wanted, ':', 1), ''), '0');
   rest := convert_to(substr(wanted, strpos(wanted, ':') + 1), 'UTF8');
   IF length > 255 OR octet_length(rest) <= length THEN RETURN false; END IF;
-  -- The name begins where a character does.
+  -- The name must begin at the first byte of a character.
   RETURN get_byte(rest, length) & 192 <> 128;
 END $$;
 
@@ -173,14 +176,14 @@ BEGIN
   END IF;
 END $$;
 
--- Where a function looks into a table, it is not in SQL: such a one is planned anew with each call.
+-- Functions that read a table are not in the language SQL, because the server would plan them again for each call.
 CREATE OR REPLACE FUNCTION @schema@.lives(wanted bytea, at bigint) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
 #variable_conflict use_variable
 BEGIN
   RETURN EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = wanted AND s.expires > at);
 END $$;
 
--- A fence that is higher than all before, and no lower than the clock.
+-- Returns a fence that is higher than the last one, and no lower than the clock.
 CREATE OR REPLACE FUNCTION @schema@.next_fence(last bigint) RETURNS bigint LANGUAGE plpgsql AS $$
 #variable_conflict use_variable
 BEGIN
@@ -190,34 +193,36 @@ BEGIN
   RETURN greatest(@schema@.clock(), last + 1);
 END $$;
 
--- The channel of a session, and a message to it. Without listeners it is nothing.
+-- Sends a message to a session, over the channel of the session. Without a listener this does nothing.
 CREATE OR REPLACE FUNCTION @schema@.tell(session bytea, message text) RETURNS void LANGUAGE plpgsql AS $$
 #variable_conflict use_variable
 BEGIN
-  -- The longest message that there may be has 7999 bytes. A beat tells what is too long.
+  -- The server accepts messages of up to 7999 bytes. The next renewal reports a loss whose message is too long.
   IF octet_length(message) < 8000 THEN
     PERFORM pg_catalog.pg_notify('stanchion_' || encode(session, 'hex'), message);
   END IF;
 END $$;
 
--- Whether a request fits beside the holds of a key: all units together, and the smallest capacity of all.
+-- Returns whether a request fits next to the holds of a key. The sum of all units must not exceed the smallest
+-- capacity.
 CREATE OR REPLACE FUNCTION @schema@.fits(wanted text, units integer, capacity integer) RETURNS boolean
 LANGUAGE plpgsql STABLE AS $$
 #variable_conflict use_variable
 BEGIN
-  -- Without holds `min` is null, which `least` ignores.
+  -- Without holds `min` is NULL, which `least` ignores.
   RETURN (SELECT coalesce(sum(h.units), 0) + units <= least(capacity, min(h.capacity))
           FROM @schema@.holds h WHERE h.key = wanted);
 END $$;
 
--- The smallest capacity of the holds of a key, if they share it.
+-- Returns the smallest capacity among the holds of a key that leave room for others.
 CREATE OR REPLACE FUNCTION @schema@.in_use(wanted text) RETURNS integer LANGUAGE plpgsql STABLE AS $$
 #variable_conflict use_variable
 BEGIN
   RETURN (SELECT min(h.capacity) FROM @schema@.holds h WHERE h.key = wanted AND h.units < h.capacity);
 END $$;
 
--- Ends what time and death have ended, and gives the key to the head of the queue for as long as that fits.
+-- Reconciles a key: removes expired holds and everything of expired sessions, and grants the waiters at the head of the
+-- queue that fit.
 CREATE OR REPLACE FUNCTION @schema@.settle(INOUT rec @schema@.keys) LANGUAGE plpgsql AS $$
 #variable_conflict use_variable
 DECLARE
@@ -225,7 +230,7 @@ DECLARE
   first @schema@.queue;
   dropped integer;
 BEGIN
-  -- Not by `lives`, which would be a call for each of a thousand readers.
+  -- This does not use `lives`, because a thousand readers would cost a thousand calls.
   DELETE FROM @schema@.holds h WHERE h.key = rec.key AND (h.deadline <= now
     OR h.bound AND NOT EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > now));
   IF rec.closed_until <= now THEN rec.closed_until := NULL; END IF;
@@ -233,7 +238,7 @@ BEGIN
     SELECT * INTO first FROM @schema@.queue q WHERE q.key = rec.key ORDER BY q.place LIMIT 1;
     EXIT WHEN NOT FOUND;
     IF NOT @schema@.lives(first.session, now) THEN
-      -- All the dead before the first who lives, at once: there may be thousands.
+      -- Remove all expired waiters before the first live one at once, because there may be thousands.
       DELETE FROM @schema@.queue q WHERE q.key = rec.key AND q.place < coalesce(
         (SELECT l.place FROM @schema@.queue l JOIN @schema@.sessions s ON s.id = l.session
          WHERE l.key = rec.key AND s.expires > now ORDER BY l.place LIMIT 1), 9223372036854775807);
@@ -242,7 +247,7 @@ BEGIN
       CONTINUE;
     END IF;
     EXIT WHEN rec.closed_until IS NOT NULL;
-    -- There is no next fence. Whoever asks is told; what is held can be given back.
+    -- There is no higher fence, so nothing is granted: polls report that. Holders can still release.
     EXIT WHEN rec.fence = 9223372036854775807;
     EXIT WHEN NOT @schema@.fits(rec.key, first.units, first.capacity);
     DELETE FROM @schema@.queue q WHERE q.key = rec.key AND q.place = first.place;
@@ -256,18 +261,19 @@ BEGIN
   END LOOP;
 END $$;
 
--- Which advisory lock the steps on a key take in turn, before they touch its row. Those who wait for a row alone overtake
--- each other, and one may wait for ever. It is a lock of the transaction, not of the connection; two keys that share one
--- only wait for each other. Every role of the database can take an advisory lock, so its number cannot be guessed without
--- the secret.
+-- Returns the number of the advisory lock that an operation takes before it touches the row of a key. The lock puts the
+-- operations in order: transactions that only wait for a row overtake each other, and one may wait forever. The lock
+-- belongs to the transaction, not to the connection. Two keys with the same number wait for each other, which is
+-- harmless. Every role of the database can take an advisory lock, so a secret makes the number impossible to guess.
 CREATE OR REPLACE FUNCTION @schema@.turn(wanted text, secret bytea) RETURNS bigint LANGUAGE sql STABLE AS $$
   SELECT pg_catalog.hashtextextended(pg_catalog.encode(
     pg_catalog.sha256(secret || pg_catalog.convert_to('@schema@ ' || wanted, 'UTF8')), 'hex'), 0)
 $$;
 DROP FUNCTION IF EXISTS @schema@.turn(text);
 
--- A step that waited must see what was committed meanwhile. In a transaction with one snapshot the clock would go on and
--- the sessions would not: who lives would count as dead. A function cannot change that, so it refuses.
+-- Rejects isolation levels whose transactions see one snapshot. An operation that has waited must see the commits of
+-- that time. With one snapshot the clock would go on but the renewals of sessions would be invisible, so live sessions
+-- would count as expired. A function cannot change the level, so it raises an error.
 CREATE OR REPLACE FUNCTION @schema@.sees_what_is_new() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
   IF pg_catalog.current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
@@ -276,7 +282,8 @@ BEGIN
   END IF;
 END $$;
 
--- A server that takes no writes is a standby, or was the primary before a failover. A look at it would show the past.
+-- Rejects reads on a server that accepts no writes. It is a standby, or was the primary before a failover, and its data
+-- may be old.
 CREATE OR REPLACE FUNCTION @schema@.sees_the_present() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
   IF pg_catalog.current_setting('transaction_read_only') = 'on' THEN
@@ -284,7 +291,8 @@ BEGIN
   END IF;
 END $$;
 
--- Locks the record of a key, and settles it. All that is known of its holds is in `holds` then. `put` is to follow.
+-- Locks the row of a key and reconciles the key. Afterwards all holds of the key are in `holds`. The caller must call
+-- `put`.
 CREATE OR REPLACE FUNCTION @schema@.take(wanted text) RETURNS @schema@.keys LANGUAGE plpgsql AS $$
 #variable_conflict use_variable
 DECLARE
@@ -299,7 +307,8 @@ BEGIN
     INSERT INTO @schema@.keys (key) VALUES (wanted) ON CONFLICT DO NOTHING;
   END LOOP;
   IF rec.fence IS NULL THEN
-    -- The row is new. What its fences must be above is looked up after it was entered.
+    -- The row is new. Its fences must be above the floor, which is read only now, because housekeeping could still
+    -- raise the floor for this key until the row existed.
     SELECT m.fence_floor INTO rec.fence FROM @schema@.meta m;
   END IF;
   IF rec.token IS NOT NULL THEN
@@ -316,7 +325,7 @@ BEGIN
   RETURN @schema@.settle(rec);
 END $$;
 
--- Writes the record back, settled.
+-- Reconciles a key and writes its row.
 CREATE OR REPLACE FUNCTION @schema@.put(rec @schema@.keys) RETURNS void LANGUAGE plpgsql AS $$
 #variable_conflict use_variable
 BEGIN
@@ -331,7 +340,7 @@ BEGIN
         (rec.fence, rec.closed_until, rec.busy, rec.waiting, NULL::bytea);
 END $$;
 
--- When time alone may change something for a waiter, in µs from now.
+-- Returns the time in µs after which the state of a waiter may change without any operation.
 CREATE OR REPLACE FUNCTION @schema@.check_in(rec @schema@.keys, now bigint) RETURNS bigint LANGUAGE plpgsql STABLE AS $$
 #variable_conflict use_variable
 BEGIN
@@ -349,10 +358,12 @@ BEGIN
   RETURN (SELECT count(*) FROM @schema@.queue q WHERE q.key = wanted AND q.place < before);
 END $$;
 
--- The steps. `at` is the time of the store; spans are µs. Where rows of one key come and go, the plain scan of an index
--- remembers which entries are dead; a bitmap, which is what unknown tables are planned with, meets them each time. A connection
--- keeps its plans: made while a table was small they would scan it, however many keys come. A scan that is left is planned as so
--- expensive that the server would compile it.
+-- The operations. `at` is the time of the store, and spans are in µs. Their settings guard the plans:
+-- - `enable_bitmapscan`: the rows of a key are inserted and deleted often. A plain index scan marks dead entries and
+--   then skips them. A bitmap scan, which the planner prefers for tables without statistics, visits them every time.
+-- - `enable_seqscan`: a connection keeps its plans. A plan from the time when a table was small would scan the whole
+--   table, even after many keys have been added.
+-- - `jit`: the planner estimates a remaining table scan as so expensive that the server would compile the plan.
 
 CREATE OR REPLACE FUNCTION @schema@.acquire(
   wanted text, asked_token bytea, asked_session bytea, asked_units integer, asked_capacity integer, asked_bound boolean,
@@ -373,7 +384,7 @@ BEGIN
   PERFORM @schema@.sees_what_is_new();
   PERFORM @schema@.refuse_unless(@schema@.is_request(asked_token, asked_session, asked_units, asked_capacity, asked_bound,
     asked_term, enqueue, not_after, asked_metadata, asked_trace), 'a part of the request');
-  -- Also before the short way: an update that finds the row changed leaves it locked.
+  -- The fast path takes the turn too, because an update that finds the row changed leaves it locked.
   PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(wanted, m.secret)) FROM @schema@.meta m;
   is_plain := asked_capacity = 1 AND asked_bound AND asked_term IS NULL;
   WHILE is_plain LOOP
@@ -386,7 +397,7 @@ BEGIN
     IF FOUND THEN
       at := @schema@.clock();
       outcome := 'granted';
-      -- The row may have been waited for.
+      -- The update may have waited for the row.
       IF at > not_after THEN
         UPDATE @schema@.keys k SET token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL
         WHERE k.key = wanted;
@@ -394,7 +405,7 @@ BEGIN
       END IF;
       RETURN;
     END IF;
-    -- A new key takes the short way too, and is granted by a statement after the one that enters its row: see `take`.
+    -- A new key takes the fast path too. One statement inserts its row and a later one grants it: see `take`.
     EXIT WHEN lowest IS NOT NULL OR EXISTS (SELECT FROM @schema@.keys k WHERE k.key = wanted)
       OR NOT @schema@.lives(asked_session, @schema@.clock());
     PERFORM @schema@.refuse_unless(@schema@.is_key(wanted), 'the key');
@@ -456,9 +467,9 @@ BEGIN
   PERFORM @schema@.put(rec);
 END $$;
 
--- How many are before each of these tokens in the queue of a key; NULL for a token that does not wait. Many are counted in
--- one pass over the queue: counting for each those before it again and again takes too long, and so does comparing each token
--- with each waiter, which is what is planned for tables of unknown size.
+-- Returns the number of waiters before each of these tokens in the queue of a key, and NULL for a token that does not
+-- wait. For many tokens one pass over the queue counts them all. Counting for each token alone takes too long, and so
+-- does comparing each token with each waiter, which the planner would choose for tables without statistics.
 CREATE OR REPLACE FUNCTION @schema@.places_of_many(wanted text, asked bytea[], at bigint) RETURNS bigint[]
 LANGUAGE plpgsql STABLE SET enable_nestloop = off AS $$
 #variable_conflict use_variable
@@ -483,8 +494,8 @@ BEGIN
     FROM unnest(asked) WITH ORDINALITY a (token, nth) ORDER BY a.nth);
 END $$;
 
--- What became of tokens of a key. The first row has the time, and when to ask again; then comes a row for each token, in
--- their order: with a fence it is held, with a number it waits.
+-- Polls tokens of a key. The first row has the time and the time until the next poll. Then comes a row for each token,
+-- in the order of the tokens: a token with a fence holds the key, and a token with a number waits.
 CREATE OR REPLACE FUNCTION @schema@.poll_many(wanted text, asked bytea[])
 RETURNS TABLE (at bigint, check_in bigint, in_use integer, fence bigint, remaining bigint, number bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
@@ -497,7 +508,7 @@ DECLARE
   aheads bigint[];
 BEGIN
   PERFORM @schema@.sees_the_present();
-  -- A look without a lock, for the many that hold or wait: is it as it was?
+  -- The fast path reads without a lock. It serves polls of a token whose state has not changed.
   SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted;
   IF asked = ARRAY[rec.token] AND @schema@.lives(rec.session, now) THEN
     RETURN QUERY VALUES (now, NULL::bigint, NULL::integer, NULL::bigint, NULL::bigint, NULL::bigint),
@@ -505,8 +516,8 @@ BEGIN
     RETURN;
   END IF;
   IF rec.token IS NULL AND cardinality(asked) = 1 THEN
-    -- The commonest poll: one token waits, and nothing of the key is over or due. All that has to be looked at is read by one
-    -- statement.
+    -- The most frequent poll: one token waits, and nothing of the key is expired or due. One statement reads everything
+    -- that the answer needs.
     SELECT least(held.until, head.expires, rec.closed_until) - now, held.capacity,
       (SELECT count(*) FROM @schema@.queue b WHERE b.key = wanted AND b.place < q.place)
     INTO check_in, in_use, before
@@ -562,7 +573,7 @@ BEGIN
   PERFORM @schema@.put(rec);
 END $$;
 
--- For a program of version 3 that is still running: it polls one token at a time.
+-- Polls one token, for running programs of version 3.
 CREATE OR REPLACE FUNCTION @schema@.poll(
   wanted text, asked_token bytea,
   OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT number bigint, OUT check_in bigint
@@ -596,7 +607,7 @@ BEGIN
       at := @schema@.clock();
       RETURN;
     END IF;
-    -- The short way of a hand-off, from one mutex without a deadline to another.
+    -- The fast path of a hand-off, from one mutex without a deadline to another.
     SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted FOR UPDATE;
     at := @schema@.clock();
     IF rec.waiting > 0 AND rec.closed_until IS NULL AND rec.fence < 9223372036854775807 THEN
@@ -608,7 +619,7 @@ BEGIN
         DELETE FROM @schema@.holds h USING @schema@.sessions s WHERE h.key = wanted AND h.token = asked_token
           AND h.bound AND h.deadline IS NULL AND h.capacity = 1 AND s.id = h.session AND s.expires > at;
         IF FOUND THEN
-          -- Those before it are dead.
+          -- The waiters before the heir are expired.
           DELETE FROM @schema@.queue q WHERE q.key = wanted AND q.place <= heir.place;
           GET DIAGNOSTICS passed = ROW_COUNT;
           rec.waiting := rec.waiting - passed;
@@ -636,7 +647,7 @@ BEGIN
   DELETE FROM @schema@.holds h WHERE h.key = wanted AND h.token = asked_token;
   IF FOUND THEN
     outcome := 'released';
-    -- Neither is greatest where one is not there.
+    -- `greatest` ignores NULL, so a missing cooldown changes nothing.
     rec.closed_until := greatest(rec.closed_until, at + cooldown);
   ELSE
     DELETE FROM @schema@.queue q WHERE q.key = wanted AND q.token = asked_token;
@@ -646,16 +657,18 @@ BEGIN
   PERFORM @schema@.put(rec);
 END $$;
 
--- Many steps at once, for many callers of one process: `finish` where there is no session, `acquire` elsewhere. It waits for
--- nobody's turn, unless it is for one key alone (`waits`): then the first step is done in any case. The answer has a row for
--- each step that was done. A step whose turn another transaction has is left alone, and so is a step that would take too long.
+-- Runs a batch: many calls for many callers of one process. A call without a session is a `finish`, and a call with one
+-- is an `acquire`. With `waits`, which is for the calls of one key, the batch waits for the turn of the first key and
+-- runs the first call in any case. Otherwise it waits for no turn. It skips a call whose turn another transaction has,
+-- and all calls that would take too long. The answer has a row for each call that was run.
 --
--- The commonest steps are done for all keys in one statement each: releases of plain holds, ends of tokens that have nothing,
--- and grants of free keys, new ones included. The functions for one key do the rest, one after the other.
+-- One statement for all keys does each of the most frequent calls: releases of plain holds, ends of tokens that hold
+-- nothing and do not wait, and grants of free keys, including new keys. The functions for one key run the other calls,
+-- one by one.
 CREATE OR REPLACE FUNCTION @schema@.together(
   keys text[], tokens bytea[], sessions bytea[], units integer[], capacities integer[], bounds boolean[], terms bigint[],
   enqueues boolean[], latest bigint[], metadata text[], traces text[], cooldowns bigint[],
-  -- A program of version 2 does not say it.
+  -- A program of version 2 omits this argument.
   waits boolean DEFAULT false
 ) RETURNS TABLE (
   place bigint, outcome text, at bigint, fence bigint, remaining bigint, number bigint, check_in bigint, in_use integer
@@ -664,7 +677,7 @@ CREATE OR REPLACE FUNCTION @schema@.together(
 #variable_conflict use_column
 DECLARE
   until bigint;
-  -- The places of the steps whose turn was taken, and of the steps that were done.
+  -- The places of the calls whose turn was taken, and of the calls that were run.
   turned bigint[];
   easy bigint[] := '{}';
   ends bigint[];
@@ -686,16 +699,16 @@ BEGIN
   until := @schema@.clock() + 10000;
   IF waits THEN
     PERFORM pg_catalog.pg_advisory_xact_lock(@schema@.turn(keys[1], secret));
-    -- Nobody else's keys are in its hands.
+    -- All calls are for one key, so a longer run delays no other key.
     until := @schema@.clock() + 50000;
   END IF;
-  -- In a statement of its own: those that follow must see what was committed before a turn was taken.
+  -- This is a separate statement, because the later statements must see every commit from before a turn was taken.
   turned := ARRAY(SELECT a.place FROM unnest(keys) WITH ORDINALITY a (key, place)
     WHERE pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(a.key, secret)));
   ends := ARRAY(SELECT a.place FROM unnest(sessions, cooldowns) WITH ORDINALITY a (session, cooldown, place)
     WHERE a.session IS NULL AND (a.cooldown IS NULL OR a.cooldown = 0 OR @schema@.is_span(a.cooldown)) AND a.place = ANY (turned));
   IF ends <> '{}' THEN
-    -- Releases of holds that are in the rows of their keys.
+    -- Release holds that are in the rows of their keys.
     FOR place, at IN
       UPDATE @schema@.keys k SET token = NULL, session = NULL, at = NULL, metadata = NULL, trace = NULL,
         busy = a.cooldown > 0, closed_until = CASE WHEN a.cooldown > 0 THEN @schema@.clock() + a.cooldown END
@@ -714,7 +727,7 @@ BEGIN
     ends := ARRAY(SELECT e.place FROM unnest(ends) e (place) WHERE e.place <> ALL (easy));
   END IF;
   IF ends <> '{}' THEN
-    -- Releases of other live holds, of keys that nobody waits for.
+    -- Release other live holds, of keys without waiters.
     FOR place, at, freed_key IN
       DELETE FROM @schema@.holds h
       USING (
@@ -737,7 +750,7 @@ BEGIN
         OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = k.key)
         OR EXISTS (SELECT FROM @schema@.forced f WHERE f.key = k.key)
     WHERE k.key = ANY (freed);
-    -- Tokens that have nothing, of keys that nobody waits for: there is nothing to be ended, or given to anybody.
+    -- Answer for tokens that hold nothing, of keys without waiters. There is nothing to release and nothing to grant.
     FOR place IN
       SELECT a.place FROM unnest(keys, tokens) WITH ORDINALITY a (key, token, place)
       LEFT JOIN @schema@.keys k ON k.key = a.key
@@ -755,7 +768,7 @@ BEGIN
   plain := ARRAY(SELECT a.place FROM unnest(capacities, bounds, terms) WITH ORDINALITY a (capacity, bound, term, place)
     WHERE a.capacity = 1 AND a.bound AND a.term IS NULL AND a.place = ANY (turned));
   WHILE plain <> '{}' LOOP
-    -- Mutexes of free keys; of several steps on a key the first.
+    -- Grant mutexes of free keys, to the first of several calls on a key.
     FOR place, at, fence IN
       UPDATE @schema@.keys k SET fence = greatest(@schema@.clock(), coalesce(k.fence, lowest) + 1), token = a.token,
         session = a.session, at = @schema@.clock(), metadata = a.metadata, trace = a.trace
@@ -776,7 +789,7 @@ BEGIN
     IF cardinality(easy) = cardinality(keys) THEN RETURN; END IF;
     EXIT WHEN lowest IS NOT NULL;
     plain := ARRAY(SELECT p.place FROM unnest(plain) p (place) WHERE p.place <> ALL (easy));
-    -- New keys are granted by a statement after the one that enters their rows: see `take`.
+    -- For new keys one statement inserts the rows and a later one grants them: see `take`.
     INSERT INTO @schema@.keys (key)
       SELECT DISTINCT a.key FROM unnest(keys, sessions) WITH ORDINALITY a (key, session, place)
       WHERE a.place = ANY (plain) AND NOT EXISTS (SELECT FROM @schema@.keys k WHERE k.key = a.key)
@@ -785,7 +798,7 @@ BEGIN
     EXIT WHEN NOT FOUND;
     SELECT m.fence_floor INTO lowest FROM @schema@.meta m;
   END LOOP;
-  -- The rest in order. What would fail is left too: a fault is the fault of all.
+  -- Run the other calls in order. Skip calls that would fail, because an error fails the whole batch.
   FOR place IN
     SELECT a.place FROM unnest(keys) WITH ORDINALITY a (key, place)
     WHERE a.place = ANY (turned) AND a.place <> ALL (easy) AND (waits AND a.place = 1
@@ -857,7 +870,7 @@ BEGIN
   PERFORM @schema@.put(rec);
 END $$;
 
--- Ends a hold by force. Where there is none of this fence, `live` are those there are.
+-- Force-releases the hold with this fence. If there is none, `live` lists the fences of the other holds.
 CREATE OR REPLACE FUNCTION @schema@.force_release(
   wanted text, asked_fence bigint, why text, OUT outcome text, OUT at bigint, OUT live text
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
@@ -873,7 +886,7 @@ BEGIN
   DELETE FROM @schema@.holds h WHERE h.key = wanted AND h.fence = asked_fence RETURNING h.* INTO hold;
   IF FOUND THEN
     outcome := 'evicted';
-    -- Above the highest there is nothing to be granted.
+    -- The highest fence has no successor.
     IF rec.fence < 9223372036854775807 THEN rec.fence := @schema@.next_fence(rec.fence); END IF;
     IF @schema@.lives(hold.session, at) THEN
       INSERT INTO @schema@.forced VALUES (hold.token, hold.session, wanted, why, at) ON CONFLICT DO NOTHING;
@@ -904,7 +917,7 @@ BEGIN
   outcome := CASE WHEN @schema@.lives(asked, @schema@.clock()) THEN 'opened' ELSE 'gone' END;
 END $$;
 
--- The first row tells of the session, the others of what it lost by force.
+-- Renews a session. The first row reports the session, and the other rows its force-released tokens.
 CREATE OR REPLACE FUNCTION @schema@.renew_session(asked bytea)
 RETURNS TABLE (outcome text, at bigint, token bytea, key text, reason text)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
@@ -923,7 +936,7 @@ BEGIN
   END IF;
 END $$;
 
--- Whether a session lives. Reads only.
+-- Returns whether a session is alive. Only reads.
 CREATE OR REPLACE FUNCTION @schema@.session_lives(asked bytea, OUT at bigint, OUT alive boolean)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
   SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
@@ -933,8 +946,9 @@ BEGIN
   alive := @schema@.lives(asked, at);
 END $$;
 
--- Ends a session, and serves those who waited for it. It holds many turns, and so waits for none: a key whose turn another
--- has is handed on by whoever asks next, and so is what is more than the server has room for in one transaction.
+-- Ends a session, and grants its keys to their waiters. The transaction takes many turns, so it waits for none of them.
+-- It skips a key whose turn another transaction has, and all keys beyond the first 1000, because the server has limited
+-- room for the locks of a transaction. The next operation on a skipped key reconciles the key.
 CREATE OR REPLACE FUNCTION @schema@.close_session(asked bytea, OUT at bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
   SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
@@ -948,7 +962,7 @@ BEGIN
   PERFORM @schema@.sees_what_is_new();
   PERFORM @schema@.refuse_unless(octet_length(asked) = 16, 'the session');
   at := @schema@.clock();
-  -- A row also where there was none: nobody opens it after this.
+  -- Insert a missing row too, so that the session cannot be opened later.
   INSERT INTO @schema@.sessions AS s VALUES (asked, '', 60000000, at)
     ON CONFLICT (id) DO UPDATE SET expires = least(s.expires, excluded.expires);
   DELETE FROM @schema@.forced f WHERE f.session = asked;
@@ -968,7 +982,8 @@ BEGIN
   at := @schema@.clock();
 END $$;
 
--- What is known of a key: a row for the key, one for each live hold, one for each live waiter, in this order.
+-- Returns the state of a key: a row for the key, a row for each live hold and a row for each live waiter, in this
+-- order.
 CREATE OR REPLACE FUNCTION @schema@.state_of(wanted text, now bigint)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
   bound boolean, since bigint, remaining bigint, metadata text, trace text)
@@ -1003,7 +1018,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
 #variable_conflict use_variable
 BEGIN
   PERFORM @schema@.sees_the_present();
-  -- Only where somebody waits does settling change what is to be seen. A look waits for nobody's turn.
+  -- Without waiters, reconciling would not change the visible state. A read waits for no turn.
   IF EXISTS (SELECT FROM @schema@.keys k WHERE k.key = wanted AND k.waiting > 0)
     AND pg_catalog.pg_try_advisory_xact_lock(@schema@.turn(wanted, (SELECT m.secret FROM @schema@.meta m)))
   THEN
@@ -1014,11 +1029,14 @@ BEGIN
   RETURN QUERY SELECT * FROM @schema@.state_of(wanted, @schema@.clock());
 END $$;
 
--- A page of the keys that are held, waited for or closed, in order: what `state_of` gives for each, but that a key and the hold
--- in its row are one row of the kind `held`. The first row tells of the key behind which the next page begins, if there is
--- one. A page looks at ten rows for each key that it may list, and ends with the key that makes its holds and waiters 20,000.
--- It reads only. It reads each table once, from the first key of the page to the last, and looks a session up by its key
--- (OFFSET 0 keeps the planner from another way), so that a page takes as long as its rows, whatever the statistics say.
+-- Returns a page of the keys that have holders or waiters or are closed, in order. The rows are those of `state_of`,
+-- except that a key and the hold in its row are one row of the kind `held`. The first row names the key after which the
+-- next page begins, if there is a next page. A page reads at most ten rows of `keys` for each key that it may list, and
+-- ends with the key at which its holds and waiters reach 20,000.
+--
+-- The function only reads. It reads each table once, from the first key of the page to the last, and finds sessions by
+-- their primary key. `OFFSET 0` keeps the planner from other plans, so the time of a page depends only on its rows, not
+-- on the statistics.
 DROP FUNCTION IF EXISTS @schema@.list(text, text, bigint);
 CREATE OR REPLACE FUNCTION @schema@.list_page(beginning text, after text, most bigint)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
@@ -1028,7 +1046,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
 #variable_conflict use_variable
 DECLARE
   now bigint := @schema@.clock();
-  -- The keys of the page are before this one.
+  -- All keys of the page sort before this text.
   until text COLLATE "C" := beginning || repeat(chr(1114111), 200);
   next_is text COLLATE "C";
   listed bigint;
@@ -1046,7 +1064,7 @@ BEGIN
     next_is := (SELECT k.key FROM @schema@.keys k WHERE k.key >= beginning AND k.key > after AND k.key < until
                 ORDER BY k.key OFFSET most * 10 - 1 LIMIT 1);
   END IF;
-  -- The first character that there may be: no key is between the last of the page and this.
+  -- `chr(1)` is the lowest character, so no key sorts between the last key of the page and this text.
   IF next_is IS NOT NULL THEN until := next_is || chr(1); END IF;
   IF rows + (SELECT count(*) FROM (
     SELECT FROM @schema@.holds h WHERE h.key >= beginning AND h.key > after AND h.key < until LIMIT 20000
@@ -1088,9 +1106,9 @@ BEGIN
   ) r ORDER BY r.of_key COLLATE "C", r.part, r.place;
 END $$;
 
--- For your own transactions: goes on only if the hold of `key` with this fence is live, and keeps it from being given to
--- anybody else until your transaction has ended. Otherwise SQLSTATE SF001. Keep the transaction short: who wants the key
--- waits for it.
+-- Checks a fence in your own transaction. If the hold of `key` with this fence is live, nobody else gets the key until
+-- your transaction has ended. Otherwise the function raises SQLSTATE SF001. Keep the transaction short, because other
+-- clients that want the key wait for it.
 CREATE OR REPLACE FUNCTION @schema@.check_fence(key text, fence bigint, namespace text DEFAULT '')
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
   SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
@@ -1101,7 +1119,8 @@ DECLARE
   rec @schema@.keys;
   now bigint;
 BEGIN
-  -- In turn with the steps, which wait for no row. The row as well: an older snapshot than the step before is refused.
+  -- The turn puts this call in order with the operations, which do not wait for rows. The row lock makes the server
+  -- reject a snapshot that is older than the last operation.
   PERFORM pg_catalog.pg_advisory_xact_lock_shared(@schema@.turn(wanted, m.secret)) FROM @schema@.meta m;
   SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted FOR SHARE;
   now := @schema@.clock();
@@ -1114,8 +1133,9 @@ BEGIN
   END IF;
 END $$;
 
--- Housekeeping, a little at a time: sessions, holds and waiters of the dead, keys that nobody uses any more. Whoever beats
--- calls it now and then; of several that do, one works. It waits for nobody.
+-- Runs one round of housekeeping: removes expired sessions with their holds and waiters, and keys that are no longer
+-- used. Each process calls it from time to time, after a renewal of its session. If several call it at once, one works.
+-- It never waits.
 CREATE OR REPLACE FUNCTION @schema@.tidy() RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
   SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
@@ -1132,10 +1152,10 @@ BEGIN
   PERFORM @schema@.sees_what_is_new();
   SELECT m.tidied_to INTO tidied FROM @schema@.meta m FOR UPDATE SKIP LOCKED;
   IF NOT FOUND THEN RETURN; END IF;
-  -- A session that lives is told with its next beat, however late that comes.
+  -- The tokens of a live session stay, however old: its next renewal reports them.
   DELETE FROM @schema@.forced f WHERE f.at < now - 3600000000 AND NOT @schema@.lives(f.session, now);
-  -- Many keys, as some have one for each thing that they do; and of those that are in use few, as the server has room for
-  -- so many locks of one transaction.
+  -- A round visits up to 10,000 keys, because some applications have a key for each item of work. It reconciles up to
+  -- 200 keys, because the server has limited room for the locks of a transaction.
   SELECT max(part.key) INTO last
   FROM (SELECT k.key FROM @schema@.keys k WHERE k.key > tidied ORDER BY k.key LIMIT 10000) part;
   FOR rec IN
@@ -1151,7 +1171,7 @@ BEGIN
       IF FOUND THEN PERFORM @schema@.put(@schema@.take(rec.key)); END IF;
     END IF;
   END LOOP;
-  -- What is granted meanwhile is not idle any more, and is left.
+  -- A key that was granted in the meantime is no longer idle and stays.
   WITH idle AS (
     SELECT k.key FROM @schema@.keys k WHERE k.key > tidied AND k.key <= last
       AND NOT k.busy AND k.token IS NULL AND coalesce(k.fence, 0) < now - 600000000
@@ -1166,11 +1186,11 @@ BEGIN
     AND NOT EXISTS (SELECT FROM @schema@.queue q WHERE q.session = s.id);
 END $$;
 
--- The rights of the steps are given by name; the rest is for the owner alone.
+-- The owner grants the rights to call operations by name. Nobody else has any right.
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA @schema@ FROM PUBLIC;
 REVOKE ALL ON ALL TABLES IN SCHEMA @schema@ FROM PUBLIC;
 
--- A step that an older version did not have, or had otherwise, is for those who may take the others.
+-- Operations that are new or changed since an older version become available to the roles that may call the others.
 DO $$
 DECLARE
   who regrole;

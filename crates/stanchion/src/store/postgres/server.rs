@@ -1,5 +1,5 @@
-//! The server that connections lead to. After a failover the connections from before lead to a server that takes no writes, or
-//! to none, and are not used again.
+//! Notices that the server behind the URL was replaced. After a failover the earlier connections lead to a server that
+//! accepts no writes, or to none, and are not used again.
 
 use std::time::Duration;
 
@@ -8,19 +8,19 @@ use tokio_postgres::Client;
 
 use super::connect::{sleep, within};
 
-/// Ends a connection at a server that takes no writes, and does nothing elsewhere. It reaches the server behind a pooler too,
-/// whose connection would be given to somebody else.
+/// Ends the connection if its server accepts no writes, and does nothing otherwise. The statement also ends the
+/// connection of a pooler to that server, which the pooler would give to another client.
 const END_WITHOUT_WRITES: &str = "SELECT pg_catalog.pg_terminate_backend(pg_catalog.pg_backend_pid()) \
      WHERE pg_catalog.current_setting('transaction_read_only') = 'on'";
 
-/// Time after which a question about a connection counts as not answered.
-const ANSWERED_WITHIN: Duration = Duration::from_secs(1);
+/// Time after which a check of a connection counts as failed.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct State {
-    /// Raised when the connections that there are become useless.
+    /// Raised when the existing connections become useless.
     generation: u64,
-    /// When the server that the newest connection leads to was started, as the server says it.
+    /// The start time of the server of the newest connection, as the server reports it.
     identity: Option<String>,
 }
 
@@ -32,12 +32,13 @@ impl Server {
         Self(watch::Sender::new(State::default()))
     }
 
-    /// The generation of a connection that is begun now.
+    /// Returns the generation of a connection that is opened now.
     pub(super) fn generation(&self) -> u64 {
         self.0.borrow().generation
     }
 
-    /// A connection was made. Returns its generation: a new one, if it leads to another server than those before.
+    /// Records the server of a new connection, and returns the generation of the connection. The generation is a new
+    /// one if the server is another one than before.
     pub(super) fn reached(&self, identity: &str, begun_in: u64) -> u64 {
         let mut generation = begun_in;
         self.0.send_if_modified(|state| {
@@ -53,18 +54,18 @@ impl Server {
         generation
     }
 
-    /// The server of this generation takes no writes any more. Returns whether that is news.
-    pub(super) fn left(&self, generation: u64) -> bool {
+    /// Records that the server of a generation no longer accepts writes. Returns whether this was unknown.
+    pub(super) fn retire(&self, generation: u64) -> bool {
         self.0.send_if_modified(|state| {
-            let is_news = state.generation == generation;
-            if is_news {
+            let is_current = state.generation == generation;
+            if is_current {
                 *state = State { generation: generation + 1, identity: None };
             }
-            is_news
+            is_current
         })
     }
 
-    /// Tells a connection that is begun now and lives long when its server was left.
+    /// Returns a watch for a long-lived connection that is opened now.
     pub(super) fn watch(&self) -> Watch {
         Watch(self.0.subscribe())
     }
@@ -74,17 +75,17 @@ impl Server {
 pub(super) struct Watch(watch::Receiver<State>);
 
 impl Watch {
-    /// Ends when, after this watch began, another server than this one was reached, or its server was left. Ends too when the
-    /// store is dropped.
-    pub(super) async fn left(&mut self, identity: &str) {
+    /// Waits until another server than this one was reached or this server was retired, since the watch began. Also
+    /// ends when the store is dropped.
+    pub(super) async fn replaced(&mut self, identity: &str) {
         while self.0.changed().await.is_ok() && self.0.borrow_and_update().identity.as_deref() == Some(identity) {}
     }
 }
 
-/// Asks a connection whether its server takes writes. Otherwise the connection is ended, and this waits until that was noticed:
-/// a pool looks at that.
-pub(super) async fn takes_writes(client: &Client) -> bool {
-    if matches!(within(ANSWERED_WITHIN, client.batch_execute(END_WITHOUT_WRITES)).await, Some(Ok(()))) {
+/// Returns whether the server of a connection accepts writes. If it does not, ends the connection, and waits until the
+/// client notices that, because the pool of the client checks the client.
+pub(super) async fn accepts_writes(client: &Client) -> bool {
+    if matches!(within(CHECK_TIMEOUT, client.batch_execute(END_WITHOUT_WRITES)).await, Some(Ok(()))) {
         return true;
     }
     let noticed = async {
@@ -92,7 +93,7 @@ pub(super) async fn takes_writes(client: &Client) -> bool {
             sleep(Duration::from_millis(1)).await;
         }
     };
-    let _silent = within(ANSWERED_WITHIN / 10, noticed).await;
+    let _ = within(CHECK_TIMEOUT / 10, noticed).await; // A dead link may take longer.
     false
 }
 
@@ -106,16 +107,16 @@ mod tests {
         let mut watch = server.watch();
         assert_eq!(server.reached("a", server.generation()), 0);
         assert_eq!(server.reached("a", 0), 0, "the same server");
-        assert!(within(Duration::from_millis(10), watch.left("a")).await.is_none());
+        assert!(within(Duration::from_millis(10), watch.replaced("a")).await.is_none());
         assert_eq!(server.reached("b", 0), 1);
-        watch.left("a").await;
-        assert!(within(Duration::from_millis(10), watch.left("b")).await.is_none());
-        assert!(!server.left(0), "a fault of a connection from before says nothing new");
-        assert!(server.left(1) && !server.left(1));
-        watch.left("b").await;
-        assert_eq!(server.reached("b", 1), 1, "a connection that was begun before it was left is old");
+        watch.replaced("a").await;
+        assert!(within(Duration::from_millis(10), watch.replaced("b")).await.is_none());
+        assert!(!server.retire(0), "an error of an earlier connection changes nothing");
+        assert!(server.retire(1) && !server.retire(1));
+        watch.replaced("b").await;
+        assert_eq!(server.reached("b", 1), 1, "a connection that was begun before the server was retired is old");
         assert_eq!(server.generation(), 2);
         drop(server);
-        watch.left("b").await;
+        watch.replaced("b").await;
     }
 }

@@ -1,4 +1,4 @@
-//! Pushes: LISTEN on the channel of a session, on a connection of its own.
+//! Listens for the pushes of a session, with `LISTEN` over a connection of its own.
 
 use std::future::{Future, poll_fn};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,7 @@ use tokio::task::AbortHandle;
 use tokio_postgres::types::Type;
 use tokio_postgres::{AsyncMessage, Client, Connection, NoTls, Socket};
 
-use super::config::{CONNECT_WITHIN, Config, Place, Tls};
+use super::config::{CONNECT_TIMEOUT, Config, Endpoint, Tls};
 use super::connect::{Pool, SERVER, sleep, within};
 use super::error::{error, from_answer, malformed, while_connecting};
 use crate::clock::jitter;
@@ -21,28 +21,29 @@ use crate::key::Key;
 use crate::store::{LostToken, Push, PushSender};
 use crate::token::{SessionId, TokenId};
 
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Minimum and maximum pause between two attempts to listen.
+const MIN_PAUSE: Duration = Duration::from_millis(20);
+const MAX_PAUSE: Duration = Duration::from_secs(1);
 
-/// A message to itself that takes longer is taken for lost: a pooler stands between.
-const ECHO_WITHIN: Duration = Duration::from_millis(500);
+/// Time after which a message that the listener sent to itself counts as lost. A transaction pooler loses messages.
+const ECHO_TIMEOUT: Duration = Duration::from_millis(500);
 
 fn channel(session: SessionId) -> String {
     format!("stanchion_{}", session.to_hex())
 }
 
-/// Starts listening. The receiver ends when that has succeeded or failed once. `is_deaf` tells whether pushes come; until
-/// they are heard they do not.
+/// Starts to listen, in the runtime of the connections. The receiver ends when the first attempt has succeeded or
+/// failed. `is_down` is true until pushes arrive, and again whenever they stop.
 pub(super) fn start(
     pool: &Arc<Pool>,
     session: SessionId,
     pushes: PushSender,
-    is_deaf: Arc<AtomicBool>,
+    is_down: Arc<AtomicBool>,
 ) -> Result<(AbortHandle, oneshot::Receiver<()>)> {
     let (tried, first_attempt) = oneshot::channel();
     let runtime = pool.runtime()?;
-    is_deaf.store(true, Ordering::Relaxed);
-    let task = runtime.spawn(listen(Arc::downgrade(pool), session, pushes, is_deaf, tried));
+    is_down.store(true, Ordering::Relaxed);
+    let task = runtime.spawn(listen(Arc::downgrade(pool), session, pushes, is_down, tried));
     Ok((task.abort_handle(), first_attempt))
 }
 
@@ -50,14 +51,14 @@ async fn listen(
     pool: Weak<Pool>,
     session: SessionId,
     pushes: PushSender,
-    is_deaf: Arc<AtomicBool>,
+    is_down: Arc<AtomicBool>,
     tried: oneshot::Sender<()>,
 ) {
     let mut tried = Some(tried);
-    let mut pause = FIRST_PAUSE;
-    let (mut is_first, mut was_told) = (true, false);
+    let mut pause = MIN_PAUSE;
+    let (mut is_first, mut has_warned) = (true, false);
     let mut warn = |message: String| {
-        if !std::mem::replace(&mut was_told, true) {
+        if !std::mem::replace(&mut has_warned, true) {
             pushes.send(Push::Warning(message));
         }
     };
@@ -66,72 +67,73 @@ async fn listen(
         let mut watch = strong.watch();
         match subscribe(&strong.config, session).await {
             Ok((_client, server, mut messages)) => {
-                let hears = hears_itself(&strong, session, &mut messages, &pushes).await;
+                let arrive = receives_echo(&strong, session, &mut messages, &pushes).await;
                 drop(strong);
-                is_deaf.store(!hears, Ordering::Relaxed);
-                if !hears {
-                    let message = "notifications do not arrive (a transaction pooler?): waiting calls ask twenty times a \
-                                   second; give a URL of the server itself with the option `listen`";
+                is_down.store(!arrive, Ordering::Relaxed);
+                if !arrive {
+                    let message = "notifications do not arrive (is there a transaction pooler?), falling back to polling \
+                                   every 50 ms: name the server itself in the option `listen`";
                     warn(message.to_owned());
                 }
                 drop(tried.take());
                 if !is_first {
-                    // Messages were missed, and what the server knows now may be less than what it knew.
+                    // Messages were lost, and the server may have lost holds too.
                     pushes.send(Push::VerifyAll);
                 }
                 is_first = false;
-                pause = FIRST_PAUSE;
-                let hear = async {
+                pause = MIN_PAUSE;
+                let receive = async {
                     while let Some(message) = messages.recv().await {
-                        is_deaf.store(false, Ordering::Relaxed);
-                        // What cannot be read is somebody else's.
+                        is_down.store(false, Ordering::Relaxed);
+                        // An unreadable message was sent by another program.
                         if let Ok(push) = read(&message) {
                             pushes.send(push);
                         }
                     }
                 };
-                // A server that was left may keep its connections, and nothing is sent there any more.
+                // After a failover the old server may keep this connection open, but it sends nothing any more.
                 tokio::select! {
-                    () = hear => {}
-                    () = watch.left(&server) => {}
+                    () = receive => {}
+                    () = watch.replaced(&server) => {}
                 }
             }
             Err(fault) => {
                 drop(strong);
                 drop(tried.take());
-                warn(format!("no pushes, waiting calls ask twenty times a second: {}", fault.message()));
+                warn(format!("notifications unavailable, falling back to polling every 50 ms: {}", fault.message()));
                 is_first = false;
             }
         }
-        is_deaf.store(true, Ordering::Relaxed);
+        is_down.store(true, Ordering::Relaxed);
         sleep(jitter(pause)).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        pause = (pause * 2).min(MAX_PAUSE);
     }
 }
 
-/// A connection that listens, and what tells its server from others. It lives as long as the client does.
+/// Opens a connection that listens, and returns the identity of its server too. The connection lives as long as the
+/// client.
 async fn subscribe(config: &Config, session: SessionId) -> Result<(Client, String, mpsc::UnboundedReceiver<String>)> {
-    let Place { settings, tls } = config.listen.clone().ok_or_else(malformed)?;
+    let Endpoint { settings, tls } = config.listen.clone().ok_or_else(malformed)?;
     let subscribed = async {
         let (client, messages) = match tls {
             Tls::None => drive(settings.connect(NoTls).await.map_err(while_connecting)?),
             Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(while_connecting)?),
         };
-        let told = client.query_typed(&format!("SELECT {SERVER}"), &[]).await.map_err(from_answer)?;
-        let told = told.first().ok_or_else(malformed)?;
-        let read = |fault| malformed().with_source(fault);
-        if told.try_get(0).map_err(read)? {
-            return Err(error(ErrorKind::Unavailable, "the server takes no writes: it is a standby now, perhaps"));
+        let rows = client.query_typed(&format!("SELECT {SERVER}"), &[]).await.map_err(from_answer)?;
+        let row = rows.first().ok_or_else(malformed)?;
+        let unreadable = |fault| malformed().with_source(fault);
+        if row.try_get(0).map_err(unreadable)? {
+            return Err(error(ErrorKind::Unavailable, "the server accepts no writes: it may be a standby now"));
         }
-        let server = told.try_get(1).map_err(read)?;
+        let server = row.try_get(1).map_err(unreadable)?;
         client.batch_execute(&format!("LISTEN {}", channel(session))).await.map_err(from_answer)?;
         Ok((client, server, messages))
     };
-    let late = || Err(error(ErrorKind::Unavailable, format!("cannot connect: no answer within {CONNECT_WITHIN:?}")));
-    within(CONNECT_WITHIN, subscribed).await.unwrap_or_else(late)
+    let late = || Err(error(ErrorKind::Unavailable, format!("cannot connect: no answer within {CONNECT_TIMEOUT:?}")));
+    within(CONNECT_TIMEOUT, subscribed).await.unwrap_or_else(late)
 }
 
-/// Runs the connection, and passes on what it hears.
+/// Drives a connection in a task, and returns the notifications that arrive over it.
 fn drive<T>((client, mut connection): (Client, Connection<Socket, T>)) -> (Client, mpsc::UnboundedReceiver<String>)
 where
     Connection<Socket, T>: Future<Output = Result<(), tokio_postgres::Error>> + Send + Unpin + 'static,
@@ -142,7 +144,7 @@ where
         loop {
             match std::task::ready!(connection.poll_message(context)) {
                 Some(Ok(AsyncMessage::Notification(message))) => {
-                    let _nobody_listens = sender.send(message.payload().to_owned());
+                    let _ = sender.send(message.payload().to_owned()); // The listener may have ended.
                 }
                 Some(Ok(_)) => {}
                 Some(Err(_)) | None => return Poll::Ready(()),
@@ -152,15 +154,15 @@ where
     (client, messages)
 }
 
-/// Whether a message that is sent as steps send them arrives.
-async fn hears_itself(
+/// Returns whether a message arrives that is sent over a connection for operations, as real notifications are.
+async fn receives_echo(
     pool: &Arc<Pool>,
     session: SessionId,
     messages: &mut mpsc::UnboundedReceiver<String>,
     pushes: &PushSender,
 ) -> bool {
-    if pool.ask("SELECT pg_catalog.pg_notify($1, 'echo')", &[(&channel(session), Type::TEXT)]).await.is_err() {
-        // That is no proof of anything.
+    if pool.query("SELECT pg_catalog.pg_notify($1, 'echo')", &[(&channel(session), Type::TEXT)]).await.is_err() {
+        // The message was not sent, which proves nothing about the listener.
         return true;
     }
     let echo = async {
@@ -173,10 +175,11 @@ async fn hears_itself(
         }
         false
     };
-    within(ECHO_WITHIN, echo).await.unwrap_or(false)
+    within(ECHO_TIMEOUT, echo).await.unwrap_or(false)
 }
 
-/// `G` token fence key, or `F` token and what was lost.
+/// Reads a message. A grant is `G`, the token, the fence, a space and the key. A forced release is `F`, the token, the
+/// length of the key, a colon, the key and the reason.
 fn read(text: &str) -> Result<Push> {
     let token = text.get(1..33).and_then(TokenId::from_hex).ok_or_else(malformed)?;
     let rest = &text[33..];
