@@ -745,8 +745,8 @@ BEGIN
       freed := freed || freed_key;
       RETURN NEXT;
     END LOOP;
-    UPDATE @schema@.keys k SET closed_until = CASE WHEN k.closed_until > until THEN k.closed_until END,
-      busy = coalesce(k.closed_until > until, false)
+    UPDATE @schema@.keys k SET closed_until = CASE WHEN k.closed_until > @schema@.clock() THEN k.closed_until END,
+      busy = coalesce(k.closed_until > @schema@.clock(), false)
         OR EXISTS (SELECT FROM @schema@.holds h WHERE h.key = k.key)
         OR EXISTS (SELECT FROM @schema@.forced f WHERE f.key = k.key)
     WHERE k.key = ANY (freed);
