@@ -275,16 +275,24 @@ impl Running {
 
     #[track_caller]
     pub fn finish(mut self) -> Finished {
-        until("the end of stanchion", || self.has_ended());
-        self.finish_with_output()
+        // A full pipe would stop the program.
+        let mut stdout = Vec::new();
+        until("the end of stanchion", || {
+            stdout.extend(
+                self.child.as_mut().and_then(|child| child.stdout.as_mut()).map(drain_bytes).unwrap_or_default(),
+            );
+            self.has_ended()
+        });
+        self.finish_with_output(stdout)
     }
 
-    /// Takes what was written so far, by a process that has ended; who inherited its streams may still have them open.
-    fn finish_with_output(mut self) -> Finished {
+    /// Takes the output of a process that has ended, without waiting for processes that inherited its streams.
+    fn finish_with_output(mut self, mut stdout: Vec<u8>) -> Finished {
         use std::os::unix::process::ExitStatusExt as _;
         let mut child = self.child.take().unwrap();
         let status = child.wait().unwrap();
-        let stdout = drain(child.stdout.take().unwrap());
+        stdout.extend(child.stdout.take().map(drain_bytes).unwrap_or_default());
+        let stdout = String::from_utf8_lossy(&stdout).into_owned();
         let stderr = drain(child.stderr.take().unwrap());
         Finished { code: status.code(), signal: status.signal(), stdout, stderr }
     }
@@ -301,11 +309,15 @@ impl Drop for Running {
 
 /// Returns the text that is in the pipe now.
 fn drain(pipe: impl std::io::Read + std::os::fd::AsFd) -> String {
+    String::from_utf8_lossy(&drain_bytes(pipe)).into_owned()
+}
+
+fn drain_bytes(pipe: impl std::io::Read + std::os::fd::AsFd) -> Vec<u8> {
     let flags = rustix::fs::fcntl_getfl(&pipe).unwrap();
     rustix::fs::fcntl_setfl(&pipe, flags | rustix::fs::OFlags::NONBLOCK).unwrap();
     let (mut pipe, mut bytes) = (pipe, Vec::new());
     let _would_block = pipe.read_to_end(&mut bytes);
-    String::from_utf8_lossy(&bytes).into_owned()
+    bytes
 }
 
 #[derive(Debug)]
