@@ -216,8 +216,8 @@ impl<'a> Supervisor<'a> {
                 if has_a_job_shell() {
                     self.stops_with_child = true;
                 } else {
-                    // Nobody would continue it. Not left to its stop being seen: a shell that is starting a program with
-                    // vfork cannot stop, while what it starts does.
+                    // No shell would continue the command. This does not wait until its stop is seen: a shell that is
+                    // starting a program with vfork cannot stop, but the program does.
                     self.signal(Signal::CONT);
                 }
             }

@@ -120,8 +120,8 @@ fn bad_stores_say_what_would_be_right() {
 fn unwritable_folder_is_not_permitted() {
     let world = World::new();
     let state = world.path("state");
-    // Where nobody can read it, too. Another process copies it: what this one has open for writing, a child that another
-    // test starts has open as well for a moment, and nobody can run it meanwhile.
+    // The user `nobody` must be able to read it. Another process copies it: a file that this process has open for writing
+    // is for a moment also open in a child that another test starts, and cannot be executed then.
     let copied =
         std::process::Command::new("cp").arg(env!("CARGO_BIN_EXE_stanchion")).arg(world.path("stanchion")).status();
     assert!(copied.unwrap().success());

@@ -177,8 +177,8 @@ pub fn world_of_nobody() -> Option<World> {
     let world = World::new();
     fs::set_permissions(world.path("."), fs::Permissions::from_mode(0o755)).unwrap();
     chown(world.path("state"), Some(65534), Some(65534)).unwrap();
-    // Another process copies them: what this one has open for writing, a child that another test starts has open as well for
-    // a moment, and nobody can run it meanwhile.
+    // Another process copies them: a file that this process has open for writing is for a moment also open in a child that
+    // another test starts, and cannot be executed then.
     for (from, to) in [(env!("CARGO_BIN_EXE_stanchion"), "stanchion"), ("/usr/bin/setpriv", "become")] {
         assert!(Command::new("cp").arg(from).arg(world.path(to)).status().unwrap().success());
     }

@@ -1,4 +1,4 @@
-//! `ls`, `inspect` and `watch`: what is held, waited for and closed.
+//! Tests `ls`, `inspect` and `watch`.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 use std::io::{BufRead as _, BufReader};
@@ -121,7 +121,7 @@ fn damaged_entries_are_named_by_ls() {
     let long = world.stanchion(["run", "long", "-c", "touch $D/long; exec sleep 600"]).start();
     world.until_file("long");
     let db = rusqlite::Connection::open(world.path("state/stanchion/locks.db")).unwrap();
-    // By hand: what no program of ours writes.
+    // No program of ours writes these rows.
     db.execute_batch(
         "UPDATE holds SET units = -1 WHERE key_id = (SELECT id FROM keys WHERE name = ':bad');
          UPDATE holds SET granted_wall = 9223372036854775807, metadata = printf('%.70000c', 'x')

@@ -136,7 +136,7 @@ fn permits_limit_the_holders() {
     assert!(refused.says(&["and 1 more"]).stderr.matches("limit").count() == 0);
     let differ = "in use with a limit of 2, this request says a limit of 3";
     world.stanchion(["run", "k", "-n", "--permits", "3", "--", "true"]).finish().code(75).says(&[differ]);
-    // A rolling deploy that raises the limit: those that come wait, and nobody fails.
+    // During a rolling deploy that raises the limit, new processes wait, and none fails.
     let raised = world.stanchion(["run", "k", "--permits", "3", "--", "true"]).start();
     world.until_waiting("k", 1);
     let inspected = world.stanchion(["inspect", "k"]).finish().code(0).stdout;

@@ -86,7 +86,7 @@ pub(crate) fn killed_wrapper_takes_its_child_along(server: impl Server) {
     run(&world, &["run", "-w", "10s", "k", "--", "true"]).finish().code(0);
 }
 
-/// All of it, on what `$start` starts.
+/// Makes a test of each function above, on the server that `$start` starts.
 #[macro_export]
 macro_rules! on_a_server {
     ($start:expr) => {

@@ -13,7 +13,7 @@ impl crate::on_a_server::Server for PostgresServer {
     }
 }
 
-/// Its schema is applied by its owner, by the tool; whoever uses locks has the rights of the documentation.
+/// Starts a server. The tool applies the schema as its owner, and the user of locks has only the documented rights.
 fn server() -> PostgresServer {
     let server = PostgresServer::with_passwords(Postgres::V15, &[]);
     server.psql("CREATE ROLE locker LOGIN PASSWORD 'hunter2'");
