@@ -114,12 +114,14 @@ pub async fn random_operations_match_memory<S: Store>(env: &Environment<S>) {
                     2 => Demand::READ,
                     _ => Demand::new(1 + random.below(capacity.into()) as u32, capacity).unwrap(),
                 };
+                let enqueue = random.below(4) > 0;
                 let lifetime = match random.below(4) {
-                    0 => Lifetime::Fixed(HOUR),
+                    // A hand-off of a fixed hold whose caller has not learned of it may end with the session, or not.
+                    0 if !enqueue => Lifetime::Fixed(HOUR),
                     1 => Lifetime::Session { max_hold: Some(HOUR) },
                     _ => Lifetime::Session { max_hold: None },
                 };
-                let (key, token, enqueue) = (k.clone(), TokenId::random().unwrap(), random.below(4) > 0);
+                let (key, token) = (k.clone(), TokenId::random().unwrap());
                 let call = Call { client: chosen, key, token, demand, lifetime, enqueue, can_repeat: true };
                 match both!(clients, chosen, one, one.acquire(&call.request(one)).await) {
                     (AcquireOutcome::Granted(real), AcquireOutcome::Granted(memory)) => {
