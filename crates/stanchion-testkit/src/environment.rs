@@ -13,7 +13,7 @@ use stanchion::store::{
 use stanchion::{Builder, Clock, Key, Locks, MAX_NAMESPACE_BYTES, SessionId, Store, TokenId, VirtualClock};
 
 /// Time after which a condition that has not come true fails the test.
-pub(crate) const GENEROUS: Duration = Duration::from_secs(30);
+pub(crate) const GENEROUS: Duration = Duration::from_secs(120);
 
 /// Session ttl that is longer than every test.
 const LONG: Duration = Duration::from_secs(3_600);

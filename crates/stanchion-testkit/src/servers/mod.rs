@@ -22,7 +22,7 @@ pub use postgres::{PgBouncer, Postgres, PostgresServer};
 pub use redis::{Redis, RedisCluster, RedisSentinel, RedisServer};
 
 /// Time after which a server that does not answer fails the test.
-const GENEROUS: Duration = Duration::from_secs(30);
+const GENEROUS: Duration = Duration::from_secs(120);
 
 /// Returns a port that was free when it was checked.
 ///

@@ -14,7 +14,7 @@ use stanchion::store::Sqlite;
 use stanchion::{Clock, Event, Locks};
 
 /// Time after which a test fails because a condition takes too long.
-const GENEROUS: Duration = Duration::from_secs(60);
+const GENEROUS: Duration = Duration::from_secs(120);
 
 /// A worker process that is killed when the test ends.
 struct Worker(Child);

@@ -176,8 +176,8 @@ fn many_callers_share_requests_and_never_a_key() {
                 tokio::spawn(async move {
                     for round in 0..ROUNDS {
                         let at = (task + round) % SHARED;
-                        let own = locks.lock(format!("own {task}")).await.unwrap();
-                        let shared = locks.lock(format!("shared {at}")).await.unwrap();
+                        let own = lock_at_last(&locks, &format!("own {task}")).await;
+                        let shared = lock_at_last(&locks, &format!("shared {at}")).await;
                         let (count, last) = &keys[at];
                         // Read, yield, write: two holders at the same time would lose a count.
                         let before = count.load(Relaxed);
@@ -220,12 +220,7 @@ fn two_busy_handles_share_a_key_without_loss() {
             .map(|task| {
                 let (locks, key) = (handles[task % 2].clone(), key.clone());
                 tokio::spawn(async move {
-                    // A broken connection may lose the answer, so the task tries again.
-                    let guard = loop {
-                        if let Ok(guard) = locks.lock("k").await {
-                            break guard;
-                        }
-                    };
+                    let guard = lock_at_last(&locks, "k").await;
                     let (count, last) = &*key;
                     let before = count.load(Relaxed);
                     tokio::task::yield_now().await;
@@ -244,6 +239,16 @@ fn two_busy_handles_share_a_key_without_loss() {
         assert_eq!(key.0.load(Relaxed), TASKS as u64);
         until("nothing is left", async || handles[0].list("").await.unwrap().is_empty()).await;
     });
+}
+
+/// Locks a key while connections break: on a slow machine each attempt of a request may lose its answer, and the call fails.
+async fn lock_at_last(locks: &Locks, key: &str) -> stanchion::Guard {
+    loop {
+        match locks.lock(key).await {
+            Ok(guard) => return guard,
+            Err(error) => assert!(error.is_transient(), "{error:?}"),
+        }
+    }
 }
 
 /// Repeats an action every 300 ms until all tasks have ended. Returns the number of repetitions.
