@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
+use crate::handle::Handle;
 use crate::keeper;
 use crate::key::{check_namespace, normal};
 use crate::lease::Drift;
-use crate::locks::{Handle, Locks, MAX_OWNER_BYTES, check_duration};
+use crate::limits::{MAX_OWNER_BYTES, check_duration};
+use crate::locks::Locks;
 use crate::on_lost::OnLost;
 use crate::retry::RetryPolicy;
 use crate::shared::{Config, Shared};
