@@ -2,7 +2,7 @@
 //!
 //! # Invariants
 //! 1. The phase only moves forward.
-//! 2. Who waits for a phase is woken when the handle reaches it, also if the handle skips phases.
+//! 2. A task that waits for a phase is woken when the handle reaches it, also if the handle skips phases.
 
 use std::pin::pin;
 use std::sync::OnceLock;

@@ -1,4 +1,4 @@
-//! What the drivers of servers share: the thread of their connections, and the pauses between attempts to connect.
+//! Provides the drivers of servers with a thread for their connections, and with the pauses between attempts to connect.
 
 use std::future::Future;
 use std::sync::Mutex;
