@@ -113,7 +113,7 @@ fn wait(hold: &Hold, key: &str, events: &Receiver<Event>, verbosity: Verbosity) 
         match (event, given_up) {
             (Event::Signal(libc::SIGCHLD), _) => child::reap_orphans(&[]),
             (Event::Signal(libc::SIGTSTP), _) if child::has_a_job_shell() => {
-                let _stopped_here = kill_process(getpid(), Signal::STOP);
+                let _ = kill_process(getpid(), Signal::STOP); // the process stops here until it is continued
             }
             (Event::Signal(signal), None) if child::ends_the_wait(signal) => {
                 hold.cancel();
@@ -171,7 +171,7 @@ fn end(
     if ran.interrupted {
         // The Ctrl-C was for everything in the foreground, and only the command has seen it. A shell that runs a script
         // goes by whether we died of it.
-        let _told = kill_current_process_group(Signal::INT);
+        let _ = kill_current_process_group(Signal::INT); // the others of the group may be gone
         die_of_interrupt();
     }
     Ok(match ran.exit {
@@ -184,7 +184,7 @@ fn end(
 /// Comes back in the first process of a container: it cannot die of a signal.
 fn die_of_interrupt() {
     if std::process::id() != 1 {
-        let _unreachable = signal_hook::low_level::emulate_default_handler(libc::SIGINT);
+        let _ = signal_hook::low_level::emulate_default_handler(libc::SIGINT);
     }
 }
 

@@ -121,7 +121,7 @@ impl Hold {
     /// Releases the key and keeps it closed for `cooldown`. The answer is an event.
     pub(crate) fn release(&self, cooldown: Option<Duration>, succeeded: bool) {
         // A thread that has ended has sent the reason.
-        let _ended = self.commands.send(Command::Release { cooldown, succeeded });
+        let _ = self.commands.send(Command::Release { cooldown, succeeded }); // the receiver may have ended
     }
 }
 
@@ -134,14 +134,14 @@ fn say_farewell(events: &Sender<Event>) {
         Event::Lost(Loss { cause: LossCause::Closed, left: None }),
         Event::Released(Err(failure())),
     ] {
-        let _ended = events.send(event);
+        let _ = events.send(event); // the receiver may have ended
     }
 }
 
 async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedReceiver<Command>, events: Sender<Event>) {
     let tell = |event| {
         // The main thread has ended, and with it this process.
-        let _ended = events.send(event);
+        let _ = events.send(event); // the receiver may have ended
     };
     let started = Clock::system().now();
     let opened = tokio::select! {
@@ -168,7 +168,7 @@ async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedRec
             }));
             let released = keep(held, &mut inbox, &mut happenings, &mut report, &tell).await;
             // A hold that could not be released ends with the session.
-            let _closed = opened.locks.close().await;
+            let _ = opened.locks.close().await; // the session then expires by itself
             // The keeper has reported everything by now.
             while let Some(event) = event_that_is_there(&mut happenings).await {
                 report.collect(event);
@@ -309,7 +309,7 @@ async fn keep(
         match command {
             Some(Command::IsHeld(answer)) => {
                 // The main thread may have stopped waiting.
-                let _late = answer.send(guard.is_held());
+                let _ = answer.send(guard.is_held()); // the caller may have given up
             }
             Some(Command::Release { cooldown, succeeded }) => break (cooldown, succeeded),
             None => break (None, false),

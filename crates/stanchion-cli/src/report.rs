@@ -10,7 +10,7 @@ use stanchion::{BootTime, Clock, Fence, Guard, Locks, LossCause};
 
 use crate::message::quoted_key;
 use crate::output::{cell, escape, for_people, limits_differ};
-use crate::store::within;
+use crate::store::{pause, within};
 
 /// A line for the user about the key.
 #[derive(Debug)]
@@ -51,7 +51,7 @@ impl<'a> WaitReport<'a> {
         let clock = Clock::system();
         loop {
             let Some(next_look) = self.next_look else { std::future::pending().await };
-            let _passed = within(next_look.since(clock.now()), std::future::pending::<()>()).await;
+            pause(next_look.since(clock.now())).await;
             let looked = within(LOOK_WITHIN, self.locks.inspect(self.key)).await;
             self.next_look = Some(clock.now().after(LOOK_EVERY));
             let key = quoted_key(self.key);
@@ -177,7 +177,7 @@ impl HoldReport {
     pub(crate) async fn end_of_outage(&mut self, guard: &Guard) -> Report {
         loop {
             let Some(left) = self.left_at_outage else { std::future::pending().await };
-            let _passed = within(Duration::from_millis(200), std::future::pending::<()>()).await;
+            pause(Duration::from_millis(200)).await;
             // Only a renewal makes it longer.
             if guard.is_held() && guard.remaining().is_some_and(|now| now > left) {
                 (self.is_outage_reported, self.left_at_outage) = (false, None);

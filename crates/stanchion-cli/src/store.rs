@@ -295,7 +295,7 @@ impl StoreChoice {
             if left.is_zero() {
                 return Err(fault);
             }
-            let _passed = within(left.min(OPEN_EVERY), std::future::pending::<()>()).await;
+            pause(left.min(OPEN_EVERY)).await;
         }
     }
 
@@ -335,15 +335,20 @@ impl StoreChoice {
 /// Ends the session. If the store did not answer before, the tool does not wait for it: the session ends by itself.
 pub(crate) async fn close(opened: &Opened, is_store_away: bool) {
     if is_store_away {
-        let _closed = within(CLOSE_AWAY_WITHIN, opened.locks.close()).await;
+        let _ = within(CLOSE_AWAY_WITHIN, opened.locks.close()).await; // the session then expires by itself
     } else {
-        let _closed = opened.locks.close().await;
+        let _ = opened.locks.close().await; // the session then expires by itself
     }
 }
 
 /// Returns the outcome, or `None` after `limit`.
 pub(crate) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
     tokio::time::timeout(limit, work).await.ok()
+}
+
+#[allow(clippy::disallowed_methods, reason = "a pause between looks, not a deadline of the protocol")]
+pub(crate) async fn pause(span: Duration) {
+    tokio::time::sleep(span).await;
 }
 
 /// Returns the failure of a store that did not answer.

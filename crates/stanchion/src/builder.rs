@@ -1,18 +1,20 @@
-//! Configures and opens a handle, and finds the store that a URL names.
+//! Configures and opens a handle.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
+use crate::handle::Handle;
 use crate::keeper;
 use crate::key::{check_namespace, normal};
 use crate::lease::Drift;
-use crate::locks::{Handle, Locks, MAX_OWNER_BYTES, check_duration};
+use crate::limits::{MAX_OWNER_BYTES, check_duration};
+use crate::locks::Locks;
 use crate::on_lost::OnLost;
 use crate::retry::RetryPolicy;
 use crate::shared::{Config, Shared};
-use crate::store::Store;
+use crate::store::{self, Store, shown_scheme};
 use crate::telemetry::KeyRedaction;
 
 /// The settings of a handle before it is opened. [`Locks::builder`] returns one.
@@ -237,10 +239,6 @@ impl Builder {
     }
 }
 
-fn scheme(url: &str) -> &str {
-    url.split_once(':').map_or("", |(scheme, _)| scheme)
-}
-
 /// Opens the store, and retries after transient errors until the caller drops the future. Leaves the last error in
 /// `last`.
 async fn open_until_given_up(
@@ -251,83 +249,12 @@ async fn open_until_given_up(
 ) -> Result<Arc<dyn Store>> {
     let mut pauses = policy.endless_pauses();
     loop {
-        match open_store(url).await {
+        match store::open(url).await {
             Err(fault) if fault.is_transient() => *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(fault),
             done => return done,
         }
         clock.sleep(pauses.next().unwrap_or(policy.longest_pause)).await;
     }
-}
-
-/// Returns the scheme of a URL if it is certainly a scheme. A URL without one may begin with a user's name.
-fn shown_scheme(url: &str) -> Option<&str> {
-    let (scheme, rest) = url.split_once(':')?;
-    let is_scheme = scheme.len() <= 32 && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
-    (is_scheme && (rest.starts_with("//") || !rest.contains('@'))).then_some(scheme)
-}
-
-async fn open_store(url: &str) -> Result<Arc<dyn Store>> {
-    match scheme(url) {
-        "memory" if url == "memory:" => Ok(Arc::new(crate::store::Memory::new())),
-        "memory" => Err(Error::new(ErrorKind::InvalidArgument, "the memory store's URL is `memory:` and nothing more")),
-        #[cfg(feature = "sqlite")]
-        "sqlite" => Ok(Arc::new(crate::store::Sqlite::connect(url).await?)),
-        #[cfg(not(feature = "sqlite"))]
-        "sqlite" => Err(not_built("sqlite")),
-        #[cfg(feature = "redis")]
-        redis if is_redis(redis) => Ok(Arc::new(crate::store::Redis::from_url(url)?)),
-        #[cfg(not(feature = "redis"))]
-        redis if is_redis(redis) => Err(not_built(redis)),
-        #[cfg(feature = "postgres")]
-        "postgres" | "postgresql" => Ok(Arc::new(crate::store::Postgres::from_url(url)?)),
-        #[cfg(not(feature = "postgres"))]
-        known @ ("postgres" | "postgresql") => Err(not_built(known)),
-        #[cfg(feature = "firestore")]
-        "firestore" => Ok(Arc::new(crate::store::Firestore::from_url(url)?)),
-        #[cfg(not(feature = "firestore"))]
-        "firestore" => Err(not_built("firestore")),
-        "" => {
-            let message = format!("a store's URL must begin with a scheme, one of {}", stores());
-            Err(Error::new(ErrorKind::InvalidArgument, message))
-        }
-        _ => {
-            let urls = shown_scheme(url).map_or("such URLs".to_owned(), |scheme| format!("`{scheme}:` URLs"));
-            let message = format!("there is no store for {urls}; the schemes are {}", stores());
-            Err(Error::new(ErrorKind::InvalidArgument, message))
-        }
-    }
-}
-
-/// Returns whether the scheme is Redis's, including `redis+sentinel` and the like.
-fn is_redis(scheme: &str) -> bool {
-    matches!(scheme.split('+').next(), Some("redis" | "rediss"))
-}
-
-#[cfg(not(all(feature = "sqlite", feature = "redis", feature = "postgres", feature = "firestore")))]
-fn not_built(scheme: &str) -> Error {
-    let feature = match scheme {
-        redis if is_redis(redis) => "redis",
-        "postgresql" => "postgres",
-        feature => feature,
-    };
-    let message = format!(
-        "this build has no store for `{scheme}:` URLs: build it with the Cargo feature `{feature}`; it has {}",
-        stores()
-    );
-    Error::new(ErrorKind::Unsupported, message)
-}
-
-fn stores() -> String {
-    let redis = "`redis:` (with `rediss:`, `redis+unix:`, `redis+sentinel:`, `redis+cluster:`)";
-    let all = [
-        (true, "`memory:`"),
-        (cfg!(feature = "sqlite"), "`sqlite:`"),
-        (cfg!(feature = "redis"), redis),
-        (cfg!(feature = "postgres"), "`postgres:`"),
-        (cfg!(feature = "firestore"), "`firestore:`"),
-    ];
-    let built: Vec<_> = all.into_iter().filter(|(is_built, _)| *is_built).map(|(_, name)| name).collect();
-    built.join(", ")
 }
 
 /// Returns `PROGRAM@HOST/PROCESS`, shortened at its beginning if it is too long.

@@ -11,9 +11,11 @@ use crate::command::{Cleanup, Command, HoldCheck};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::fence::Fence;
+use crate::handle::Handle;
 use crate::key::Key;
 use crate::lease::Hold;
-use crate::locks::{Locks, check_duration};
+use crate::lifecycle::Phase;
+use crate::limits::check_duration;
 use crate::shared::Shared;
 use crate::store::{EndOutcome, ExtendOutcome};
 use crate::token::{Token, TokenId};
@@ -44,7 +46,7 @@ use crate::token::{Token, TokenId};
 #[derive(Debug)]
 #[must_use = "dropping a guard releases the lock"]
 pub struct Guard {
-    locks: Locks,
+    handle: Arc<Handle>,
     hold: Arc<Hold>,
     cooldown: Mutex<Option<Duration>>,
     /// The guard was released or detached, so dropping it releases nothing.
@@ -62,12 +64,12 @@ pub enum Released {
 }
 
 impl Guard {
-    pub(crate) fn new(locks: Locks, hold: Arc<Hold>, cooldown: Option<Duration>) -> Self {
-        Self { locks, hold, cooldown: Mutex::new(cooldown), spent: false }
+    pub(crate) fn new(handle: Arc<Handle>, hold: Arc<Hold>, cooldown: Option<Duration>) -> Self {
+        Self { handle, hold, cooldown: Mutex::new(cooldown), spent: false }
     }
 
     fn shared(&self) -> &Arc<Shared> {
-        &self.locks.handle.shared
+        &self.handle.shared
     }
 
     /// Returns the key.
@@ -171,7 +173,7 @@ impl Guard {
 
     /// Returns the reason if the handle is draining, so that the holder can finish soon.
     pub fn draining(&self) -> Option<&str> {
-        self.locks.draining()
+        self.handle.shared.lifecycle.drain_reason()
     }
 
     /// Sets the remaining time of a fixed lifetime, or of `max_hold`, to `ttl` from now. The new time may be shorter.
@@ -225,7 +227,7 @@ impl Guard {
                     return self.check();
                 }
                 shared.command(Command::Watch(self.hold.clone()));
-                shared.observer.tell(|| Event::Extended { key: self.key().clone(), fence: self.fence(), ttl });
+                shared.observer.publish(|| Event::Extended { key: self.key().clone(), fence: self.fence(), ttl });
                 Ok(())
             }
             ExtendOutcome::NotHeld => {
@@ -250,7 +252,7 @@ impl Guard {
         if self.hold.is_check_due(now, self.shared().config.session_ttl) {
             self.confirm_soon();
         }
-        if self.shared().draining().is_cancelled() {
+        if self.shared().lifecycle.has_reached(Phase::Draining) {
             return Err(self.shared().draining_error().with_key(self.key()));
         }
         Ok(())
@@ -281,7 +283,7 @@ impl Guard {
             }
             tokio::select! {
                 _ = self.lost() => {}
-                () = shared.draining().cancelled() => {}
+                () = shared.draining() => {}
                 () = shared.clock.sleep_until(until.min(now.after(interval))) => {}
             }
         }
@@ -355,9 +357,9 @@ impl Guard {
         }
         let repeated_in_time = step.unanswered && self.hold.ended(shared.clock.now()).is_none();
         match reply.outcome {
-            EndOutcome::Released => self.tell_released(),
+            EndOutcome::Released => self.report_released(),
             // The answer to the first attempt was lost, so this call released the hold.
-            EndOutcome::Nothing | EndOutcome::Dequeued if repeated_in_time => self.tell_released(),
+            EndOutcome::Nothing | EndOutcome::Dequeued if repeated_in_time => self.report_released(),
             EndOutcome::Nothing | EndOutcome::Dequeued => {
                 shared.lose(&self.hold, LossCause::Missing, None);
                 return Ok(Released::AlreadyLost);
@@ -373,9 +375,9 @@ impl Guard {
         }
     }
 
-    fn tell_released(&self) {
+    fn report_released(&self) {
         let held = self.shared().clock.now().since(self.hold.since);
-        self.shared().observer.tell(|| Event::Released { key: self.key().clone(), fence: self.fence(), held });
+        self.shared().observer.publish(|| Event::Released { key: self.key().clone(), fence: self.fence(), held });
     }
 
     /// Gives up the guard without releasing the lock, and returns the token with which [`Locks::adopt`] takes the hold

@@ -157,6 +157,10 @@ impl SessionLease {
 }
 
 /// The validity of a hold.
+///
+/// Its times are atomics and not behind a mutex, because every check of a guard reads them: in loops of user code, on any thread,
+/// and in a forked child, where a thread that does not exist there may hold a mutex for ever. Each time is written by one kind of
+/// event and is meaningful by itself; `stop` exists beside `until` for that reason.
 #[derive(Debug)]
 pub(crate) struct Hold {
     pub(crate) key: Key,
@@ -168,7 +172,7 @@ pub(crate) struct Hold {
     /// End of the hold's own lifetime, in nanoseconds since boot; never over if the hold has none.
     until: AtomicU64,
     /// Time at which the holder must stop because of the hold's own lifetime, in nanoseconds since boot: earlier than `until` by the
-    /// grace. It has a value of its own so that no reader sees half of an extension.
+    /// grace.
     stop: AtomicU64,
     /// Latest end of the lifetime that was requested, answered or not, in nanoseconds since boot.
     asked_until: AtomicU64,

@@ -86,6 +86,7 @@
 //!
 //! Features only add: no feature changes the behaviour of another one.
 
+mod adopt;
 pub mod blocking;
 mod builder;
 mod clock;
@@ -94,12 +95,18 @@ mod error;
 mod event;
 mod fence;
 mod guard;
+mod handle;
+mod in_flight;
 mod keeper;
 mod key;
 mod lease;
+mod lifecycle;
+mod limits;
 mod locks;
 mod loss_executor;
+mod observer;
 mod on_lost;
+mod options;
 mod polls;
 mod primitives;
 mod printable;
@@ -121,12 +128,15 @@ mod waiter;
 pub use builder::Builder;
 pub use clock::{BootTime, Clock, Sleep, VirtualClock};
 pub use error::{Error, ErrorKind, LossCause, Result};
-pub use event::{Event, EventStream};
+pub use event::Event;
 pub use fence::Fence;
 pub use guard::{Guard, Released};
+pub use handle::drain;
 pub use key::{Key, MAX_KEY_BYTES, MAX_NAMESPACE_BYTES};
 pub use lease::Drift;
-pub use locks::{DURATION_RANGE, Locks, MAX_METADATA_BYTES, MAX_OWNER_BYTES, drain};
+pub use limits::{DURATION_RANGE, MAX_METADATA_BYTES, MAX_OWNER_BYTES};
+pub use locks::Locks;
+pub use observer::EventStream;
 pub use on_lost::{Loss, OnLost};
 pub use primitives::{
     Election, Guards, KeyRequest, Leader, LeaderStream, Leadership, LockAllRequest, OnceGuard, OnceOutcome,

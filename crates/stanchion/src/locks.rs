@@ -1,37 +1,26 @@
 //! Defines [`Locks`], the handle through which a process uses a store's locks.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::sync::Arc;
 
+use crate::adopt::adopt;
 use crate::builder::Builder;
 use crate::command::Command;
-use crate::error::{Error, ErrorKind, Result};
-use crate::event::{Event, EventStream};
+use crate::error::{ErrorKind, Result};
+use crate::event::Event;
 use crate::fence::Fence;
 use crate::guard::Guard;
-use crate::key::{Key, namespace_prefix, normal};
+use crate::handle::Handle;
+use crate::key::{namespace_prefix, normal};
+use crate::lifecycle::Phase;
+use crate::limits::MAX_METADATA_BYTES;
+use crate::observer::EventStream;
 use crate::primitives::{Election, KeyRequest, LockAllRequest, OnceRequest, OwnerStatus, RunRecord};
 use crate::request::LockRequest;
-use crate::shared::{SessionView, Shared};
+use crate::shared::SessionView;
 use crate::store::{
     Capabilities, Cursor, Demand, ForceReleaseOutcome, ForceReleaseRequest, KeyState, Listing, PollOutcome, Store,
 };
-use crate::thread::Ending;
 use crate::token::{SessionId, Token};
-use crate::wait;
-
-/// Shortest and longest duration that a call accepts: 10 ms and 30 days.
-pub const DURATION_RANGE: std::ops::RangeInclusive<Duration> =
-    Duration::from_millis(10)..=Duration::from_secs(30 * 24 * 60 * 60);
-
-/// Maximum length of an owner label, in bytes.
-pub const MAX_OWNER_BYTES: usize = 128;
-
-/// Maximum length of a request's metadata, and of its trace, in bytes each.
-pub const MAX_METADATA_BYTES: usize = 4_096;
-
-/// Maximum time that dropping the last handle waits for its session to end.
-const DROP_WITHIN: Duration = Duration::from_secs(1);
 
 /// A handle on the locks of one store, cheap to clone.
 ///
@@ -62,63 +51,6 @@ const DROP_WITHIN: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub struct Locks {
     pub(crate) handle: Arc<Handle>,
-}
-
-/// Closes the keeper when the last handle and the last guard are gone.
-#[derive(Debug)]
-pub(crate) struct Handle {
-    pub(crate) shared: Arc<Shared>,
-    thread: Mutex<Option<Ending>>,
-}
-
-impl Handle {
-    pub(crate) fn new(shared: Arc<Shared>, thread: Ending) -> Self {
-        let mut handles = handles();
-        handles.retain(|handle| handle.strong_count() > 0);
-        handles.push(Arc::downgrade(&shared));
-        Self { shared, thread: Mutex::new(Some(thread)) }
-    }
-}
-
-/// Returns all handles of this process, some of which may be gone.
-fn handles() -> MutexGuard<'static, Vec<Weak<Shared>>> {
-    static HANDLES: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
-    HANDLES.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Drains every handle that is open in this process. Call it when a signal tells the process to end.
-///
-/// See [`Locks::drain`] for the effects.
-///
-/// ```standalone_crate
-/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
-/// let locks = stanchion::Locks::open("memory:").await?;
-/// let guard = locks.lock("job").await?;
-/// stanchion::drain("SIGTERM");
-/// assert_eq!(guard.draining(), Some("SIGTERM"));
-/// assert!(locks.lock("another").await.is_err());
-/// # Ok::<(), stanchion::Error>(()) }).unwrap();
-/// ```
-pub fn drain(reason: &str) {
-    // Draining wakes waiting tasks, and such a task may open a handle: so the list is not locked here.
-    let handles = handles().clone();
-    for handle in handles.iter().filter_map(Weak::upgrade).filter(|handle| handle.is_own_process()) {
-        handle.drain(reason);
-    }
-}
-
-impl Drop for Handle {
-    fn drop(&mut self) {
-        if !self.shared.is_own_process() {
-            return;
-        }
-        self.shared.drain("the handle was dropped");
-        self.shared.command(Command::Close);
-        // Without this wait, a process that exits right after the drop would leave its session to expire.
-        if let Some(thread) = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
-            thread.wait(DROP_WITHIN);
-        }
-    }
 }
 
 impl Locks {
@@ -196,7 +128,7 @@ impl Locks {
     /// # Ok::<(), stanchion::Error>(()) }).unwrap();
     /// ```
     pub fn lock(&self, key: impl Into<String>) -> LockRequest {
-        LockRequest::new(self.clone(), key.into())
+        LockRequest::new(self.handle.clone(), key.into())
     }
 
     /// Tries once to lock a key. If someone else holds the lock or waits for it, you get `None`, not an error.
@@ -252,7 +184,7 @@ impl Locks {
     /// # Ok::<(), stanchion::Error>(()) }).unwrap();
     /// ```
     pub fn semaphore(&self, key: impl Into<String>, limit: u32) -> LockRequest {
-        LockRequest { units: 1, capacity: limit, ..self.lock(key) }
+        self.lock(key).limit(limit)
     }
 
     /// Requests several keys, all or nothing. [`LockAllRequest`] describes the order and lists the errors.
@@ -269,7 +201,7 @@ impl Locks {
     /// # Ok::<(), stanchion::Error>(()) }).unwrap();
     /// ```
     pub fn lock_all<W: Into<KeyRequest>>(&self, keys: impl IntoIterator<Item = W>) -> LockAllRequest {
-        LockAllRequest::new(self.lock(""), keys.into_iter().map(Into::into).collect())
+        LockAllRequest::new(self.handle.clone(), keys.into_iter().map(Into::into).collect())
     }
 
     /// Requests that something is done once by the first caller, and not again for a while. [`OnceRequest`] describes
@@ -288,8 +220,8 @@ impl Locks {
     /// # Cancel safety
     /// Only reads.
     pub async fn last_run(&self, key: impl Into<String>) -> Result<Option<RunRecord>> {
-        let key = self.key(&key.into())?;
-        Ok(crate::primitives::last_run(self, &key).await?.run)
+        let key = self.handle.key(&key.into())?;
+        Ok(crate::primitives::last_run(&self.handle.shared, &key).await?.run)
     }
 
     /// Returns an [`Election`] under this key, in which this handle can be a candidate or an observer.
@@ -305,7 +237,7 @@ impl Locks {
     /// # Cancel safety
     /// Only reads.
     pub async fn status(&self, token: &Token) -> Result<OwnerStatus> {
-        crate::primitives::status(self, token).await
+        crate::primitives::status(&self.handle.shared, token).await
     }
 
     /// Returns whether an owner with this label holds the key or waits for it.
@@ -353,7 +285,7 @@ impl Locks {
     /// # Cancel safety
     /// If the future is dropped after the hold was adopted, the keeper releases the hold.
     pub async fn adopt(&self, token: Token) -> Result<Guard> {
-        wait::adopt(self, token).await
+        adopt(&self.handle, token).await
     }
 
     /// Returns the holders, waiters and fences of a key when the store was queried.
@@ -366,10 +298,8 @@ impl Locks {
     /// # Cancel safety
     /// Only reads.
     pub async fn inspect(&self, key: impl Into<String>) -> Result<KeyState> {
-        let shared = &self.handle.shared;
-        let key = self.key(&key.into())?;
-        let step = shared.step(|| shared.store.inspect(&key)).await;
-        step.result.map(|reply| reply.outcome).map_err(|error| error.with_key(&key))
+        let key = self.handle.key(&key.into())?;
+        self.handle.shared.inspect(&key).await
     }
 
     /// Returns the keys of this handle's namespace that begin with `prefix` and are held, waited for or in cooldown.
@@ -465,7 +395,7 @@ impl Locks {
         reason: impl Into<String>,
     ) -> Result<ForceReleaseOutcome> {
         let shared = &self.handle.shared;
-        let key = self.key(&key.into())?;
+        let key = self.handle.key(&key.into())?;
         let reason = reason.into();
         if reason.trim().is_empty() || reason.len() > MAX_METADATA_BYTES {
             let message = format!("force-release needs a reason of 1 to {MAX_METADATA_BYTES} bytes");
@@ -480,7 +410,7 @@ impl Locks {
             outcome = ForceReleaseOutcome::Released;
         }
         if outcome == ForceReleaseOutcome::Released {
-            shared.observer.tell(|| Event::ForceReleased { key, fence, reason });
+            shared.observer.publish(|| Event::ForceReleased { key, fence, reason });
         }
         Ok(outcome)
     }
@@ -507,7 +437,7 @@ impl Locks {
 
     /// Returns the reason if this handle is draining.
     pub fn draining(&self) -> Option<&str> {
-        self.handle.shared.drain_reason()
+        self.handle.shared.lifecycle.drain_reason()
     }
 
     /// Releases all holds and ends the session. Guards that still exist are lost with
@@ -524,7 +454,7 @@ impl Locks {
         shared.check_process()?;
         shared.drain("the handle was closed");
         shared.command(Command::Close);
-        shared.closed.cancelled().await;
+        shared.lifecycle.reached(Phase::Closed).await;
         Ok(())
     }
 
@@ -540,18 +470,4 @@ impl Locks {
     pub fn capabilities(&self) -> Capabilities {
         self.handle.shared.capabilities
     }
-
-    pub(crate) fn key(&self, name: &str) -> Result<Key> {
-        let shared = &self.handle.shared;
-        shared.check_process()?;
-        Key::new(&shared.config.namespace, name)
-    }
-}
-
-pub(crate) fn check_duration(what: &str, span: Duration) -> Result<()> {
-    if DURATION_RANGE.contains(&span) {
-        return Ok(());
-    }
-    let message = format!("{what} is {span:?}: it must be between 10 ms and 30 days");
-    Err(Error::new(ErrorKind::InvalidArgument, message))
 }

@@ -15,8 +15,9 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use crate::clock::{BootTime, jitter};
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::key::Key;
+use crate::retry::silence;
 use crate::store::{PollOutcome, Queued};
 use crate::token::{IdMap, TokenId};
 use crate::waiter::{Waiter, Wakeup};
@@ -26,12 +27,6 @@ const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Interval between two polls of a key in a store that does not push.
 const INTERVAL_WITHOUT_PUSH: Duration = Duration::from_millis(50);
-
-/// Time after which a poll without an answer is reported as the reason when the wait limit comes.
-pub(crate) const LONG_SILENCE: Duration = Duration::from_millis(500);
-
-/// The last fault of a request, until a request is answered.
-pub(crate) type Trouble = Option<Error>;
 
 #[derive(Debug)]
 pub(crate) struct Polls {
@@ -56,15 +51,15 @@ struct WaitedFor {
     is_taken: bool,
     /// Time at which the request was sent that has no answer yet.
     sent_at: Option<BootTime>,
-    trouble: Trouble,
+    /// The last fault of a poll, until a poll is answered.
+    fault: Option<Error>,
 }
 
 impl WaitedFor {
     /// Notes a request without an answer as a fault, if it has taken long. The fault of an earlier request may say more, and stays.
-    fn heed_silence(&mut self, now: BootTime) {
-        let silent = self.sent_at.map(|sent_at| now.since(sent_at)).filter(|silent| *silent >= LONG_SILENCE);
-        if let (Some(silent), None) = (silent, &self.trouble) {
-            self.trouble = Some(Error::new(ErrorKind::NetworkTimeout, format!("no answer within {silent:.1?}")));
+    fn note_silence(&mut self, now: BootTime) {
+        if let (Some(sent_at), None) = (self.sent_at, &self.fault) {
+            self.fault = silence(now.since(sent_at));
         }
     }
 }
@@ -110,17 +105,22 @@ impl Polls {
         self.plan(keys, &waiter.key, self.due(now, queued));
     }
 
-    /// Removes a call that does not wait any more. Returns the fault because of which polls brought no answer, if there is one.
-    pub(crate) fn leave(&self, key: &Key, token: TokenId, now: BootTime) -> Trouble {
+    /// Removes a call that does not wait any more.
+    pub(crate) fn leave(&self, key: &Key, token: TokenId) {
         let mut keys = self.lock();
-        let waited_for = keys.waited_for.get_mut(key)?;
+        let Some(waited_for) = keys.waited_for.get_mut(key) else { return };
         waited_for.waiters.remove(&token);
-        waited_for.heed_silence(now);
-        let trouble = waited_for.trouble.clone();
         if waited_for.waiters.is_empty() {
             keys.waited_for.remove(key);
         }
-        trouble
+    }
+
+    /// Returns the fault because of which polls of a key bring no answer, if there is one.
+    pub(crate) fn fault(&self, key: &Key, now: BootTime) -> Option<Error> {
+        let mut keys = self.lock();
+        let waited_for = keys.waited_for.get_mut(key)?;
+        waited_for.note_silence(now);
+        waited_for.fault.clone()
     }
 
     /// Takes the answer of a poll that a waiter sent itself.
@@ -167,7 +167,7 @@ impl Polls {
     pub(crate) fn begin(&self, key: &Key, now: BootTime) -> Vec<TokenId> {
         let mut keys = self.lock();
         let Some(waited_for) = keys.waited_for.get_mut(key) else { return Vec::new() };
-        waited_for.heed_silence(now);
+        waited_for.note_silence(now);
         waited_for.sent_at = Some(now);
         waited_for.waiters.keys().copied().collect()
     }
@@ -176,7 +176,7 @@ impl Polls {
     pub(crate) fn attempt_failed(&self, key: &Key, error: &Error) {
         if let Some(waited_for) = self.lock().waited_for.get_mut(key) {
             waited_for.sent_at = None;
-            waited_for.trouble = Some(error.clone());
+            waited_for.fault = Some(error.clone());
         }
     }
 
@@ -190,7 +190,7 @@ impl Polls {
     ) {
         let mut keys = self.lock();
         let Some(waited_for) = keys.waited_for.get_mut(key) else { return };
-        (waited_for.sent_at, waited_for.trouble) = (None, None);
+        (waited_for.sent_at, waited_for.fault) = (None, None);
         // The first waiter decides when the key is polled again: its poll reconciles the key for all.
         let mut front = Queued { ahead: u32::MAX, check_in: None, in_use: None };
         let mut told = Vec::new();
@@ -218,7 +218,7 @@ impl Polls {
         let mut keys = self.lock();
         let Some(waited_for) = keys.waited_for.get_mut(key) else { return };
         waited_for.sent_at = None;
-        waited_for.trouble = Some(error.clone());
+        waited_for.fault = Some(error.clone());
         let mut told = Vec::new();
         if !error.is_transient() {
             told.extend(waited_for.waiters.values().cloned());
@@ -258,6 +258,7 @@ impl Polls {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
 
     const QUEUED: Queued = Queued { ahead: 0, check_in: None, in_use: None };
 
@@ -343,13 +344,13 @@ mod tests {
         let (second, cell) = bench.enter(&key("k"));
         bench.pass(Duration::from_secs(2));
         assert!(bench.polls.take_due(bench.now).0.is_empty(), "one poll of a key at a time");
-        bench.polls.leave(&key("k"), first, bench.now);
+        bench.polls.leave(&key("k"), first);
         // The answer is for a call that has left.
         bench.polls.answered(&taken[0], bench.now, [(first, PollOutcome::Gone)], bench.now);
         let (taken, _) = bench.polls.take_due(bench.now);
         assert_eq!(bench.polls.begin(&taken[0], bench.now), [second]);
         assert!(cell.take().is_none());
-        bench.polls.leave(&key("k"), second, bench.now);
+        bench.polls.leave(&key("k"), second);
         assert!(bench.polls.lock().waited_for.is_empty());
     }
 
@@ -366,6 +367,6 @@ mod tests {
             bench.polls.failed(&key("k"), &Error::new(kind, "away"), bench.now);
         }
         assert!(told(&cell));
-        bench.polls.leave(&key("k"), token, bench.now);
+        bench.polls.leave(&key("k"), token);
     }
 }

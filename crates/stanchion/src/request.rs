@@ -2,15 +2,17 @@
 
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::guard::{Guard, Released};
-use crate::locks::{Locks, MAX_METADATA_BYTES, check_duration};
+use crate::handle::Handle;
 use crate::on_lost::OnLost;
-use crate::store::{Demand, Lifetime};
+use crate::options::Options;
+use crate::store::Demand;
 use crate::wait;
 
 /// A request for a lock. Await it to wait for the lock; its methods set options first.
@@ -41,41 +43,14 @@ use crate::wait;
 #[derive(Clone, Debug)]
 #[must_use = "a request does nothing until it is awaited"]
 pub struct LockRequest {
-    pub(crate) locks: Locks,
+    pub(crate) handle: Arc<Handle>,
     pub(crate) key: String,
-    pub(crate) wait: Option<Duration>,
-    pub(crate) ttl: Option<Duration>,
-    /// The `ttl` is the time after which the store expires the hold, not the time that the holder can use.
-    pub(crate) is_exact: bool,
-    pub(crate) max_hold: Option<Duration>,
-    pub(crate) heartbeat_within: Option<Duration>,
-    pub(crate) cooldown: Option<Duration>,
-    pub(crate) metadata: Option<String>,
-    pub(crate) trace: Option<String>,
-    pub(crate) cancel: Option<CancellationToken>,
-    pub(crate) units: u32,
-    pub(crate) capacity: u32,
-    pub(crate) on_lost: Option<OnLost>,
+    pub(crate) options: Options,
 }
 
 impl LockRequest {
-    pub(crate) fn new(locks: Locks, key: String) -> Self {
-        Self {
-            locks,
-            key,
-            wait: None,
-            ttl: None,
-            is_exact: false,
-            max_hold: None,
-            heartbeat_within: None,
-            cooldown: None,
-            metadata: None,
-            trace: None,
-            cancel: None,
-            units: 1,
-            capacity: 1,
-            on_lost: None,
-        }
+    pub(crate) fn new(handle: Arc<Handle>, key: String) -> Self {
+        Self { handle, key, options: Options::default() }
     }
 
     /// Limits the wait for the lock. Default: no limit.
@@ -87,7 +62,7 @@ impl LockRequest {
     /// Without a limit, the [`RetryPolicy`](crate::RetryPolicy) limits the request until the store has answered it
     /// once; after that it waits through an outage of any length.
     pub fn wait(mut self, limit: Duration) -> Self {
-        self.wait = Some(limit);
+        self.options.wait = Some(limit);
         self
     }
 
@@ -104,7 +79,7 @@ impl LockRequest {
     /// For a hold that must expire after an exact time, use [`expires_after`](LockRequest::expires_after). ADR 20 has the
     /// reasons.
     pub fn ttl(mut self, ttl: Duration) -> Self {
-        (self.ttl, self.is_exact) = (Some(ttl), false);
+        (self.options.ttl, self.options.is_exact) = (Some(ttl), false);
         self
     }
 
@@ -125,7 +100,7 @@ impl LockRequest {
     /// # Ok::<(), stanchion::Error>(()) }).unwrap();
     /// ```
     pub fn expires_after(mut self, ttl: Duration) -> Self {
-        (self.ttl, self.is_exact) = (Some(ttl), true);
+        (self.options.ttl, self.options.is_exact) = (Some(ttl), true);
         self
     }
 
@@ -133,7 +108,7 @@ impl LockRequest {
     ///
     /// After this time the hold is lost. The holder can use all of it, as with [`ttl`](LockRequest::ttl).
     pub fn max_hold(mut self, longest: Duration) -> Self {
-        self.max_hold = Some(longest);
+        self.options.max_hold = Some(longest);
         self
     }
 
@@ -141,49 +116,55 @@ impl LockRequest {
     ///
     /// If no heartbeat comes for this long, the hold is lost.
     pub fn heartbeat_within(mut self, silence: Duration) -> Self {
-        self.heartbeat_within = Some(silence);
+        self.options.heartbeat_within = Some(silence);
         self
     }
 
     /// Keeps the key closed to everyone for this long after the release.
     pub fn cooldown(mut self, closed: Duration) -> Self {
-        self.cooldown = Some(closed);
+        self.options.cooldown = Some(closed);
         self
     }
 
     /// Attaches text for people who inspect the key. At most 4 KiB.
     pub fn metadata(mut self, text: impl Into<String>) -> Self {
-        self.metadata = Some(text.into());
+        self.options.metadata = Some(text.into());
         self
     }
 
     /// Attaches the origin of the call, such as a trace id, for people who inspect the key. At most 4 KiB.
     pub fn trace(mut self, text: impl Into<String>) -> Self {
-        self.trace = Some(text.into());
+        self.options.trace = Some(text.into());
         self
     }
 
     /// Fails the request with [`ErrorKind::Cancelled`] when the token fires.
     pub fn cancel(mut self, token: CancellationToken) -> Self {
-        self.cancel = Some(token);
+        self.options.cancel = Some(token);
         self
     }
 
     /// Sets how much of the key is requested. Default: [`Demand::MUTEX`].
     pub fn demand(mut self, demand: Demand) -> Self {
-        (self.units, self.capacity) = (demand.units(), demand.capacity());
+        (self.options.units, self.options.capacity) = (demand.units(), demand.capacity());
+        self
+    }
+
+    /// Sets the number of permits that the key has.
+    pub(crate) fn limit(mut self, limit: u32) -> Self {
+        self.options.capacity = limit;
         self
     }
 
     /// Requests several permits of a [`semaphore`](Locks::semaphore) at once. Default: 1.
     pub fn permits(mut self, permits: u32) -> Self {
-        self.units = permits;
+        self.options.units = permits;
         self
     }
 
     /// Sets the action when this hold is lost, in place of [`Builder::on_lost`](crate::Builder::on_lost).
     pub fn on_lost(mut self, policy: OnLost) -> Self {
-        self.on_lost = Some(policy);
+        self.options.on_lost = Some(policy);
         self
     }
 
@@ -196,8 +177,8 @@ impl LockRequest {
     /// # Cancel safety
     /// The same as for the awaited request.
     pub async fn try_acquire(mut self) -> Result<Option<Guard>> {
-        self.wait = Some(Duration::ZERO);
-        wait::acquire(&self).await
+        self.options.wait = Some(Duration::ZERO);
+        wait::acquire(&self.handle, &self.key, &self.options).await
     }
 
     /// Waits for the lock, runs `body` with its guard, and releases the lock.
@@ -231,40 +212,6 @@ impl LockRequest {
         };
         conclude(guard, finished).await
     }
-
-    /// Validates the options, but not the key.
-    pub(crate) fn check(&self) -> Result<(Lifetime, Demand)> {
-        let demand = Demand::new(self.units, self.capacity)?;
-        if let Some(wait) = self.wait.filter(|wait| !wait.is_zero()) {
-            check_wait(wait)?;
-        }
-        let durations = [
-            ("the ttl", self.ttl),
-            ("max_hold", self.max_hold),
-            ("heartbeat_within", self.heartbeat_within),
-            ("the cooldown", self.cooldown),
-        ];
-        for (what, span) in durations {
-            if let Some(span) = span {
-                check_duration(what, span)?;
-            }
-        }
-        for (what, text) in [("the metadata", &self.metadata), ("the trace", &self.trace)] {
-            let length = text.as_ref().map_or(0, String::len);
-            if length > MAX_METADATA_BYTES {
-                let message = format!("{what} has {length} bytes, the longest allowed is {MAX_METADATA_BYTES}");
-                return Err(Error::new(ErrorKind::InvalidArgument, message));
-            }
-        }
-        match (self.ttl, self.max_hold) {
-            (Some(_), Some(_)) => {
-                let message = "a request has a ttl or a max_hold, not both: a fixed lifetime ends by itself";
-                Err(Error::new(ErrorKind::InvalidArgument, message))
-            }
-            (Some(ttl), None) => Ok((Lifetime::Fixed(ttl), demand)),
-            (None, max_hold) => Ok((Lifetime::Session { max_hold }, demand)),
-        }
-    }
 }
 
 /// Releases the lock after the work under it ended, and returns the work's value or the loss.
@@ -284,29 +231,19 @@ pub(crate) async fn conclude<T>(guard: Guard, finished: Result<T, LossCause>) ->
     }
 }
 
-/// Rejects a wait limit of more than 30 days. A limit may be shorter than other durations.
-fn check_wait(wait: Duration) -> Result<()> {
-    if wait <= *crate::locks::DURATION_RANGE.end() {
-        return Ok(());
-    }
-    let message =
-        format!("the wait limit is {wait:?}, but at most 30 days are allowed; leave it out to wait without a limit");
-    Err(Error::new(ErrorKind::InvalidArgument, message))
-}
-
 impl IntoFuture for LockRequest {
     type Output = Result<Guard>;
     type IntoFuture = Pin<Box<dyn Future<Output = Result<Guard>> + Send>>;
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
-            match wait::acquire(&self).await? {
+            match wait::acquire(&self.handle, &self.key, &self.options).await? {
                 Some(guard) => Ok(guard),
                 // The wait ends without a grant only if the limit is zero.
                 None => {
-                    let key = self.locks.key(&self.key)?;
+                    let key = self.handle.key(&self.key)?;
                     let message = "the key is locked or has waiters";
-                    Err(self.locks.handle.shared.error(ErrorKind::Busy, message).with_key(&key))
+                    Err(self.handle.shared.error(ErrorKind::Busy, message).with_key(&key))
                 }
             }
         })

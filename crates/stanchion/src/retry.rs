@@ -84,39 +84,67 @@ pub(crate) struct Repeated<T> {
     pub(crate) unanswered: bool,
 }
 
-/// Limits for how long an operation is retried.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Persistence {
-    /// The retry policy limits it.
-    Policy,
-    /// Only the caller limits it, by dropping the future.
-    Endless,
+/// How long an operation is retried.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// Whether the retry policy limits it.
+    pub(crate) by_policy: bool,
+    /// The caller's own limit.
+    pub(crate) until: BootTime,
+}
+
+impl Patience {
+    pub(crate) const POLICY: Self = Self { by_policy: true, until: BootTime::NEVER };
+}
+
+/// Time after which a request without an answer counts as a fault of the store.
+const LONG_SILENCE: Duration = Duration::from_millis(500);
+
+/// Returns the fault of a store that has not answered for a long time, or `None` if the time is short.
+pub(crate) fn silence(lasting: Duration) -> Option<Error> {
+    (lasting >= LONG_SILENCE).then(|| no_answer_within(lasting))
+}
+
+fn no_answer_within(limit: Duration) -> Error {
+    Error::new(ErrorKind::NetworkTimeout, format!("no answer within {limit:.1?}"))
+}
+
+/// Returns the error of a caller's own limit.
+pub(crate) fn out_of_time() -> Error {
+    Error::new(ErrorKind::Timeout, "the time limit is over")
 }
 
 /// Retries an operation after transient faults.
 ///
-/// `attempt` must be idempotent. `store_recovered` ends a pause early.
+/// `attempt` must be idempotent. `store_recovered` ends a pause early. At the caller's own limit the result is the store's fault if
+/// the store was failing, and [`out_of_time`] otherwise.
 pub(crate) async fn repeat<T, F>(
     clock: &Clock,
     policy: &RetryPolicy,
-    persistence: Persistence,
+    patience: Patience,
     store_recovered: &Notify,
     mut attempt: impl FnMut() -> F,
 ) -> Repeated<T>
 where
     F: Future<Output = Result<T>>,
 {
-    let is_endless = persistence == Persistence::Endless;
-    let give_up_at = if is_endless { BootTime::NEVER } else { clock.now().after(policy.total) };
-    let mut left = if is_endless { u32::MAX } else { policy.attempts };
+    let give_up_at = if patience.by_policy { clock.now().after(policy.total) } else { BootTime::NEVER };
+    let mut left = if patience.by_policy { policy.attempts } else { u32::MAX };
     let mut pauses = None;
     let mut unanswered = false;
+    let mut last_fault = None;
     loop {
         // The last attempt gets only the time that is left.
-        let limit = policy.attempt.min(give_up_at.since(clock.now()));
-        let error = match limited(clock, limit, attempt()).await {
-            Ok(value) => return Repeated { result: Ok(value), unanswered },
-            Err(error) => error,
+        let limit = policy.attempt.min(give_up_at.min(patience.until).since(clock.now()));
+        let error = match answer_within(clock, limit, attempt()).await {
+            Some(Ok(value)) => return Repeated { result: Ok(value), unanswered },
+            Some(Err(error)) => error,
+            None if clock.now() >= patience.until => {
+                // The fault of an earlier attempt may say more.
+                let fault = last_fault.or_else(|| silence(limit));
+                return Repeated { result: Err(fault.unwrap_or_else(out_of_time)), unanswered: true };
+            }
+            None => no_answer_within(limit),
         };
         unanswered |= error.is_in_doubt();
         left = left.saturating_sub(1);
@@ -127,7 +155,12 @@ where
             let result = Err(if unanswered { error.in_doubt(true) } else { error });
             return Repeated { result, unanswered };
         }
+        let pause = pause.min(patience.until.since(clock.now()));
         sleep_unless_recovered(clock, pause, store_recovered).await;
+        if clock.now() >= patience.until {
+            return Repeated { result: Err(error), unanswered };
+        }
+        last_fault = Some(error);
     }
 }
 
@@ -141,12 +174,15 @@ pub(crate) async fn sleep_unless_recovered(clock: &Clock, pause: Duration, store
 
 /// Runs one attempt with a time limit for its answer.
 pub(crate) async fn limited<T>(clock: &Clock, limit: Duration, attempt: impl Future<Output = Result<T>>) -> Result<T> {
+    answer_within(clock, limit, attempt).await.unwrap_or_else(|| Err(no_answer_within(limit)))
+}
+
+/// Returns the result of an attempt, or `None` if it has none within the limit.
+async fn answer_within<T>(clock: &Clock, limit: Duration, attempt: impl Future<Output = T>) -> Option<T> {
     tokio::select! {
         biased;
-        result = attempt => result,
-        () = clock.sleep(limit) => {
-            Err(Error::new(ErrorKind::NetworkTimeout, format!("no answer within {limit:.1?}")))
-        }
+        result = attempt => Some(result),
+        () = clock.sleep(limit) => None,
     }
 }
 
@@ -182,7 +218,7 @@ mod tests {
         {
             let count = Cell::new(0);
             let (policy, never) = (policy(), Notify::new());
-            let work = repeat(&clock, &policy, Persistence::Policy, &never, || {
+            let work = repeat(&clock, &policy, Patience::POLICY, &never, || {
                 count.set(count.get() + 1);
                 async move { Err::<(), _>(Error::new(kind, "x")) }
             });
@@ -200,7 +236,7 @@ mod tests {
         let policy = RetryPolicy { attempts: 2, attempt: Duration::from_millis(50), ..policy() };
         let start = clock.now();
         let never = Notify::new();
-        let work = repeat(&clock, &policy, Persistence::Policy, &never, std::future::pending::<Result<()>>);
+        let work = repeat(&clock, &policy, Patience::POLICY, &never, std::future::pending::<Result<()>>);
         let repeated = skipping_time(&time, work).await;
         assert_eq!(repeated.result.unwrap_err().kind(), ErrorKind::NetworkTimeout);
         assert!(repeated.unanswered);
@@ -219,7 +255,7 @@ mod tests {
         let back = Notify::new();
         let tried = Cell::new(0);
         let policy = RetryPolicy::default();
-        let work = repeat(&clock, &policy, Persistence::Policy, &back, || {
+        let work = repeat(&clock, &policy, Patience::POLICY, &back, || {
             tried.set(tried.get() + 1);
             let answer = if tried.get() < 3 { Err(Error::new(ErrorKind::Unavailable, "x")) } else { Ok(()) };
             async move { answer }
@@ -240,7 +276,7 @@ mod tests {
         let policy = RetryPolicy { attempts: 1_000, total: Duration::from_millis(40), ..policy() };
         let start = clock.now();
         let never = Notify::new();
-        let work = repeat(&clock, &policy, Persistence::Policy, &never, || async {
+        let work = repeat(&clock, &policy, Patience::POLICY, &never, || async {
             Err::<(), _>(Error::new(ErrorKind::Unavailable, "x"))
         });
         assert!(skipping_time(&time, work).await.result.is_err());
@@ -253,7 +289,7 @@ mod tests {
         for last in [ErrorKind::Unavailable, ErrorKind::Unauthorized] {
             let (tried, never, policy) = (Cell::new(0), Notify::new(), policy());
             let clock = time.clock();
-            let work = repeat(&clock, &policy, Persistence::Policy, &never, || {
+            let work = repeat(&clock, &policy, Patience::POLICY, &never, || {
                 tried.set(tried.get() + 1);
                 let kind = if tried.get() == 1 { ErrorKind::NetworkTimeout } else { last };
                 async move { Err::<(), _>(Error::new(kind, "x")) }
@@ -270,7 +306,7 @@ mod tests {
         let policy = RetryPolicy { total: Duration::from_millis(150), attempt: Duration::from_millis(100), ..policy() };
         let start = clock.now();
         let never = Notify::new();
-        let work = repeat(&clock, &policy, Persistence::Policy, &never, std::future::pending::<Result<()>>);
+        let work = repeat(&clock, &policy, Patience::POLICY, &never, std::future::pending::<Result<()>>);
         assert!(skipping_time(&time, work).await.result.is_err());
         assert!(clock.now().since(start) <= Duration::from_millis(151), "{:?}", clock.now().since(start));
     }
@@ -281,11 +317,46 @@ mod tests {
         let clock = time.clock();
         let policy = RetryPolicy { attempts: 2, total: Duration::from_millis(10), ..policy() };
         let (tried, never) = (Cell::new(0), Notify::new());
-        let work = repeat(&clock, &policy, Persistence::Endless, &never, || {
+        let work = repeat(&clock, &policy, Patience { by_policy: false, until: BootTime::NEVER }, &never, || {
             tried.set(tried.get() + 1);
             let answer = if tried.get() < 100 { Err(Error::new(ErrorKind::Unavailable, "x")) } else { Ok(()) };
             async move { answer }
         });
         assert!(skipping_time(&time, work).await.result.is_ok());
+    }
+    /// At the caller's limit the error is the store's last fault, a long silence, or that the time is over.
+    #[tokio::test]
+    async fn limit_of_the_caller_ends_an_operation() {
+        const LIMIT: Duration = Duration::from_secs(3);
+        let attempt = |answers: bool| async move {
+            if !answers {
+                std::future::pending::<()>().await;
+            }
+            Err::<(), _>(Error::new(ErrorKind::Unavailable, "x"))
+        };
+        for (longest_attempt, answers, expected) in [
+            (LIMIT * 2, false, ErrorKind::NetworkTimeout),
+            (LIMIT * 2, true, ErrorKind::Unavailable),
+            (LIMIT / 100, true, ErrorKind::Unavailable),
+        ] {
+            let time = VirtualClock::new();
+            let clock = time.clock();
+            let policy = RetryPolicy { attempt: longest_attempt, ..policy() };
+            let (start, never) = (clock.now(), Notify::new());
+            let patience = Patience { by_policy: false, until: start.after(LIMIT) };
+            let repeated = skipping_time(&time, repeat(&clock, &policy, patience, &never, || attempt(answers))).await;
+            assert_eq!(repeated.result.unwrap_err().kind(), expected);
+            assert_eq!(repeated.unanswered, !answers);
+            let took = clock.now().since(start);
+            assert!(took >= LIMIT && took <= LIMIT + Duration::from_millis(2), "{took:?}");
+        }
+        // A short silence is no fault of the store.
+        let time = VirtualClock::new();
+        let clock = time.clock();
+        let patience = Patience { by_policy: true, until: clock.now().after(Duration::from_millis(400)) };
+        let (policy, never) = (policy(), Notify::new());
+        let repeated = skipping_time(&time, repeat(&clock, &policy, patience, &never, || attempt(false))).await;
+        assert_eq!(repeated.result.unwrap_err().kind(), ErrorKind::Timeout);
+        assert!(repeated.unanswered);
     }
 }

@@ -1,23 +1,24 @@
 //! Holds the state that a handle, its requests, its guards and its keeper share.
 
 use std::future::Future;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, watch};
-use tokio_util::sync::CancellationToken;
 
 use crate::clock::{BootTime, Clock};
 use crate::command::{Cleanup, Command, HoldCheck};
 use crate::error::{Error, ErrorKind, LossCause, Result};
-use crate::event::{Event, Observer};
+use crate::event::Event;
 use crate::key::Key;
 use crate::lease::{Drift, Hold, SessionLease};
+use crate::lifecycle::{Lifecycle, Phase};
 use crate::loss_executor::LossExecutor;
+use crate::observer::Observer;
 use crate::on_lost::OnLost;
 use crate::polls::Polls;
-use crate::retry::{Persistence, Repeated, RetryPolicy, repeat};
-use crate::store::{Capabilities, PollOutcome, Reply, Store, StoreTime};
+use crate::retry::{Patience, Repeated, RetryPolicy, repeat};
+use crate::store::{Capabilities, KeyState, PollOutcome, Reply, Store, StoreTime};
 use crate::store_clock::StoreClock;
 use crate::telemetry::{KeyRedaction, Telemetry};
 use crate::token::{SessionId, TokenId, TokenMaker};
@@ -53,14 +54,9 @@ pub(crate) struct Shared {
     store_clock: StoreClock,
     commands: mpsc::UnboundedSender<Command>,
     losses: LossExecutor,
-    drain_reason: OnceLock<String>,
-    draining: CancellationToken,
-    /// Fires when the handle is being closed: the keeper then cleans up without waiting for graces.
-    pub(crate) closing: CancellationToken,
+    pub(crate) lifecycle: Lifecycle,
     /// Notified when the store is available again: pauses after faults end.
     pub(crate) store_recovered: Notify,
-    /// Fires when the keeper has ended: from then on nothing drives the timers.
-    pub(crate) closed: CancellationToken,
     /// The process that opened the handle: a forked child must not use it.
     process: u32,
 }
@@ -70,7 +66,6 @@ pub(crate) enum SessionView {
     /// No session is open; with the last error of opening one, if there was an error.
     Opening(Option<Error>),
     Open(Arc<SessionLease>),
-    Closed,
 }
 
 impl Shared {
@@ -97,11 +92,8 @@ impl Shared {
             store_clock: StoreClock::default(),
             commands,
             losses: LossExecutor::default(),
-            drain_reason: OnceLock::new(),
-            draining: CancellationToken::new(),
-            closing: CancellationToken::new(),
+            lifecycle: Lifecycle::new(),
             store_recovered: Notify::new(),
-            closed: CancellationToken::new(),
             process: std::process::id(),
         })
     }
@@ -150,7 +142,7 @@ impl Shared {
 
     /// Reports a fault of the store after which the keeper tries again.
     pub(crate) fn report(&self, error: &Error) {
-        self.observer.tell(|| Event::Error {
+        self.observer.publish(|| Event::Error {
             kind: error.kind(),
             key: error.key().cloned(),
             message: error.to_string(),
@@ -183,15 +175,11 @@ impl Shared {
     where
         F: Future<Output = Result<Reply<T>>>,
     {
-        self.step_with(Persistence::Policy, attempt).await
+        self.step_with(Patience::POLICY, attempt).await
     }
 
-    /// Runs an operation of the store, and retries it for as long as `persistence` says.
-    pub(crate) async fn step_with<T, F>(
-        &self,
-        persistence: Persistence,
-        mut attempt: impl FnMut() -> F,
-    ) -> Repeated<Reply<T>>
+    /// Runs an operation of the store, and retries it for as long as `patience` says.
+    pub(crate) async fn step_with<T, F>(&self, patience: Patience, mut attempt: impl FnMut() -> F) -> Repeated<Reply<T>>
     where
         F: Future<Output = Result<Reply<T>>>,
     {
@@ -202,8 +190,8 @@ impl Shared {
         };
         let mut repeated = tokio::select! {
             biased;
-            repeated = repeat(&self.clock, &self.config.retry, persistence, &self.store_recovered, attempt) => repeated,
-            () = self.closed.cancelled() => Repeated { result: Err(self.draining_error()), unanswered: true },
+            repeated = repeat(&self.clock, &self.config.retry, patience, &self.store_recovered, attempt) => repeated,
+            () = self.lifecycle.reached(Phase::Closed) => Repeated { result: Err(self.draining_error()), unanswered: true },
         };
         repeated.result = repeated.result.map_err(|error| error.with_store(self.capabilities.name));
         if let Ok(reply) = &repeated.result {
@@ -219,6 +207,12 @@ impl Shared {
         Ok(Reply { time, outcome })
     }
 
+    /// Returns the state of a key.
+    pub(crate) async fn inspect(&self, key: &Key) -> Result<KeyState> {
+        let step = self.step(|| self.store.inspect(key)).await;
+        step.result.map(|reply| reply.outcome).map_err(|error| error.with_key(key))
+    }
+
     /// Takes the store's time from the answer to a request that was sent at `sent_at`.
     pub(crate) fn saw_store_time(&self, time: StoreTime, sent_at: BootTime) {
         self.store_clock.observe(time, sent_at, &self.clock);
@@ -230,22 +224,18 @@ impl Shared {
     }
 
     pub(crate) fn drain(&self, reason: &str) {
-        if self.drain_reason.set(reason.to_owned()).is_ok() {
-            self.observer.tell(|| Event::Draining { reason: reason.to_owned() });
+        if self.lifecycle.drain(reason) {
+            self.observer.publish(|| Event::Draining { reason: reason.to_owned() });
         }
-        self.draining.cancel();
     }
 
-    pub(crate) fn draining(&self) -> &CancellationToken {
-        &self.draining
-    }
-
-    pub(crate) fn drain_reason(&self) -> Option<&str> {
-        self.drain_reason.get().map(String::as_str)
+    /// Waits until the handle is draining.
+    pub(crate) async fn draining(&self) {
+        self.lifecycle.reached(Phase::Draining).await;
     }
 
     pub(crate) fn draining_error(&self) -> Error {
-        let reason = self.drain_reason().unwrap_or("closed");
+        let reason = self.lifecycle.drain_reason().unwrap_or("closed");
         self.error(ErrorKind::Draining, format!("the handle takes no new holds: {reason}"))
     }
 
@@ -256,6 +246,9 @@ impl Shared {
 
     /// Returns a session that is valid now. Waits for the keeper to open one, until `give_up_at`.
     pub(crate) async fn valid_session_by(&self, give_up_at: BootTime) -> Result<Arc<SessionLease>> {
+        if self.is_closing() {
+            return Err(self.draining_error());
+        }
         if let SessionView::Open(session) = &*self.session.borrow()
             && session.is_valid(self.clock.now())
         {
@@ -266,7 +259,6 @@ impl Shared {
         loop {
             match &*views.borrow_and_update() {
                 SessionView::Open(session) if session.is_valid(self.clock.now()) => return Ok(session.clone()),
-                SessionView::Closed => return Err(self.draining_error()),
                 // A permanent fault does not go away by waiting.
                 SessionView::Opening(Some(error)) if !error.is_transient() => {
                     return Err(error.clone().in_doubt(false));
@@ -274,9 +266,8 @@ impl Shared {
                 SessionView::Open(_) | SessionView::Opening(_) => {}
             }
             tokio::select! {
-                changed = views.changed() => if changed.is_err() {
-                    return Err(self.error(ErrorKind::Internal, "the keeper has ended"));
-                },
+                _ = views.changed() => {}
+                () = self.lifecycle.reached(Phase::Closing) => return Err(self.draining_error()),
                 () = self.clock.sleep_until(give_up_at) => {
                     let waited = self.clock.now().since(started);
                     let silent = || self.error(ErrorKind::Unavailable, format!("the store did not answer within {waited:.1?}"));
@@ -287,15 +278,15 @@ impl Shared {
     }
 
     /// Returns whether no hold is valid any more, because the keeper has ended or is about to.
-    pub(crate) fn is_closed(&self) -> bool {
-        matches!(*self.session.borrow(), SessionView::Closed)
+    pub(crate) fn is_closing(&self) -> bool {
+        self.lifecycle.has_reached(Phase::Closing)
     }
 
     /// Returns the fault because of which no session is open, if there is one.
     pub(crate) fn session_fault(&self) -> Option<Error> {
         match &*self.session.borrow() {
             SessionView::Opening(error) => error.clone().map(|error| error.in_doubt(false)),
-            _ => None,
+            SessionView::Open(_) => None,
         }
     }
 
@@ -327,14 +318,26 @@ impl Shared {
         Ok(())
     }
 
+    /// Ends the validity of all holds, and loses them. `is_asked` says whether a caller closes the handle.
+    pub(crate) fn lose_all(&self, is_asked: bool) {
+        self.lifecycle.advance(Phase::Closing);
+        for hold in self.tokens.holds() {
+            // A caller that closes the handle says that its work is over. A keeper that ended by a defect does not say that.
+            self.lose_by(&hold, LossCause::Closed, None, !is_asked);
+        }
+    }
+
     /// Loses a hold: notifies its holder, reports the loss, and schedules cleanup of the token.
     pub(crate) fn lose(&self, hold: &Arc<Hold>, cause: LossCause, reason: Option<String>) {
+        self.lose_by(hold, cause, reason, true);
+    }
+
+    fn lose_by(&self, hold: &Arc<Hold>, cause: LossCause, reason: Option<String>, may_abort: bool) {
         if !hold.lose(cause) {
             return;
         }
         let policy = hold.on_lost.as_ref().unwrap_or(&self.config.on_lost);
-        // A caller that closes the handle says that its work is over. A keeper that ended by a defect does not say that.
-        if !(cause == LossCause::Closed && self.closing.is_cancelled() && matches!(policy, OnLost::AbortAfter(_))) {
+        if may_abort || !matches!(policy, OnLost::AbortAfter(_)) {
             self.losses.carry_out(policy, hold, cause);
         }
         // A session hold is gone with its session. Every other token must be cleaned up. If the holder notices the loss before the
@@ -347,7 +350,7 @@ impl Shared {
         } else if self.tokens.begin_grace(hold, self.clock.now()) {
             self.command(Command::QueryDetached);
         }
-        self.observer.tell(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
+        self.observer.publish(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
         if !is_gone {
             let mut cleanup = Cleanup::of_hold(hold, None);
             if cause.leaves_grace() {

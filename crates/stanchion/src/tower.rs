@@ -53,8 +53,10 @@ use tower_service::Service;
 
 use crate::error::{Error, ErrorKind};
 use crate::guard::Guard;
+use crate::key::Key;
 use crate::locks::Locks;
 use crate::request::{LockRequest, conclude};
+use crate::shared::Shared;
 
 pub use body::LockedBody;
 pub use held::HeldLock;
@@ -146,19 +148,19 @@ impl LockLayer {
     }
 
     async fn acquire(&self, request: LockRequest) -> Result<Guard, Rejection> {
-        if let Err(error) = request.locks.key(&request.key) {
+        let handle = request.handle.clone();
+        let key = handle.key(&request.key).map_err(|error| {
             let status = match error.kind() {
                 ErrorKind::InvalidArgument => StatusCode::BAD_REQUEST,
                 _ => StatusCode::SERVICE_UNAVAILABLE,
             };
-            return Err(Rejection { status, retry_after: None, error });
-        }
-        let limit = request.wait.unwrap_or(self.wait);
-        let (locks, key) = (request.locks.clone(), request.key.clone());
+            Rejection { status, retry_after: None, error }
+        })?;
+        let limit = request.options.wait.unwrap_or(self.wait);
         match request.wait(limit).await {
             Ok(guard) => Ok(guard),
             Err(error) if matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Busy) => {
-                let retry_after = Some(self.busy_for(&locks, key).await);
+                let retry_after = Some(self.busy_for(&handle.shared, &key).await);
                 Err(Rejection { status: self.busy, retry_after, error })
             }
             Err(error) => Err(error.into()),
@@ -166,8 +168,8 @@ impl LockLayer {
     }
 
     /// Returns the time until a deadline or a cooldown frees the key, or the configured time if there is none.
-    async fn busy_for(&self, locks: &Locks, key: String) -> Duration {
-        let state = locks.inspect(key).await.ok();
+    async fn busy_for(&self, shared: &Shared, key: &Key) -> Duration {
+        let state = shared.inspect(key).await.ok();
         let free_in = state.and_then(|state| {
             let deadline = state.holders.iter().filter_map(|holder| holder.remaining).min();
             deadline.or(state.closed_for)

@@ -68,13 +68,13 @@ impl Guardian {
     /// The child has ended. Called before it is reaped: until then its id is not another's.
     pub(crate) fn all_is_well(&self) {
         // It can only fail when the guardian is dead, and then there is nobody to tell.
-        let _dead = rustix::io::write(&self.pipe, &[DONE]);
+        let _ = rustix::io::write(&self.pipe, &[DONE]); // the guardian may be dead
     }
 
     /// Ends it, and waits for its end. After [`all_is_well`](Self::all_is_well), or where no child was started.
     pub(crate) fn dismiss(mut self) {
-        let _ended_already = self.process.kill();
-        let _ended_already = self.process.wait();
+        let _ = self.process.kill(); // it may have ended already
+        let _ = self.process.wait(); // it may have ended already
     }
 }
 
@@ -91,7 +91,7 @@ pub(crate) fn register(pipe: &OwnedFd, group: Pid) -> std::io::Result<()> {
 pub(crate) fn guard() {
     sys::close_inherited_descriptors();
     // A session of its own: no terminal, no group of ours. And no signal but KILL ends it before the time.
-    let _leader_already = rustix::process::setsid();
+    let _ = rustix::process::setsid(); // fails in a process that leads its group already
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2] {
         sys::ignore(signal);
     }

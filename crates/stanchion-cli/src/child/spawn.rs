@@ -64,7 +64,7 @@ pub(crate) fn spawn(plan: &ChildPlan, with: &Surroundings<'_>) -> Result<Pid, Fa
         guardian::register(&registration, getpid())?;
         if let Some(device) = &terminal {
             // A terminal that was hung up meanwhile is no reason not to run.
-            let _hung_up = put_in_foreground(device.as_fd(), getpid());
+            let _ = put_in_foreground(device.as_fd(), getpid()); // the terminal may have hung up
         }
         if let Some(descriptor) = &descriptor {
             rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
@@ -94,7 +94,7 @@ pub(crate) fn watch(child: Pid, events: Sender<Event>) -> Result<(), Failure> {
             } else if let Some(signal) = status.terminating_signal() {
                 Event::Exited(Exit::Signal(signal))
             } else {
-                let _taken = waitid(WaitId::Pid(child), WaitIdOptions::STOPPED | WaitIdOptions::NOHANG);
+                let _ = waitid(WaitId::Pid(child), WaitIdOptions::STOPPED | WaitIdOptions::NOHANG); // only clears the state
                 Event::Stopped(status.stopping_signal().unwrap_or(libc::SIGSTOP))
             };
             let ended = matches!(event, Event::Exited(_));
@@ -120,7 +120,7 @@ pub(crate) fn reap_orphans(own: &[Pid]) {
 
 /// Takes the ended child's exit code from the kernel: from now on its id may become another's.
 pub(crate) fn reap(child: Pid) {
-    let _reaped = rustix::io::retry_on_intr(|| waitid(WaitId::Pid(child), WaitIdOptions::EXITED));
+    let _ = rustix::io::retry_on_intr(|| waitid(WaitId::Pid(child), WaitIdOptions::EXITED)); // only clears the state
 }
 
 fn high_copy(descriptor: &OwnedFd) -> io::Result<OwnedFd> {

@@ -162,7 +162,7 @@ impl<'a> Supervisor<'a> {
         };
         if let Err(failure) = spawn::watch(child, sender.clone()) {
             supervisor.signal(Signal::KILL);
-            let _killed = supervisor.finish(Exit::Signal(libc::SIGKILL));
+            let _ = supervisor.finish(Exit::Signal(libc::SIGKILL)); // it may have ended by itself
             return Err(failure.into());
         }
         Ok(supervisor)
@@ -276,9 +276,9 @@ impl<'a> Supervisor<'a> {
         if with_our_group {
             // The others of our pipeline would have been stopped by the same key.
             self.own_stops += 1;
-            let _alone = kill_current_process_group(Signal::TSTP);
+            let _ = kill_current_process_group(Signal::TSTP); // the process may be alone in its group
         }
-        let _stopped_here = kill_process(getpid(), Signal::STOP);
+        let _ = kill_process(getpid(), Signal::STOP); // the process stops here until it is continued
     }
 
     /// This process runs again.

@@ -72,14 +72,14 @@ impl Terminal {
         if self.given {
             self.given = false;
             // Fails when the terminal was hung up; then nobody has it.
-            let _hung_up = own_group().map(|group| put_in_foreground(self.device.as_fd(), group));
+            let _ = own_group().map(|group| put_in_foreground(self.device.as_fd(), group)); // the terminal may have hung up
         }
     }
 
     /// Sets the modes as they were at the start: after a program that died before it could do so itself.
     pub(crate) fn restore_modes(&self) {
         if let (Some(modes), true) = (&self.modes, self.is_ours()) {
-            let _hung_up = tcsetattr(&self.device, OptionalActions::Drain, modes);
+            let _ = tcsetattr(&self.device, OptionalActions::Drain, modes); // the terminal may have hung up
         }
     }
 }

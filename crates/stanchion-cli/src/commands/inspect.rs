@@ -37,7 +37,7 @@ struct InspectRecord<'a> {
 fn describe(state: &KeyState, last: Option<&RunRecord>) -> String {
     let mut out = String::new();
     // Writing to a string does not fail.
-    let _written = write_all(state, &mut out).and_then(|()| last.map_or(Ok(()), |last| write_run(last, &mut out)));
+    let _ = write_all(state, &mut out).and_then(|()| last.map_or(Ok(()), |last| write_run(last, &mut out)));
     out
 }
 

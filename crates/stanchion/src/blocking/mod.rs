@@ -36,8 +36,9 @@ mod request;
 
 use crate::builder::Builder;
 use crate::error::{Error, Result};
-use crate::event::{Event, EventStream};
+use crate::event::Event;
 use crate::fence::Fence;
+use crate::observer::EventStream;
 use crate::store::{Capabilities, Cursor, ForceReleaseOutcome, KeyState, Listing, Store};
 use crate::token::{SessionId, Token};
 use driver::Driver;

@@ -90,7 +90,7 @@ impl CleanupQueue {
     fn schedule(&mut self, at: BootTime, job: Job) {
         let is_due = at <= self.shared.clock.now();
         // When the handle closes, a token no longer waits for its holder to stop. A token whose attempt failed still waits.
-        if is_due || (self.shared.closing.is_cancelled() && job.failures == 0) {
+        if is_due || (self.shared.is_closing() && job.failures == 0) {
             self.ready.push_back(job);
         } else {
             self.later.push(Reverse(Later { at, job }));
@@ -158,12 +158,12 @@ impl CleanupQueue {
             None => self.is_over(&job.cleanup),
             Some(Ok(reply)) => {
                 self.is_over(&job.cleanup);
-                tell_released(&shared, &job.cleanup);
+                report_released(&shared, &job.cleanup);
                 // The hold is released. A hold of a late request is nobody's work: its release is not reported and leaves no cooldown.
                 job.cleanup.released = None;
                 job.has_found |= reply.outcome != EndOutcome::Nothing;
                 let Some(until) = job.cleanup.unanswered_until.filter(|until| reply.time <= *until) else { return };
-                if shared.closing.is_cancelled() {
+                if shared.is_closing() {
                     return self.indefinite.push(job.cleanup);
                 }
                 // After that time no request can arrive any more.
@@ -197,7 +197,7 @@ impl CleanupQueue {
         let later = std::mem::take(&mut self.later).into_iter().map(|Reverse(later)| later.job);
         for job in std::mem::take(&mut self.ready).into_iter().chain(later) {
             if !job.cleanup.stays() {
-                tell_released(&self.shared, &job.cleanup);
+                report_released(&self.shared, &job.cleanup);
             } else if job.answers > 0 {
                 self.indefinite.push(job.cleanup);
             } else {
@@ -276,10 +276,10 @@ pub(super) fn clean_up_unknown(shared: &Arc<Shared>, key: Key, token: TokenId) {
     }
 }
 
-fn tell_released(shared: &Shared, cleanup: &Cleanup) {
+fn report_released(shared: &Shared, cleanup: &Cleanup) {
     if let Some((fence, since)) = cleanup.released {
         let held = shared.clock.now().since(since);
-        shared.observer.tell(|| Event::Released { key: cleanup.key.clone(), fence, held });
+        shared.observer.publish(|| Event::Released { key: cleanup.key.clone(), fence, held });
     }
 }
 

@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::clock::Clock;
 use crate::command::{Cleanup, Command, HoldCheck};
 use crate::error::{Error, ErrorKind, LossCause, Result};
+use crate::lifecycle::Phase;
 use crate::shared::{SessionView, Shared};
 use crate::store::{GrantStream, PollOutcome, Push};
 use crate::thread::{self, Ending};
@@ -97,11 +98,9 @@ struct Ended(Arc<Shared>);
 impl Drop for Ended {
     fn drop(&mut self) {
         self.0.drain("the keeper has ended");
-        self.0.session.send_replace(SessionView::Closed);
-        for hold in self.0.tokens.holds() {
-            self.0.lose(&hold, LossCause::Closed, None);
-        }
-        self.0.closed.cancel();
+        self.0.lose_all(false);
+        self.0.session.send_replace(SessionView::Opening(None));
+        self.0.lifecycle.advance(Phase::Closed);
     }
 }
 
@@ -207,14 +206,11 @@ async fn real_time_limit(limit: Duration) {
 }
 
 async fn close(shared: &Arc<Shared>, inbox: &mut mpsc::UnboundedReceiver<Command>, mut cleanups: CleanupQueue) {
-    shared.closing.cancel();
-    let session = match shared.session.send_replace(SessionView::Closed) {
+    shared.lose_all(true);
+    let session = match shared.session.send_replace(SessionView::Opening(None)) {
         SessionView::Open(session) => Some(session),
-        SessionView::Opening(_) | SessionView::Closed => None,
+        SessionView::Opening(_) => None,
     };
-    for hold in shared.tokens.holds() {
-        shared.lose(&hold, LossCause::Closed, None);
-    }
     clean_up_what_stays(inbox, &mut cleanups).await;
     // Once the session is closed, the store rejects late requests of its tokens. This includes a session that was requested and
     // is not answered yet.

@@ -24,7 +24,7 @@ pub(super) async fn maintain_session(shared: Arc<Shared>) {
         renew_until_over(&shared, &session, opened).await;
         session.end();
         shared.session.send_replace(SessionView::Opening(None));
-        shared.observer.tell(|| Event::SessionLost { session: session.id });
+        shared.observer.publish(|| Event::SessionLost { session: session.id });
         for hold in shared.tokens.holds() {
             if hold.session_bound && hold.session.id == session.id {
                 shared.lose(&hold, LossCause::SessionExpired, None);

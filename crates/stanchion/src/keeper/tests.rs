@@ -4,8 +4,9 @@
 
 use super::*;
 use crate::clock::VirtualClock;
-use crate::event::{Event, EventStream};
+use crate::event::Event;
 use crate::locks::Locks;
+use crate::observer::EventStream;
 use crate::store::{Fault, Faults, Faulty, Memory, Operation, Store};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -423,7 +424,7 @@ async fn adopt_after_the_keeper_ended_is_rejected() {
     }
     // Its answer comes while the keeper ends, and is read after that.
     bench.time.advance(2 * SECOND);
-    bench.locks.handle.shared.closed.cancelled().await;
+    bench.locks.handle.shared.lifecycle.reached(crate::lifecycle::Phase::Closed).await;
     assert_eq!(adopting.await.unwrap_err().kind(), ErrorKind::Draining);
 }
 

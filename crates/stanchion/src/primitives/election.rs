@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::error::{LossCause, Result};
 use crate::fence::Fence;
 use crate::guard::{Guard, Released};
+use crate::lifecycle::Phase;
 use crate::request::LockRequest;
 use crate::retry::sleep_unless_recovered;
 use crate::shared::Shared;
@@ -137,7 +138,8 @@ impl Election {
     /// # Cancel safety
     /// Only reads.
     pub async fn leader(&self) -> Result<Option<Leader>> {
-        let state = self.request.locks.inspect(self.request.key.as_str()).await?;
+        let key = self.request.handle.key(&self.request.key)?;
+        let state = self.shared().inspect(&key).await?;
         Ok(state.holders.into_iter().next().map(Leader::from))
     }
 
@@ -158,13 +160,13 @@ impl Election {
             let pause = pauses.next().unwrap_or_default().max(fault.retry_after().unwrap_or_default());
             tokio::select! {
                 () = sleep_unless_recovered(&shared.clock, pause, &shared.store_recovered) => {}
-                () = shared.draining().cancelled() => return Err(shared.draining_error()),
+                () = shared.draining() => return Err(shared.draining_error()),
             }
         }
     }
 
     fn shared(&self) -> &Shared {
-        &self.request.locks.handle.shared
+        &self.request.handle.shared
     }
 }
 
@@ -216,7 +218,7 @@ impl LeaderStream {
             let shared = self.election.shared();
             tokio::select! {
                 () = shared.clock.sleep(POLL_INTERVAL) => {}
-                () = shared.closed.cancelled() => return Err(shared.draining_error()),
+                () = shared.lifecycle.reached(Phase::Closed) => return Err(shared.draining_error()),
             }
         }
     }

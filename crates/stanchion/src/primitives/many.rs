@@ -10,6 +10,7 @@ use std::convert::Infallible;
 use std::future::{Future, IntoFuture};
 use std::ops::Deref;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -18,8 +19,9 @@ use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::fence::Fence;
 use crate::guard::{Guard, Released};
+use crate::handle::Handle;
 use crate::key::{Key, normal};
-use crate::request::LockRequest;
+use crate::options::Options;
 use crate::store::Demand;
 use crate::wait;
 
@@ -82,55 +84,56 @@ impl<T: Into<String>> From<T> for KeyRequest {
 #[must_use = "a request does nothing until it is awaited"]
 pub struct LockAllRequest {
     /// The options of all keys. Its own key is not used.
-    template: LockRequest,
+    handle: Arc<Handle>,
     keys: Vec<KeyRequest>,
+    options: Options,
 }
 
 impl LockAllRequest {
-    pub(crate) fn new(template: LockRequest, keys: Vec<KeyRequest>) -> Self {
-        Self { template, keys }
+    pub(crate) fn new(handle: Arc<Handle>, keys: Vec<KeyRequest>) -> Self {
+        Self { handle, keys, options: Options::default() }
     }
 
     /// Limits the wait for all keys together; at the limit the call fails with [`ErrorKind::Timeout`]. Default: no
     /// limit.
     pub fn wait(mut self, limit: Duration) -> Self {
-        self.template = self.template.wait(limit);
+        self.options.wait = Some(limit);
         self
     }
 
     /// Sets [`LockRequest::max_hold`] for each key, counted from its own grant.
     pub fn max_hold(mut self, longest: Duration) -> Self {
-        self.template = self.template.max_hold(longest);
+        self.options.max_hold = Some(longest);
         self
     }
 
     /// Sets [`LockRequest::heartbeat_within`] for all keys, counted from when all are held: see [`Guards::heartbeat`].
     pub fn heartbeat_within(mut self, silence: Duration) -> Self {
-        self.template = self.template.heartbeat_within(silence);
+        self.options.heartbeat_within = Some(silence);
         self
     }
 
     /// Sets [`LockRequest::cooldown`] for each key.
     pub fn cooldown(mut self, closed: Duration) -> Self {
-        self.template = self.template.cooldown(closed);
+        self.options.cooldown = Some(closed);
         self
     }
 
     /// Sets [`LockRequest::metadata`] for each key.
     pub fn metadata(mut self, text: impl Into<String>) -> Self {
-        self.template = self.template.metadata(text);
+        self.options.metadata = Some(text.into());
         self
     }
 
     /// Sets [`LockRequest::trace`] for each key.
     pub fn trace(mut self, text: impl Into<String>) -> Self {
-        self.template = self.template.trace(text);
+        self.options.trace = Some(text.into());
         self
     }
 
     /// Fails the request with [`ErrorKind::Cancelled`] when the token fires.
     pub fn cancel(mut self, token: CancellationToken) -> Self {
-        self.template = self.template.cancel(token);
+        self.options.cancel = Some(token);
         self
     }
 
@@ -142,7 +145,7 @@ impl LockAllRequest {
     /// # Cancel safety
     /// The same as for the awaited request.
     pub async fn try_acquire(mut self) -> Result<Option<Guards>> {
-        self.template.wait = Some(Duration::ZERO);
+        self.options.wait = Some(Duration::ZERO);
         self.acquire().await
     }
 
@@ -178,7 +181,7 @@ impl LockAllRequest {
     fn sorted(&self) -> Result<Vec<(Key, &KeyRequest)>> {
         let mut keys = Vec::with_capacity(self.keys.len());
         for request in &self.keys {
-            keys.push((self.template.locks.key(&request.key)?, request));
+            keys.push((self.handle.key(&request.key)?, request));
         }
         keys.sort_by(|(a, _), (b, _)| a.as_encoded().cmp(b.as_encoded()));
         for pair in keys.windows(2) {
@@ -196,23 +199,23 @@ impl LockAllRequest {
     }
 
     async fn acquire(self) -> Result<Option<Guards>> {
-        let shared = self.template.locks.handle.shared.clone();
+        let shared = &self.handle.shared;
         let started = shared.clock.now();
         let mut guards = Guards { guards: Vec::with_capacity(self.keys.len()) };
         for (_, key) in self.sorted()? {
-            let mut request = self.template.clone();
-            (request.key, request.units, request.capacity) = (key.key.clone(), key.units, key.capacity);
+            let mut options = self.options.clone();
+            (options.units, options.capacity) = (key.units, key.capacity);
             let waited = shared.clock.now().since(started);
             // The rest of the limit is never zero, because a limit of zero means an attempt without waiting.
             let left = |limit: Duration| limit.saturating_sub(waited).max(Duration::from_nanos(1));
-            request.wait = request.wait.map(|limit| if limit.is_zero() { limit } else { left(limit) });
+            options.wait = options.wait.map(|limit| if limit.is_zero() { limit } else { left(limit) });
             // The caller does nothing under a key until all keys are held, so an early end causes no cooldown.
-            request.cooldown = None;
+            options.cooldown = None;
             let granted = tokio::select! {
                 biased;
-                granted = wait::acquire(&request) => granted,
+                granted = wait::acquire(&self.handle, &key.key, &options) => granted,
                 (key, cause) = guards.lost() => return Err(guards.lost_error(&key, cause)),
-                never = guards.keep_alive(&shared.clock, request.heartbeat_within) => match never {},
+                never = guards.keep_alive(&shared.clock, options.heartbeat_within) => match never {},
             };
             match granted? {
                 Some(guard) => guards.guards.push(guard),
@@ -221,7 +224,7 @@ impl LockAllRequest {
         }
         guards.check()?;
         for guard in &guards.guards {
-            guard.set_cooldown(self.template.cooldown)?;
+            guard.set_cooldown(self.options.cooldown)?;
         }
         guards.note_heartbeat(shared.clock.now());
         Ok(Some(guards))
@@ -234,8 +237,8 @@ impl IntoFuture for LockAllRequest {
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
-            let limit = self.template.wait.unwrap_or_default();
-            let shared = self.template.locks.handle.shared.clone();
+            let limit = self.options.wait.unwrap_or_default();
+            let shared = self.handle.shared.clone();
             let message = format!("not all keys were obtained within {limit:?}");
             match self.acquire().await {
                 Ok(Some(guards)) => Ok(guards),

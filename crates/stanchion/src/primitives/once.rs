@@ -1,7 +1,7 @@
 //! Runs a body once for all callers that request it.
 
 use std::ops::Deref;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -13,8 +13,9 @@ use crate::event::Event;
 use crate::fence::Fence;
 use crate::guard::{Guard, Released};
 use crate::key::Key;
-use crate::locks::{Locks, check_duration};
+use crate::limits::check_duration;
 use crate::request::LockRequest;
+use crate::shared::Shared;
 
 /// A request to do something once. [`Locks::once`](crate::Locks::once) returns one.
 ///
@@ -212,9 +213,9 @@ impl OnceRequest {
                 check_duration(what, span)?;
             }
         }
-        let locks = &self.request.locks;
-        let key = locks.key(&self.request.key)?;
-        let first = runs::last_run(locks, &key).await?;
+        let shared = self.request.handle.shared.clone();
+        let key = self.request.handle.key(&self.request.key)?;
+        let first = runs::last_run(&shared, &key).await?;
         let before = first.done.as_ref().map(|run| run.fence);
         if let Some(outcome) = self.outcome_without_run(&first, before) {
             return Ok(outcome);
@@ -225,18 +226,16 @@ impl OnceRequest {
             return Ok(OnceOutcome::Skipped { last: first.run, is_running: true, opens_in: None });
         };
         // Another caller may have finished a run before this call got the lock.
-        let history = runs::last_run(locks, &key).await?;
+        let history = runs::last_run(&shared, &key).await?;
         if let Some(outcome) = self.outcome_without_run(&history, before) {
             guard.release().await?;
             return Ok(outcome);
         }
-        let shared = &locks.handle.shared;
         let (began, wall) = (shared.clock.now(), shared.clock.wall());
         let Self { cooldown, every, slot, failures_count, .. } = self;
         let cooldown = Mutex::new(cooldown);
-        let locks = self.request.locks;
         Ok(OnceOutcome::Ran(OnceGuard {
-            locks,
+            shared,
             guard,
             key,
             began,
@@ -297,7 +296,7 @@ impl OnceRequest {
 #[derive(Debug)]
 #[must_use = "dropping it releases the lock, and the run does not count"]
 pub struct OnceGuard {
-    locks: Locks,
+    shared: Arc<Shared>,
     guard: Guard,
     key: Key,
     began: BootTime,
@@ -346,7 +345,7 @@ impl OnceGuard {
     /// If the future is dropped, the run may or may not have been recorded; the keeper finishes the release.
     pub async fn finish(self, succeeded: bool) -> Result<Released> {
         self.guard.check()?;
-        let shared = self.locks.handle.shared.clone();
+        let shared = self.shared;
         let took = shared.clock.now().since(self.began);
         let counts = succeeded || self.failures_count;
         let cooldown = self.cooldown.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -363,9 +362,9 @@ impl OnceGuard {
             fence: self.guard.fence(),
             counts,
         };
-        if let Err(error) = runs::record(&self.locks, &self.guard, &run, self.history).await {
+        if let Err(error) = runs::record(&shared, &self.guard, &run, self.history).await {
             let (kind, message) = (error.kind(), format!("the run could not be recorded: {error}"));
-            shared.observer.tell(|| Event::Error { kind, key: Some(self.key.clone()), message });
+            shared.observer.publish(|| Event::Error { kind, key: Some(self.key.clone()), message });
         }
         self.guard.release().await
     }

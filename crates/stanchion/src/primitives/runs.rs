@@ -11,7 +11,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fence::Fence;
 use crate::guard::Guard;
 use crate::key::Key;
-use crate::locks::{DURATION_RANGE, Locks};
+use crate::limits::DURATION_RANGE;
+use crate::shared::Shared;
 use crate::store::{AcquireOutcome, AcquireRequest, Demand, Lifetime};
 use crate::token::TokenId;
 
@@ -119,8 +120,7 @@ fn companion(key: &Key) -> Result<Key> {
 }
 
 /// Reads the records of a key's runs.
-pub(crate) async fn last_run(locks: &Locks, key: &Key) -> Result<RunHistory> {
-    let shared = &locks.handle.shared;
+pub(crate) async fn last_run(shared: &Shared, key: &Key) -> Result<RunHistory> {
     let companion = companion(key)?;
     let reply = shared.step(|| shared.store.inspect(&companion)).await.result;
     let holders = reply.map_err(|error| error.with_key(key))?.outcome.holders;
@@ -143,8 +143,7 @@ pub(crate) async fn last_run(locks: &Locks, key: &Key) -> Result<RunHistory> {
 }
 
 /// Records a run, and releases the records of former runs that it replaces. The caller must hold the key.
-pub(crate) async fn record(locks: &Locks, guard: &Guard, run: &RunRecord, former: RunHistory) -> Result<()> {
-    let shared = &locks.handle.shared;
+pub(crate) async fn record(shared: &Shared, guard: &Guard, run: &RunRecord, former: RunHistory) -> Result<()> {
     let key = guard.key();
     let companion = companion(key)?;
     let keep = run.closed_for.max(MIN_RETENTION).min(*DURATION_RANGE.end());

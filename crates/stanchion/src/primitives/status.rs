@@ -1,11 +1,11 @@
 //! Finds out whether a hold and the process that made it still exist.
 
 use crate::error::Result;
-use crate::locks::Locks;
+use crate::shared::Shared;
 use crate::store::{HolderState, PollOutcome};
 use crate::token::Token;
 
-/// The status of a hold and of the process that made it, as [`Locks::status`] returns it.
+/// The status of a hold and of the process that made it, as [`Locks::status`](crate::Locks::status) returns it.
 ///
 /// It describes the moment of the query. A hold that ended stays ended, so only `Running` and `Waiting` can change
 /// afterwards.
@@ -29,8 +29,7 @@ pub enum OwnerStatus {
     Dead,
 }
 
-pub(crate) async fn status(locks: &Locks, token: &Token) -> Result<OwnerStatus> {
-    let shared = &locks.handle.shared;
+pub(crate) async fn status(shared: &Shared, token: &Token) -> Result<OwnerStatus> {
     shared.check_process()?;
     let key = token.key();
     // The queries are not one snapshot. This is safe because each later query is about something that cannot come back:

@@ -42,15 +42,18 @@ mod faulty;
 mod firestore;
 mod memory;
 mod observed;
+mod open;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod prefixed;
 mod push;
+#[cfg(any(feature = "redis", feature = "postgres", feature = "firestore"))]
+mod reconnect;
 #[cfg(feature = "redis")]
 mod redis;
 #[cfg(feature = "sqlite")]
 mod sqlite;
-#[cfg(feature = "postgres")]
+#[cfg(any(feature = "postgres", feature = "firestore"))]
 mod streams;
 mod types;
 mod url;
@@ -64,6 +67,7 @@ pub use self::redis::Redis;
 pub use faulty::{Fault, Faults, Faulty, Operation};
 pub use memory::Memory;
 pub use observed::{Observed, OperationDone};
+pub(crate) use open::{open, shown_scheme};
 pub use prefixed::Prefixed;
 pub use push::{GrantStream, Push, PushSender, push_channel};
 #[cfg(feature = "sqlite")]

@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard};
 use tokio::task::AbortHandle;
 
 use super::{GrantStream, Push, PushSender, push_channel};
+use crate::error::Result;
 use crate::sync::lock;
 use crate::token::SessionId;
 
@@ -36,17 +37,20 @@ impl Streams {
         stream
     }
 
-    /// Returns the sender of a session's stream if no task fills the stream yet.
-    pub(super) fn unfilled(&self, session: SessionId) -> Option<PushSender> {
-        self.all().get(&session).filter(|stream| stream.task.is_none()).map(|stream| stream.pushes.clone())
-    }
-
-    /// Ties the task that fills a stream to the stream. Aborts the task at once if the session has no stream.
-    pub(super) fn fill(&self, session: SessionId, task: AbortHandle) {
-        match self.all().get_mut(&session) {
-            Some(stream) => stream.task = Some(task),
-            None => task.abort(),
-        }
+    /// Starts the task that fills a session's stream, unless the stream has a task or the session has no stream. Returns what
+    /// `start` returns beside the task.
+    ///
+    /// The stream owns the task before this call returns, so a caller that gives up leaves no task behind.
+    pub(super) fn fill<T>(
+        &self,
+        session: SessionId,
+        start: impl FnOnce(PushSender) -> Result<(AbortHandle, T)>,
+    ) -> Result<Option<T>> {
+        let mut streams = self.all();
+        let Some(stream) = streams.get_mut(&session).filter(|stream| stream.task.is_none()) else { return Ok(None) };
+        let (task, started) = start(stream.pushes.clone())?;
+        stream.task = Some(task);
+        Ok(Some(started))
     }
 
     /// Sends a push to a session, if the session has a stream.

@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use prost_types::Timestamp;
 
 use super::Inner;
-use super::connect::lock;
 use super::error::malformed;
 use super::record::{KeyRecord, StoredHold, session_of, token_of};
 use super::update::{KeyUpdate, LoadedKey, QueuePage, SessionState, Writes};
 use crate::error::Result;
 use crate::key::Key;
+use crate::sync::lock;
 use crate::token::{SessionId, TokenId};
 
 /// Maximum number of cached queue pages.

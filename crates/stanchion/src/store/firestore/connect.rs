@@ -7,7 +7,7 @@
 //! The client never repeats a request (rule 7 of the store trait).
 
 use std::future::Future;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -25,7 +25,8 @@ use super::config::Config;
 use super::document::micros_of;
 use super::error::{RequestKind, error, from_status, malformed};
 use crate::error::{Error, ErrorKind, Result};
-use crate::thread::RuntimeThread;
+use crate::store::reconnect::{ConnectionThread, within};
+use crate::sync::lock;
 
 const SERVICE: &str = "https://firestore.googleapis.com";
 const SCOPE: &str = "https://www.googleapis.com/auth/datastore";
@@ -56,13 +57,9 @@ pub(super) enum Lane {
 pub(super) struct Service {
     pub(super) config: Config,
     /// Runs the connections' runtime. The first request starts it.
-    driver: Mutex<Option<RuntimeThread>>,
+    thread: ConnectionThread,
     channels: [Mutex<Option<Channel>>; 2],
     credentials: Mutex<Option<Credentials>>,
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Describes a commit that was done.
@@ -93,23 +90,17 @@ pub(super) struct ListenStream {
 
 impl Service {
     pub(super) fn new(config: Config) -> Self {
-        Self { config, driver: Mutex::default(), channels: Default::default(), credentials: Mutex::default() }
+        Self {
+            config,
+            thread: ConnectionThread::new("stanchion-firestore"),
+            channels: Default::default(),
+            credentials: Mutex::default(),
+        }
     }
 
     /// Returns the runtime of the connections and starts it if necessary.
     pub(super) fn runtime(&self) -> Result<Handle> {
-        let mut driver = lock(&self.driver);
-        match &*driver {
-            Some(driver) => Ok(driver.runtime.clone()),
-            None => {
-                let started = RuntimeThread::start("stanchion-firestore").map_err(|fault| {
-                    error(ErrorKind::Unavailable, format!("cannot start the thread for the connections: {fault}"))
-                })?;
-                let runtime = started.runtime.clone();
-                *driver = Some(started);
-                Ok(runtime)
-            }
-        }
+        self.thread.runtime()
     }
 
     /// Reads documents by name, in the order of `names`. The returned time, in µs, is a read time of the service that
@@ -229,7 +220,7 @@ impl Service {
     /// Waits for a response, but no longer than `RESPONSE_TIMEOUT`. After a timeout the next request uses a new
     /// connection.
     async fn in_time<T>(&self, lane: Lane, response: impl Future<Output = T>) -> Result<T> {
-        match timeout(RESPONSE_TIMEOUT, response).await {
+        match within(RESPONSE_TIMEOUT, response).await {
             Some(answer) => Ok(answer),
             None => {
                 *lock(&self.channels[lane as usize]) = None;
@@ -254,7 +245,7 @@ impl Service {
                 let advice = "outside Google Cloud, set GOOGLE_APPLICATION_CREDENTIALS to the path of a key file";
                 error(kind, format!("no credentials ({advice}): {fault}")).in_doubt(false)
             };
-            let headers = timeout(RESPONSE_TIMEOUT, self.credentials()?.headers(http::Extensions::new())).await;
+            let headers = within(RESPONSE_TIMEOUT, self.credentials()?.headers(http::Extensions::new())).await;
             let late =
                 || error(ErrorKind::Unavailable, format!("no credentials within {RESPONSE_TIMEOUT:?}")).in_doubt(false);
             match headers.ok_or_else(late)?.map_err(|fault| match fault.is_transient() {
@@ -304,17 +295,6 @@ impl Service {
         let built = built.map_err(|fault| error(ErrorKind::Unauthorized, format!("no credentials: {fault}")))?;
         Ok(credentials.insert(built).clone())
     }
-}
-
-/// Returns the output of `work`, or `None` after `limit`.
-#[allow(clippy::disallowed_methods, reason = "a limit on a request, not a deadline of the protocol")]
-pub(super) async fn timeout<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
-    tokio::time::timeout(limit, work).await.ok()
-}
-
-#[allow(clippy::disallowed_methods, reason = "a pause between attempts, not a deadline of the protocol")]
-pub(super) async fn pause(span: Duration) {
-    tokio::time::sleep(span).await;
 }
 
 /// Runs work on the store's runtime. If the caller drops the returned future, the work either finishes or stops between

@@ -6,7 +6,7 @@ use std::time::Duration;
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 
 use super::cache::{CachedDocument, CachedToken, SoleHold};
-use super::connect::{CallerWatch, CommitError, Committed, Lane, lock, pause};
+use super::connect::{CallerWatch, CommitError, Committed, Lane};
 use super::document::{WriteIf, delete, key_id};
 use super::error::{error, malformed};
 use super::record::{KeyRecord, PageRef, StoredPage};
@@ -16,7 +16,9 @@ use crate::clock::jitter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
+use crate::store::reconnect::sleep;
 use crate::store::{AcquireOutcome, AcquireRequest, EndOutcome, Granted, PollOutcome, Reply, StoreTime};
+use crate::sync::lock;
 use crate::token::TokenId;
 
 /// Maximum number of attempts of an operation whose key keeps changing. The delay between them grows.
@@ -33,7 +35,7 @@ pub(super) fn attempts() -> impl Iterator<Item = Attempt> {
 impl Attempt {
     pub(super) async fn pause(self) {
         if self.0 > 0 {
-            pause(jitter(Duration::from_millis(2 << self.0.min(7)))).await;
+            sleep(jitter(Duration::from_millis(2 << self.0.min(7)))).await;
         }
     }
 }

@@ -42,20 +42,21 @@ use async_trait::async_trait;
 
 use self::cache::{CachedToken, KeyHint};
 use self::config::Config;
-use self::connect::{CallerWatch, Service, lock, run_on_driver};
+use self::connect::{CallerWatch, Service, run_on_driver};
 use self::document::Names;
 use self::error::NAME;
-use self::push::Listener;
 use self::session::SessionCache;
 use self::update::{KeyUpdate, QueuePage};
 use crate::clock::{BootTime, Clock};
 use crate::error::Result;
 use crate::key::Key;
+use crate::store::streams::Streams;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Capabilities, Cursor, EndOutcome, ExtendOutcome,
     ForceReleaseOutcome, ForceReleaseRequest, GrantStream, KeyState, Listing, OpenOutcome, OpenSession, PollOutcome,
-    RenewOutcome, Reply, Store, StoreTime, push_channel,
+    Push, RenewOutcome, Reply, Store, StoreTime,
 };
+use crate::sync::lock;
 use crate::token::{SessionId, TokenId};
 
 /// Stores locks in Firestore in native mode.
@@ -136,7 +137,7 @@ struct Inner {
     service: Service,
     names: Names,
     sessions: SessionCache,
-    listeners: Mutex<HashMap<SessionId, Listener>>,
+    streams: Streams,
     /// Tokens that this handle has entered, with the newest known version of their key's document.
     tokens: Mutex<HashMap<(Key, TokenId), CachedToken>>,
     /// Serializes this handle's operations on the same key, because concurrent ones would only make each other retry.
@@ -176,7 +177,7 @@ impl Firestore {
             names: Names::new(&config.database, &config.collection),
             service: Service::new(config),
             sessions: SessionCache::new(clock.clone()),
-            listeners: Mutex::default(),
+            streams: Streams::default(),
             tokens: Mutex::default(),
             key_mutexes: Mutex::default(),
             has_document: KeyHint::new(),
@@ -213,7 +214,7 @@ impl Store for Firestore {
         self.run(async move |inner: Arc<Inner>, _| {
             inner.listen(request.session).await?;
             if let Some(warning) = session::renewal_rate_warning(request.ttl) {
-                inner.warn(request.session, warning);
+                inner.streams.tell(request.session, Push::Warning(warning));
             }
             let done = inner.sessions.open(&inner.service, &inner.names, request).await?;
             inner.observe_time(done.time.as_micros());
@@ -236,7 +237,7 @@ impl Store for Firestore {
     async fn close_session(&self, session: SessionId) -> Result<Reply<()>> {
         // Do this first: even if the request fails, nobody reads this session's notifications any more, and nobody
         // releases its tokens.
-        lock(&self.inner.listeners).remove(&session);
+        self.inner.streams.end(session);
         lock(&self.inner.tokens).retain(|_, cached| cached.session != session);
         self.run(async move |inner: Arc<Inner>, caller: CallerWatch| {
             let time = inner.sessions.close(&inner.service, &inner.names, session).await?;
@@ -351,8 +352,6 @@ impl Store for Firestore {
     }
 
     fn grants(&self, session: SessionId) -> GrantStream {
-        let (pushes, stream) = push_channel();
-        lock(&self.inner.listeners).insert(session, Listener { pushes, task: None });
-        stream
+        self.inner.streams.begin(session)
     }
 }

@@ -9,17 +9,16 @@ use std::time::Duration;
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use prost_types::Timestamp;
 use tokio::sync::oneshot;
-use tokio::task::AbortHandle;
 
 use super::Inner;
-use super::connect::{ListenStream, lock, pause, timeout};
+use super::connect::ListenStream;
 use super::document::{micros, query, text_of};
 use super::error::malformed;
 use super::record::KeyRecord;
-use crate::clock::jitter;
 use crate::error::Result;
 use crate::fence::Fence;
 use crate::key::Key;
+use crate::store::reconnect::{Backoff, within};
 use crate::store::{LostToken, Push, PushSender};
 use crate::token::{SessionId, TokenId};
 
@@ -32,47 +31,25 @@ const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
 /// Time limit for `open_session` to wait for its listener.
 const LISTENER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A session's push stream and the task that feeds it.
-#[derive(Debug)]
-pub(super) struct Listener {
-    pub(super) pushes: PushSender,
-    pub(super) task: Option<AbortHandle>,
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Some(task) = &self.task {
-            task.abort();
-        }
-    }
-}
-
 impl Inner {
     /// Starts the session's listener unless it runs already, and waits for its first success or failure.
     pub(super) async fn listen(self: &Arc<Self>, session: SessionId) -> Result<()> {
         let runtime = self.service.runtime()?;
-        let (tried, first_attempt) = oneshot::channel();
-        // Store the task before waiting for it, so that a concurrent call or the end of the session finds it.
-        if let Some(listener) = lock(&self.listeners).get_mut(&session).filter(|listener| listener.task.is_none()) {
-            let task = runtime.spawn(listen(Arc::downgrade(self), session, listener.pushes.clone(), tried));
-            listener.task = Some(task.abort_handle());
-        } else {
-            return Ok(());
+        let start = |pushes| {
+            let (tried, first_attempt) = oneshot::channel();
+            let task = runtime.spawn(listen(Arc::downgrade(self), session, pushes, tried));
+            Ok((task.abort_handle(), first_attempt))
+        };
+        if let Some(first_attempt) = self.streams.fill(session, start)? {
+            let _ = within(LISTENER_TIMEOUT, first_attempt).await; // the listener keeps trying
         }
-        let _ = timeout(LISTENER_TIMEOUT, first_attempt).await; // the listener keeps trying
         Ok(())
-    }
-
-    pub(super) fn warn(&self, session: SessionId, warning: String) {
-        if let Some(listener) = lock(&self.listeners).get(&session) {
-            listener.pushes.send(Push::Warning(warning));
-        }
     }
 }
 
 async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, tried: oneshot::Sender<()>) {
     let mut tried = Some(tried);
-    let mut delay = MIN_RETRY_DELAY;
+    let mut pauses = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
     let (mut is_first, mut failures) = (true, 0);
     loop {
         let Some(strong) = inner.upgrade() else { return };
@@ -89,7 +66,10 @@ async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, trie
         is_first = false;
         match outcome {
             // The service ends each stream after some time.
-            Ok(()) => (delay, failures) = (MIN_RETRY_DELAY, 0),
+            Ok(()) => {
+                pauses.reset();
+                failures = 0;
+            }
             Err(fault) => {
                 failures += 1;
                 if failures == 3 {
@@ -100,8 +80,7 @@ async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, trie
                 }
             }
         }
-        pause(jitter(delay)).await;
-        delay = (delay * 2).min(MAX_RETRY_DELAY);
+        pauses.pause().await;
     }
 }
 

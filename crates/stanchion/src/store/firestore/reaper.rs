@@ -8,7 +8,7 @@ use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use googleapis_tonic_google_firestore_v1::google::firestore::v1::structured_query::field_filter::Operator;
 
 use super::Inner;
-use super::connect::{CallerWatch, Lane, lock};
+use super::connect::{CallerWatch, Lane};
 use super::document::{WriteIf, delete, id, query, text_of, timestamp};
 use super::record::SessionRecord;
 use super::session::is_reapable;
@@ -16,6 +16,7 @@ use super::update::KeyUpdate;
 use crate::clock::jitter;
 use crate::error::Result;
 use crate::key::Key;
+use crate::sync::lock;
 use crate::token::SessionId;
 
 /// Minimum interval between runs of the reaper, which renewals start.

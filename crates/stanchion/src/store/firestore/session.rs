@@ -13,7 +13,7 @@ use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use prost::Message as _;
 use prost_types::Timestamp;
 
-use super::connect::{CallerWatch, CommitError, Lane, Service, lock};
+use super::connect::{CallerWatch, CommitError, Lane, Service};
 use super::document::{Names, WriteIf, bytes, fields, micros, put, timestamp};
 use super::error::malformed;
 use super::keys::{attempts, contended};
@@ -23,6 +23,7 @@ use crate::clock::{BootTime, Clock};
 use crate::error::Result;
 use crate::key::Key;
 use crate::store::{LostToken, OpenOutcome, OpenSession, RenewOutcome, Reply, StoreTime};
+use crate::sync::lock;
 use crate::token::SessionId;
 
 /// Time for which the cached state of another process's session is valid.

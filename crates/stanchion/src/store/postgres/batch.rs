@@ -22,11 +22,11 @@ use tokio::sync::oneshot;
 use tokio_postgres::Row;
 
 use super::Inner;
-use super::connect::within;
 use super::error::{error, malformed};
 use super::rows::{column, micros, not_after, parameters};
 use crate::error::{ErrorKind, Result};
 use crate::key::Key;
+use crate::store::reconnect::within;
 use crate::store::{AcquireRequest, Lifetime};
 use crate::sync::lock;
 use crate::token::TokenId;

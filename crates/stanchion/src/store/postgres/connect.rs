@@ -25,15 +25,10 @@ use super::borrowed::{Borrowed, UsersPool};
 use super::config::{CONNECT_TIMEOUT, Config, Endpoint, Tls};
 use super::error::{OTHER_ISOLATION, Verdict, error, from_answer, malformed, verdict, while_connecting};
 use super::server::{Server, Watch, accepts_writes};
-use crate::clock::{BootTime, Clock, jitter};
+use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::reconnect::{ConnectionThread, Outage, within};
 use crate::sync::lock;
-use crate::thread::RuntimeThread;
-
-/// Minimum and maximum pause between two attempts to connect. Each failed attempt doubles the pause, and all tasks
-/// share it, so that a thousand tasks do not flood the server.
-const MIN_PAUSE: Duration = Duration::from_millis(20);
-const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// Maximum number of connections for operations that only read.
 const MAX_READS_IN_FLIGHT: usize = 4;
@@ -68,7 +63,7 @@ pub(super) type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 pub(super) struct Pool {
     pub(super) config: Config,
     /// Drives the connections. The first connection starts it.
-    driver: Mutex<Option<RuntimeThread>>,
+    thread: ConnectionThread,
     idle: Mutex<Vec<Own>>,
     server: Server,
     /// Until this time the connections of a user's pool are checked before use.
@@ -83,24 +78,15 @@ pub(super) struct Pool {
     read_permits: Arc<Semaphore>,
     /// The session has one connection more, so that no crowd of operations delays a renewal.
     session_permit: Semaphore,
-    pause: Mutex<Pause>,
+    outage: Mutex<Outage>,
     saw_primary: AtomicBool,
     /// Whether new connections set the isolation level, because the default was found to be another one.
     sets_isolation: AtomicBool,
     clock: Clock,
 }
 
-/// The pause before the next attempt to connect, which begins at `next` at the earliest.
-#[derive(Debug)]
-struct Pause {
-    next: BootTime,
-    length: Duration,
-    why: Option<(ErrorKind, String)>,
-}
-
 impl Pool {
     pub(super) fn new(config: Config, users: Option<UsersPool>) -> Self {
-        let pause = Pause { next: BootTime::from_nanos(0), length: MIN_PAUSE, why: None };
         let for_batches = MAX_BATCHES_IN_FLIGHT.min(config.pool / 2);
         let for_reads = MAX_READS_IN_FLIGHT.min(config.pool / 4);
         let permits = Arc::new(Semaphore::new(config.pool - for_batches - for_reads));
@@ -112,13 +98,13 @@ impl Pool {
             batch_permits: separate(for_batches),
             read_permits: separate(for_reads),
             permits,
-            driver: Mutex::default(),
+            thread: ConnectionThread::new("stanchion-postgres"),
             idle: Mutex::default(),
             server: Server::new(),
             checks_until: Mutex::new(BootTime::from_nanos(0)),
             users,
             session_permit: Semaphore::new(1),
-            pause: Mutex::new(pause),
+            outage: Mutex::new(Outage::NONE),
             saw_primary: AtomicBool::new(false),
             sets_isolation: AtomicBool::new(false),
             clock: Clock::system(),
@@ -133,18 +119,7 @@ impl Pool {
 
     /// Returns the runtime of the connections, and starts its thread if necessary.
     pub(super) fn runtime(&self) -> Result<Handle> {
-        let mut driver = lock(&self.driver);
-        match &*driver {
-            Some(driver) => Ok(driver.runtime.clone()),
-            None => {
-                let started = RuntimeThread::start("stanchion-postgres").map_err(|fault| {
-                    error(ErrorKind::Unavailable, format!("cannot start the thread for the connections: {fault}"))
-                })?;
-                let runtime = started.runtime.clone();
-                *driver = Some(started);
-                Ok(runtime)
-            }
-        }
+        self.thread.runtime()
     }
 
     /// Runs a statement for an operation on a key, over a connection that no other operation uses at the same time.
@@ -281,12 +256,7 @@ impl Pool {
                 return Ok(own);
             }
         }
-        {
-            let pause = lock(&self.pause);
-            if let (true, Some((kind, message))) = (self.clock.now() < pause.next, &pause.why) {
-                return Err(error(*kind, message.clone()).in_doubt(false));
-            }
-        }
+        lock(&self.outage).check(self.clock.now())?;
         let (sender, made) = oneshot::channel();
         let pool = self.clone();
         self.runtime()?.spawn(async move {
@@ -305,14 +275,10 @@ impl Pool {
 
     /// Records how an attempt to connect ended.
     fn record_attempt(&self, fault: Option<&Error>) {
-        let mut pause = lock(&self.pause);
+        let mut outage = lock(&self.outage);
         match fault {
-            None => *pause = Pause { next: BootTime::from_nanos(0), length: MIN_PAUSE, why: None },
-            Some(fault) => {
-                pause.next = self.clock.now().after(jitter(pause.length));
-                pause.length = (pause.length * 2).min(MAX_PAUSE);
-                pause.why = Some((fault.kind(), fault.message().to_owned()));
-            }
+            None => *outage = Outage::NONE,
+            Some(fault) => outage.failed(fault, self.clock.now()),
         }
     }
 
@@ -421,17 +387,6 @@ where
     // The error is ignored here, because it also reaches the callers that wait for an answer.
     tokio::spawn(async move { drop(connection.await) });
     client
-}
-
-/// Returns the outcome of the work, or nothing if the work takes longer than the limit.
-#[allow(clippy::disallowed_methods, reason = "a limit on a connection, not a deadline of the protocol")]
-pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
-    tokio::time::timeout(limit, work).await.ok()
-}
-
-#[allow(clippy::disallowed_methods, reason = "a pause between attempts to connect, not a deadline of the protocol")]
-pub(super) async fn sleep(pause: Duration) {
-    tokio::time::sleep(pause).await;
 }
 
 enum Connected {

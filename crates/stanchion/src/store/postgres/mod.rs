@@ -24,13 +24,14 @@ use tokio_postgres::{Row, Transaction};
 use self::batch::{CallQueues, KeyCall};
 use self::borrowed::UsersPool;
 use self::config::Config;
-use self::connect::{Parameter, Pool, within};
+use self::connect::{Parameter, Pool};
 use self::error::{NAME, error, from_answer, malformed};
 use self::rows::{column, granted, in_use, listing, micros, not_after, number, parameters, span, time, whole_fence};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
+use crate::store::reconnect::within;
 use crate::store::streams::Streams;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Capabilities, Cursor, EndOutcome, ExtendOutcome,
@@ -340,10 +341,8 @@ impl Inner {
         if self.pool.config.listen.is_none() {
             return Ok(());
         }
-        if let Some(pushes) = self.streams.unfilled(session) {
-            let (task, tried) = push::start(&self.pool, session, pushes, self.notifications_down.clone())?;
-            // This comes before the first await, because a caller may give up there and must not leave a task behind.
-            self.streams.fill(session, task);
+        let start = |pushes| push::start(&self.pool, session, pushes, self.notifications_down.clone());
+        if let Some(tried) = self.streams.fill(session, start)? {
             let _ = within(MAX_LISTEN_WAIT, tried).await; // A late attempt continues in its task.
         }
         Ok(())

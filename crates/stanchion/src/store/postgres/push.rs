@@ -12,18 +12,18 @@ use tokio_postgres::types::Type;
 use tokio_postgres::{AsyncMessage, Client, Connection, NoTls, Socket};
 
 use super::config::{CONNECT_TIMEOUT, Config, Endpoint, Tls};
-use super::connect::{Pool, SERVER, sleep, within};
+use super::connect::{Pool, SERVER};
 use super::error::{error, from_answer, malformed, while_connecting};
-use crate::clock::jitter;
 use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
+use crate::store::reconnect::{Backoff, within};
 use crate::store::{LostToken, Push, PushSender};
 use crate::token::{SessionId, TokenId};
 
 /// Minimum and maximum pause between two attempts to listen.
-const MIN_PAUSE: Duration = Duration::from_millis(20);
-const MAX_PAUSE: Duration = Duration::from_secs(1);
+const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Time after which a message that the listener sent to itself counts as lost. A transaction pooler loses messages.
 const ECHO_TIMEOUT: Duration = Duration::from_millis(500);
@@ -55,7 +55,7 @@ async fn listen(
     tried: oneshot::Sender<()>,
 ) {
     let mut tried = Some(tried);
-    let mut pause = MIN_PAUSE;
+    let mut pauses = Backoff::new(SHORTEST_PAUSE, LONGEST_PAUSE);
     let (mut is_first, mut has_warned) = (true, false);
     let mut warn = |message: String| {
         if !std::mem::replace(&mut has_warned, true) {
@@ -81,7 +81,7 @@ async fn listen(
                     pushes.send(Push::VerifyAll);
                 }
                 is_first = false;
-                pause = MIN_PAUSE;
+                pauses.reset();
                 let receive = async {
                     while let Some(message) = messages.recv().await {
                         is_down.store(false, Ordering::Relaxed);
@@ -105,8 +105,7 @@ async fn listen(
             }
         }
         is_down.store(true, Ordering::Relaxed);
-        sleep(jitter(pause)).await;
-        pause = (pause * 2).min(MAX_PAUSE);
+        pauses.pause().await;
     }
 }
 

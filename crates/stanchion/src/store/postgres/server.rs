@@ -1,12 +1,11 @@
 //! Notices that the server behind the URL was replaced. After a failover the earlier connections lead to a server that
 //! accepts no writes, or to none, and are not used again.
 
+use crate::store::reconnect::{sleep, within};
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_postgres::Client;
-
-use super::connect::{sleep, within};
 
 /// Ends the connection if its server accepts no writes, and does nothing otherwise. The statement also ends the
 /// connection of a pooler to that server, which the pooler would give to another client.

@@ -28,11 +28,11 @@ use tokio::sync::oneshot;
 
 use super::connect::{ConnectionManager, Dispatch, RuntimeConnections, Target};
 use super::error::error;
-use super::node::within;
 use super::reply::{Answer, malformed};
 use super::scripts::{ACQUIRE, BATCH, LockNames, Script};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoreTime;
+use crate::store::reconnect::within;
 
 /// Maximum number of single calls in flight before further calls are queued.
 const MAX_SINGLES_IN_FLIGHT: usize = 8;

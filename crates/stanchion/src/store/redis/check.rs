@@ -10,9 +10,9 @@ use tokio::task::JoinSet;
 use super::Inner;
 use super::connect::Target;
 use super::error::error;
-use super::node::within;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Push;
+use crate::store::reconnect::within;
 use crate::token::SessionId;
 
 /// A setting that only KeyDB has.

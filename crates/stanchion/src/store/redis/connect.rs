@@ -9,7 +9,7 @@
 //! `MOVED` or `ASK` did nothing, and the request is sent on to the named server.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use redis::aio::MultiplexedConnection;
 use redis::{Cmd, Pipeline, RedisError, Value};
@@ -19,14 +19,14 @@ use super::batch::Batch;
 use super::cluster::{SlotMap, is_recent, redirected, slot_of};
 use super::config::{Address, Config, Layout};
 use super::error::{Verdict, error, from_answer, while_connecting};
-use super::node::{
-    AnswerGuard, CONNECT_TIMEOUT, Link, Node, SUSPECT_AFTER, connect_to_any, in_task, timeout_error, within,
-};
+use super::node::{AnswerGuard, CONNECT_TIMEOUT, Link, Node, SUSPECT_AFTER, connect_to_any, in_task, timeout_error};
 use super::reply::malformed;
 use super::scripts::Script;
 use super::sentinel::Group;
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::reconnect::within;
+use crate::sync::lock;
 
 /// Maximum number of redirections that one request follows.
 const MAX_REDIRECTIONS: u32 = 5;
@@ -65,10 +65,6 @@ pub(super) struct RuntimeConnections {
     pub(super) lacks_io: AtomicBool,
     /// Whether a keeper opened a session in this runtime, which therefore lives as long as that session.
     is_keepers: AtomicBool,
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The connection that carried a request. A later request over it reaches the same server, after the earlier one.

@@ -9,18 +9,15 @@ use redis::io::tcp::{TcpSettings, socket2};
 use redis::{AsyncConnectionConfig, Client, RedisError, Value};
 
 use super::config::Address;
-use super::connect::{ConnectionManager, RuntimeConnections, lock};
+use super::connect::{ConnectionManager, RuntimeConnections};
 use super::error::{error, is_refused, while_connecting};
-use crate::clock::{BootTime, Clock, jitter};
+use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::reconnect::{Outage, within};
+use crate::sync::lock;
 
 /// Time after which an attempt to connect fails.
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Shortest and longest pause between attempts to connect. The pause doubles with each fault, so that a thousand tasks
-/// make no storm.
-const MIN_PAUSE: Duration = Duration::from_millis(20);
-const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// Time after which a connection without any answer is replaced, if a caller gave up waiting for one. It counts over
 /// all requests, because each of them may have a shorter deadline.
@@ -64,13 +61,7 @@ pub(super) struct Node {
 #[derive(Debug)]
 enum State {
     Up(Link),
-    Down { failures: u32, next: BootTime, why: Option<Arc<Fault>> },
-}
-
-#[derive(Debug)]
-struct Fault {
-    kind: ErrorKind,
-    message: String,
+    Down(Outage),
 }
 
 /// An open connection, and its number.
@@ -78,12 +69,6 @@ struct Fault {
 pub(super) struct Link {
     pub(super) connection: MultiplexedConnection,
     pub(super) generation: u64,
-}
-
-/// Returns the outcome of the work if it comes in time. A runtime with connections always has timers.
-#[allow(clippy::disallowed_methods, reason = "limits a connection attempt, not a deadline of the protocol")]
-pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
-    tokio::time::timeout(limit, work).await.ok()
 }
 
 pub(super) fn timeout_error(limit: Duration) -> RedisError {
@@ -107,7 +92,7 @@ impl Node {
     pub(super) fn new(address: &Address) -> Self {
         Self {
             address: address.clone(),
-            state: Mutex::new(State::Down { failures: 0, next: BootTime::from_nanos(0), why: None }),
+            state: Mutex::new(State::Down(Outage::NONE)),
             connecting: Arc::default(),
             generations: AtomicU64::new(0),
             oldest_abandoned: AtomicU64::new(0),
@@ -166,20 +151,19 @@ impl Node {
 
     fn is_down(&self, error: &Error, clock: &Clock) {
         let mut state = lock(&self.state);
-        let failures = match &*state {
-            State::Up(_) => 0,
-            State::Down { failures, .. } => *failures,
-        };
-        let pause = jitter((MIN_PAUSE * 2u32.saturating_pow(failures.min(10))).min(MAX_PAUSE));
-        let why = Fault { kind: error.kind(), message: error.message().to_owned() };
-        *state = State::Down { failures: failures + 1, next: clock.now().after(pause), why: Some(Arc::new(why)) };
+        if let State::Up(_) = &*state {
+            *state = State::Down(Outage::NONE);
+        }
+        if let State::Down(outage) = &mut *state {
+            outage.failed(error, clock.now());
+        }
     }
 
     /// Returns the open connection.
     pub(super) fn up(&self) -> Option<Link> {
         match &*lock(&self.state) {
             State::Up(link) => Some(link.clone()),
-            State::Down { .. } => None,
+            State::Down(_) => None,
         }
     }
 
@@ -190,17 +174,14 @@ impl Node {
     fn current(&self, clock: &Clock) -> Result<Option<Link>> {
         match &*lock(&self.state) {
             State::Up(link) => Ok(Some(link.clone())),
-            State::Down { next, why: Some(why), .. } if clock.now() < *next => {
-                Err(error(why.kind, why.message.clone()).in_doubt(false))
-            }
-            State::Down { .. } => Ok(None),
+            State::Down(outage) => outage.check(clock.now()).map(|()| None),
         }
     }
 
     /// Ends the pause after a fault, so that the next caller may connect.
     pub(super) fn allow_connect_now(&self) {
-        if let State::Down { next, .. } = &mut *lock(&self.state) {
-            *next = BootTime::from_nanos(0);
+        if let State::Down(outage) = &mut *lock(&self.state) {
+            outage.end_pause();
         }
     }
 
@@ -233,7 +214,7 @@ impl State {
 
     fn discard(&mut self, generation: u64) {
         if self.is_up(generation) {
-            *self = Self::Down { failures: 0, next: BootTime::from_nanos(0), why: None };
+            *self = Self::Down(Outage::NONE);
         }
     }
 }
@@ -305,6 +286,7 @@ impl Drop for AnswerGuard<'_> {
 mod tests {
     use super::super::config::Config;
     use super::*;
+    use crate::store::reconnect::sleep;
 
     /// Contains real answers to `ROLE`: of Redis 7.0.15, and of KeyDB 6.3.4 as one of two and of three active replicas.
     #[test]
@@ -348,11 +330,12 @@ mod tests {
             assert!(within(Duration::from_millis(50), node.link(&manager, &local)).await.is_none());
             let recorded = async {
                 while !manager.slots().unwrap().unavailable_servers().contains(&address) {
-                    super::super::push::sleep(Duration::from_millis(5)).await;
+                    sleep(Duration::from_millis(5)).await;
                 }
             };
             within(Duration::from_secs(30), recorded).await.unwrap();
-            assert!(matches!(&*lock(&node.state), State::Down { failures: 1, why: Some(_), .. }));
+            let State::Down(outage) = &*lock(&node.state) else { panic!("the server is silent") };
+            assert!(outage.check(BootTime::from_nanos(0)).is_err());
         });
     }
 }

@@ -10,13 +10,14 @@ use super::scripts::PUBLISH;
 use crate::clock::jitter;
 use crate::fence::Fence;
 use crate::key::Key;
+use crate::store::reconnect::{Backoff, sleep};
 use crate::store::{LostToken, Push, PushSender};
 use crate::token::{SessionId, TokenId};
 
-pub(super) const MIN_PAUSE: Duration = Duration::from_millis(20);
+pub(super) const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 /// Longest pause between attempts to subscribe. It is short because there is one attempt for the whole process, and its
 /// success ends the pauses of all tasks that wait for the server.
-pub(super) const MAX_PAUSE: Duration = Duration::from_millis(100);
+pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// Pause after a rejected attempt, which succeeds only after somebody changes the server's settings.
 const REFUSED_PAUSE: Duration = Duration::from_secs(3);
@@ -37,7 +38,7 @@ pub(super) async fn listen(
     tried: tokio::sync::oneshot::Sender<()>,
 ) {
     let mut tried = Some(tried);
-    let mut pause = MIN_PAUSE;
+    let mut pauses = Backoff::new(SHORTEST_PAUSE, LONGEST_PAUSE);
     let mut is_first = true;
     let mut has_warned = false;
     loop {
@@ -56,7 +57,7 @@ pub(super) async fn listen(
                     report_recovery(&pushes);
                 }
                 is_first = false;
-                pause = MIN_PAUSE;
+                pauses.reset();
                 let channel = names.session(session);
                 let key_of = |name: &str| names.key_of(name)?.ok();
                 let messages = pubsub.on_message().for_each(async |message| {
@@ -86,8 +87,11 @@ pub(super) async fn listen(
                 is_refused = !error.is_transient();
             }
         }
-        sleep(jitter(if is_refused { REFUSED_PAUSE } else { pause })).await;
-        pause = (pause * 2).min(MAX_PAUSE);
+        if is_refused {
+            sleep(jitter(REFUSED_PAUSE)).await;
+        } else {
+            pauses.pause().await;
+        }
     }
 }
 
@@ -117,11 +121,6 @@ async fn warn_unless_publishing_works(inner: &Inner, session: SessionId, pushes:
         let message = format!("notifications cannot be sent, falling back to polling once per second: {why}");
         pushes.send(Push::Warning(message));
     }
-}
-
-#[allow(clippy::disallowed_methods, reason = "pauses between attempts to connect, not a deadline of the protocol")]
-pub(super) async fn sleep(pause: Duration) {
-    tokio::time::sleep(pause).await;
 }
 
 /// Reads a message: `G`, token, fence and record name, or `F`, token and loss.

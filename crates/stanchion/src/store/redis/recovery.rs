@@ -16,14 +16,14 @@ use tokio::task::JoinSet;
 use super::cluster::SlotMap;
 use super::config::Address;
 use super::connect::{ConnectionManager, RuntimeConnections, Target};
-use super::node::{CONNECT_TIMEOUT, within};
-use super::push::{MAX_PAUSE, MIN_PAUSE, sleep};
-use crate::clock::jitter;
+use super::node::CONNECT_TIMEOUT;
+use super::push::{LONGEST_PAUSE, SHORTEST_PAUSE};
 use crate::error::Result;
+use crate::store::reconnect::{Backoff, sleep, within};
 
 /// Longest pause between queries while only slots without a server are missing, because it may take days until somebody
 /// assigns them.
-const MAX_PAUSE_FOR_SLOTS: Duration = Duration::from_secs(3);
+const LONGEST_PAUSE_FOR_SLOTS: Duration = Duration::from_secs(3);
 
 /// Time that an unavailable server has to answer before the map is queried again.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(200);
@@ -44,17 +44,18 @@ impl ConnectionManager {
     /// Waits for outages and detects recoveries. One task at a time does this, on behalf of all sessions.
     async fn find_unavailable(self: &Arc<Self>, local: &RuntimeConnections, slots: &SlotMap, channel: &str) {
         let _one_at_a_time = slots.searching.lock().await;
-        let mut pause = MIN_PAUSE;
+        let mut pauses = Backoff::new(SHORTEST_PAUSE, LONGEST_PAUSE);
+        let mut pauses_for_slots = Backoff::new(SHORTEST_PAUSE, LONGEST_PAUSE_FOR_SLOTS);
         loop {
             slots.wait_for_outage().await;
             if slots.lacks_only_slots() {
+                let pause = pauses_for_slots.next();
                 tokio::select! {
-                    () = sleep(jitter(pause)) => pause = (pause * 2).min(MAX_PAUSE_FOR_SLOTS),
-                    () = slots.next_outage() => pause = MIN_PAUSE,
+                    () = sleep(pause) => {}
+                    () = slots.next_outage() => pauses_for_slots.reset(),
                 }
             } else {
-                sleep(jitter(pause.min(MAX_PAUSE))).await;
-                pause = (pause * 2).min(MAX_PAUSE);
+                pauses.pause().await;
             }
             if self.learn_slots(local, slots).await.is_err() {
                 continue;

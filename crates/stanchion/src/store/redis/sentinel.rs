@@ -23,9 +23,10 @@ use redis::{AsyncConnectionConfig, Client, FromRedisValue, RedisError};
 use super::config::{Address, Config};
 use super::connect::RuntimeConnections;
 use super::error::{error, while_connecting};
-use super::node::{CONNECT_TIMEOUT, connect, in_task, timeout_error, within};
+use super::node::{CONNECT_TIMEOUT, connect, in_task, timeout_error};
 use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::reconnect::within;
 
 /// Time limit for one sentinel, and time that the others get after the first answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);

@@ -1,6 +1,6 @@
 //! Caches the sessions of this process with their tokens, and how long the sessions of other processes live at least.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::task::AbortHandle;
@@ -9,6 +9,7 @@ use super::MIN_SESSION_RETENTION;
 use crate::clock::BootTime;
 use crate::key::Key;
 use crate::store::PushSender;
+use crate::sync::lock;
 use crate::token::{IdMap, SessionId, TokenId};
 
 /// Interval between touches of the record of a long hold. The server deletes a record a day after it was last written.
@@ -59,10 +60,6 @@ pub(super) enum CachedLiveness {
     Alive(BootTime),
     Expired,
     Unknown,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl SessionCache {
