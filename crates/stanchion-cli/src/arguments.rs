@@ -309,7 +309,7 @@ mod tests {
     use clap::CommandFactory as _;
 
     #[test]
-    fn argument_definition_is_consistent() {
+    fn arguments_are_consistent() {
         Arguments::command().debug_assert();
     }
 

@@ -78,7 +78,7 @@ mod tests {
     use stanchion::LossCause;
 
     #[test]
-    fn errors_have_documented_exit_codes() {
+    fn exit_codes_are_documented() {
         use ErrorKind::*;
         let table = [
             (Timeout, 75),

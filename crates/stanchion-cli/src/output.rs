@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn json_escapes_invisible_characters() {
+    fn json_escapes_invisible_text() {
         let text = "\u{7f}\u{9b}\u{202e}\u{200b}\u{e0041}\u{1b}é漢\\\"  x";
         let line = json_line(&text).unwrap();
         let expected = r#""\u007f\u009b\u202e\u200b\udb40\udc41\u001bé漢\\\"  x""#;
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn long_cells_end_between_characters() {
+    fn cells_end_between_characters() {
         assert_eq!(cell(&"é".repeat(80)), "é".repeat(80));
         assert_eq!(cell(&"é".repeat(81)), "é".repeat(79) + "…");
         assert_eq!(cell(&("x".repeat(76) + "\u{1b}yyy")), "x".repeat(76) + "…", "no half of an escape");

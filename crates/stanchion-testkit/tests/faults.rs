@@ -230,9 +230,9 @@ async fn slot_runs_once_despite_message_faults() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn leaders_never_overlap_under_faults() {
+async fn leaders_never_overlap() {
     const TERMS: usize = 150;
-    let seed = seed("leaders_never_overlap_under_faults");
+    let seed = seed("leaders_never_overlap");
     let memory = Memory::new();
     let resource = Arc::new(Mutex::new(Resource::default()));
     let (mut candidates, mut all_faults) = (Vec::new(), Vec::new());

@@ -53,7 +53,7 @@ fn each_version_starts() {
 
 #[test]
 #[should_panic(expected = "relation \"nothing\" does not exist")]
-fn failed_sql_panics_with_the_message() {
+fn failed_sql_shows_its_message() {
     PostgresServer::start(Postgres::V15).psql("SELECT * FROM nothing");
 }
 
@@ -105,7 +105,7 @@ fn sigkill_ends_idle_server_processes() {
 }
 
 #[test]
-fn fast_stop_is_clean_and_restartable() {
+fn fast_stop_allows_a_restart() {
     for kind in KINDS {
         let mut server = PostgresServer::start(kind);
         server.psql("CREATE TABLE t (x int)");

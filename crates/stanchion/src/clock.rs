@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn ending_driver_wakes_another_driver() {
+    async fn ending_driver_wakes_the_next() {
         let clock = Clock::system();
         let [woken, others] = [0, 0].map(|_| Arc::new(Count(AtomicUsize::new(0))));
         let [waker, others_waker] = [woken.clone(), others.clone()].map(Waker::from);

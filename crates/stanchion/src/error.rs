@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn change_of_a_clone_leaves_the_error() {
+    fn changed_clone_leaves_the_error() {
         let source = std::io::Error::other("refused");
         let error =
             Error::new(ErrorKind::Unavailable, "x").with_source(source).with_retry_after(Duration::from_secs(1));

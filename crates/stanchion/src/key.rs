@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn different_pairs_give_different_keys() {
+    fn pairs_give_different_keys() {
         let pairs =
             [("", "1:ab"), ("a", "b"), ("ab", "c"), ("a", "bc"), ("", "a:b"), ("1:a", "b"), ("", ":"), (":", "x")];
         for (i, a) in pairs.iter().enumerate() {
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn display_escapes_control_characters() {
+    fn display_escapes_controls() {
         for (name, shown) in
             [("a\u{1b}[2Jb", "a\\u{1b}[2Jb"), ("\u{202e}\\n\u{ad}", "\\u{202e}\\\\n\\u{ad}"), ("鍵 é", "鍵 é")]
         {

@@ -420,13 +420,13 @@ mod tests {
     }
 
     #[test]
-    fn lifetime_is_shortened_by_the_drift() {
+    fn drift_shortens_the_lifetime() {
         assert_eq!(Drift::default().shorten(Duration::from_secs(10)), Duration::from_millis(9_898));
         assert_eq!(Drift::default().shorten(Duration::from_millis(1)), Duration::ZERO);
     }
 
     #[test]
-    fn holder_can_use_the_requested_time() {
+    fn holder_has_all_of_its_time() {
         let month = Duration::from_secs(30 * 24 * 60 * 60);
         let mut spans: Vec<_> = (10..3_000).map(Duration::from_millis).collect();
         spans.extend((3..100).map(Duration::from_secs));

@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_come_to_be_polled_at_one_time() {
+    fn polls_of_keys_come_together() {
         let mut bench = Bench::new();
         let mut cells = Vec::new();
         for number in 0..100 {

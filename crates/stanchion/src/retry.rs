@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn no_pause_is_longer_than_the_longest() {
+    fn pauses_have_a_longest() {
         let policy = RetryPolicy::default();
         assert!((0..100).all(|_| policy.endless_pauses().take(20).all(|pause| pause <= policy.longest_pause)));
     }

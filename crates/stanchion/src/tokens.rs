@@ -409,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn answered_release_forgets_the_hold() {
+    fn answered_release_forgets_hold() {
         let table = TokenTable::new();
         let hold = held(&table);
         table.forget(hold.token);
@@ -515,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn many_detached_holds_are_queried_once() {
+    fn detached_holds_are_queried_once() {
         let table = TokenTable::new();
         let detach = || table.detach(&held(&table), false, NOW);
         assert_eq!((0..QUERY_DETACHED_AT).filter(|_| detach()).count(), 1);

@@ -24,7 +24,7 @@ fn limits_hold_while_the_folder_is_blocked() {
 }
 
 #[test]
-fn limits_hold_while_the_disk_is_full() {
+fn full_disk_keeps_the_limits() {
     let world = World::new();
     let tool = env!("CARGO_BIN_EXE_stanchion");
     // A file system of its own, in a namespace of its own.

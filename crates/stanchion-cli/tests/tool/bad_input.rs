@@ -71,7 +71,7 @@ fn bad_keys_and_durations_are_usage_errors() {
 }
 
 #[test]
-fn mistyped_store_folders_are_rejected() {
+fn mistyped_folders_are_rejected() {
     let world = World::new();
     let missing = format!("sqlite:{}", world.path("typo/locks").display());
     let absent = format!("sqlite:{}", world.path("absent").display());
@@ -93,7 +93,7 @@ fn mistyped_store_folders_are_rejected() {
 }
 
 #[test]
-fn bad_stores_say_what_would_be_right() {
+fn bad_store_urls_are_explained() {
     let world = World::new();
     std::fs::write(world.path("file"), "").unwrap();
     world.write_store_file("empty", "");
@@ -188,7 +188,7 @@ fn full_disk_is_unavailable() {
 
 /// Descriptors and threads are refused at every point of the start: an error with its cause, no panic, no command beside it.
 #[test]
-fn low_limits_are_errors_with_a_cause() {
+fn low_limits_are_explained() {
     let world = World::new();
     world.stanchion(["run", "k", "--", "true"]).finish().code(0);
     let mut succeeded = 0;

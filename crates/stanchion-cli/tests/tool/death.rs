@@ -5,7 +5,7 @@ use crate::common::*;
 use rustix::process::Signal;
 
 #[test]
-fn killed_wrapper_frees_the_key_last() {
+fn killed_wrapper_frees_key_last() {
     let world = World::new();
     for round in 0..20 {
         let script = "echo $$ > $D/child; sleep 600 & echo $! > $D/grandchild; wait";

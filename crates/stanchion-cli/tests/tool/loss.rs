@@ -66,7 +66,7 @@ fn force_release_kills_the_command() {
 const CANNOT_BE_ENDED: &str = "the command cannot be ended, because it runs as another user";
 
 #[test]
-fn command_of_another_user_is_reported() {
+fn foreign_command_is_reported() {
     let Some(world) = world_of_nobody() else { return };
     let script = "echo $$ > /proc/self/fd/3; exec sleep 600";
     let command = format!("exec ./become --reuid=0 sh -c '{script}' 3> state/pid");
@@ -121,7 +121,7 @@ fn signals_to_another_user_are_reported() {
 }
 
 #[test]
-fn deleted_store_files_explain_the_loss() {
+fn deleted_files_explain_the_loss() {
     for name in ["", "locks.db", "locks.db-wal", "locks.db-shm", "gate", "sessions"] {
         let world = World::new();
         let running = world.stanchion(["run", "k", "-c", "touch $D/ready; exec sleep 600"]).start();

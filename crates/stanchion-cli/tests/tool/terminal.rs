@@ -133,7 +133,7 @@ fn ctrl_c_reaches_the_command() {
 }
 
 #[test]
-fn ctrl_c_ends_the_surrounding_script() {
+fn ctrl_c_ends_the_script() {
     let world = World::new();
     std::fs::write(world.path("script"), "$S run k -- sh -c 'echo ready; exec sleep 600'\necho went on\n").unwrap();
     for shell in ["sh", "bash"] {

@@ -44,7 +44,7 @@ fn events_end_with_the_handle() {
 }
 
 #[test]
-fn handle_converts_to_and_from_async() {
+fn handle_converts_to_async() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let asynchronous = runtime.block_on(AsyncLocks::builder("memory:").namespace("n").open()).unwrap();
     let blocking = Locks::from(asynchronous.clone());

@@ -138,7 +138,7 @@ fn postgres_keeps_limits_while_away() {
 }
 
 #[test]
-fn firestore_keeps_limits_while_away() {
+fn firestore_outage_keeps_limits() {
     opening_keeps_its_limit(|address| format!("firestore://project/database?emulator={address}"));
     let fake = FirestoreFake::start();
     fake.refuse_credentials(true);

@@ -429,7 +429,7 @@ async fn adopt_after_the_keeper_ended_is_rejected() {
 }
 
 #[tokio::test]
-async fn drain_ends_adopt_without_a_session() {
+async fn drain_ends_waiting_adopt() {
     let bench = Bench::new().await;
     let token = bench.locks.lock("k").ttl(3_600 * SECOND).await.unwrap().detach();
     bench.faults.always(Operation::OpenSession, Fault::Fail(ErrorKind::Unavailable));
@@ -558,7 +558,7 @@ async fn overtaken_request_is_released_soon() {
 }
 
 #[tokio::test]
-async fn closing_leaves_holds_to_the_session() {
+async fn close_leaves_holds_to_session() {
     let bench = Bench::new().await;
     let mut guards = Vec::new();
     for turn in 0..1_000 {
@@ -610,7 +610,7 @@ async fn queued_hold_is_lost() {
 }
 
 #[tokio::test]
-async fn grant_under_another_fence_is_a_loss() {
+async fn another_fence_is_a_loss() {
     let bench = Bench::new().await;
     let (guard, token, other, holder) = forget_grant(&bench).await;
     let fence = crate::Fence::new(guard.fence().get() + 1);
@@ -623,7 +623,7 @@ async fn grant_under_another_fence_is_a_loss() {
 }
 
 #[tokio::test]
-async fn forgotten_extension_counts_no_longer() {
+async fn forgotten_extension_is_undone() {
     let bench = Bench::new().await;
     let guard = bench.locks.lock("k").ttl(10 * SECOND).await.unwrap();
     let token = bench.locks.handle.shared.tokens.held()[0];
@@ -662,7 +662,7 @@ async fn deleted_hold_is_lost_within_some_renewals() {
 }
 
 #[tokio::test]
-async fn grants_of_foreign_tokens_are_ignored() {
+async fn foreign_grants_are_ignored() {
     let bench = Bench::new().await;
     let builder = Locks::builder_with_store(bench.memory.clone()).clock(bench.time.clock());
     let other = builder.open().await.unwrap();

@@ -159,7 +159,7 @@ mod tests {
     const KEPT: usize = 4_096;
 
     #[test]
-    fn full_stream_drops_and_rechecks_once() {
+    fn full_stream_rechecks_once() {
         let (sender, mut stream) = push_channel();
         let token = TokenId::from_bytes([1; 16]);
         sender.send(Push::Warning("first".into()));

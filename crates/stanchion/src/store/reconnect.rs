@@ -123,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn callers_get_the_fault_during_a_pause() {
+    fn pause_returns_the_last_fault() {
         let mut outage = Outage::NONE;
         let mut now = BootTime::from_nanos(1);
         assert!(outage.check(now).is_ok());

@@ -58,7 +58,7 @@ async fn expired_wait_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn hold_is_lost_on_time_without_store() {
+async fn loss_needs_no_store() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();
@@ -253,7 +253,7 @@ async fn missed_heartbeat_and_max_hold_end_hold() {
 }
 
 #[tokio::test]
-async fn detached_fixed_hold_is_adopted_once() {
+async fn fixed_hold_is_adopted_once() {
     let store = Memory::new();
     let first = Locks::with_store(store.clone()).await.unwrap();
     let second = Locks::with_store(store).await.unwrap();
@@ -271,7 +271,7 @@ async fn detached_fixed_hold_is_adopted_once() {
 }
 
 #[tokio::test]
-async fn late_extend_never_ends_a_valid_hold() {
+async fn late_extend_ends_no_valid_hold() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).retry(RetryPolicy::never()).open().await.unwrap();
@@ -298,7 +298,7 @@ async fn late_extend_never_ends_a_valid_hold() {
 }
 
 #[tokio::test]
-async fn failed_extend_limits_no_later_one() {
+async fn failed_extend_limits_no_other() {
     let store = Faulty::new(Memory::new());
     let faults = store.faults();
     let locks = Locks::builder_with_store(store).retry(RetryPolicy::never()).open().await.unwrap();

@@ -144,7 +144,7 @@ async fn key_is_formatted_from_arguments() {
 }
 
 #[tokio::test]
-async fn body_runs_locked_and_sees_its_guard() {
+async fn body_sees_its_guard() {
     let service = Service::new().await;
     let (first, second) = (service.fence().await.unwrap(), service.fence().await.unwrap());
     assert!(second > first);

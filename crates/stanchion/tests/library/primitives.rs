@@ -12,7 +12,7 @@ use stanchion::{Error, ErrorKind, Locks, OnLost, OnceGuard, OnceOutcome, RetryPo
 const SECOND: Duration = Duration::from_secs(1);
 
 #[tokio::test]
-async fn failed_lock_all_starts_no_cooldown() {
+async fn failed_lock_all_cools_nothing() {
     let locks = Locks::open("memory:").await.unwrap();
     let held = locks.lock("b").await.unwrap();
     let request = || locks.lock_all(["a", "b"]).cooldown(60 * SECOND);

@@ -186,7 +186,7 @@ async fn cooldown_closes_the_key_until_its_end() {
 }
 
 #[tokio::test]
-async fn expired_waiter_leaves_a_closed_key() {
+async fn expired_waiter_leaves_cooldown() {
     let (_temp, folder) = folder();
     let time = VirtualClock::new();
     let (a, b) = pair(&time, &folder).await;
@@ -311,7 +311,7 @@ async fn concurrent_adopt_has_one_winner() {
 }
 
 #[tokio::test]
-async fn closing_a_session_hands_off_its_keys() {
+async fn closed_session_hands_off_keys() {
     let (_temp, folder) = folder();
     let (a, mut b) = (Handle::open(&folder).await, Handle::open(&folder).await);
     let (job, other) = (key("job"), key("other"));
@@ -338,7 +338,7 @@ async fn closing_a_session_hands_off_its_keys() {
 }
 
 #[tokio::test]
-async fn dropping_a_store_closes_its_sessions() {
+async fn dropped_store_closes_sessions() {
     let (_temp, folder) = folder();
     let (a, mut b) = (Handle::open(&folder).await, Handle::open(&folder).await);
     let job = key("job");
@@ -352,7 +352,7 @@ async fn dropping_a_store_closes_its_sessions() {
 }
 
 #[tokio::test]
-async fn dropped_store_leaves_no_descriptor() {
+async fn dropped_store_closes_all_files() {
     let (_temp, folder) = folder();
     let ours = || {
         let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
@@ -654,7 +654,7 @@ async fn list_pages_through_keys_in_order() {
 }
 
 #[tokio::test]
-async fn damaged_rows_are_named_and_skipped() {
+async fn damaged_rows_are_skipped() {
     let (_temp, folder) = folder();
     let a = Handle::open(&folder).await;
     for name in ["good", "far", "negative", "foreign"] {

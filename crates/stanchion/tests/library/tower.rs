@@ -115,7 +115,7 @@ async fn second_request_gets_retry_after() {
 }
 
 #[tokio::test]
-async fn busy_answer_uses_status_and_deadline() {
+async fn busy_answer_says_when_to_retry() {
     let locks = Locks::open("memory:").await.unwrap();
     let app =
         Gate::default().app(by_path(&locks).busy_status(StatusCode::LOCKED).retry_after(Duration::from_millis(6_500)));
@@ -187,7 +187,7 @@ async fn lost_lock_drops_service_and_answers_503() {
 }
 
 #[tokio::test]
-async fn loss_found_after_service_answers_503() {
+async fn late_loss_answers_503() {
     let locks = Locks::open("memory:").await.unwrap();
     let of_service = locks.clone();
     // The handler loses the lock and returns at once.
@@ -231,7 +231,7 @@ async fn request_without_key_needs_no_lock() {
 }
 
 #[tokio::test]
-async fn disconnected_client_leaves_no_lock() {
+async fn gone_client_leaves_no_lock() {
     let locks = Locks::open("memory:").await.unwrap();
     let gate = Gate::default();
     let app = gate.app(by_path(&locks));

@@ -52,7 +52,7 @@ async fn waiters_of_a_key_share_its_polls() {
 }
 
 #[tokio::test]
-async fn lost_pushes_only_cost_waiters_time() {
+async fn lost_pushes_cost_only_time() {
     let time = VirtualClock::new();
     let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
     let faults = store.faults();

@@ -161,7 +161,7 @@ fn reply_time_is_not_after_its_read() {
 }
 
 #[test]
-fn concurrent_opens_start_one_listener() {
+fn two_opens_start_one_listener() {
     let fake = FirestoreFake::start();
     block_on(async {
         let store = Firestore::from_url(&fake.url()).unwrap();
@@ -270,7 +270,7 @@ fn adopted_hold_outlives_its_old_session() {
 }
 
 #[test]
-fn failed_undo_leaves_outcome_unknown() {
+fn failed_undo_is_indeterminate() {
     let fake = FirestoreFake::start();
     block_on(async {
         let client = Client::open(&fake.url(), MINUTE).await;
@@ -311,7 +311,7 @@ fn renewal_reply_does_not_revive_closed_session() {
 
 /// The notification must not stay until the session ends, which can be weeks later.
 #[test]
-fn expired_hold_leaves_no_notification() {
+fn expired_hold_notifies_nobody() {
     let fake = FirestoreFake::start();
     block_on(async {
         let url = fake.url();

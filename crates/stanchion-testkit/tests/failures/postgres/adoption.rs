@@ -100,7 +100,7 @@ fn schema_of_another_role_is_rejected() {
 
 /// By default an unqualified name in the script could also resolve to an object in a schema with the role's name.
 #[test]
-fn names_of_another_role_are_not_called() {
+fn foreign_functions_are_not_called() {
     let server = with_attacker();
     as_attacker(
         &server,

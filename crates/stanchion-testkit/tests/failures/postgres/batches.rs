@@ -222,7 +222,7 @@ fn compare(server: &PostgresServer, names: &[&str], single: impl Fn(usize) -> St
 }
 
 #[test]
-fn ends_in_a_batch_match_single_ends() {
+fn batch_ends_match_single_ends() {
     let server = server();
     insert(&server, &ENDS.map(|(_, before, _)| before));
     let single = |at: usize| format!("SELECT outcome FROM stanchion.finish({{k}}, {{own}}, {})", ENDS[at].2);

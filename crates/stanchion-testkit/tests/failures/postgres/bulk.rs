@@ -19,7 +19,7 @@ fn dropped_calls_free_their_keys_soon() {
 }
 
 #[test]
-fn deleted_row_is_reported_as_a_loss() {
+fn deleted_row_is_a_loss() {
     let server = server();
     block_on(async {
         let locks = locks(&server).await;

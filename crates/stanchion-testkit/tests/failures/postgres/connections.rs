@@ -85,7 +85,7 @@ fn waiting_operations_do_not_delay_renewals() {
 
 /// The server continues an operation whose caller gave up. Nothing else may wait behind it, least of all a renewal.
 #[test]
-fn abandoned_operation_blocks_nothing() {
+fn abandoned_call_blocks_nothing() {
     let server = server();
     block_on(async {
         let held = locks(&server).await.lock("k").await.unwrap();

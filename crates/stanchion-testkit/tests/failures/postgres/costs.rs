@@ -367,7 +367,7 @@ fn idle_keys_are_deleted_as_fast_as_they_come() {
 
 /// Operations that share a batch do not share errors.
 #[test]
-fn key_at_its_highest_fence_fails_alone() {
+fn highest_fence_fails_alone() {
     let server = server();
     server.psql(&format!("INSERT INTO stanchion.keys (key, fence) VALUES (':spent', {})", i64::MAX));
     block_on(async {

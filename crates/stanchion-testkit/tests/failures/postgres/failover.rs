@@ -164,7 +164,7 @@ fn failover_behind_a_users_pool_loses_nothing() {
 
 /// An abandon must not overtake the acquire of its token on another connection.
 #[test]
-fn dropped_acquire_is_abandoned_at_once() {
+fn dropped_acquire_ends_at_once() {
     let server = server();
     let link = Proxy::start(server.port(), 1);
     block_on(async {

@@ -74,7 +74,7 @@ fn check_fence_reserves_the_key_until_commit() {
 }
 
 #[test]
-fn example_writes_only_as_the_holder() {
+fn example_writes_as_the_holder() {
     let server = server();
     block_on(example::run(&server.url())).unwrap();
     assert_eq!(server.psql("SELECT cents FROM payouts").trim(), "4200");

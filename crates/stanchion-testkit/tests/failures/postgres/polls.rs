@@ -40,7 +40,7 @@ fn insert(server: &PostgresServer, before: usize) {
 
 /// A poll of one token takes the fast path. A poll of two tokens does not, here with an unknown second token.
 #[test]
-fn fast_and_slow_polls_answer_the_same() {
+fn fast_polls_match_slow_polls() {
     let server = server();
     server.psql(&format!("SELECT stanchion.open_session({SESSION}, 3600000000, 'me')"));
     for before in [0, 1, 2] {

@@ -150,7 +150,7 @@ fn forged_loss_is_ignored() {
 }
 
 #[test]
-fn deleted_record_is_reported_as_a_loss() {
+fn deleted_record_is_a_loss() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let locks = Locks::builder(&url(server.port())).session_ttl(2 * SECOND).open().await.unwrap();

@@ -215,7 +215,7 @@ fn cluster_replaces_primaries_under_load() {
 /// A sentinel that missed a failover names a server that still reports itself as a primary. The store ignores it if
 /// other sentinels know better, even when a process starts. Nobody waits for an unresponsive sentinel.
 #[test]
-fn newest_sentinel_report_wins_at_start() {
+fn newest_sentinel_report_wins() {
     let (old, new) = (RedisServer::start(Kind::Redis7), RedisServer::start(Kind::Redis7));
     let outdated = RedisSentinel::alone(Kind::Redis7, old.port(), 1);
     let informed = [(); 2].map(|()| RedisSentinel::alone(Kind::Redis7, new.port(), 2));

@@ -68,7 +68,7 @@ fn a_thousand_lossy_failovers_repeat_no_fence() {
 
 /// A new primary may have the session and lack a hold, so the keeper checks every hold when it reconnects.
 #[test]
-fn hold_missing_after_reconnect_is_lost() {
+fn missing_hold_is_a_loss() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let locks = Locks::builder(&url(server.port())).session_ttl(600 * SECOND).open().await.unwrap();

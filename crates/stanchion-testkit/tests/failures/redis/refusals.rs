@@ -12,7 +12,7 @@ use super::{SECOND, key, locks, store, url};
 
 /// Provokes each fault of a real server, and checks the error's kind.
 #[test]
-fn every_fault_of_a_server_has_its_kind() {
+fn every_fault_has_its_kind() {
     let mut server = RedisServer::start(Kind::Redis7);
     let other = RedisServer::start(Kind::Redis7);
     let port = server.port();
@@ -414,7 +414,7 @@ fn distant_server_can_be_opened() {
 
 /// Each server of a cluster stores locks, so a single server that evicts keys is rejected.
 #[test]
-fn every_server_of_a_cluster_is_checked() {
+fn every_server_is_checked() {
     let cluster = RedisCluster::start(Kind::Redis7, false);
     let url = format!("redis+cluster://{}", cluster.hosts());
     block_on(async {

@@ -142,7 +142,7 @@ fn session_is_rechecked_within_its_ttl() {
 
 /// A hold that is adopted by a session with rare renewals is remembered for longer than their interval.
 #[test]
-fn adopted_hold_outlives_rare_renewals() {
+fn adopted_hold_lives_on() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());

@@ -61,7 +61,7 @@ fn document_times_increase_across_deletion() {
 
 /// A notification is written with the key's document, and its own update time must tell when that was.
 #[test]
-fn committed_documents_share_one_time() {
+fn one_commit_has_one_time() {
     block_on(async {
         let mut client = client().await;
         for round in 0..50 {
@@ -73,7 +73,7 @@ fn committed_documents_share_one_time() {
 }
 
 #[test]
-fn fences_increase_across_key_deletion() {
+fn fences_outlive_deleted_keys() {
     let emulator = FirestoreEmulator::shared().expect("this machine has no Firestore emulator");
     block_on(async {
         let url = emulator.url();

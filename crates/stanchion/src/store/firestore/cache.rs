@@ -266,7 +266,7 @@ mod tests {
     use crate::store::{Firestore, Store as _};
 
     #[tokio::test]
-    async fn failed_close_still_forgets_tokens() {
+    async fn failed_close_forgets_tokens() {
         // No server listens on this port.
         let store = Firestore::from_url("firestore://p?emulator=127.0.0.1:1").unwrap();
         let session = SessionId::random().unwrap();

@@ -221,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn key_ids_are_legal_unique_and_spread() {
+    fn key_ids_are_legal_and_unique() {
         let mut names: Vec<String> =
             ["/", ".", "..", "a/b", "__x__", "__id7__", "é", "鍵", "🔒", "a", "A", " ", "a ", "\u{7f}"]
                 .map(str::to_owned)

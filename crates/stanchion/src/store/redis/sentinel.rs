@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn chosen_replica_is_the_promoted_one() {
+    fn chosen_replica_is_promoted() {
         let replica = |port: &str, flags: &str| {
             let fields = [("ip", "10.0.0.1"), ("port", port), ("flags", flags)];
             fields.map(|(name, value)| (name.to_owned(), value.to_owned())).into()

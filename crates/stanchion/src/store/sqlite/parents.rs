@@ -205,7 +205,7 @@ mod tests {
 
     /// This test needs root, which the release tests have.
     #[test]
-    fn foreign_parents_are_rejected_by_name() {
+    fn foreign_parents_are_rejected() {
         if !geteuid().is_root() {
             return eprintln!("NOT TESTED: only root can give a folder to another user");
         }

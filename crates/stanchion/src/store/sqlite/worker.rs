@@ -546,7 +546,7 @@ mod tests {
     }
 
     #[test]
-    fn failed_sweep_keeps_keys_and_fences() {
+    fn failed_sweep_keeps_fences() {
         let time = VirtualClock::new();
         let mut worker = TestWorker::new(time.clock());
         let held = token();
@@ -570,7 +570,7 @@ mod tests {
     }
 
     #[test]
-    fn failed_batch_is_undone_and_repeated() {
+    fn failed_batch_is_repeated() {
         for rejected in [TransactionOperation::Begin, TransactionOperation::Release] {
             let mut worker = TestWorker::new(Clock::system());
             worker.reject(
