@@ -116,7 +116,7 @@ pub async fn random_operations_match_memory<S: Store>(env: &Environment<S>) {
                 };
                 let enqueue = random.below(4) > 0;
                 let lifetime = match random.below(4) {
-                    // A hand-off of a fixed hold whose caller has not learned of it may end with the session, or not.
+                    // A store may end a fixed hold with its session until the caller has learned of the grant (rule 2).
                     0 if !enqueue => Lifetime::Fixed(HOUR),
                     1 => Lifetime::Session { max_hold: Some(HOUR) },
                     _ => Lifetime::Session { max_hold: None },

@@ -13,7 +13,9 @@
 //!      sessions.
 //!    - Unless a cooldown keeps the key closed, it then grants the head of the queue, as long as the head fits
 //!      ([`Demand::fits`]). No waiter overtakes the head. The store notifies the session of such a grant with a
-//!      [`Push`].
+//!      [`Push`]. Until the caller has polled the token, a store may end such a hold together with the caller's session,
+//!      also if the hold has a fixed lifetime: otherwise a waiter that died would keep the key for all of it. `Redis`
+//!      does so.
 //! 3. Only [`acquire`](Store::acquire) may create a hold or a queue entry. It must not do so after `not_after`, for an
 //!    ended session, or for a token that was force-released and not yet released or abandoned by its caller.
 //! 4. An ended session never comes back. Renewing a session that the store does not have returns
