@@ -25,7 +25,7 @@
 //! | URL for [`Locks::open`] | Coordinates | Feature | After the holder's process is killed, the key is free |
 //! |---|---|---|---|
 //! | `memory:` ([`store::Memory`]) | tasks of one process; tests | always there | when its session expires |
-//! | `sqlite:FOLDER`, `sqlite:` ([`store::Sqlite`]) | processes of one machine | `sqlite` (default) | at once |
+//! | `sqlite:FOLDER`, `sqlite:` ([`store::Sqlite`]) | processes of one machine | `sqlite` | at once |
 //! | `redis://HOST`, `rediss:`, `redis+unix:`, `redis+sentinel:`, `redis+cluster:` ([`store::Redis`]) | machines, through Redis or Valkey | `redis` | within [`session_ttl`](Builder::session_ttl), 10 s by default |
 //! | `postgres://USER@HOST/DATABASE` ([`store::Postgres`]) | machines, through PostgreSQL 15 or later | `postgres` | within `session_ttl` |
 //! | `firestore://PROJECT/DATABASE` ([`store::Firestore`]) | machines, through Firestore | `firestore` | within `session_ttl` |
@@ -79,12 +79,14 @@
 //!
 //! # Features
 //!
-//! - `sqlite` (default), `redis`, `postgres`, `firestore`: the stores of the table above.
+//! - `sqlite`, `redis`, `postgres`, `firestore`: the stores of the table above.
 //! - `tracing`, `metrics`: telemetry. `docs/reference/telemetry.md` lists the names.
 //! - `tower`: a lock around each request of an HTTP service, [`tower::LockLayer`].
 //! - `macros`: a lock around a function, [`locked`](macro@locked).
 //!
 //! Features only add: no feature changes the behaviour of another one.
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod adopt;
 pub mod blocking;
