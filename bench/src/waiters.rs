@@ -52,7 +52,8 @@ pub(crate) async fn all(folder: &std::path::Path) {
         serve("postgres", Locks::open(&server.url()).await.unwrap()).await;
     }
     if is_selected("firestore") {
-        let fake = FirestoreFake::start();
+        // It starts a runtime of its own.
+        let fake = tokio::task::spawn_blocking(FirestoreFake::start).await.unwrap();
         sleep_beside(&fake.url(), &[]).await;
     }
 }
