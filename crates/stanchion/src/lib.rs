@@ -229,6 +229,9 @@ mod pages {
     #[doc = include_str!("../../../docs/guide/fencing.md")]
     struct Fencing;
 
+    #[doc = include_str!("../../../docs/guide/hot-keys.md")]
+    struct HotKeys;
+
     #[doc = include_str!("../../../docs/guide/long-jobs.md")]
     struct LongJobs;
 
