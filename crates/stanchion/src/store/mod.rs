@@ -39,18 +39,22 @@ use crate::error::Result;
 use crate::key::Key;
 use crate::token::{SessionId, TokenId};
 
+#[cfg(any(feature = "redis", feature = "postgres", feature = "firestore"))]
+mod backoff;
+#[cfg(any(feature = "postgres", feature = "firestore"))]
+mod connection_thread;
 mod faulty;
 #[cfg(feature = "firestore")]
 mod firestore;
 mod memory;
 mod observed;
 mod open;
+#[cfg(any(feature = "redis", feature = "postgres"))]
+mod outage;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod prefixed;
 mod push;
-#[cfg(any(feature = "redis", feature = "postgres", feature = "firestore"))]
-mod reconnect;
 #[cfg(feature = "redis")]
 mod redis;
 #[cfg(feature = "sqlite")]

@@ -25,7 +25,8 @@ use super::config::Config;
 use super::document::micros_of;
 use super::error::{RequestKind, error, from_status, malformed};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::reconnect::{ConnectionThread, within};
+use crate::store::backoff::within;
+use crate::store::connection_thread::ConnectionThread;
 use crate::sync::lock;
 
 const SERVICE: &str = "https://firestore.googleapis.com";

@@ -16,7 +16,7 @@ use crate::clock::jitter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
-use crate::store::reconnect::sleep;
+use crate::store::backoff::sleep;
 use crate::store::{AcquireOutcome, AcquireRequest, EndOutcome, Granted, PollOutcome, Reply, StoreTime};
 use crate::sync::lock;
 use crate::token::TokenId;

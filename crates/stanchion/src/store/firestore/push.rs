@@ -18,7 +18,7 @@ use super::record::KeyRecord;
 use crate::error::Result;
 use crate::fence::Fence;
 use crate::key::Key;
-use crate::store::reconnect::{Backoff, within};
+use crate::store::backoff::{Backoff, within};
 use crate::store::{LostToken, Push, PushSender};
 use crate::token::{SessionId, TokenId};
 

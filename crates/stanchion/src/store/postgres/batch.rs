@@ -26,7 +26,7 @@ use super::error::{error, malformed};
 use super::rows::{column, micros, not_after, parameters};
 use crate::error::{ErrorKind, Result};
 use crate::key::Key;
-use crate::store::reconnect::within;
+use crate::store::backoff::within;
 use crate::store::{AcquireRequest, Lifetime};
 use crate::sync::lock;
 use crate::token::TokenId;

@@ -27,7 +27,9 @@ use super::error::{OTHER_ISOLATION, Verdict, error, from_answer, malformed, verd
 use super::server::{Server, Watch, accepts_writes};
 use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::reconnect::{ConnectionThread, Outage, within};
+use crate::store::backoff::within;
+use crate::store::connection_thread::ConnectionThread;
+use crate::store::outage::Outage;
 use crate::sync::lock;
 
 /// Maximum number of connections for operations that only read.

@@ -31,7 +31,7 @@ use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
-use crate::store::reconnect::within;
+use crate::store::backoff::within;
 use crate::store::streams::Streams;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Capabilities, Cursor, EndOutcome, ExtendOutcome,

@@ -17,7 +17,7 @@ use super::error::{error, from_answer, malformed, while_connecting};
 use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
-use crate::store::reconnect::{Backoff, within};
+use crate::store::backoff::{Backoff, within};
 use crate::store::{LostToken, Push, PushSender};
 use crate::token::{SessionId, TokenId};
 

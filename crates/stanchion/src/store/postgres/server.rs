@@ -1,7 +1,7 @@
 //! Notices that the server behind the URL was replaced. After a failover the earlier connections lead to a server that
 //! accepts no writes, or to none, and are not used again.
 
-use crate::store::reconnect::{sleep, within};
+use crate::store::backoff::{sleep, within};
 use std::time::Duration;
 
 use tokio::sync::watch;

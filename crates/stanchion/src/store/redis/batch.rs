@@ -32,7 +32,7 @@ use super::reply::{Answer, malformed};
 use super::scripts::{ACQUIRE, BATCH, LockNames, Script};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoreTime;
-use crate::store::reconnect::within;
+use crate::store::backoff::within;
 
 /// Maximum number of single calls in flight before further calls are queued.
 const MAX_SINGLES_IN_FLIGHT: usize = 8;

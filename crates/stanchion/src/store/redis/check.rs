@@ -12,7 +12,7 @@ use super::connect::Target;
 use super::error::error;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Push;
-use crate::store::reconnect::within;
+use crate::store::backoff::within;
 use crate::token::SessionId;
 
 /// A setting that only KeyDB has.

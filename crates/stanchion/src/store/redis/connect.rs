@@ -25,7 +25,7 @@ use super::scripts::Script;
 use super::sentinel::Group;
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::reconnect::within;
+use crate::store::backoff::within;
 use crate::sync::lock;
 
 /// Maximum number of redirections that one request follows.

@@ -13,7 +13,8 @@ use super::connect::{ConnectionManager, RuntimeConnections};
 use super::error::{error, is_refused, while_connecting};
 use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::reconnect::{Outage, within};
+use crate::store::backoff::within;
+use crate::store::outage::Outage;
 use crate::sync::lock;
 
 /// Time after which an attempt to connect fails.
@@ -286,7 +287,7 @@ impl Drop for AnswerGuard<'_> {
 mod tests {
     use super::super::config::Config;
     use super::*;
-    use crate::store::reconnect::sleep;
+    use crate::store::backoff::sleep;
 
     /// Contains real answers to `ROLE`: of Redis 7.0.15, and of KeyDB 6.3.4 as one of two and of three active replicas.
     #[test]

@@ -10,7 +10,7 @@ use super::scripts::PUBLISH;
 use crate::clock::jitter;
 use crate::fence::Fence;
 use crate::key::Key;
-use crate::store::reconnect::{Backoff, sleep};
+use crate::store::backoff::{Backoff, sleep};
 use crate::store::{LostToken, Push, PushSender};
 use crate::token::{SessionId, TokenId};
 

@@ -19,7 +19,7 @@ use super::connect::{ConnectionManager, RuntimeConnections, Target};
 use super::node::CONNECT_TIMEOUT;
 use super::push::{LONGEST_PAUSE, SHORTEST_PAUSE};
 use crate::error::Result;
-use crate::store::reconnect::{Backoff, sleep, within};
+use crate::store::backoff::{Backoff, sleep, within};
 
 /// Longest pause between queries while only slots without a server are missing, because it may take days until somebody
 /// assigns them.

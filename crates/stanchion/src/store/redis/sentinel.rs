@@ -26,7 +26,7 @@ use super::error::{error, while_connecting};
 use super::node::{CONNECT_TIMEOUT, connect, in_task, timeout_error};
 use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::reconnect::within;
+use crate::store::backoff::within;
 
 /// Time limit for one sentinel, and time that the others get after the first answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
