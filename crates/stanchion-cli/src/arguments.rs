@@ -121,13 +121,13 @@ pub(crate) struct Common {
     #[arg(long, global = true, value_name = "PATH", display_order = 101)]
     pub(crate) store_file: Option<PathBuf>,
     /// The namespace of the keys: keys of different namespaces have nothing to do with each other
-    #[arg(long, global = true, value_name = "NAME", allow_hyphen_values = true, display_order = 101)]
+    #[arg(long, global = true, value_name = "NAME", allow_hyphen_values = true, display_order = 102)]
     pub(crate) namespace: Option<String>,
     /// Print nothing: the exit code tells the result
-    #[arg(short, long, global = true, conflicts_with = "verbose", display_order = 102)]
+    #[arg(short, long, global = true, conflicts_with = "verbose", display_order = 103)]
     pub(crate) quiet: bool,
     /// Also report progress: the store, who holds the key, the wait and the release
-    #[arg(short, long, global = true, display_order = 103)]
+    #[arg(short, long, global = true, display_order = 104)]
     pub(crate) verbose: bool,
 }
 
@@ -174,7 +174,7 @@ pub(crate) enum Command {
     /// looks at the key, at first often and then once a second: it has no place in the queue, takes no fence
     /// and delays nobody. A key that is free for a moment between two holders is not noticed, and it may
     /// be taken again when stanchion ends. To have the key, use `run`.
-    #[command(verbatim_doc_comment)]
+    #[command(verbatim_doc_comment, after_long_help = exit_code::WAIT_HELP)]
     Wait(Wait),
     /// List the keys that are held, waited for or closed
     #[command(after_long_help = crate::output::JSON_HELP)]
@@ -333,7 +333,7 @@ pub(crate) struct Child {
     #[arg(long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
     pub(crate) max_hold: Option<Duration>,
     /// The fate of the command when the key is lost
-    #[arg(long, value_enum, default_value_t = OnLost::Term)]
+    #[arg(long, value_enum, value_name = "ACTION", default_value_t = OnLost::Term)]
     pub(crate) on_lost: OnLost,
     /// Time between SIGTERM and SIGKILL when the key is lost
     ///

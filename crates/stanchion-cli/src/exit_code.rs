@@ -52,6 +52,11 @@ Exit codes:
   126    the command could not be executed
   127    the command was not found";
 
+/// The codes of `wait`.
+pub(crate) const WAIT_HELP: &str = "\
+Exit codes: 0 the key is free; 75 it was not free within the limit (-E changes it); 64 wrong usage;
+69 store unavailable; 70 internal; 77 not permitted; 78 misconfigured.";
+
 /// The code of a command that died of a signal, as shells count.
 pub(crate) fn of_signal(signal: i32) -> u8 {
     u8::try_from(128 + signal).unwrap_or(u8::MAX)

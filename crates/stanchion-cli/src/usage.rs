@@ -54,7 +54,10 @@ fn message(kind: ErrorKind, text: &str, command: &str) -> String {
     let what = what.strip_prefix("error: ").unwrap_or(&what);
     let runs = matches!(command, "stanchion run" | "stanchion once" | "stanchion elect");
     let way_out = match kind {
-        ErrorKind::MissingRequiredArgument if runs => "; the key comes first, and then the command to run".to_owned(),
+        ErrorKind::MissingRequiredArgument if runs && (what.contains("<KEY>") || what.contains("<CMD>")) => {
+            "; the key comes first, and then the command to run".to_owned()
+        }
+        ErrorKind::UnknownArgument if runs => "; options of the command to run come after its name".to_owned(),
         ErrorKind::InvalidUtf8 => "; keys and options are UTF-8, only the command to run may be other bytes".to_owned(),
         _ => parts.find_map(|part| part.strip_prefix("tip: ").map(|tip| format!("; {tip}"))).unwrap_or_default(),
     };
@@ -85,7 +88,7 @@ mod tests {
         let table: [(&[&str], &str); 6] = [
             (
                 &["run", "k", "-z", "ls"],
-                "unexpected argument '-z' found; to pass '-z' as a value, use '-- -z'; `stanchion run --help` explains it",
+                "unexpected argument '-z' found; options of the command to run come after its name; `stanchion run --help` explains it",
             ),
             (&["run", "--key", "k", "ls"], "with --key the command to run comes after `--`; `stanchion run --help`"),
             (&["run", "k", "-w", "soon", "--", "ls"], "is not a duration: write seconds"),

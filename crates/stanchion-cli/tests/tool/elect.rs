@@ -67,6 +67,18 @@ fn max_hold_steps_down_and_runs_again() {
 }
 
 #[test]
+fn ready_file_goes_before_the_command() {
+    let world = World::new();
+    let script = format!(
+        "trap 'test -e $D/ready || touch $D/gone; exit 0' TERM; test -e $D/again && exit 4; touch $D/again
+        {FOREVER}"
+    );
+    let arguments = ["elect", "k", "--ready-file", "ready", "--max-hold", "2s", "-c", &script];
+    world.stanchion(arguments).finish().code(4).says(&["the command was ended; waiting for the key again"]);
+    assert!(world.path("gone").exists() && !world.path("ready").exists());
+}
+
+#[test]
 fn stale_ready_file_is_removed_at_start() {
     let world = World::new();
     let holder = world.stanchion(["run", "k", "-c", "touch $D/held; exec sleep 600"]).start();

@@ -199,6 +199,8 @@ fn nested_run_is_reported() {
     let tool = env!("CARGO_BIN_EXE_stanchion");
     let nested = world.stanchion(["run", "k", "--", tool, "run", "k", "-w", "500ms", "--", "true"]).finish();
     nested.code(75).reports(&["this command already runs under key `k`"]);
+    let one_of_two = ["run", "--key", "j", "--key", "k", "--", tool, "run", "k", "-w", "500ms", "--", "true"];
+    world.stanchion(one_of_two).finish().code(75).reports(&["this command already runs under key `k`"]);
     // Another key is no nesting.
     world.stanchion(["run", "k", "--", tool, "run", "j", "--", "true"]).finish().code(0).silent();
 }
