@@ -94,6 +94,25 @@ fn stale_ready_file_is_removed_at_start() {
     assert!(!world.path("ready").exists());
 }
 
+/// TERM at a random moment of many short terms: it ends the candidate, and never a term begins after it.
+#[test]
+fn random_signal_ends_an_election() {
+    let world = World::new();
+    let mut random = Random(11);
+    for round in 0..40 {
+        let running = world.stanchion(["elect", "k", "--max-hold", "20ms", "-q", "--", "sleep", "600"]).start();
+        let offset = random.below(250_000);
+        std::thread::sleep(std::time::Duration::from_micros(offset));
+        running.send(Signal::TERM);
+        let finished = running.finish();
+        // The signal ends the wait or the command, or comes while the command is being ended, or before it is handled.
+        let is_ended = matches!(finished.code, Some(143 | 76)) || finished.signal == Some(15);
+        assert!(is_ended, "round {round}, {offset} µs: {finished:?}");
+        world.until_nothing_runs();
+    }
+    world.until_free("k");
+}
+
 #[test]
 fn bad_elections_are_usage_errors() {
     let world = World::new();

@@ -76,9 +76,10 @@ fn on_lost_kill_sends_no_term() {
 #[test]
 fn on_lost_ignore_lets_the_command_run() {
     let world = World::new();
-    let script = "while [ ! -e $D/go ]; do sleep 0.01; done; exit 5";
+    let script = "touch $D/held; while [ ! -e $D/go ]; do sleep 0.01; done; exit 5";
     let arguments = ["run", "k", "--max-hold", "200ms", "--on-lost", "ignore", "-c", script];
     let first = world.stanchion(arguments).start();
+    world.until_file("held");
     world.stanchion(["run", "k", "-w", "20", "--", "touch", "go"]).finish().code(0).silent();
     first.finish().code(76).reports(&[
         "the command runs on without it (--on-lost ignore), and another may run beside it",
