@@ -280,7 +280,7 @@ async fn obtain(
     let mut missing: Vec<&Key> = plan.keys.iter().collect();
     missing.sort_by_key(|key| key.as_encoded());
     let mut report =
-        WaitReport::new(&opened.locks, missing[0].name(), &plan.owner, plan.demand, plan.describe_wait_after);
+        WaitReport::new(&opened.locks, missing[0].name(), Some(&plan.owner), plan.demand, plan.describe_wait_after);
     let answer = loop {
         tokio::select! {
             biased;

@@ -22,6 +22,9 @@ pub(crate) enum Report {
 /// Interval between two looks at the key while the tool waits for it.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
+/// Time until the next look at a key whose queue this process has not entered yet.
+const LOOK_SOON: Duration = Duration::from_millis(50);
+
 /// Maximum time of a look at the key: the wait goes on meanwhile.
 const LOOK_WITHIN: Duration = Duration::from_secs(5);
 
@@ -30,7 +33,8 @@ const LOOK_WITHIN: Duration = Duration::from_secs(5);
 pub(crate) struct WaitReport<'a> {
     locks: &'a Locks,
     key: &'a str,
-    owner: &'a str,
+    /// Label of this process in the queue, or `None` if it does not queue.
+    owner: Option<&'a str>,
     demand: Demand,
     /// The time of the next look, or `None` if nobody reads the reports.
     next_look: Option<BootTime>,
@@ -41,7 +45,13 @@ pub(crate) struct WaitReport<'a> {
 
 impl<'a> WaitReport<'a> {
     /// Reports from `after` on, or never.
-    pub(crate) fn new(locks: &'a Locks, key: &'a str, owner: &'a str, demand: Demand, after: Option<Duration>) -> Self {
+    pub(crate) fn new(
+        locks: &'a Locks,
+        key: &'a str,
+        owner: Option<&'a str>,
+        demand: Demand,
+        after: Option<Duration>,
+    ) -> Self {
         let next_look = after.map(|after| Clock::system().now().after(after));
         Self { locks, key, owner, demand, next_look, reported: None, was_away: false }
     }
@@ -63,11 +73,16 @@ impl<'a> WaitReport<'a> {
             match looked {
                 Some(Ok(state)) => {
                     self.was_away = false;
+                    let is_own = |waiter: &WaiterState| self.owner == Some(&waiter.owner);
+                    let own_places = state.waiters.iter().filter(|waiter| is_own(waiter)).count();
+                    if self.owner.is_some() && own_places == 0 {
+                        // The request is on its way to the queue, or its grant is on the way back.
+                        self.next_look = Some(clock.now().after(LOOK_SOON));
+                        continue;
+                    }
                     let fences = state.holders.iter().map(|holder| holder.fence).collect();
                     // Users may give several processes the same label; then the place is not known.
-                    let is_own = |waiter: &WaiterState| waiter.owner == self.owner;
-                    let is_known = state.waiters.iter().filter(|waiter| is_own(waiter)).count() == 1;
-                    let ahead = state.waiters.iter().position(is_own).filter(|_| is_known);
+                    let ahead = state.waiters.iter().position(is_own).filter(|_| own_places == 1);
                     let seen = Some((fences, ahead));
                     if self.reported != seen {
                         self.reported = seen;

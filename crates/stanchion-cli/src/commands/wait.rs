@@ -37,7 +37,7 @@ pub(super) fn execute(wait: &Wait, store: &StoreChoice, verbosity: Verbosity) ->
     let open_within = limit.map(|limit| limit.max(NO_WAIT_WITHIN));
     let waited = store.ask_within(open_within, async |locks| {
         let left = limit.map(|limit| limit.saturating_sub(Clock::system().now().since(started)));
-        let mut report = WaitReport::new(locks, key.name(), "", Demand::MUTEX, verbosity.describe_wait_after());
+        let mut report = WaitReport::new(locks, key.name(), None, Demand::MUTEX, verbosity.describe_wait_after());
         let mut attempt = std::pin::pin!(until_free(locks, &key, left));
         loop {
             tokio::select! {
