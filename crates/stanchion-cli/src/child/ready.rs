@@ -35,7 +35,7 @@ impl Drop for ReadyFile {
 /// Removes a file that an earlier process left behind, and checks that a file can be made there.
 pub(crate) fn prepare_ready_file(path: &Path) -> Result<(), Failure> {
     let draft = draft_of(path);
-    let prepared = remove(path).and_then(|()| write_new(&draft, "")).and_then(|()| remove(&draft));
+    let prepared = remove_stale(path).and_then(|()| write_new(&draft, "")).and_then(|()| remove(&draft));
     prepared.map_err(|error| {
         let code = match error.kind() {
             io::ErrorKind::PermissionDenied => exit_code::NOT_PERMITTED,
@@ -49,9 +49,25 @@ pub(crate) fn prepare_ready_file(path: &Path) -> Result<(), Failure> {
     })
 }
 
+/// Removes a readiness file of an earlier process. Anything else stays, and is an error: PATH may be a typing error.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let found = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found?,
+    };
+    // It holds the number of a term.
+    if found.is_file() && (1..=32).contains(&found.len()) {
+        let text = fs::read_to_string(path)?;
+        if text.strip_suffix('\n').is_some_and(|line| line.parse::<u64>().is_ok()) {
+            return remove(path);
+        }
+    }
+    Err(io::Error::other("there is something that stanchion did not write"))
+}
+
 fn draft_of(path: &Path) -> PathBuf {
     let mut name = OsString::from(path);
-    name.push(format!(".{}", std::process::id()));
+    name.push(format!(".stanchion-{}", std::process::id()));
     name.into()
 }
 

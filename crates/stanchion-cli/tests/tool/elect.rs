@@ -53,7 +53,8 @@ fn lost_leader_queues_again() {
     assert!(!world.path("first").exists());
     let terms = world.terms();
     assert!(terms.len() == 3 && terms[0].1 == terms[2].1 && terms[0].1 != terms[1].1, "{terms:?}");
-    assert!(terms.is_sorted_by(|a, b| a.0 < b.0) && world.read("overlap").is_empty(), "{terms:?}");
+    // A forced release frees the key at once, so the commands may overlap here.
+    assert!(terms.is_sorted_by(|a, b| a.0 < b.0), "{terms:?}");
     world.assert_free("k");
 }
 
@@ -83,7 +84,7 @@ fn stale_ready_file_is_removed_at_start() {
     let world = World::new();
     let holder = world.stanchion(["run", "k", "-c", "touch $D/held; exec sleep 600"]).start();
     world.until_file("held");
-    std::fs::write(world.path("ready"), "stale").unwrap();
+    std::fs::write(world.path("ready"), "1796072003635760\n").unwrap();
     let candidate = world.stanchion(["elect", "k", "--ready-file", "ready", "-c", "exec sleep 600"]).start();
     world.until_waiting("k", 1);
     assert!(!world.path("ready").exists());
@@ -116,7 +117,15 @@ fn random_signal_ends_an_election() {
 #[test]
 fn bad_elections_are_usage_errors() {
     let world = World::new();
-    let table: [(&[&str], &str); 4] = [
+    std::fs::write(world.path("notes"), "not a number\n").unwrap();
+    std::fs::write(world.path("number"), "7\n").unwrap();
+    std::os::unix::fs::symlink(world.path("number"), world.path("link")).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(world.path("pipe")).status().unwrap().success());
+    let other = "there is something that stanchion did not write";
+    let table: [(&[&str], &str); 7] = [
+        (&["--ready-file", "notes"], other),
+        (&["--ready-file", "link"], other),
+        (&["--ready-file", "pipe"], other),
         (&["--ready-file", "no/such/file"], "`no/such/file` cannot be the readiness file: No such file"),
         (&["--ready-file", "state"], "`state` cannot be the readiness file: "),
         (&["--on-lost", "ignore"], "`--on-lost ignore` would leave two leaders"),
@@ -129,4 +138,7 @@ fn bad_elections_are_usage_errors() {
     let two = world.stanchion(["elect", "--key", "a", "--key", "b", "--", "touch", "started"]).finish();
     two.code(64).says(&["give one key: only `run` takes several"]);
     assert!(!world.path("started").exists() && !world.path("state/stanchion").exists());
+    for kept in ["notes", "number", "link", "pipe"] {
+        assert!(world.path(kept).exists(), "{kept}");
+    }
 }
