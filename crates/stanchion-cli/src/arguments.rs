@@ -4,9 +4,11 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
-use stanchion::Demand;
+use stanchion::{Demand, MAX_OWNER_BYTES};
 
+use crate::child::OnLost;
 use crate::duration::{span, span_or_zero};
 use crate::exit_code;
 
@@ -16,7 +18,10 @@ Examples:
   stanchion run nightly -n -- ./backup.sh           give up at once if it is taken (exit 75)
   stanchion run deploy -w 5m -- make deploy         wait for 5 minutes at most
   stanchion run api --permits 3 -- ./call.sh        three at a time
+  stanchion run --key a --key b -- ./move.sh        hold two keys, all or nothing
   stanchion once report --every 1h -- ./report.sh   at most once an hour, for cron on many machines
+  stanchion elect scheduler -- ./scheduler          one leader; the next one starts when it ends
+  stanchion wait deploy -w 5m                       until the key is free, without taking it
   stanchion ls                                      who holds what, who waits
   stanchion run k -c 'date > today; sync'           a line for the shell
   STANCHION_STORE=sqlite:/srv/locks stanchion ls    another store than your own folder
@@ -27,9 +32,11 @@ Durations (DUR):
 Environment:
   STANCHION_STORE       URL of the store; without it, a folder of the user: this machine only
   STANCHION_STORE_FILE  a file whose first line is that URL
-  STANCHION_KEY         given to the command: the key
+  STANCHION_NAMESPACE   the namespace of the keys, as --namespace
+  STANCHION_KEY         given to the command: the key; of several keys, one a line
   STANCHION_FENCE       given to the command: the fence of this hold, a decimal number that grows
-                        with every hold of the key; send it along, let the receiver refuse lower ones
+                        with every hold of the key; send it along, let the receiver refuse lower ones;
+                        of several keys, one a line, in the order of STANCHION_KEY
 ";
 
 fn fence(text: &str) -> Result<u64, String> {
@@ -52,6 +59,26 @@ fn slot(text: &str) -> Result<u64, String> {
 
 fn code(text: &str) -> Result<u8, String> {
     whole(text, 0, u8::MAX.into())
+}
+
+fn owner(text: &str) -> Result<String, String> {
+    match text.len() {
+        1..=MAX_OWNER_BYTES => Ok(text.to_owned()),
+        length => Err(format!("a label has 1 to {MAX_OWNER_BYTES} bytes, this one has {length}")),
+    }
+}
+
+/// Usage of the commands that run something: clap's own would not say where the command may stand.
+macro_rules! usage {
+    ($name:literal) => {
+        concat!(
+            "stanchion ",
+            $name,
+            " [OPTIONS] KEY [--] CMD [ARG]...\n       stanchion ",
+            $name,
+            " [OPTIONS] KEY -c STRING"
+        )
+    };
 }
 
 /// The text after `--help` of the tool and of the commands that run something.
@@ -93,11 +120,14 @@ pub(crate) struct Common {
     /// A file whose first line is the URL of the store
     #[arg(long, global = true, value_name = "PATH", display_order = 101)]
     pub(crate) store_file: Option<PathBuf>,
+    /// The namespace of the keys: keys of different namespaces have nothing to do with each other
+    #[arg(long, global = true, value_name = "NAME", allow_hyphen_values = true, display_order = 102)]
+    pub(crate) namespace: Option<String>,
     /// Print nothing: the exit code tells the result
-    #[arg(short, long, global = true, conflicts_with = "verbose", display_order = 102)]
+    #[arg(short, long, global = true, conflicts_with = "verbose", display_order = 103)]
     pub(crate) quiet: bool,
     /// Also report progress: the store, who holds the key, the wait and the release
-    #[arg(short, long, global = true, display_order = 103)]
+    #[arg(short, long, global = true, display_order = 104)]
     pub(crate) verbose: bool,
 }
 
@@ -113,15 +143,39 @@ pub(crate) enum Command {
     /// the key is lost while CMD runs, the whole group gets SIGTERM, and SIGKILL before anyone else can
     /// have the key. If stanchion itself is killed, the group is killed with it. A process that leaves
     /// the group (setsid) is not killed; in the embedded store it then keeps the key until it ends.
+    ///
+    /// Options stand before CMD; everything after CMD belongs to CMD. With several --key, CMD starts when
+    /// all of them are held, and all are free when it has ended. Runs that name the same keys in different
+    /// orders do not block each other for ever.
     #[command(verbatim_doc_comment, after_long_help = after_help())]
+    #[command(override_usage = concat!(usage!("run"), "\n       stanchion run [OPTIONS] --key KEY [--key KEY]... -- CMD [ARG]..."))]
     Run(Run),
     /// Run a command at most once per period: the guard for cron
     ///
     /// Runs CMD, unless another process runs it now or it was done for this period or slot. Then it does
     /// nothing and ends with exit code 0, in silence unless it writes to a terminal. A command that fails
     /// does not count, so that the next machine can try. `inspect KEY` shows the last run.
-    #[command(verbatim_doc_comment, after_long_help = after_help())]
+    #[command(verbatim_doc_comment, after_long_help = after_help(), override_usage = usage!("once"))]
     Once(Once),
+    /// Run a command while this process leads, again after each election
+    ///
+    /// Candidates for KEY queue, and one of them leads: it runs CMD. If the leader loses the key, CMD is
+    /// ended as `run` ends it, before another candidate can lead; then this process queues again, and runs
+    /// CMD again when it is elected. An outage of the store ends no candidate that has led before.
+    ///
+    /// When CMD ends by itself, the leader resigns, and stanchion ends with CMD's exit code: a service
+    /// manager decides whether to start it again. TERM and INT are passed on to CMD. STANCHION_FENCE is the
+    /// number of the term.
+    #[command(verbatim_doc_comment, after_long_help = after_help(), override_usage = usage!("elect"))]
+    Elect(Elect),
+    /// Wait until a key is free, without taking it
+    ///
+    /// Free means that nobody holds KEY or waits for it, and that no cooldown keeps it closed. stanchion
+    /// looks at the key, at first often and then once a second: it has no place in the queue, takes no fence
+    /// and delays nobody. A key that is free for a moment between two holders is not noticed, and it may
+    /// be taken again when stanchion ends. To have the key, use `run`.
+    #[command(verbatim_doc_comment, after_long_help = exit_code::WAIT_HELP)]
+    Wait(Wait),
     /// List the keys that are held, waited for or closed
     #[command(after_long_help = crate::output::JSON_HELP)]
     Ls(Ls),
@@ -166,24 +220,40 @@ pub(crate) enum Command {
     },
 }
 
+/// The limit of a wait.
 #[derive(Args, Debug)]
-pub(crate) struct Run {
-    /// The key: 1 to 512 bytes of UTF-8
-    #[arg(value_name = "KEY")]
-    pub(crate) key: String,
+pub(crate) struct Limit {
     /// Do not wait: give up at once if the key is taken
     ///
     /// A store that does not answer within about a second is unavailable (exit 69). For a store
     /// that is slower than that, use --wait.
-    #[arg(verbatim_doc_comment, short, long, conflicts_with = "wait")]
-    pub(crate) no_wait: bool,
+    #[arg(verbatim_doc_comment, short, long, aliases = ["nonblock", "nb"], conflicts_with = "wait")]
+    no_wait: bool,
     /// Wait no longer than this; 0 is one attempt
     ///
     /// The limit covers opening the store too. While the store is away, stanchion keeps trying
     /// until the limit (exit 69 then). Without a limit it gives up after 10 seconds if the store is
     /// away at the start, and waits through any outage once it is in the queue.
-    #[arg(verbatim_doc_comment, short, long, value_name = "DUR", value_parser = span_or_zero, allow_hyphen_values = true)]
-    pub(crate) wait: Option<Duration>,
+    #[arg(verbatim_doc_comment, short, long, alias = "timeout", value_name = "DUR", value_parser = span_or_zero)]
+    #[arg(allow_hyphen_values = true)]
+    wait: Option<Duration>,
+    /// The exit code if the key was not obtained
+    #[arg(short = 'E', long, alias = "conflict-exit-code", value_name = "N", value_parser = code)]
+    #[arg(allow_hyphen_values = true, default_value_t = exit_code::NOT_OBTAINED)]
+    pub(crate) busy_exit_code: u8,
+}
+
+impl Limit {
+    /// Maximum wait: `None` for no limit, zero for one attempt.
+    pub(crate) fn span(&self) -> Option<Duration> {
+        if self.no_wait { Some(Duration::ZERO) } else { self.wait }
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Run {
+    #[command(flatten)]
+    pub(crate) limit: Limit,
     /// Share the key with other runs that use --shared
     ///
     /// A run with --permits N counts each --shared run as one of its N.
@@ -198,19 +268,12 @@ pub(crate) struct Run {
     /// Keep the key closed for this long after the command has ended
     #[arg(long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
     pub(crate) cooldown: Option<Duration>,
-    /// The exit code if the key was not obtained
-    #[arg(short = 'E', long, value_name = "N", value_parser = code, allow_hyphen_values = true)]
-    #[arg(default_value_t = exit_code::NOT_OBTAINED)]
-    pub(crate) busy_exit_code: u8,
     #[command(flatten)]
     pub(crate) child: Child,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct Once {
-    /// The key: 1 to 512 bytes of UTF-8
-    #[arg(value_name = "KEY")]
-    pub(crate) key: String,
     /// The period: not again until nine tenths of it have passed since the last run began
     ///
     /// The last tenth is for clocks that differ and a cron that is late. A run that fails does not
@@ -222,25 +285,56 @@ pub(crate) struct Once {
     #[arg(long, value_name = "N", value_parser = slot, allow_hyphen_values = true)]
     pub(crate) slot: Option<u64>,
     /// The exit code if it is not run
-    #[arg(short = 'E', long, value_name = "N", value_parser = code, allow_hyphen_values = true)]
+    #[arg(short = 'E', long, alias = "conflict-exit-code", value_name = "N", value_parser = code, allow_hyphen_values = true)]
     #[arg(default_value_t = exit_code::OK)]
     pub(crate) busy_exit_code: u8,
     #[command(flatten)]
     pub(crate) child: Child,
 }
 
-/// Options of both `run` and `once`.
+#[derive(Args, Debug)]
+pub(crate) struct Elect {
+    /// A file that exists while CMD runs as the leader, for readiness checks
+    ///
+    /// It appears whole, after CMD has started, and holds the number of the term. It is removed when the
+    /// key is lost, before CMD is ended, and when CMD has ended. A file that a killed stanchion left behind
+    /// is removed at the next start, so each candidate needs a PATH of its own.
+    #[arg(verbatim_doc_comment, long, value_name = "PATH")]
+    pub(crate) ready_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) child: Child,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Wait {
+    /// The key
+    #[arg(value_name = "KEY")]
+    pub(crate) key: String,
+    #[command(flatten)]
+    pub(crate) limit: Limit,
+}
+
+/// The key and the command of `run`, `once` and `elect`, and their common options.
 #[derive(Args, Debug)]
 pub(crate) struct Child {
+    /// The key: 1 to 512 bytes of UTF-8
+    #[arg(value_name = "KEY", required_unless_present = "keys")]
+    key: Option<String>,
+    /// The key, also one that begins with `-`; `run` takes several: all or nothing. CMD comes after `--`
+    #[arg(long = "key", value_name = "KEY", allow_hyphen_values = true)]
+    pub(crate) keys: Vec<String>,
     /// How long the store keeps the key after this machine has fallen silent (default 10s)
     ///
     /// A server frees the keys of a program that it has not heard of for this long. The embedded store
     /// needs no such limit: it knows at once when a program has died.
     #[arg(verbatim_doc_comment, long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
     pub(crate) ttl: Option<Duration>,
-    /// Hold the key for this long at most; then end the command (exit 76)
+    /// Hold the key for this long at most; then it is lost
     #[arg(long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
     pub(crate) max_hold: Option<Duration>,
+    /// The fate of the command when the key is lost
+    #[arg(long, value_enum, value_name = "ACTION", default_value_t = OnLost::Term)]
+    pub(crate) on_lost: OnLost,
     /// Time between SIGTERM and SIGKILL when the key is lost
     ///
     /// It is cut short where another could have the key before.
@@ -249,12 +343,56 @@ pub(crate) struct Child {
     /// A text that `ls` and `inspect` show with this hold, up to 4 KiB
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) metadata: Option<String>,
+    /// The label of this process in `ls` and `inspect` (default: PROGRAM@HOST/PID)
+    #[arg(long, value_name = "LABEL", value_parser = owner, allow_hyphen_values = true)]
+    pub(crate) owner: Option<String>,
     /// Run this text in a shell (sh -c) instead of a command
-    #[arg(short = 'c', long, value_name = "STRING", conflicts_with = "command", allow_hyphen_values = true)]
+    #[arg(short = 'c', long, alias = "command", value_name = "STRING", conflicts_with = "command")]
+    #[arg(allow_hyphen_values = true)]
     pub(crate) shell: Option<OsString>,
     /// The command and its arguments, as they are: no shell reads them
-    #[arg(value_name = "CMD", last = true, required_unless_present = "shell")]
+    #[arg(value_name = "CMD", trailing_var_arg = true, required_unless_present_any = ["shell", "keys"])]
     pub(crate) command: Vec<OsString>,
+}
+
+impl Child {
+    /// Sorts the words into keys and command. clap takes the first word for the KEY; with `--key` it is the program, and comes
+    /// directly after `--`: otherwise the options of the program would have been taken for ours.
+    fn sort_words(&mut self, given: &[OsString]) -> Result<(), clap::Error> {
+        let error = |kind, text: &str| Err(clap::Error::raw(kind, format!("{text}\n")));
+        match self.key.take() {
+            Some(key) if self.keys.is_empty() => self.keys.push(key),
+            Some(program) => {
+                let before = given.iter().rev().nth(self.command.len() + 1);
+                if before.is_none_or(|word| word != "--") {
+                    return error(ErrorKind::ArgumentConflict, "with --key the command to run comes after `--`");
+                }
+                self.command.insert(0, program.into());
+            }
+            None => {}
+        }
+        match (&self.shell, self.command.is_empty()) {
+            (Some(_), false) => error(ErrorKind::ArgumentConflict, "-c and a command cannot be used together"),
+            (None, true) => error(ErrorKind::MissingRequiredArgument, "the command to run is missing"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Arguments {
+    /// Parses the words of the command line, without the program's own name.
+    pub(crate) fn of(given: Vec<OsString>) -> Result<Self, clap::Error> {
+        let mut arguments = Self::try_parse_from(std::iter::once("stanchion".into()).chain(given.iter().cloned()))?;
+        match &mut arguments.command {
+            Command::Run(Run { child, .. })
+            | Command::Once(Once { child, .. })
+            | Command::Elect(Elect { child, .. }) => {
+                child.sort_words(&given)?;
+            }
+            _ => {}
+        }
+        Ok(arguments)
+    }
 }
 
 #[derive(Args, Debug)]
@@ -313,11 +451,44 @@ mod tests {
         Arguments::command().debug_assert();
     }
 
+    /// Returns the keys, the command and whether `-n` was given.
+    fn parsed(line: &str) -> Result<(Vec<String>, Vec<OsString>, bool), clap::Error> {
+        let arguments = Arguments::of(line.split(' ').map(OsString::from).collect())?;
+        let Command::Run(Run { limit, child, .. }) = arguments.command else { panic!("not run") };
+        Ok((child.keys, child.command, limit.no_wait))
+    }
+
     #[test]
-    fn options_after_dashes_go_to_the_command() {
-        let arguments = Arguments::try_parse_from(["stanchion", "run", "k", "-n", "--", "ls", "-n", "--json"]).unwrap();
-        let Command::Run(run) = arguments.command else { panic!("not run") };
-        assert!(run.no_wait);
-        assert_eq!(run.child.command, ["ls", "-n", "--json"]);
+    fn words_after_the_command_belong_to_it() {
+        let table: [(&str, &[&str], &[&str], bool); 9] = [
+            ("run k -n -- ls -n --json", &["k"], &["ls", "-n", "--json"], true),
+            ("run k ls -n --json", &["k"], &["ls", "-n", "--json"], false),
+            ("run -n k ls -n", &["k"], &["ls", "-n"], true),
+            ("run k --nb ls -- -q", &["k"], &["ls", "--", "-q"], true),
+            ("run k -- ls -- -n", &["k"], &["ls", "--", "-n"], false),
+            ("run -- -k ls -n", &["-k"], &["ls", "-n"], false),
+            ("run --key a --key -b -- ls -n", &["a", "-b"], &["ls", "-n"], false),
+            ("run --key a -n -- ls", &["a"], &["ls"], true),
+            ("run --key a -- ls -- x", &["a"], &["ls", "--", "x"], false),
+        ];
+        for (line, keys, command, no_wait) in table {
+            let expected =
+                (keys.iter().map(ToString::to_string).collect(), command.iter().map(OsString::from).collect());
+            let (keys, command, is_no_wait) = parsed(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+            assert_eq!(((keys, command), is_no_wait), (expected, no_wait), "{line}");
+        }
+        for line in [
+            "run --key a ls",
+            "run --key a ls -n",
+            "run --key a ls -- x",
+            "run --key a",
+            "run k",
+            "run k --",
+            "run --key a -c x -- ls",
+            "run k -c x ls",
+            "run k -z ls",
+        ] {
+            assert!(parsed(line).is_err(), "{line}");
+        }
     }
 }

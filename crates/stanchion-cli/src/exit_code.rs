@@ -1,6 +1,6 @@
 //! The exit codes: part of the tool's contract, like its options.
 //!
-//! `run` and `once` end with the code of their command where it ran to its end. The codes below are for all other cases;
+//! `run`, `once` and `elect` end with the code of their command where it ran to its end. The codes below are for all other cases;
 //! they are those of `sysexits.h` and of shells, so that a command's own codes rarely meet them.
 
 use stanchion::{Error, ErrorKind};
@@ -17,9 +17,10 @@ pub(crate) const DAMAGED: u8 = 65;
 pub(crate) const UNAVAILABLE: u8 = 69;
 /// A defect of stanchion, damaged data in the store, or the system refused something that stanchion needs.
 pub(crate) const INTERNAL: u8 = 70;
-/// The key was not obtained: held by another with `--no-wait`, or not free within `--wait`. `-E` changes it.
+/// The key was not obtained, or `wait` did not find it free: held by another with `--no-wait`, or within `--wait`. `-E`
+/// changes it.
 pub(crate) const NOT_OBTAINED: u8 = 75;
-/// The key was lost while the command ran; all of the command has ended.
+/// The key was lost while the command ran; all of the command has ended, by itself with `--on-lost ignore`.
 pub(crate) const LOST: u8 = 76;
 /// The store or the file system refused the rights. Or the key was lost, and the system did not let the command be ended:
 /// it runs on as another user.
@@ -42,13 +43,19 @@ Exit codes:
   65     ls: entries of the store are damaged; they were named and skipped
   69     the store cannot be reached or cannot serve now
   70     an internal error, or the system refused something stanchion needs
-  75     the key was not obtained within the limit (-E changes it)
-  76     the key was lost while the command ran, and the command was ended
+  75     the key was not obtained, or not free, within the limit (-E changes it)
+  76     the key was lost while the command ran, and the command was ended (with --on-lost ignore
+         it ran to its end); `elect` runs it again instead
   77     not permitted by the store or the file system; or the key was lost, and the command
          runs on as another user and could not be ended
   78     the store is misconfigured; the message says what to change
   126    the command could not be executed
   127    the command was not found";
+
+/// The codes of `wait`.
+pub(crate) const WAIT_HELP: &str = "\
+Exit codes: 0 the key is free; 75 it was not free within the limit (-E changes it); 64 wrong usage;
+69 store unavailable; 70 internal; 77 not permitted; 78 misconfigured.";
 
 /// The code of a command that died of a signal, as shells count.
 pub(crate) fn of_signal(signal: i32) -> u8 {

@@ -1,33 +1,38 @@
 //! Runs the thread that obtains the key, notices its loss, and releases it. It sends [`Event`]s and takes commands.
 
+use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::mpsc::{self, Sender};
+use std::task::Poll;
 use std::time::Duration;
 
 use stanchion::store::Demand;
-use stanchion::{BootTime, Clock, ErrorKind, EventStream, Guard, LossCause, OnceGuard, OnceOutcome};
+use stanchion::{
+    BootTime, Clock, ErrorKind, EventStream, Guard, Guards, Key, KeyRequest, LossCause, OnceGuard, OnceOutcome,
+};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
-use crate::child::{Event, Loss, Obtained, Refusal, Released};
+use crate::child::{Event, HeldKey, Loss, Obtained, Refusal, Released};
 use crate::exit_code;
 use crate::message::{Failure, quoted_key};
 use crate::output::{escape, for_people, limits_differ};
 use crate::report::{HoldReport, Report, WaitReport, describe};
-use crate::store::{Opened, StoreChoice, close, silent, within};
-
-/// Maximum time for contact with the store where the key is not waited for, opening included.
-const NO_WAIT_WITHIN: Duration = Duration::from_millis(900);
+use crate::store::{NO_WAIT_WITHIN, Opened, StoreChoice, close, pause, silent, within};
 
 /// Maximum time for finding out who has the key, once it was not obtained.
 const LOOK_WITHIN: Duration = Duration::from_millis(200);
 
-/// A key to hold, with its options.
+/// Pause of a candidate that has led before, while the store is away.
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// Keys to hold, with their options.
 #[derive(Debug)]
 pub(crate) struct HoldPlan {
     pub(crate) store: StoreChoice,
-    pub(crate) key: String,
+    /// At least one, each once: all or nothing. `once` has one.
+    pub(crate) keys: Vec<Key>,
     pub(crate) demand: Demand,
     /// Maximum wait: `None` for no limit, zero for one attempt.
     pub(crate) wait: Option<Duration>,
@@ -40,6 +45,8 @@ pub(crate) struct HoldPlan {
     pub(crate) owner: String,
     /// Time after which the wait is described, or `None` if nobody reads that.
     pub(crate) describe_wait_after: Option<Duration>,
+    /// The command is ended when a key is lost.
+    pub(crate) loss_ends_command: bool,
 }
 
 /// The schedule of `once`: at least one of the two is there.
@@ -50,6 +57,11 @@ pub(crate) struct Schedule {
 }
 
 impl HoldPlan {
+    /// Returns the place of the key among the keys.
+    fn place(&self, key: &Key) -> usize {
+        self.keys.iter().position(|one| one == key).unwrap_or_default()
+    }
+
     /// How long opening the store may take: `None` for the library's default. A wait limit covers it; a very short one, or
     /// none at all, leaves time for a store that works.
     fn open_within(&self) -> Option<Duration> {
@@ -60,17 +72,17 @@ impl HoldPlan {
     }
 }
 
-/// The guard of the key.
+/// The guards of the keys.
 enum Held {
-    Lock(Guard),
+    Locks(Guards),
     Turn(Box<OnceGuard>),
 }
 
 impl Held {
-    fn guard(&self) -> &Guard {
+    fn guards(&self) -> &[Guard] {
         match self {
-            Self::Lock(guard) => guard,
-            Self::Turn(turn) => turn,
+            Self::Locks(guards) => guards,
+            Self::Turn(turn) => std::slice::from_ref::<Guard>(turn),
         }
     }
 }
@@ -83,12 +95,13 @@ pub(crate) struct Hold {
 }
 
 enum Command {
-    IsHeld(Sender<bool>),
+    LostKey(Sender<Option<usize>>),
     Release { cooldown: Option<Duration>, succeeded: bool },
+    AskAgain,
 }
 
 impl Hold {
-    /// Starts the thread and requests the key. The answer is an event.
+    /// Starts the thread and requests the keys. The answer is an event.
     pub(crate) fn ask(plan: HoldPlan, events: Sender<Event>) -> Result<Self, Failure> {
         let (commands, inbox) = unbounded_channel();
         let cancel = CancellationToken::new();
@@ -97,7 +110,7 @@ impl Hold {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(refused)?;
         let live = move || {
             let farewell = events.clone();
-            let whole = AssertUnwindSafe(|| runtime.block_on(live(plan, cancel, inbox, events)));
+            let whole = AssertUnwindSafe(|| runtime.block_on(live(&plan, cancel, inbox, events)));
             if std::panic::catch_unwind(whole).is_err() {
                 say_farewell(&farewell);
             }
@@ -111,11 +124,18 @@ impl Hold {
         self.cancel.cancel();
     }
 
-    /// Returns whether the key is held now, by the clock; `false` if the thread does not answer.
-    pub(crate) fn is_held(&self) -> bool {
+    /// Returns the place of a key that is not held now, by the clock; the first one if the thread does not answer.
+    pub(crate) fn lost_key(&self) -> Option<usize> {
         let (answer, answered) = mpsc::channel();
-        let asked = self.commands.send(Command::IsHeld(answer));
-        asked.is_ok() && answered.recv_timeout(Duration::from_secs(1)).unwrap_or(false)
+        match self.commands.send(Command::LostKey(answer)) {
+            Ok(()) => answered.recv_timeout(Duration::from_secs(1)).unwrap_or(Some(0)),
+            Err(_) => Some(0),
+        }
+    }
+
+    /// Requests the keys again, after a release. The answer is an event, as after the first request.
+    pub(crate) fn ask_again(&self) -> Result<(), Failure> {
+        self.commands.send(Command::AskAgain).map_err(|_| thread_has_ended())
     }
 
     /// Releases the key and keeps it closed for `cooldown`. The answer is an event.
@@ -127,61 +147,103 @@ impl Hold {
 
 /// Ends every wait of the main thread after a panic of this thread: the state of the key is unknown from here on.
 fn say_farewell(events: &Sender<Event>) {
-    let failure =
-        || Failure::new(exit_code::INTERNAL, "stanchion has a defect: the thread that holds the key has ended");
     for event in [
-        Event::NotObtained(Refusal::Failed(failure())),
-        Event::Lost(Loss { cause: LossCause::Closed, left: None }),
-        Event::Released(Err(failure())),
+        Event::NotObtained(Refusal::Failed(thread_has_ended())),
+        Event::Lost(Loss { key: 0, cause: LossCause::Closed, left: None }),
+        Event::Released(Err(thread_has_ended())),
     ] {
         let _ = events.send(event); // the receiver may have ended
     }
 }
 
-async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedReceiver<Command>, events: Sender<Event>) {
+fn thread_has_ended() -> Failure {
+    Failure::new(exit_code::INTERNAL, "stanchion has a defect: the thread that holds the key has ended")
+}
+
+async fn live(
+    plan: &HoldPlan,
+    cancel: CancellationToken,
+    mut inbox: UnboundedReceiver<Command>,
+    events: Sender<Event>,
+) {
     let tell = |event| {
         // The main thread has ended, and with it this process.
         let _ = events.send(event); // the receiver may have ended
     };
+    let mut has_held = false;
+    let mut reported = None;
+    loop {
+        match hold_once(plan, &cancel, &mut inbox, &tell).await {
+            Ok(()) => (has_held, reported) = (true, None),
+            // A candidate that has led before waits through an outage of any length.
+            Err(Refusal::Failed(fault)) if has_held && fault.code == exit_code::UNAVAILABLE => {
+                if reported.as_ref() != Some(&fault.message) {
+                    let line = format!("{}; trying again until the store answers", fault.message);
+                    tell(Event::Report(Report::Problem(line)));
+                    reported = Some(fault.message);
+                }
+                tokio::select! {
+                    () = cancel.cancelled() => {}
+                    () = pause(ASK_AGAIN_AFTER) => {}
+                }
+                continue;
+            }
+            Err(refusal) => tell(Event::NotObtained(refusal)),
+        }
+        // Other commands are about the hold that has ended.
+        loop {
+            match inbox.recv().await {
+                Some(Command::AskAgain) => break,
+                Some(_) => {}
+                None => return,
+            }
+        }
+    }
+}
+
+/// Opens the store, obtains the keys, and keeps them until they are released.
+async fn hold_once(
+    plan: &HoldPlan,
+    cancel: &CancellationToken,
+    inbox: &mut UnboundedReceiver<Command>,
+    tell: &impl Fn(Event),
+) -> Result<(), Refusal> {
     let started = Clock::system().now();
     let opened = tokio::select! {
         biased;
-        () = cancel.cancelled() => return tell(Event::NotObtained(Refusal::Cancelled)),
-        opened = plan.store.open(Some(&plan.owner), plan.ttl, plan.open_within()) => match opened {
-            Ok(opened) => opened,
-            Err(failure) => return tell(Event::NotObtained(Refusal::Failed(failure))),
-        },
+        () = cancel.cancelled() => return Err(Refusal::Cancelled),
+        opened = plan.store.open(Some(&plan.owner), plan.ttl, plan.open_within()) => opened.map_err(Refusal::Failed)?,
     };
     let mut happenings = opened.locks.events();
     for warning in opened.locks.warnings() {
         tell(Event::Report(Report::Progress(warning)));
     }
-    match obtain(&plan, started, &cancel, &opened, &mut happenings, &tell).await {
-        Ok(held) => {
-            // From here on a warning is about this hold.
-            while event_that_is_there(&mut happenings).await.is_some() {}
-            let mut report = HoldReport::new(held.guard().fence());
-            tell(Event::Obtained(Obtained {
-                key: held.guard().key().name().to_owned(),
-                fence: held.guard().fence().get(),
-                descriptor: opened.session_descriptor(),
-            }));
-            let released = keep(held, &mut inbox, &mut happenings, &mut report, &tell).await;
-            // A hold that could not be released ends with the session.
-            let _ = opened.locks.close().await; // the session then expires by itself
-            // The keeper has reported everything by now.
-            while let Some(event) = event_that_is_there(&mut happenings).await {
-                report.collect(event);
-            }
-            let released = released.map(|was_lost| Released { was_lost, explanation: report.explanation() });
-            tell(Event::Released(released));
-        }
+    let held = match obtain(plan, started, cancel, &opened, &mut happenings, tell).await {
+        Ok(held) => held,
         Err(refusal) => {
             let is_store_away = matches!(&refusal, Refusal::Failed(failure) if failure.code == exit_code::UNAVAILABLE);
             close(&opened, is_store_away).await;
-            tell(Event::NotObtained(refusal));
+            return Err(refusal);
         }
+    };
+    // From here on a warning is about this hold.
+    while event_that_is_there(&mut happenings).await.is_some() {}
+    let holds = held.guards().iter().map(|guard| (guard.key().clone(), guard.fence())).collect();
+    let mut report = HoldReport::new(holds, plan.loss_ends_command);
+    let mut keys: Vec<_> =
+        held.guards().iter().map(|guard| HeldKey { key: guard.key().clone(), fence: guard.fence().get() }).collect();
+    keys.sort_by_key(|held| plan.place(&held.key));
+    tell(Event::Obtained(Obtained { keys, descriptor: opened.session_descriptor() }));
+    let released = keep(held, plan, inbox, &mut happenings, &mut report, tell).await;
+    // A hold that could not be released ends with the session.
+    let _ = opened.locks.close().await; // the session then expires by itself
+    // The keeper has reported everything by now.
+    while let Some(event) = event_that_is_there(&mut happenings).await {
+        report.collect(event);
     }
+    let released = released.map(|was_lost| Released { was_lost, explanation: report.explanation() });
+    tell(Event::Released(released));
+    Ok(())
 }
 
 async fn obtain(
@@ -195,7 +257,9 @@ async fn obtain(
     if let Some(schedule) = plan.once {
         return begin(plan, schedule, cancel, opened).await;
     }
-    let mut request = opened.locks.lock(plan.key.as_str()).demand(plan.demand).cancel(cancel.clone());
+    let (units, capacity) = (plan.demand.units(), plan.demand.capacity());
+    let requests = plan.keys.iter().map(|key| KeyRequest::semaphore(key.name(), capacity, units));
+    let mut request = opened.locks.lock_all(requests).cancel(cancel.clone());
     if let Some(longest) = plan.max_hold {
         request = request.max_hold(longest);
     }
@@ -206,21 +270,30 @@ async fn obtain(
     let left = |limit: Duration| limit.saturating_sub(passed);
     let attempt = async {
         match plan.wait.map(left) {
-            Some(Duration::ZERO) => within(left(NO_WAIT_WITHIN), request.try_acquire()).await,
-            Some(limit) => Some(request.wait(limit).await.map(Some)),
-            None => Some(request.await.map(Some)),
+            Some(Duration::ZERO) => within(left(NO_WAIT_WITHIN), request.wait(Duration::ZERO).into_future()).await,
+            Some(limit) => Some(request.wait(limit).await),
+            None => Some(request.await),
         }
     };
     let mut attempt = pin!(attempt);
-    let mut report = WaitReport::new(&opened.locks, &plan.key, &plan.owner, plan.demand, plan.describe_wait_after);
+    // The library locks several keys in this order, so the first one that is missing is the one that is waited for.
+    let mut missing: Vec<&Key> = plan.keys.iter().collect();
+    missing.sort_by_key(|key| key.as_encoded());
+    let mut report =
+        WaitReport::new(&opened.locks, missing[0].name(), Some(&plan.owner), plan.demand, plan.describe_wait_after);
     let answer = loop {
         tokio::select! {
             biased;
             answer = &mut attempt => break answer,
             Some(happening) = happenings.next() => match happening {
-                stanchion::Event::Contended { .. } => tell(Event::Waiting),
-                stanchion::Event::LimitsDiffer { in_use, asked, .. } => {
-                    tell(Event::Report(Report::Problem(limits_differ(in_use, asked))));
+                stanchion::Event::Acquired { key, .. } => {
+                    missing.retain(|other| **other != key);
+                    missing.iter().take(1).for_each(|next| report.turn_to(next.name()));
+                }
+                stanchion::Event::Contended { key, .. } => tell(Event::Waiting(key)),
+                stanchion::Event::LimitsDiffer { key, in_use, asked, .. } => {
+                    let line = format!("key `{}`: {}", quoted_key(key.name()), limits_differ(in_use, asked));
+                    tell(Event::Report(Report::Problem(line)));
                 }
                 stanchion::Event::Warning { message, .. } => tell(Event::Report(Report::Progress(message))),
                 _ => {}
@@ -230,10 +303,15 @@ async fn obtain(
     };
     let Some(answer) = answer else { return Err(Refusal::Failed(silent(NO_WAIT_WITHIN))) };
     match answer {
-        Ok(Some(guard)) => Ok(Held::Lock(guard)),
-        Ok(None) => Err(Refusal::Busy(busy(plan, opened).await)),
+        Ok(guards) => Ok(Held::Locks(guards)),
         Err(error) if matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Busy) => {
-            Err(Refusal::Busy(busy(plan, opened).await))
+            while let Some(happening) = event_that_is_there(happenings).await {
+                if let stanchion::Event::Acquired { key, .. } = happening {
+                    missing.retain(|other| **other != key);
+                }
+            }
+            let key = missing.first().copied().unwrap_or(&plan.keys[0]);
+            Err(Refusal::Busy(busy(plan, key, opened).await))
         }
         Err(error) if error.kind() == ErrorKind::Cancelled => Err(Refusal::Cancelled),
         Err(error) => Err(Refusal::Failed(error.into())),
@@ -247,7 +325,8 @@ async fn begin(
     cancel: &CancellationToken,
     opened: &Opened,
 ) -> Result<Held, Refusal> {
-    let mut request = opened.locks.once(plan.key.as_str()).cancel(cancel.clone());
+    let key = &plan.keys[0];
+    let mut request = opened.locks.once(key.name()).cancel(cancel.clone());
     if let Some(period) = schedule.every {
         request = request.every(period);
     }
@@ -268,57 +347,60 @@ async fn begin(
             let again = last.closed_still_for().map(|left| format!(", and not again for another {}", for_people(left)));
             let (age, owner) = (for_people(last.age), escape(&last.owner));
             let again = again.unwrap_or_default();
-            Err(Refusal::Busy(format!("key `{}` was done by {owner} {age} ago{again}", quoted_key(&plan.key))))
+            Err(Refusal::Busy(format!("key `{}` was done by {owner} {age} ago{again}", quoted_key(key.name()))))
         }
-        Ok(_) => Err(Refusal::Busy(busy(plan, opened).await)),
+        Ok(_) => Err(Refusal::Busy(busy(plan, key, opened).await)),
         Err(error) if error.kind() == ErrorKind::Cancelled => Err(Refusal::Cancelled),
         Err(error) => Err(Refusal::Failed(error.into())),
     }
 }
 
-/// Keeps the key until the main thread has it released. Returns whether it was lost.
+/// Keeps the keys until the main thread has them released. Returns whether one was lost.
 async fn keep(
     held: Held,
+    plan: &HoldPlan,
     inbox: &mut UnboundedReceiver<Command>,
     happenings: &mut EventStream,
     report: &mut HoldReport,
     tell: &impl Fn(Event),
 ) -> Result<bool, Failure> {
-    let mut announced = false;
-    let guard = held.guard();
+    let mut announced = Vec::new();
+    let guards = held.guards();
     let (cooldown, succeeded) = loop {
         let command = tokio::select! {
             biased;
-            cause = guard.lost(), if !announced => {
-                announced = true;
-                tell(Event::Lost(Loss { cause, left: guard.valid_for() }));
+            (guard, cause) = next_loss(guards, &announced) => {
+                announced.push(guard.key());
+                tell(Event::Lost(Loss { key: plan.place(guard.key()), cause, left: guard.valid_for() }));
                 continue;
             }
             command = inbox.recv() => command,
             Some(happening) = happenings.next() => {
-                if let Some(line) = report.note(happening, guard) {
+                if let Some(line) = report.note(happening, guards) {
                     tell(Event::Report(line));
                 }
                 continue;
             }
-            line = report.end_of_outage(guard) => {
+            line = report.end_of_outage(guards) => {
                 tell(Event::Report(line));
                 continue;
             }
         };
         match command {
-            Some(Command::IsHeld(answer)) => {
-                // The main thread may have stopped waiting.
-                let _ = answer.send(guard.is_held()); // the caller may have given up
+            Some(Command::LostKey(answer)) => {
+                let lost = guards.iter().find(|guard| !guard.is_held());
+                let _ = answer.send(lost.map(|guard| plan.place(guard.key()))); // the caller may have given up
             }
             Some(Command::Release { cooldown, succeeded }) => break (cooldown, succeeded),
+            // Only after a release.
+            Some(Command::AskAgain) => {}
             None => break (None, false),
         }
     };
     let released = match held {
-        Held::Lock(guard) => {
-            guard.set_cooldown(cooldown)?;
-            guard.release().await
+        Held::Locks(guards) => {
+            guards.iter().try_for_each(|guard| guard.set_cooldown(cooldown))?;
+            guards.release().await
         }
         Held::Turn(turn) => turn.finish(succeeded).await,
     };
@@ -327,6 +409,21 @@ async fn keep(
         Err(error) if matches!(error.kind(), ErrorKind::Lost(_)) => Ok(true),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Waits for the loss of a key that is not among those announced; forever if there is none.
+async fn next_loss<'a>(guards: &'a [Guard], announced: &[&Key]) -> (&'a Guard, LossCause) {
+    let rest = guards.iter().filter(|guard| !announced.contains(&guard.key()));
+    let mut losses: Vec<_> = rest.map(|guard| (guard, Box::pin(guard.lost()))).collect();
+    poll_fn(|context| {
+        for (guard, lost) in &mut losses {
+            if let Poll::Ready(cause) = lost.as_mut().poll(context) {
+                return Poll::Ready((*guard, cause));
+            }
+        }
+        Poll::Pending
+    })
+    .await
 }
 
 /// Returns an event that has arrived already, without waiting.
@@ -339,14 +436,14 @@ async fn event_that_is_there(happenings: &mut EventStream) -> Option<stanchion::
 }
 
 /// Names the holder of the key, for the message of a key that was not obtained.
-async fn busy(plan: &HoldPlan, opened: &Opened) -> String {
+async fn busy(plan: &HoldPlan, key: &Key, opened: &Opened) -> String {
     let limit = match plan.wait {
         None | Some(Duration::ZERO) => String::new(),
         Some(limit) => format!(" within {}", for_people(limit)),
     };
-    let why = match within(LOOK_WITHIN, opened.locks.inspect(plan.key.as_str())).await {
+    let why = match within(LOOK_WITHIN, opened.locks.inspect(key.name())).await {
         Some(Ok(state)) => describe(&state, plan.demand),
         Some(Err(_)) | None => "it is taken".to_owned(),
     };
-    format!("key `{}` was not obtained{limit}: {why}", quoted_key(&plan.key))
+    format!("key `{}` was not obtained{limit}: {why}", quoted_key(key.name()))
 }

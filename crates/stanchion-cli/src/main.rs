@@ -20,8 +20,6 @@ mod usage;
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
-
 use crate::arguments::Arguments;
 use crate::message::Verbosity;
 
@@ -31,7 +29,7 @@ fn main() -> ExitCode {
         child::guardian::guard();
         return ExitCode::SUCCESS;
     }
-    let arguments = match Arguments::try_parse() {
+    let arguments = match Arguments::of(std::env::args_os().skip(1).collect()) {
         Ok(arguments) => arguments,
         Err(error) => return ExitCode::from(usage::answer(&error)),
     };

@@ -5,8 +5,8 @@
 
 use std::time::Duration;
 
-use stanchion::store::{Demand, KeyState};
-use stanchion::{BootTime, Clock, Fence, Guard, Locks, LossCause};
+use stanchion::store::{Demand, KeyState, WaiterState};
+use stanchion::{BootTime, Clock, Fence, Guard, Key, Locks, LossCause};
 
 use crate::message::quoted_key;
 use crate::output::{cell, escape, for_people, limits_differ};
@@ -22,6 +22,9 @@ pub(crate) enum Report {
 /// Interval between two looks at the key while the tool waits for it.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
+/// Time until the next look at a key whose queue this process has not entered yet.
+const LOOK_SOON: Duration = Duration::from_millis(50);
+
 /// Maximum time of a look at the key: the wait goes on meanwhile.
 const LOOK_WITHIN: Duration = Duration::from_secs(5);
 
@@ -30,7 +33,8 @@ const LOOK_WITHIN: Duration = Duration::from_secs(5);
 pub(crate) struct WaitReport<'a> {
     locks: &'a Locks,
     key: &'a str,
-    owner: &'a str,
+    /// Label of this process in the queue, or `None` if it does not queue.
+    owner: Option<&'a str>,
     demand: Demand,
     /// The time of the next look, or `None` if nobody reads the reports.
     next_look: Option<BootTime>,
@@ -41,9 +45,20 @@ pub(crate) struct WaitReport<'a> {
 
 impl<'a> WaitReport<'a> {
     /// Reports from `after` on, or never.
-    pub(crate) fn new(locks: &'a Locks, key: &'a str, owner: &'a str, demand: Demand, after: Option<Duration>) -> Self {
+    pub(crate) fn new(
+        locks: &'a Locks,
+        key: &'a str,
+        owner: Option<&'a str>,
+        demand: Demand,
+        after: Option<Duration>,
+    ) -> Self {
         let next_look = after.map(|after| Clock::system().now().after(after));
         Self { locks, key, owner, demand, next_look, reported: None, was_away: false }
+    }
+
+    /// Reports on another key from now on.
+    pub(crate) fn turn_to(&mut self, key: &'a str) {
+        (self.key, self.reported) = (key, None);
     }
 
     /// Returns the next report, once there is something new to report. A dropped future loses none.
@@ -58,9 +73,16 @@ impl<'a> WaitReport<'a> {
             match looked {
                 Some(Ok(state)) => {
                     self.was_away = false;
+                    let is_own = |waiter: &WaiterState| self.owner == Some(&waiter.owner);
+                    let own_places = state.waiters.iter().filter(|waiter| is_own(waiter)).count();
+                    if self.owner.is_some() && own_places == 0 {
+                        // The request is on its way to the queue, or its grant is on the way back.
+                        self.next_look = Some(clock.now().after(LOOK_SOON));
+                        continue;
+                    }
                     let fences = state.holders.iter().map(|holder| holder.fence).collect();
-                    // The label of a process is its own: it names the program, the machine and the process id.
-                    let ahead = state.waiters.iter().position(|waiter| waiter.owner == self.owner);
+                    // Users may give several processes the same label; then the place is not known.
+                    let ahead = state.waiters.iter().position(is_own).filter(|_| own_places == 1);
                     let seen = Some((fences, ahead));
                     if self.reported != seen {
                         self.reported = seen;
@@ -112,10 +134,21 @@ pub(crate) fn describe(state: &KeyState, demand: Demand) -> String {
     }
 }
 
+fn are_held(guards: &[Guard]) -> bool {
+    guards.iter().all(Guard::is_held)
+}
+
+/// Returns the time until the first of the keys is lost unless a renewal makes it longer.
+fn remaining(guards: &[Guard]) -> Option<Duration> {
+    guards.iter().filter_map(Guard::remaining).min()
+}
+
 /// Collects the library's events about a hold, to report an outage and to explain a loss.
 #[derive(Debug)]
 pub(crate) struct HoldReport {
-    fence: Fence,
+    holds: Vec<(Key, Fence)>,
+    /// The command is ended when a key is lost.
+    loss_ends_command: bool,
     /// Reason that the user of a forced release gave.
     reason: Option<String>,
     warning: Option<String>,
@@ -128,9 +161,10 @@ pub(crate) struct HoldReport {
 }
 
 impl HoldReport {
-    pub(crate) fn new(fence: Fence) -> Self {
+    pub(crate) fn new(holds: Vec<(Key, Fence)>, loss_ends_command: bool) -> Self {
         Self {
-            fence,
+            holds,
+            loss_ends_command,
             reason: None,
             warning: None,
             fault: None,
@@ -141,17 +175,19 @@ impl HoldReport {
     }
 
     /// Takes note of an event; returns a report if the user should know now.
-    pub(crate) fn note(&mut self, event: stanchion::Event, guard: &Guard) -> Option<Report> {
+    pub(crate) fn note(&mut self, event: stanchion::Event, guards: &[Guard]) -> Option<Report> {
         self.collect(event.clone());
         match event {
             stanchion::Event::Warning { message, .. } => Some(Report::Progress(message)),
             // Renewals begin to fail. Faults of single keys are about other requests.
-            stanchion::Event::Error { key: None, message, .. } if !self.is_outage_reported && guard.is_held() => {
-                let left = guard.remaining();
+            stanchion::Event::Error { key: None, message, .. } if !self.is_outage_reported && are_held(guards) => {
+                let left = remaining(guards);
                 (self.is_outage_reported, self.left_at_outage) = (true, left);
                 let end = left.map(|left| {
                     let left = for_people(left);
-                    format!("; the command will be ended in {left} unless the store answers before that")
+                    let what =
+                        if self.loss_ends_command { "the command will be ended" } else { "the key will be lost" };
+                    format!("; {what} in {left} unless the store answers before that")
                 });
                 Some(Report::Problem(format!("{message}{}", end.unwrap_or_default())))
             }
@@ -162,9 +198,9 @@ impl HoldReport {
     /// Takes note of an event.
     pub(crate) fn collect(&mut self, event: stanchion::Event) {
         match event {
-            stanchion::Event::Lost { fence, cause, reason, .. } if fence == self.fence => {
-                self.session_ended = cause == LossCause::SessionExpired;
-                self.reason = reason;
+            stanchion::Event::Lost { key, fence, cause, reason, .. } if self.holds.contains(&(key.clone(), fence)) => {
+                self.session_ended |= cause == LossCause::SessionExpired;
+                self.reason = self.reason.take().or(reason);
             }
             stanchion::Event::Warning { message, .. } => self.warning = Some(message),
             // After the end of the session, faults are about opening another one.
@@ -174,15 +210,18 @@ impl HoldReport {
     }
 
     /// Waits until the store answers again after an outage that was reported; forever if there was none.
-    pub(crate) async fn end_of_outage(&mut self, guard: &Guard) -> Report {
+    pub(crate) async fn end_of_outage(&mut self, guards: &[Guard]) -> Report {
         loop {
             let Some(left) = self.left_at_outage else { std::future::pending().await };
             pause(Duration::from_millis(200)).await;
             // Only a renewal makes it longer.
-            if guard.is_held() && guard.remaining().is_some_and(|now| now > left) {
+            if are_held(guards) && remaining(guards).is_some_and(|now| now > left) {
                 (self.is_outage_reported, self.left_at_outage) = (false, None);
-                let key = quoted_key(guard.key().name());
-                return Report::Problem(format!("the store answers again; key `{key}` is still held"));
+                let are_held = match guards {
+                    [guard] => format!("key `{}` is still held", quoted_key(guard.key().name())),
+                    _ => "all keys are still held".to_owned(),
+                };
+                return Report::Problem(format!("the store answers again; {are_held}"));
             }
         }
     }

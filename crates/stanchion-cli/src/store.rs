@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stanchion::store::{Postgres, Sqlite};
-use stanchion::{BootTime, Clock, Locks};
+use stanchion::{BootTime, Clock, Key, Locks};
 
 use crate::arguments::Common;
 use crate::message::{Failure, quoted};
@@ -18,6 +18,9 @@ use crate::{environment, exit_code};
 
 /// Maximum time for ending the session in a store that did not answer before.
 const CLOSE_AWAY_WITHIN: Duration = Duration::from_millis(100);
+
+/// Maximum time for contact with the store where a key is not waited for, opening included.
+pub(crate) const NO_WAIT_WITHIN: Duration = Duration::from_millis(900);
 
 /// Interval between attempts to open the embedded store.
 const OPEN_EVERY: Duration = Duration::from_millis(100);
@@ -31,6 +34,8 @@ pub(crate) struct StoreChoice {
     url: String,
     /// Environment variable that makes an inner `stanchion` choose the same store, unless that would show a password.
     for_children: Option<(&'static str, OsString)>,
+    /// The namespace of the keys; empty for none.
+    namespace: String,
 }
 
 impl std::fmt::Debug for StoreChoice {
@@ -53,8 +58,22 @@ impl Opened {
     }
 }
 
-/// Returns the store of the options, else of the environment, else the embedded store in the user's state folder.
+/// Returns the store and the namespace of the options, else of the environment, else the embedded store in the user's state
+/// folder.
 pub(crate) fn resolve(common: &Common) -> Result<StoreChoice, Failure> {
+    let namespace = match &common.namespace {
+        Some(name) => name.clone(),
+        None => std::env::var_os(environment::NAMESPACE).unwrap_or_default().into_string().map_err(|_| {
+            Failure::new(exit_code::USAGE, format!("{} is not UTF-8: choose another name", environment::NAMESPACE))
+        })?,
+    };
+    let choice = StoreChoice { namespace, ..resolve_url(common)? };
+    // Any name will do: this checks the namespace, before anything is opened.
+    choice.key("x")?;
+    Ok(choice)
+}
+
+fn resolve_url(common: &Common) -> Result<StoreChoice, Failure> {
     if let Some(url) = &common.store {
         if holds_password(url) {
             let message = format!(
@@ -81,7 +100,7 @@ pub(crate) fn resolve(common: &Common) -> Result<StoreChoice, Failure> {
     }
     match variable(environment::STORE_FILE) {
         Some(path) => from_file(Path::new(&path), environment::STORE_FILE),
-        None => Ok(StoreChoice { url: DEFAULT.to_owned(), for_children: None }),
+        None => Ok(StoreChoice { for_children: None, ..chosen(DEFAULT.to_owned()) }),
     }
 }
 
@@ -137,7 +156,7 @@ fn choose(url: &str, named_by: &str) -> Result<StoreChoice, Failure> {
 
 fn chosen(url: String) -> StoreChoice {
     let for_children = (!holds_password(&url)).then(|| (environment::STORE, OsString::from(&url)));
-    StoreChoice { url, for_children }
+    StoreChoice { url, for_children, namespace: String::new() }
 }
 
 /// Returns the URL with the home folder in place of `~`. Refuses a relative folder: it would be another store in each
@@ -185,21 +204,33 @@ fn holds_password(url: &str) -> bool {
 const DEFAULT: &str = "sqlite:";
 
 impl StoreChoice {
-    /// Returns the store as messages name it, without a password.
+    /// Returns the store and the namespace as messages name them, without a password.
     pub(crate) fn shown(&self) -> String {
-        match self.folder() {
+        let store = match self.folder() {
             Some(Ok(folder)) => quoted(&format!("sqlite:{}", folder.display())),
             _ => quoted(&self.url),
-        }
+        };
+        if self.namespace.is_empty() { store } else { format!("{store}, namespace `{}`", quoted(&self.namespace)) }
     }
 
-    /// Returns the environment variable that makes an inner `stanchion` choose the same store.
-    pub(crate) fn for_children(&self) -> Option<&(&'static str, OsString)> {
-        self.for_children.as_ref()
+    /// Returns the key of this name, or an error if it cannot be one.
+    pub(crate) fn key(&self, name: &str) -> Result<Key, Failure> {
+        Ok(Key::new(&self.namespace, name)?)
+    }
+
+    /// Returns the environment that makes an inner `stanchion` choose the same store and namespace.
+    pub(crate) fn for_children(&self) -> Vec<(&'static str, OsString)> {
+        let namespace = (!self.namespace.is_empty()).then(|| (environment::NAMESPACE, self.namespace.clone().into()));
+        self.for_children.iter().cloned().chain(namespace).collect()
+    }
+
+    /// Returns whether an inner `stanchion` does not get this store, because its URL holds a password.
+    pub(crate) fn is_kept_from_children(&self) -> bool {
+        self.for_children.is_none() && !self.is_default()
     }
 
     /// Returns whether it is the store of a user who named none.
-    pub(crate) fn is_default(&self) -> bool {
+    fn is_default(&self) -> bool {
         self.url == DEFAULT
     }
 
@@ -228,7 +259,7 @@ impl StoreChoice {
         match self.folder().transpose()? {
             Some(folder) if !folder.exists() && self.is_default() => {
                 // Nobody has held a key yet: an empty store gives the same answers.
-                Ok(Self { url: "memory:".to_owned(), for_children: None })
+                Ok(Self { url: "memory:".to_owned(), ..self.clone() })
             }
             Some(folder) if !folder.exists() => {
                 let folder = quoted(&folder.to_string_lossy());
@@ -269,6 +300,7 @@ impl StoreChoice {
         } else {
             (Locks::builder(&self.url), None)
         };
+        builder = builder.namespace(&self.namespace);
         if let Some(owner) = owner {
             builder = builder.owner(owner);
         }
@@ -318,10 +350,19 @@ impl StoreChoice {
 
     /// Opens the store, queries it, and closes it.
     pub(crate) fn ask<T>(&self, question: impl AsyncFnOnce(&Locks) -> stanchion::Result<T>) -> Result<T, Failure> {
+        self.ask_within(None, question)
+    }
+
+    /// The same, with a limit for opening the store.
+    pub(crate) fn ask_within<T>(
+        &self,
+        limit: Option<Duration>,
+        question: impl AsyncFnOnce(&Locks) -> stanchion::Result<T>,
+    ) -> Result<T, Failure> {
         let store = self.for_looking()?;
         let runtime = runtime()?;
         let answer = runtime.block_on(async {
-            let opened = store.open(None, None, None).await?;
+            let opened = store.open(None, None, limit).await?;
             let answer = question(&opened.locks).await;
             close(&opened, answer.as_ref().is_err_and(stanchion::Error::is_transient)).await;
             Ok(answer?)

@@ -2,8 +2,8 @@
 
 use std::ffi::OsString;
 
+use clap::CommandFactory as _;
 use clap::error::ErrorKind;
-use clap::{CommandFactory as _, Parser as _};
 use stanchion::store::redacted;
 
 use crate::arguments::Arguments;
@@ -20,7 +20,7 @@ pub(crate) fn answer(error: &clap::Error) -> u8 {
         },
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
             Verbosity::Normal.problem(
-                "a command is missing: run, once, ls, inspect, watch, force-release, completions or man; `stanchion --help` explains them",
+                "a command is missing: run, once, elect, wait, ls, inspect, watch, force-release, completions or man; `stanchion --help` explains them",
             );
             exit_code::USAGE
         }
@@ -41,7 +41,7 @@ fn explain(arguments: impl Iterator<Item = OsString>) -> String {
         })
         .collect();
     let command = command_of(shown.iter().cloned());
-    match Arguments::try_parse_from(std::iter::once("stanchion".into()).chain(shown)) {
+    match Arguments::of(shown) {
         Err(error) => message(error.kind(), &error.render().to_string(), &command),
         Ok(_) => format!("an argument is wrong, and holds what may be a password; `{command} --help` explains it"),
     }
@@ -52,11 +52,12 @@ fn message(kind: ErrorKind, text: &str, command: &str) -> String {
     let mut parts = text.split("\n\n").map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "));
     let what = parts.next().unwrap_or_default();
     let what = what.strip_prefix("error: ").unwrap_or(&what);
-    let runs = matches!(command, "stanchion run" | "stanchion once");
+    let runs = matches!(command, "stanchion run" | "stanchion once" | "stanchion elect");
     let way_out = match kind {
-        ErrorKind::UnknownArgument | ErrorKind::MissingRequiredArgument if runs => {
-            "; the command to run comes after `--`".to_owned()
+        ErrorKind::MissingRequiredArgument if runs && (what.contains("<KEY>") || what.contains("<CMD>")) => {
+            "; the key comes first, and then the command to run".to_owned()
         }
+        ErrorKind::UnknownArgument if runs => "; options of the command to run come after its name".to_owned(),
         ErrorKind::InvalidUtf8 => "; keys and options are UTF-8, only the command to run may be other bytes".to_owned(),
         _ => parts.find_map(|part| part.strip_prefix("tip: ").map(|tip| format!("; {tip}"))).unwrap_or_default(),
     };
@@ -84,14 +85,15 @@ mod tests {
 
     #[test]
     fn usage_errors_are_one_line_with_a_hint() {
-        let table: [(&[&str], &str); 5] = [
+        let table: [(&[&str], &str); 6] = [
             (
-                &["run", "k", "ls"],
-                "unexpected argument 'ls' found; the command to run comes after `--`; `stanchion run --help` explains it",
+                &["run", "k", "-z", "ls"],
+                "unexpected argument '-z' found; options of the command to run come after its name; `stanchion run --help` explains it",
             ),
+            (&["run", "--key", "k", "ls"], "with --key the command to run comes after `--`; `stanchion run --help`"),
             (&["run", "k", "-w", "soon", "--", "ls"], "is not a duration: write seconds"),
             (&["frob"], "unrecognized subcommand 'frob'; `stanchion --help` explains it"),
-            (&["run", "k"], "the command to run comes after `--`; `stanchion run --help` explains it"),
+            (&["run", "k"], "the key comes first, and then the command to run; `stanchion run --help` explains it"),
             (&["once", "k", "--", "ls"], "--every <DUR>"),
         ];
         for (arguments, expected) in table {

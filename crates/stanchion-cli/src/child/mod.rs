@@ -11,6 +11,7 @@
 //! reads the channel and starts the child: the kernel kills a child when the *thread* that started it ends.
 
 pub(crate) mod guardian;
+mod ready;
 mod signals;
 mod spawn;
 mod supervise;
@@ -18,14 +19,17 @@ mod terminal;
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use stanchion::LossCause;
+use clap::ValueEnum;
+use stanchion::{Key, LossCause};
 
-use crate::message::Failure;
+use crate::message::{Failure, quoted_key};
 use crate::report::Report;
 
-pub(crate) use signals::{ends_the_wait, listen};
+pub(crate) use ready::prepare_ready_file;
+pub(crate) use signals::{Inherited, ends_the_wait, listen};
 pub(crate) use spawn::{check_program, reap_orphans};
 pub(crate) use supervise::{Left, NotStarted, Ran, Supervisor};
 pub(crate) use terminal::has_a_job_shell;
@@ -35,15 +39,15 @@ pub(crate) use terminal::has_a_job_shell;
 pub(crate) enum Event {
     /// This process got a signal. SIGCHLD: a process has ended that is perhaps nobody else's to reap.
     Signal(i32),
-    /// The key is in use, and this process is in its queue.
-    Waiting,
-    /// There is something to report about the key.
+    /// This key is in use, and this process is in its queue.
+    Waiting(Key),
+    /// There is something to report about a key.
     Report(Report),
-    /// The key is held.
+    /// All keys are held.
     Obtained(Obtained),
-    /// The key is not held and will not be.
+    /// The keys are not held and will not be.
     NotObtained(Refusal),
-    /// The key is not held any more, or will not be for long.
+    /// One of the keys is not held any more, or will not be for long. Each key is lost once at most.
     Lost(Loss),
     /// The release is done.
     Released(Result<Released, Failure>),
@@ -53,21 +57,34 @@ pub(crate) enum Event {
     Stopped(i32),
 }
 
-/// The key is held.
+/// The keys are held.
 #[derive(Debug)]
 pub(crate) struct Obtained {
-    /// The key as the library spells it.
-    pub(crate) key: String,
-    /// The fence of the hold.
-    pub(crate) fence: u64,
+    /// In the order in which the user named them.
+    pub(crate) keys: Vec<HeldKey>,
     /// The descriptor that keeps the key for as long as anyone has a copy, in stores that work that way.
     pub(crate) descriptor: Option<OwnedFd>,
 }
 
-/// The reason why the key is not held.
+impl Obtained {
+    /// Returns the lost key as messages quote it.
+    pub(crate) fn shown(&self, loss: &Loss) -> String {
+        self.keys.get(loss.key).map(|held| quoted_key(held.key.name())).unwrap_or_default()
+    }
+}
+
+/// A key that is held.
+#[derive(Debug)]
+pub(crate) struct HeldKey {
+    pub(crate) key: Key,
+    /// The fence of the hold.
+    pub(crate) fence: u64,
+}
+
+/// The reason why the keys are not held.
 #[derive(Debug)]
 pub(crate) enum Refusal {
-    /// The key is in use or closed.
+    /// A key is in use or closed.
     Busy(String),
     /// The wait was cancelled.
     Cancelled,
@@ -75,9 +92,11 @@ pub(crate) enum Refusal {
     Failed(Failure),
 }
 
-/// The key was lost.
+/// A key was lost.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Loss {
+    /// Its place in [`Obtained::keys`].
+    pub(crate) key: usize,
     /// Why.
     pub(crate) cause: LossCause,
     /// Time for which no other process can have the key, if that has an end. Zero: another process may have it now.
@@ -87,7 +106,7 @@ pub(crate) struct Loss {
 /// The result of a release.
 #[derive(Debug)]
 pub(crate) struct Released {
-    /// The hold had been lost before.
+    /// One of the holds had been lost before.
     pub(crate) was_lost: bool,
     /// The explanation of a loss: the reason of a forced release, or the store's last warning or fault.
     pub(crate) explanation: Option<String>,
@@ -102,6 +121,17 @@ pub(crate) enum Exit {
     Signal(i32),
 }
 
+/// The fate of the command when the key is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnLost {
+    /// End it: SIGTERM, then SIGKILL before another can have the key
+    Term,
+    /// End it at once: SIGKILL
+    Kill,
+    /// Let it run on without the key, beside the next holder; exit 76 all the same
+    Ignore,
+}
+
 /// A command to run, and the way to end it.
 #[derive(Debug)]
 pub(crate) struct ChildPlan {
@@ -109,6 +139,9 @@ pub(crate) struct ChildPlan {
     pub(crate) command: Vec<OsString>,
     /// Time between SIGTERM and SIGKILL after a loss.
     pub(crate) kill_after: Duration,
-    /// Environment variable that makes an inner `stanchion` choose the same store.
-    pub(crate) store: Option<(&'static str, OsString)>,
+    pub(crate) on_lost: OnLost,
+    /// Exists while the command runs and its keys are held.
+    pub(crate) ready_file: Option<PathBuf>,
+    /// Environment that makes an inner `stanchion` choose the same store and namespace.
+    pub(crate) environment: Vec<(&'static str, OsString)>,
 }

@@ -13,7 +13,7 @@ use rustix::io::FdFlags;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, getpid, getppid, waitid};
 
 use super::terminal::put_in_foreground;
-use super::{ChildPlan, Event, Exit, Obtained, guardian};
+use super::{ChildPlan, Event, Exit, HeldKey, Obtained, guardian};
 use crate::message::{Failure, quoted};
 use crate::{environment, exit_code, sys};
 
@@ -37,14 +37,12 @@ pub(crate) fn spawn(plan: &ChildPlan, with: &Surroundings<'_>) -> Result<Pid, Fa
     let (program, arguments) = plan.command.split_first().unwrap_or_else(|| unreachable!("a plan has a command"));
     let mut command = Command::new(program);
     command.args(arguments).process_group(0);
-    command.env(environment::KEY, &with.obtained.key);
-    command.env(environment::FENCE, with.obtained.fence.to_string());
+    command.env(environment::KEY, lines(with.obtained, |held| held.key.name().to_owned()));
+    command.env(environment::FENCE, lines(with.obtained, |held| held.fence.to_string()));
     for secret in environment::NOT_FOR_CHILDREN {
         command.env_remove(secret);
     }
-    if let Some((name, value)) = &plan.store {
-        command.env(name, value);
-    }
+    command.envs(plan.environment.iter().map(|(name, value)| (name, value)));
 
     let refused = |error: io::Error| {
         Failure::new(exit_code::INTERNAL, format!("cannot prepare to run `{}`: {error}", name_of(program)))
@@ -77,6 +75,11 @@ pub(crate) fn spawn(plan: &ChildPlan, with: &Surroundings<'_>) -> Result<Pid, Fa
     let child = command.spawn().map_err(|error| cannot_run(program, &error))?;
     // It is waited for by id: see `watch`.
     Ok(Pid::from_child(&child))
+}
+
+/// One line for each key, and so the text alone for one key.
+pub(super) fn lines(obtained: &Obtained, text: impl Fn(&HeldKey) -> String) -> String {
+    obtained.keys.iter().map(text).collect::<Vec<_>>().join("\n")
 }
 
 /// Sends events when the child ends or is stopped. Waits for the process and not for its streams: a child that leaves a

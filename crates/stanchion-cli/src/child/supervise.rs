@@ -10,12 +10,13 @@ use rustix::process::{
 use stanchion::{BootTime, Clock, LossCause};
 
 use super::guardian::Guardian;
+use super::ready::ReadyFile;
 use super::signals::{Inherited, ends_the_wait};
 use super::spawn::{self, Surroundings};
 use super::terminal::{Terminal, has_a_job_shell};
-use super::{ChildPlan, Event, Exit, Loss, Obtained};
+use super::{ChildPlan, Event, Exit, Loss, Obtained, OnLost};
 use crate::hold::Hold;
-use crate::message::{Failure, Verbosity};
+use crate::message::{Failure, Verbosity, quoted};
 
 /// Minimum time between the child's SIGKILL and the moment at which another process may have the key.
 const LEAST_MARGIN: Duration = Duration::from_millis(20);
@@ -30,6 +31,7 @@ const LONGEST_NAP: Duration = Duration::from_secs(1);
 pub(crate) struct Supervisor<'a> {
     plan: &'a ChildPlan,
     hold: &'a Hold,
+    obtained: &'a Obtained,
     events: &'a Receiver<Event>,
     verbosity: Verbosity,
     clock: Clock,
@@ -46,7 +48,9 @@ pub(crate) struct Supervisor<'a> {
     own_stops: u32,
     /// INT or TERM was passed on.
     asked_to_end: bool,
+    /// The first loss.
     lost: Option<Loss>,
+    ready_file: Option<ReadyFile>,
     kill_at: Option<BootTime>,
     refused: Refused,
 }
@@ -84,6 +88,8 @@ pub(crate) struct Ran {
     pub(crate) left: Left,
     /// It died of a Ctrl-C at a terminal that was its own.
     pub(crate) interrupted: bool,
+    /// This process was asked to end.
+    pub(crate) asked_to_end: bool,
     /// To be dismissed when everything else is done.
     pub(crate) guardian: Guardian,
 }
@@ -93,6 +99,8 @@ pub(crate) struct Ran {
 pub(crate) enum Left {
     /// Nothing: it was ended.
     Nothing,
+    /// Nothing now. It was not to be ended, and ran to its own end.
+    LetRun,
     /// Nothing now. It could not be ended, and ran to its own end.
     RanOn,
     /// Processes that could not be ended run on.
@@ -104,7 +112,7 @@ impl<'a> Supervisor<'a> {
     pub(crate) fn start(
         plan: &'a ChildPlan,
         hold: &'a Hold,
-        obtained: &Obtained,
+        obtained: &'a Obtained,
         inherited: Inherited,
         channel: (&Sender<Event>, &'a Receiver<Event>),
         verbosity: Verbosity,
@@ -145,6 +153,7 @@ impl<'a> Supervisor<'a> {
         let mut supervisor = Self {
             plan,
             hold,
+            obtained,
             events,
             verbosity,
             clock: Clock::system(),
@@ -157,6 +166,7 @@ impl<'a> Supervisor<'a> {
             own_stops: 0,
             asked_to_end: false,
             lost: None,
+            ready_file: None,
             kill_at: None,
             refused: Refused::default(),
         };
@@ -165,7 +175,24 @@ impl<'a> Supervisor<'a> {
             let _ = supervisor.finish(Exit::Signal(libc::SIGKILL)); // it may have ended by itself
             return Err(failure.into());
         }
+        supervisor.report_ready();
         Ok(supervisor)
+    }
+
+    fn report_ready(&mut self) {
+        let Some(path) = &self.plan.ready_file else { return };
+        match ReadyFile::create(path, &format!("{}\n", spawn::lines(self.obtained, |held| held.fence.to_string()))) {
+            Ok(file) => self.ready_file = Some(file),
+            Err(error) => {
+                let path = quoted(&path.to_string_lossy());
+                self.verbosity.problem(format_args!("cannot write `{path}`, and the command runs without it: {error}"));
+            }
+        }
+    }
+
+    /// Whether the command is being ended because of a loss.
+    fn is_ending(&self) -> bool {
+        self.lost.is_some() && self.plan.on_lost != OnLost::Ignore
     }
 
     /// Supervises the child until it ends.
@@ -182,7 +209,7 @@ impl<'a> Supervisor<'a> {
                 Some(Event::Lost(loss)) => self.on_loss(loss),
                 Some(Event::Exited(exit)) => return self.finish(exit),
                 Some(Event::Report(report)) => self.verbosity.report(report),
-                Some(Event::Waiting | Event::Obtained(_) | Event::NotObtained(_) | Event::Released(_)) => {}
+                Some(Event::Waiting(_) | Event::Obtained(_) | Event::NotObtained(_) | Event::Released(_)) => {}
             }
         }
     }
@@ -221,7 +248,8 @@ impl<'a> Supervisor<'a> {
                     self.signal(Signal::CONT);
                 }
             }
-            libc::SIGINT | libc::SIGTERM if self.asked_to_end || self.lost.is_some() => {
+            libc::SIGINT | libc::SIGTERM if self.asked_to_end || self.is_ending() => {
+                self.asked_to_end = true;
                 self.verbosity.note("asked to end for the second time: SIGKILL");
                 self.signal(Signal::KILL);
             }
@@ -242,7 +270,7 @@ impl<'a> Supervisor<'a> {
     /// The child was stopped: by Ctrl-Z, because it needs the terminal, or by somebody.
     fn on_stop(&mut self, signal: i32) {
         self.is_stopped = true;
-        if self.lost.is_some() {
+        if self.is_ending() {
             return self.continue_child();
         }
         let asks_for_terminal = matches!(signal, libc::SIGTTIN | libc::SIGTTOU);
@@ -284,9 +312,17 @@ impl<'a> Supervisor<'a> {
     /// This process runs again.
     fn resume(&mut self) {
         self.stops_with_child = false;
-        if !self.hold.is_held() {
+        if self.is_ending() {
+            return;
+        }
+        if self.lost.is_none()
+            && let Some(key) = self.hold.lost_key()
+        {
             // It was lost while this process was stopped. The child must not run on for a moment.
-            return self.on_loss(Loss { cause: LossCause::SessionExpired, left: Some(Duration::ZERO) });
+            self.on_loss(Loss { key, cause: LossCause::SessionExpired, left: Some(Duration::ZERO) });
+            if self.is_ending() {
+                return;
+            }
         }
         if let (true, Some(terminal)) = (self.wants_terminal, &mut self.terminal) {
             terminal.give(self.child);
@@ -300,28 +336,46 @@ impl<'a> Supervisor<'a> {
     }
 
     fn on_loss(&mut self, loss: Loss) {
-        if self.lost.is_some() {
-            return;
-        }
-        self.lost = Some(loss);
-        let grace = grace(self.plan.kill_after, &loss);
+        self.ready_file = None;
+        let is_first = self.lost.is_none();
+        self.lost.get_or_insert(loss);
+        let grace = match self.plan.on_lost {
+            OnLost::Term => grace(self.plan.kill_after, &loss),
+            OnLost::Kill => Duration::ZERO,
+            OnLost::Ignore if is_first => {
+                return self.verbosity.problem(format_args!(
+                    "key `{}` was lost ({}); the command runs on without it (--on-lost ignore), and another may run \
+                     beside it",
+                    self.obtained.shown(&loss),
+                    loss.cause
+                ));
+            }
+            OnLost::Ignore => return,
+        };
+        let kill_at = self.clock.now().after(grace);
         if grace.is_zero() {
             self.signal(Signal::KILL);
-        } else {
+            self.kill_at = None;
+        } else if is_first {
             self.signal(Signal::TERM);
             self.continue_child();
-            self.kill_at = Some(self.clock.now().after(grace));
+            self.kill_at = Some(kill_at);
+        } else {
+            // Another key is lost too, and may be free sooner.
+            self.kill_at = self.kill_at.map(|planned| planned.min(kill_at));
         }
     }
 
     fn finish(mut self, exit: Exit) -> Ran {
-        if self.lost.is_some() {
+        self.ready_file = None;
+        if self.is_ending() {
             // The child is not reaped: the group is still ours.
             self.signal(Signal::KILL);
         }
         self.guardian.all_is_well();
         spawn::reap(self.child);
         let left = match self.lost {
+            Some(_) if !self.is_ending() => Left::LetRun,
             Some(_) if self.runs_on() => Left::RunsOn,
             Some(_) if self.refused.end => Left::RanOn,
             _ => Left::Nothing,
@@ -335,7 +389,8 @@ impl<'a> Supervisor<'a> {
                 terminal.restore_modes();
             }
         }
-        Ran { exit, lost: self.lost, left, interrupted, guardian: self.guardian }
+        let asked_to_end = self.asked_to_end;
+        Ran { exit, lost: self.lost, left, interrupted, asked_to_end, guardian: self.guardian }
     }
 
     /// Sends the signal to the whole group.
@@ -349,15 +404,16 @@ impl<'a> Supervisor<'a> {
 
     /// The system refuses to send the command a signal: it runs as another user, as after sudo.
     fn on_refusal(&mut self, cause: Errno) {
-        let lost = self.lost.filter(|_| !self.refused.end);
+        let lost = self.lost.filter(|_| self.is_ending() && !self.refused.end);
         if let Some(loss) = lost {
             self.refused.end = true;
             self.verbosity.problem(format_args!(
-                "the key was lost ({}) and the command cannot be ended, because it runs as another user: {cause}; \
+                "key `{}` was lost ({}) and the command cannot be ended, because it runs as another user: {cause}; \
                  another command may run beside it",
+                self.obtained.shown(&loss),
                 loss.cause
             ));
-        } else if self.lost.is_none() && !self.refused.signal {
+        } else if !self.is_ending() && !self.refused.signal {
             self.refused.signal = true;
             self.verbosity.problem(format_args!(
                 "signals cannot be passed on to the command, because it runs as another user: {cause}"
@@ -417,7 +473,7 @@ mod tests {
     #[test]
     fn kill_comes_before_the_key_is_free() {
         let second = Duration::from_secs(1);
-        let loss = |cause, left| Loss { cause, left };
+        let loss = |cause, left| Loss { key: 0, cause, left };
         assert_eq!(grace(5 * second, &loss(LossCause::SessionExpired, Some(2 * second))), Duration::from_millis(1800));
         assert_eq!(grace(second, &loss(LossCause::SessionExpired, Some(2 * second))), second);
         assert_eq!(grace(5 * second, &loss(LossCause::SessionExpired, None)), Duration::ZERO);

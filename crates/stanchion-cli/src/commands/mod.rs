@@ -1,6 +1,7 @@
 //! One file per command: each turns parsed arguments into a plan, carries it out, and returns the exit code.
 
 mod completions;
+mod elect;
 mod force_release;
 mod inspect;
 mod ls;
@@ -8,16 +9,18 @@ mod man;
 mod once;
 mod run;
 mod schema;
+mod wait;
 mod watch;
 
 use std::ffi::OsStr;
 use std::path::Path;
 
 use stanchion::Key;
-use stanchion::store::redacted;
+use stanchion::store::{Demand, redacted};
 
 use crate::arguments::{Arguments, Child, Command};
-use crate::child::ChildPlan;
+use crate::child::{ChildPlan, OnLost};
+use crate::hold::HoldPlan;
 use crate::message::{Failure, Verbosity};
 use crate::store::StoreChoice;
 use crate::{exit_code, store};
@@ -28,6 +31,8 @@ pub(crate) fn execute(arguments: Arguments, verbosity: Verbosity) -> Result<u8, 
     match arguments.command {
         Command::Run(run) => run::execute(run, store::resolve(common)?, verbosity),
         Command::Once(once) => once::execute(once, store::resolve(common)?, verbosity),
+        Command::Elect(elect) => elect::execute(elect, store::resolve(common)?, verbosity),
+        Command::Wait(wait) => wait::execute(&wait, &store::resolve(common)?, verbosity),
         Command::Ls(ls) => ls::execute(&ls, &store::resolve(common)?, verbosity),
         Command::Inspect(inspect) => inspect::execute(&inspect, &store::resolve(common)?),
         Command::Watch(watch) => watch::execute(&watch, &store::resolve(common)?, verbosity),
@@ -43,6 +48,54 @@ fn check_key(key: &str) -> Result<(), Failure> {
     Key::new("", key).map(|_| ()).map_err(Failure::from)
 }
 
+/// Returns the keys of the command, each once.
+fn keys(child: &Child, store: &StoreChoice) -> Result<Vec<Key>, Failure> {
+    let mut keys = Vec::new();
+    for name in &child.keys {
+        let key = store.key(name)?;
+        if !keys.contains(&key) {
+            keys.push(key);
+        }
+    }
+    if keys.len() > 1 && keys.iter().any(|key| key.name().contains(['\n', '\r'])) {
+        // The command gets the keys as lines.
+        return Err(Failure::new(exit_code::USAGE, "a key with a line break cannot be one of several keys"));
+    }
+    Ok(keys)
+}
+
+/// Returns the key of a command that takes one.
+fn single_key(child: &Child, store: &StoreChoice) -> Result<Key, Failure> {
+    let [key]: [Key; 1] = keys(child, store)?
+        .try_into()
+        .map_err(|_| Failure::new(exit_code::USAGE, "give one key: only `run` takes several"))?;
+    Ok(key)
+}
+
+/// Returns the plan to hold the keys: with the options of all commands, and without a limit of the wait.
+fn hold_plan(
+    options: Child,
+    keys: Vec<Key>,
+    demand: Demand,
+    child: &ChildPlan,
+    store: StoreChoice,
+    verbosity: Verbosity,
+) -> HoldPlan {
+    HoldPlan {
+        store,
+        keys,
+        demand,
+        wait: None,
+        ttl: options.ttl,
+        max_hold: options.max_hold,
+        metadata: options.metadata,
+        once: None,
+        owner: options.owner.unwrap_or_else(|| owner(&child.command)),
+        describe_wait_after: verbosity.describe_wait_after(),
+        loss_ends_command: options.on_lost != OnLost::Ignore,
+    }
+}
+
 /// Returns the plan of the command, or an error if it cannot be executed.
 fn child_plan(child: &Child, store: &StoreChoice) -> Result<ChildPlan, Failure> {
     let command = match &child.shell {
@@ -50,13 +103,16 @@ fn child_plan(child: &Child, store: &StoreChoice) -> Result<ChildPlan, Failure> 
         None => child.command.clone(),
     };
     let Some(program) = command.first().filter(|program| !program.is_empty()) else {
-        return Err(Failure::new(
-            exit_code::USAGE,
-            "the command is empty: give a program and its arguments after `--`",
-        ));
+        return Err(Failure::new(exit_code::USAGE, "the command is empty: give a program and its arguments"));
     };
     crate::child::check_program(program)?;
-    Ok(ChildPlan { command, kill_after: child.kill_after, store: store.for_children().cloned() })
+    Ok(ChildPlan {
+        command,
+        kill_after: child.kill_after,
+        on_lost: child.on_lost,
+        ready_file: None,
+        environment: store.for_children(),
+    })
 }
 
 /// Returns the label of this process that others see: the program's name, the machine and the process id. The arguments are

@@ -11,25 +11,19 @@ use crate::message::{Failure, Verbosity};
 use crate::store::StoreChoice;
 
 pub(super) fn execute(once: Once, store: StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
-    super::check_key(&once.key)?;
+    let key = super::single_key(&once.child, &store)?;
     let child = super::child_plan(&once.child, &store)?;
     execution::execute(Plan {
         hold: HoldPlan {
-            store,
-            key: once.key,
-            demand: Demand::MUTEX,
             wait: Some(Duration::ZERO),
-            ttl: once.child.ttl,
-            max_hold: once.child.max_hold,
-            metadata: once.child.metadata,
             once: Some(Schedule { every: once.every, slot: once.slot }),
-            owner: super::owner(&child.command),
-            describe_wait_after: verbosity.describe_wait_after(),
+            ..super::hold_plan(once.child, vec![key], Demand::MUTEX, &child, store, verbosity)
         },
         child,
         cooldown: None,
         // Cron mails all output, and the user asked for skipped runs.
         busy: Busy { exit_code: once.busy_exit_code, is_a_problem: false },
+        runs_again: false,
         verbosity,
     })
 }

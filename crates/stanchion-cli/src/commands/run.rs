@@ -1,6 +1,4 @@
-//! `run`: runs a command while holding a key.
-
-use std::time::Duration;
+//! `run`: runs a command while holding one or several keys.
 
 use stanchion::store::Demand;
 
@@ -11,7 +9,7 @@ use crate::message::{Failure, Verbosity};
 use crate::store::StoreChoice;
 
 pub(super) fn execute(run: Run, store: StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
-    super::check_key(&run.key)?;
+    let keys = super::keys(&run.child, &store)?;
     let child = super::child_plan(&run.child, &store)?;
     let demand = match (run.shared, run.exclusive, run.permits) {
         (true, _, _) => Demand::READ,
@@ -19,22 +17,13 @@ pub(super) fn execute(run: Run, store: StoreChoice, verbosity: Verbosity) -> Res
         (_, _, Some(permits)) => Demand::new(1, permits)?,
         _ => Demand::MUTEX,
     };
+    let wait = run.limit.span();
     execution::execute(Plan {
-        hold: HoldPlan {
-            store,
-            key: run.key,
-            demand,
-            wait: if run.no_wait { Some(Duration::ZERO) } else { run.wait },
-            ttl: run.child.ttl,
-            max_hold: run.child.max_hold,
-            metadata: run.child.metadata,
-            once: None,
-            owner: super::owner(&child.command),
-            describe_wait_after: verbosity.describe_wait_after(),
-        },
+        hold: HoldPlan { wait, ..super::hold_plan(run.child, keys, demand, &child, store, verbosity) },
         child,
         cooldown: run.cooldown,
-        busy: Busy { exit_code: run.busy_exit_code, is_a_problem: true },
+        busy: Busy { exit_code: run.limit.busy_exit_code, is_a_problem: true },
+        runs_again: false,
         verbosity,
     })
 }

@@ -158,6 +158,29 @@ impl World {
     }
 }
 
+impl World {
+    /// Starts a candidate for the key `k`. Each of its terms is noted, and whether another one's command lives then.
+    pub fn candidate(&self, options: &[&str]) -> Running {
+        let script = "grep -qs '^State:.[^ZX]' /proc/$(cat $D/leader 2> /dev/null)/status && echo overlap >> $D/overlap
+             echo $$ > $D/leader; echo $STANCHION_FENCE $PPID >> $D/terms; exec sleep 600";
+        let command = ["-c", script];
+        let arguments = ["elect", "k"].iter().chain(options).chain(&command);
+        self.stanchion(arguments).start()
+    }
+
+    /// Returns the fences of the terms so far and the processes that led.
+    pub fn terms(&self) -> Vec<(u64, i32)> {
+        let text = self.read("terms");
+        let lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')?.split_once(' '));
+        lines.map(|(fence, pid)| (fence.parse().unwrap(), pid.parse().unwrap())).collect()
+    }
+
+    #[track_caller]
+    pub fn until_terms(&self, count: usize) {
+        until("the terms", || self.terms().len() == count);
+    }
+}
+
 impl Drop for World {
     fn drop(&mut self) {
         for pid in self.processes() {

@@ -63,6 +63,30 @@ fn force_release_kills_the_command() {
     world.assert_free("k");
 }
 
+#[test]
+fn on_lost_kill_sends_no_term() {
+    let world = World::new();
+    let script = format!("trap 'touch $D/asked; exit 0' TERM; {FOREVER}");
+    let arguments = ["run", "k", "--max-hold", "400ms", "--on-lost", "kill", "-c", &script];
+    let finished = world.stanchion(arguments).finish();
+    assert!(!world.path("asked").exists());
+    finished.code(76).says(&["held for longer than max_hold; the command was ended"]);
+}
+
+#[test]
+fn on_lost_ignore_lets_the_command_run() {
+    let world = World::new();
+    let script = "touch $D/held; while [ ! -e $D/go ]; do sleep 0.01; done; exit 5";
+    let arguments = ["run", "k", "--max-hold", "200ms", "--on-lost", "ignore", "-c", script];
+    let first = world.stanchion(arguments).start();
+    world.until_file("held");
+    world.stanchion(["run", "k", "-w", "20", "--", "touch", "go"]).finish().code(0).silent();
+    first.finish().code(76).reports(&[
+        "the command runs on without it (--on-lost ignore), and another may run beside it",
+        "; the command ran on, and exited with 5; another may have run beside it",
+    ]);
+}
+
 const CANNOT_BE_ENDED: &str = "the command cannot be ended, because it runs as another user";
 
 #[test]

@@ -26,8 +26,8 @@ fn exit_codes_are_as_documented() {
         (&["run", "k", "--", "./plain"], 126, &["`./plain` may not be executed", "chmod +x"]),
         (&["run", "k", "--", "/"], 126, &["`/` may not be executed"]),
         (&["run", "k", "--", ""], 64, &["the command is empty"]),
-        (&["run", "k"], 64, &["the command to run comes after `--`"]),
-        (&["run", "k", "true"], 64, &["unexpected argument 'true'", "the command to run comes after `--`"]),
+        (&["run", "k"], 64, &["the key comes first, and then the command to run"]),
+        (&["run", "--key", "k"], 64, &["the command to run is missing"]),
         (&["run", "k", "-c", "true", "--", "true"], 64, &["cannot be used with"]),
     ];
     for (arguments, code, texts) in table {
@@ -199,6 +199,8 @@ fn nested_run_is_reported() {
     let tool = env!("CARGO_BIN_EXE_stanchion");
     let nested = world.stanchion(["run", "k", "--", tool, "run", "k", "-w", "500ms", "--", "true"]).finish();
     nested.code(75).reports(&["this command already runs under key `k`"]);
+    let one_of_two = ["run", "--key", "j", "--key", "k", "--", tool, "run", "k", "-w", "500ms", "--", "true"];
+    world.stanchion(one_of_two).finish().code(75).reports(&["this command already runs under key `k`"]);
     // Another key is no nesting.
     world.stanchion(["run", "k", "--", tool, "run", "j", "--", "true"]).finish().code(0).silent();
 }

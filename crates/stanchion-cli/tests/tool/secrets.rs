@@ -29,7 +29,7 @@ fn a_url_is_in_no_message() {
         world.stanchion(["ls"]).env("STANCHION_STORE", url),
         world.stanchion(["run", "k", "--store-file", "url", "--", "true"]),
         world.stanchion(["ls"]).env("STANCHION_STORE_FILE", "url"),
-        world.stanchion(["run", "k", url, "--", "true"]),
+        world.stanchion(["run", "--key", "k", url, "--", "true"]),
         world.stanchion(["run", "k", "--stroe=frob://u:s3ntinel@h:1/0", "--", "true"]),
         world.stanchion([url]),
         world.stanchion(["ls", "--json", url, "extra"]),
@@ -39,6 +39,9 @@ fn a_url_is_in_no_message() {
         tell_nothing(&finished);
         finished.code(64).reports(&[]);
     }
+    let as_a_command = world.stanchion(["run", "k", url, "--", "true"]).finish();
+    tell_nothing(&as_a_command);
+    as_a_command.code(127).says(&["`frob://***@h:1/0`: command not found"]);
 }
 
 #[test]

@@ -86,6 +86,37 @@ pub(crate) fn killed_wrapper_takes_its_child_along(server: impl Server) {
     run(&world, &["run", "-w", "10s", "k", "--", "true"]).finish().code(0);
 }
 
+/// Stopped for longer than its ttl, a leader finds its term over: it ends its command and queues again.
+pub(crate) fn stopped_leader_queues_again(server: impl Server) {
+    let world = world(&server);
+    let url = world.path("url");
+    let options = ["--ttl", "1s", "--store-file", url.to_str().unwrap()];
+    let until_waiting = || {
+        until("a waiter", || {
+            let json = run(&world, &["inspect", "k", "--json"]).finish().ok();
+            json.split_once(r#""waiters":["#).is_some_and(|(_, rest)| rest.contains(r#""owner":"#))
+        });
+    };
+    let first = world.candidate(&options);
+    world.until_terms(1);
+    let command = pid_in(&world, "leader");
+    let second = world.candidate(&options);
+    until_waiting();
+    first.send(Signal::STOP);
+    world.until_terms(2);
+    assert!(is_alive(command), "nobody could end it");
+    first.send(Signal::CONT);
+    until("the end of the old leader's command", || !is_alive(command));
+    until_waiting();
+    second.send(Signal::TERM);
+    second.finish().code(143);
+    world.until_terms(3);
+    first.send(Signal::TERM);
+    first.finish().code(143).reports(&["key `k` was lost while the command ran", "; waiting for the key again"]);
+    let terms = world.terms();
+    assert!(terms.is_sorted_by(|a, b| a.0 < b.0) && terms[0].1 == terms[2].1, "{terms:?}");
+}
+
 /// Makes a test of each function above, on the server that `$start` starts.
 #[macro_export]
 macro_rules! on_a_server {
@@ -96,6 +127,7 @@ macro_rules! on_a_server {
             passwords_reach_no_child_and_no_message,
             command_ends_before_another_gets_the_key,
             killed_wrapper_takes_its_child_along,
+            stopped_leader_queues_again,
         }
     };
     ($start:expr => $($case:ident),* $(,)?) => { $(

@@ -39,6 +39,28 @@ fn outages_are_reported_while_a_command_runs() {
     running.finish().code(0);
 }
 
+/// The outage is longer than the session, and longer than an attempt to open the store.
+#[test]
+fn leader_leads_again_after_an_outage() {
+    let server = RedisServer::start(Redis::Redis7);
+    let world = World::new();
+    let url = format!("redis://127.0.0.1:{}", server.port());
+    let mut leader = world.candidate(&["--ttl", "1s", "--store", &url]);
+    world.until_terms(1);
+    let redis = server.process().unwrap();
+    redis.signal("STOP");
+    let mut said = String::new();
+    until("an attempt that failed", || {
+        said += &leader.stderr_so_far();
+        said.contains("trying again until the store answers")
+    });
+    assert!(said.contains("the command was ended; waiting for the key again"), "{said}");
+    redis.signal("CONT");
+    world.until_terms(2);
+    leader.send(rustix::process::Signal::TERM);
+    leader.finish().code(143);
+}
+
 #[test]
 fn damaged_entries_are_named_by_ls() {
     let server = RedisServer::start(Redis::Redis7);
