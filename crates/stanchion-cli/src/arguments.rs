@@ -8,29 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use stanchion::Demand;
 
 use crate::duration::{span, span_or_zero};
-use crate::exit_code;
-
-const EXAMPLES: &str = "\
-Examples:
-  stanchion run nightly -- ./backup.sh              wait for the key, then run
-  stanchion run nightly -n -- ./backup.sh           give up at once if it is taken (exit 75)
-  stanchion run deploy -w 5m -- make deploy         wait for 5 minutes at most
-  stanchion run api --permits 3 -- ./call.sh        three at a time
-  stanchion once report --every 1h -- ./report.sh   at most once an hour, for cron on many machines
-  stanchion ls                                      who holds what, who waits
-  stanchion run k -c 'date > today; sync'           a line for the shell
-  STANCHION_STORE=sqlite:/srv/locks stanchion ls    another store than your own folder
-
-Durations (DUR):
-  30, 1.5 (seconds), 500ms, 30s, 5m, 2h, 1d, '1h 30m'; from 10ms to 30d
-
-Environment:
-  STANCHION_STORE       URL of the store; without it, a folder of the user: this machine only
-  STANCHION_STORE_FILE  a file whose first line is that URL
-  STANCHION_KEY         given to the command: the key
-  STANCHION_FENCE       given to the command: the fence of this hold, a decimal number that grows
-                        with every hold of the key; send it along, let the receiver refuse lower ones
-";
+use crate::{exit_code, help};
 
 fn fence(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| format!("`{text}` is not a fence: write the number that `ls` and `inspect` show"))
@@ -54,18 +32,13 @@ fn code(text: &str) -> Result<u8, String> {
     whole(text, 0, u8::MAX.into())
 }
 
-/// The text after `--help` of the tool and of the commands that run something.
-fn after_help() -> String {
-    format!("{EXAMPLES}\n{}", exit_code::HELP)
-}
-
 /// Run one command at a time, across processes and machines.
 ///
 /// `stanchion run KEY -- CMD` runs CMD while it holds KEY. Other runs with the same KEY wait, first
 /// come, first served. With no store given it works between the processes of one user on one
 /// machine, without any server.
 #[derive(Debug, Parser)]
-#[command(name = "stanchion", version, after_long_help = after_help(), verbatim_doc_comment)]
+#[command(name = "stanchion", version, after_long_help = help::after_options("stanchion"), verbatim_doc_comment)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     pub(crate) common: Common,
@@ -113,52 +86,58 @@ pub(crate) enum Command {
     /// the key is lost while CMD runs, the whole group gets SIGTERM, and SIGKILL before anyone else can
     /// have the key. If stanchion itself is killed, the group is killed with it. A process that leaves
     /// the group (setsid) is not killed; in the embedded store it then keeps the key until it ends.
-    #[command(verbatim_doc_comment, after_long_help = after_help())]
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("run"))]
     Run(Run),
     /// Run a command at most once per period: the guard for cron
     ///
     /// Runs CMD, unless another process runs it now or it was done for this period or slot. Then it does
     /// nothing and ends with exit code 0, in silence unless it writes to a terminal. A command that fails
     /// does not count, so that the next machine can try. `inspect KEY` shows the last run.
-    #[command(verbatim_doc_comment, after_long_help = after_help())]
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("once"))]
     Once(Once),
     /// List the keys that are held, waited for or closed
-    #[command(after_long_help = crate::output::JSON_HELP)]
+    ///
+    /// Entries that cannot be read are named on stderr and skipped (exit 65). At a terminal long keys are shortened
+    /// in the middle; in a pipe they are not.
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("ls"))]
     Ls(Ls),
     /// Show one key: holders, queue, fences, the last run
-    #[command(after_long_help = crate::output::JSON_HELP)]
+    #[command(after_long_help = help::after_options("inspect"))]
     Inspect(Inspect),
     /// Print a line for every change
     ///
     /// Looks at the keys once per --interval and prints the differences; a hold that begins and ends
-    /// between two looks is not seen. The first look prints all holds.
-    #[command(verbatim_doc_comment, after_long_help = crate::output::JSON_HELP)]
+    /// between two looks is not seen. The first look prints all holds. While the store is away, it keeps
+    /// looking, and prints what has changed once the store is back.
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("watch"))]
     Watch(Watch),
     /// End the hold of another process
     ///
     /// Ends the hold that has this fence, and no other: if the key has changed hands since you looked,
     /// nothing happens (exit code 1). A `stanchion run` that loses its key this way kills its command at
-    /// once, because the next command may start.
-    #[command(verbatim_doc_comment)]
+    /// once, because the next command may start. At a terminal it shows the holds and asks for what is missing.
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("force-release"))]
     #[command(name = "force-release", visible_alias = "break")]
     ForceRelease(ForceRelease),
     /// Print or run the SQL that creates the schema of a PostgreSQL store
     ///
     /// The role that runs it needs the right to create and becomes the schema's owner; roles that use
     /// the locks do not need it. Running it again changes nothing.
-    #[command(verbatim_doc_comment)]
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("schema"))]
     Schema {
         /// Run it instead of printing it
         #[arg(long)]
         apply: bool,
     },
     /// Print the completions for a shell
+    #[command(after_long_help = help::after_options("completions"))]
     Completions {
         /// The shell
         #[arg(value_name = "SHELL")]
         shell: clap_complete::Shell,
     },
     /// Print the man page, or write all of them into a folder
+    #[command(after_long_help = help::after_options("man"))]
     Man {
         /// Where to write stanchion.1, stanchion-run.1 and so on
         #[arg(value_name = "DIR")]
@@ -207,6 +186,7 @@ pub(crate) struct Run {
 }
 
 #[derive(Args, Debug)]
+#[command(mut_arg("command", |command| command.required_unless_present("forget")))]
 pub(crate) struct Once {
     /// The key: 1 to 512 bytes of UTF-8
     #[arg(value_name = "KEY")]
@@ -216,11 +196,17 @@ pub(crate) struct Once {
     /// The last tenth is for clocks that differ and a cron that is late. A run that fails does not
     /// count, nor one whose machine dies.
     #[arg(verbatim_doc_comment, long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
-    #[arg(required_unless_present = "slot")]
+    #[arg(required_unless_present_any = ["slot", "forget"])]
     pub(crate) every: Option<Duration>,
     /// A number that rises with the schedule, such as $(date +%Y%m%d): not if it, or a later one, was done
     #[arg(long, value_name = "N", value_parser = slot, allow_hyphen_values = true)]
     pub(crate) slot: Option<u64>,
+    /// Run it although it was done for this period or slot; but not while another process runs it
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Delete the record of the last run and run nothing: the next `once` runs the command
+    #[arg(long, conflicts_with_all = ["command", "every", "force", "shell", "slot"])]
+    pub(crate) forget: bool,
     /// The exit code if it is not run
     #[arg(short = 'E', long, value_name = "N", value_parser = code, allow_hyphen_values = true)]
     #[arg(default_value_t = exit_code::OK)]
@@ -262,6 +248,9 @@ pub(crate) struct Ls {
     /// Only keys that begin with this
     #[arg(value_name = "PREFIX", default_value = "", hide_default_value = true)]
     pub(crate) prefix: String,
+    /// List the last runs that `once` recorded, instead of the keys in use
+    #[arg(long)]
+    pub(crate) runs: bool,
     /// One JSON object per key and line
     #[arg(long)]
     pub(crate) json: bool,
@@ -272,6 +261,12 @@ pub(crate) struct Inspect {
     /// The key
     #[arg(value_name = "KEY")]
     pub(crate) key: String,
+    /// Print nothing: exit 0 if a request for the key would be granted now, 75 if not
+    ///
+    /// The request is one of `stanchion run KEY`. Decide nothing by it: a moment later another process may have
+    /// the key. To run something if the key is free, use `stanchion run --no-wait`.
+    #[arg(verbatim_doc_comment, long, conflicts_with = "json")]
+    pub(crate) check: bool,
     /// One JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -295,12 +290,12 @@ pub(crate) struct ForceRelease {
     /// The key
     #[arg(value_name = "KEY")]
     pub(crate) key: String,
-    /// The fence of the hold to end, as `ls` and `inspect` show it
+    /// The fence of the hold to end, as `ls` and `inspect` show it; without it you are asked
     #[arg(long, value_name = "F", value_parser = fence, allow_hyphen_values = true)]
-    pub(crate) fence: u64,
-    /// The reason, shown to the user whose command loses the key
+    pub(crate) fence: Option<u64>,
+    /// The reason, shown to the user whose command loses the key; without it you are asked
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    pub(crate) reason: String,
+    pub(crate) reason: Option<String>,
 }
 
 #[cfg(test)]

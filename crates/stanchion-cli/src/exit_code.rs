@@ -7,8 +7,8 @@ use stanchion::{Error, ErrorKind};
 
 /// It went well. Also a skipped `once`, and output into a pipe that nobody reads any more.
 pub(crate) const OK: u8 = 0;
-/// `force-release`: no hold has this fence; nothing was changed.
-pub(crate) const NO_SUCH_HOLD: u8 = 1;
+/// `force-release`: nothing was changed, because no hold has this fence, or because the user did not confirm.
+pub(crate) const NOTHING_CHANGED: u8 = 1;
 /// The arguments are wrong: an unknown option, an invalid key, a duration out of range.
 pub(crate) const USAGE: u8 = 64;
 /// `ls`: the store holds entries that cannot be read. They were named and skipped.
@@ -17,7 +17,8 @@ pub(crate) const DAMAGED: u8 = 65;
 pub(crate) const UNAVAILABLE: u8 = 69;
 /// A defect of stanchion, damaged data in the store, or the system refused something that stanchion needs.
 pub(crate) const INTERNAL: u8 = 70;
-/// The key was not obtained: held by another with `--no-wait`, or not free within `--wait`. `-E` changes it.
+/// The key was not obtained: held by another with `--no-wait`, or not free within `--wait`. `-E` changes it. Also
+/// `inspect --check` of a key that is not free.
 pub(crate) const NOT_OBTAINED: u8 = 75;
 /// The key was lost while the command ran; all of the command has ended.
 pub(crate) const LOST: u8 = 76;
@@ -31,24 +32,45 @@ pub(crate) const NOT_EXECUTABLE: u8 = 126;
 /// The command was not found.
 pub(crate) const NOT_FOUND: u8 = 127;
 
-/// The table for `--help` and the man pages.
-pub(crate) const HELP: &str = "\
-Exit codes:
-  CODE   the command's own code, when it ran to its end
-  128+N  the command died of signal N; or signal N ended the wait for the key
-  0      it went well; a skipped `once`
-  1      force-release: no hold has this fence
-  64     wrong usage: an unknown option, an invalid key or duration
-  65     ls: entries of the store are damaged; they were named and skipped
-  69     the store cannot be reached or cannot serve now
-  70     an internal error, or the system refused something stanchion needs
-  75     the key was not obtained within the limit (-E changes it)
-  76     the key was lost while the command ran, and the command was ended
-  77     not permitted by the store or the file system; or the key was lost, and the command
-         runs on as another user and could not be ended
-  78     the store is misconfigured; the message says what to change
-  126    the command could not be executed
-  127    the command was not found";
+/// A code, the commands that end with it (all, if none is named), and its meaning.
+type Row = (&'static str, &'static [&'static str], &'static str);
+
+const RUNNING: &[&str] = &["run", "once"];
+
+/// The codes as `--help` and the man pages show them.
+const TABLE: [Row; 17] = [
+    ("CODE", RUNNING, "the command's own code, when it ran to its end"),
+    ("128+N", RUNNING, "the command died of signal N; or signal N ended the wait for the key"),
+    ("0", &[], "it went well"),
+    ("0", &["once"], "the command was not run: it is not due, or another process runs it (-E changes it)"),
+    ("0", &["inspect"], "with --check: a request for the key would be granted now"),
+    ("1", &["force-release"], "nothing was changed: no hold has this fence, or you did not confirm"),
+    ("64", &[], "wrong usage: an unknown option, an invalid key or duration"),
+    ("65", &["ls"], "entries of the store are damaged; they were named and skipped"),
+    ("69", &[], "the store cannot be reached or cannot serve now"),
+    ("70", &[], "an internal error, or the system refused something stanchion needs"),
+    ("75", &["run"], "the key was not obtained within the limit (-E changes it)"),
+    ("75", &["inspect"], "with --check: the key is held, waited for or closed"),
+    ("76", RUNNING, "the key was lost while the command ran, and the command was ended"),
+    ("77", &[], "not permitted by the store or the file system; or the key was lost, and the command runs on as \
+                another user and could not be ended"),
+    ("78", &[], "the store is misconfigured; the message says what to change"),
+    ("126", RUNNING, "the command could not be executed"),
+    ("127", RUNNING, "the command was not found"),
+];
+
+/// Commands that use no store, and the codes that only a store causes.
+const WITHOUT_STORE: [&str; 2] = ["completions", "man"];
+const OF_STORES: [&str; 2] = ["69", "78"];
+
+/// Returns the codes of a command, or all codes for the tool's own page.
+pub(crate) fn table(command: &str) -> Vec<(&'static str, &'static str)> {
+    let applies = |(code, commands, _): &&Row| {
+        let is_possible = !(WITHOUT_STORE.contains(&command) && OF_STORES.contains(code));
+        command == "stanchion" || commands.contains(&command) || (commands.is_empty() && is_possible)
+    };
+    TABLE.iter().filter(applies).map(|(code, _, meaning)| (*code, *meaning)).collect()
+}
 
 /// The code of a command that died of a signal, as shells count.
 pub(crate) fn of_signal(signal: i32) -> u8 {
@@ -105,7 +127,7 @@ mod tests {
     fn help_names_every_exit_code() {
         let codes = [
             OK,
-            NO_SUCH_HOLD,
+            NOTHING_CHANGED,
             USAGE,
             DAMAGED,
             UNAVAILABLE,
@@ -118,7 +140,7 @@ mod tests {
             NOT_FOUND,
         ];
         for code in codes {
-            assert!(HELP.lines().any(|line| line.trim_start().starts_with(&format!("{code} "))), "{code}");
+            assert!(table("stanchion").iter().any(|(shown, _)| *shown == code.to_string()), "{code}");
         }
     }
 }

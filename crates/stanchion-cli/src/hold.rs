@@ -47,6 +47,8 @@ pub(crate) struct HoldPlan {
 pub(crate) struct Schedule {
     pub(crate) every: Option<Duration>,
     pub(crate) slot: Option<u64>,
+    /// Whether the command runs even if the schedule says that it was done.
+    pub(crate) is_forced: bool,
 }
 
 impl HoldPlan {
@@ -248,6 +250,9 @@ async fn begin(
     opened: &Opened,
 ) -> Result<Held, Refusal> {
     let mut request = opened.locks.once(plan.key.as_str()).cancel(cancel.clone());
+    if schedule.is_forced {
+        request = request.force();
+    }
     if let Some(period) = schedule.every {
         request = request.every(period);
     }

@@ -9,6 +9,7 @@ mod duration;
 mod environment;
 mod execution;
 mod exit_code;
+mod help;
 mod hold;
 mod limits;
 mod message;

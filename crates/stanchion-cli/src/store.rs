@@ -223,10 +223,15 @@ impl StoreChoice {
         }
     }
 
+    /// Returns whether it is the user's own store, and nobody has held a key in it yet.
+    pub(crate) fn is_unused(&self) -> bool {
+        self.is_default() && matches!(self.folder(), Some(Ok(folder)) if !folder.exists())
+    }
+
     /// Returns the store to look at: looking does not create the folder of the embedded store.
     fn for_looking(&self) -> Result<Self, Failure> {
         match self.folder().transpose()? {
-            Some(folder) if !folder.exists() && self.is_default() => {
+            Some(_) if self.is_unused() => {
                 // Nobody has held a key yet: an empty store gives the same answers.
                 Ok(Self { url: "memory:".to_owned(), for_children: None })
             }

@@ -6,12 +6,16 @@ use stanchion::store::Demand;
 
 use crate::arguments::Once;
 use crate::execution::{self, Busy, Plan};
+use crate::exit_code;
 use crate::hold::{HoldPlan, Schedule};
-use crate::message::{Failure, Verbosity};
+use crate::message::{Failure, Verbosity, quoted_key};
 use crate::store::StoreChoice;
 
 pub(super) fn execute(once: Once, store: StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
     super::check_key(&once.key)?;
+    if once.forget {
+        return forget(&once.key, &store, verbosity);
+    }
     let child = super::child_plan(&once.child, &store)?;
     execution::execute(Plan {
         hold: HoldPlan {
@@ -22,7 +26,7 @@ pub(super) fn execute(once: Once, store: StoreChoice, verbosity: Verbosity) -> R
             ttl: once.child.ttl,
             max_hold: once.child.max_hold,
             metadata: once.child.metadata,
-            once: Some(Schedule { every: once.every, slot: once.slot }),
+            once: Some(Schedule { every: once.every, slot: once.slot, is_forced: once.force }),
             owner: super::owner(&child.command),
             describe_wait_after: verbosity.describe_wait_after(),
         },
@@ -32,4 +36,15 @@ pub(super) fn execute(once: Once, store: StoreChoice, verbosity: Verbosity) -> R
         busy: Busy { exit_code: once.busy_exit_code, is_a_problem: false },
         verbosity,
     })
+}
+
+/// Deletes the record of the last run. Without a record there is nothing to do, which is no error.
+fn forget(key: &str, store: &StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
+    let was_there = store.ask(async |locks| locks.forget_run(key).await)?;
+    let key = quoted_key(key);
+    verbosity.progress(match was_there {
+        true => format!("the last run of key `{key}` is forgotten: the next `once` runs its command"),
+        false => format!("no run of key `{key}` is recorded"),
+    });
+    Ok(exit_code::OK)
 }
