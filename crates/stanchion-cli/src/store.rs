@@ -12,7 +12,7 @@ use stanchion::store::{Postgres, Sqlite};
 use stanchion::{BootTime, Clock, Locks};
 
 use crate::arguments::Common;
-use crate::message::{Failure, quoted};
+use crate::message::{Failure, Verbosity, quoted};
 use crate::output::for_people;
 use crate::{environment, exit_code};
 
@@ -81,8 +81,24 @@ pub(crate) fn resolve(common: &Common) -> Result<StoreChoice, Failure> {
     }
     match variable(environment::STORE_FILE) {
         Some(path) => from_file(Path::new(&path), environment::STORE_FILE),
-        None => Ok(StoreChoice { url: DEFAULT.to_owned(), for_children: None }),
+        None => {
+            if let Some(note) = other_users_store().filter(|_| common.verbose) {
+                Verbosity::Verbose.note(note);
+            }
+            Ok(StoreChoice { url: DEFAULT.to_owned(), for_children: None })
+        }
     }
+}
+
+/// Returns a note if `sudo` or `doas` made this process another user's, whose default store the caller does not expect.
+fn other_users_store() -> Option<String> {
+    let caller = ["SUDO_USER", "DOAS_USER"].into_iter().find_map(|name| std::env::var(name).ok())?;
+    let user = rustix::process::geteuid().as_raw();
+    Some(format!(
+        "this is the store of user {user}, not that of user `{}` who called: the two do not exclude each other's \
+         commands; only a store with a server does",
+        quoted(&caller)
+    ))
 }
 
 fn from_file(path: &Path, named_by: &str) -> Result<StoreChoice, Failure> {
@@ -92,7 +108,8 @@ fn from_file(path: &Path, named_by: &str) -> Result<StoreChoice, Failure> {
             std::io::ErrorKind::PermissionDenied => exit_code::NOT_PERMITTED,
             _ => exit_code::MISCONFIGURED,
         };
-        Failure::new(code, format!("cannot read `{shown}` (of {named_by}): {error}"))
+        let wanted = "name a file with the store's URL in its first line";
+        Failure::new(code, format!("cannot read `{shown}` (of {named_by}): {error}; {wanted}"))
     };
     let mut file = std::fs::File::open(path).map_err(failed)?;
     let state = file.metadata().map_err(failed)?;
@@ -101,7 +118,9 @@ fn from_file(path: &Path, named_by: &str) -> Result<StoreChoice, Failure> {
     }
     let mut text = String::new();
     file.read_to_string(&mut text).map_err(failed)?;
-    let choice = choose(text.lines().next().unwrap_or_default().trim(), named_by)?;
+    // Some editors put a mark before the first character.
+    let url = text.trim_start_matches('\u{feff}').lines().next().unwrap_or_default().trim();
+    let choice = choose(url, &format!("the first line of `{shown}` (of {named_by})"))?;
     // Absolute, because the command may change its folder.
     let path = std::path::absolute(path).map_err(failed)?;
     Ok(StoreChoice { for_children: Some((environment::STORE_FILE, path.into_os_string())), ..choice })
@@ -114,25 +133,74 @@ fn insecure(owner: u32, mode: u32, user: u32, path: &str) -> Option<String> {
         0 if mode & 0o037 == 0 => None,
         _ if owner == user && mode & 0o077 == 0 => None,
         _ if owner == user => Some(format!("may be used by others, and may hold a password: run `chmod 600 {path}`")),
-        0 => Some("may be used by everybody, and may hold a password: use a file that is yours alone".to_owned()),
+        0 => Some("may be used by everybody, and may hold a password: use a copy that is yours alone".to_owned()),
         _ => Some(format!(
-            "belongs to user {owner}, this process is user {user}: use a file that is yours alone, or root's"
+            "belongs to user {owner}, this process is user {user}: use a copy that is yours alone, or root's"
         )),
     }
 }
 
 /// Checks that the text is a URL and names a store that other processes can share, which the library does not require.
 fn choose(url: &str, named_by: &str) -> Result<StoreChoice, Failure> {
-    let usage = |message: String| Err(Failure::new(exit_code::USAGE, message));
-    let scheme = url.split_once(':').map(|(scheme, _)| scheme);
-    match scheme {
-        None | Some("") => usage(format!("{named_by} holds no URL: write sqlite:FOLDER, or the URL of a server")),
-        Some("memory") => usage(format!(
-            "{named_by} says `memory:`, which no other process can see: write sqlite:FOLDER, or the URL of a server"
-        )),
-        Some("sqlite") => embedded_url(url, named_by, std::env::var_os("HOME")).map(chosen),
-        Some(_) => Ok(chosen(url.to_owned())),
+    if let Some(mistake) = mistake_in(url) {
+        return Err(Failure::new(exit_code::USAGE, format!("{named_by} {mistake}")));
     }
+    match url.strip_prefix("sqlite:") {
+        Some(_) => embedded_url(url, named_by, std::env::var_os("HOME")).map(chosen),
+        None => Ok(chosen(url.to_owned())),
+    }
+}
+
+/// Schemes of other programs, and ours for the same.
+const OTHER_SCHEMES: [(&str, &str); 7] = [
+    ("file", "sqlite:/FOLDER"),
+    ("sqlite3", "sqlite:/FOLDER"),
+    ("valkey", "redis://"),
+    ("valkeys", "rediss://"),
+    ("redis-sentinel", "redis+sentinel://"),
+    ("pgsql", "postgres://"),
+    ("psql", "postgres://"),
+];
+
+/// Returns what is wrong with a text that is not the URL of a store, and what would be right. It shows no part of the text
+/// that may be a password.
+fn mistake_in(url: &str) -> Option<String> {
+    const FORMS: &str = "write sqlite:/FOLDER, redis://HOST or postgres://HOST/DATABASE";
+    if url.trim() != url {
+        return Some("has blanks around the URL: remove them".to_owned());
+    }
+    let is_quote = |c: char| matches!(c, '"' | '\'' | '`' | '“' | '”' | '‘' | '’');
+    if url.starts_with(is_quote) || url.ends_with(is_quote) {
+        return Some("has quotes around the URL, and no shell removes them here: remove them".to_owned());
+    }
+    if url.starts_with('/') || url.starts_with("~/") {
+        return Some(format!("holds a path and no URL: write sqlite:{}", quoted(url)));
+    }
+    let (scheme, rest) = match url.split_once(':') {
+        Some((scheme, rest)) if !scheme.is_empty() => (scheme, rest),
+        _ => return Some(format!("holds no URL: {FORMS}")),
+    };
+    if scheme.contains('=') {
+        return Some("holds an assignment: write the URL alone".to_owned());
+    }
+    let port = rest.split(['/', '?']).next().unwrap_or_default();
+    if scheme != "sqlite" && !port.is_empty() && port.chars().all(|c| c.is_ascii_digit()) {
+        let shown = quoted(&format!("{scheme}:{port}"));
+        let url = match port {
+            "5432" => format!("postgres://{shown}/DATABASE"),
+            _ => format!("redis://{shown}, or postgres://{shown}/DATABASE"),
+        };
+        return Some(format!("holds a host and a port, and no scheme: write {url}"));
+    }
+    let lower = scheme.to_ascii_lowercase();
+    if scheme == "memory" {
+        return Some(format!("says `memory:`, which no other process can see: {FORMS}"));
+    }
+    if let Some((_, ours)) = OTHER_SCHEMES.iter().find(|(other, _)| *other == lower) {
+        return Some(format!("has the scheme of another program: write {ours}"));
+    }
+    let is_ours = ["sqlite", "redis", "rediss", "postgres", "postgresql", "firestore"].contains(&lower.as_str());
+    (is_ours && lower != scheme).then(|| format!("has a scheme in capitals: write `{lower}:`"))
 }
 
 fn chosen(url: String) -> StoreChoice {
@@ -150,10 +218,10 @@ fn embedded_url(url: &str, named_by: &str, home: Option<OsString>) -> Result<Str
     }
     let below_home = folder.strip_prefix('~').filter(|rest| rest.is_empty() || rest.starts_with('/'));
     match below_home {
-        Some(rest) => match home.as_ref().and_then(|home| home.to_str()).filter(|home| home.starts_with('/')) {
+        Some(rest) => match home.as_ref().and_then(|home| home.to_str()).filter(|home| home.starts_with('/') && *home != "/") {
             Some(home) => Ok(format!("sqlite:{}{rest}", home.replace('%', "%25").replace('?', "%3F"))),
             None => {
-                usage(format!("{named_by} names a folder below `~`, and HOME is not set: write an absolute folder"))
+                usage(format!("{named_by} names a folder below `~`, and HOME names no home: write an absolute folder"))
             }
         },
         None => usage(format!(

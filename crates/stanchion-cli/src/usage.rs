@@ -41,24 +41,31 @@ fn explain(arguments: impl Iterator<Item = OsString>) -> String {
         })
         .collect();
     let command = command_of(shown.iter().cloned());
+    let has_dashes = shown.iter().any(|argument| argument == "--");
     match Arguments::try_parse_from(std::iter::once("stanchion".into()).chain(shown)) {
-        Err(error) => message(error.kind(), &error.render().to_string(), &command),
+        Err(error) => message(error.kind(), &error.render().to_string(), &command, has_dashes),
         Ok(_) => format!("an argument is wrong, and holds what may be a password; `{command} --help` explains it"),
     }
 }
 
 /// Returns clap's error, which has several paragraphs, as one line that ends with the way out.
-fn message(kind: ErrorKind, text: &str, command: &str) -> String {
+fn message(kind: ErrorKind, text: &str, command: &str, has_dashes: bool) -> String {
     let mut parts = text.split("\n\n").map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "));
     let what = parts.next().unwrap_or_default();
     let what = what.strip_prefix("error: ").unwrap_or(&what);
     let runs = matches!(command, "stanchion run" | "stanchion once");
+    let tip = parts.find_map(|part| part.strip_prefix("tip: ").map(|tip| format!("; {tip}")));
     let way_out = match kind {
-        ErrorKind::UnknownArgument | ErrorKind::MissingRequiredArgument if runs => {
-            "; the command to run comes after `--`".to_owned()
+        ErrorKind::MissingRequiredArgument if what.contains("--every") => {
+            "; give the period (--every DUR) or a number that rises with the schedule (--slot N)".to_owned()
+        }
+        ErrorKind::MissingRequiredArgument if runs => "; the command to run comes after `--`".to_owned(),
+        ErrorKind::UnknownArgument if runs && !what.contains("'-") => "; the command to run comes after `--`".to_owned(),
+        ErrorKind::InvalidSubcommand if has_dashes && tip.is_none() => {
+            "; to run a command, write `stanchion run KEY -- CMD`".to_owned()
         }
         ErrorKind::InvalidUtf8 => "; keys and options are UTF-8, only the command to run may be other bytes".to_owned(),
-        _ => parts.find_map(|part| part.strip_prefix("tip: ").map(|tip| format!("; {tip}"))).unwrap_or_default(),
+        _ => tip.unwrap_or_default(),
     };
     format!("{what}{way_out}; `{command} --help` explains it")
 }

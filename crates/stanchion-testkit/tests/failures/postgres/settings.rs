@@ -54,7 +54,7 @@ fn unusable_databases_are_rejected_with_a_hint() {
     block_on(async {
         let error = Locks::open(&server.url()).await.unwrap_err();
         assert!(
-            error.kind() == ErrorKind::Misconfigured && error.to_string().contains("schema --store URL --apply"),
+            error.kind() == ErrorKind::Misconfigured && error.to_string().contains("schema --apply"),
             "{error}"
         );
         let own = format!("{}?create_schema=true", server.url());

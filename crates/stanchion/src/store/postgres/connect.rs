@@ -23,7 +23,7 @@ use tokio_postgres::{Client, Connection, NoTls, Row, Socket};
 use super::batch::MAX_BATCHES_IN_FLIGHT;
 use super::borrowed::{Borrowed, UsersPool};
 use super::config::{CONNECT_TIMEOUT, Config, Endpoint, Tls};
-use super::error::{OTHER_ISOLATION, Verdict, error, from_answer, malformed, verdict, while_connecting};
+use super::error::{OTHER_ISOLATION, Verdict, cannot_connect, error, from_answer, malformed, verdict, while_connecting};
 use super::server::{Server, Watch, accepts_writes};
 use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, Result};
@@ -336,13 +336,14 @@ impl Pool {
     }
 
     async fn open(&self, Endpoint { settings, tls }: Endpoint) -> Result<Opened> {
-        let opened = within(CONNECT_TIMEOUT, async move {
+        let opened = within(CONNECT_TIMEOUT, async {
+            let failed = |fault| while_connecting(&settings, fault);
             let client = match tls {
-                Tls::None => drive(settings.connect(NoTls).await.map_err(while_connecting)?),
-                Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(while_connecting)?),
+                Tls::None => drive(settings.connect(NoTls).await.map_err(failed)?),
+                Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(failed)?),
             };
             let statement = format!("SELECT {SERVER}, {SEES_COMMITS}");
-            let rows = client.query_typed(&statement, &[]).await.map_err(while_connecting)?;
+            let rows = client.query_typed(&statement, &[]).await.map_err(failed)?;
             let row = rows.first().ok_or_else(malformed)?;
             let unreadable = |fault| malformed().in_doubt(false).with_source(fault);
             Ok(Opened {
@@ -352,8 +353,9 @@ impl Pool {
                 client,
             })
         });
-        let late =
-            || Err(error(ErrorKind::Unavailable, format!("cannot connect: no answer within {CONNECT_TIMEOUT:?}")));
+        let late = || {
+            Err(cannot_connect(&settings, ErrorKind::Unavailable, &format!("no answer within {CONNECT_TIMEOUT:?}")))
+        };
         opened.await.unwrap_or_else(late)
     }
 }

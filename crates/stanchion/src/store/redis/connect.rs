@@ -443,6 +443,10 @@ impl ConnectionManager {
                 ErrorKind::Misconfigured,
                 format!("{address} is an active replica: two servers would grant the same key; use one primary"),
             )),
+            Some("sentinel") => Err(error(
+                ErrorKind::Misconfigured,
+                format!("{address} is a sentinel; use `redis+sentinel://HOST/SERVICE`"),
+            )),
             // At the start this is a mistake in the URL; later it is a failover that DNS does not reflect yet.
             _ if matches!(self.topology, Topology::Single(_)) && !self.saw_primary.load(Ordering::Relaxed) => {
                 Err(error(

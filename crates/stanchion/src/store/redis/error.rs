@@ -4,6 +4,7 @@ use redis::{RedisError, ServerErrorKind};
 
 use super::config::Address;
 use crate::error::{Error, ErrorKind};
+use crate::store::tls;
 
 /// Name of the store in errors and events.
 pub(super) const NAME: &str = "redis";
@@ -30,8 +31,15 @@ pub(super) fn while_connecting(address: &Address, fault: &RedisError) -> Error {
         (ErrorKind::NetworkTimeout, what) => (ErrorKind::Unavailable, what),
         // The server sends its reason before the first request, and mostly nobody reads it.
         (kind, what) if fault.is_connection_dropped() && !fault.is_connection_refusal() => {
-            (kind, format!("{what}; it closes new connections, perhaps because it has too many clients (maxclients)"))
+            let why = "it closes new connections: it may have too many clients (maxclients), or expect TLS (`rediss://`)";
+            (kind, format!("{what}; {why}"))
         }
+        _ if fault.kind() == redis::ErrorKind::Parse => (
+            ErrorKind::Misconfigured,
+            "the answer is not Redis's: another program listens there, or the server expects TLS (`rediss://`); check \
+             the host, the port and the scheme"
+                .to_owned(),
+        ),
         other => other,
     };
     error(kind, format!("cannot connect to {address}: {what}")).in_doubt(false).with_source(fault.clone())
@@ -118,7 +126,10 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
                 (ErrorKind::Unauthorized, "the server refused the user or the password".to_owned())
             }
             redis::ErrorKind::Io if fault.is_timeout() => (ErrorKind::NetworkTimeout, "no answer in time".to_owned()),
-            redis::ErrorKind::Io if is_untrusted(fault) => (ErrorKind::Misconfigured, format!("TLS: {fault}")),
+            redis::ErrorKind::Io if is_untrusted(fault) => {
+                let text = fault.to_string();
+                (ErrorKind::Misconfigured, format!("TLS: {text}{}", tls::advice(&text)))
+            }
             redis::ErrorKind::Io => (ErrorKind::Unavailable, fault.to_string()),
             redis::ErrorKind::InvalidClientConfig => (ErrorKind::Unavailable, fault.to_string()),
             _ => (ErrorKind::Internal, fault.to_string()),
@@ -149,6 +160,16 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
             &["MOVED", "ASK ", "not allowed in cluster mode"],
             ErrorKind::Misconfigured,
             "the server is part of a cluster: use `redis+cluster://`",
+        ),
+        (
+            &["cluster support disabled"],
+            ErrorKind::Misconfigured,
+            "the server is not part of a cluster: use `redis://`",
+        ),
+        (
+            &["unknown command 'SENTINEL'", "unknown command `SENTINEL`"],
+            ErrorKind::Misconfigured,
+            "the server is not a sentinel: name the sentinels, or use `redis://` for one server",
         ),
         (
             &["DB index is out of range"],
