@@ -52,8 +52,12 @@ const TABLE: [Row; 17] = [
     ("75", &["run"], "the key was not obtained within the limit (-E changes it)"),
     ("75", &["inspect"], "with --check: the key is held, waited for or closed"),
     ("76", RUNNING, "the key was lost while the command ran, and the command was ended"),
-    ("77", &[], "not permitted by the store or the file system; or the key was lost, and the command runs on as \
-                another user and could not be ended"),
+    (
+        "77",
+        &[],
+        "not permitted by the store or the file system; or the key was lost, and the command runs on as \
+                another user and could not be ended",
+    ),
     ("78", &[], "the store is misconfigured; the message says what to change"),
     ("126", RUNNING, "the command could not be executed"),
     ("127", RUNNING, "the command was not found"),

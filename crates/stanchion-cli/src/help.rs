@@ -46,10 +46,9 @@ pub(crate) fn examples(command: &str) -> &'static [Entry] {
             ("stanchion inspect nightly", "holders, queue, fences, the last run"),
             ("stanchion inspect nightly --check && echo free", "decides nothing: another may be faster"),
         ],
-        "watch" => &[
-            ("stanchion watch", "every change of every key"),
-            ("stanchion watch deploy/ --json", "for a program"),
-        ],
+        "watch" => {
+            &[("stanchion watch", "every change of every key"), ("stanchion watch deploy/ --json", "for a program")]
+        }
         "force-release" => &[
             ("stanchion force-release deploy", "show the holds, and ask"),
             ("stanchion force-release deploy --fence 1764536401123456 --reason gone", "do not ask"),

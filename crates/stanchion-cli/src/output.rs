@@ -237,7 +237,12 @@ pub(crate) fn shortened(text: &str, limit: usize) -> String {
     }
     let fitting = |pieces: &mut dyn Iterator<Item = &Cow<'_, str>>, limit: usize| {
         let mut width = 0;
-        pieces.take_while(|piece| { width += piece.width(); width <= limit }).count()
+        pieces
+            .take_while(|piece| {
+                width += piece.width();
+                width <= limit
+            })
+            .count()
     };
     let head = fitting(&mut pieces.iter(), limit.saturating_sub(1).div_ceil(2));
     let tail = fitting(&mut pieces.iter().rev(), limit.saturating_sub(1) / 2);
@@ -281,7 +286,8 @@ pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     }
     let mut out = String::new();
     let mut line = |cells: &mut dyn Iterator<Item = &str>| {
-        let padded = cells.zip(&widths).map(|(cell, width)| format!("{cell}{}", " ".repeat(width.saturating_sub(cell.width()))));
+        let padded =
+            cells.zip(&widths).map(|(cell, width)| format!("{cell}{}", " ".repeat(width.saturating_sub(cell.width()))));
         let padded: Vec<String> = padded.collect();
         out.push_str(padded.join("  ").trim_end());
         out.push('\n');

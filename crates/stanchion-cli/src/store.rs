@@ -218,12 +218,14 @@ fn embedded_url(url: &str, named_by: &str, home: Option<OsString>) -> Result<Str
     }
     let below_home = folder.strip_prefix('~').filter(|rest| rest.is_empty() || rest.starts_with('/'));
     match below_home {
-        Some(rest) => match home.as_ref().and_then(|home| home.to_str()).filter(|home| home.starts_with('/') && *home != "/") {
-            Some(home) => Ok(format!("sqlite:{}{rest}", home.replace('%', "%25").replace('?', "%3F"))),
-            None => {
-                usage(format!("{named_by} names a folder below `~`, and HOME names no home: write an absolute folder"))
+        Some(rest) => {
+            match home.as_ref().and_then(|home| home.to_str()).filter(|home| home.starts_with('/') && *home != "/") {
+                Some(home) => Ok(format!("sqlite:{}{rest}", home.replace('%', "%25").replace('?', "%3F"))),
+                None => usage(format!(
+                    "{named_by} names a folder below `~`, and HOME names no home: write an absolute folder"
+                )),
             }
-        },
+        }
         None => usage(format!(
             "{named_by} names a relative folder, which is another store in each working directory: write \
              sqlite:/ABSOLUTE/FOLDER or sqlite:~/FOLDER"

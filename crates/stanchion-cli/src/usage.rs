@@ -60,7 +60,9 @@ fn message(kind: ErrorKind, text: &str, command: &str, has_dashes: bool) -> Stri
             "; give the period (--every DUR) or a number that rises with the schedule (--slot N)".to_owned()
         }
         ErrorKind::MissingRequiredArgument if runs => "; the command to run comes after `--`".to_owned(),
-        ErrorKind::UnknownArgument if runs && !what.contains("'-") => "; the command to run comes after `--`".to_owned(),
+        ErrorKind::UnknownArgument if runs && !what.contains("'-") => {
+            "; the command to run comes after `--`".to_owned()
+        }
         ErrorKind::InvalidSubcommand if has_dashes && tip.is_none() => {
             "; to run a command, write `stanchion run KEY -- CMD`".to_owned()
         }

@@ -19,7 +19,8 @@ pub(super) fn execute(hold: ForceRelease, store: &StoreChoice, verbosity: Verbos
         (fence, reason) => ask(&key, fence, reason, store)?,
     };
     let Some((fence, reason)) = chosen else { return Ok(exit_code::NOTHING_CHANGED) };
-    let outcome = store.ask(async |locks| locks.force_release(key.as_str(), Fence::new(fence), reason.as_str()).await)?;
+    let outcome =
+        store.ask(async |locks| locks.force_release(key.as_str(), Fence::new(fence), reason.as_str()).await)?;
     let key = quoted_key(&key);
     match outcome {
         ForceReleaseOutcome::Released => {

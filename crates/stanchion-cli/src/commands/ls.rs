@@ -58,7 +58,8 @@ fn list_keys(ls: &Ls, store: &StoreChoice) -> Result<Listed, Failure> {
 fn list_runs(ls: &Ls, store: &StoreChoice) -> Result<Listed, Failure> {
     let listing = store.ask(async |locks| locks.list_runs(&ls.prefix).await)?;
     let text = if ls.json {
-        let lines = listing.runs.iter().map(|(key, run)| json_line(&RunOfKey { key: key.name(), run: RunLine::from(run) }));
+        let lines =
+            listing.runs.iter().map(|(key, run)| json_line(&RunOfKey { key: key.name(), run: RunLine::from(run) }));
         lines.collect::<Result<_, _>>()?
     } else {
         let rows: Vec<_> = listing.runs.iter().map(row_of_run).collect();

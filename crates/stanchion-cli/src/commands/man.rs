@@ -19,9 +19,8 @@ pub(super) fn execute(folder: Option<&Path>) -> Result<u8, Failure> {
     match folder {
         None => {
             let page = page(&tool);
-            let page = page.map_err(|error| {
-                Failure::new(exit_code::INTERNAL, format!("cannot make the man page: {error}"))
-            })?;
+            let page =
+                page.map_err(|error| Failure::new(exit_code::INTERNAL, format!("cannot make the man page: {error}")))?;
             print(&String::from_utf8_lossy(&page))?;
         }
         Some(folder) => write_all(&tool, folder).map_err(|error| {

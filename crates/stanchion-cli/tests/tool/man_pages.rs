@@ -24,8 +24,10 @@ fn shown(world: &World, page: &str) -> Option<String> {
 fn man_shows_tables_as_they_are() {
     let world = World::new();
     world.stanchion(["man", "pages"]).finish().code(0).silent();
-    let pages: Vec<_> =
-        std::fs::read_dir(world.path("pages")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let pages: Vec<_> = std::fs::read_dir(world.path("pages"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     for page in &pages {
         let Some(text) = shown(&world, page) else {
             return eprintln!("NOT TESTED: how man pages look: this machine has no `man -l` (Debian: package man-db)");

@@ -123,7 +123,9 @@ fn wrong_texts_say_their_limits() {
         let command = ["--", "touch", "started"].map(OsStr::new);
         world.stanchion([&[OsStr::new("run")], arguments, &command].concat()).finish()
     };
-    run(&[long.as_ref()]).code(64).says(&["the key has 513 bytes, the longest allowed is 512; hash the long part of it"]);
+    run(&[long.as_ref()])
+        .code(64)
+        .says(&["the key has 513 bytes, the longest allowed is 512; hash the long part of it"]);
     run(&[OsStr::from_bytes(b"\xff")]).code(64).says(&["keys and options are UTF-8"]);
     nothing_is_left(&world);
     let long = "x".repeat(512);
@@ -223,7 +225,9 @@ fn unusable_folders_name_a_safe_remedy() {
 fn missing_home_is_misconfigured() {
     let world = World::new();
     let without_state = || world.stanchion(["ls"]).env_remove("XDG_STATE_HOME");
-    for homeless in [without_state().env_remove("HOME"), without_state().env("HOME", "/"), without_state().env("HOME", "")] {
+    for homeless in
+        [without_state().env_remove("HOME"), without_state().env("HOME", "/"), without_state().env("HOME", "")]
+    {
         homeless.finish().code(78).says(&["set HOME or XDG_STATE_HOME, or name a folder (sqlite:/FOLDER)"]);
     }
     let tilde = world.stanchion(["ls", "--store", "sqlite:~/locks"]).env("HOME", "/").finish();

@@ -489,7 +489,8 @@ pub async fn runs_are_listed_by_prefix<S: Store>(env: &Environment<S>) {
         let runs = listing.runs.into_iter();
         runs.map(|(key, run)| (key.namespace().to_owned(), key.name().to_owned(), run.slot, run.owner)).collect()
     };
-    let row = |namespace: &str, key: &str, slot| (namespace.to_owned(), key.to_owned(), Some(slot), "the worker".to_owned());
+    let row =
+        |namespace: &str, key: &str, slot| (namespace.to_owned(), key.to_owned(), Some(slot), "the worker".to_owned());
     let reports = [row("tenant", "report:a", 7), row("tenant", "report:b", 2)];
     assert_eq!(listed(&locks, "report:").await, reports);
     assert_eq!(listed(&locks, "").await, [&[row("tenant", "mail%_*", 3)][..], &reports].concat());

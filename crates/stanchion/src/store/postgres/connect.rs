@@ -23,7 +23,9 @@ use tokio_postgres::{Client, Connection, NoTls, Row, Socket};
 use super::batch::MAX_BATCHES_IN_FLIGHT;
 use super::borrowed::{Borrowed, UsersPool};
 use super::config::{CONNECT_TIMEOUT, Config, Endpoint, Tls};
-use super::error::{OTHER_ISOLATION, Verdict, cannot_connect, error, from_answer, malformed, verdict, while_connecting};
+use super::error::{
+    OTHER_ISOLATION, Verdict, cannot_connect, error, from_answer, malformed, verdict, while_connecting,
+};
 use super::server::{Server, Watch, accepts_writes};
 use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, Result};
@@ -353,9 +355,8 @@ impl Pool {
                 client,
             })
         });
-        let late = || {
-            Err(cannot_connect(&settings, ErrorKind::Unavailable, &format!("no answer within {CONNECT_TIMEOUT:?}")))
-        };
+        let late =
+            || Err(cannot_connect(&settings, ErrorKind::Unavailable, &format!("no answer within {CONNECT_TIMEOUT:?}")));
         opened.await.unwrap_or_else(late)
     }
 }

@@ -129,9 +129,8 @@ async fn subscribe(config: &Config, session: SessionId) -> Result<(Client, Strin
         client.batch_execute(&format!("LISTEN {}", channel(session))).await.map_err(from_answer)?;
         Ok((client, server, messages))
     };
-    let late = || {
-        Err(cannot_connect(&settings, ErrorKind::Unavailable, &format!("no answer within {CONNECT_TIMEOUT:?}")))
-    };
+    let late =
+        || Err(cannot_connect(&settings, ErrorKind::Unavailable, &format!("no answer within {CONNECT_TIMEOUT:?}")));
     within(CONNECT_TIMEOUT, subscribed).await.unwrap_or_else(late)
 }
 

@@ -31,7 +31,8 @@ pub(super) fn while_connecting(address: &Address, fault: &RedisError) -> Error {
         (ErrorKind::NetworkTimeout, what) => (ErrorKind::Unavailable, what),
         // The server sends its reason before the first request, and mostly nobody reads it.
         (kind, what) if fault.is_connection_dropped() && !fault.is_connection_refusal() => {
-            let why = "it closes new connections: it may have too many clients (maxclients), or expect TLS (`rediss://`)";
+            let why =
+                "it closes new connections: it may have too many clients (maxclients), or expect TLS (`rediss://`)";
             (kind, format!("{what}; {why}"))
         }
         _ if fault.kind() == redis::ErrorKind::Parse => (

@@ -34,9 +34,7 @@ pub(super) fn folder_of_url(url: &str) -> Result<PathBuf> {
         None => path,
         Some(absolute) if absolute.starts_with('/') => absolute,
         Some(_) => {
-            return Err(invalid(
-                "`sqlite://` must be followed by an absolute path: write `sqlite:/folder`",
-            ));
+            return Err(invalid("`sqlite://` must be followed by an absolute path: write `sqlite:/folder`"));
         }
     };
     if path.is_empty() {
@@ -48,9 +46,8 @@ pub(super) fn folder_of_url(url: &str) -> Result<PathBuf> {
 
 fn choose_default(state_home: Option<OsString>, home: Option<OsString>) -> Result<PathBuf> {
     // The XDG specification says that programs must ignore relative paths. A user without a home has `/`.
-    let absolute = |value: Option<OsString>| {
-        value.map(PathBuf::from).filter(|path| path.is_absolute() && path.parent().is_some())
-    };
+    let absolute =
+        |value: Option<OsString>| value.map(PathBuf::from).filter(|path| path.is_absolute() && path.parent().is_some());
     absolute(state_home)
         .or_else(|| absolute(home).map(|home| home.join(".local").join("state")))
         .map(|state| state.join("stanchion"))

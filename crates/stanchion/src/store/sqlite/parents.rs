@@ -120,7 +120,11 @@ impl Trusted {
     /// are the system's.
     fn remedy(&self, shown: &dyn std::fmt::Display, owner: u32) -> String {
         let other = "use another folder in every program that shares the locks";
-        if owner == self.user && owner != 0 { format!("run `chmod go-w {shown}`, or {other}") } else { other.to_owned() }
+        if owner == self.user && owner != 0 {
+            format!("run `chmod go-w {shown}`, or {other}")
+        } else {
+            other.to_owned()
+        }
     }
 
     /// Returns whether a group has only trusted members. Many systems give each user a private group, and let the group
