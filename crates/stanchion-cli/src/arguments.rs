@@ -48,20 +48,8 @@ pub(crate) struct Arguments {
 
 #[derive(Args, Debug)]
 pub(crate) struct Common {
-    /// The store: sqlite:FOLDER, or the URL of a server, without a password in it
-    ///
-    /// A URL with a password is refused here, because every user of the machine can read the
-    /// arguments of a program: put it into STANCHION_STORE or into a file for --store-file.
-    /// The default is a folder of the user: $XDG_STATE_HOME/stanchion, or
-    /// ~/.local/state/stanchion.
-    #[arg(
-        verbatim_doc_comment,
-        long,
-        global = true,
-        value_name = "URL",
-        conflicts_with = "store_file",
-        display_order = 100
-    )]
+    /// The store: sqlite:/FOLDER, or the URL of a server, without a password in it
+    #[arg(long, global = true, value_name = "URL", conflicts_with = "store_file", display_order = 100)]
     pub(crate) store: Option<String>,
     /// A file whose first line is the URL of the store
     #[arg(long, global = true, value_name = "PATH", display_order = 101)]
@@ -198,8 +186,10 @@ pub(crate) struct Once {
     #[arg(verbatim_doc_comment, long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
     #[arg(required_unless_present_any = ["slot", "forget"])]
     pub(crate) every: Option<Duration>,
-    /// A number that rises with the schedule, such as $(date +%Y%m%d): not if it, or a later one, was done
-    #[arg(long, value_name = "N", value_parser = slot, allow_hyphen_values = true)]
+    /// A number that rises with the schedule: not if it, or a later one, was done
+    ///
+    /// $(date +%Y%m%d) is one for each day.
+    #[arg(verbatim_doc_comment, long, value_name = "N", value_parser = slot, allow_hyphen_values = true)]
     pub(crate) slot: Option<u64>,
     /// Run it although it was done for this period or slot; but not while another process runs it
     #[arg(long)]
@@ -263,8 +253,8 @@ pub(crate) struct Inspect {
     pub(crate) key: String,
     /// Print nothing: exit 0 if a request for the key would be granted now, 75 if not
     ///
-    /// The request is one of `stanchion run KEY`. Decide nothing by it: a moment later another process may have
-    /// the key. To run something if the key is free, use `stanchion run --no-wait`.
+    /// The request is one of `stanchion run KEY`. Decide nothing by it: a moment later another process
+    /// may have the key. To run something if the key is free, use `stanchion run --no-wait`.
     #[arg(verbatim_doc_comment, long, conflicts_with = "json")]
     pub(crate) check: bool,
     /// One JSON object

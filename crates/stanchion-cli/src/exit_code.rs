@@ -38,26 +38,22 @@ type Row = (&'static str, &'static [&'static str], &'static str);
 const RUNNING: &[&str] = &["run", "once"];
 
 /// The codes as `--help` and the man pages show them.
-const TABLE: [Row; 17] = [
+const TABLE: [Row; 18] = [
     ("CODE", RUNNING, "the command's own code, when it ran to its end"),
     ("128+N", RUNNING, "the command died of signal N; or signal N ended the wait for the key"),
     ("0", &[], "it went well"),
-    ("0", &["once"], "the command was not run: it is not due, or another process runs it (-E changes it)"),
-    ("0", &["inspect"], "with --check: a request for the key would be granted now"),
-    ("1", &["force-release"], "nothing was changed: no hold has this fence, or you did not confirm"),
+    ("0", &["once"], "`once` did not run its command: not due, or another process runs it (-E changes it)"),
+    ("0", &["inspect"], "`inspect --check`: a request for the key would be granted now"),
+    ("1", &["force-release"], "`force-release` changed nothing: no hold has this fence, or you did not confirm"),
     ("64", &[], "wrong usage: an unknown option, an invalid key or duration"),
-    ("65", &["ls"], "entries of the store are damaged; they were named and skipped"),
+    ("65", &["ls"], "`ls` named and skipped entries of the store that are damaged"),
     ("69", &[], "the store cannot be reached or cannot serve now"),
     ("70", &[], "an internal error, or the system refused something stanchion needs"),
     ("75", &["run"], "the key was not obtained within the limit (-E changes it)"),
-    ("75", &["inspect"], "with --check: the key is held, waited for or closed"),
+    ("75", &["inspect"], "`inspect --check`: the key is held, waited for or closed"),
     ("76", RUNNING, "the key was lost while the command ran, and the command was ended"),
-    (
-        "77",
-        &[],
-        "not permitted by the store or the file system; or the key was lost, and the command runs on as \
-                another user and could not be ended",
-    ),
+    ("77", &[], "not permitted by the store or the file system"),
+    ("77", RUNNING, "the key was lost, and the command runs on as another user and could not be ended"),
     ("78", &[], "the store is misconfigured; the message says what to change"),
     ("126", RUNNING, "the command could not be executed"),
     ("127", RUNNING, "the command was not found"),
@@ -74,6 +70,13 @@ pub(crate) fn table(command: &str) -> Vec<(&'static str, &'static str)> {
         command == "stanchion" || commands.contains(&command) || (commands.is_empty() && is_possible)
     };
     TABLE.iter().filter(applies).map(|(code, _, meaning)| (*code, *meaning)).collect()
+}
+
+/// Returns the codes of one command that others do not have, and where the others are.
+pub(crate) fn of_command(command: &str) -> Vec<(&'static str, &'static str)> {
+    let own = TABLE.iter().filter(|(_, commands, _)| commands.contains(&command));
+    let own = own.map(|(code, _, meaning)| (*code, *meaning));
+    own.chain([("others", "as for every command: see `stanchion --help`")]).collect()
 }
 
 /// The code of a command that died of a signal, as shells count.

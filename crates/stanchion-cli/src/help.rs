@@ -10,8 +10,12 @@ pub(crate) const DURATIONS: &str =
     "30 and 1.5 (seconds), 500ms, 30s, 5m, 2h, 1d, '1h 30m'; from 10ms to 30d. A wait may also be 0.";
 
 pub(crate) const ENVIRONMENT: [Entry; 5] = [
-    ("STANCHION_STORE", "URL of the store; without it, a folder of the user: this user on this machine only"),
-    ("STANCHION_STORE_FILE", "a file whose first line is that URL; it may hold a password"),
+    (
+        "STANCHION_STORE",
+        "URL of the store; without it, a folder of the user: this user on this machine only. It may hold a password, \
+         which --store refuses, because every user of the machine can read the arguments of a program",
+    ),
+    ("STANCHION_STORE_FILE", "a file whose first line is that URL"),
     ("XDG_STATE_HOME, HOME", "where that folder is: $XDG_STATE_HOME/stanchion, or ~/.local/state/stanchion"),
     ("STANCHION_KEY", "given to the command: the key"),
     (
@@ -74,15 +78,15 @@ pub(crate) fn examples(command: &str) -> &'static [Entry] {
 }
 
 const LS_JSON: &str = "\
-One object per key and line. The format is stable: fields are added, never
-changed or removed.
+One object per key and line. The format is stable: fields are added,
+never changed or removed.
   key            the key
-  capacity       the limit that counts (1: one at a time), the smallest that
-                 a holder requested; null if the key is not in use
-  holders        oldest first: fence, owner, units, capacity, session_bound,
-                 age_ms, since, remaining_ms, metadata, trace
-  waiters        head of the queue first: owner, units, capacity, age_ms,
-                 metadata, trace
+  capacity       the limit that counts (1: one at a time), the smallest
+                 that a holder requested; null if the key is not in use
+  holders        oldest first: fence, owner, units, capacity,
+                 session_bound, age_ms, since, remaining_ms, metadata, trace
+  waiters        head of the queue first: owner, units, capacity,
+                 age_ms, metadata, trace
   last_fence     the newest fence of the key, or null
   closed_for_ms  how long a cooldown still keeps the key closed, or null
 With --runs, one object per key that `once` has run:
@@ -110,9 +114,9 @@ never changed or removed.
 ";
 
 const JSON_FORMS: &str = "\
-Fences are numbers below 2^53. Fields that end in _ms are whole milliseconds;
-since, began and time are RFC 3339 in UTC. Characters that are invisible or
-steer a terminal are written as \\uXXXX.";
+Fences are numbers below 2^53. Fields that end in _ms are whole
+milliseconds; since, began and time are RFC 3339 in UTC. Characters that
+are invisible or steer a terminal are written as \\uXXXX.";
 
 /// Returns the description of a command's output with `--json`, in lines that stay as they are.
 pub(crate) fn json(command: &str) -> Option<String> {
@@ -135,7 +139,8 @@ pub(crate) fn after_options(command: &str) -> String {
         sections.push(("Durations (DUR)", format!("  {DURATIONS}\n")));
         sections.push(("Environment", table(&ENVIRONMENT)));
     }
-    sections.push(("Exit codes", table(&exit_code::table(command))));
+    let codes = if command == "stanchion" { exit_code::table(command) } else { exit_code::of_command(command) };
+    sections.push(("Exit codes", table(&codes)));
     let sections = sections.into_iter().map(|(title, text)| format!("{title}:\n{text}"));
     sections.collect::<Vec<_>>().join("\n").trim_end().to_owned()
 }

@@ -39,18 +39,21 @@ fn write_all(tool: &clap::Command, folder: &Path) -> io::Result<()> {
     std::fs::create_dir_all(folder)?;
     let shown = tool.get_subcommands().filter(|command| !command.is_hide_set());
     for command in std::iter::once(tool).chain(shown) {
-        let name = command.get_display_name().unwrap_or_else(|| command.get_name());
-        std::fs::write(folder.join(format!("{name}.1")), page(command)?)?;
+        std::fs::write(folder.join(format!("{}.1", name_of(command))), page(command)?)?;
     }
     Ok(())
 }
 
+/// Returns the name of a page, such as `stanchion-run`.
+fn name_of(command: &clap::Command) -> &str {
+    command.get_display_name().unwrap_or_else(|| command.get_name())
+}
+
 fn page(command: &clap::Command) -> io::Result<Vec<u8>> {
-    let man = Man::new(command.clone())
-        .manual("Manual of stanchion")
-        .source(concat!("stanchion ", env!("CARGO_PKG_VERSION")));
-    let mut page = Vec::new();
-    man.render_title(&mut page)?;
+    let man = Man::new(command.clone());
+    // The library leaves out an empty date, and what comes after it takes its place.
+    let version = env!("CARGO_PKG_VERSION");
+    let mut page = format!(".TH \"{}\" 1 \"\" \"stanchion {version}\"\n", name_of(command)).into_bytes();
     man.render_name_section(&mut page)?;
     man.render_synopsis_section(&mut page)?;
     man.render_description_section(&mut page)?;

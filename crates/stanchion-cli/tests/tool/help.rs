@@ -43,7 +43,7 @@ fn every_shell_has_completions() {
 fn man_pages_are_printed_or_written() {
     let world = World::new();
     let page = world.stanchion(["man"]).finish().ok();
-    assert!(page.contains(".TH stanchion 1") && page.contains("Exit codes:"), "{page}");
+    assert!(page.contains(".TH \"stanchion\" 1") && page.contains(".SH \"EXIT STATUS\""), "{page}");
     world.stanchion(["man", "pages/man1"]).finish().code(0).silent();
     let mut pages: Vec<_> = std::fs::read_dir(world.path("pages/man1"))
         .unwrap()

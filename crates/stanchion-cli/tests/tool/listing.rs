@@ -68,7 +68,7 @@ fn tables_are_aligned_and_harmless() {
     let lines: Vec<_> = text.lines().collect();
     assert_eq!(lines.len(), 3, "{text}");
     let column = lines[0].find("FENCE").unwrap();
-    assert!(lines[0].ends_with("METADATA         FENCE"), "{text}");
+    assert!(lines[0].ends_with("METADATA        FENCE"), "{text}");
     assert!(
         lines[1].starts_with("closed  closed         ") && lines[2].starts_with("job 1   held    alone  "),
         "{text}"

@@ -25,7 +25,7 @@ fn imposter(answer: &'static [u8]) -> String {
 fn refused(url: &str, code: i32, texts: &[&str]) {
     let world = World::new();
     eprintln!("{url}");
-    let finished = world.stanchion(["run", "-w", "1s", "--store", url, "k", "--", "touch", "started"]).finish();
+    let finished = world.stanchion(["run", "-w", "8s", "--store", url, "k", "--", "touch", "started"]).finish();
     eprintln!("  {}", finished.stderr.trim());
     finished.code(code).says(texts);
     assert!(!world.path("started").exists());
@@ -37,11 +37,15 @@ fn other_protocols_are_misconfigured() {
     let ssh = imposter(b"SSH-2.0-OpenSSH_9.2p1\r\n");
     let tls = imposter(b"\x15\x03\x01\x00\x02\x02\x46");
     let garbage = imposter(b"\x00\xff\x13\x37garbage\r\n");
+    // This one is the answer to the question whether the server speaks TLS.
+    refused(&format!("postgres://me@{ssh}/app?sslmode=require"), 78, &[&ssh, "does not speak TLS on this port"]);
     for address in [&http, &ssh, &tls, &garbage] {
         let says = [address.as_str(), "the answer is not Redis's", "check the host, the port and the scheme"];
         refused(&format!("redis://{address}"), 78, &says);
         let says = [address.as_str(), "a program other than PostgreSQL may listen there"];
         refused(&format!("postgres://me@{address}/app?sslmode=disable"), 78, &says);
+    }
+    for address in [&http, &tls, &garbage] {
         let says = [address.as_str(), "it may not be PostgreSQL", "`sslmode=disable`"];
         refused(&format!("postgres://me@{address}/app?sslmode=require"), 78, &says);
     }
@@ -50,7 +54,7 @@ fn other_protocols_are_misconfigured() {
     }
     let closing = imposter(b"");
     refused(&format!("redis://{closing}"), 69, &[&closing, "or expect TLS (`rediss://`)"]);
-    refused(&format!("postgres://me@{closing}/app?sslmode=disable"), 69, &[&closing]);
+    refused(&format!("postgres://me@{closing}/app?sslmode=disable"), 69, &[&closing, "it may not be PostgreSQL"]);
 }
 
 #[test]
@@ -66,9 +70,11 @@ fn other_kinds_of_redis_are_misconfigured() {
         78,
         &["is a sentinel; use `redis+sentinel://HOST/SERVICE`"],
     );
-    refused(&format!("rediss://127.0.0.1:{port}"), 78, &["does not speak TLS on this port: name its TLS port"]);
-    let says = ["127.0.0.1", "a program other than PostgreSQL may listen there"];
-    refused(&format!("postgres://me@127.0.0.1:{port}/app"), 78, &says);
+    let says = ["no answer in time; if the server does not speak TLS on this port, use `redis://`"];
+    refused(&format!("rediss://127.0.0.1:{port}"), 69, &says);
+    // Redis takes the first message of PostgreSQL for a command, and waits for the rest of it.
+    let says = [&format!("cannot connect to 127.0.0.1:{port}: no answer within")[..]];
+    refused(&format!("postgres://me@127.0.0.1:{port}/app"), 69, &says);
     refused(&format!("redis://127.0.0.1:{port}/99"), 64, &["the server has no such database"]);
 }
 
@@ -92,7 +98,14 @@ fn self_signed(world: &World, is_authority: &str) -> (String, String) {
     let constraints = format!("basicConstraints=critical,CA:{is_authority}");
     let mut openssl = std::process::Command::new("openssl");
     openssl.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]);
-    openssl.args(["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-addext", &constraints]);
+    openssl.args([
+        "-subj",
+        "/CN=a test of stanchion",
+        "-addext",
+        "subjectAltName=DNS:localhost",
+        "-addext",
+        &constraints,
+    ]);
     assert!(openssl.arg("-out").arg(&certificate).arg("-keyout").arg(&key).output().unwrap().status.success());
     (certificate.display().to_string(), key.display().to_string())
 }

@@ -1,7 +1,7 @@
 //! Explains why an encrypted connection to a server failed.
 
 /// Texts of TLS faults, and what would be right.
-const ADVICE: [(&str, &str); 6] = [
+const ADVICE: [(&str, &str); 7] = [
     ("InvalidContentType", "the server does not speak TLS on this port: name its TLS port, or use a URL without TLS"),
     (
         "UnknownIssuer",
@@ -16,6 +16,7 @@ const ADVICE: [(&str, &str); 6] = [
     ("not valid for", "use a host name that is in the server's certificate"),
     ("NotValidForName", "use a host name that is in the server's certificate"),
     ("xpired", "renew the server's certificate"),
+    ("invalid peer certificate", "name the certificate of the server's authority with `ca_file`"),
 ];
 
 /// Returns what would be right after this fault of TLS, with `; ` before it, or nothing.

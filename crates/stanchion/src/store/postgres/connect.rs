@@ -32,6 +32,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::reconnect::{ConnectionThread, Outage, within};
 use crate::sync::lock;
 
+/// Time for which a caller waits for a new connection. It is a little less than the usual limit of an attempt
+/// ([`RetryPolicy::attempt`](crate::RetryPolicy::attempt)), so that the error names the server.
+const CONNECTION_WAIT: Duration = Duration::from_millis(1_800);
+
 /// Maximum number of connections for operations that only read.
 const MAX_READS_IN_FLIGHT: usize = 4;
 
@@ -272,7 +276,11 @@ impl Pool {
                 pool.keep(own);
             }
         });
-        made.await.unwrap_or_else(|_| Err(dropped()))
+        let late = || {
+            let message = format!("no answer within {CONNECTION_WAIT:?}");
+            Ok(Err(cannot_connect(&self.config.operations.settings, ErrorKind::Unavailable, &message)))
+        };
+        within(CONNECTION_WAIT, made).await.unwrap_or_else(late).unwrap_or_else(|_| Err(dropped()))
     }
 
     /// Records how an attempt to connect ended.

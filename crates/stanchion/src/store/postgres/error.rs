@@ -60,6 +60,8 @@ fn advice(text: &str) -> String {
             .to_owned()
     } else if is_other_protocol(text) {
         "; check the host, the port and the scheme: a program other than PostgreSQL may listen there".to_owned()
+    } else if text.contains("connection closed") {
+        "; it may not be PostgreSQL, or refuse connections without TLS (`sslmode=verify-full`)".to_owned()
     } else {
         tls::advice(text)
     }
@@ -67,7 +69,9 @@ fn advice(text: &str) -> String {
 
 /// Returns whether the server's first answer is not PostgreSQL's.
 fn is_other_protocol(text: &str) -> bool {
-    ["unexpected message", "parsing", "invalid message length"].iter().any(|mark| text.contains(mark))
+    ["unexpected message", "parsing", "invalid message length", "bytes remaining on stream"]
+        .iter()
+        .any(|mark| text.contains(mark))
 }
 
 /// Converts an error of a request that was sent.

@@ -207,6 +207,11 @@ impl Config {
         Ok(config)
     }
 
+    /// Returns whether connections are encrypted.
+    pub(super) fn uses_tls(&self) -> bool {
+        self.tls
+    }
+
     /// Returns the client for a server that stores locks.
     pub(super) fn server(&self, address: &Address) -> Result<Client> {
         let settings = RedisConnectionInfo::default().set_db(self.database);

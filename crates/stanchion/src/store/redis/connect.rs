@@ -425,7 +425,7 @@ impl ConnectionManager {
         };
         let answer = in_task(local, within(CONNECT_TIMEOUT, query)).await?;
         let answer = answer.unwrap_or_else(|| Err(timeout_error(CONNECT_TIMEOUT)));
-        answer.map_err(|fault| while_connecting(address, &fault))
+        answer.map_err(|fault| while_connecting(address, self.config.uses_tls(), &fault))
     }
 
     /// Checks that a server with this role can store locks; `None` means that the server did not report one.
@@ -475,7 +475,7 @@ impl ConnectionManager {
         };
         let connected = within(CONNECT_TIMEOUT, connected).await;
         let pubsub = connected.unwrap_or_else(|| Err(timeout_error(CONNECT_TIMEOUT))).map_err(|fault| {
-            let error = while_connecting(&address, &fault);
+            let error = while_connecting(&address, self.config.uses_tls(), &fault);
             // A server that rejects the user or is full is still available.
             if error.kind() == ErrorKind::Unavailable {
                 self.report_unavailable(&address);

@@ -25,25 +25,29 @@ pub(super) enum Verdict {
     Broken,
 }
 
-/// Converts a fault of an attempt to connect, when no request was sent yet.
-pub(super) fn while_connecting(address: &Address, fault: &RedisError) -> Error {
-    let (kind, what) = match kind_of(fault) {
-        (ErrorKind::NetworkTimeout, what) => (ErrorKind::Unavailable, what),
+/// Converts a fault of an attempt to connect, when no request was sent yet. `tls` says whether the client began with TLS.
+pub(super) fn while_connecting(address: &Address, tls: bool, fault: &RedisError) -> Error {
+    let failed = |kind, what: &str| error(kind, format!("cannot connect to {address}: {what}")).in_doubt(false);
+    match kind_of(fault) {
+        // Redis takes the first message of TLS for a command, and waits for the rest of it.
+        (ErrorKind::NetworkTimeout, what) if tls => {
+            let hint = "if the server does not speak TLS on this port, use `redis://`";
+            failed(ErrorKind::Unavailable, &format!("{what}; {hint}"))
+        }
+        (ErrorKind::NetworkTimeout, what) => failed(ErrorKind::Unavailable, &what),
+        _ if fault.kind() == redis::ErrorKind::Parse => failed(
+            ErrorKind::Misconfigured,
+            "the answer is not Redis's: another program listens there, or the server expects TLS (`rediss://`); check \
+             the host, the port and the scheme",
+        ),
         // The server sends its reason before the first request, and mostly nobody reads it.
         (kind, what) if fault.is_connection_dropped() && !fault.is_connection_refusal() => {
             let why =
                 "it closes new connections: it may have too many clients (maxclients), or expect TLS (`rediss://`)";
-            (kind, format!("{what}; {why}"))
+            failed(kind, &format!("{what}; {why}")).with_source(fault.clone())
         }
-        _ if fault.kind() == redis::ErrorKind::Parse => (
-            ErrorKind::Misconfigured,
-            "the answer is not Redis's: another program listens there, or the server expects TLS (`rediss://`); check \
-             the host, the port and the scheme"
-                .to_owned(),
-        ),
-        other => other,
-    };
-    error(kind, format!("cannot connect to {address}: {what}")).in_doubt(false).with_source(fault.clone())
+        (kind, what) => failed(kind, &what).with_source(fault.clone()),
+    }
 }
 
 /// Converts a fault of the client itself, which got an invalid argument.
@@ -324,7 +328,7 @@ mod tests {
             let fault = RedisError::from(std::io::Error::from(fault));
             let (error, verdict) = from_answer(&address, &fault);
             assert_eq!((error.kind(), error.is_in_doubt(), verdict), (kind, true, Verdict::Broken));
-            assert!(!while_connecting(&address, &fault).is_in_doubt());
+            assert!(!while_connecting(&address, false, &fault).is_in_doubt());
         }
     }
 }
