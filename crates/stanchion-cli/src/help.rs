@@ -84,7 +84,8 @@ never changed or removed.
   capacity       the limit that counts (1: one at a time), the smallest
                  that a holder requested; null if the key is not in use
   holders        oldest first: fence, owner, units, capacity,
-                 session_bound, age_ms, since, remaining_ms, metadata, trace
+                 session_bound, age_ms, since, remaining_ms, metadata,
+                 trace
   waiters        head of the queue first: owner, units, capacity,
                  age_ms, metadata, trace
   last_fence     the newest fence of the key, or null

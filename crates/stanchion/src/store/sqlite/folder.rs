@@ -383,7 +383,7 @@ mod tests {
         fs::create_dir(&parent).unwrap();
         set_mode(&parent, 0o777);
         let error = rejected(&parent.join("locks")).to_string();
-        assert!(error.contains("chmod go-w"), "{error}");
+        assert!(error.contains("other users may write in"), "{error}");
         assert!(!parent.join("locks").exists(), "the store creates nothing in it");
         set_mode(&parent, 0o1777);
         Folder::prepare(&parent.join("locks")).unwrap();
