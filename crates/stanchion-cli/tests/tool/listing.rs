@@ -146,15 +146,16 @@ fn check_answers_by_exit_code() {
 fn watch_begins_before_the_store_exists() {
     let world = World::new();
     let mut watch = world.stanchion(["watch", "--interval", "10ms", "--json"]).start();
-    let mut lines = BufReader::new(watch.stdout()).lines();
+    let (sender, lines) = std::sync::mpsc::channel();
+    let stdout = BufReader::new(watch.stdout());
+    std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+    let next = || -> Value { serde_json::from_str(&lines.recv_timeout(LIMIT).unwrap()).unwrap() };
     // Whether it has looked by now or not, it must see this hold.
     let holder = world.stanchion(["run", "k", "-c", "touch held; exec sleep 600"]).start();
     world.until_file("held");
-    let seen: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
-    assert_eq!(seen["key"], "k");
+    assert_eq!(next()["key"], "k");
     holder.send(Signal::TERM);
-    let seen: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
-    assert_eq!(seen["event"], "released");
+    assert_eq!(next()["event"], "released");
     watch.send(Signal::TERM);
 }
 

@@ -45,8 +45,11 @@ fn man_shows_tables_as_they_are() {
         assert!(effect.starts_with("           "), "{page}:\n{text}");
     }
     let ls = shown(&world, "stanchion-ls.1").unwrap();
-    // Filled, the second line would follow the first one.
-    let rows = ["       never changed or removed.", "         last_fence     the newest fence of the key, or null"];
+    // Filled, the first line would begin in the line before it.
+    let rows = [
+        "       With --runs, one object per key that `once` has run:",
+        "         last_fence     the newest fence of the key, or null",
+    ];
     for row in rows {
         assert!(ls.lines().any(|line| line == row), "no line `{row}` in\n{ls}");
     }
