@@ -128,6 +128,22 @@ fn ls_lists_recorded_runs() {
 }
 
 #[test]
+fn ls_names_unreadable_records() {
+    let world = World::new();
+    for key in ["good", "newer"] {
+        world.stanchion(["once", key, "--every", "1h", "--", "true"]).finish().code(0);
+    }
+    let db = rusqlite::Connection::open(world.path("state/stanchion/locks.db")).unwrap();
+    let record = "SELECT id FROM keys WHERE name = '6:' || char(1) || 'runs/newer'";
+    let changed = db.execute(&format!("UPDATE holds SET metadata = '2 a new format' WHERE key_id = ({record})"), []);
+    assert_eq!(changed.unwrap(), 1);
+    let listed = world.stanchion(["ls", "--runs"]).finish().code(65);
+    assert!(listed.stdout.contains("\ngood  succeeded  ") && listed.stdout.lines().count() == 2, "{listed:?}");
+    listed.says(&["damaged entry `newer`: a newer version of stanchion wrote the record", "update this version"]);
+    world.stanchion(["once", "newer", "--forget"]).finish().code(78).says(&["update this version"]);
+}
+
+#[test]
 fn inspect_shows_the_last_run() {
     let world = World::new();
     world.stanchion(["once", "k", "--every", "1h", "--", "sh", "-c", "exit 3"]).finish().code(3);
