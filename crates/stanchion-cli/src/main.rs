@@ -17,6 +17,7 @@ mod output;
 mod report;
 mod store;
 mod sys;
+mod url_mistake;
 mod usage;
 
 use std::process::ExitCode;
