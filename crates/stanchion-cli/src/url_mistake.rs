@@ -35,7 +35,7 @@ pub(crate) fn find(url: &str) -> Option<String> {
         return Some("holds an assignment: write the URL alone".to_owned());
     }
     let port = rest.split(['/', '?']).next().unwrap_or_default();
-    if scheme != "sqlite" && !port.is_empty() && port.chars().all(|c| c.is_ascii_digit()) {
+    if scheme != "sqlite" && port.parse::<u16>().is_ok() {
         let shown = quoted(&format!("{scheme}:{port}"));
         let url = match port {
             "5432" => format!("postgres://{shown}/DATABASE"),
