@@ -10,34 +10,7 @@ use stanchion::{Demand, MAX_OWNER_BYTES};
 
 use crate::child::OnLost;
 use crate::duration::{span, span_or_zero};
-use crate::exit_code;
-
-const EXAMPLES: &str = "\
-Examples:
-  stanchion run nightly -- ./backup.sh              wait for the key, then run
-  stanchion run nightly -n -- ./backup.sh           give up at once if it is taken (exit 75)
-  stanchion run deploy -w 5m -- make deploy         wait for 5 minutes at most
-  stanchion run api --permits 3 -- ./call.sh        three at a time
-  stanchion run --key a --key b -- ./move.sh        hold two keys, all or nothing
-  stanchion once report --every 1h -- ./report.sh   at most once an hour, for cron on many machines
-  stanchion elect scheduler -- ./scheduler          one leader; the next one starts when it ends
-  stanchion wait deploy -w 5m                       until the key is free, without taking it
-  stanchion ls                                      who holds what, who waits
-  stanchion run k -c 'date > today; sync'           a line for the shell
-  STANCHION_STORE=sqlite:/srv/locks stanchion ls    another store than your own folder
-
-Durations (DUR):
-  30, 1.5 (seconds), 500ms, 30s, 5m, 2h, 1d, '1h 30m'; from 10ms to 30d
-
-Environment:
-  STANCHION_STORE       URL of the store; without it, a folder of the user: this machine only
-  STANCHION_STORE_FILE  a file whose first line is that URL
-  STANCHION_NAMESPACE   the namespace of the keys, as --namespace
-  STANCHION_KEY         given to the command: the key; of several keys, one a line
-  STANCHION_FENCE       given to the command: the fence of this hold, a decimal number that grows
-                        with every hold of the key; send it along, let the receiver refuse lower ones;
-                        of several keys, one a line, in the order of STANCHION_KEY
-";
+use crate::{exit_code, help};
 
 fn fence(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| format!("`{text}` is not a fence: write the number that `ls` and `inspect` show"))
@@ -81,18 +54,13 @@ macro_rules! usage {
     };
 }
 
-/// The text after `--help` of the tool and of the commands that run something.
-fn after_help() -> String {
-    format!("{EXAMPLES}\n{}", exit_code::HELP)
-}
-
 /// Run one command at a time, across processes and machines.
 ///
 /// `stanchion run KEY -- CMD` runs CMD while it holds KEY. Other runs with the same KEY wait, first
 /// come, first served. With no store given it works between the processes of one user on one
 /// machine, without any server.
 #[derive(Debug, Parser)]
-#[command(name = "stanchion", version, after_long_help = after_help(), verbatim_doc_comment)]
+#[command(name = "stanchion", version, after_long_help = help::after_options("stanchion"), verbatim_doc_comment)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     pub(crate) common: Common,
@@ -102,20 +70,8 @@ pub(crate) struct Arguments {
 
 #[derive(Args, Debug)]
 pub(crate) struct Common {
-    /// The store: sqlite:FOLDER, or the URL of a server, without a password in it
-    ///
-    /// A URL with a password is refused here, because every user of the machine can read the
-    /// arguments of a program: put it into STANCHION_STORE or into a file for --store-file.
-    /// The default is a folder of the user: $XDG_STATE_HOME/stanchion, or
-    /// ~/.local/state/stanchion.
-    #[arg(
-        verbatim_doc_comment,
-        long,
-        global = true,
-        value_name = "URL",
-        conflicts_with = "store_file",
-        display_order = 100
-    )]
+    /// The store: sqlite:/FOLDER, or the URL of a server, without a password in it
+    #[arg(long, global = true, value_name = "URL", conflicts_with = "store_file", display_order = 100)]
     pub(crate) store: Option<String>,
     /// A file whose first line is the URL of the store
     #[arg(long, global = true, value_name = "PATH", display_order = 101)]
@@ -147,7 +103,7 @@ pub(crate) enum Command {
     /// Options stand before CMD; everything after CMD belongs to CMD. With several --key, CMD starts when
     /// all of them are held, and all are free when it has ended. Runs that name the same keys in different
     /// orders do not block each other for ever.
-    #[command(verbatim_doc_comment, after_long_help = after_help())]
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("run"))]
     #[command(override_usage = concat!(usage!("run"), "\n       stanchion run [OPTIONS] --key KEY [--key KEY]... -- CMD [ARG]..."))]
     Run(Run),
     /// Run a command at most once per period: the guard for cron
@@ -155,7 +111,7 @@ pub(crate) enum Command {
     /// Runs CMD, unless another process runs it now or it was done for this period or slot. Then it does
     /// nothing and ends with exit code 0, in silence unless it writes to a terminal. A command that fails
     /// does not count, so that the next machine can try. `inspect KEY` shows the last run.
-    #[command(verbatim_doc_comment, after_long_help = after_help(), override_usage = usage!("once"))]
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("once"), override_usage = usage!("once"))]
     Once(Once),
     /// Run a command while this process leads, again after each election
     ///
@@ -166,7 +122,7 @@ pub(crate) enum Command {
     /// When CMD ends by itself, the leader resigns, and stanchion ends with CMD's exit code: a service
     /// manager decides whether to start it again. TERM and INT are passed on to CMD. STANCHION_FENCE is the
     /// number of the term.
-    #[command(verbatim_doc_comment, after_long_help = after_help(), override_usage = usage!("elect"))]
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("elect"), override_usage = usage!("elect"))]
     Elect(Elect),
     /// Wait until a key is free, without taking it
     ///
@@ -174,45 +130,51 @@ pub(crate) enum Command {
     /// looks at the key, at first often and then once a second: it has no place in the queue, takes no fence
     /// and delays nobody. A key that is free for a moment between two holders is not noticed, and it may
     /// be taken again when stanchion ends. To have the key, use `run`.
-    #[command(verbatim_doc_comment, after_long_help = exit_code::WAIT_HELP)]
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("wait"))]
     Wait(Wait),
     /// List the keys that are held, waited for or closed
-    #[command(after_long_help = crate::output::JSON_HELP)]
+    ///
+    /// Entries that cannot be read are named on stderr and skipped (exit 65). At a terminal long keys are shortened
+    /// in the middle; in a pipe they are not.
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("ls"))]
     Ls(Ls),
     /// Show one key: holders, queue, fences, the last run
-    #[command(after_long_help = crate::output::JSON_HELP)]
+    #[command(after_long_help = help::after_options("inspect"))]
     Inspect(Inspect),
     /// Print a line for every change
     ///
     /// Looks at the keys once per --interval and prints the differences; a hold that begins and ends
-    /// between two looks is not seen. The first look prints all holds.
-    #[command(verbatim_doc_comment, after_long_help = crate::output::JSON_HELP)]
+    /// between two looks is not seen. The first look prints all holds. While the store is away, it keeps
+    /// looking, and prints what has changed once the store is back.
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("watch"))]
     Watch(Watch),
     /// End the hold of another process
     ///
     /// Ends the hold that has this fence, and no other: if the key has changed hands since you looked,
     /// nothing happens (exit code 1). A `stanchion run` that loses its key this way kills its command at
-    /// once, because the next command may start.
-    #[command(verbatim_doc_comment)]
+    /// once, because the next command may start. At a terminal it shows the holds and asks for what is missing.
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("force-release"))]
     #[command(name = "force-release", visible_alias = "break")]
     ForceRelease(ForceRelease),
     /// Print or run the SQL that creates the schema of a PostgreSQL store
     ///
     /// The role that runs it needs the right to create and becomes the schema's owner; roles that use
     /// the locks do not need it. Running it again changes nothing.
-    #[command(verbatim_doc_comment)]
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("schema"))]
     Schema {
         /// Run it instead of printing it
         #[arg(long)]
         apply: bool,
     },
     /// Print the completions for a shell
+    #[command(after_long_help = help::after_options("completions"))]
     Completions {
         /// The shell
         #[arg(value_name = "SHELL")]
         shell: clap_complete::Shell,
     },
     /// Print the man page, or write all of them into a folder
+    #[command(after_long_help = help::after_options("man"))]
     Man {
         /// Where to write stanchion.1, stanchion-run.1 and so on
         #[arg(value_name = "DIR")]
@@ -260,7 +222,7 @@ pub(crate) struct Run {
     #[arg(short, long, conflicts_with = "permits")]
     pub(crate) shared: bool,
     /// Hold the key alone: the default
-    #[arg(short = 'x', long, conflicts_with_all = ["permits", "shared"])]
+    #[arg(short = 'x', long, hide_short_help = true, conflicts_with_all = ["permits", "shared"])]
     pub(crate) exclusive: bool,
     /// Let this many hold the key at a time; if the runs differ, the smaller number counts
     #[arg(long, value_name = "N", value_parser = permits, allow_hyphen_values = true)]
@@ -273,17 +235,26 @@ pub(crate) struct Run {
 }
 
 #[derive(Args, Debug)]
+#[command(mut_arg("command", |command| command.required_unless_present("forget")))]
 pub(crate) struct Once {
     /// The period: not again until nine tenths of it have passed since the last run began
     ///
     /// The last tenth is for clocks that differ and a cron that is late. A run that fails does not
     /// count, nor one whose machine dies.
     #[arg(verbatim_doc_comment, long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
-    #[arg(required_unless_present = "slot")]
+    #[arg(required_unless_present_any = ["slot", "forget"])]
     pub(crate) every: Option<Duration>,
-    /// A number that rises with the schedule, such as $(date +%Y%m%d): not if it, or a later one, was done
-    #[arg(long, value_name = "N", value_parser = slot, allow_hyphen_values = true)]
+    /// A number that rises with the schedule: not if it, or a later one, was done
+    ///
+    /// $(date +%Y%m%d) is one for each day.
+    #[arg(verbatim_doc_comment, long, value_name = "N", value_parser = slot, allow_hyphen_values = true)]
     pub(crate) slot: Option<u64>,
+    /// Run it although it was done for this period or slot; but not while another process runs it
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Delete the record of the last run and run nothing: the next `once` runs the command
+    #[arg(long, conflicts_with_all = ["command", "every", "force", "shell", "slot"])]
+    pub(crate) forget: bool,
     /// The exit code if it is not run
     #[arg(short = 'E', long, alias = "conflict-exit-code", value_name = "N", value_parser = code, allow_hyphen_values = true)]
     #[arg(default_value_t = exit_code::OK)]
@@ -339,12 +310,13 @@ pub(crate) struct Child {
     ///
     /// It is cut short where another could have the key before.
     #[arg(long, value_name = "DUR", value_parser = span_or_zero, default_value = "5s", allow_hyphen_values = true)]
+    #[arg(hide_short_help = true)]
     pub(crate) kill_after: Duration,
     /// A text that `ls` and `inspect` show with this hold, up to 4 KiB
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, hide_short_help = true)]
     pub(crate) metadata: Option<String>,
     /// The label of this process in `ls` and `inspect` (default: PROGRAM@HOST/PID)
-    #[arg(long, value_name = "LABEL", value_parser = owner, allow_hyphen_values = true)]
+    #[arg(long, value_name = "LABEL", value_parser = owner, allow_hyphen_values = true, hide_short_help = true)]
     pub(crate) owner: Option<String>,
     /// Run this text in a shell (sh -c) instead of a command
     #[arg(short = 'c', long, alias = "command", value_name = "STRING", conflicts_with = "command")]
@@ -358,7 +330,7 @@ pub(crate) struct Child {
 impl Child {
     /// Sorts the words into keys and command. clap takes the first word for the KEY; with `--key` it is the program, and comes
     /// directly after `--`: otherwise the options of the program would have been taken for ours.
-    fn sort_words(&mut self, given: &[OsString]) -> Result<(), clap::Error> {
+    fn sort_words(&mut self, given: &[OsString], needs_command: bool) -> Result<(), clap::Error> {
         let error = |kind, text: &str| Err(clap::Error::raw(kind, format!("{text}\n")));
         match self.key.take() {
             Some(key) if self.keys.is_empty() => self.keys.push(key),
@@ -373,7 +345,7 @@ impl Child {
         }
         match (&self.shell, self.command.is_empty()) {
             (Some(_), false) => error(ErrorKind::ArgumentConflict, "-c and a command cannot be used together"),
-            (None, true) => error(ErrorKind::MissingRequiredArgument, "the command to run is missing"),
+            (None, true) if needs_command => error(ErrorKind::MissingRequiredArgument, "the command to run is missing"),
             _ => Ok(()),
         }
     }
@@ -384,11 +356,8 @@ impl Arguments {
     pub(crate) fn of(given: Vec<OsString>) -> Result<Self, clap::Error> {
         let mut arguments = Self::try_parse_from(std::iter::once("stanchion".into()).chain(given.iter().cloned()))?;
         match &mut arguments.command {
-            Command::Run(Run { child, .. })
-            | Command::Once(Once { child, .. })
-            | Command::Elect(Elect { child, .. }) => {
-                child.sort_words(&given)?;
-            }
+            Command::Run(Run { child, .. }) | Command::Elect(Elect { child, .. }) => child.sort_words(&given, true)?,
+            Command::Once(Once { child, forget, .. }) => child.sort_words(&given, !*forget)?,
             _ => {}
         }
         Ok(arguments)
@@ -400,6 +369,9 @@ pub(crate) struct Ls {
     /// Only keys that begin with this
     #[arg(value_name = "PREFIX", default_value = "", hide_default_value = true)]
     pub(crate) prefix: String,
+    /// List the last runs that `once` recorded, instead of the keys in use
+    #[arg(long)]
+    pub(crate) runs: bool,
     /// One JSON object per key and line
     #[arg(long)]
     pub(crate) json: bool,
@@ -410,6 +382,12 @@ pub(crate) struct Inspect {
     /// The key
     #[arg(value_name = "KEY")]
     pub(crate) key: String,
+    /// Print nothing: exit 0 if a request for the key would be granted now, 75 if not
+    ///
+    /// The request is one of `stanchion run KEY`. Decide nothing by it: a moment later another process
+    /// may have the key. To run something if the key is free, use `stanchion run --no-wait`.
+    #[arg(verbatim_doc_comment, long, conflicts_with = "json")]
+    pub(crate) check: bool,
     /// One JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -433,12 +411,12 @@ pub(crate) struct ForceRelease {
     /// The key
     #[arg(value_name = "KEY")]
     pub(crate) key: String,
-    /// The fence of the hold to end, as `ls` and `inspect` show it
+    /// The fence of the hold to end, as `ls` and `inspect` show it; without it you are asked
     #[arg(long, value_name = "F", value_parser = fence, allow_hyphen_values = true)]
-    pub(crate) fence: u64,
-    /// The reason, shown to the user whose command loses the key
+    pub(crate) fence: Option<u64>,
+    /// The reason, shown to the user whose command loses the key; without it you are asked
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    pub(crate) reason: String,
+    pub(crate) reason: Option<String>,
 }
 
 #[cfg(test)]

@@ -54,6 +54,8 @@ pub(crate) struct HoldPlan {
 pub(crate) struct Schedule {
     pub(crate) every: Option<Duration>,
     pub(crate) slot: Option<u64>,
+    /// Whether the command runs even if the schedule says that it was done.
+    pub(crate) is_forced: bool,
 }
 
 impl HoldPlan {
@@ -327,6 +329,9 @@ async fn begin(
 ) -> Result<Held, Refusal> {
     let key = &plan.keys[0];
     let mut request = opened.locks.once(key.name()).cancel(cancel.clone());
+    if schedule.is_forced {
+        request = request.force();
+    }
     if let Some(period) = schedule.every {
         request = request.every(period);
     }

@@ -9,6 +9,7 @@ mod duration;
 mod environment;
 mod execution;
 mod exit_code;
+mod help;
 mod hold;
 mod limits;
 mod message;
@@ -16,6 +17,7 @@ mod output;
 mod report;
 mod store;
 mod sys;
+mod url_mistake;
 mod usage;
 
 use std::process::ExitCode;

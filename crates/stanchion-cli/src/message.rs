@@ -82,8 +82,11 @@ impl Failure {
 impl From<stanchion::Error> for Failure {
     fn from(error: stanchion::Error) -> Self {
         let mut message = error.to_string();
-        // One level: below that, libraries repeat themselves.
-        if let Some(cause) = error.source().map(ToString::to_string).filter(|cause| !message.contains(cause)) {
+        // One level: below that, libraries repeat themselves. A client may put the kind of the fault before its text.
+        let says_nothing = |cause: &String| {
+            cause == "db error" || message.contains(cause.split_once(": ").map_or(cause.as_str(), |(_, text)| text))
+        };
+        if let Some(cause) = error.source().map(ToString::to_string).filter(|cause| !says_nothing(cause)) {
             message = format!("{message}: {cause}");
         }
         Self::new(exit_code::of_error(&error), message)

@@ -7,33 +7,10 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 use stanchion::store::{Demand, HolderState, KeyState, WaiterState};
 use stanchion::{RunRecord, is_printable};
+use unicode_width::UnicodeWidthStr as _;
 
 use crate::exit_code;
 use crate::message::Failure;
-
-/// Help text about the output of `--json`, which is part of the tool's contract.
-pub(crate) const JSON_HELP: &str = "\
-JSON (--json), a stable contract: fields are added, never changed or removed. One object per line:
-  key              the key
-  capacity         the limit that counts: how many units fit (1: one at a time), the smallest that a
-                   holder requested; or null if it is not in use
-  holders          oldest first: fence, owner, units, capacity, session_bound, age_ms, since,
-                   remaining_ms, metadata, trace
-  waiters          head of the queue first: owner, units, capacity, age_ms, metadata, trace
-  last_fence       the newest fence of the key, or null
-  closed_for_ms    how long a cooldown still keeps the key closed, or null
-`inspect --json` adds:
-  last_run         the last run of `once`, or null: succeeded, owner, fence, slot, began, took_ms,
-                   age_ms, closed_for_ms (until it may be run again, or null)
-`watch --json` prints instead: time, event (held, acquired, released, waiting, stopped_waiting,
-closed, opened), key, and as they apply fence, owner, closed_for_ms.
-Fences are numbers below 2^53, exact in every JSON reader. Fields that end in _ms are whole
-milliseconds; since, began and time are RFC 3339 in UTC (before 1970 and after 9999: the nearest time
-that can be written). Text is what was given; characters that are invisible or steer a terminal are
-written as \\uXXXX. `ls` skips entries that it cannot read, names each on stderr, and ends with 65.
-
-Exit codes: 0; 64 wrong usage; 65 damaged entries (`ls`); 69 store unavailable; 70 internal; 77 not permitted;
-78 misconfigured.";
 
 /// A key as `--json` shows it.
 #[derive(Debug, Serialize)]
@@ -141,6 +118,14 @@ impl<'a> From<&'a RunRecord> for RunLine<'a> {
     }
 }
 
+/// The last run of a key among those of other keys, as `--json` shows it.
+#[derive(Serialize)]
+pub(crate) struct RunOfKey<'a> {
+    pub(crate) key: &'a str,
+    #[serde(flatten)]
+    pub(crate) run: RunLine<'a>,
+}
+
 /// Returns a span in whole milliseconds.
 pub(crate) fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
@@ -222,7 +207,7 @@ pub(crate) fn escape(text: &str) -> String {
     pieces(text).collect()
 }
 
-/// Maximum width of a cell in characters. `--json` and `inspect` show all.
+/// Maximum width of a cell in columns of a terminal. `--json` and `inspect` show all.
 const CELL: usize = 80;
 
 /// Returns a user's text for a cell of a table, cut with an ellipsis if it is too long.
@@ -230,7 +215,7 @@ pub(crate) fn cell(text: &str) -> String {
     let mut out = String::new();
     let (mut width, mut fits) = (0, 0);
     for piece in pieces(text) {
-        width += piece.chars().count();
+        width += piece.width();
         if width > CELL {
             out.truncate(fits);
             return out + "…";
@@ -241,6 +226,36 @@ pub(crate) fn cell(text: &str) -> String {
         }
     }
     out
+}
+
+/// Returns a user's text for a line of ours, cut in the middle if it is wider than `limit`: names that begin alike
+/// mostly differ at the end.
+pub(crate) fn shortened(text: &str, limit: usize) -> String {
+    let pieces: Vec<_> = pieces(text).collect();
+    if pieces.iter().map(|piece| piece.width()).sum::<usize>() <= limit {
+        return pieces.concat();
+    }
+    let fitting = |pieces: &mut dyn Iterator<Item = &Cow<'_, str>>, limit: usize| {
+        let mut width = 0;
+        pieces
+            .take_while(|piece| {
+                width += piece.width();
+                width <= limit
+            })
+            .count()
+    };
+    let head = fitting(&mut pieces.iter(), limit.saturating_sub(1).div_ceil(2));
+    let tail = fitting(&mut pieces.iter().rev(), limit.saturating_sub(1) / 2);
+    format!("{}…{}", pieces[..head].concat(), pieces[pieces.len() - tail..].concat())
+}
+
+/// Returns the width of the terminal at stdout, or `None` if stdout is no terminal.
+pub(crate) fn terminal_width() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
+    Some(match size.ws_col {
+        0 => 80,
+        columns => columns.into(),
+    })
 }
 
 fn pieces(text: &str) -> impl Iterator<Item = Cow<'_, str>> {
@@ -260,17 +275,20 @@ fn pieces(text: &str) -> impl Iterator<Item = Cow<'_, str>> {
     })
 }
 
-/// Returns a table with aligned columns, two spaces between them.
+/// Returns a table with aligned columns, two spaces between them. A cell that is wider than [`CELL`] moves the rest of
+/// its row, and no other row.
 pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
-    let mut widths: Vec<usize> = head.iter().map(|cell| cell.chars().count()).collect();
+    let mut widths: Vec<usize> = head.iter().map(|cell| cell.width()).collect();
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
+            *width = (*width).max(cell.width().min(CELL));
         }
     }
     let mut out = String::new();
     let mut line = |cells: &mut dyn Iterator<Item = &str>| {
-        let padded: Vec<String> = cells.zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let padded =
+            cells.zip(&widths).map(|(cell, width)| format!("{cell}{}", " ".repeat(width.saturating_sub(cell.width()))));
+        let padded: Vec<String> = padded.collect();
         out.push_str(padded.join("  ").trim_end());
         out.push('\n');
     };
@@ -341,9 +359,16 @@ mod tests {
         assert_eq!(cell(&"é".repeat(80)), "é".repeat(80));
         assert_eq!(cell(&"é".repeat(81)), "é".repeat(79) + "…");
         assert_eq!(cell(&("x".repeat(76) + "\u{1b}yyy")), "x".repeat(76) + "…", "no half of an escape");
-        // The formatter takes no width above this.
-        let rows = [vec![cell(&"y".repeat(70_000)), "z".into()]];
-        assert_eq!(table(&["KEY", "X"], &rows).lines().count(), 2);
+        assert_eq!(cell(&"鍵".repeat(40)), "鍵".repeat(40));
+        assert_eq!(cell(&"鍵".repeat(41)), "鍵".repeat(39) + "…");
+    }
+
+    #[test]
+    fn shortened_text_keeps_both_ends() {
+        assert_eq!(shortened("abcdefghij", 10), "abcdefghij");
+        assert_eq!(shortened("abcdefghijk", 10), "abcde…hijk");
+        assert_eq!(shortened("鍵鍵鍵鍵鍵鍵", 10), "鍵鍵…鍵鍵");
+        assert_eq!(shortened("aaaa\u{1b}bbbb\u{1b}cccc", 12), "aaaa…cccc", "no half of an escape");
     }
 
     #[test]
@@ -376,5 +401,11 @@ mod tests {
     fn table_columns_are_aligned() {
         let rows = [vec!["a".to_owned(), "bbb".into()], vec!["größe".into(), String::new()]];
         assert_eq!(table(&["KEY", "X"], &rows), "KEY    X\na      bbb\ngröße\n");
+        // A character of Chinese, Japanese or Korean takes two columns, an accent of its own none.
+        let rows = ["鍵", "한글", "e\u{301}", "abcd"].map(|key| vec![key.to_owned(), "x".into()]);
+        assert_eq!(table(&["KEY", "X"], &rows), "KEY   X\n鍵    x\n한글  x\ne\u{301}     x\nabcd  x\n");
+        let rows = ["y".repeat(70_000), "z".into()].map(|key| vec![key, "x".into()]);
+        let text = table(&["KEY", "X"], &rows);
+        assert!(text.lines().nth(2).is_some_and(|line| line.len() == CELL + 3), "one wide cell widens no other row");
     }
 }

@@ -12,9 +12,9 @@ use stanchion::store::{Postgres, Sqlite};
 use stanchion::{BootTime, Clock, Key, Locks};
 
 use crate::arguments::Common;
-use crate::message::{Failure, quoted};
+use crate::message::{Failure, Verbosity, quoted};
 use crate::output::for_people;
-use crate::{environment, exit_code};
+use crate::{environment, exit_code, url_mistake};
 
 /// Maximum time for ending the session in a store that did not answer before.
 const CLOSE_AWAY_WITHIN: Duration = Duration::from_millis(100);
@@ -100,8 +100,24 @@ fn resolve_url(common: &Common) -> Result<StoreChoice, Failure> {
     }
     match variable(environment::STORE_FILE) {
         Some(path) => from_file(Path::new(&path), environment::STORE_FILE),
-        None => Ok(StoreChoice { for_children: None, ..chosen(DEFAULT.to_owned()) }),
+        None => {
+            if let Some(note) = other_users_store().filter(|_| common.verbose) {
+                Verbosity::Verbose.note(note);
+            }
+            Ok(StoreChoice { for_children: None, ..chosen(DEFAULT.to_owned()) })
+        }
     }
+}
+
+/// Returns a note if `sudo` or `doas` made this process another user's, whose default store the caller does not expect.
+fn other_users_store() -> Option<String> {
+    let caller = ["SUDO_USER", "DOAS_USER"].into_iter().find_map(|name| std::env::var(name).ok())?;
+    let user = rustix::process::geteuid().as_raw();
+    Some(format!(
+        "this is the store of user {user}, not that of user `{}` who called: the two do not exclude each other's \
+         commands; only a store with a server does",
+        quoted(&caller)
+    ))
 }
 
 fn from_file(path: &Path, named_by: &str) -> Result<StoreChoice, Failure> {
@@ -111,7 +127,8 @@ fn from_file(path: &Path, named_by: &str) -> Result<StoreChoice, Failure> {
             std::io::ErrorKind::PermissionDenied => exit_code::NOT_PERMITTED,
             _ => exit_code::MISCONFIGURED,
         };
-        Failure::new(code, format!("cannot read `{shown}` (of {named_by}): {error}"))
+        let wanted = "name a file with the store's URL in its first line";
+        Failure::new(code, format!("cannot read `{shown}` (of {named_by}): {error}; {wanted}"))
     };
     let mut file = std::fs::File::open(path).map_err(failed)?;
     let state = file.metadata().map_err(failed)?;
@@ -120,7 +137,9 @@ fn from_file(path: &Path, named_by: &str) -> Result<StoreChoice, Failure> {
     }
     let mut text = String::new();
     file.read_to_string(&mut text).map_err(failed)?;
-    let choice = choose(text.lines().next().unwrap_or_default().trim(), named_by)?;
+    // Some editors put a mark before the first character.
+    let url = text.trim_start_matches('\u{feff}').lines().next().unwrap_or_default().trim();
+    let choice = choose(url, &format!("the first line of `{shown}` (of {named_by})"))?;
     // Absolute, because the command may change its folder.
     let path = std::path::absolute(path).map_err(failed)?;
     Ok(StoreChoice { for_children: Some((environment::STORE_FILE, path.into_os_string())), ..choice })
@@ -133,24 +152,21 @@ fn insecure(owner: u32, mode: u32, user: u32, path: &str) -> Option<String> {
         0 if mode & 0o037 == 0 => None,
         _ if owner == user && mode & 0o077 == 0 => None,
         _ if owner == user => Some(format!("may be used by others, and may hold a password: run `chmod 600 {path}`")),
-        0 => Some("may be used by everybody, and may hold a password: use a file that is yours alone".to_owned()),
+        0 => Some("may be used by everybody, and may hold a password: use a copy that is yours alone".to_owned()),
         _ => Some(format!(
-            "belongs to user {owner}, this process is user {user}: use a file that is yours alone, or root's"
+            "belongs to user {owner}, this process is user {user}: use a copy that is yours alone, or root's"
         )),
     }
 }
 
 /// Checks that the text is a URL and names a store that other processes can share, which the library does not require.
 fn choose(url: &str, named_by: &str) -> Result<StoreChoice, Failure> {
-    let usage = |message: String| Err(Failure::new(exit_code::USAGE, message));
-    let scheme = url.split_once(':').map(|(scheme, _)| scheme);
-    match scheme {
-        None | Some("") => usage(format!("{named_by} holds no URL: write sqlite:FOLDER, or the URL of a server")),
-        Some("memory") => usage(format!(
-            "{named_by} says `memory:`, which no other process can see: write sqlite:FOLDER, or the URL of a server"
-        )),
-        Some("sqlite") => embedded_url(url, named_by, std::env::var_os("HOME")).map(chosen),
-        Some(_) => Ok(chosen(url.to_owned())),
+    if let Some(mistake) = url_mistake::find(url) {
+        return Err(Failure::new(exit_code::USAGE, format!("{named_by} {mistake}")));
+    }
+    match url.strip_prefix("sqlite:") {
+        Some(_) => embedded_url(url, named_by, std::env::var_os("HOME")).map(chosen),
+        None => Ok(chosen(url.to_owned())),
     }
 }
 
@@ -169,12 +185,14 @@ fn embedded_url(url: &str, named_by: &str, home: Option<OsString>) -> Result<Str
     }
     let below_home = folder.strip_prefix('~').filter(|rest| rest.is_empty() || rest.starts_with('/'));
     match below_home {
-        Some(rest) => match home.as_ref().and_then(|home| home.to_str()).filter(|home| home.starts_with('/')) {
-            Some(home) => Ok(format!("sqlite:{}{rest}", home.replace('%', "%25").replace('?', "%3F"))),
-            None => {
-                usage(format!("{named_by} names a folder below `~`, and HOME is not set: write an absolute folder"))
+        Some(rest) => {
+            match home.as_ref().and_then(|home| home.to_str()).filter(|home| home.starts_with('/') && *home != "/") {
+                Some(home) => Ok(format!("sqlite:{}{rest}", home.replace('%', "%25").replace('?', "%3F"))),
+                None => usage(format!(
+                    "{named_by} names a folder below `~`, and HOME names no home: write an absolute folder"
+                )),
             }
-        },
+        }
         None => usage(format!(
             "{named_by} names a relative folder, which is another store in each working directory: write \
              sqlite:/ABSOLUTE/FOLDER or sqlite:~/FOLDER"
@@ -254,10 +272,15 @@ impl StoreChoice {
         }
     }
 
+    /// Returns whether it is the user's own store, and nobody has held a key in it yet.
+    pub(crate) fn is_unused(&self) -> bool {
+        self.is_default() && matches!(self.folder(), Some(Ok(folder)) if !folder.exists())
+    }
+
     /// Returns the store to look at: looking does not create the folder of the embedded store.
     fn for_looking(&self) -> Result<Self, Failure> {
         match self.folder().transpose()? {
-            Some(folder) if !folder.exists() && self.is_default() => {
+            Some(_) if self.is_unused() => {
                 // Nobody has held a key yet: an empty store gives the same answers.
                 Ok(Self { url: "memory:".to_owned(), ..self.clone() })
             }

@@ -51,6 +51,12 @@ pub(crate) async fn run() -> Result<(), Box<dyn Error>> {
 
     let last = three.last_run("report").await?.ok_or("the store has no record of a run")?;
     println!("the last run was by {} for day {:?}, and took {} ms", last.owner, last.slot, last.took.as_millis());
+    for (key, run) in two.list_runs("").await?.runs {
+        println!("{key}: {} s ago, by {}", run.age.as_secs(), run.owner);
+    }
+    // The next caller makes it again.
+    assert!(three.forget_run("report").await?, "the store has no record to forget");
+    report("three", &three, DAY + 1).await?;
     for locks in [one, two, three] {
         locks.close().await?;
     }

@@ -59,7 +59,7 @@ impl Key {
 
     /// Returns a key that the library derives from this one for a purpose of its own. No user's key equals it.
     pub(crate) fn companion(&self, purpose: &str) -> Result<Self, Error> {
-        Self::join(&format!("{RESERVED}{purpose}/{}", self.namespace()), self.name())
+        Self::join(&companion_namespace(self.namespace(), purpose), self.name())
     }
 
     fn join(namespace: &str, name: &str) -> Result<Self, Error> {
@@ -140,6 +140,11 @@ pub(crate) fn check_namespace(namespace: &str) -> Result<(), Error> {
         return Err(invalid("a namespace may not contain a NUL character or begin with U+0001".into()));
     }
     Ok(())
+}
+
+/// Returns the namespace of the companions of all keys of a namespace.
+pub(crate) fn companion_namespace(namespace: &str, purpose: &str) -> String {
+    format!("{RESERVED}{purpose}/{namespace}")
 }
 
 /// Returns the text with which the encoded keys of a namespace begin, and no other keys.

@@ -142,7 +142,7 @@ pub use observer::EventStream;
 pub use on_lost::{Loss, OnLost};
 pub use primitives::{
     Election, Guards, KeyRequest, Leader, LeaderStream, Leadership, LockAllRequest, OnceGuard, OnceOutcome,
-    OnceRequest, OwnerStatus, RunRecord,
+    OnceRequest, OwnerStatus, RunListing, RunRecord,
 };
 #[doc(hidden)]
 pub use printable::is_printable;

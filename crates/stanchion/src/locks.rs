@@ -14,7 +14,7 @@ use crate::key::{namespace_prefix, normal};
 use crate::lifecycle::Phase;
 use crate::limits::MAX_METADATA_BYTES;
 use crate::observer::EventStream;
-use crate::primitives::{Election, KeyRequest, LockAllRequest, OnceRequest, OwnerStatus, RunRecord};
+use crate::primitives::{Election, KeyRequest, LockAllRequest, OnceRequest, OwnerStatus, RunListing, RunRecord};
 use crate::request::LockRequest;
 use crate::shared::SessionView;
 use crate::store::{
@@ -224,6 +224,57 @@ impl Locks {
         Ok(crate::primitives::last_run(&self.handle.shared, &key).await?.run)
     }
 
+    /// Returns the last [`once`](Locks::once) run of each key that begins with `prefix`, as far as the store has records.
+    ///
+    /// Records that cannot be read are listed too. The result is not one snapshot, as with [`list`](Locks::list).
+    ///
+    /// ```
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// locks.once("report:daily").run(async |_| Ok::<_, stanchion::Error>(())).await?;
+    /// for (key, run) in locks.list_runs("report:").await?.runs {
+    ///     println!("{key}: {} s ago, by {}", run.age.as_secs(), run.owner);
+    /// }
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
+    ///
+    /// # Errors
+    /// Any error of the store. A damaged record is not an error.
+    ///
+    /// # Cancel safety
+    /// Only reads.
+    pub async fn list_runs(&self, prefix: &str) -> Result<RunListing> {
+        crate::primitives::list_runs(&self.handle.shared, prefix).await
+    }
+
+    /// Deletes the records of the [`once`](Locks::once) runs under this key, so that the next caller runs the body.
+    /// Returns whether there was a record.
+    ///
+    /// A run that is in progress is recorded when it ends. [`OnceRequest::force`] runs the body once, without deleting
+    /// anything first.
+    ///
+    /// ```
+    /// use stanchion::OnceOutcome;
+    ///
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// let daily = || locks.once("report").slot(20_261_130).run(async |_| Ok::<_, stanchion::Error>(()));
+    /// daily().await?;
+    /// assert!(locks.forget_run("report").await?);
+    /// assert!(matches!(daily().await?, OnceOutcome::Ran(())));
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
+    ///
+    /// # Errors
+    /// The errors of [`Locks::last_run`].
+    ///
+    /// # Cancel safety
+    /// If the future is dropped, the records may or may not have been deleted. Repeat the call.
+    pub async fn forget_run(&self, key: impl Into<String>) -> Result<bool> {
+        let key = self.handle.key(&key.into())?;
+        crate::primitives::forget_run(&self.handle.shared, &key).await
+    }
+
     /// Returns an [`Election`] under this key, in which this handle can be a candidate or an observer.
     pub fn elect(&self, key: impl Into<String>) -> Election {
         Election::new(self.lock(key))
@@ -313,16 +364,8 @@ impl Locks {
     /// # Cancel safety
     /// Only reads.
     pub async fn list(&self, prefix: &str) -> Result<Listing> {
-        let mut pages: Vec<Listing> = Vec::new();
-        loop {
-            let cursor = pages.last().and_then(|page| page.next.as_ref());
-            let page = self.list_page(prefix, cursor).await?;
-            let is_last = page.next.is_none();
-            pages.push(page);
-            if is_last {
-                return Ok(Listing::merge(pages));
-            }
-        }
+        let shared = &self.handle.shared;
+        shared.list(&(namespace_prefix(&shared.config.namespace) + &normal(prefix))).await
     }
 
     /// Returns one page of [`list`](Self::list): the first page without a cursor, the next one with the cursor in
@@ -336,13 +379,8 @@ impl Locks {
     /// # Cancel safety
     /// Only reads.
     pub async fn list_page(&self, prefix: &str, cursor: Option<&Cursor>) -> Result<Listing> {
-        /// Approximate number of keys that the store reads for one page, which takes it some milliseconds.
-        const PAGE: usize = 1_000;
         let shared = &self.handle.shared;
-        shared.check_process()?;
-        let prefix = namespace_prefix(&shared.config.namespace) + &normal(prefix);
-        let page = shared.step(|| shared.store.list(&prefix, cursor, PAGE)).await;
-        page.result.map(|reply| reply.outcome)
+        shared.list_page(&(namespace_prefix(&shared.config.namespace) + &normal(prefix)), cursor).await
     }
 
     /// Returns whether the key was locked when the store was queried.

@@ -18,7 +18,7 @@ use crate::observer::Observer;
 use crate::on_lost::OnLost;
 use crate::polls::Polls;
 use crate::retry::{Patience, Repeated, RetryPolicy, repeat};
-use crate::store::{Capabilities, KeyState, PollOutcome, Reply, Store, StoreTime};
+use crate::store::{Capabilities, Cursor, KeyState, Listing, PollOutcome, Reply, Store, StoreTime};
 use crate::store_clock::StoreClock;
 use crate::telemetry::{KeyRedaction, Telemetry};
 use crate::token::{SessionId, TokenId, TokenMaker};
@@ -211,6 +211,29 @@ impl Shared {
     pub(crate) async fn inspect(&self, key: &Key) -> Result<KeyState> {
         let step = self.step(|| self.store.inspect(key)).await;
         step.result.map(|reply| reply.outcome).map_err(|error| error.with_key(key))
+    }
+
+    /// Returns the keys whose encoded form begins with `prefix`.
+    pub(crate) async fn list(&self, prefix: &str) -> Result<Listing> {
+        let mut pages: Vec<Listing> = Vec::new();
+        loop {
+            let cursor = pages.last().and_then(|page| page.next.as_ref());
+            let page = self.list_page(prefix, cursor).await?;
+            let is_last = page.next.is_none();
+            pages.push(page);
+            if is_last {
+                return Ok(Listing::merge(pages));
+            }
+        }
+    }
+
+    /// Returns one page of [`list`](Self::list).
+    pub(crate) async fn list_page(&self, prefix: &str, cursor: Option<&Cursor>) -> Result<Listing> {
+        /// Approximate number of keys that the store reads for one page, which takes it some milliseconds.
+        const PAGE: usize = 1_000;
+        self.check_process()?;
+        let page = self.step(|| self.store.list(prefix, cursor, PAGE)).await;
+        page.result.map(|reply| reply.outcome)
     }
 
     /// Takes the store's time from the answer to a request that was sent at `sent_at`.

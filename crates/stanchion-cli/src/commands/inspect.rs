@@ -9,13 +9,22 @@ use stanchion::store::{Demand, KeyState};
 
 use crate::arguments::Inspect;
 use crate::exit_code;
-use crate::message::Failure;
+use crate::message::{Failure, Verbosity, quoted_key};
 use crate::output::{KeyRecord, RunLine, escape, for_people, json_line, limit, print, wall_time};
 use crate::store::StoreChoice;
 
-pub(super) fn execute(inspect: &Inspect, store: &StoreChoice) -> Result<u8, Failure> {
+pub(super) fn execute(inspect: &Inspect, store: &StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
     super::check_key(&inspect.key)?;
     let key = inspect.key.as_str();
+    if inspect.check {
+        let state = store.ask(async |locks| locks.inspect(key).await)?;
+        if is_free(&state) {
+            return Ok(exit_code::OK);
+        }
+        let why = crate::report::describe(&state, Demand::MUTEX);
+        verbosity.note(format_args!("key `{}` is not free: {why}", quoted_key(key)));
+        return Ok(exit_code::NOT_OBTAINED);
+    }
     let (state, last) = store.ask(async |locks| Ok((locks.inspect(key).await?, locks.last_run(key).await?)))?;
     let text = if inspect.json {
         json_line(&InspectRecord { key: KeyRecord::from(&state), last_run: last.as_ref().map(RunLine::from) })?
@@ -24,6 +33,11 @@ pub(super) fn execute(inspect: &Inspect, store: &StoreChoice) -> Result<u8, Fail
     };
     print(&text)?;
     Ok(exit_code::OK)
+}
+
+/// Returns whether an exclusive request would be granted.
+fn is_free(state: &KeyState) -> bool {
+    state.holders.is_empty() && state.waiters.is_empty() && state.closed_for.is_none()
 }
 
 /// The object that `--json` prints: the key as `ls` shows it, and its last run.

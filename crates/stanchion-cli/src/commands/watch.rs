@@ -12,7 +12,7 @@ use crate::arguments::Watch;
 use crate::exit_code;
 use crate::message::{Failure, Verbosity};
 use crate::output::{Printed, escape, for_people, json_line, millis, print, wall_time};
-use crate::store::StoreChoice;
+use crate::store::{StoreChoice, silent, within};
 
 /// A change, as `--json` shows it.
 #[derive(Debug, Serialize, PartialEq, Eq)]
@@ -55,16 +55,53 @@ impl What {
     }
 }
 
+/// Maximum time of a look. After it the store counts as away.
+const LOOK_WITHIN: Duration = Duration::from_secs(5);
+
 pub(super) fn execute(watch: &Watch, store: &StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
-    store.ask(async |locks| Ok(look_for_ever(watch, locks, verbosity).await))?
+    let mut before = None;
+    while store.is_unused() {
+        if before.replace(Vec::new()).is_none() {
+            verbosity.progress(format_args!("no keys in use (store: {})", store.shown()));
+        }
+        if nobody_reads_within(watch.interval) {
+            return Ok(exit_code::OK);
+        }
+    }
+    store.ask(async |locks| Ok(look_for_ever(watch, locks, before, verbosity).await))?
 }
 
-async fn look_for_ever(watch: &Watch, locks: &Locks, verbosity: Verbosity) -> Result<u8, Failure> {
+async fn look_for_ever(
+    watch: &Watch,
+    locks: &Locks,
+    mut before: Option<Vec<KeyState>>,
+    verbosity: Verbosity,
+) -> Result<u8, Failure> {
     let clock = Clock::system();
-    let mut before: Option<Vec<KeyState>> = None;
     let mut damaged = Vec::new();
+    let mut is_away = false;
     loop {
-        let Listing { keys: now, damaged: found, .. } = locks.list(&watch.prefix).await?;
+        let looked = match within(LOOK_WITHIN, locks.list(&watch.prefix)).await {
+            Some(Ok(listing)) => Ok(listing),
+            Some(Err(fault)) if fault.is_transient() => Err(Failure::from(fault)),
+            Some(Err(fault)) => return Err(fault.into()),
+            None => Err(silent(LOOK_WITHIN)),
+        };
+        let Listing { keys: now, damaged: found, .. } = match looked {
+            Ok(listing) => listing,
+            Err(fault) => {
+                if !std::mem::replace(&mut is_away, true) {
+                    verbosity.problem(format_args!("{}; watching goes on", fault.message));
+                }
+                if nobody_reads_within(watch.interval) {
+                    return Ok(exit_code::OK);
+                }
+                continue;
+            }
+        };
+        if std::mem::take(&mut is_away) {
+            verbosity.problem("the store answers again");
+        }
         if found != damaged {
             super::ls::tell_damaged(&found, verbosity);
             damaged = found;

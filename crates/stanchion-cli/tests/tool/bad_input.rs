@@ -1,73 +1,15 @@
 //! Bad input and bad surroundings: the documented message and exit code, and nothing left behind.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt;
 
 use crate::common::*;
 
 /// No store was made and no command started.
-fn nothing_is_left(world: &World) {
+pub(crate) fn nothing_is_left(world: &World) {
     assert_eq!(std::fs::read_dir(world.path("state")).unwrap().count(), 0);
     assert!(!world.path("started").exists());
     world.until_nothing_runs();
-}
-
-/// A NUL cannot be in an argument: the system ends it there. The library's own tests have that case.
-#[test]
-fn bad_keys_and_durations_are_usage_errors() {
-    let world = World::new();
-    let long = "x".repeat(513);
-    let table: [(&[&str], &[&str]); 18] = [
-        (&["run", ""], &["a key may not be empty; give it 1 to 512 bytes"]),
-        (&["run", &long], &["the key has 513 bytes, the longest allowed is 512"]),
-        (&["once", "", "--every", "1h"], &["a key may not be empty"]),
-        (&["once", "k", "--every", "0"], &["`0` is too short: the least is 10ms"]),
-        (&["once", "k", "--every", "31d"], &["`31d` is too long: the most is 30d"]),
-        (&["run", "k", "-w", "soon"], &["`soon` is not a duration: write seconds (30, 1.5)", "stanchion run --help"]),
-        (&["run", "k", "-w", "-5"], &["`-5` is not a duration"]),
-        (&["run", "k", "-w", "99999999999999999999999999"], &["is too long: the most is 30d"]),
-        (&["run", "k", "--ttl", "0"], &["`0` is too short"]),
-        (&["run", "k", "--ttl", "1000d"], &["is too long"]),
-        (&["run", "k", "--max-hold", "0"], &["is too short"]),
-        (&["run", "k", "--cooldown", "9ms"], &["is too short"]),
-        (&["run", "k", "--permits", "0"], &["`0` is not a whole number from 1 to 2147483647"]),
-        (&["run", "k", "--permits", "x"], &["`x` is not a whole number from 1"]),
-        (&["run", "k", "--permits", "2147483648"], &["is not a whole number from 1"]),
-        (&["run", "k", "-E", "256"], &["`256` is not a whole number from 0 to 255"]),
-        (&["once", "k", "--slot", "-1"], &["`-1` is not a whole number from 0 to 18446744073709551615"]),
-        (&["run", "k", "-n", "-w", "5"], &["cannot be used with"]),
-    ];
-    for (arguments, texts) in table {
-        let arguments = arguments.iter().chain(&["--", "touch", "started"]);
-        world.stanchion(arguments).finish().code(64).says(texts);
-    }
-    let not_utf8 = std::ffi::OsStr::from_bytes(b"\xff");
-    let arguments = ["run".as_ref(), not_utf8, "--".as_ref(), "touch".as_ref(), "started".as_ref()];
-    world.stanchion(arguments).finish().code(64).says(&["UTF-8"]);
-    for (arguments, text) in [
-        (&["inspect", ""][..], "a key may not be empty"),
-        (&["force-release", "k", "--fence", "x", "--reason", "y"], "`x` is not a fence: write the number"),
-        (&["watch", "--interval", "0"], "is too short"),
-        (&[], "a command is missing"),
-        (&["frob"], "unrecognized subcommand 'frob'"),
-        (&["completions", "frob"], "invalid value 'frob'"),
-    ] {
-        world.stanchion(arguments).finish().code(64).says(&[text]);
-    }
-    nothing_is_left(&world);
-    let long = "x".repeat(512);
-    world.stanchion(["run", &long, "--", "true"]).finish().code(0).silent();
-    let metadata = "x".repeat(4097);
-    let finished = world.stanchion(["run", "k", "--metadata", &metadata, "--", "touch", "started"]).finish();
-    finished.code(64).says(&["the metadata has 4097 bytes, the longest allowed is 4096"]);
-    world
-        .stanchion(["force-release", "k", "--fence", "1", "--reason", " "])
-        .finish()
-        .code(64)
-        .says(&["needs a reason"]);
-    assert!(!world.path("started").exists());
-    world.assert_free("k");
 }
 
 #[test]
@@ -90,30 +32,6 @@ fn mistyped_folders_are_rejected() {
     );
     run("sqlite:~/locks").code(0);
     assert!(world.path("locks").exists());
-}
-
-#[test]
-fn bad_store_urls_are_explained() {
-    let world = World::new();
-    std::fs::write(world.path("file"), "").unwrap();
-    world.write_store_file("empty", "");
-    let file = format!("sqlite:{}", world.path("file").display());
-    let table: [(&[&str], i32, &[&str]); 6] = [
-        (&["--store", "frob:x"], 64, &["there is no store for `frob:` URLs"]),
-        (&["--store", "memory:"], 64, &["which no other process can see: write sqlite:FOLDER"]),
-        (&["--store", "locks"], 64, &["--store holds no URL: write sqlite:FOLDER"]),
-        (&["--store-file", "empty"], 64, &["--store-file holds no URL"]),
-        (&["--store", "sqlite:/a?mode=ro"], 64, &["no option `mode`"]),
-        (&["--store", &file], 78, &["is not a folder"]),
-    ];
-    for (options, code, texts) in table {
-        let arguments = ["run", "k"].iter().chain(options).chain(&["--", "touch", "started"]);
-        world.stanchion(arguments).finish().code(code).says(texts);
-        world.stanchion(options.iter().chain(&["ls"])).finish().code(code).says(texts);
-    }
-    let homeless = world.stanchion(["ls"]).env_remove("HOME").env_remove("XDG_STATE_HOME").finish();
-    homeless.code(78).says(&["set HOME or XDG_STATE_HOME"]);
-    nothing_is_left(&world);
 }
 
 #[test]

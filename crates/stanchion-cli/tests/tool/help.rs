@@ -25,6 +25,27 @@ fn help_and_version_go_to_stdout() {
 }
 
 #[test]
+fn help_is_about_one_command() {
+    let world = World::new();
+    let all =
+        ["run", "once", "elect", "wait", "ls", "inspect", "watch", "force-release", "schema", "completions", "man"];
+    for command in all {
+        let short = world.stanchion([command, "-h"]).finish().ok();
+        assert!(short.lines().count() <= 30 && !short.contains("Examples"), "{short}");
+        let long = world.stanchion([command, "--help"]).finish().ok();
+        let examples: Vec<_> = long.lines().skip_while(|line| *line != "Examples:").skip(1).collect();
+        let lines = examples.iter().take_while(|line| !line.is_empty());
+        // The effect of a long example is on the next line.
+        for line in lines.filter(|line| !line.starts_with("   ")) {
+            assert!(line.contains(&format!("stanchion {command}")), "another command's example: {long}");
+        }
+        assert!(!examples.is_empty(), "{long}");
+        let is_of_run = ["run", "once", "elect"].contains(&command);
+        assert_eq!(long.contains("the command was not found"), is_of_run, "{long}");
+    }
+}
+
+#[test]
 fn every_shell_has_completions() {
     let world = World::new();
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
@@ -45,7 +66,7 @@ fn every_shell_has_completions() {
 fn man_pages_are_printed_or_written() {
     let world = World::new();
     let page = world.stanchion(["man"]).finish().ok();
-    assert!(page.contains(".TH stanchion 1") && page.contains("Exit codes:"), "{page}");
+    assert!(page.contains(".TH \"stanchion\" 1") && page.contains(".SH \"EXIT STATUS\""), "{page}");
     world.stanchion(["man", "pages/man1"]).finish().code(0).silent();
     let mut pages: Vec<_> = std::fs::read_dir(world.path("pages/man1"))
         .unwrap()

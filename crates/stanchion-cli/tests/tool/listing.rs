@@ -68,9 +68,13 @@ fn tables_are_aligned_and_harmless() {
     let lines: Vec<_> = text.lines().collect();
     assert_eq!(lines.len(), 3, "{text}");
     let column = lines[0].find("FENCE").unwrap();
-    assert!(lines[1].starts_with("closed  closed") && lines[2].starts_with("job 1   held"), "{text}");
-    assert!(lines.iter().all(|line| line.is_char_boundary(column) && line.as_bytes()[column - 1] == b' '), "{text}");
-    assert!(lines[2].ends_with(r"a\u{1b}[2Jb\nc"), "{text}");
+    assert!(lines[0].ends_with("METADATA        FENCE"), "{text}");
+    assert!(
+        lines[1].starts_with("closed  closed         ") && lines[2].starts_with("job 1   held    alone  "),
+        "{text}"
+    );
+    assert!(lines[1..].iter().all(|line| line[column..].parse::<u64>().is_ok()), "{text}");
+    assert!(lines[2].contains(r"a\u{1b}[2Jb\nc  "), "{text}");
     let text = world.stanchion(["inspect", "job 1"]).finish().ok();
     for part in ["state    held", "holder   sh@", "waiter 1 true@", r"metadata: a\u{1b}[2Jb\nc"] {
         assert!(text.contains(part), "no `{part}` in {text}");
@@ -78,6 +82,81 @@ fn tables_are_aligned_and_harmless() {
     assert_eq!(world.stanchion(["inspect", "other"]).finish().ok(), "key      other\nstate    free\n");
     assert_eq!(world.stanchion(["ls", "nothing"]).finish().ok(), "");
     assert_eq!(world.stanchion(["ls", "job"]).finish().ok().lines().count(), 2);
+}
+
+#[test]
+fn ls_shows_how_a_key_is_shared() {
+    let world = World::new();
+    let hold = |name: &str, options: &[&str]| {
+        let script = format!("touch $D/{name}; exec sleep 600");
+        let running = world.stanchion([&["run"], options, &["-c", &script]].concat()).start();
+        world.until_file(name);
+        running
+    };
+    let _readers = [hold("r1", &["reading", "-s"]), hold("r2", &["reading", "-s"])];
+    let _permits = [hold("p1", &["slots", "--permits", "3"]), hold("p2", &["slots", "--permits", "3"])];
+    let _waiter = world.stanchion(["run", "reading", "--", "true"]).start();
+    world.until_waiting("reading", 1);
+    let text = world.stanchion(["ls"]).finish().ok();
+    let rows: Vec<Vec<_>> = text.lines().skip(1).map(|line| line.split_whitespace().take(4).collect()).collect();
+    for (row, mode) in rows.iter().zip(["shared", "shared", "2/3", "2/3"]) {
+        assert_eq!(row[1..3], ["held", mode], "{text}");
+    }
+    let waiting = text.lines().next().unwrap().find("WAITING").unwrap();
+    let numbers: Vec<_> = text.lines().skip(1).map(|line| &line[waiting..waiting + 1]).collect();
+    assert_eq!(numbers, ["1", " ", "0", " "], "the waiters of a key are shown once: {text}");
+}
+
+#[test]
+fn columns_survive_wide_characters() {
+    let world = World::new();
+    for key in ["鍵を守る", "ascii"] {
+        world.stanchion(["run", key, "--cooldown", "1h", "--", "true"]).finish().code(0).silent();
+    }
+    let text = world.stanchion(["ls"]).finish().ok();
+    // Four characters of two columns each: the column is eight wide.
+    assert!(text.contains("\nascii     closed") && text.contains("\n鍵を守る  closed"), "{text}");
+    // A program gets the whole key, and one long key moves no other row.
+    let long = format!("{}/end", "k".repeat(300));
+    world.stanchion(["run", &long, "--cooldown", "1h", "--", "true"]).finish().code(0).silent();
+    let text = world.stanchion(["ls"]).finish().ok();
+    assert!(text.contains(&format!("\n{long}  closed")), "{text}");
+    assert!(text.lines().filter(|line| !line.contains("/end")).all(|line| line.chars().count() < 160), "{text}");
+}
+
+#[test]
+fn check_answers_by_exit_code() {
+    let world = World::new();
+    let check = |key: &str| world.stanchion(["inspect", key, "--check"]).finish();
+    check("k").code(0).silent();
+    world.stanchion(["run", "closed", "--cooldown", "1h", "--", "true"]).finish().code(0);
+    check("closed").code(75).silent();
+    let holder = world.stanchion(["run", "k", "-c", "touch held; exec sleep 600"]).start();
+    world.until_file("held");
+    check("k").code(75).silent();
+    let verbose = world.stanchion(["inspect", "k", "--check", "-v"]).finish();
+    verbose.code(75).says(&["key `k` is not free: held by sh@"]);
+    holder.send(Signal::TERM);
+    holder.finish().code(143);
+    check("k").code(0).silent();
+    world.stanchion(["inspect", "", "--check"]).finish().code(64).says(&["a key may not be empty"]);
+}
+
+#[test]
+fn watch_begins_before_the_store_exists() {
+    let world = World::new();
+    let mut watch = world.stanchion(["watch", "--interval", "10ms", "--json"]).start();
+    let (sender, lines) = std::sync::mpsc::channel();
+    let stdout = BufReader::new(watch.stdout());
+    std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+    let next = || -> Value { serde_json::from_str(&lines.recv_timeout(LIMIT).unwrap()).unwrap() };
+    // Whether it has looked by now or not, it must see this hold.
+    let holder = world.stanchion(["run", "k", "-c", "touch held; exec sleep 600"]).start();
+    world.until_file("held");
+    assert_eq!(next()["key"], "k");
+    holder.send(Signal::TERM);
+    assert_eq!(next()["event"], "released");
+    watch.send(Signal::TERM);
 }
 
 #[test]

@@ -76,6 +76,74 @@ fn slot_runs_once_despite_other_clocks() {
 }
 
 #[test]
+fn forced_and_forgotten_runs_run_again() {
+    let world = World::new();
+    let once = |more: &[&str]| {
+        world.stanchion([&["once", "k", "--every", "1h"], more, &["-E", "7", "-c", "echo x >> runs"]].concat()).finish()
+    };
+    once(&[]).code(0).silent();
+    once(&[]).code(7).silent();
+    once(&["--force"]).code(0).silent();
+    once(&[]).code(7).silent();
+    assert_eq!(world.read("runs"), "x\nx\n");
+    // Forced or not, it never runs beside another.
+    let running =
+        world.stanchion(["once", "k", "--every", "1h", "--force", "-c", "touch ready; exec sleep 600"]).start();
+    world.until_file("ready");
+    once(&["--force"]).code(7).silent();
+    running.send(Signal::TERM);
+    running.finish().code(143);
+    world.stanchion(["once", "k", "--forget"]).finish().code(0).silent();
+    assert!(!world.stanchion(["inspect", "k"]).finish().ok().contains("last run"));
+    once(&[]).code(0).silent();
+    assert_eq!(world.read("runs"), "x\nx\nx\n");
+    let other = world.stanchion(["once", "other", "--forget", "-v"]).finish();
+    other.code(0).says(&["no run of key `other` is recorded"]);
+}
+
+#[test]
+fn ls_lists_recorded_runs() {
+    let world = World::new();
+    world.stanchion(["ls", "--runs"]).finish().code(0).silent();
+    world.stanchion(["once", "mail", "--slot", "7", "--", "true"]).finish().code(0);
+    world.stanchion(["once", "report", "--every", "1h", "--", "true"]).finish().code(0);
+    world.stanchion(["once", "report:b", "--every", "1h", "--", "sh", "-c", "exit 3"]).finish().code(3);
+    let text = world.stanchion(["ls", "--runs"]).finish().ok();
+    let lines: Vec<_> = text.lines().collect();
+    assert!(lines[0].starts_with("KEY       LAST RUN   AGO") && lines[0].ends_with("FENCE"), "{text}");
+    assert!(lines[1].starts_with("mail      succeeded  ") && lines[1].contains("  7     true@"), "{text}");
+    assert!(lines[2].starts_with("report    succeeded  ") && lines[2].contains("53m"), "{text}");
+    assert!(lines[3].starts_with("report:b  failed     ") && lines.len() == 4, "{text}");
+    assert_eq!(world.stanchion(["ls", "--runs", "report"]).finish().ok().lines().count(), 3);
+    let json = world.stanchion(["ls", "--runs", "--json", "mail"]).finish().ok();
+    let run: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&run["key"], &run["succeeded"], &run["slot"]), (&"mail".into(), &true.into(), &7.into()));
+    assert!(run["fence"].as_u64().unwrap() < 1 << 53 && run["age_ms"].is_u64() && run["closed_for_ms"].is_null());
+    let of_inspect = world.stanchion(["inspect", "mail", "--json"]).finish().ok();
+    let last: serde_json::Value = serde_json::from_str(&of_inspect).unwrap();
+    let names = |value: &serde_json::Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+    let without_the_key: Vec<_> = names(&run).into_iter().filter(|name| name != "key").collect();
+    assert_eq!(without_the_key, names(&last["last_run"]));
+    assert_eq!(world.stanchion(["ls"]).finish().ok(), "", "a record is not a key in use");
+}
+
+#[test]
+fn ls_names_unreadable_records() {
+    let world = World::new();
+    for key in ["good", "newer"] {
+        world.stanchion(["once", key, "--every", "1h", "--", "true"]).finish().code(0);
+    }
+    let db = rusqlite::Connection::open(world.path("state/stanchion/locks.db")).unwrap();
+    let record = "SELECT id FROM keys WHERE name = '6:' || char(1) || 'runs/newer'";
+    let changed = db.execute(&format!("UPDATE holds SET metadata = '2 a new format' WHERE key_id = ({record})"), []);
+    assert_eq!(changed.unwrap(), 1);
+    let listed = world.stanchion(["ls", "--runs"]).finish().code(65);
+    assert!(listed.stdout.contains("\ngood  succeeded  ") && listed.stdout.lines().count() == 2, "{listed:?}");
+    listed.says(&["damaged entry `newer`: a newer version of stanchion wrote the record", "update this version"]);
+    world.stanchion(["once", "newer", "--forget"]).finish().code(78).says(&["update this version"]);
+}
+
+#[test]
 fn inspect_shows_the_last_run() {
     let world = World::new();
     world.stanchion(["once", "k", "--every", "1h", "--", "sh", "-c", "exit 3"]).finish().code(3);

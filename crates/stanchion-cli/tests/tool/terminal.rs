@@ -110,6 +110,67 @@ fn waits_are_described_on_a_terminal() {
 }
 
 #[test]
+fn force_release_asks_at_a_terminal() {
+    let world = World::new();
+    let hold = |name: &str, options: &[&str]| {
+        let script = format!("touch $D/{name}; exec sleep 600");
+        let running = world.stanchion([&["run"], options, &["-c", &script]].concat()).start();
+        world.until_file(name);
+        running
+    };
+    let ask = |options: &str| Screen::new(&world, &["sh", "-c", &format!("$S force-release {options}; echo code $?")]);
+    let free = ask("k");
+    free.shows("nobody holds key `k`");
+    free.shows("code 1");
+    let holder = hold("held", &["k", "--metadata", "release 7"]);
+    let mut declined = ask("k");
+    declined.shows("key `k` is held by sh@");
+    declined.shows("(release 7) for ");
+    declined.shows("End this hold? A command that runs under it is killed. [y/N]");
+    declined.types("\n");
+    declined.shows("nothing was changed");
+    declined.shows("code 1");
+    let mut without_reason = ask("k");
+    without_reason.shows("[y/N]");
+    without_reason.types("y\n");
+    without_reason.shows("Reason");
+    without_reason.types(" \n");
+    without_reason.shows("nothing was changed");
+    assert!(is_alive(holder.pid()));
+    let mut confirmed = ask("k");
+    confirmed.shows("[y/N]");
+    confirmed.types("y\n");
+    confirmed.shows("Reason");
+    confirmed.types("the host is gone\n");
+    confirmed.shows("the hold of key `k` with fence ");
+    confirmed.shows("code 0");
+    holder.finish().code(76).reports(&["the host is gone"]);
+    // Of several holds one is chosen.
+    let _first = hold("first", &["s", "-s"]);
+    let second = hold("second", &["s", "-s"]);
+    let mut chosen = ask("s --reason chosen");
+    chosen.shows("key `s` is held by");
+    chosen.shows("  2  sh@");
+    chosen.shows("Number of the hold to end?");
+    chosen.types("2\n");
+    chosen.shows("code 0");
+    second.finish().code(76).reports(&["chosen"]);
+    world.until_holding("s", 1);
+}
+
+#[test]
+fn ls_shortens_long_keys_on_a_terminal() {
+    let world = World::new();
+    let key = format!("begin/{}/end", "k".repeat(100));
+    world.stanchion(["run", &key, "--cooldown", "1h", "--", "true"]).finish().code(0).silent();
+    let screen = Screen::new(&world, &["sh", "-c", "stty cols 90; $S ls; echo done"]);
+    screen.shows("KEY ");
+    screen.shows("begin/kkkkkkkkk…kkkkkkkkkk/end  closed");
+    screen.shows("done");
+    assert!(world.stanchion(["ls"]).finish().ok().contains(&key));
+}
+
+#[test]
 fn interactive_command_reads_the_terminal() {
     let world = World::new();
     let mut screen =

@@ -8,3 +8,4 @@ mod on_a_server;
 mod firestore;
 mod postgres;
 mod redis;
+mod wrong_servers;

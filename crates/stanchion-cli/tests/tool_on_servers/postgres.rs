@@ -63,7 +63,7 @@ fn what_cannot_be_used_has_its_code() {
     run("postgres://127.0.0.1:1/app").code(69).says(&["cannot connect"]);
     run("postgres://127.0.0.1/app?pool=none").code(64).says(&["`pool` must be a whole number"]);
     let server = PostgresServer::start(Postgres::V15);
-    run(&server.url()).code(78).says(&["stanchion schema --store URL --apply"]);
+    run(&server.url()).code(78).says(&["STANCHION_STORE=URL stanchion schema --apply"]);
     run(&format!("{}x", server.url())).code(78).says(&["there is no such database"]);
     world.stanchion(["schema", "--store", "memory:"]).finish().code(64);
 }

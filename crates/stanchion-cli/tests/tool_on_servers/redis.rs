@@ -62,6 +62,39 @@ fn leader_leads_again_after_an_outage() {
 }
 
 #[test]
+fn watch_survives_a_restart() {
+    use std::io::BufRead as _;
+    let mut server = RedisServer::start(Redis::Redis7);
+    let world = World::new();
+    let url = format!("redis://127.0.0.1:{}", server.port());
+    let run = |more: &[&str]| world.stanchion([&["run", "--store", &url], more].concat());
+    let holder = run(&["before", "-c", "touch $D/held; exec sleep 600"]).start();
+    world.until_file("held");
+    let mut watch = world.stanchion(["watch", "--store", &url, "--interval", "10ms", "--json"]).start();
+    let mut lines = std::io::BufReader::new(watch.stdout()).lines();
+    let mut next = || lines.next().unwrap().unwrap();
+    assert!(next().contains(r#""held""#));
+    let mut said = String::new();
+    let mut until_said = |watch: &mut Running, text: &str| {
+        until(text, || {
+            said += &watch.stderr_so_far();
+            said.contains(text)
+        });
+    };
+    server.kill();
+    until_said(&mut watch, "; watching goes on");
+    assert!(!watch.has_ended());
+    server.restart();
+    until_said(&mut watch, "the store answers again");
+    // The server has forgotten its holds: that is a change.
+    assert!(next().contains(r#""released""#));
+    run(&["after", "--cooldown", "1h", "--", "true"]).finish().code(0);
+    until("the key after the restart", || next().contains(r#""after""#));
+    holder.send(rustix::process::Signal::KILL);
+    watch.send(rustix::process::Signal::TERM);
+}
+
+#[test]
 fn damaged_entries_are_named_by_ls() {
     let server = RedisServer::start(Redis::Redis7);
     let world = World::new();

@@ -188,6 +188,11 @@ pub async fn dropped_primitives_leave_nothing<S: Store>(env: &Environment<S>) {
             locks.once("k").run(async |_| Ok::<_, Error>(())).await.unwrap()
         };
         at_every_poll(&observer, "once during another run", skipped).await;
+        let forgotten = async || {
+            observer.once("k").run(async |_| Ok::<_, Error>(())).await.unwrap();
+            locks.forget_run("k").await.unwrap()
+        };
+        at_every_poll(&observer, "forget_run", forgotten).await;
         let election = locks.elect("k");
         at_every_poll(&observer, "campaign", async || election.campaign().await.unwrap()).await;
         let resigned = async || election.campaign().await.unwrap().resign().await.unwrap();

@@ -469,6 +469,70 @@ pub async fn run_of_longest_key_is_recorded<S: Store>(env: &Environment<S>) {
     assert_eq!(other.last_run(&key).await.unwrap(), None);
 }
 
+pub async fn runs_are_listed_by_prefix<S: Store>(env: &Environment<S>) {
+    let open = async |namespace: &str| env.locks().namespace(namespace).owner("the worker").open().await.unwrap();
+    let (locks, other) = (open("tenant").await, open("tenant/1").await);
+    assert!(locks.list_runs("").await.unwrap().runs.is_empty());
+    let run = async |locks: &stanchion::Locks, key: &str, slot| {
+        locks.once(key).slot(slot).run(async |_| Ok::<_, Error>(())).await.unwrap();
+    };
+    for (key, slots) in [("report:b", &[1, 2][..]), ("report:a", &[7]), ("mail%_*", &[3])] {
+        for slot in slots {
+            run(&locks, key, *slot).await;
+        }
+    }
+    run(&other, "report:z", 9).await;
+    let held = other.lock("report:held").await.unwrap();
+    let listed = async |locks: &stanchion::Locks, prefix: &str| -> Vec<_> {
+        let listing = locks.list_runs(prefix).await.unwrap();
+        assert!(listing.damaged.is_empty());
+        let runs = listing.runs.into_iter();
+        runs.map(|(key, run)| (key.namespace().to_owned(), key.name().to_owned(), run.slot, run.owner)).collect()
+    };
+    let row =
+        |namespace: &str, key: &str, slot| (namespace.to_owned(), key.to_owned(), Some(slot), "the worker".to_owned());
+    let reports = [row("tenant", "report:a", 7), row("tenant", "report:b", 2)];
+    assert_eq!(listed(&locks, "report:").await, reports);
+    assert_eq!(listed(&locks, "").await, [&[row("tenant", "mail%_*", 3)][..], &reports].concat());
+    assert_eq!(listed(&locks, "mail%_*").await.len(), 1);
+    assert_eq!(listed(&other, "").await, [row("tenant/1", "report:z", 9)]);
+    drop(held);
+}
+
+pub async fn forgotten_run_runs_again<S: Store>(env: &Environment<S>) {
+    let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
+    let run = async || one.once("k").slot(1).cooldown(MINUTE).run(async |_| Ok::<_, Error>(1)).await.unwrap();
+    assert!(!two.forget_run("k").await.unwrap());
+    assert_eq!(run().await, OnceOutcome::Ran(1));
+    one.once("other").slot(1).run(async |_| Ok::<_, Error>(())).await.unwrap();
+    assert!(matches!(run().await, OnceOutcome::Skipped { .. }));
+    assert!(two.forget_run("k").await.unwrap());
+    assert_eq!(two.last_run("k").await.unwrap(), None);
+    assert!(two.last_run("other").await.unwrap().is_some());
+    assert!(!two.forget_run("k").await.unwrap());
+    assert_eq!(run().await, OnceOutcome::Ran(1));
+}
+
+pub async fn forced_run_ignores_the_record<S: Store>(env: &Environment<S>) {
+    let (one, two) = (env.locks().open().await.unwrap(), env.locks().open().await.unwrap());
+    let closing = || one.once("c").cooldown(MINUTE);
+    assert_eq!(closing().run(async |_| Ok::<_, Error>(1)).await.unwrap(), OnceOutcome::Ran(1));
+    assert!(matches!(closing().run(must_not_run).await.unwrap(), OnceOutcome::Skipped { .. }));
+    assert_eq!(closing().force().run(async |_| Ok::<_, Error>(2)).await.unwrap(), OnceOutcome::Ran(2));
+    let slot = |slot| two.once("k").slot(slot);
+    for (number, request) in [(5, slot(5)), (4, slot(4).force())] {
+        assert_eq!(request.run(async |_| Ok::<_, Error>(number)).await.unwrap(), OnceOutcome::Ran(number));
+    }
+    assert_eq!(one.last_run("k").await.unwrap().unwrap().slot, Some(4));
+    let skipped = slot(5).run(must_not_run).await.unwrap();
+    assert!(matches!(skipped, OnceOutcome::Skipped { .. }), "the earlier run still counts for its slot");
+    // Two callers never run it at the same time, forced or not.
+    let OnceOutcome::Ran(guard) = slot(6).force().begin().await.unwrap() else { panic!("forced, and skipped") };
+    let beside = one.once("k").slot(7).force().run(must_not_run).await.unwrap();
+    assert!(matches!(beside, OnceOutcome::Skipped { is_running: true, .. }));
+    guard.finish(true).await.unwrap();
+}
+
 pub async fn next_candidate_leads_after_resign<S: Store>(env: &Environment<S>) {
     let (one, two) = (env.locks().owner("one").open().await.unwrap(), env.locks().owner("two").open().await.unwrap());
     let mut observed = two.elect("office").observe();

@@ -51,6 +51,7 @@ pub struct OnceRequest {
     slot: Option<u64>,
     waits: bool,
     failures_count: bool,
+    is_forced: bool,
 }
 
 /// The result of a [`OnceRequest`].
@@ -79,7 +80,7 @@ pub enum OnceOutcome<T> {
 
 impl OnceRequest {
     pub(crate) fn new(request: LockRequest) -> Self {
-        Self { request, cooldown: None, every: None, slot: None, waits: false, failures_count: false }
+        Self { request, cooldown: None, every: None, slot: None, waits: false, failures_count: false, is_forced: false }
     }
 
     /// Sets the time after the end of a run in which nobody runs it again. The body can change it:
@@ -123,6 +124,15 @@ impl OnceRequest {
     /// Counts a failed run like a successful one, so that it is not repeated before its time.
     pub fn failures_count(mut self) -> Self {
         self.failures_count = true;
+        self
+    }
+
+    /// Runs the body although the records of earlier runs say that it is too early. Two callers still do not run it at
+    /// the same time.
+    ///
+    /// The run is recorded like any other.
+    pub fn force(mut self) -> Self {
+        self.is_forced = true;
         self
     }
 
@@ -250,13 +260,13 @@ impl OnceRequest {
 
     /// Returns the outcome of this call if it must not run the body.
     ///
-    /// It must not if
+    /// Unless the run is forced, it must not if
     ///
     /// - the last run that counts still closes the key,
     /// - that run is another one than before this call, or
     /// - a run for this slot or a later one was done.
     fn outcome_without_run<T>(&self, history: &RunHistory, before: Option<Fence>) -> Option<OnceOutcome<T>> {
-        let done = history.done.as_ref()?;
+        let done = history.done.as_ref().filter(|_| !self.is_forced)?;
         let opens_in = done.closed_still_for();
         let last = match self.slot {
             _ if opens_in.is_some() => done,

@@ -10,10 +10,10 @@ use crate::command::Cleanup;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::Fence;
 use crate::guard::Guard;
-use crate::key::Key;
+use crate::key::{Key, companion_namespace, namespace_prefix, normal};
 use crate::limits::DURATION_RANGE;
 use crate::shared::Shared;
-use crate::store::{AcquireOutcome, AcquireRequest, Demand, Lifetime};
+use crate::store::{AcquireOutcome, AcquireRequest, DamagedEntry, Demand, HolderState, Lifetime, Listing};
 use crate::token::TokenId;
 
 /// Minimum time for which a record is kept.
@@ -21,6 +21,9 @@ const MIN_RETENTION: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Time after which the request that writes a record is too late.
 const REQUEST_WINDOW: Duration = Duration::from_secs(5);
+
+/// Name of the companion that has the records.
+const COMPANION: &str = "runs";
 
 /// First word of a record. Another format has another word.
 const VERSION: &str = "1";
@@ -102,6 +105,17 @@ impl RunRecord {
     }
 }
 
+/// The last runs of [`once`](crate::Locks::once) that a store has records of.
+/// [`Locks::list_runs`](crate::Locks::list_runs) returns it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RunListing {
+    /// The last run of each key, in the order of the keys.
+    pub runs: Vec<(Key, RunRecord)>,
+    /// Records that this program cannot read: they are damaged, or a newer version of stanchion wrote them.
+    pub damaged: Vec<DamagedEntry>,
+}
+
 /// The records of a key's runs that the store has.
 #[derive(Debug)]
 pub(crate) struct RunHistory {
@@ -116,7 +130,21 @@ pub(crate) struct RunHistory {
 }
 
 fn companion(key: &Key) -> Result<Key> {
-    key.companion("runs")
+    key.companion(COMPANION)
+}
+
+/// The message for a record in a format of the future.
+const NEWER: &str = "a newer version of stanchion wrote the record of the last run: update this version";
+
+/// Returns the records among the holders of a companion, or `None` if one of them cannot be read.
+fn records(holders: &[HolderState]) -> Option<Vec<(RunRecord, TokenId)>> {
+    let read = |holder: &HolderState| RunRecord::read(holder.metadata.as_deref().unwrap_or_default(), holder.age);
+    holders.iter().map(read).collect()
+}
+
+/// Returns the last run. The fence decides which one that is, because a record may arrive after the record of a later run.
+fn last<'a>(runs: impl Iterator<Item = &'a RunRecord>) -> Option<&'a RunRecord> {
+    runs.max_by_key(|run| run.fence)
 }
 
 /// Reads the records of a key's runs.
@@ -124,22 +152,44 @@ pub(crate) async fn last_run(shared: &Shared, key: &Key) -> Result<RunHistory> {
     let companion = companion(key)?;
     let reply = shared.step(|| shared.store.inspect(&companion)).await.result;
     let holders = reply.map_err(|error| error.with_key(key))?.outcome.holders;
-    let mut records = Vec::new();
-    for holder in holders {
-        let text = holder.metadata.as_deref().unwrap_or_default();
-        let Some((run, token)) = RunRecord::read(text, holder.age) else {
-            let message = "a newer version of stanchion wrote the record of the last run: update this version";
-            return Err(shared.error(ErrorKind::Misconfigured, message).with_key(key));
-        };
-        records.push((run, token));
-    }
+    let Some(records) = records(&holders) else {
+        return Err(shared.error(ErrorKind::Misconfigured, NEWER).with_key(key));
+    };
     let runs = || records.iter().map(|(run, _)| run);
     let counting = || runs().filter(|run| run.counts);
-    // The fence decides which run was the last one, because a record may arrive after the record of a later run.
-    let run = runs().max_by_key(|run| run.fence).cloned();
-    let done = counting().max_by_key(|run| run.fence).cloned();
+    let (run, done) = (last(runs()).cloned(), last(counting()).cloned());
     let slot_done = counting().filter(|run| run.slot.is_some()).max_by_key(|run| run.slot).cloned();
     Ok(RunHistory { run, done, slot_done, records })
+}
+
+/// Reads the last run of each key that begins with `prefix`.
+pub(crate) async fn list_runs(shared: &Shared, prefix: &str) -> Result<RunListing> {
+    let namespace = &shared.config.namespace;
+    let prefix = namespace_prefix(&companion_namespace(namespace, COMPANION)) + &normal(prefix);
+    let Listing { keys, damaged, .. } = shared.list(&prefix).await?;
+    let mut listing = RunListing { runs: Vec::new(), damaged };
+    for state in keys {
+        match records(&state.holders) {
+            Some(records) => {
+                let run = last(records.iter().map(|(run, _)| run));
+                let key = Key::new(namespace, state.key.name())?;
+                listing.runs.extend(run.map(|run| (key, run.clone())));
+            }
+            None => listing.damaged.push(DamagedEntry::new(state.key.as_encoded(), NEWER)),
+        }
+    }
+    Ok(listing)
+}
+
+/// Releases the records of a key's runs, and returns whether there was one.
+pub(crate) async fn forget_run(shared: &Shared, key: &Key) -> Result<bool> {
+    let RunHistory { records, .. } = last_run(shared, key).await?;
+    let companion = companion(key)?;
+    for (_, token) in &records {
+        let step = shared.step(|| shared.store.release(&companion, *token, None)).await;
+        step.result.map_err(|error| error.with_key(key))?;
+    }
+    Ok(!records.is_empty())
 }
 
 /// Records a run, and releases the records of former runs that it replaces. The caller must hold the key.

@@ -61,6 +61,8 @@ mod redis;
 mod sqlite;
 #[cfg(any(feature = "postgres", feature = "firestore"))]
 mod streams;
+#[cfg(any(feature = "redis", feature = "postgres"))]
+mod tls;
 mod types;
 mod url;
 

@@ -242,13 +242,8 @@ impl Service {
         if self.config.emulator.is_some() {
             metadata.insert("authorization", MetadataValue::from_static("Bearer owner"));
         } else {
-            let no_credentials = |kind, fault: &dyn std::fmt::Display| {
-                let advice = "outside Google Cloud, set GOOGLE_APPLICATION_CREDENTIALS to the path of a key file";
-                error(kind, format!("no credentials ({advice}): {fault}")).in_doubt(false)
-            };
             let headers = within(RESPONSE_TIMEOUT, self.credentials()?.headers(http::Extensions::new())).await;
-            let late =
-                || error(ErrorKind::Unavailable, format!("no credentials within {RESPONSE_TIMEOUT:?}")).in_doubt(false);
+            let late = || no_credentials(ErrorKind::Unavailable, &format!("none within {RESPONSE_TIMEOUT:?}"));
             match headers.ok_or_else(late)?.map_err(|fault| match fault.is_transient() {
                 true => no_credentials(ErrorKind::Unavailable, &fault),
                 false => no_credentials(ErrorKind::Unauthorized, &fault),
@@ -293,9 +288,15 @@ impl Service {
         // installed one already, this call fails and changes nothing.
         let _ = rustls::crypto::ring::default_provider().install_default(); // fails if there is one already
         let built = google_cloud_auth::credentials::Builder::default().with_scopes([SCOPE]).build();
-        let built = built.map_err(|fault| error(ErrorKind::Unauthorized, format!("no credentials: {fault}")))?;
+        let built = built.map_err(|fault| no_credentials(ErrorKind::Unauthorized, &fault))?;
         Ok(credentials.insert(built).clone())
     }
+}
+
+/// Returns the error of a request that could not be sent, because there are no credentials.
+fn no_credentials(kind: ErrorKind, fault: &dyn std::fmt::Display) -> Error {
+    let advice = "outside Google Cloud, set GOOGLE_APPLICATION_CREDENTIALS to the path of a key file";
+    error(kind, format!("no credentials ({advice}): {fault}")).in_doubt(false)
 }
 
 /// Runs work on the store's runtime. If the caller drops the returned future, the work either finishes or stops between

@@ -138,7 +138,11 @@ fn connection(url: &str, whole: &str) -> Result<tokio_postgres::Config> {
         let name = cause.split('`').nth(1).unwrap_or_default();
         let is_name = name.chars().all(|c| c.is_ascii_lowercase() || c == '_');
         let is_password = whole.split_once('?').is_some_and(|(_, query)| query.contains('@'));
-        let cause = if is_name && !is_password { cause } else { ESCAPING.to_owned() };
+        let cause = match name {
+            "port" => "`port` must be a number from 1 to 65535".to_owned(),
+            _ if is_name && !is_password => cause,
+            _ => ESCAPING.to_owned(),
+        };
         let options = "`schema`, `pool`, `listen`, `sslmode`, `ca_file`, `cert_file`, `key_file`, `create_schema` and those of the client";
         invalid(format!("the URL must have the form `postgres://host:5432/database`: {cause}; the options are {options}"))
     })?;
@@ -258,7 +262,8 @@ mod tests {
         for (url, hint) in [
             ("postgres://", "a host is missing"),
             ("postgres:///app", "a host is missing"),
-            ("postgres://h:port/app", "`port`"),
+            ("postgres://h:port/app", "`port` must be a number from 1 to 65535"),
+            ("postgres://h:65536/app", "`port` must be a number from 1 to 65535"),
             ("postgres://h/app?colour=red", "unknown option `colour`; the options are `schema`"),
             ("postgres://h/app?schema=", "`schema` must have 1 to 63 letters"),
             ("postgres://h/app?schema=pg_x", "must not begin with `pg_`"),

@@ -23,7 +23,9 @@ use tokio_postgres::{Client, Connection, NoTls, Row, Socket};
 use super::batch::MAX_BATCHES_IN_FLIGHT;
 use super::borrowed::{Borrowed, UsersPool};
 use super::config::{CONNECT_TIMEOUT, Config, Endpoint, Tls};
-use super::error::{OTHER_ISOLATION, Verdict, error, from_answer, malformed, verdict, while_connecting};
+use super::error::{
+    OTHER_ISOLATION, Verdict, cannot_connect, error, from_answer, malformed, verdict, while_connecting,
+};
 use super::server::{Server, Watch, accepts_writes};
 use crate::clock::{BootTime, Clock};
 use crate::error::{Error, ErrorKind, Result};
@@ -31,6 +33,10 @@ use crate::store::backoff::within;
 use crate::store::connection_thread::ConnectionThread;
 use crate::store::outage::Outage;
 use crate::sync::lock;
+
+/// Time for which a caller waits for a new connection. It is a little less than the usual limit of an attempt
+/// ([`RetryPolicy::attempt`](crate::RetryPolicy::attempt)), so that the error names the server.
+const CONNECTION_WAIT: Duration = Duration::from_millis(1_800);
 
 /// Maximum number of connections for operations that only read.
 const MAX_READS_IN_FLIGHT: usize = 4;
@@ -272,7 +278,11 @@ impl Pool {
                 pool.keep(own);
             }
         });
-        made.await.unwrap_or_else(|_| Err(dropped()))
+        let late = || {
+            let message = format!("no answer within {CONNECTION_WAIT:?}");
+            Ok(Err(cannot_connect(&self.config.operations.settings, ErrorKind::Unavailable, &message)))
+        };
+        within(CONNECTION_WAIT, made).await.unwrap_or_else(late).unwrap_or_else(|_| Err(dropped()))
     }
 
     /// Records how an attempt to connect ended.
@@ -338,13 +348,14 @@ impl Pool {
     }
 
     async fn open(&self, Endpoint { settings, tls }: Endpoint) -> Result<Opened> {
-        let opened = within(CONNECT_TIMEOUT, async move {
+        let opened = within(CONNECT_TIMEOUT, async {
+            let failed = |fault| while_connecting(&settings, fault);
             let client = match tls {
-                Tls::None => drive(settings.connect(NoTls).await.map_err(while_connecting)?),
-                Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(while_connecting)?),
+                Tls::None => drive(settings.connect(NoTls).await.map_err(failed)?),
+                Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(failed)?),
             };
             let statement = format!("SELECT {SERVER}, {SEES_COMMITS}");
-            let rows = client.query_typed(&statement, &[]).await.map_err(while_connecting)?;
+            let rows = client.query_typed(&statement, &[]).await.map_err(failed)?;
             let row = rows.first().ok_or_else(malformed)?;
             let unreadable = |fault| malformed().in_doubt(false).with_source(fault);
             Ok(Opened {
@@ -355,7 +366,7 @@ impl Pool {
             })
         });
         let late =
-            || Err(error(ErrorKind::Unavailable, format!("cannot connect: no answer within {CONNECT_TIMEOUT:?}")));
+            || Err(cannot_connect(&settings, ErrorKind::Unavailable, &format!("no answer within {CONNECT_TIMEOUT:?}")));
         opened.await.unwrap_or_else(late)
     }
 }

@@ -1,8 +1,10 @@
 //! Turns errors of the server and of the client into errors of stanchion.
 
+use tokio_postgres::config::Host;
 use tokio_postgres::error::{DbError, Severity, SqlState};
 
 use crate::error::{Error, ErrorKind, LossCause};
+use crate::store::tls;
 
 /// The store's name in errors and events.
 pub(super) const NAME: &str = "postgres";
@@ -23,12 +25,53 @@ pub(super) fn malformed() -> Error {
 }
 
 /// Converts an error that occurred while the client connected. No operation was sent yet.
-pub(super) fn while_connecting(fault: tokio_postgres::Error) -> Error {
+pub(super) fn while_connecting(settings: &tokio_postgres::Config, fault: tokio_postgres::Error) -> Error {
     let (kind, message) = match fault.as_db_error() {
         Some(reported) => kind_of(reported),
-        None => (kind_of_client(&fault), causes(&fault)),
+        None => {
+            let text = causes(&fault);
+            (kind_of_client(&text), format!("{text}{}", advice(&text)))
+        }
     };
-    with_cause(error(kind, format!("cannot connect: {message}")).in_doubt(false), fault)
+    with_cause(cannot_connect(settings, kind, &message), fault)
+}
+
+/// Returns the error of a failed attempt to connect. It names the servers, because the message of the system does not.
+pub(super) fn cannot_connect(settings: &tokio_postgres::Config, kind: ErrorKind, message: &str) -> Error {
+    error(kind, format!("cannot connect to {}: {message}", servers(settings))).in_doubt(false)
+}
+
+/// Returns hosts and ports as a URL has them.
+fn servers(settings: &tokio_postgres::Config) -> String {
+    let ports = settings.get_ports();
+    let port = |at: usize| ports.get(at).or(ports.first()).copied().unwrap_or(5432);
+    let shown = settings.get_hosts().iter().enumerate().map(|(at, host)| match host {
+        Host::Tcp(name) if name.contains(':') => format!("[{name}]:{}", port(at)),
+        Host::Tcp(name) => format!("{name}:{}", port(at)),
+        Host::Unix(folder) => format!("{}/.s.PGSQL.{}", folder.display(), port(at)),
+    });
+    shown.collect::<Vec<_>>().join(", ")
+}
+
+/// Returns what would be right after a fault of the client, or nothing.
+fn advice(text: &str) -> String {
+    if text.contains("does not support TLS") {
+        "; it may not be PostgreSQL; a PostgreSQL without TLS needs `sslmode=disable`, which sends everything in clear"
+            .to_owned()
+    } else if is_other_protocol(text) {
+        "; check the host, the port and the scheme: a program other than PostgreSQL may listen there".to_owned()
+    } else if text.contains("connection closed") {
+        "; it may not be PostgreSQL, or refuse connections without TLS (`sslmode=verify-full`)".to_owned()
+    } else {
+        tls::advice(text)
+    }
+}
+
+/// Returns whether the server's first answer is not PostgreSQL's.
+fn is_other_protocol(text: &str) -> bool {
+    ["unexpected message", "parsing", "invalid message length", "bytes remaining on stream"]
+        .iter()
+        .any(|mark| text.contains(mark))
 }
 
 /// Converts an error of a request that was sent.
@@ -62,9 +105,9 @@ fn causes(fault: &tokio_postgres::Error) -> String {
     text
 }
 
-fn kind_of_client(fault: &tokio_postgres::Error) -> ErrorKind {
-    let text = causes(fault);
-    if text.contains("certificate") || text.contains("server does not support TLS") {
+fn kind_of_client(text: &str) -> ErrorKind {
+    let of_tls = ["certificate", "server does not support TLS", "InvalidContentType"];
+    if of_tls.iter().any(|mark| text.contains(mark)) || is_other_protocol(text) {
         ErrorKind::Misconfigured
     } else if text.contains("password") || text.contains("authentication") {
         ErrorKind::Unauthorized
@@ -102,7 +145,7 @@ fn kind_of(reported: &DbError) -> (ErrorKind, String) {
         | &SqlState::UNDEFINED_COLUMN
         | &SqlState::INVALID_SCHEMA_NAME => (
             ErrorKind::Misconfigured,
-            "the schema is missing or has another version: `stanchion schema --store URL --apply` creates it",
+            "the schema is missing or has another version: `STANCHION_STORE=URL stanchion schema --apply`, as its owner, creates it",
         ),
         &SqlState::TOO_MANY_CONNECTIONS => (ErrorKind::RateLimited, "the server has too many connections"),
         &SqlState::DISK_FULL => (ErrorKind::Unavailable, "the server's disk is full"),

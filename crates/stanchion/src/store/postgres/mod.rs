@@ -62,7 +62,7 @@ const POLL_INTERVAL_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 /// Locks in a PostgreSQL database, version 15 or later.
 ///
 /// The tables and functions are in a schema of their own. Create the schema first, with
-/// `stanchion schema --store URL --apply`, or let the store create it: [`create_schema`](Self::create_schema).
+/// `STANCHION_STORE=URL stanchion schema --apply`, or let the store create it: [`create_schema`](Self::create_schema).
 ///
 /// # URL
 /// `postgres://user:password@host:5432/database`, with these options and those of the client (`host`, `port`, `user`,

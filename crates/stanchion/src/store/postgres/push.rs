@@ -13,7 +13,7 @@ use tokio_postgres::{AsyncMessage, Client, Connection, NoTls, Socket};
 
 use super::config::{CONNECT_TIMEOUT, Config, Endpoint, Tls};
 use super::connect::{Pool, SERVER};
-use super::error::{error, from_answer, malformed, while_connecting};
+use super::error::{cannot_connect, error, from_answer, malformed, while_connecting};
 use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
@@ -114,9 +114,10 @@ async fn listen(
 async fn subscribe(config: &Config, session: SessionId) -> Result<(Client, String, mpsc::UnboundedReceiver<String>)> {
     let Endpoint { settings, tls } = config.listen.clone().ok_or_else(malformed)?;
     let subscribed = async {
+        let failed = |fault| while_connecting(&settings, fault);
         let (client, messages) = match tls {
-            Tls::None => drive(settings.connect(NoTls).await.map_err(while_connecting)?),
-            Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(while_connecting)?),
+            Tls::None => drive(settings.connect(NoTls).await.map_err(failed)?),
+            Tls::Verified(tls) => drive(settings.connect(tls).await.map_err(failed)?),
         };
         let rows = client.query_typed(&format!("SELECT {SERVER}"), &[]).await.map_err(from_answer)?;
         let row = rows.first().ok_or_else(malformed)?;
@@ -128,7 +129,8 @@ async fn subscribe(config: &Config, session: SessionId) -> Result<(Client, Strin
         client.batch_execute(&format!("LISTEN {}", channel(session))).await.map_err(from_answer)?;
         Ok((client, server, messages))
     };
-    let late = || Err(error(ErrorKind::Unavailable, format!("cannot connect: no answer within {CONNECT_TIMEOUT:?}")));
+    let late =
+        || Err(cannot_connect(&settings, ErrorKind::Unavailable, &format!("no answer within {CONNECT_TIMEOUT:?}")));
     within(CONNECT_TIMEOUT, subscribed).await.unwrap_or_else(late)
 }
 

@@ -207,6 +207,11 @@ impl Config {
         Ok(config)
     }
 
+    /// Returns whether connections are encrypted.
+    pub(super) fn uses_tls(&self) -> bool {
+        self.tls
+    }
+
     /// Returns the client for a server that stores locks.
     pub(super) fn server(&self, address: &Address) -> Result<Client> {
         let settings = RedisConnectionInfo::default().set_db(self.database);
@@ -299,7 +304,11 @@ fn addresses(hosts: &str, default_port: u16) -> Result<Vec<Address>> {
         return Err(invalid("write an IPv6 address in [brackets], for example `[::1]:6379`".into()));
     }
     let list: Result<Vec<_>> = hosts.split(',').map(|host| address(host, default_port)).collect();
-    list.map_err(|_| invalid("a host is missing or malformed: write `host:port`, or `[address]:port` for IPv6".into()))
+    list.map_err(|_| {
+        let message = "a host is missing or malformed, or a port is not a number from 1 to 65535: write `host:port`, or \
+                       `[address]:port` for IPv6";
+        invalid(message.into())
+    })
 }
 
 /// Parses `host`, `host:port`, `[ipv6]` or `[ipv6]:port`.
@@ -312,7 +321,10 @@ pub(super) fn address(text: &str, default_port: u16) -> Result<Address> {
         }
         None => text.rsplit_once(':').unwrap_or((text, "")),
     };
-    let port = if port.is_empty() { default_port } else { port.parse().map_err(|_| malformed())? };
+    let port = match port {
+        "" => default_port,
+        port => port.parse().ok().filter(|port| *port != 0).ok_or_else(malformed)?,
+    };
     if host.is_empty() || host.chars().any(|c| c.is_control() || c.is_whitespace() || c == '/') {
         return Err(malformed());
     }
@@ -381,6 +393,8 @@ mod tests {
         for (url, says) in [
             ("redis:h", "`://`"),
             ("redis://", "a host is missing"),
+            ("redis://u:secret@h:65536", "a number from 1 to 65535"),
+            ("redis://u:secret@h:0", "a number from 1 to 65535"),
             ("redis://u:secret@a,b", "one host"),
             ("redis://u:secret@h/x", "the database must be a whole number"),
             ("redis://u:secret@h?ttl=1", "unknown option `ttl`"),

@@ -425,7 +425,7 @@ impl ConnectionManager {
         };
         let answer = in_task(local, within(CONNECT_TIMEOUT, query)).await?;
         let answer = answer.unwrap_or_else(|| Err(timeout_error(CONNECT_TIMEOUT)));
-        answer.map_err(|fault| while_connecting(address, &fault))
+        answer.map_err(|fault| while_connecting(address, self.config.uses_tls(), &fault))
     }
 
     /// Checks that a server with this role can store locks; `None` means that the server did not report one.
@@ -442,6 +442,10 @@ impl ConnectionManager {
             Some("active-replica") => Err(error(
                 ErrorKind::Misconfigured,
                 format!("{address} is an active replica: two servers would grant the same key; use one primary"),
+            )),
+            Some("sentinel") => Err(error(
+                ErrorKind::Misconfigured,
+                format!("{address} is a sentinel; use `redis+sentinel://HOST/SERVICE`"),
             )),
             // At the start this is a mistake in the URL; later it is a failover that DNS does not reflect yet.
             _ if matches!(self.topology, Topology::Single(_)) && !self.saw_primary.load(Ordering::Relaxed) => {
@@ -471,7 +475,7 @@ impl ConnectionManager {
         };
         let connected = within(CONNECT_TIMEOUT, connected).await;
         let pubsub = connected.unwrap_or_else(|| Err(timeout_error(CONNECT_TIMEOUT))).map_err(|fault| {
-            let error = while_connecting(&address, &fault);
+            let error = while_connecting(&address, self.config.uses_tls(), &fault);
             // A server that rejects the user or is full is still available.
             if error.kind() == ErrorKind::Unavailable {
                 self.report_unavailable(&address);

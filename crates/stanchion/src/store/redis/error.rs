@@ -4,6 +4,7 @@ use redis::{RedisError, ServerErrorKind};
 
 use super::config::Address;
 use crate::error::{Error, ErrorKind};
+use crate::store::tls;
 
 /// Name of the store in errors and events.
 pub(super) const NAME: &str = "redis";
@@ -24,17 +25,29 @@ pub(super) enum Verdict {
     Broken,
 }
 
-/// Converts a fault of an attempt to connect, when no request was sent yet.
-pub(super) fn while_connecting(address: &Address, fault: &RedisError) -> Error {
-    let (kind, what) = match kind_of(fault) {
-        (ErrorKind::NetworkTimeout, what) => (ErrorKind::Unavailable, what),
+/// Converts a fault of an attempt to connect, when no request was sent yet. `tls` says whether the client began with TLS.
+pub(super) fn while_connecting(address: &Address, tls: bool, fault: &RedisError) -> Error {
+    let failed = |kind, what: &str| error(kind, format!("cannot connect to {address}: {what}")).in_doubt(false);
+    match kind_of(fault) {
+        // Redis takes the first message of TLS for a command, and waits for the rest of it.
+        (ErrorKind::NetworkTimeout, what) if tls => {
+            let hint = "if the server does not speak TLS on this port, use `redis://`";
+            failed(ErrorKind::Unavailable, &format!("{what}; {hint}"))
+        }
+        (ErrorKind::NetworkTimeout, what) => failed(ErrorKind::Unavailable, &what),
+        _ if fault.kind() == redis::ErrorKind::Parse => failed(
+            ErrorKind::Misconfigured,
+            "the answer is not Redis's: another program listens there, or the server expects TLS (`rediss://`); check \
+             the host, the port and the scheme",
+        ),
         // The server sends its reason before the first request, and mostly nobody reads it.
         (kind, what) if fault.is_connection_dropped() && !fault.is_connection_refusal() => {
-            (kind, format!("{what}; it closes new connections, perhaps because it has too many clients (maxclients)"))
+            let why =
+                "it closes new connections: it may have too many clients (maxclients), or expect TLS (`rediss://`)";
+            failed(kind, &format!("{what}; {why}")).with_source(fault.clone())
         }
-        other => other,
-    };
-    error(kind, format!("cannot connect to {address}: {what}")).in_doubt(false).with_source(fault.clone())
+        (kind, what) => failed(kind, &what).with_source(fault.clone()),
+    }
 }
 
 /// Converts a fault of the client itself, which got an invalid argument.
@@ -118,7 +131,10 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
                 (ErrorKind::Unauthorized, "the server refused the user or the password".to_owned())
             }
             redis::ErrorKind::Io if fault.is_timeout() => (ErrorKind::NetworkTimeout, "no answer in time".to_owned()),
-            redis::ErrorKind::Io if is_untrusted(fault) => (ErrorKind::Misconfigured, format!("TLS: {fault}")),
+            redis::ErrorKind::Io if is_untrusted(fault) => {
+                let text = fault.to_string();
+                (ErrorKind::Misconfigured, format!("TLS: {text}{}", tls::advice(&text)))
+            }
             redis::ErrorKind::Io => (ErrorKind::Unavailable, fault.to_string()),
             redis::ErrorKind::InvalidClientConfig => (ErrorKind::Unavailable, fault.to_string()),
             _ => (ErrorKind::Internal, fault.to_string()),
@@ -149,6 +165,16 @@ fn kind_of(fault: &RedisError) -> (ErrorKind, String) {
             &["MOVED", "ASK ", "not allowed in cluster mode"],
             ErrorKind::Misconfigured,
             "the server is part of a cluster: use `redis+cluster://`",
+        ),
+        (
+            &["cluster support disabled"],
+            ErrorKind::Misconfigured,
+            "the server is not part of a cluster: use `redis://`",
+        ),
+        (
+            &["unknown command 'SENTINEL'", "unknown command `SENTINEL`"],
+            ErrorKind::Misconfigured,
+            "the server is not a sentinel: name the sentinels, or use `redis://` for one server",
         ),
         (
             &["DB index is out of range"],
@@ -302,7 +328,7 @@ mod tests {
             let fault = RedisError::from(std::io::Error::from(fault));
             let (error, verdict) = from_answer(&address, &fault);
             assert_eq!((error.kind(), error.is_in_doubt(), verdict), (kind, true, Verdict::Broken));
-            assert!(!while_connecting(&address, &fault).is_in_doubt());
+            assert!(!while_connecting(&address, false, &fault).is_in_doubt());
         }
     }
 }

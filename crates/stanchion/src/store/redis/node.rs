@@ -122,7 +122,8 @@ impl Node {
         // The caller may give up before the attempt is over. Its outcome is recorded all the same.
         in_task(local, async move {
             let _one_at_a_time = one_at_a_time;
-            let connected = connect(&client).await.map_err(|fault| while_connecting(&node.address, &fault));
+            let tls = manager.config.uses_tls();
+            let connected = connect(&client).await.map_err(|fault| while_connecting(&node.address, tls, &fault));
             let connected = connected.and_then(|(connection, role)| {
                 manager.check_role(&node.address, role.as_deref())?;
                 Ok(connection)

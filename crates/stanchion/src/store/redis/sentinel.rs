@@ -114,11 +114,11 @@ impl Group {
     async fn query(&self, config: &Config, local: &RuntimeConnections, lost: Option<Address>) -> Result<Address> {
         let clients = self.sentinels.iter().map(|sentinel| Ok((sentinel.clone(), config.sentinel(sentinel)?)));
         let clients: Vec<_> = clients.collect::<Result<_>>()?;
-        let service = self.service.clone();
+        let (service, tls) = (self.service.clone(), config.uses_tls());
         let reports = in_task(local, async move {
             let query = |(sentinel, client)| {
                 let service = &service;
-                async move { query_sentinel(&sentinel, &client, service).await }
+                async move { query_sentinel(&sentinel, &client, service, tls).await }
             };
             let mut queries: FuturesUnordered<_> = clients.into_iter().map(query).collect();
             let (mut reports, mut fault) = (Vec::new(), None);
@@ -161,7 +161,7 @@ fn newest<'a>(reports: &'a [SentinelReport], lost: Option<&Address>) -> Option<&
 }
 
 /// Queries one sentinel.
-async fn query_sentinel(sentinel: &Address, client: &Client, service: &str) -> Result<SentinelReport> {
+async fn query_sentinel(sentinel: &Address, client: &Client, service: &str, tls: bool) -> Result<SentinelReport> {
     let options = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(ANSWER_TIMEOUT))
         .set_response_timeout(Some(ANSWER_TIMEOUT));
@@ -183,7 +183,7 @@ async fn query_sentinel(sentinel: &Address, client: &Client, service: &str) -> R
         Ok(Some(report))
     };
     let answer = within(ANSWER_TIMEOUT, answer).await.unwrap_or_else(|| Err(timeout_error(ANSWER_TIMEOUT)));
-    let report = answer.map_err(|fault: RedisError| while_connecting(sentinel, &fault))?;
+    let report = answer.map_err(|fault: RedisError| while_connecting(sentinel, tls, &fault))?;
     report.ok_or_else(|| error(ErrorKind::Misconfigured, format!("the sentinel {sentinel} has no service `{service}`")))
 }
 

@@ -34,9 +34,7 @@ pub(super) fn folder_of_url(url: &str) -> Result<PathBuf> {
         None => path,
         Some(absolute) if absolute.starts_with('/') => absolute,
         Some(_) => {
-            return Err(invalid(
-                "`sqlite://` must be followed by an absolute path: write `sqlite:///folder` or `sqlite:folder`",
-            ));
+            return Err(invalid("`sqlite://` must be followed by an absolute path: write `sqlite:/folder`"));
         }
     };
     if path.is_empty() {
@@ -47,13 +45,17 @@ pub(super) fn folder_of_url(url: &str) -> Result<PathBuf> {
 }
 
 fn choose_default(state_home: Option<OsString>, home: Option<OsString>) -> Result<PathBuf> {
-    // The XDG specification says that programs must ignore relative paths.
-    let absolute = |value: Option<OsString>| value.map(PathBuf::from).filter(|path| path.is_absolute());
+    // The XDG specification says that programs must ignore relative paths. A user without a home has `/`.
+    let absolute =
+        |value: Option<OsString>| value.map(PathBuf::from).filter(|path| path.is_absolute() && path.parent().is_some());
     absolute(state_home)
         .or_else(|| absolute(home).map(|home| home.join(".local").join("state")))
         .map(|state| state.join("stanchion"))
         .ok_or_else(|| {
-            misconfigured("no folder for the locks: set HOME or XDG_STATE_HOME, or name a folder (sqlite:FOLDER)")
+            misconfigured(
+                "no folder for the locks, because HOME is missing or is `/`: set HOME or XDG_STATE_HOME, or name a \
+                 folder (sqlite:/FOLDER)",
+            )
         })
 }
 
@@ -90,6 +92,7 @@ mod tests {
         assert_eq!(choose_default(some("/s"), some("/h")).unwrap(), PathBuf::from("/s/stanchion"));
         assert_eq!(choose_default(None, some("/h")).unwrap(), PathBuf::from("/h/.local/state/stanchion"));
         assert_eq!(choose_default(some("relative"), some("/h")).unwrap(), PathBuf::from("/h/.local/state/stanchion"));
+        assert_eq!(choose_default(None, some("/")).unwrap_err().kind(), ErrorKind::Misconfigured);
         assert_eq!(choose_default(some(""), None).unwrap_err().kind(), ErrorKind::Misconfigured);
     }
 }

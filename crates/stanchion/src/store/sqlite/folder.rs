@@ -191,24 +191,32 @@ fn check_folder(path: &Path, state: &Metadata) -> Result<()> {
 
 /// Rejects a folder that other users may enter, and suggests a remedy.
 ///
-/// The remedy is not `chmod` if the folder contains other files, because the folder may be the system's `/tmp` or
-/// `/etc`.
+/// The remedy is `chmod` only for a folder of the store that has nothing else in it. Another folder may be the system's
+/// `/tmp` or `/srv`, which other users need.
 fn check_mode(path: &Path, mode: u32) -> Result<()> {
     if mode & 0o077 == 0 {
         return Ok(());
     }
-    let is_of_the_store = |name: &std::ffi::OsStr| {
-        name.to_str().is_some_and(|name| name == "gate" || name == "sessions" || name.starts_with("locks.db"))
-    };
-    let has_other_files =
-        fs::read_dir(path).map_or(true, |entries| entries.flatten().any(|entry| !is_of_the_store(&entry.file_name())));
     let shown = path.display();
-    let remedy = if has_other_files && !path.ends_with("sessions") || mode & 0o1000 != 0 {
-        format!("name a new folder inside it, for example {}", path.join("stanchion").display())
-    } else {
+    let remedy = if mode & 0o1000 == 0 && is_of_the_store(path) {
         format!("run `chmod 700 {shown}`")
+    } else {
+        let inside = path.join("stanchion");
+        format!("name a new folder inside it, for example {}, in every program that shares the locks", inside.display())
     };
     Err(misconfigured(format!("other users may enter {shown}; {remedy}")))
+}
+
+/// Returns whether a store made this folder, or its folder of sessions, and nothing else is in it.
+fn is_of_the_store(path: &Path) -> bool {
+    if path.ends_with("sessions") && path.with_file_name("gate").exists() {
+        return true;
+    }
+    let is_part = |name: &std::ffi::OsStr| {
+        name.to_str().is_some_and(|name| name == "gate" || name == "sessions" || name.starts_with("locks.db"))
+    };
+    let has_others = || fs::read_dir(path).map_or(true, |all| all.flatten().any(|entry| !is_part(&entry.file_name())));
+    path.join("gate").exists() && !has_others()
 }
 
 fn check_owner(path: &Path, owner: u32) -> Result<()> {
@@ -218,7 +226,8 @@ fn check_owner(path: &Path, owner: u32) -> Result<()> {
     }
     let shown = path.display();
     Err(misconfigured(format!(
-        "{shown} belongs to user {owner}, but this process runs as user {own}; use your own folder"
+        "{shown} belongs to user {owner}, but this process runs as user {own}: run it as that user, or use a store with a \
+         server; a second folder would not exclude the programs of the first one"
     )))
 }
 
@@ -328,13 +337,24 @@ mod tests {
         let path = temp.path().join("open");
         fs::create_dir(&path).unwrap();
         set_mode(&path, 0o755);
+        // A folder that no store made may have to be open to other users.
+        let is_for_a_new_folder = || {
+            let error = rejected(&path).to_string();
+            assert!(!error.contains("chmod") && error.contains("name a new folder inside it"), "{error}");
+        };
+        is_for_a_new_folder();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o755, "a rejected folder is not changed");
+        set_mode(&path, 0o700);
+        Folder::prepare(&path).unwrap();
+        fs::write(path.join("gate"), "").unwrap();
+        set_mode(&path, 0o755);
         let error = rejected(&path).to_string();
         assert!(error.contains(&format!("chmod 700 {}", path.display())), "{error}");
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o755, "a rejected folder is not changed");
-        // A folder with other files may have to be open to other users.
+        set_mode(&path, 0o1777);
+        is_for_a_new_folder();
+        set_mode(&path, 0o755);
         fs::write(path.join("motd"), "").unwrap();
-        let error = rejected(&path).to_string();
-        assert!(!error.contains("chmod") && error.contains("name a new folder inside it"), "{error}");
+        is_for_a_new_folder();
     }
 
     #[test]
@@ -363,7 +383,7 @@ mod tests {
         fs::create_dir(&parent).unwrap();
         set_mode(&parent, 0o777);
         let error = rejected(&parent.join("locks")).to_string();
-        assert!(error.contains("chmod go-w"), "{error}");
+        assert!(error.contains("other users may write in"), "{error}");
         assert!(!parent.join("locks").exists(), "the store creates nothing in it");
         set_mode(&parent, 0o1777);
         Folder::prepare(&parent.join("locks")).unwrap();

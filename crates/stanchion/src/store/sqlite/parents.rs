@@ -98,8 +98,8 @@ impl Trusted {
         }
         let (shown, owner) = (path.display(), state.uid());
         Err(misconfigured(format!(
-            "{shown} belongs to user {owner}, and that user can exchange the store; use a folder whose parents \
-             and links all belong to you (user {}) or to root",
+            "{shown} belongs to user {owner}, and that user can exchange the store; in every program that shares the \
+             locks, use a folder whose parents and links all belong to you (user {}) or to root",
             self.user
         )))
     }
@@ -112,12 +112,19 @@ impl Trusted {
             return Ok(());
         }
         let shown = path.display();
-        let remedy = if state.uid() == self.user {
-            format!("run `chmod go-w {shown}`, or use another folder")
-        } else {
-            "use another folder".to_owned()
-        };
+        let remedy = self.remedy(&shown, state.uid());
         Err(misconfigured(format!("other users may write in {shown} and can exchange the store; {remedy}")))
+    }
+
+    /// Returns the remedy for a folder in which others may write. For root it is never `chmod`, because root's folders
+    /// are the system's.
+    fn remedy(&self, shown: &dyn std::fmt::Display, owner: u32) -> String {
+        let other = "use another folder in every program that shares the locks";
+        if owner == self.user && owner != 0 {
+            format!("run `chmod go-w {shown}`, or {other}")
+        } else {
+            other.to_owned()
+        }
     }
 
     /// Returns whether a group has only trusted members. Many systems give each user a private group, and let the group
@@ -195,11 +202,21 @@ mod tests {
         for mode in [0o777, 0o757] {
             set_mode(&top.join("a"), mode);
             let text = rejected(&top.join("far/locks"));
-            assert!(text.contains(&format!("chmod go-w {}`", top.join("a").display())), "{mode:o}: {text}");
+            let said = format!("other users may write in {}", top.join("a").display());
+            assert!(text.contains(&said), "{mode:o}: {text}");
         }
         for mode in [0o1777, 0o1775, 0o755, 0o700] {
             set_mode(&top.join("a"), mode);
             resolve(&top.join("far/locks")).unwrap();
+        }
+    }
+
+    #[test]
+    fn chmod_is_for_own_folders_only() {
+        let remedy = |user, owner| Trusted { user, root: 0 }.remedy(&"/srv", owner);
+        assert!(remedy(1000, 1000).contains("chmod go-w /srv"));
+        for (user, owner) in [(1000, 0), (0, 0)] {
+            assert!(!remedy(user, owner).contains("chmod"), "{user} {owner}");
         }
     }
 
