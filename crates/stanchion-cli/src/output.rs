@@ -35,6 +35,32 @@ written as \\uXXXX. `ls` skips entries that it cannot read, names each on stderr
 Exit codes: 0; 64 wrong usage; 65 damaged entries (`ls`); 69 store unavailable; 70 internal; 77 not permitted;
 78 misconfigured.";
 
+/// Help text about the output of `doctor --json`.
+pub(crate) const DOCTOR_HELP: &str = "\
+JSON (--json), a stable contract: fields are added, never changed or removed. One object per check:
+  check      store, open, server, rights, clock, hand-off, latency, settings (once per warning)
+  outcome    ok, warning, failed or skipped
+  message    the text of the line, for people
+  took_us    of open, hand-off and latency: the time in whole microseconds
+  offset_us  of clock: the store's clock minus this machine's, in whole microseconds
+
+Exit codes: 0, also with warnings (--strict: 78); 64 wrong usage; 69 store unavailable; 70 internal;
+77 not permitted; 78 misconfigured.";
+
+/// Help text about the output of `bench --json`.
+pub(crate) const BENCH_HELP: &str = "\
+pair      one acquire and one release of a key that nobody else uses, one key per task
+hand-off  from the begin of a release to the grant of the next waiter, of as many waiters as there are
+          tasks
+P50, P99  half, and 99 of 100, took no longer than this; exact to 4 percent
+
+JSON (--json), a stable contract: fields are added, never changed or removed. One object:
+  store         the store, without user and password
+  for_ms        the length of each measurement
+  measurements  tasks, step (acquire, release, pair, hand-off), count, per_second, p50_us, p99_us
+
+Exit codes: 0; 64 wrong usage; 69 store unavailable; 70 internal; 77 not permitted; 78 misconfigured.";
+
 /// A key as `--json` shows it.
 #[derive(Debug, Serialize)]
 pub(crate) struct KeyRecord<'a> {
@@ -168,6 +194,18 @@ pub(crate) fn for_people(span: Duration) -> String {
     };
     let text = humantime::format_duration(whole).to_string();
     text.split(' ').take(2).collect::<Vec<_>>().join(" ")
+}
+
+/// Returns a measured span with three digits: `0.042 ms`, `3.14 ms`, `314 ms`, `3.14 s`.
+pub(crate) fn measured(span: Duration) -> String {
+    let millis = span.as_secs_f64() * 1_000.0;
+    match millis {
+        ..0.9995 => format!("{millis:.3} ms"),
+        ..9.995 => format!("{millis:.2} ms"),
+        ..99.95 => format!("{millis:.1} ms"),
+        ..999.5 => format!("{millis:.0} ms"),
+        _ => format!("{:.2} s", span.as_secs_f64()),
+    }
 }
 
 /// Returns the sentence for a request whose limit is not the limit of the holders.
@@ -369,6 +407,15 @@ mod tests {
         let table = [(0, "0s"), (7, "7ms"), (1_234, "1s 200ms"), (61_500, "1m 1s"), (90_000_000, "1day 1h")];
         for (millis, text) in table {
             assert_eq!(for_people(Duration::from_millis(millis)), text);
+        }
+    }
+
+    #[test]
+    fn measured_spans_have_three_digits() {
+        let table = [(42, "0.042 ms"), (999, "0.999 ms"), (3_141, "3.14 ms"), (31_416, "31.4 ms")];
+        let longer = [(314_159, "314 ms"), (999_600, "1.00 s"), (3_141_593, "3.14 s"), (62_000_000, "62.00 s")];
+        for (micros, text) in table.into_iter().chain(longer) {
+            assert_eq!(measured(Duration::from_micros(micros)), text);
         }
     }
 

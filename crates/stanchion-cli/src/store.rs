@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use stanchion::store::{Postgres, Sqlite};
+use stanchion::store::{Observed, OperationDone, Postgres, Redis, Sqlite};
 use stanchion::{BootTime, Clock, Locks};
 
 use crate::arguments::Common;
@@ -29,6 +29,8 @@ const TOLD_WITHIN: Duration = Duration::from_millis(20);
 #[derive(Clone)]
 pub(crate) struct StoreChoice {
     url: String,
+    /// Option or variable that names the store, or `None` for the store of a user who named none.
+    named_by: Option<&'static str>,
     /// Environment variable that makes an inner `stanchion` choose the same store, unless that would show a password.
     for_children: Option<(&'static str, OsString)>,
 }
@@ -81,11 +83,11 @@ pub(crate) fn resolve(common: &Common) -> Result<StoreChoice, Failure> {
     }
     match variable(environment::STORE_FILE) {
         Some(path) => from_file(Path::new(&path), environment::STORE_FILE),
-        None => Ok(StoreChoice { url: DEFAULT.to_owned(), for_children: None }),
+        None => Ok(StoreChoice { url: DEFAULT.to_owned(), named_by: None, for_children: None }),
     }
 }
 
-fn from_file(path: &Path, named_by: &str) -> Result<StoreChoice, Failure> {
+fn from_file(path: &Path, named_by: &'static str) -> Result<StoreChoice, Failure> {
     let shown = quoted(&path.to_string_lossy());
     let failed = |error: std::io::Error| {
         let code = match error.kind() {
@@ -122,7 +124,7 @@ fn insecure(owner: u32, mode: u32, user: u32, path: &str) -> Option<String> {
 }
 
 /// Checks that the text is a URL and names a store that other processes can share, which the library does not require.
-fn choose(url: &str, named_by: &str) -> Result<StoreChoice, Failure> {
+fn choose(url: &str, named_by: &'static str) -> Result<StoreChoice, Failure> {
     let usage = |message: String| Err(Failure::new(exit_code::USAGE, message));
     let scheme = url.split_once(':').map(|(scheme, _)| scheme);
     match scheme {
@@ -130,14 +132,14 @@ fn choose(url: &str, named_by: &str) -> Result<StoreChoice, Failure> {
         Some("memory") => usage(format!(
             "{named_by} says `memory:`, which no other process can see: write sqlite:FOLDER, or the URL of a server"
         )),
-        Some("sqlite") => embedded_url(url, named_by, std::env::var_os("HOME")).map(chosen),
-        Some(_) => Ok(chosen(url.to_owned())),
+        Some("sqlite") => embedded_url(url, named_by, std::env::var_os("HOME")).map(|url| chosen(url, named_by)),
+        Some(_) => Ok(chosen(url.to_owned(), named_by)),
     }
 }
 
-fn chosen(url: String) -> StoreChoice {
+fn chosen(url: String, named_by: &'static str) -> StoreChoice {
     let for_children = (!holds_password(&url)).then(|| (environment::STORE, OsString::from(&url)));
-    StoreChoice { url, for_children }
+    StoreChoice { url, named_by: Some(named_by), for_children }
 }
 
 /// Returns the URL with the home folder in place of `~`. Refuses a relative folder: it would be another store in each
@@ -193,6 +195,11 @@ impl StoreChoice {
         }
     }
 
+    /// Returns the option or the variable that names the store, unless it is the default store.
+    pub(crate) fn named_by(&self) -> Option<&'static str> {
+        self.named_by
+    }
+
     /// Returns the environment variable that makes an inner `stanchion` choose the same store.
     pub(crate) fn for_children(&self) -> Option<&(&'static str, OsString)> {
         self.for_children.as_ref()
@@ -206,6 +213,11 @@ impl StoreChoice {
     /// Returns the folder of the embedded store.
     fn folder(&self) -> Option<stanchion::Result<PathBuf>> {
         self.url.starts_with(DEFAULT).then(|| Sqlite::folder_of_url(&self.url))
+    }
+
+    /// Returns whether it is an embedded store whose folder is known.
+    pub(crate) fn has_folder(&self) -> bool {
+        self.folder().is_some_and(|folder| folder.is_ok())
     }
 
     /// Refuses a folder that looks like a typing error: of a folder that the user named, the store makes the last part only.
@@ -225,18 +237,44 @@ impl StoreChoice {
 
     /// Returns the store to look at: looking does not create the folder of the embedded store.
     fn for_looking(&self) -> Result<Self, Failure> {
+        match self.check_exists() {
+            // Nobody has held a key yet: an empty store gives the same answers.
+            Err(_) if self.is_default() && self.has_folder() => Ok(Self { url: "memory:".to_owned(), ..self.clone() }),
+            checked => checked.map(|()| self.clone()),
+        }
+    }
+
+    /// Returns an error if the folder of the embedded store does not exist.
+    pub(crate) fn check_exists(&self) -> Result<(), Failure> {
         match self.folder().transpose()? {
-            Some(folder) if !folder.exists() && self.is_default() => {
-                // Nobody has held a key yet: an empty store gives the same answers.
-                Ok(Self { url: "memory:".to_owned(), for_children: None })
-            }
             Some(folder) if !folder.exists() => {
                 let folder = quoted(&folder.to_string_lossy());
                 let message = format!("no store in `{folder}`: the first `stanchion run` makes it");
                 Err(Failure::new(exit_code::MISCONFIGURED, message))
             }
-            _ => Ok(self.clone()),
+            _ => Ok(()),
         }
+    }
+
+    /// Returns the product and the version of the store's server, or `None` for a store that does not report them.
+    pub(crate) async fn server(&self) -> stanchion::Result<Option<String>> {
+        match self.url.split_once(':').map(|(scheme, _)| scheme) {
+            Some("sqlite") => Ok(Some(format!("SQLite {}", Sqlite::sqlite_version()))),
+            Some(scheme) if scheme.starts_with("redis") => Redis::from_url(&self.url)?.server().await.map(Some),
+            Some("postgres" | "postgresql") => Postgres::from_url(&self.url)?.server().await.map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Opens the store another time, with a session of its own, and reports each operation of it.
+    pub(crate) async fn open_observed(
+        &self,
+        owner: &str,
+        limit: Duration,
+        report: impl Fn(&OperationDone<'_>) + Send + Sync + 'static,
+    ) -> stanchion::Result<Locks> {
+        let store = Observed::new(stanchion::store::open(&self.url).await?, report);
+        Locks::builder_with_store(store).owner(owner).open_within(limit).open().await
     }
 
     /// Opens the store within `limit`, or within the library's default.

@@ -1,6 +1,8 @@
 //! One file per command: each turns parsed arguments into a plan, carries it out, and returns the exit code.
 
+mod bench;
 mod completions;
+mod doctor;
 mod force_release;
 mod inspect;
 mod ls;
@@ -8,13 +10,14 @@ mod man;
 mod once;
 mod run;
 mod schema;
+mod top;
 mod watch;
 
 use std::ffi::OsStr;
 use std::path::Path;
 
-use stanchion::Key;
 use stanchion::store::redacted;
+use stanchion::{Key, SessionId};
 
 use crate::arguments::{Arguments, Child, Command};
 use crate::child::ChildPlan;
@@ -32,6 +35,9 @@ pub(crate) fn execute(arguments: Arguments, verbosity: Verbosity) -> Result<u8, 
         Command::Inspect(inspect) => inspect::execute(&inspect, &store::resolve(common)?),
         Command::Watch(watch) => watch::execute(&watch, &store::resolve(common)?, verbosity),
         Command::ForceRelease(hold) => force_release::execute(&hold, &store::resolve(common)?, verbosity),
+        Command::Top(top) => top::execute(&top, &store::resolve(common)?),
+        Command::Doctor(doctor) => doctor::execute(&doctor, store::resolve(common), verbosity),
+        Command::Bench(bench) => bench::execute(&bench, &store::resolve(common)?, verbosity),
         Command::Schema { apply } => schema::execute(apply, &store::resolve(common)?, verbosity),
         Command::Completions { shell } => completions::execute(shell),
         Command::Man { folder } => man::execute(folder.as_deref()),
@@ -57,6 +63,11 @@ fn child_plan(child: &Child, store: &StoreChoice) -> Result<ChildPlan, Failure> 
     };
     crate::child::check_program(program)?;
     Ok(ChildPlan { command, kill_after: child.kill_after, store: store.for_children().cloned() })
+}
+
+/// Returns a prefix for keys that a command uses for itself. It is new each time, so that no other process uses these keys.
+fn own_prefix(command: &str) -> Result<String, Failure> {
+    Ok(format!("stanchion {command}/{}/", SessionId::random()?.to_hex()))
 }
 
 /// Returns the label of this process that others see: the program's name, the machine and the process id. The arguments are

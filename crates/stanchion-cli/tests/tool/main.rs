@@ -3,13 +3,17 @@
 
 mod away;
 mod bad_input;
+mod bench;
 mod common;
 mod death;
+mod doctor;
 mod help;
 mod listing;
 mod loss;
 mod once;
 mod run;
+mod screen;
 mod secrets;
 mod signals;
 mod terminal;
+mod top;

@@ -1,0 +1,100 @@
+//! Takes the terminal over, and gives it back whatever happens: at the end, after a panic, at a signal.
+
+use std::io::{self, stdout};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use ratatui::crossterm::event::{Event, KeyEvent, KeyEventKind, poll, read};
+use ratatui::crossterm::execute;
+use ratatui::crossterm::terminal::{EnterAlternateScreen, enable_raw_mode};
+use ratatui::{DefaultTerminal, Frame};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
+
+use crate::exit_code;
+use crate::message::Failure;
+use crate::sys;
+
+/// Time after which the view is drawn again without a key, with the news that have arrived.
+const TICK: Duration = Duration::from_millis(200);
+
+/// The terminal while it shows the view.
+#[derive(Debug)]
+pub(super) struct Screen {
+    terminal: DefaultTerminal,
+    /// The last signal, or zero.
+    signal: Arc<AtomicUsize>,
+}
+
+/// What came from the terminal or from another process within a tick.
+#[derive(Debug)]
+pub(super) enum Input {
+    None,
+    Key(KeyEvent),
+    Signal(i32),
+}
+
+impl Screen {
+    /// Takes the terminal over.
+    pub(super) fn enter() -> Result<Self, Failure> {
+        let signal = Arc::new(AtomicUsize::new(0));
+        for number in [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP] {
+            if !sys::is_ignored(number) {
+                let value = usize::try_from(number).unwrap_or_default();
+                signal_hook::flag::register_usize(number, signal.clone(), value).map_err(failed)?;
+            }
+        }
+        // This also sets a panic hook that gives the terminal back before it reports the panic.
+        match ratatui::try_init() {
+            Ok(terminal) => Ok(Self { terminal, signal }),
+            Err(error) => {
+                let _ = ratatui::try_restore(); // the terminal may be gone
+                Err(failed(error))
+            }
+        }
+    }
+
+    pub(super) fn draw(&mut self, view: impl FnOnce(&mut Frame<'_>)) -> Result<(), Failure> {
+        self.terminal.draw(view).map(drop).map_err(failed)
+    }
+
+    /// Waits for a key or a signal, for a tick at most.
+    pub(super) fn input(&mut self) -> Result<Input, Failure> {
+        let key = match poll(TICK).and_then(|is_ready| if is_ready { read().map(Some) } else { Ok(None) }) {
+            Ok(Some(Event::Key(key))) if key.kind != KeyEventKind::Release => Some(key),
+            Ok(_) => None,
+            // The signal ended the wait.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => None,
+            Err(error) if self.signal.load(Ordering::Relaxed) == 0 => return Err(failed(error)),
+            Err(_) => None,
+        };
+        match i32::try_from(self.signal.swap(0, Ordering::Relaxed)).unwrap_or_default() {
+            0 => Ok(key.map_or(Input::None, Input::Key)),
+            SIGTSTP => self.suspend().map(|()| Input::None),
+            signal => Ok(Input::Signal(signal)),
+        }
+    }
+
+    /// Gives the terminal back, stops this process, and takes the terminal over again when the process goes on.
+    pub(super) fn suspend(&mut self) -> Result<(), Failure> {
+        self.leave();
+        signal_hook::low_level::emulate_default_handler(SIGTSTP).map_err(failed)?;
+        enable_raw_mode().and_then(|()| execute!(stdout(), EnterAlternateScreen)).map_err(failed)?;
+        self.terminal.clear().map_err(failed)
+    }
+
+    fn leave(&mut self) {
+        let _ = self.terminal.show_cursor(); // the terminal may be gone
+        let _ = ratatui::try_restore(); // as above
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+fn failed(error: io::Error) -> Failure {
+    Failure::new(exit_code::INTERNAL, format!("the terminal cannot be used: {error}"))
+}
