@@ -65,9 +65,9 @@ fn child_plan(child: &Child, store: &StoreChoice) -> Result<ChildPlan, Failure> 
     Ok(ChildPlan { command, kill_after: child.kill_after, store: store.for_children().cloned() })
 }
 
-/// Returns a prefix for keys that a command uses for itself. It is new each time, so that no other process uses these keys.
-fn own_prefix(command: &str) -> Result<String, Failure> {
-    Ok(format!("stanchion {command}/{}/", SessionId::random()?.to_hex()))
+/// Returns a key that a command uses for itself. It is new each time, so that no other process uses it.
+fn own_key(command: &str) -> Result<String, Failure> {
+    Ok(format!("stanchion {command}/{}", SessionId::random()?.to_hex()))
 }
 
 /// Returns the label of this process that others see: the program's name, the machine and the process id. The arguments are

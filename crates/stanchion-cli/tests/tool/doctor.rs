@@ -30,7 +30,7 @@ fn doctor_prints_one_line_per_check() {
     assert_eq!(words.iter().map(|line| line[1]).collect::<Vec<_>>(), CHECKS, "{out:?}");
     let state = world.path("state/stanchion").display().to_string();
     for part in [
-        &format!("sqlite:{state}, the default of this user"),
+        &format!("sqlite:{state}, the default, because"),
         "ok       server    SQLite 3.",
         "skipped  clock     the embedded store uses this machine's clock",
         "ok       hand-off  pushed to the waiter within ",

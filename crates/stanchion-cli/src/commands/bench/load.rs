@@ -26,15 +26,15 @@ pub(super) struct Pairs {
 }
 
 /// Acquires and releases keys in `tasks` tasks, each with a key of its own.
-pub(super) async fn pairs(locks: &Locks, prefix: &str, tasks: usize, length: Duration) -> Result<Pairs, Failure> {
+pub(super) async fn pairs(locks: &Locks, key: &str, tasks: usize, length: Duration) -> Result<Pairs, Failure> {
     let clock = Clock::system();
     // The first request of a connection takes longer.
-    locks.lock(format!("{prefix}first")).await?.release().await?;
+    locks.lock(key).await?.release().await?;
     let started = clock.now();
     let end = started.after(length);
     let mut running = JoinSet::new();
     for task in 0..tasks {
-        running.spawn(pairs_of_task(locks.clone(), format!("{prefix}task {task}"), end));
+        running.spawn(pairs_of_task(locks.clone(), format!("{key}/{task}"), end));
     }
     let mut all = Pairs::default();
     while let Some(done) = running.join_next().await {
@@ -68,23 +68,22 @@ async fn pairs_of_task(locks: Locks, key: String, end: BootTime) -> stanchion::R
 /// again in between.
 pub(super) async fn hand_offs(
     locks: &Locks,
-    prefix: &str,
+    key: &str,
     waiters: usize,
     length: Duration,
 ) -> Result<(Histogram, Duration), Failure> {
     let clock = Clock::system();
-    let key = format!("{prefix}hand-off");
     let (mut times, mut sum) = (Histogram::default(), Duration::ZERO);
     let end = clock.now().after(length);
-    let mut guard = locks.lock(key.as_str()).await?;
+    let mut guard = locks.lock(key).await?;
     while clock.now() < end {
         let round = Arc::new(Round { released_at: Mutex::new(clock.now()), left: AtomicUsize::new(waiters) });
         let mut waiting = JoinSet::new();
         for _ in 0..waiters {
-            waiting.spawn(wait(locks.clone(), key.clone(), round.clone()));
+            waiting.spawn(wait(locks.clone(), key.to_owned(), round.clone()));
         }
         // If the hold was ended by force, the release below says so.
-        while guard.is_held() && locks.inspect(key.as_str()).await?.waiters.len() < waiters {
+        while guard.is_held() && locks.inspect(key).await?.waiters.len() < waiters {
             pause(LOOK_EVERY).await;
         }
         round.releasing(&clock);
@@ -98,7 +97,7 @@ pub(super) async fn hand_offs(
         }
         guard = match last {
             Some(last) => last,
-            None => locks.lock(key.as_str()).await?,
+            None => locks.lock(key).await?,
         };
     }
     guard.release().await?;

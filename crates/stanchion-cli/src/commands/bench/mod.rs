@@ -86,17 +86,17 @@ async fn measure(bench: &Bench, store: &StoreChoice, progress: &Progress) -> Res
 }
 
 async fn measure_all(bench: &Bench, locks: &Locks, progress: &Progress) -> Result<Vec<Measurement>, Failure> {
-    let prefix = super::own_prefix("bench")?;
+    let key = super::own_key("bench")?;
     let mut sizes = vec![1, bench.tasks];
     sizes.dedup();
     let mut measurements = Vec::new();
     for tasks in sizes {
-        let work = load::pairs(locks, &prefix, tasks, bench.length);
+        let work = load::pairs(locks, &key, tasks, bench.length);
         let pairs = progress.during(&format!("acquire and release, tasks: {tasks}"), bench.length, work).await?;
         for (step, times) in [("pair", &pairs.both), ("acquire", &pairs.acquire), ("release", &pairs.release)] {
             measurements.push(Measurement::new(tasks, step, times, pairs.span));
         }
-        let work = load::hand_offs(locks, &prefix, tasks, bench.length);
+        let work = load::hand_offs(locks, &key, tasks, bench.length);
         let (times, span) = progress.during(&format!("hand-off, tasks: {tasks}"), bench.length, work).await?;
         measurements.push(Measurement::new(tasks, "hand-off", &times, span));
     }

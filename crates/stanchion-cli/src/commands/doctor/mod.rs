@@ -68,7 +68,7 @@ fn examine(store: &StoreChoice, report: &mut Report) -> Result<(), Failure> {
 /// Returns why this store was chosen.
 fn reason(store: &StoreChoice) -> String {
     let Some(named_by) = store.named_by() else {
-        return "the default of this user, because no option and no variable names a store".to_owned();
+        return "the default, because no option and no variable names a store".to_owned();
     };
     let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let unused = [environment::STORE, environment::STORE_FILE].into_iter().filter(|name| *name != named_by);
@@ -119,10 +119,10 @@ async fn examine_server(store: &StoreChoice, report: &mut Report) -> Result<(), 
 }
 
 async fn examine_open(store: &StoreChoice, locks: &Locks, owner: &str, report: &mut Report) -> Result<(), Failure> {
-    let prefix = super::own_prefix("doctor")?;
-    let key = |check: &str| format!("{prefix}{check}");
+    // One key for all checks: a store may keep the last fence of a key for a while.
+    let key = super::own_key("doctor")?;
     let is_embedded = locks.capabilities().liveness == Liveness::Process;
-    match checks::rights(locks, &key("rights")).await {
+    match checks::rights(locks, &key).await {
         Ok(true) => report.ok("rights", "a key was acquired, renewed and released")?,
         Ok(false) => report.ok("rights", "a key was acquired and released; sessions of this store need no renewal")?,
         Err(failure) => {
@@ -134,7 +134,7 @@ async fn examine_open(store: &StoreChoice, locks: &Locks, owner: &str, report: &
     if is_embedded {
         report.skipped(&["clock"], "the embedded store uses this machine's clock")?;
     } else {
-        match checks::clock_offset(locks, &key("clock")).await {
+        match checks::clock_offset(locks, &key).await {
             Ok(offset) => examine_clock(offset, report)?,
             Err(failure) => report.failed("clock", &failure)?,
         }
@@ -149,7 +149,7 @@ async fn examine_open(store: &StoreChoice, locks: &Locks, owner: &str, report: &
     let mut warnings = Vec::new();
     match store.open_observed(owner, OPEN_WITHIN, count).await {
         Ok(waiter) => {
-            match checks::hand_off(locks, &waiter, &polls, &key("hand-off")).await {
+            match checks::hand_off(locks, &waiter, &polls, &key).await {
                 Ok(found) => examine_hand_off(found, report)?,
                 Err(failure) => report.failed("hand-off", &failure)?,
             }
@@ -158,7 +158,7 @@ async fn examine_open(store: &StoreChoice, locks: &Locks, owner: &str, report: &
         }
         Err(error) => report.failed("hand-off", &error.into())?,
     }
-    match checks::latency(locks, &key("latency")).await {
+    match checks::latency(locks, &key).await {
         Ok(step) => {
             let message = format!("{} for an acquire or a release (median)", measured(step));
             report.ok_with("latency", &message, Measured::took(step))?;
@@ -209,4 +209,25 @@ fn examine_settings(warnings: Vec<String>, report: &mut Report) -> Result<(), Fa
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_that_differ_by_seconds_are_reported() {
+        let code = |millis: i64, uncertainty| {
+            let mut strict = Report::new(false, true, true);
+            let uncertainty = Duration::from_millis(uncertainty);
+            examine_clock(checks::ClockOffset { micros: millis * 1_000, uncertainty }, &mut strict).unwrap();
+            strict.exit_code()
+        };
+        for (millis, uncertainty) in [(0, 0), (1_900, 0), (-1_900, 5), (3_000, 1_500), (-3_000, 4_000)] {
+            assert_eq!(code(millis, uncertainty), exit_code::OK, "{millis} to {uncertainty}");
+        }
+        for (millis, uncertainty) in [(2_100, 5), (-2_100, 5), (i64::MIN / 1_000, 0)] {
+            assert_eq!(code(millis, uncertainty), exit_code::MISCONFIGURED, "{millis} to {uncertainty}");
+        }
+    }
 }

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use ratatui::backend::CrosstermBackend;
 use ratatui::crossterm::event::{Event, KeyEvent, KeyEventKind, poll, read};
 use ratatui::crossterm::execute;
-use ratatui::crossterm::terminal::{EnterAlternateScreen, enable_raw_mode};
-use ratatui::{DefaultTerminal, Frame};
+use ratatui::crossterm::terminal::{Clear, ClearType, EnterAlternateScreen, enable_raw_mode};
+use ratatui::{DefaultTerminal, Frame, Terminal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
 
 use crate::exit_code;
@@ -79,8 +80,11 @@ impl Screen {
     pub(super) fn suspend(&mut self) -> Result<(), Failure> {
         self.leave();
         signal_hook::low_level::emulate_default_handler(SIGTSTP).map_err(failed)?;
-        enable_raw_mode().and_then(|()| execute!(stdout(), EnterAlternateScreen)).map_err(failed)?;
-        self.terminal.clear().map_err(failed)
+        enable_raw_mode().map_err(failed)?;
+        execute!(stdout(), EnterAlternateScreen, Clear(ClearType::All)).map_err(failed)?;
+        // A new one draws everything. To clear the old one would wait for the terminal to report where the cursor is.
+        self.terminal = Terminal::new(CrosstermBackend::new(stdout())).map_err(failed)?;
+        Ok(())
     }
 
     fn leave(&mut self) {

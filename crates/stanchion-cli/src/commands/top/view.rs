@@ -4,7 +4,7 @@ use ratatui::Frame;
 use ratatui::layout::{Constraint, Flex, Layout, Rect};
 use ratatui::style::{Style, Stylize as _};
 use ratatui::text::Line;
-use ratatui::widgets::{Block, Borders, Clear, Paragraph, Row as TableRow, Table, TableState, Wrap};
+use ratatui::widgets::{Block, Borders, Clear, Padding, Paragraph, Row as TableRow, Table, TableState, Wrap};
 use stanchion::BootTime;
 
 use super::state::{Dialog, Row, State};
@@ -152,7 +152,7 @@ fn draw_dialog(frame: &mut Frame<'_>, dialog: &Dialog) {
         Line::raw(ask).bold(),
     ];
     frame.render_widget(Clear, area);
-    let block = Block::bordered().title(" force-release ");
+    let block = Block::bordered().padding(Padding::horizontal(1)).title(" force-release ");
     frame.render_widget(Paragraph::new(lines).wrap(Wrap { trim: false }).block(block), area);
 }
 
