@@ -46,7 +46,7 @@ fn top_lists_the_longest_queue_first() {
     assert!(busy.contains("held") && busy.contains(&format!("/{}", holder.pid())), "{busy}");
     screen.draws(r"metadata a\u{1b}[2Jb");
     screen.draws("waiter 1  true@");
-    // What happens is shown by the next look.
+    // The next look shows the change.
     waiter.send(Signal::TERM);
     screen.draws("keys 2   holds 2   waiters 0");
     screen.types("q");

@@ -27,7 +27,7 @@ pub(super) struct Screen {
     signal: Arc<AtomicUsize>,
 }
 
-/// What came from the terminal or from another process within a tick.
+/// An input from the terminal or from another process within a tick.
 #[derive(Debug)]
 pub(super) enum Input {
     None,
