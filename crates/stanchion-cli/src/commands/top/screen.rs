@@ -95,7 +95,10 @@ impl Screen {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        self.leave();
+        // After a panic the hook has left already, and printed the panic, which leaving again would hide.
+        if !std::thread::panicking() {
+            self.leave();
+        }
     }
 }
 
