@@ -156,15 +156,15 @@ pub(crate) enum Command {
     Top(Top),
     /// Check the store: can it be reached, used and trusted
     ///
-    /// Prints a line per check: ok, warning, failed or skipped. Holds keys of its own for a moment, and
-    /// leaves nothing behind. The exit code is that of the first check that failed: 69 the store cannot
-    /// be reached, 77 a right is missing, 78 it is misconfigured.
+    /// Prints a line per check: ok, warning, failed or skipped. Holds a key of its own for a moment, and
+    /// creates no store. The exit code is that of the first check that failed: 69 the store cannot be
+    /// reached, 77 a right is missing, 78 it is misconfigured.
     #[command(verbatim_doc_comment, after_long_help = crate::output::DOCTOR_HELP)]
     Doctor(Doctor),
     /// Measure the store
     ///
     /// Measures an acquire, a release and a hand-off with one task and with several tasks of one process.
-    /// Uses keys of its own, and leaves nothing behind. It puts load on the store while it runs.
+    /// Uses keys of its own, and holds none of them afterwards. Puts load on the store while it runs.
     #[command(verbatim_doc_comment, after_long_help = crate::output::BENCH_HELP)]
     Bench(Bench),
     /// Print or run the SQL that creates the schema of a PostgreSQL store
@@ -350,7 +350,7 @@ pub(crate) struct Bench {
     /// How long each of the measurements lasts
     #[arg(long = "for", value_name = "DUR", value_parser = span, default_value = "3s", allow_hyphen_values = true)]
     pub(crate) length: Duration,
-    /// The number of tasks, beside one
+    /// How many tasks to measure with, after one alone
     #[arg(long, value_name = "N", value_parser = tasks, default_value = "16", allow_hyphen_values = true)]
     pub(crate) tasks: usize,
     /// One JSON object

@@ -112,7 +112,8 @@ fn stopped_top_gives_the_terminal_back() {
     screen.types("stty rows 24 cols 120; $S top\n");
     screen.draws("keys 1   holds 1");
     screen.types("\u{1a}");
-    screen.draws("Stopped");
+    screen.shows("\u{1b}[?1049l");
+    screen.shows("Stopped");
     screen.types("stty -a | tr ';' '\\n' | grep -o '[-]*icanon'\n");
     screen.shows("\nicanon");
     screen.types("fg\n");
