@@ -26,6 +26,10 @@ fn permits(text: &str) -> Result<u32, String> {
     whole(text, 1, Demand::MAX.into())
 }
 
+fn tasks(text: &str) -> Result<usize, String> {
+    whole(text, 1, 1_000)
+}
+
 fn slot(text: &str) -> Result<u64, String> {
     whole(text, 0, u64::MAX)
 }
@@ -156,6 +160,27 @@ pub(crate) enum Command {
     #[command(verbatim_doc_comment, after_long_help = help::after_options("force-release"))]
     #[command(name = "force-release", visible_alias = "break")]
     ForceRelease(ForceRelease),
+    /// Show keys, holders and queues on a full screen
+    ///
+    /// Looks at the keys once a second, because a store notifies holders and waiters only: a hold that
+    /// begins and ends between two looks is not seen. Keys with the most waiters come first, then the
+    /// oldest. Up and down select a hold, f ends it by force after a reason and a confirmation, q quits.
+    /// An outage of the store is reported, and top goes on.
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("top"))]
+    Top(Top),
+    /// Check the store: can it be reached, used and trusted
+    ///
+    /// Prints a line per check: ok, warning, failed or skipped. Holds a key of its own for a moment, and
+    /// creates no store. The exit code is that of the first check that failed: 69 the store cannot be
+    /// reached, 77 a right is missing, 78 it is misconfigured.
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("doctor"))]
+    Doctor(Doctor),
+    /// Measure the store
+    ///
+    /// Measures an acquire, a release and a hand-off with one task and with several tasks of one process.
+    /// Uses keys of its own, and holds none of them afterwards. Puts load on the store while it runs.
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("bench"))]
+    Bench(Bench),
     /// Print or run the SQL that creates the schema of a PostgreSQL store
     ///
     /// The role that runs it needs the right to create and becomes the schema's owner; roles that use
@@ -417,6 +442,36 @@ pub(crate) struct ForceRelease {
     /// The reason, shown to the user whose command loses the key; without it you are asked
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) reason: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Top {
+    /// Only keys that begin with this
+    #[arg(value_name = "PREFIX", default_value = "", hide_default_value = true)]
+    pub(crate) prefix: String,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Doctor {
+    /// One JSON object per check and line
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// End with 78 if there are warnings
+    #[arg(long)]
+    pub(crate) strict: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Bench {
+    /// How long each of the measurements lasts
+    #[arg(long = "for", value_name = "DUR", value_parser = span, default_value = "3s", allow_hyphen_values = true)]
+    pub(crate) length: Duration,
+    /// How many tasks to measure with, after one alone
+    #[arg(long, value_name = "N", value_parser = tasks, default_value = "16", allow_hyphen_values = true)]
+    pub(crate) tasks: usize,
+    /// One JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[cfg(test)]

@@ -38,7 +38,7 @@ type Row = (&'static str, &'static [&'static str], &'static str);
 const RUNNING: &[&str] = &["run", "once", "elect"];
 
 /// The codes as `--help` and the man pages show them.
-const TABLE: [Row; 20] = [
+const TABLE: [Row; 21] = [
     ("CODE", RUNNING, "the command's own code, when it ran to its end"),
     ("128+N", RUNNING, "the command died of signal N; or signal N ended the wait for the key"),
     ("0", &[], "it went well"),
@@ -61,6 +61,7 @@ const TABLE: [Row; 20] = [
     ("77", &[], "not permitted by the store or the file system"),
     ("77", RUNNING, "the key was lost, and the command runs on as another user and could not be ended"),
     ("78", &[], "the store is misconfigured; the message says what to change"),
+    ("78", &["doctor"], "`doctor --strict`: also if there is a warning"),
     ("126", RUNNING, "the command could not be executed"),
     ("127", RUNNING, "the command was not found"),
 ];

@@ -64,6 +64,12 @@ pub(crate) fn examples(command: &str) -> &'static [Entry] {
             ("stanchion force-release deploy", "show the holds, and ask"),
             ("stanchion force-release deploy --fence 1764536401123456 --reason gone", "do not ask"),
         ],
+        "top" => &[("stanchion top", "all keys"), ("stanchion top deploy/", "only keys that begin with deploy/")],
+        "doctor" => &[
+            ("stanchion doctor", "before you trust a store"),
+            ("stanchion doctor --strict --json", "for a monitoring check"),
+        ],
+        "bench" => &[("stanchion bench --for 10s --tasks 50", "longer, with more tasks")],
         "schema" => &[
             ("stanchion schema --store postgres://db.example/app | psql", "read it first, if you like"),
             ("stanchion schema --store-file owner.url --apply", "with the URL of the schema's owner"),
@@ -122,6 +128,30 @@ never changed or removed.
                  absent unless they apply
 ";
 
+const DOCTOR_JSON: &str = "\
+One object per check and line. The format is stable: fields are added,
+never changed or removed.
+  check          store, open, server, rights, clock, hand-off, latency,
+                 settings (once per warning)
+  outcome        ok, warning, failed or skipped
+  message        the text of the line, for people
+  took_us        of open, hand-off and latency: the time in whole
+                 microseconds
+  offset_us      of clock: the store's clock minus this machine's, in
+                 whole microseconds
+";
+
+const BENCH_JSON: &str = "\
+One object. The format is stable: fields are added, never changed or
+removed.
+  store          the store, without user and password
+  for_ms         the length of each measurement
+  measurements   tasks, step, count, per_second, p50_us, p99_us
+A step is an acquire, a release, a pair of both on a key that nobody
+else uses, or a hand-off: from the begin of a release to the grant of
+the next waiter. p50 and p99: half, and 99 of 100, took no longer.
+";
+
 const JSON_FORMS: &str = "\
 Fences are numbers below 2^53. Fields that end in _ms are whole
 milliseconds; since, began and time are RFC 3339 in UTC. Characters that
@@ -133,6 +163,8 @@ pub(crate) fn json(command: &str) -> Option<String> {
         "ls" => LS_JSON,
         "inspect" => INSPECT_JSON,
         "watch" => WATCH_JSON,
+        "doctor" => return Some(DOCTOR_JSON.to_owned()),
+        "bench" => return Some(BENCH_JSON.to_owned()),
         _ => return None,
     };
     Some(format!("{fields}{JSON_FORMS}"))
@@ -205,21 +237,9 @@ mod tests {
     #[test]
     fn preformatted_lines_fit_a_man_page() {
         // A page of 80 columns has an indent of 7.
-        let commands = [
-            "stanchion",
-            "run",
-            "once",
-            "elect",
-            "wait",
-            "ls",
-            "inspect",
-            "watch",
-            "force-release",
-            "schema",
-            "completions",
-            "man",
-        ];
-        for command in commands {
+        let commands =
+            "stanchion run once elect wait ls inspect watch top force-release doctor bench schema completions man";
+        for command in commands.split(' ') {
             let examples = examples(command);
             assert!(!examples.is_empty(), "{command}");
             let json = json(command).unwrap_or_default();

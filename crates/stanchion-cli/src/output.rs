@@ -155,6 +155,18 @@ pub(crate) fn for_people(span: Duration) -> String {
     text.split(' ').take(2).collect::<Vec<_>>().join(" ")
 }
 
+/// Returns a measured span with three digits: `0.042 ms`, `3.14 ms`, `314 ms`, `3.14 s`.
+pub(crate) fn measured(span: Duration) -> String {
+    let millis = span.as_secs_f64() * 1_000.0;
+    match millis {
+        ..0.9995 => format!("{millis:.3} ms"),
+        ..9.995 => format!("{millis:.2} ms"),
+        ..99.95 => format!("{millis:.1} ms"),
+        ..999.5 => format!("{millis:.0} ms"),
+        _ => format!("{:.2} s", span.as_secs_f64()),
+    }
+}
+
 /// Returns the sentence for a request whose limit is not the limit of the holders.
 pub(crate) fn limits_differ(in_use: u32, asked: u32) -> String {
     let (in_use, asked) = (limit(in_use), limit(asked));
@@ -394,6 +406,15 @@ mod tests {
         let table = [(0, "0s"), (7, "7ms"), (1_234, "1s 200ms"), (61_500, "1m 1s"), (90_000_000, "1day 1h")];
         for (millis, text) in table {
             assert_eq!(for_people(Duration::from_millis(millis)), text);
+        }
+    }
+
+    #[test]
+    fn measured_spans_have_three_digits() {
+        let table = [(42, "0.042 ms"), (999, "0.999 ms"), (3_141, "3.14 ms"), (31_416, "31.4 ms")];
+        let longer = [(314_159, "314 ms"), (999_600, "1.00 s"), (3_141_593, "3.14 s"), (62_000_000, "62.00 s")];
+        for (micros, text) in table.into_iter().chain(longer) {
+            assert_eq!(measured(Duration::from_micros(micros)), text);
         }
     }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use stanchion::store::{Postgres, Sqlite};
+use stanchion::store::{Observed, OperationDone, Postgres, Redis, Sqlite};
 use stanchion::{BootTime, Clock, Key, Locks};
 
 use crate::arguments::Common;
@@ -32,6 +32,8 @@ const TOLD_WITHIN: Duration = Duration::from_millis(20);
 #[derive(Clone)]
 pub(crate) struct StoreChoice {
     url: String,
+    /// Option or variable that names the store, or `None` for the store of a user who named none.
+    named_by: Option<&'static str>,
     /// Environment variable that makes an inner `stanchion` choose the same store, unless that would show a password.
     for_children: Option<(&'static str, OsString)>,
     /// The namespace of the keys; empty for none.
@@ -83,7 +85,7 @@ fn resolve_url(common: &Common) -> Result<StoreChoice, Failure> {
             );
             return Err(Failure::new(exit_code::USAGE, message));
         }
-        return choose(url, "--store");
+        return choose(url, "--store", "--store");
     }
     if let Some(path) = &common.store_file {
         return from_file(path, "--store-file");
@@ -96,7 +98,7 @@ fn resolve_url(common: &Common) -> Result<StoreChoice, Failure> {
                 format!("{} is not UTF-8: write other bytes of a URL as %XX", environment::STORE),
             )
         })?;
-        return choose(&url, environment::STORE);
+        return choose(&url, environment::STORE, environment::STORE);
     }
     match variable(environment::STORE_FILE) {
         Some(path) => from_file(Path::new(&path), environment::STORE_FILE),
@@ -104,7 +106,7 @@ fn resolve_url(common: &Common) -> Result<StoreChoice, Failure> {
             if let Some(note) = other_users_store().filter(|_| common.verbose) {
                 Verbosity::Verbose.note(note);
             }
-            Ok(StoreChoice { for_children: None, ..chosen(DEFAULT.to_owned()) })
+            Ok(StoreChoice { named_by: None, for_children: None, ..chosen(DEFAULT.to_owned(), "") })
         }
     }
 }
@@ -120,7 +122,7 @@ fn other_users_store() -> Option<String> {
     ))
 }
 
-fn from_file(path: &Path, named_by: &str) -> Result<StoreChoice, Failure> {
+fn from_file(path: &Path, named_by: &'static str) -> Result<StoreChoice, Failure> {
     let shown = quoted(&path.to_string_lossy());
     let failed = |error: std::io::Error| {
         let code = match error.kind() {
@@ -139,7 +141,7 @@ fn from_file(path: &Path, named_by: &str) -> Result<StoreChoice, Failure> {
     file.read_to_string(&mut text).map_err(failed)?;
     // Some editors put a mark before the first character.
     let url = text.trim_start_matches('\u{feff}').lines().next().unwrap_or_default().trim();
-    let choice = choose(url, &format!("the first line of `{shown}` (of {named_by})"))?;
+    let choice = choose(url, &format!("the first line of `{shown}` (of {named_by})"), named_by)?;
     // Absolute, because the command may change its folder.
     let path = std::path::absolute(path).map_err(failed)?;
     Ok(StoreChoice { for_children: Some((environment::STORE_FILE, path.into_os_string())), ..choice })
@@ -160,19 +162,20 @@ fn insecure(owner: u32, mode: u32, user: u32, path: &str) -> Option<String> {
 }
 
 /// Checks that the text is a URL and names a store that other processes can share, which the library does not require.
-fn choose(url: &str, named_by: &str) -> Result<StoreChoice, Failure> {
+/// `place` is where the text stands, for messages.
+fn choose(url: &str, place: &str, named_by: &'static str) -> Result<StoreChoice, Failure> {
     if let Some(mistake) = url_mistake::find(url) {
-        return Err(Failure::new(exit_code::USAGE, format!("{named_by} {mistake}")));
+        return Err(Failure::new(exit_code::USAGE, format!("{place} {mistake}")));
     }
     match url.strip_prefix("sqlite:") {
-        Some(_) => embedded_url(url, named_by, std::env::var_os("HOME")).map(chosen),
-        None => Ok(chosen(url.to_owned())),
+        Some(_) => embedded_url(url, place, std::env::var_os("HOME")).map(|url| chosen(url, named_by)),
+        None => Ok(chosen(url.to_owned(), named_by)),
     }
 }
 
-fn chosen(url: String) -> StoreChoice {
+fn chosen(url: String, named_by: &'static str) -> StoreChoice {
     let for_children = (!holds_password(&url)).then(|| (environment::STORE, OsString::from(&url)));
-    StoreChoice { url, for_children, namespace: String::new() }
+    StoreChoice { url, named_by: Some(named_by), for_children, namespace: String::new() }
 }
 
 /// Returns the URL with the home folder in place of `~`. Refuses a relative folder: it would be another store in each
@@ -236,6 +239,11 @@ impl StoreChoice {
         Ok(Key::new(&self.namespace, name)?)
     }
 
+    /// Returns the option or the variable that names the store, unless it is the default store.
+    pub(crate) fn named_by(&self) -> Option<&'static str> {
+        self.named_by
+    }
+
     /// Returns the environment that makes an inner `stanchion` choose the same store and namespace.
     pub(crate) fn for_children(&self) -> Vec<(&'static str, OsString)> {
         let namespace = (!self.namespace.is_empty()).then(|| (environment::NAMESPACE, self.namespace.clone().into()));
@@ -248,13 +256,18 @@ impl StoreChoice {
     }
 
     /// Returns whether it is the store of a user who named none.
-    fn is_default(&self) -> bool {
+    pub(crate) fn is_default(&self) -> bool {
         self.url == DEFAULT
     }
 
     /// Returns the folder of the embedded store.
     fn folder(&self) -> Option<stanchion::Result<PathBuf>> {
         self.url.starts_with(DEFAULT).then(|| Sqlite::folder_of_url(&self.url))
+    }
+
+    /// Returns whether it is an embedded store whose folder is known.
+    pub(crate) fn has_folder(&self) -> bool {
+        self.folder().is_some_and(|folder| folder.is_ok())
     }
 
     /// Refuses a folder that looks like a typing error: of a folder that the user named, the store makes the last part only.
@@ -279,18 +292,44 @@ impl StoreChoice {
 
     /// Returns the store to look at: looking does not create the folder of the embedded store.
     fn for_looking(&self) -> Result<Self, Failure> {
+        match self.check_exists() {
+            // Nobody has held a key yet: an empty store gives the same answers.
+            Err(_) if self.is_default() && self.has_folder() => Ok(Self { url: "memory:".to_owned(), ..self.clone() }),
+            checked => checked.map(|()| self.clone()),
+        }
+    }
+
+    /// Returns an error if the folder of the embedded store does not exist.
+    pub(crate) fn check_exists(&self) -> Result<(), Failure> {
         match self.folder().transpose()? {
-            Some(_) if self.is_unused() => {
-                // Nobody has held a key yet: an empty store gives the same answers.
-                Ok(Self { url: "memory:".to_owned(), ..self.clone() })
-            }
             Some(folder) if !folder.exists() => {
                 let folder = quoted(&folder.to_string_lossy());
                 let message = format!("no store in `{folder}`: the first `stanchion run` makes it");
                 Err(Failure::new(exit_code::MISCONFIGURED, message))
             }
-            _ => Ok(self.clone()),
+            _ => Ok(()),
         }
+    }
+
+    /// Returns the product and the version of the store's server, or `None` for a store that does not report them.
+    pub(crate) async fn server(&self) -> stanchion::Result<Option<String>> {
+        match self.url.split_once(':').map(|(scheme, _)| scheme) {
+            Some("sqlite") => Ok(Some(format!("SQLite {}", Sqlite::sqlite_version()))),
+            Some(scheme) if scheme.starts_with("redis") => Redis::from_url(&self.url)?.server().await.map(Some),
+            Some("postgres" | "postgresql") => Postgres::from_url(&self.url)?.server().await.map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Opens the store another time, with a session of its own, and reports each operation of it.
+    pub(crate) async fn open_observed(
+        &self,
+        owner: &str,
+        limit: Duration,
+        report: impl Fn(&OperationDone<'_>) + Send + Sync + 'static,
+    ) -> stanchion::Result<Locks> {
+        let store = Observed::new(stanchion::store::open(&self.url).await?, report);
+        Locks::builder_with_store(store).owner(owner).open_within(limit).open().await
     }
 
     /// Opens the store within `limit`, or within the library's default.

@@ -1,6 +1,8 @@
 //! One file per command: each turns parsed arguments into a plan, carries it out, and returns the exit code.
 
+mod bench;
 mod completions;
+mod doctor;
 mod elect;
 mod force_release;
 mod inspect;
@@ -9,14 +11,15 @@ mod man;
 mod once;
 mod run;
 mod schema;
+mod top;
 mod wait;
 mod watch;
 
 use std::ffi::OsStr;
 use std::path::Path;
 
-use stanchion::Key;
 use stanchion::store::{Demand, redacted};
+use stanchion::{Key, SessionId};
 
 use crate::arguments::{Arguments, Child, Command};
 use crate::child::{ChildPlan, OnLost};
@@ -37,6 +40,9 @@ pub(crate) fn execute(arguments: Arguments, verbosity: Verbosity) -> Result<u8, 
         Command::Inspect(inspect) => inspect::execute(&inspect, &store::resolve(common)?, verbosity),
         Command::Watch(watch) => watch::execute(&watch, &store::resolve(common)?, verbosity),
         Command::ForceRelease(hold) => force_release::execute(hold, &store::resolve(common)?, verbosity),
+        Command::Top(top) => top::execute(&top, &store::resolve(common)?),
+        Command::Doctor(doctor) => doctor::execute(&doctor, store::resolve(common), verbosity),
+        Command::Bench(bench) => bench::execute(&bench, &store::resolve(common)?, verbosity),
         Command::Schema { apply } => schema::execute(apply, &store::resolve(common)?, verbosity),
         Command::Completions { shell } => completions::execute(shell),
         Command::Man { folder } => man::execute(folder.as_deref()),
@@ -113,6 +119,11 @@ fn child_plan(child: &Child, store: &StoreChoice) -> Result<ChildPlan, Failure> 
         ready_file: None,
         environment: store.for_children(),
     })
+}
+
+/// Returns a key that a command uses for itself. It is new each time, so that no other process uses it.
+fn own_key(command: &str) -> Result<String, Failure> {
+    Ok(format!("stanchion {command}/{}", SessionId::random()?.to_hex()))
 }
 
 /// Returns the label of this process that others see: the program's name, the machine and the process id. The arguments are

@@ -3,8 +3,10 @@
 
 mod away;
 mod bad_input;
+mod bench;
 mod common;
 mod death;
+mod doctor;
 mod elect;
 mod help;
 mod keys;
@@ -13,8 +15,10 @@ mod loss;
 mod man_pages;
 mod once;
 mod run;
+mod screen;
 mod secrets;
 mod signals;
 mod terminal;
+mod top;
 mod wait;
 mod wrong_inputs;

@@ -1,93 +1,9 @@
 //! At a terminal: an interactive command works as if the shell had started it itself.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-use std::fs::File;
-use std::io::{Read as _, Write as _};
-use std::os::fd::OwnedFd;
-use std::process::{Child, Command};
-use std::sync::{Arc, Mutex};
-
 use crate::common::*;
-use rustix::fs::{Mode, OFlags};
+use crate::screen::Screen;
 use rustix::process::Signal;
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-
-/// A terminal with a program in it.
-struct Screen {
-    keyboard: File,
-    shown: Arc<Mutex<String>>,
-    child: Child,
-}
-
-impl Screen {
-    /// Starts a program in a session of its own with a new terminal.
-    fn new(world: &World, program: &[&str]) -> Self {
-        let keyboard = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
-        grantpt(&keyboard).unwrap();
-        unlockpt(&keyboard).unwrap();
-        let name = ptsname(&keyboard, Vec::new()).unwrap();
-        let terminal: OwnedFd =
-            rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).unwrap();
-        let mut command = Command::new("env");
-        command.args(["--default-signal", "setsid", "-c"]).args(program);
-        world.prepare(&mut command);
-        command.env("S", env!("CARGO_BIN_EXE_stanchion")).env("PS1", "$ ").env("TERM", "dumb").env("HISTFILE", "");
-        command.stdin(terminal.try_clone().unwrap()).stdout(terminal.try_clone().unwrap()).stderr(terminal);
-        let child = command.spawn().unwrap();
-        let keyboard = File::from(keyboard);
-        let shown = Arc::new(Mutex::new(String::new()));
-        let (mut screen, text) = (keyboard.try_clone().unwrap(), shown.clone());
-        std::thread::spawn(move || {
-            let mut bytes = [0; 1024];
-            while let Ok(count @ 1..) = screen.read(&mut bytes) {
-                text.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[..count]));
-            }
-        });
-        Self { keyboard, shown, child }
-    }
-
-    /// An interactive shell.
-    fn shell(world: &World) -> Self {
-        let mut screen = Self::new(world, &["bash", "--norc", "--noprofile", "-i"]);
-        screen.shows("$ ");
-        screen.types("bind 'set enable-bracketed-paste off'; echo shell $((40 + 2))\n");
-        screen.shows("shell 42");
-        screen
-    }
-
-    fn types(&mut self, text: &str) {
-        self.keyboard.write_all(text.as_bytes()).unwrap();
-    }
-
-    /// Waits for the text, and forgets what was shown up to its end.
-    #[track_caller]
-    fn shows(&self, text: &str) {
-        let end = now().after(LIMIT);
-        loop {
-            let mut shown = self.shown.lock().unwrap();
-            if let Some(at) = shown.find(text) {
-                shown.drain(..at + text.len());
-                return;
-            }
-            assert!(now() < end, "no `{text}` in:\n{shown}");
-            drop(shown);
-            std::thread::sleep(std::time::Duration::from_millis(2));
-        }
-    }
-
-    #[track_caller]
-    fn exit(&mut self) -> std::process::ExitStatus {
-        until("the end of the program at the terminal", || self.child.try_wait().unwrap().is_some());
-        self.child.wait().unwrap()
-    }
-}
-
-impl Drop for Screen {
-    fn drop(&mut self) {
-        let _ended = self.child.kill();
-        let _ended = self.child.wait();
-    }
-}
 
 #[test]
 fn waits_are_described_on_a_terminal() {

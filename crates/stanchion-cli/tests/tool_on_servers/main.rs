@@ -3,6 +3,8 @@
 
 #[path = "../tool/common.rs"]
 mod common;
+#[path = "../tool/screen.rs"]
+mod screen;
 #[macro_use]
 mod on_a_server;
 mod firestore;

@@ -117,6 +117,29 @@ pub(crate) fn stopped_leader_queues_again(server: impl Server) {
     assert!(terms.is_sorted_by(|a, b| a.0 < b.0) && terms[0].1 == terms[2].1, "{terms:?}");
 }
 
+pub(crate) fn doctor_examines_the_server(mut server: impl Server) {
+    let world = world(&server);
+    let examined = run(&world, &["doctor"]).finish().code(0);
+    assert!(!examined.stdout.contains("hunter2") && examined.stderr.is_empty(), "{examined:?}");
+    let has = |word: &str, check: &str| {
+        examined.stdout.lines().any(|line| line.starts_with(&format!("{word:7}  {check:8}  ")))
+    };
+    for check in ["store", "open", "server", "rights", "clock", "hand-off", "latency"] {
+        assert!(has("ok", check), "{check}: {examined:?}");
+    }
+    for part in ["named by --store-file", "a key was acquired, renewed and released", "pushed to the waiter within"] {
+        assert!(examined.stdout.contains(part), "no `{part}` in {examined:?}");
+    }
+    let listed = run(&world, &["ls", "--json"]).finish().ok();
+    assert!(!listed.contains(r#""key""#), "nothing is left: {listed}");
+    world.write_store_file("url", &server.url("wrong-one"));
+    let refused = run(&world, &["doctor"]).finish().code(77);
+    assert!(refused.stdout.contains("\nfailed   open ") && !refused.stdout.contains("wrong-one"), "{refused:?}");
+    server.kill();
+    let gone = run(&world, &["doctor", "--json"]).finish().code(69);
+    assert!(gone.stdout.contains(r#"{"check":"open","outcome":"failed","#), "{gone:?}");
+}
+
 /// Makes a test of each function above, on the server that `$start` starts.
 #[macro_export]
 macro_rules! on_a_server {
@@ -128,6 +151,7 @@ macro_rules! on_a_server {
             command_ends_before_another_gets_the_key,
             killed_wrapper_takes_its_child_along,
             stopped_leader_queues_again,
+            doctor_examines_the_server,
         }
     };
     ($start:expr => $($case:ident),* $(,)?) => { $(

@@ -69,6 +69,16 @@ fn what_cannot_be_used_has_its_code() {
 }
 
 #[test]
+fn doctor_names_a_server_without_schema() {
+    let server = PostgresServer::start(Postgres::V15);
+    let world = World::new();
+    let examined = world.stanchion(["doctor", "--store", &server.url()]).finish().code(78);
+    let lines: Vec<_> = examined.stdout.lines().collect();
+    assert!(lines[1].starts_with("failed   open ") && lines[1].contains("stanchion schema"), "{examined:?}");
+    assert!(lines[2].starts_with("ok       server    PostgreSQL 15."), "{examined:?}");
+}
+
+#[test]
 fn psql_applies_the_printed_schema() {
     let server = PostgresServer::start(Postgres::V15);
     let world = World::new();

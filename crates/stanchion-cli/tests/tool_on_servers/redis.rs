@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 use crate::common::*;
+use crate::screen::Screen;
 use stanchion_testkit::servers::{Redis, RedisServer};
 
 impl crate::on_a_server::Server for RedisServer {
@@ -14,6 +15,48 @@ impl crate::on_a_server::Server for RedisServer {
 }
 
 on_a_server!(|| RedisServer::with(Redis::Redis7, &["--requirepass", "hunter2"]));
+
+#[test]
+fn doctor_names_missing_rights() {
+    let server = RedisServer::start(Redis::Redis7);
+    let world = World::new();
+    let examine = |user: &str, rights: &[&str]| {
+        server.command(&[&["ACL", "SETUSER", user, "reset", "on", ">pw", "~*", "&*", "+@all"], rights].concat());
+        world.write_store_file("url", &format!("redis://{user}:pw@127.0.0.1:{}", server.port()));
+        world.stanchion(["doctor", "--store-file", "url"]).finish()
+    };
+    // Sessions are allowed, and keys are not.
+    let no_keys = examine("sessions", &["resetkeys", "~stanchion:session:*"]).code(77);
+    assert!(no_keys.stdout.contains("\nfailed   rights    acquire: "), "{no_keys:?}");
+    let deaf = examine("deaf", &["-subscribe"]).code(0);
+    assert!(deaf.stdout.contains("\nwarning  hand-off  the waiter found it by polling, after "), "{deaf:?}");
+    assert!(deaf.stdout.contains("\nwarning  settings  notifications unavailable"), "{deaf:?}");
+    let unnamed = examine("unnamed", &["-info"]).code(0);
+    assert!(unnamed.stdout.contains("\nskipped  server    the server does not report its version"), "{unnamed:?}");
+}
+
+#[test]
+fn top_goes_on_after_an_outage() {
+    let server = RedisServer::start(Redis::Redis7);
+    let world = World::new();
+    let url = format!("redis://127.0.0.1:{}", server.port());
+    let holder = world.stanchion(["run", "--store", &url, "k", "-c", "touch $D/held; exec sleep 600"]).start();
+    world.until_file("held");
+    let mut screen =
+        Screen::new(&world, &["sh", "-c", &format!("stty rows 24 cols 120; $S top --store {url}; echo code $?")]);
+    screen.draws("keys 1   holds 1");
+    let redis = server.process().unwrap();
+    redis.signal("STOP");
+    screen.draws("the store is away, for ");
+    assert!(screen.drawn().iter().any(|line| line.starts_with("k  ")), "the last list stays: {:?}", screen.drawn());
+    redis.signal("CONT");
+    until("the end of the outage", || !screen.is_drawn("the store is away"));
+    holder.send(rustix::process::Signal::TERM);
+    screen.draws("keys 0   holds 0");
+    screen.types("q");
+    screen.draws("code 0");
+    screen.exit();
+}
 
 #[test]
 fn outages_are_reported_while_a_command_runs() {

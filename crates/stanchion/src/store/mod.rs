@@ -75,7 +75,8 @@ pub use self::redis::Redis;
 pub use faulty::{Fault, Faults, Faulty, Operation};
 pub use memory::Memory;
 pub use observed::{Observed, OperationDone};
-pub(crate) use open::{open, shown_scheme};
+pub use open::open;
+pub(crate) use open::shown_scheme;
 pub use prefixed::Prefixed;
 pub use push::{GrantStream, Push, PushSender, push_channel};
 #[cfg(feature = "sqlite")]

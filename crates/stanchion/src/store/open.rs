@@ -12,12 +12,27 @@ pub(crate) fn shown_scheme(url: &str) -> Option<&str> {
     (is_scheme && (rest.starts_with("//") || !rest.contains('@'))).then_some(scheme)
 }
 
-/// Opens the store that a URL names.
+/// Opens the store that a URL names, without a session.
+///
+/// This is for wrapping the store. [`Locks::open`](crate::Locks::open) lists the URLs, opens a session, and retries.
+///
+/// ```
+/// use stanchion::Locks;
+/// use stanchion::store::{self, Observed};
+///
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// let store = Observed::new(store::open("memory:").await?, |done| println!("{:?}: {:?}", done.operation, done.took));
+/// let locks = Locks::with_store(store).await?;
+/// # Ok::<(), stanchion::Error>(()) }).unwrap();
+/// ```
 ///
 /// # Errors
-/// [`ErrorKind::InvalidArgument`] if the URL is malformed, [`ErrorKind::Unsupported`] if this build lacks the store, and the errors
-/// of the store.
-pub(crate) async fn open(url: &str) -> Result<Arc<dyn Store>> {
+/// [`ErrorKind::InvalidArgument`] if the URL is malformed, [`ErrorKind::Unsupported`] if this build lacks the store, and
+/// the errors of the store.
+///
+/// # Cancel safety
+/// A dropped future leaves nothing behind.
+pub async fn open(url: &str) -> Result<Arc<dyn Store>> {
     match scheme(url) {
         "memory" if url == "memory:" => Ok(Arc::new(super::Memory::new())),
         "memory" => Err(Error::new(ErrorKind::InvalidArgument, "the memory store's URL is `memory:` and nothing more")),

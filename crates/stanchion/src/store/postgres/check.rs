@@ -74,6 +74,13 @@ impl Inner {
         Ok(warnings)
     }
 
+    /// Returns the product and the version of the server.
+    pub(super) async fn server(&self) -> Result<String> {
+        let statement = "SELECT pg_catalog.current_setting('server_version') AS release";
+        let rows = self.pool.query_session(statement, &[]).await?;
+        Ok(format!("PostgreSQL {}", column::<&str>(rows.first().ok_or_else(malformed)?, "release")?))
+    }
+
     /// Rejects a server that cannot store locks, and returns warnings about settings that may lose some.
     async fn check_server(&self) -> Result<Vec<String>> {
         let settings = "SELECT pg_catalog.current_setting('server_version_num')::pg_catalog.int4 AS version, \

@@ -235,6 +235,17 @@ impl Postgres {
         self
     }
 
+    /// Returns the product and the version of the server, such as `PostgreSQL 17.2`, for people. Needs no schema.
+    ///
+    /// # Errors
+    /// The errors of a request.
+    ///
+    /// # Cancel safety
+    /// Only reads.
+    pub async fn server(&self) -> Result<String> {
+        self.inner.server().await
+    }
+
     /// Returns the SQL that creates the schema, or upgrades it. Applying it again changes nothing.
     pub fn schema_sql(&self) -> String {
         self.inner.schema_sql()

@@ -162,6 +162,15 @@ impl Inner {
     }
 }
 
+/// Returns the product and the version in an answer to `INFO server`. A compatible product reports the version of Redis
+/// that it resembles too.
+pub(super) fn product(about_server: &str) -> Option<String> {
+    let version = |field: &str| about_server.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    [("Valkey", "valkey_version"), ("Dragonfly", "dragonfly_version"), ("Redis", "redis_version")]
+        .iter()
+        .find_map(|(name, field)| Some(format!("{name} {}", version(field)?.trim())))
+}
+
 /// Returns a warning for each setting that may lose locks, or an error for a setting that certainly will.
 fn findings(settings: &HashMap<String, String>, replicas: u32, is_incomplete: bool) -> Result<Vec<String>, Error> {
     let get = |name: &str| settings.get(name).map(String::as_str);
@@ -223,6 +232,14 @@ mod tests {
     fn check(settings: &[(&str, &str)], replicas: u32) -> Result<Vec<String>, Error> {
         let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         findings(&settings, replicas, false)
+    }
+
+    #[test]
+    fn product_comes_before_its_model() {
+        let redis = "# Server\r\nredis_version:7.2.4\r\nredis_mode:standalone\r\n";
+        assert_eq!(product(redis).unwrap(), "Redis 7.2.4");
+        assert_eq!(product("redis_version:7.2.4\r\nvalkey_version:8.0.1\r\n").unwrap(), "Valkey 8.0.1");
+        assert_eq!(product("# Server\r\n"), None);
     }
 
     #[test]

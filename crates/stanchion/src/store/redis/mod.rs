@@ -161,6 +161,21 @@ impl Redis {
         };
         Ok(Self { inner: Arc::new(inner) })
     }
+
+    /// Returns the product and the version of the server, such as `Redis 7.2.4`, for people. In a cluster it is one of
+    /// the servers.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unauthorized`] if the server rejects `INFO`; the errors of a request.
+    ///
+    /// # Cancel safety
+    /// Only reads.
+    pub async fn server(&self) -> Result<String> {
+        let mut command = ::redis::cmd("INFO");
+        command.arg("server");
+        let answer = self.inner.manager.query(Target::Slot(0), &command).await?;
+        check::product(&::redis::from_redis_value::<String>(answer).map_err(|_| malformed())?).ok_or_else(malformed)
+    }
 }
 
 fn micros(span: Duration) -> String {

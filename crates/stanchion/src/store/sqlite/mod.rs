@@ -135,6 +135,11 @@ impl Sqlite {
         config::folder_of_url(url)
     }
 
+    /// Returns the version of SQLite in this build.
+    pub fn sqlite_version() -> &'static str {
+        rusqlite::version()
+    }
+
     /// Returns the folder of this store.
     pub fn folder(&self) -> &Path {
         &self.folder
