@@ -99,9 +99,14 @@ enum Waited {
     Signal(i32),
 }
 
-/// Returns whether a command that holds this key has started this process, as far as its environment says.
-fn runs_under(key: &str) -> bool {
-    std::env::var_os(environment::KEY).is_some_and(|held| held == key)
+/// Reports a wait for a key that a caller of this process holds, as far as its environment says.
+pub(crate) fn warn_of_own_key(key: &str, verbosity: Verbosity) {
+    if std::env::var_os(environment::KEY).is_some_and(|held| held == key) {
+        verbosity.problem(format_args!(
+            "this command already runs under key `{}`: unless that key is shared, it waits for itself",
+            quoted_key(key)
+        ));
+    }
 }
 
 /// Waits for the key, or for a signal that ends the wait. Either way nothing is left in the queue.
@@ -121,10 +126,7 @@ fn wait(hold: &Hold, key: &str, events: &Receiver<Event>, verbosity: Verbosity) 
             }
             // A second signal does not wait for the store: the place in the queue ends with the session.
             (Event::Signal(signal), Some(first)) if child::ends_the_wait(signal) => return Waited::Signal(first),
-            (Event::Waiting, None) if runs_under(key) => verbosity.problem(format_args!(
-                "this command already runs under key `{}`: unless that key is shared, it waits for itself",
-                quoted_key(key)
-            )),
+            (Event::Waiting, None) => warn_of_own_key(key, verbosity),
             (Event::Report(report), None) => verbosity.report(report),
             (Event::Obtained(obtained), None) => return Waited::Obtained(obtained),
             // Granted and given up at the same moment.

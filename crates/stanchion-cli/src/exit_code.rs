@@ -19,7 +19,7 @@ pub(crate) const UNAVAILABLE: u8 = 69;
 pub(crate) const INTERNAL: u8 = 70;
 /// The key was not obtained: held by another with `--no-wait`, or not free within `--wait`. `-E` changes it.
 pub(crate) const NOT_OBTAINED: u8 = 75;
-/// The key was lost while the command ran; all of the command has ended.
+/// The key was lost while the command ran; all of the command has ended. `extend`: the hold has ended.
 pub(crate) const LOST: u8 = 76;
 /// The store or the file system refused the rights. Or the key was lost, and the system did not let the command be ended:
 /// it runs on as another user.
@@ -43,7 +43,8 @@ Exit codes:
   69     the store cannot be reached or cannot serve now
   70     an internal error, or the system refused something stanchion needs
   75     the key was not obtained within the limit (-E changes it)
-  76     the key was lost while the command ran, and the command was ended
+  76     the key was lost while the command ran, and the command was ended; extend: the hold has
+         ended before
   77     not permitted by the store or the file system; or the key was lost, and the command
          runs on as another user and could not be ended
   78     the store is misconfigured; the message says what to change

@@ -32,6 +32,8 @@ pub(crate) struct HoldPlan {
     /// Maximum wait: `None` for no limit, zero for one attempt.
     pub(crate) wait: Option<Duration>,
     pub(crate) ttl: Option<Duration>,
+    /// Fixed lifetime of the hold, which does not depend on this process.
+    pub(crate) lifetime: Option<Duration>,
     pub(crate) max_hold: Option<Duration>,
     pub(crate) metadata: Option<String>,
     /// The schedule of `once`.
@@ -143,21 +145,12 @@ async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedRec
         // The main thread has ended, and with it this process.
         let _ = events.send(event); // the receiver may have ended
     };
-    let started = Clock::system().now();
-    let opened = tokio::select! {
-        biased;
-        () = cancel.cancelled() => return tell(Event::NotObtained(Refusal::Cancelled)),
-        opened = plan.store.open(Some(&plan.owner), plan.ttl, plan.open_within()) => match opened {
-            Ok(opened) => opened,
-            Err(failure) => return tell(Event::NotObtained(Refusal::Failed(failure))),
-        },
-    };
-    let mut happenings = opened.locks.events();
-    for warning in opened.locks.warnings() {
-        tell(Event::Report(Report::Progress(warning)));
-    }
-    match obtain(&plan, started, &cancel, &opened, &mut happenings, &tell).await {
-        Ok(held) => {
+    let obtained = open_and_obtain(&plan, &cancel, &tell, async |opened, happenings, started| match plan.once {
+        Some(schedule) => Ok(Held::Turn(Box::new(begin(&plan, schedule, &cancel, opened).await?))),
+        None => lock(&plan, started, &cancel, opened, happenings, &tell).await.map(Held::Lock),
+    });
+    match obtained.await {
+        Ok((opened, mut happenings, held)) => {
             // From here on a warning is about this hold.
             while event_that_is_there(&mut happenings).await.is_some() {}
             let mut report = HoldReport::new(held.guard().fence());
@@ -176,26 +169,61 @@ async fn live(plan: HoldPlan, cancel: CancellationToken, mut inbox: UnboundedRec
             let released = released.map(|was_lost| Released { was_lost, explanation: report.explanation() });
             tell(Event::Released(released));
         }
+        Err(refusal) => tell(Event::NotObtained(refusal)),
+    }
+}
+
+/// Opens the store and locks the key.
+pub(crate) async fn obtain(
+    plan: &HoldPlan,
+    cancel: &CancellationToken,
+    tell: &impl Fn(Event),
+) -> Result<(Opened, Guard), Refusal> {
+    let locked = open_and_obtain(plan, cancel, tell, async |opened, happenings, started| {
+        lock(plan, started, cancel, opened, happenings, tell).await
+    });
+    locked.await.map(|(opened, _, guard)| (opened, guard))
+}
+
+/// Opens the store, and obtains the key in it with `request`. Closes the store if the key is not obtained.
+async fn open_and_obtain<T>(
+    plan: &HoldPlan,
+    cancel: &CancellationToken,
+    tell: &impl Fn(Event),
+    request: impl AsyncFnOnce(&Opened, &mut EventStream, BootTime) -> Result<T, Refusal>,
+) -> Result<(Opened, EventStream, T), Refusal> {
+    let started = Clock::system().now();
+    let opened = tokio::select! {
+        biased;
+        () = cancel.cancelled() => return Err(Refusal::Cancelled),
+        opened = plan.store.open(Some(&plan.owner), plan.ttl, plan.open_within()) => opened.map_err(Refusal::Failed)?,
+    };
+    let mut happenings = opened.locks.events();
+    for warning in opened.locks.warnings() {
+        tell(Event::Report(Report::Progress(warning)));
+    }
+    match request(&opened, &mut happenings, started).await {
+        Ok(obtained) => Ok((opened, happenings, obtained)),
         Err(refusal) => {
             let is_store_away = matches!(&refusal, Refusal::Failed(failure) if failure.code == exit_code::UNAVAILABLE);
             close(&opened, is_store_away).await;
-            tell(Event::NotObtained(refusal));
+            Err(refusal)
         }
     }
 }
 
-async fn obtain(
+async fn lock(
     plan: &HoldPlan,
     started: BootTime,
     cancel: &CancellationToken,
     opened: &Opened,
     happenings: &mut EventStream,
     tell: &impl Fn(Event),
-) -> Result<Held, Refusal> {
-    if let Some(schedule) = plan.once {
-        return begin(plan, schedule, cancel, opened).await;
-    }
+) -> Result<Guard, Refusal> {
     let mut request = opened.locks.lock(plan.key.as_str()).demand(plan.demand).cancel(cancel.clone());
+    if let Some(lifetime) = plan.lifetime {
+        request = request.ttl(lifetime);
+    }
     if let Some(longest) = plan.max_hold {
         request = request.max_hold(longest);
     }
@@ -230,7 +258,7 @@ async fn obtain(
     };
     let Some(answer) = answer else { return Err(Refusal::Failed(silent(NO_WAIT_WITHIN))) };
     match answer {
-        Ok(Some(guard)) => Ok(Held::Lock(guard)),
+        Ok(Some(guard)) => Ok(guard),
         Ok(None) => Err(Refusal::Busy(busy(plan, opened).await)),
         Err(error) if matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Busy) => {
             Err(Refusal::Busy(busy(plan, opened).await))
@@ -246,7 +274,7 @@ async fn begin(
     schedule: Schedule,
     cancel: &CancellationToken,
     opened: &Opened,
-) -> Result<Held, Refusal> {
+) -> Result<OnceGuard, Refusal> {
     let mut request = opened.locks.once(plan.key.as_str()).cancel(cancel.clone());
     if let Some(period) = schedule.every {
         request = request.every(period);
@@ -261,7 +289,7 @@ async fn begin(
         request = request.metadata(text.as_str());
     }
     match request.begin().await {
-        Ok(OnceOutcome::Ran(turn)) => Ok(Held::Turn(Box::new(turn))),
+        Ok(OnceOutcome::Ran(turn)) => Ok(turn),
         Ok(
             OnceOutcome::Skipped { last: Some(last), is_running: false, .. } | OnceOutcome::DoneElsewhere { last, .. },
         ) => {

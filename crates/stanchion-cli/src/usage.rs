@@ -20,7 +20,7 @@ pub(crate) fn answer(error: &clap::Error) -> u8 {
         },
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
             Verbosity::Normal.problem(
-                "a command is missing: run, once, ls, inspect, watch, force-release, completions or man; `stanchion --help` explains them",
+                "a command is missing: run, once, acquire, extend, release, ls, inspect, watch, force-release, completions or man; `stanchion --help` explains them",
             );
             exit_code::USAGE
         }

@@ -20,6 +20,7 @@ pub(super) fn execute(once: Once, store: StoreChoice, verbosity: Verbosity) -> R
             demand: Demand::MUTEX,
             wait: Some(Duration::ZERO),
             ttl: once.child.ttl,
+            lifetime: None,
             max_hold: once.child.max_hold,
             metadata: once.child.metadata,
             once: Some(Schedule { every: once.every, slot: once.slot }),

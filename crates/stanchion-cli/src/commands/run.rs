@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use stanchion::store::Demand;
-
 use crate::arguments::Run;
 use crate::execution::{self, Busy, Plan};
 use crate::hold::HoldPlan;
@@ -13,12 +11,7 @@ use crate::store::StoreChoice;
 pub(super) fn execute(run: Run, store: StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
     super::check_key(&run.key)?;
     let child = super::child_plan(&run.child, &store)?;
-    let demand = match (run.shared, run.exclusive, run.permits) {
-        (true, _, _) => Demand::READ,
-        (_, true, _) => Demand::WRITE,
-        (_, _, Some(permits)) => Demand::new(1, permits)?,
-        _ => Demand::MUTEX,
-    };
+    let demand = super::demand(run.shared, run.permits)?;
     execution::execute(Plan {
         hold: HoldPlan {
             store,
@@ -26,6 +19,7 @@ pub(super) fn execute(run: Run, store: StoreChoice, verbosity: Verbosity) -> Res
             demand,
             wait: if run.no_wait { Some(Duration::ZERO) } else { run.wait },
             ttl: run.child.ttl,
+            lifetime: None,
             max_hold: run.child.max_hold,
             metadata: run.child.metadata,
             once: None,

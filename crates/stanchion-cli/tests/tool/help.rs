@@ -10,7 +10,20 @@ fn help_and_version_go_to_stdout() {
     for part in ["Examples:", "Exit codes:", "Environment:", "STANCHION_STORE", "STANCHION_FENCE", "Durations"] {
         assert!(help.contains(part), "no `{part}` in {help}");
     }
-    for command in ["run", "once", "ls", "inspect", "watch", "force-release", "schema", "completions", "man"] {
+    for command in [
+        "run",
+        "once",
+        "acquire",
+        "extend",
+        "release",
+        "ls",
+        "inspect",
+        "watch",
+        "force-release",
+        "schema",
+        "completions",
+        "man",
+    ] {
         assert!(help.contains(&format!("\n  {command} ")), "{command}");
         let text = world.stanchion([command, "--help"]).finish().ok();
         assert!(text.contains("Usage: stanchion "), "{text}");
@@ -50,8 +63,21 @@ fn man_pages_are_printed_or_written() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     pages.sort();
-    let expected =
-        ["-completions", "-force-release", "-inspect", "-ls", "-man", "-once", "-run", "-schema", "-watch", ""];
+    let expected = [
+        "-acquire",
+        "-completions",
+        "-extend",
+        "-force-release",
+        "-inspect",
+        "-ls",
+        "-man",
+        "-once",
+        "-release",
+        "-run",
+        "-schema",
+        "-watch",
+        "",
+    ];
     assert_eq!(pages, expected.map(|name| format!("stanchion{name}.1")));
     let run = world.read("pages/man1/stanchion-run.1");
     assert!(run.contains("max\\-hold") && run.contains("the key was lost while the command ran"), "{run}");
