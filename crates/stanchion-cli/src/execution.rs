@@ -103,8 +103,9 @@ enum Waited {
 pub(crate) fn warn_of_own_key(key: &str, verbosity: Verbosity) {
     if std::env::var_os(environment::KEY).is_some_and(|held| held == key) {
         verbosity.problem(format_args!(
-            "this command already runs under key `{}`: unless that key is shared, it waits for itself",
-            quoted_key(key)
+            "this command already runs under key `{}` ({}): unless that key is shared or was released, it waits for itself",
+            quoted_key(key),
+            environment::KEY
         ));
     }
 }

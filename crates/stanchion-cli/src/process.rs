@@ -15,6 +15,9 @@ use crate::sys;
 /// Interval between two looks at a process for which the system has no descriptor.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
+/// The limit of a look that does not wait.
+const NOW: Option<Duration> = Some(Duration::ZERO);
+
 /// A process that lived when this value was made.
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -42,7 +45,7 @@ impl Process {
         };
         let found = Pid::from_raw(id).ok_or_else(missing)?;
         let process = Self { id: found, watched: watch(found).map_err(|_| missing())? };
-        if process.has_ended() { Err(missing()) } else { Ok(process) }
+        if process.has_ended(NOW) { Err(missing()) } else { Ok(process) }
     }
 
     /// Finds the process that called this one: its parent, or the shell of which the parent is a subshell.
@@ -81,21 +84,17 @@ impl Process {
 
     /// Blocks until the process has ended.
     pub(crate) fn wait(&self) {
-        match &self.watched {
-            #[cfg(target_os = "linux")]
-            Watched::Descriptor(descriptor) => while !has_ended(descriptor, None) {},
-            Watched::Started(_) => {
-                while !self.has_ended() {
-                    std::thread::sleep(LOOK_EVERY);
-                }
-            }
+        // A descriptor is waited for without a limit, so this is the interval without one, and after an error.
+        while !self.has_ended(None) {
+            std::thread::sleep(LOOK_EVERY);
         }
     }
 
-    fn has_ended(&self) -> bool {
+    /// Returns whether the process has ended. May wait for that until `limit`.
+    fn has_ended(&self, limit: Option<Duration>) -> bool {
         match &self.watched {
             #[cfg(target_os = "linux")]
-            Watched::Descriptor(descriptor) => has_ended(descriptor, Some(Duration::ZERO)),
+            Watched::Descriptor(descriptor) => becomes_readable(descriptor, limit),
             Watched::Started(started) => is_gone(self.id) || start_time(self.id) != *started,
         }
     }
@@ -112,9 +111,8 @@ fn watch(id: Pid) -> Result<Watched, Errno> {
     Ok(Watched::Started(start_time(id)))
 }
 
-/// Waits until the process of a descriptor has ended, at most for `limit`.
 #[cfg(target_os = "linux")]
-fn has_ended(descriptor: &OwnedFd, limit: Option<Duration>) -> bool {
+fn becomes_readable(descriptor: &OwnedFd, limit: Option<Duration>) -> bool {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let limit = limit.map(|limit| Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() });
     let mut waited = [PollFd::new(descriptor, PollFlags::IN)];
@@ -186,14 +184,14 @@ mod tests {
     fn end_of_a_process_is_noticed() {
         let (mut child, process) = start();
         let polled = Process { id: process.id, watched: Watched::Started(start_time(process.id)) };
-        assert!(!process.has_ended() && !polled.has_ended());
+        assert!(!process.has_ended(NOW) && !polled.has_ended(NOW));
         assert_eq!((process.id(), process.name().as_str()), (child.id(), "cat"));
         child.kill().unwrap();
         // Nobody has reaped it yet.
         process.wait();
         polled.wait();
         child.wait().unwrap();
-        assert!(process.has_ended() && polled.has_ended());
+        assert!(process.has_ended(NOW) && polled.has_ended(NOW));
         assert_eq!(Process::open(child.id() as i32).unwrap_err().code, exit_code::USAGE);
     }
 
@@ -201,7 +199,7 @@ mod tests {
     fn other_process_with_same_id_is_recognised() {
         let (mut child, process) = start();
         let earlier = Process { id: process.id, watched: Watched::Started(Some("1".to_owned())) };
-        assert!(earlier.has_ended());
+        assert!(earlier.has_ended(NOW));
         child.kill().unwrap();
         child.wait().unwrap();
     }

@@ -219,7 +219,7 @@ fn holder_uses_the_store_of_its_command() {
         (&[], "STANCHION_STORE_FILE", "url"),
         (&["--store", &url], "X", ""),
     ] {
-        let tool = |arguments: &[&str]| world.stanchion(arguments.iter().chain(option)).env(name, value);
+        let tool = |arguments: &[&str]| world.stanchion(option.iter().chain(arguments)).env(name, value);
         let me = std::process::id().to_string();
         let token = tool(&["acquire", "k", "-n", "--pid", &me]).finish().ok().lines().next().unwrap().to_owned();
         world.assert_free("k");
