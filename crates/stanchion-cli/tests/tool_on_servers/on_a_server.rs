@@ -86,6 +86,28 @@ pub(crate) fn killed_wrapper_takes_its_child_along(server: impl Server) {
     run(&world, &["run", "-w", "10s", "k", "--", "true"]).finish().code(0);
 }
 
+pub(crate) fn script_holds_key_until_its_release(server: impl Server) {
+    let world = world(&server);
+    let me = std::process::id().to_string();
+    for lasts in [["--ttl", "1h"], ["--pid", &me]] {
+        let acquire = [&["acquire", "k", "-n", "--token-file", "token"], &lasts[..]].concat();
+        run(&world, &acquire).finish().ok();
+        run(&world, &["run", "-n", "k", "--", "true"]).finish().code(75);
+        let extended = run(&world, &["extend", "--ttl", "2h", "--token-file", "token"]).finish();
+        extended.code(if lasts[0] == "--ttl" { 0 } else { 64 });
+        for answer in ["true", "false"] {
+            let json = run(&world, &["release", "--json", "-q", "--token-file", "token"]).finish().ok();
+            assert!(json.contains(answer), "{json}");
+        }
+        run(&world, &["run", "-n", "k", "--", "true"]).finish().code(0).silent();
+    }
+    let script = r#"eval "$($S acquire k --export)"; $S run k -qn -- true; echo $?"#;
+    let busy = world.script("bash", script).env("STANCHION_STORE_FILE", world.path("url")).finish().ok();
+    assert_eq!(busy, "75\n");
+    world.until_nothing_runs();
+    run(&world, &["run", "-n", "k", "--", "true"]).finish().code(0).silent();
+}
+
 /// Makes a test of each function above, on the server that `$start` starts.
 #[macro_export]
 macro_rules! on_a_server {
@@ -96,6 +118,7 @@ macro_rules! on_a_server {
             passwords_reach_no_child_and_no_message,
             command_ends_before_another_gets_the_key,
             killed_wrapper_takes_its_child_along,
+            script_holds_key_until_its_release,
         }
     };
     ($start:expr => $($case:ident),* $(,)?) => { $(
