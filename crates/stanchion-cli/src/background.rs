@@ -73,6 +73,7 @@ pub(crate) fn start(
     watched: Option<Process>,
     verbosity: Verbosity,
 ) -> Result<(Obtained, Holder), Failure> {
+    debug_assert!(std::fs::read_dir("/proc/self/task").map_or(true, |threads| threads.count() == 1), "one thread");
     let (mut ours, theirs) = UnixStream::pair().map_err(|error| refused(&error))?;
     if sys::fork().map_err(|error| refused(&error))?.is_none() {
         drop(ours);
