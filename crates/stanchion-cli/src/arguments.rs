@@ -30,6 +30,10 @@ fn tasks(text: &str) -> Result<usize, String> {
     whole(text, 1, 1_000)
 }
 
+fn pid(text: &str) -> Result<i32, String> {
+    whole(text, 1, i32::MAX as u64)
+}
+
 fn slot(text: &str) -> Result<u64, String> {
     whole(text, 0, u64::MAX)
 }
@@ -136,6 +140,28 @@ pub(crate) enum Command {
     /// be taken again when stanchion ends. To have the key, use `run`.
     #[command(verbatim_doc_comment, after_long_help = help::after_options("wait"))]
     Wait(Wait),
+    /// Obtain a key and return while it stays held, for scripts
+    ///
+    /// The key stays held until `release`, and
+    ///
+    ///   - without --ttl: at most until the process ends that called stanchion, which is the shell of a
+    ///     script, or the one that --pid names. A process in the background holds the key until then;
+    ///   - with --ttl: at most for that time, whatever becomes of any process. `extend` renews it.
+    ///
+    /// Prints the token of the hold and its fence, a line each. Anybody with the token can end the hold.
+    /// Nobody tells the script if the key is lost (force-release; a store that is away for longer than
+    /// 10 seconds): send the fence along with what the script changes. A command that fits into one call
+    /// is safer with `run`, which ends the command then.
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("acquire"))]
+    Acquire(Acquire),
+    /// Set the time left of a hold of `acquire --ttl`, from now on
+    #[command(after_long_help = help::after_options("extend"))]
+    Extend(Extend),
+    /// End a hold of `acquire`
+    ///
+    /// A hold that has ended before is no error: that is reported, with exit code 0.
+    #[command(verbatim_doc_comment, after_long_help = help::after_options("release"))]
+    Release(Release),
     /// List the keys that are held, waited for or closed
     ///
     /// Entries that cannot be read are named on stderr and skipped (exit 65). At a terminal long keys are shortened
@@ -387,6 +413,109 @@ impl Arguments {
         }
         Ok(arguments)
     }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Acquire {
+    /// The key: 1 to 512 bytes of UTF-8
+    #[arg(value_name = "KEY")]
+    pub(crate) key: String,
+    /// Do not wait: give up at once if the key is taken
+    #[arg(short, long, conflicts_with = "wait")]
+    pub(crate) no_wait: bool,
+    /// Wait no longer than this; 0 is one attempt
+    #[arg(short, long, value_name = "DUR", value_parser = span_or_zero, allow_hyphen_values = true)]
+    pub(crate) wait: Option<Duration>,
+    /// Share the key with others that use --shared
+    #[arg(short, long, conflicts_with = "permits")]
+    pub(crate) shared: bool,
+    /// Let this many hold the key at a time; if they differ, the smaller number counts
+    #[arg(long, value_name = "N", value_parser = permits, allow_hyphen_values = true)]
+    pub(crate) permits: Option<u32>,
+    /// Hold the key until this process ends; the default is the process that called stanchion
+    ///
+    /// The default is the shell whose $$ the caller has, also in $(...), a pipeline or a subshell. Say
+    /// --pid $$ below programs that wait for their command, such as sudo, timeout and xargs.
+    #[arg(verbatim_doc_comment, long, value_name = "PID", value_parser = pid, allow_hyphen_values = true)]
+    #[arg(conflicts_with = "ttl")]
+    pub(crate) pid: Option<i32>,
+    /// Hold the key for this time, whatever becomes of any process
+    ///
+    /// Another can have the key a little later: after a quarter of this time more, at most 5 seconds.
+    #[arg(verbatim_doc_comment, long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
+    pub(crate) ttl: Option<Duration>,
+    /// A text that `ls` and `inspect` show with this hold, up to 4 KiB
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) metadata: Option<String>,
+    /// Write the token into this file, for its owner alone, and do not print it
+    #[arg(long, value_name = "PATH")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// Print a line for `eval` that sets STANCHION_KEY, STANCHION_TOKEN and STANCHION_FENCE
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) export: bool,
+    /// Print one JSON object: key, token, fence, pid, ttl_ms
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The hold of `extend` and `release`.
+#[derive(Args, Debug)]
+pub(crate) struct TokenSource {
+    /// The token that `acquire` printed; the default is STANCHION_TOKEN
+    ///
+    /// Every user of the machine can read the arguments of a program: STANCHION_TOKEN and
+    /// --token-file are safer.
+    #[arg(verbatim_doc_comment, value_name = "TOKEN")]
+    pub(crate) token: Option<Secret>,
+    /// A file whose first line is the token
+    #[arg(long, value_name = "PATH", conflicts_with = "token")]
+    pub(crate) token_file: Option<PathBuf>,
+}
+
+/// A text that `Debug` does not show.
+#[derive(Clone)]
+pub(crate) struct Secret(String);
+
+impl Secret {
+    pub(crate) fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Extend {
+    #[command(flatten)]
+    pub(crate) hold: TokenSource,
+    /// The time left from now on; it may be shorter than before
+    #[arg(long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
+    pub(crate) ttl: Duration,
+    /// Print one JSON object: key, ttl_ms
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Release {
+    #[command(flatten)]
+    pub(crate) hold: TokenSource,
+    /// Keep the key closed for this long
+    #[arg(long, value_name = "DUR", value_parser = span, allow_hyphen_values = true)]
+    pub(crate) cooldown: Option<Duration>,
+    /// Print one JSON object: key, released (whether the token still held the key)
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args, Debug)]

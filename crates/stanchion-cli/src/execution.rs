@@ -156,10 +156,7 @@ impl Execution {
                 }
                 // A second signal does not wait for the store: the place in the queue ends with the session.
                 (Event::Signal(signal), Some(first)) if child::ends_the_wait(signal) => return Waited::Signal(first),
-                (Event::Waiting(key), None) if runs_under(&key) => self.verbosity.problem(format_args!(
-                    "this command already runs under key `{}`: unless that key is shared, it waits for itself",
-                    quoted_key(key.name())
-                )),
+                (Event::Waiting(key), None) => warn_of_own_key(&key, self.verbosity),
                 (Event::Report(report), None) => self.verbosity.report(report),
                 (Event::Obtained(obtained), None) => return Waited::Obtained(obtained),
                 // Granted and given up at the same moment.
@@ -258,6 +255,17 @@ impl Execution {
 /// A loss after which the command may run again, unless a signal asked for an end.
 fn lost(loss: Failure, asked_to_end: bool) -> Result<Outcome, Failure> {
     if asked_to_end { Err(loss) } else { Ok(Outcome::Lost(loss)) }
+}
+
+/// Reports a wait for a key that a caller of this process holds, as far as its environment says.
+pub(crate) fn warn_of_own_key(key: &Key, verbosity: Verbosity) {
+    if runs_under(key) {
+        verbosity.problem(format_args!(
+            "this command already runs under key `{}` ({}): unless that key is shared or was released, it waits for itself",
+            quoted_key(key.name()),
+            environment::KEY
+        ));
+    }
 }
 
 /// Returns whether a command that holds this key has started this process, as far as its environment says.

@@ -20,7 +20,8 @@ pub(crate) const INTERNAL: u8 = 70;
 /// The key was not obtained, or `wait` did not find it free: held by another with `--no-wait`, or within `--wait`. `-E`
 /// changes it. Also `inspect --check` of a key that is not free.
 pub(crate) const NOT_OBTAINED: u8 = 75;
-/// The key was lost while the command ran; all of the command has ended, by itself with `--on-lost ignore`.
+/// The key was lost while the command ran; all of the command has ended, by itself with `--on-lost ignore`. `extend`: the
+/// hold has ended.
 pub(crate) const LOST: u8 = 76;
 /// The store or the file system refused the rights. Or the key was lost, and the system did not let the command be ended:
 /// it runs on as another user.
@@ -38,7 +39,7 @@ type Row = (&'static str, &'static [&'static str], &'static str);
 const RUNNING: &[&str] = &["run", "once", "elect"];
 
 /// The codes as `--help` and the man pages show them.
-const TABLE: [Row; 21] = [
+const TABLE: [Row; 23] = [
     ("CODE", RUNNING, "the command's own code, when it ran to its end"),
     ("128+N", RUNNING, "the command died of signal N; or signal N ended the wait for the key"),
     ("0", &[], "it went well"),
@@ -50,6 +51,7 @@ const TABLE: [Row; 21] = [
     ("69", &[], "the store cannot be reached or cannot serve now"),
     ("70", &[], "an internal error, or the system refused something stanchion needs"),
     ("75", &["run"], "the key was not obtained within the limit (-E changes it)"),
+    ("75", &["acquire"], "the key was not obtained, or the process that it was for ended during the wait"),
     ("75", &["wait"], "the key was not free within the limit (-E changes it)"),
     ("75", &["inspect"], "`inspect --check`: the key is held, waited for or closed"),
     (
@@ -58,6 +60,7 @@ const TABLE: [Row; 21] = [
         "the key was lost while the command ran, and the command was ended (with --on-lost ignore it ran on)",
     ),
     ("76", &["elect"], "only if it was also asked to end: otherwise it runs the command again"),
+    ("76", &["extend"], "the hold has ended before"),
     ("77", &[], "not permitted by the store or the file system"),
     ("77", RUNNING, "the key was lost, and the command runs on as another user and could not be ended"),
     ("78", &[], "the store is misconfigured; the message says what to change"),

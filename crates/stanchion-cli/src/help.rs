@@ -9,7 +9,7 @@ pub(crate) type Entry = (&'static str, &'static str);
 pub(crate) const DURATIONS: &str =
     "30 and 1.5 (seconds), 500ms, 30s, 5m, 2h, 1d, '1h 30m'; from 10ms to 30d. A wait may also be 0.";
 
-pub(crate) const ENVIRONMENT: [Entry; 6] = [
+pub(crate) const ENVIRONMENT: [Entry; 7] = [
     (
         "STANCHION_STORE",
         "URL of the store; without it, a folder of the user: this user on this machine only. It may hold a password, \
@@ -18,6 +18,7 @@ pub(crate) const ENVIRONMENT: [Entry; 6] = [
     ("STANCHION_STORE_FILE", "a file whose first line is that URL"),
     ("XDG_STATE_HOME, HOME", "where that folder is: $XDG_STATE_HOME/stanchion, or ~/.local/state/stanchion"),
     ("STANCHION_NAMESPACE", "the namespace of the keys, as --namespace"),
+    ("STANCHION_TOKEN", "the token of a hold, for extend and release"),
     ("STANCHION_KEY", "given to the command: the key; of several keys, one a line"),
     (
         "STANCHION_FENCE",
@@ -48,6 +49,15 @@ pub(crate) fn examples(command: &str) -> &'static [Entry] {
             ("stanchion elect api --ready-file /run/leads -- ./api", "for a readiness check"),
         ],
         "wait" => &[("stanchion wait deploy -w 5m", "until the key is free, without taking it")],
+        "acquire" => &[
+            ("eval \"$(stanchion acquire deploy --export)\" || exit", "held until the script ends"),
+            ("stanchion acquire deploy --ttl 30m --token-file t", "CI: the token in a file"),
+        ],
+        "extend" => &[("stanchion extend --ttl 30m --token-file t", "30 minutes from now")],
+        "release" => &[
+            ("stanchion release", "the hold of STANCHION_TOKEN"),
+            ("stanchion release --token-file t", "the hold of a token in a file"),
+        ],
         "ls" => &[
             ("stanchion ls", "who holds what, and who waits"),
             ("stanchion ls deploy/", "only keys that begin with deploy/"),
@@ -237,8 +247,7 @@ mod tests {
     #[test]
     fn preformatted_lines_fit_a_man_page() {
         // A page of 80 columns has an indent of 7.
-        let commands =
-            "stanchion run once elect wait ls inspect watch top force-release doctor bench schema completions man";
+        let commands = "stanchion run once elect wait acquire extend release ls inspect watch top force-release doctor bench schema completions man";
         for command in commands.split(' ') {
             let examples = examples(command);
             assert!(!examples.is_empty(), "{command}");

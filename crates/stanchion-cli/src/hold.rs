@@ -37,6 +37,8 @@ pub(crate) struct HoldPlan {
     /// Maximum wait: `None` for no limit, zero for one attempt.
     pub(crate) wait: Option<Duration>,
     pub(crate) ttl: Option<Duration>,
+    /// Fixed lifetime of the hold, which does not depend on this process. For one key.
+    pub(crate) lifetime: Option<Duration>,
     pub(crate) max_hold: Option<Duration>,
     pub(crate) metadata: Option<String>,
     /// The schedule of `once`.
@@ -62,6 +64,16 @@ impl HoldPlan {
     /// Returns the place of the key among the keys.
     fn place(&self, key: &Key) -> usize {
         self.keys.iter().position(|one| one == key).unwrap_or_default()
+    }
+
+    /// Returns what is left of the wait limit.
+    fn left_to_wait(&self, started: BootTime) -> Option<Duration> {
+        self.wait.map(|limit| limit.saturating_sub(Clock::system().now().since(started)))
+    }
+
+    /// Returns what is left of the time in which a store answers that is not waited for.
+    fn left_to_answer(&self, started: BootTime) -> Duration {
+        NO_WAIT_WITHIN.saturating_sub(Clock::system().now().since(started))
     }
 
     /// How long opening the store may take: `None` for the library's default. A wait limit covers it; a very short one, or
@@ -210,24 +222,11 @@ async fn hold_once(
     inbox: &mut UnboundedReceiver<Command>,
     tell: &impl Fn(Event),
 ) -> Result<(), Refusal> {
-    let started = Clock::system().now();
-    let opened = tokio::select! {
-        biased;
-        () = cancel.cancelled() => return Err(Refusal::Cancelled),
-        opened = plan.store.open(Some(&plan.owner), plan.ttl, plan.open_within()) => opened.map_err(Refusal::Failed)?,
-    };
-    let mut happenings = opened.locks.events();
-    for warning in opened.locks.warnings() {
-        tell(Event::Report(Report::Progress(warning)));
-    }
-    let held = match obtain(plan, started, cancel, &opened, &mut happenings, tell).await {
-        Ok(held) => held,
-        Err(refusal) => {
-            let is_store_away = matches!(&refusal, Refusal::Failed(failure) if failure.code == exit_code::UNAVAILABLE);
-            close(&opened, is_store_away).await;
-            return Err(refusal);
-        }
-    };
+    let obtained = open_and_obtain(plan, cancel, tell, async |opened, happenings, started| match plan.once {
+        Some(schedule) => begin(plan, schedule, cancel, opened).await,
+        None => obtain(plan, started, cancel, opened, happenings, tell).await,
+    });
+    let (opened, mut happenings, held) = obtained.await?;
     // From here on a warning is about this hold.
     while event_that_is_there(&mut happenings).await.is_some() {}
     let holds = held.guards().iter().map(|guard| (guard.key().clone(), guard.fence())).collect();
@@ -248,6 +247,61 @@ async fn hold_once(
     Ok(())
 }
 
+/// Opens the store and locks the one key of the plan.
+pub(crate) async fn obtain_one(
+    plan: &HoldPlan,
+    cancel: &CancellationToken,
+    tell: &impl Fn(Event),
+) -> Result<(Opened, Guard), Refusal> {
+    let locked = open_and_obtain(plan, cancel, tell, async |opened, happenings, started| {
+        let mut request = opened.locks.lock(plan.keys[0].name()).demand(plan.demand).cancel(cancel.clone());
+        if let Some(lifetime) = plan.lifetime {
+            request = request.ttl(lifetime);
+        }
+        if let Some(text) = &plan.metadata {
+            request = request.metadata(text.as_str());
+        }
+        let attempt = async {
+            match plan.left_to_wait(started) {
+                Some(Duration::ZERO) => {
+                    within(plan.left_to_answer(started), request.wait(Duration::ZERO).into_future()).await
+                }
+                Some(limit) => Some(request.wait(limit).await),
+                None => Some(request.await),
+            }
+        };
+        while_reporting(attempt, plan, opened, happenings, tell).await
+    });
+    locked.await.map(|(opened, _, guard)| (opened, guard))
+}
+
+/// Opens the store, and obtains the keys in it with `request`. Closes the store if they are not obtained.
+async fn open_and_obtain<T>(
+    plan: &HoldPlan,
+    cancel: &CancellationToken,
+    tell: &impl Fn(Event),
+    request: impl AsyncFnOnce(&Opened, &mut EventStream, BootTime) -> Result<T, Refusal>,
+) -> Result<(Opened, EventStream, T), Refusal> {
+    let started = Clock::system().now();
+    let opened = tokio::select! {
+        biased;
+        () = cancel.cancelled() => return Err(Refusal::Cancelled),
+        opened = plan.store.open(Some(&plan.owner), plan.ttl, plan.open_within()) => opened.map_err(Refusal::Failed)?,
+    };
+    let mut happenings = opened.locks.events();
+    for warning in opened.locks.warnings() {
+        tell(Event::Report(Report::Progress(warning)));
+    }
+    match request(&opened, &mut happenings, started).await {
+        Ok(obtained) => Ok((opened, happenings, obtained)),
+        Err(refusal) => {
+            let is_store_away = matches!(&refusal, Refusal::Failed(failure) if failure.code == exit_code::UNAVAILABLE);
+            close(&opened, is_store_away).await;
+            Err(refusal)
+        }
+    }
+}
+
 async fn obtain(
     plan: &HoldPlan,
     started: BootTime,
@@ -256,9 +310,6 @@ async fn obtain(
     happenings: &mut EventStream,
     tell: &impl Fn(Event),
 ) -> Result<Held, Refusal> {
-    if let Some(schedule) = plan.once {
-        return begin(plan, schedule, cancel, opened).await;
-    }
     let (units, capacity) = (plan.demand.units(), plan.demand.capacity());
     let requests = plan.keys.iter().map(|key| KeyRequest::semaphore(key.name(), capacity, units));
     let mut request = opened.locks.lock_all(requests).cancel(cancel.clone());
@@ -268,15 +319,26 @@ async fn obtain(
     if let Some(text) = &plan.metadata {
         request = request.metadata(text.as_str());
     }
-    let passed = Clock::system().now().since(started);
-    let left = |limit: Duration| limit.saturating_sub(passed);
     let attempt = async {
-        match plan.wait.map(left) {
-            Some(Duration::ZERO) => within(left(NO_WAIT_WITHIN), request.wait(Duration::ZERO).into_future()).await,
+        match plan.left_to_wait(started) {
+            Some(Duration::ZERO) => {
+                within(plan.left_to_answer(started), request.wait(Duration::ZERO).into_future()).await
+            }
             Some(limit) => Some(request.wait(limit).await),
             None => Some(request.await),
         }
     };
+    while_reporting(attempt, plan, opened, happenings, tell).await.map(Held::Locks)
+}
+
+/// Waits for the answer to a request, and reports meanwhile what happens to it. Without an answer the store was silent.
+async fn while_reporting<T>(
+    attempt: impl Future<Output = Option<stanchion::Result<T>>>,
+    plan: &HoldPlan,
+    opened: &Opened,
+    happenings: &mut EventStream,
+    tell: &impl Fn(Event),
+) -> Result<T, Refusal> {
     let mut attempt = pin!(attempt);
     // The library locks several keys in this order, so the first one that is missing is the one that is waited for.
     let mut missing: Vec<&Key> = plan.keys.iter().collect();
@@ -305,7 +367,7 @@ async fn obtain(
     };
     let Some(answer) = answer else { return Err(Refusal::Failed(silent(NO_WAIT_WITHIN))) };
     match answer {
-        Ok(guards) => Ok(Held::Locks(guards)),
+        Ok(held) => Ok(held),
         Err(error) if matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Busy) => {
             while let Some(happening) = event_that_is_there(happenings).await {
                 if let stanchion::Event::Acquired { key, .. } = happening {

@@ -3,6 +3,7 @@
 //! Parse ([`arguments`]), resolve and execute ([`commands`]); [`child`] is the heart.
 
 mod arguments;
+mod background;
 mod child;
 mod commands;
 mod duration;
@@ -14,9 +15,11 @@ mod hold;
 mod limits;
 mod message;
 mod output;
+mod process;
 mod report;
 mod store;
 mod sys;
+mod token;
 mod url_mistake;
 mod usage;
 

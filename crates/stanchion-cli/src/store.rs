@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use stanchion::store::{Observed, OperationDone, Postgres, Redis, Sqlite};
+use stanchion::store::{Observed, OperationDone, Postgres, Redis, Sqlite, redacted};
 use stanchion::{BootTime, Clock, Key, Locks};
 
 use crate::arguments::Common;
@@ -255,6 +255,22 @@ impl StoreChoice {
         self.for_children.is_none() && !self.is_default()
     }
 
+    /// Returns a short text that differs between two stores, and for two URLs of one store. It does not tell a password.
+    pub(crate) fn mark(&self) -> String {
+        let name = match self.folder() {
+            Some(Ok(folder)) => folder.canonicalize().unwrap_or(folder).to_string_lossy().into_owned(),
+            _ => redacted(&self.url).into_owned(),
+        };
+        // FNV-1a, because the hashes of the standard library may change with its version.
+        let mix = |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193);
+        format!("{:08x}", name.bytes().fold(0x811c_9dc5, mix))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of_url(url: &str) -> Self {
+        chosen(url.to_owned(), "--store")
+    }
+
     /// Returns whether it is the store of a user who named none.
     pub(crate) fn is_default(&self) -> bool {
         self.url == DEFAULT
@@ -459,7 +475,7 @@ pub(crate) fn silent(limit: Duration) -> Failure {
     Failure::new(exit_code::UNAVAILABLE, format!("the store did not answer within {}", for_people(limit)))
 }
 
-fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

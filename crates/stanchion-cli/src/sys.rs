@@ -1,8 +1,9 @@
-//! The only file with unsafe code: signal dispositions, process groups, descriptors, and the step between fork and exec.
+//! The only file with unsafe code: signal dispositions, process groups, descriptors, fork, and the step between fork and exec.
 #![allow(unsafe_code, reason = "the standard library and rustix have no safe form of these calls")]
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
@@ -22,19 +23,55 @@ pub(crate) fn ignore(signal: i32) {
     unsafe { libc::signal(signal, libc::SIG_IGN) };
 }
 
-/// Closes every descriptor above the standard streams: descriptors that the caller of this program left open are not for a helper.
-pub(crate) fn close_inherited_descriptors() {
-    // SAFETY: no object of this program owns a descriptor yet: the caller does this first.
+/// Closes every descriptor above the standard streams, except `kept`: descriptors that the caller of this program left open
+/// are not for a helper.
+pub(crate) fn close_inherited_descriptors(kept: &[BorrowedFd<'_>]) {
+    let mut kept: Vec<_> = kept.iter().map(|descriptor| descriptor.as_raw_fd().unsigned_abs()).collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for descriptor in kept.into_iter().filter(|descriptor| *descriptor >= 3) {
+        close_from(first, descriptor - 1);
+        first = descriptor + 1;
+    }
+    close_from(first, u32::MAX);
+}
+
+fn close_from(first: u32, last: u32) {
+    if first > last {
+        return;
+    }
+    // SAFETY: no object of this program owns a descriptor in the range: the caller does this first.
     #[cfg(target_os = "linux")]
-    let closed = unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) } == 0;
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0_u32) } == 0;
     #[cfg(not(target_os = "linux"))]
     let closed = false;
     if !closed {
         // An older kernel, or another system.
-        for descriptor in 3..1024 {
+        for descriptor in first..=last.min(1023) {
             // SAFETY: as above; a number that is not open is an error without effect.
-            unsafe { libc::close(descriptor) };
+            unsafe { libc::close(descriptor as i32) };
         }
+    }
+}
+
+/// Splits this process in two. Returns the process id of the child, or `None` in the child.
+///
+/// The process must have one thread: the child gets no other, and what another thread had locked would stay locked in it.
+pub(crate) fn fork() -> io::Result<Option<i32>> {
+    // SAFETY: the one caller, `background::start`, keeps the rule above.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(None),
+        child => Ok(Some(child)),
+    }
+}
+
+/// Makes a standard stream a copy of another descriptor.
+pub(crate) fn replace_stream(stream: i32, with: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the number of a standard stream is owned by no object that closes it.
+    match unsafe { libc::dup2(with.as_raw_fd(), stream) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
     }
 }
 

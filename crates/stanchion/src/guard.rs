@@ -380,6 +380,25 @@ impl Guard {
         self.shared().observer.publish(|| Event::Released { key: self.key().clone(), fence: self.fence(), held });
     }
 
+    /// Returns the token of this hold, with which another handle can [release](crate::Locks::release) or
+    /// [adopt](crate::Locks::adopt) it. The guard keeps the lock until then, and is lost afterwards.
+    ///
+    /// Keep the token secret: anybody with it can release the lock. In a forked child it identifies no hold, because the
+    /// guards belong to the parent.
+    ///
+    /// ```
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// let guard = locks.lock("import").await?;
+    /// locks.release(&guard.token(), None).await?; // what an operator's tool would do
+    /// assert!(!guard.is_held());
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
+    pub fn token(&self) -> Token {
+        let id = if self.shared().is_own_process() { self.hold.token } else { TokenId::from_bytes([0; 16]) };
+        Token::new(self.hold.key.clone(), id, self.hold.session.id)
+    }
+
     /// Gives up the guard without releasing the lock, and returns the token with which [`Locks::adopt`] takes the hold
     /// over.
     ///
@@ -390,13 +409,12 @@ impl Guard {
     ///
     /// In a forked child the guards belong to the parent: the returned token identifies no hold and cannot be adopted.
     pub fn detach(mut self) -> Token {
-        if !self.shared().is_own_process() {
-            return Token::new(self.hold.key.clone(), TokenId::from_bytes([0; 16]), self.hold.session.id);
+        if self.shared().is_own_process() {
+            self.spent = true;
+            self.hold.begin_release();
+            self.shared().detach(&self.hold);
         }
-        self.spent = true;
-        self.hold.begin_release();
-        self.shared().detach(&self.hold);
-        Token::new(self.hold.key.clone(), self.hold.token, self.hold.session.id)
+        self.token()
     }
 
     pub(crate) fn store_name(&self) -> &'static str {

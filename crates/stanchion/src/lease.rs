@@ -90,6 +90,9 @@ impl Drift {
     }
 }
 
+/// Time after the end of a lifetime at which the store is certain to have nothing of the hold, even if its clock is wrong.
+pub(crate) const LIFETIME_MARGIN: Duration = Duration::from_secs(60);
+
 /// Maximum error of the remaining time that a store returns.
 const LIFETIME_SLACK: Duration = Duration::from_millis(10);
 
@@ -278,7 +281,7 @@ impl Hold {
     /// an answer, and a margin for a wrong clock.
     pub(crate) fn over_at(&self) -> BootTime {
         let asked = BootTime::from_nanos(self.asked_until.load(Ordering::Acquire));
-        self.own_until().max(asked).after(Duration::from_secs(60))
+        self.own_until().max(asked).after(LIFETIME_MARGIN)
     }
 
     fn own_stop_by(&self) -> BootTime {

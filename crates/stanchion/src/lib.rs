@@ -93,6 +93,7 @@ pub mod blocking;
 mod builder;
 mod clock;
 mod command;
+mod detached;
 mod error;
 mod event;
 mod fence;

@@ -1,14 +1,16 @@
 //! Defines [`Locks`], the handle through which a process uses a store's locks.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::adopt::adopt;
 use crate::builder::Builder;
 use crate::command::Command;
+use crate::detached;
 use crate::error::{ErrorKind, Result};
 use crate::event::Event;
 use crate::fence::Fence;
-use crate::guard::Guard;
+use crate::guard::{Guard, Released};
 use crate::handle::Handle;
 use crate::key::{namespace_prefix, normal};
 use crate::lifecycle::Phase;
@@ -337,6 +339,66 @@ impl Locks {
     /// If the future is dropped after the hold was adopted, the keeper releases the hold.
     pub async fn adopt(&self, token: Token) -> Result<Guard> {
         adopt(&self.handle, token).await
+    }
+
+    /// Releases the hold of a token, in this process or another one, and keeps its key closed for `cooldown`.
+    ///
+    /// The result says whether the token still held its key. [`Released::AlreadyLost`] means that the hold had ended
+    /// before: it was released, adopted, force-released or lost, or it expired. If an answer of the store was lost and
+    /// the repeated request finds nothing, the result is [`Released::Now`].
+    ///
+    /// The hold may still have a guard, as with [`Guard::token`]: that guard is lost with
+    /// [`LossCause::Missing`](crate::LossCause::Missing). A guard of another handle finds out when its keeper verifies
+    /// the hold, within about two renewals of the session.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use stanchion::Released;
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// let token = locks.lock("upload:7").ttl(Duration::from_secs(600)).await?.detach();
+    /// assert_eq!(locks.release(&token, None).await?, Released::Now);
+    /// assert_eq!(locks.release(&token, None).await?, Released::AlreadyLost);
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] if the cooldown is out of range; any error of the store. The hold may then remain:
+    /// call again.
+    ///
+    /// # Cancel safety
+    /// If the future is dropped, the hold may or may not have been released. Another call is safe.
+    pub async fn release(&self, token: &Token, cooldown: Option<Duration>) -> Result<Released> {
+        detached::release(&self.handle.shared, token, cooldown).await
+    }
+
+    /// Sets the remaining time of a detached hold to `ttl` from now, without adopting it. The new time may be shorter.
+    ///
+    /// The user of the hold can use all of that time, as with [`LockRequest::ttl`]. Afterwards the store keeps the key
+    /// locked for a grace, as it does after a guard's lifetime.
+    ///
+    /// No guard learns of the new time. If a guard has the hold, call [`Guard::extend`].
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// let token = locks.lock("upload:7").ttl(Duration::from_secs(60)).await?.detach();
+    /// locks.extend(&token, Duration::from_secs(600)).await?;
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
+    ///
+    /// # Errors
+    /// - [`ErrorKind::Lost`] if the token holds nothing any more.
+    /// - [`ErrorKind::InvalidArgument`] if the hold has no deadline, if a guard of this handle has it, or if `ttl` is out
+    ///   of range.
+    /// - Any other error of the store. The store may then have applied the new time, or may still apply it later, after
+    ///   the time of a later call.
+    ///
+    /// # Cancel safety
+    /// If the future is dropped, the store may or may not have applied the new time.
+    pub async fn extend(&self, token: &Token, ttl: Duration) -> Result<()> {
+        detached::extend(&self.handle.shared, token, ttl).await
     }
 
     /// Returns the holders, waiters and fences of a key when the store was queried.

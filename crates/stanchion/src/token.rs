@@ -150,8 +150,9 @@ impl Hasher for IdHasher {
     }
 }
 
-/// The identity of a detached hold, with which [`Locks::adopt`](crate::Locks::adopt) takes the hold over, here or in
-/// another process.
+/// The identity of a detached hold. With it [`Locks::adopt`](crate::Locks::adopt) takes the hold over, here or in
+/// another process, and [`Locks::release`](crate::Locks::release) and [`Locks::extend`](crate::Locks::extend) change it
+/// from outside.
 ///
 /// Its text form (`to_string` and `parse`) can be stored or sent. Keep it secret: anybody with a token can release its
 /// hold. `Debug` hides it.

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::clock::BootTime;
 use crate::key::Key;
-use crate::lease::Hold;
+use crate::lease::{Hold, LIFETIME_MARGIN};
 use crate::token::{IdMap, TokenId};
 use crate::waiter::Waiter;
 
@@ -180,6 +180,15 @@ impl TokenTable {
             Some(TokenState::Detached(_)) => table.remove(token),
             Some(TokenState::CleaningUp(Some(_))) => table.set(token, TokenState::CleaningUp(None)),
             _ => {}
+        }
+    }
+
+    /// Notes that the store may have a detached hold until this time, because a request to extend it is sent.
+    pub(crate) fn detached_may_last_until(&self, token: TokenId, until: BootTime) {
+        if let Some(TokenState::Detached(detached) | TokenState::CleaningUp(Some(detached))) =
+            self.lock().states.get_mut(&token)
+        {
+            detached.until = detached.until.max(until.after(LIFETIME_MARGIN));
         }
     }
 
@@ -537,6 +546,22 @@ mod tests {
             now = NOW.after(HOUR);
         }
         assert!(table.detached().len() <= EXPIRE_EVERY, "{}", table.detached().len());
+    }
+
+    #[test]
+    fn extended_detached_hold_is_remembered() {
+        let table = TokenTable::new();
+        let detach = |now| {
+            let hold = hold(waiting(&table), Some(Duration::ZERO));
+            assert!(table.grant(&hold, || true) && !table.detach(&hold, false, now));
+            hold.token
+        };
+        let (extended, other) = (detach(NOW), detach(NOW));
+        table.detached_may_last_until(extended, NOW.after(HOUR));
+        for _ in 0..EXPIRE_EVERY {
+            detach(NOW.after(HOUR));
+        }
+        assert_eq!((state(&table, extended), state(&table, other)), ("detached", "gone"));
     }
 
     #[test]

@@ -18,9 +18,8 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 
-use crate::exit_code;
 use crate::message::Failure;
-use crate::sys;
+use crate::{background, exit_code};
 
 /// The argument that makes this program a guardian.
 pub(crate) const ARGUMENT: &str = "__guardian";
@@ -89,12 +88,7 @@ pub(crate) fn register(pipe: &OwnedFd, group: Pid) -> std::io::Result<()> {
 
 /// The guardian's life.
 pub(crate) fn guard() {
-    sys::close_inherited_descriptors();
-    // A session of its own: no terminal, no group of ours. And no signal but KILL ends it before the time.
-    let _ = rustix::process::setsid(); // fails in a process that leads its group already
-    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2] {
-        sys::ignore(signal);
-    }
+    background::leave_caller(&[]);
     let Ok(pipe) = std::io::stdin().as_fd().try_clone_to_owned() else { return };
     let mut pipe = File::from(pipe);
     let mut number = [0; 4];

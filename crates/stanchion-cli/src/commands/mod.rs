@@ -1,14 +1,17 @@
 //! One file per command: each turns parsed arguments into a plan, carries it out, and returns the exit code.
 
+mod acquire;
 mod bench;
 mod completions;
 mod doctor;
 mod elect;
+mod extend;
 mod force_release;
 mod inspect;
 mod ls;
 mod man;
 mod once;
+mod release;
 mod run;
 mod schema;
 mod top;
@@ -36,6 +39,9 @@ pub(crate) fn execute(arguments: Arguments, verbosity: Verbosity) -> Result<u8, 
         Command::Once(once) => once::execute(once, store::resolve(common)?, verbosity),
         Command::Elect(elect) => elect::execute(elect, store::resolve(common)?, verbosity),
         Command::Wait(wait) => wait::execute(&wait, &store::resolve(common)?, verbosity),
+        Command::Acquire(acquire) => acquire::execute(acquire, store::resolve(common)?, verbosity),
+        Command::Extend(extend) => extend::execute(&extend, &store::resolve(common)?, verbosity),
+        Command::Release(release) => release::execute(&release, &store::resolve(common)?, verbosity),
         Command::Ls(ls) => ls::execute(&ls, &store::resolve(common)?, verbosity),
         Command::Inspect(inspect) => inspect::execute(&inspect, &store::resolve(common)?, verbosity),
         Command::Watch(watch) => watch::execute(&watch, &store::resolve(common)?, verbosity),
@@ -93,6 +99,7 @@ fn hold_plan(
         demand,
         wait: None,
         ttl: options.ttl,
+        lifetime: None,
         max_hold: options.max_hold,
         metadata: options.metadata,
         once: None,
@@ -126,16 +133,30 @@ fn own_key(command: &str) -> Result<String, Failure> {
     Ok(format!("stanchion {command}/{}", SessionId::random()?.to_hex()))
 }
 
-/// Returns the label of this process that others see: the program's name, the machine and the process id. The arguments are
-/// not in it, because they may be secret.
+/// Returns the share of the key that these options ask for.
+fn demand(shared: bool, permits: Option<u32>) -> Result<Demand, Failure> {
+    match (shared, permits) {
+        (true, _) => Ok(Demand::READ),
+        (false, Some(permits)) => Ok(Demand::new(1, permits)?),
+        (false, None) => Ok(Demand::MUTEX),
+    }
+}
+
+/// Returns the label of this process that others see: the name of its command, the machine and the process id. The arguments
+/// are not in it, because they may be secret.
 fn owner(command: &[std::ffi::OsString]) -> String {
     let program = command.first().map(|program| program.to_string_lossy()).unwrap_or_default();
     // A URL in the place of the command must not get into the store.
     let program = redacted(&program);
     let program = Path::new(&*program).file_name().map(OsStr::to_string_lossy).unwrap_or_default();
+    label(&program, std::process::id())
+}
+
+/// Returns the label of a process.
+fn label(program: &str, id: u32) -> String {
     let program: String = program.chars().take(30).collect();
     let host = rustix::system::uname().nodename().to_string_lossy().chars().take(60).collect::<String>();
-    let label = format!("{program}@{host}/{}", std::process::id());
+    let label = format!("{program}@{host}/{id}");
     // At most 128 bytes: the characters may have up to four each.
-    if label.len() <= 128 { label } else { format!("{}/{}", env!("CARGO_BIN_NAME"), std::process::id()) }
+    if label.len() <= 128 { label } else { format!("{}/{id}", env!("CARGO_BIN_NAME")) }
 }

@@ -1,7 +1,5 @@
 //! `run`: runs a command while holding one or several keys.
 
-use stanchion::store::Demand;
-
 use crate::arguments::Run;
 use crate::execution::{self, Busy, Plan};
 use crate::hold::HoldPlan;
@@ -11,12 +9,7 @@ use crate::store::StoreChoice;
 pub(super) fn execute(run: Run, store: StoreChoice, verbosity: Verbosity) -> Result<u8, Failure> {
     let keys = super::keys(&run.child, &store)?;
     let child = super::child_plan(&run.child, &store)?;
-    let demand = match (run.shared, run.exclusive, run.permits) {
-        (true, _, _) => Demand::READ,
-        (_, true, _) => Demand::WRITE,
-        (_, _, Some(permits)) => Demand::new(1, permits)?,
-        _ => Demand::MUTEX,
-    };
+    let demand = super::demand(run.shared, run.permits)?;
     let wait = run.limit.span();
     execution::execute(Plan {
         hold: HoldPlan { wait, ..super::hold_plan(run.child, keys, demand, &child, store, verbosity) },

@@ -97,6 +97,15 @@ impl World {
         Invocation { command, input: None }
     }
 
+    /// A script for a shell, in which `$S` is the tool.
+    pub fn script(&self, shell: &str, script: &str) -> Invocation {
+        let mut command = Command::new("env");
+        command.args(["--default-signal", shell, "-c", script]);
+        self.prepare(&mut command);
+        command.env("S", env!("CARGO_BIN_EXE_stanchion"));
+        Invocation { command, input: None }
+    }
+
     /// Gives a command this world's environment.
     pub fn prepare(&self, command: &mut Command) {
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -240,6 +249,11 @@ impl Invocation {
 
     pub fn folder(mut self, path: &Path) -> Self {
         self.command.current_dir(path);
+        self
+    }
+
+    pub fn stdout(mut self, to: impl Into<Stdio>) -> Self {
+        self.command.stdout(to);
         self
     }
 

@@ -11,7 +11,7 @@ fn help_and_version_go_to_stdout() {
         assert!(help.contains(part), "no `{part}` in {help}");
     }
     for command in
-        "run once elect wait ls inspect watch top force-release doctor bench schema completions man".split(' ')
+        "run once elect wait acquire extend release ls inspect watch top force-release doctor bench schema completions man".split(' ')
     {
         assert!(help.contains(&format!("\n  {command} ")), "{command}");
         let text = world.stanchion([command, "--help"]).finish().ok();
@@ -27,7 +27,7 @@ fn help_and_version_go_to_stdout() {
 #[test]
 fn help_is_about_one_command() {
     let world = World::new();
-    let all = "run once elect wait ls inspect watch top force-release doctor bench schema completions man";
+    let all = "run once elect wait acquire extend release ls inspect watch top force-release doctor bench schema completions man";
     for command in all.split(' ') {
         let short = world.stanchion([command, "-h"]).finish().ok();
         assert!(short.lines().count() <= 30 && !short.contains("Examples"), "{short}");
@@ -72,7 +72,8 @@ fn man_pages_are_printed_or_written() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     pages.sort();
-    let commands = "bench completions doctor elect force-release inspect ls man once run schema top wait watch";
+    let commands = "acquire bench completions doctor elect extend force-release inspect ls man once release run schema top \
+                    wait watch";
     let expected: Vec<_> = commands.split(' ').map(|name| format!("stanchion-{name}.1")).collect();
     assert_eq!(pages, [expected, vec!["stanchion.1".to_owned()]].concat());
     let run = world.read("pages/man1/stanchion-run.1");

@@ -137,12 +137,13 @@ fn top_needs_a_terminal_and_a_store() {
 
 /// Its terminal is closed, as when a connection to a machine breaks. Prints the signal that `top` died of.
 const CLOSED_TERMINAL: &str = r#"
-import os, pty, time
+import os, pty
 pid, terminal = pty.fork()
 if pid == 0:
     os.execvp(os.environ["S"], ["stanchion", "top"])
+# The alternate screen: it has taken the terminal over.
 shown = b""
-while b"keys" not in shown:
+while b"\x1b[?1049h" not in shown:
     shown += os.read(terminal, 65536)
 os.close(terminal)
 print(os.waitpid(pid, 0)[1])

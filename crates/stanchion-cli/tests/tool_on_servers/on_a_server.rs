@@ -140,6 +140,28 @@ pub(crate) fn doctor_examines_the_server(mut server: impl Server) {
     assert!(gone.stdout.contains(r#"{"check":"open","outcome":"failed","#), "{gone:?}");
 }
 
+pub(crate) fn script_holds_key_until_its_release(server: impl Server) {
+    let world = world(&server);
+    let me = std::process::id().to_string();
+    for lasts in [["--ttl", "1h"], ["--pid", &me]] {
+        let acquire = [&["acquire", "k", "-n", "--token-file", "token"], &lasts[..]].concat();
+        run(&world, &acquire).finish().ok();
+        run(&world, &["run", "-n", "k", "--", "true"]).finish().code(75);
+        let extended = run(&world, &["extend", "--ttl", "2h", "--token-file", "token"]).finish();
+        extended.code(if lasts[0] == "--ttl" { 0 } else { 64 });
+        for answer in ["true", "false"] {
+            let json = run(&world, &["release", "--json", "-q", "--token-file", "token"]).finish().ok();
+            assert!(json.contains(answer), "{json}");
+        }
+        run(&world, &["run", "-n", "k", "--", "true"]).finish().code(0).silent();
+    }
+    let script = r#"eval "$($S acquire k --export)"; $S run k -qn -- true; echo $?"#;
+    let busy = world.script("bash", script).env("STANCHION_STORE_FILE", world.path("url")).finish().ok();
+    assert_eq!(busy, "75\n");
+    world.until_nothing_runs();
+    run(&world, &["run", "-n", "k", "--", "true"]).finish().code(0).silent();
+}
+
 /// Makes a test of each function above, on the server that `$start` starts.
 #[macro_export]
 macro_rules! on_a_server {
@@ -152,6 +174,7 @@ macro_rules! on_a_server {
             killed_wrapper_takes_its_child_along,
             stopped_leader_queues_again,
             doctor_examines_the_server,
+            script_holds_key_until_its_release,
         }
     };
     ($start:expr => $($case:ident),* $(,)?) => { $(

@@ -34,10 +34,13 @@ mod driver;
 mod guard;
 mod request;
 
+use std::time::Duration;
+
 use crate::builder::Builder;
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::fence::Fence;
+use crate::guard::Released;
 use crate::observer::EventStream;
 use crate::store::{Capabilities, Cursor, ForceReleaseOutcome, KeyState, Listing, Store};
 use crate::token::{SessionId, Token};
@@ -165,6 +168,23 @@ impl Locks {
     pub fn adopt(&self, token: Token) -> Result<Guard> {
         let guard = self.driver.call(self.locks.adopt(token))?;
         Ok(Guard::new(guard, self.driver.clone()))
+    }
+
+    /// Releases the hold of a token, in this process or another one, and keeps its key closed for `cooldown`. Returns
+    /// whether the token still held its key.
+    ///
+    /// # Errors
+    /// The errors of [`stanchion::Locks::release`](crate::Locks::release).
+    pub fn release(&self, token: &Token, cooldown: Option<Duration>) -> Result<Released> {
+        self.driver.call(self.locks.release(token, cooldown))
+    }
+
+    /// Sets the remaining time of a detached hold to `ttl` from now, without adopting it. The new time may be shorter.
+    ///
+    /// # Errors
+    /// The errors of [`stanchion::Locks::extend`](crate::Locks::extend).
+    pub fn extend(&self, token: &Token, ttl: Duration) -> Result<()> {
+        self.driver.call(self.locks.extend(token, ttl))
     }
 
     /// Returns the holders, waiters and fences of a key when the store was queried. For display only.

@@ -6,6 +6,7 @@
     reason = "tests wait on the real clock, and may panic"
 )]
 
+mod detached;
 mod handle;
 mod limits;
 mod locked;
