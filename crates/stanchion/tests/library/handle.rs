@@ -312,7 +312,9 @@ async fn failed_extend_limits_no_other() {
 #[tokio::test]
 async fn ttl_too_short_for_store_is_an_error() {
     let store = Faulty::new(Memory::new());
-    store.faults().always(Operation::Acquire, Fault::DelayReply(Duration::from_millis(15)));
+    // When the answer comes, the hold has expired in the store too: otherwise the next attempt would queue behind it, and its
+    // grant would come without this delay.
+    store.faults().always(Operation::Acquire, Fault::DelayReply(Duration::from_millis(100)));
     let locks = Locks::with_store(store).await.unwrap();
     let error = locks.lock("k").ttl(Duration::from_millis(10)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable);
