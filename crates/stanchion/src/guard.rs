@@ -399,8 +399,8 @@ impl Guard {
         Token::new(self.hold.key.clone(), id, self.hold.session.id)
     }
 
-    /// Gives up the guard without releasing the lock, and returns the token with which [`Locks::adopt`] takes the hold
-    /// over.
+    /// Gives up the guard without releasing the lock, and returns the token with which
+    /// [`Locks::adopt`](crate::Locks::adopt) takes the hold over.
     ///
     /// - A fixed lifetime continues and outlives this process. By default it lasts a little longer than its ttl;
     ///   [`LockRequest::expires_after`](crate::LockRequest::expires_after) makes it exact.

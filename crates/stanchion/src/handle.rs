@@ -41,7 +41,7 @@ fn handles() -> MutexGuard<'static, Vec<Weak<Shared>>> {
 
 /// Drains every handle that is open in this process. Call it when a signal tells the process to end.
 ///
-/// See [`Locks::drain`] for the effects.
+/// See [`Locks::drain`](crate::Locks::drain) for the effects.
 ///
 /// ```standalone_crate
 /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {

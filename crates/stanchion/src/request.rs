@@ -156,7 +156,7 @@ impl LockRequest {
         self
     }
 
-    /// Requests several permits of a [`semaphore`](Locks::semaphore) at once. Default: 1.
+    /// Requests several permits of a [`semaphore`](crate::Locks::semaphore) at once. Default: 1.
     pub fn permits(mut self, permits: u32) -> Self {
         self.options.units = permits;
         self

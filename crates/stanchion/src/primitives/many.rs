@@ -72,7 +72,7 @@ impl<T: Into<String>> From<T> for KeyRequest {
 /// same way is locked once. A caller that already holds one of the keys through another guard waits for itself.
 ///
 /// # Errors
-/// - The errors of an awaited [`LockRequest`] for each key; the error names the key.
+/// - The errors of an awaited [`LockRequest`](crate::LockRequest) for each key; the error names the key.
 /// - [`ErrorKind::Lost`] if a key was lost while the call waited for another one.
 /// - [`ErrorKind::InvalidArgument`] if there is no key, or if one key is requested in two ways.
 ///
@@ -101,31 +101,32 @@ impl LockAllRequest {
         self
     }
 
-    /// Sets [`LockRequest::max_hold`] for each key, counted from its own grant.
+    /// Sets [`LockRequest::max_hold`](crate::LockRequest::max_hold) for each key, counted from its own grant.
     pub fn max_hold(mut self, longest: Duration) -> Self {
         self.options.max_hold = Some(longest);
         self
     }
 
-    /// Sets [`LockRequest::heartbeat_within`] for all keys, counted from when all are held: see [`Guards::heartbeat`].
+    /// Sets [`LockRequest::heartbeat_within`](crate::LockRequest::heartbeat_within) for all keys, counted from when all
+    /// are held: see [`Guards::heartbeat`].
     pub fn heartbeat_within(mut self, silence: Duration) -> Self {
         self.options.heartbeat_within = Some(silence);
         self
     }
 
-    /// Sets [`LockRequest::cooldown`] for each key.
+    /// Sets [`LockRequest::cooldown`](crate::LockRequest::cooldown) for each key.
     pub fn cooldown(mut self, closed: Duration) -> Self {
         self.options.cooldown = Some(closed);
         self
     }
 
-    /// Sets [`LockRequest::metadata`] for each key.
+    /// Sets [`LockRequest::metadata`](crate::LockRequest::metadata) for each key.
     pub fn metadata(mut self, text: impl Into<String>) -> Self {
         self.options.metadata = Some(text.into());
         self
     }
 
-    /// Sets [`LockRequest::trace`] for each key.
+    /// Sets [`LockRequest::trace`](crate::LockRequest::trace) for each key.
     pub fn trace(mut self, text: impl Into<String>) -> Self {
         self.options.trace = Some(text.into());
         self
@@ -149,7 +150,8 @@ impl LockAllRequest {
         self.acquire().await
     }
 
-    /// Waits for all keys, runs `body` with their guards, and releases them, as [`LockRequest::run`] does.
+    /// Waits for all keys, runs `body` with their guards, and releases them, as
+    /// [`LockRequest::run`](crate::LockRequest::run) does.
     ///
     /// If one of the keys is lost, the body's future is dropped at its next await, and the call fails with
     /// [`ErrorKind::Lost`].
