@@ -99,7 +99,7 @@ const ENDS: [(&str, &str, &str); 14] = [
     ("idle key", "INSERT INTO keys (key, fence) VALUES ({k}, 7)", "NULL"),
     ("own", "INSERT INTO keys (key, fence, token, session, at) VALUES ({k}, 7, {own}, {live}, 7)", "NULL"),
     ("own, 0", "INSERT INTO keys (key, fence, token, session, at) VALUES ({k}, 7, {own}, {live}, 7)", "0"),
-    ("own, cooldown", "INSERT INTO keys (key, fence, token, session, at) VALUES ({k}, 7, {own}, {live}, 7)", "60000000"),
+    ("own, cooldown", "INSERT INTO keys (key, fence, token, session, at) VALUES ({k}, 7, {own}, {live}, 7)", "3600000000"),
     ("own, dead", "INSERT INTO keys (key, fence, token, session, at) VALUES ({k}, 7, {own}, {dead}, 7)", "NULL"),
     ("other's", "INSERT INTO keys (key, fence, token, session, at) VALUES ({k}, 7, {other}, {live}, 7)", "NULL"),
     (
@@ -185,11 +185,12 @@ fn fill_in(text: &str, dispatch: &str, at: usize) -> String {
         .replace("{dead}", "decode(repeat('de', 16), 'hex')")
 }
 
-/// Returns the final state of each case, without times.
+/// Returns the final state of each case, with the times left to a power of two, because the calls come one after the other.
 fn states(server: &PostgresServer, dispatch: &str, count: usize) -> Vec<String> {
     let state = |at| {
         let state = format!(
-            "SELECT string_agg(concat_ws(' ', kind, owner, units, capacity, bound, remaining > 0, fence > 7), ', ') \
+            "SELECT string_agg(concat_ws(' ', kind, owner, units, capacity, bound, \
+             round(log(2.0, greatest(remaining, 1)::numeric)), fence > 7), ', ') \
              FROM stanchion.inspect(':{dispatch} {at}') WHERE kind <> 'key' OR remaining > 0"
         );
         let forced = format!("SELECT count(*) FROM stanchion.forced WHERE key = ':{dispatch} {at}'");
