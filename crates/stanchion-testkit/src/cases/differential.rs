@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use stanchion::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Demand, ForceReleaseOutcome, ForceReleaseRequest,
-    Granted, KeyState, Lifetime, Memory, PollOutcome, Queued, RenewOutcome,
+    Granted, KeyState, Lifetime, LingerOutcome, Memory, PollOutcome, Queued, RenewOutcome,
 };
 use stanchion::{Fence, Key, Store, TokenId};
 
+use super::lingering::mark;
 use crate::environment::{Client, Random, key};
 use crate::{Environment, seed};
 
@@ -60,7 +61,9 @@ impl Fences {
         let key = &real.key;
         let shape = |state: &KeyState| {
             let holders =
-                state.holders.iter().map(|one| (one.units, one.capacity, one.session_bound, one.remaining.is_some()));
+                state.holders.iter().map(|one| {
+                (one.units, one.capacity, one.session_bound, one.remaining.is_some(), one.lingers)
+            });
             let waiters = state.waiters.iter().map(|one| (one.units, one.capacity));
             (holders.collect::<Vec<_>>(), waiters.collect::<Vec<_>>(), state.closed_for.is_some())
         };
@@ -101,12 +104,17 @@ pub async fn random_operations_match_memory<S: Store>(env: &Environment<S>) {
     for _ in 0..3 {
         clients.push((env.client().await, model.client().await));
     }
+    for (real, _) in &clients {
+        let (token, _) = real.lock(&key("scratch")).await;
+        mark(real, "scratch", token).await;
+        real.release(&key("scratch"), token).await;
+    }
     let (mut fences, mut calls) = (Fences::default(), Vec::<Call>::new());
     for round in 0..300 {
         let chosen = random.below(3) as usize;
         let some = (!calls.is_empty()).then(|| random.below(calls.len() as u64) as usize);
         let k = &keys[random.below(4) as usize];
-        match (random.below(20), some) {
+        match (random.below(22), some) {
             (0..6, _) | (_, None) => {
                 let capacity = 1 + random.below(4) as u32;
                 let demand = match random.below(5) {
@@ -132,9 +140,10 @@ pub async fn random_operations_match_memory<S: Store>(env: &Environment<S>) {
                         queued(real, memory, round);
                         calls.push(call);
                     }
-                    (AcquireOutcome::Busy { in_use: real, .. }, AcquireOutcome::Busy { in_use: memory, .. }) => {
-                        assert_eq!(real, memory, "round {round}");
-                    }
+                    (
+                        AcquireOutcome::Busy { in_use: real, lingers: one, .. },
+                        AcquireOutcome::Busy { in_use: memory, lingers: other, .. },
+                    ) => assert_eq!((real, one), (memory, other), "round {round}"),
                     differing => panic!("round {round}: {demand:?}, {lifetime:?} on {k}: {differing:?}"),
                 }
             }
@@ -251,6 +260,19 @@ pub async fn random_operations_match_memory<S: Store>(env: &Environment<S>) {
                 // Its tokens belong to no open session. Fixed holds live on.
                 calls.retain(|call| call.client != chosen || matches!(call.lifetime, Lifetime::Fixed(_)));
                 calls.iter_mut().filter(|call| call.client == chosen).for_each(|call| call.can_repeat = false);
+            }
+            (19 | 20, Some(at)) => {
+                let Call { key, token, .. } = &calls[at];
+                match both!(clients, chosen, one, one.store.linger(key, *token).await.unwrap().outcome) {
+                    (
+                        LingerOutcome::Lingers { fence: real, up_to: real_end },
+                        LingerOutcome::Lingers { fence: memory, up_to: memory_end },
+                    ) => {
+                        fences.compare(key, real, memory, round);
+                        fences.compare(key, real_end, memory_end, round);
+                    }
+                    (real, memory) => assert_eq!(real, memory, "round {round}: linger on {key}"),
+                }
             }
             (_, Some(_)) => {
                 let (real, memory) = both!(clients, chosen, one, one.list("").await);

@@ -13,6 +13,7 @@ pub mod holds;
 pub mod inspection;
 pub mod keys;
 pub mod library;
+pub mod lingering;
 pub mod limits;
 pub mod liveness;
 pub mod messages;
@@ -162,6 +163,21 @@ macro_rules! for_every_case {
             handoff::waiter_outlives_its_request_deadline,
             handoff::late_messages_spare_the_next_token,
             handoff::full_queue_of_dead_waiters_has_room,
+            lingering::linger_answers_fences_up_to_the_clock,
+            lingering::next_grant_is_above_the_reserved_fences,
+            lingering::waiter_behind_lingering_hold_is_granted,
+            lingering::hold_with_a_waiter_cannot_linger,
+            lingering::linger_never_creates,
+            lingering::only_exclusive_session_holds_can_linger,
+            lingering::lingering_hold_keeps_its_grant,
+            lingering::waiter_recalls_lingering_hold [Push],
+            lingering::head_recalls_again_with_each_poll [Push],
+            lingering::only_lingering_holders_are_recalled [Push],
+            lingering::busy_answer_names_lingering_hold,
+            lingering::adopted_lingering_hold_gets_a_new_fence,
+            lingering::force_release_names_the_stored_fence,
+            lingering::lingering_hold_is_shown,
+            lingering::lingering_hold_ends_with_its_session,
             inspection::inspect_and_list_change_nothing,
             inspection::observers_see_the_same_state,
             inspection::inspect_lists_waiters_in_order [Fair],

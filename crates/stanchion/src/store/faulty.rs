@@ -28,6 +28,7 @@ pub enum Operation {
     Abandon,
     Release,
     Extend,
+    Linger,
     Adopt,
     ForceRelease,
     Inspect,
@@ -46,6 +47,7 @@ impl Operation {
         Self::Abandon,
         Self::Release,
         Self::Extend,
+        Self::Linger,
         Self::Adopt,
         Self::ForceRelease,
         Self::Inspect,
@@ -64,6 +66,7 @@ impl Operation {
             Self::Abandon => "abandon",
             Self::Release => "release",
             Self::Extend => "extend",
+            Self::Linger => "linger",
             Self::Adopt => "adopt",
             Self::ForceRelease => "force_release",
             Self::Inspect => "inspect",
@@ -398,6 +401,14 @@ impl<S: Store> Store for Faulty<S> {
             async move { inner.extend(&key, token, ttl).await }
         };
         self.faults.execute(Operation::Extend, run).await
+    }
+
+    async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>> {
+        let run = || {
+            let (inner, key) = (self.inner.clone(), key.clone());
+            async move { inner.linger(&key, token).await }
+        };
+        self.faults.execute(Operation::Linger, run).await
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {

@@ -135,6 +135,9 @@ impl Store for Memory {
         let mut tx = self.begin();
         let record = tx.take(key);
         let outcomes = tx.poll(&record, tokens);
+        if outcomes.iter().any(|outcome| matches!(outcome, PollOutcome::Queued(Queued { ahead: 0, .. }))) {
+            tx.recall(&record);
+        }
         let waits = outcomes.iter().any(|outcome| matches!(outcome, PollOutcome::Queued(_)));
         let is_used_up = waits && tx.next_fence(&record).is_none();
         tx.put(record);
@@ -169,6 +172,14 @@ impl Store for Memory {
         tx.reply(outcome)
     }
 
+    async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>> {
+        let mut tx = self.begin();
+        let mut record = tx.take(key);
+        let outcome = tx.linger(&mut record, token);
+        tx.put(record);
+        tx.reply(outcome)
+    }
+
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
         let mut tx = self.begin();
         if !tx.is_open(request.session) {
@@ -177,6 +188,7 @@ impl Store for Memory {
         let owner = tx.state.sessions.get(&request.session).map(|session| session.owner.clone()).unwrap_or_default();
         let mut record = tx.take(&request.key);
         let (now, late) = (tx.now, tx.now > request.not_after);
+        let next = tx.next_fence(&record);
         let outcome = if let Some(hold) = record.hold(request.to) {
             AdoptOutcome::Adopted { granted: hold.granted(now), session_bound: hold.session_bound }
         } else if late {
@@ -185,6 +197,11 @@ impl Store for Memory {
             hold.token = request.to;
             hold.session = request.session;
             hold.owner = owner;
+            if std::mem::take(&mut hold.lingers) {
+                // After the highest fence the store grants nothing more, so the adopter's fence need not be higher.
+                hold.fence = next.or(record.last).unwrap_or(hold.fence);
+                record.last = Some(hold.fence);
+            }
             AdoptOutcome::Adopted { granted: hold.granted(now), session_bound: hold.session_bound }
         } else {
             AdoptOutcome::Gone

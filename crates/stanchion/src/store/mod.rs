@@ -28,6 +28,21 @@
 //!    again. One call may send two requests if the first reply says that the store entered nothing (`Redis` does so
 //!    after it has reaped an expired session). If the caller drops that call, the second request may arrive after a
 //!    release that found the first request's hold.
+//!
+//! # Rules for holds that linger
+//! A holder may keep a hold after its use, to use it again without asking the store. [`linger`](Store::linger) marks such
+//! a hold, and whoever wants the key recalls it.
+//!
+//! 8. [`linger`](Store::linger) marks a live hold that is exclusive ([`Demand::is_exclusive`]), ends with its session
+//!    and has no deadline, while no request waits for the key. In the same operation the newest fence of the key becomes
+//!    at least the clock that mints fences. The caller uses the fences up to that one for its own grants, so the store
+//!    never mints one of them again, however the hold ends.
+//! 9. An operation that leaves a request at the head of the queue behind a marked hold sends [`Push::Recall`] to the
+//!    session of that hold: when the request enters the queue, and with each poll of the head.
+//! 10. Whoever [adopts](Store::adopt) a marked hold gets a new fence, and the mark goes: the old holder may have used
+//!     fences above the hold's own.
+//! 11. [`force_release`](Store::force_release) names a marked hold by the fence of its grant in the store, and
+//!     [`inspect`](Store::inspect) shows that fence.
 
 use std::fmt;
 use std::sync::Arc;
@@ -135,9 +150,16 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Sets the deadline of a hold to `ttl` from now. Returns [`ExtendOutcome::NotHeld`] for a hold without a deadline.
     async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>>;
 
+    /// Marks a hold as lingering (rule 8), so that its holder may use it again without a request until it is recalled.
+    ///
+    /// Never creates or ends anything, and sends no push. Repeating it is harmless, however late a repeat arrives: it
+    /// confirms that the hold is live, and raises the newest fence. A store whose sessions do not hear of a recall
+    /// answers [`LingerOutcome::Wanted`].
+    async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>>;
+
     /// Adopts a detached hold: its token becomes `to`, and a session-bound hold moves to `session`.
     ///
-    /// The fence and the deadline stay the same. The operation is a compare-and-set on `from`, so only one of two
+    /// The deadline stays the same, and so does the fence unless the hold lingered (rule 10). The operation is a compare-and-set on `from`, so only one of two
     /// concurrent callers adopts the hold. Idempotent by `to`.
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>>;
 
@@ -203,6 +225,9 @@ impl<S: Store + ?Sized> Store for Arc<S> {
     }
     async fn extend(&self, key: &Key, token: TokenId, ttl: Duration) -> Result<Reply<ExtendOutcome>> {
         (**self).extend(key, token, ttl).await
+    }
+    async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>> {
+        (**self).linger(key, token).await
     }
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
         (**self).adopt(request).await

@@ -117,6 +117,10 @@ impl<S: Store> Store for Observed<S> {
         observe!(self, Extend, Some(key.clone()), self.inner.extend(key, token, ttl))
     }
 
+    async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>> {
+        observe!(self, Linger, Some(key.clone()), self.inner.linger(key, token))
+    }
+
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
         observe!(self, Adopt, Some(request.key.clone()), self.inner.adopt(request))
     }

@@ -120,6 +120,10 @@ impl<S: Store> Store for Prefixed<S> {
         self.inner.extend(&self.within(key), token, ttl).await.map_err(|fault| fault.replace_key(key))
     }
 
+    async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>> {
+        self.inner.linger(&self.within(key), token).await.map_err(|fault| fault.replace_key(key))
+    }
+
     async fn adopt(&self, mut request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
         let key = request.key;
         request.key = self.within(&key);

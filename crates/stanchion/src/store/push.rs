@@ -32,6 +32,11 @@ pub enum Push {
         /// The token.
         token: TokenId,
     },
+    /// Another request waits for a key whose hold lingers: the holder gives it up when it is not in use.
+    Recall {
+        /// The token of the hold.
+        token: TokenId,
+    },
     /// Pushes may have been lost, so the session should poll every waiting token.
     RecheckAll,
     /// The store may have lost data in a restart or a failover, so the session should poll every token, held tokens
@@ -107,7 +112,7 @@ impl Push {
     /// Returns whether the push is about a single token. Such a push may be dropped, because a poll finds the same fact
     /// a little later.
     fn is_about_a_token(&self) -> bool {
-        matches!(self, Self::Granted { .. } | Self::ForceReleased(_) | Self::Recheck { .. })
+        matches!(self, Self::Granted { .. } | Self::ForceReleased(_) | Self::Recheck { .. } | Self::Recall { .. })
     }
 }
 

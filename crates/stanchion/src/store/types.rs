@@ -296,6 +296,8 @@ pub enum AcquireOutcome {
         check_in: Option<Duration>,
         /// Smallest capacity of the live holds, if they share the key ([`Queued::in_use`]).
         in_use: Option<u32>,
+        /// Whether the key's hold lingers: its holder may not be using it, and gives it up for a request that waits.
+        lingers: bool,
     },
     /// The store's time is past `not_after`. The store changed nothing.
     Stale,
@@ -343,6 +345,23 @@ pub enum ExtendOutcome {
     Extended,
     /// The token has no live hold, or its hold has no deadline.
     NotHeld,
+}
+
+/// The answer to [`Store::linger`](crate::Store::linger).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LingerOutcome {
+    /// The hold is live and marked.
+    Lingers {
+        /// The fence of the hold. If the holder knows another one, the store granted the token again after it lost its
+        /// data, perhaps after other holders: the hold that the holder knows is lost.
+        fence: Fence,
+        /// The newest fence of the key. The holder may use the fences above its last one, up to this one.
+        up_to: Fence,
+    },
+    /// The hold is live and not marked: a request waits for the key, or the hold cannot linger.
+    Wanted,
+    /// The token has no live hold.
+    Gone,
 }
 
 /// A request to adopt a detached hold.
@@ -449,6 +468,9 @@ pub struct HolderState {
     pub metadata: Option<String>,
     /// The trace context of the holder's request.
     pub trace: Option<String>,
+    /// Whether the holder may keep the hold without using it, until it is recalled. Its grants in its own process have
+    /// higher fences than [`fence`](Self::fence).
+    pub lingers: bool,
 }
 
 /// The state of a waiter.

@@ -103,7 +103,7 @@ async fn polls_and_late_requests_create_nothing() {
     let busy = AcquireRequest { enqueue: false, ..a.request(&job) };
     let (held, _) = a.hold(&job).await;
     let token = busy.token;
-    assert_eq!(a.acquire(busy).await, AcquireOutcome::Busy { check_in: None, in_use: None });
+    assert_eq!(a.acquire(busy).await, AcquireOutcome::Busy { check_in: None, in_use: None, lingers: false });
     assert_eq!(a.poll(&job, token).await, PollOutcome::Gone, "the store entered nothing");
     assert_eq!(a.store.abandon(&job, held).await.unwrap().outcome, EndOutcome::Released);
 }
@@ -125,7 +125,7 @@ async fn capacity_is_shared_in_order() {
     a.release(&pool, first).await;
     assert!(matches!(b.poll(&pool, all).await, PollOutcome::Queued(_)));
     let small = AcquireRequest { enqueue: false, ..take(&a, 1) };
-    let busy = AcquireOutcome::Busy { check_in: None, in_use: Some(3) };
+    let busy = AcquireOutcome::Busy { check_in: None, in_use: Some(3), lingers: false };
     assert_eq!(a.acquire(small).await, busy, "this also applies if there is room for one unit");
     a.release(&pool, second).await;
     b.granted(&pool, all).await;
@@ -174,7 +174,7 @@ async fn cooldown_closes_the_key_until_its_end() {
         other => panic!("{other:?}"),
     }
     let busy = AcquireRequest { enqueue: false, ..a.request(&job) };
-    assert_eq!(a.acquire(busy).await, AcquireOutcome::Busy { check_in: Some(60 * SECOND), in_use: None });
+    assert_eq!(a.acquire(busy).await, AcquireOutcome::Busy { check_in: Some(60 * SECOND), in_use: None, lingers: false });
     assert_eq!(a.store.inspect(&job).await.unwrap().outcome.closed_for, Some(60 * SECOND));
     time.advance(60 * SECOND);
     assert!(matches!(b.poll(&job, waiting).await, PollOutcome::Granted(_)));
@@ -196,7 +196,7 @@ async fn expired_waiter_leaves_cooldown() {
     a.store.release(&job, held, Some(60 * SECOND)).await.unwrap();
     std::fs::remove_file(folder.join("sessions").join(format!("{}.lock", b.session.to_hex()))).unwrap();
     let of_three = AcquireRequest { demand: Demand::new(1, 3).unwrap(), enqueue: false, ..a.request(&job) };
-    assert_eq!(a.acquire(of_three).await, AcquireOutcome::Busy { check_in: Some(60 * SECOND), in_use: None });
+    assert_eq!(a.acquire(of_three).await, AcquireOutcome::Busy { check_in: Some(60 * SECOND), in_use: None, lingers: false });
     assert_eq!(a.store.inspect(&job).await.unwrap().outcome.waiters, []);
 }
 

@@ -298,6 +298,12 @@ impl Store for Firestore {
         .await
     }
 
+    async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>> {
+        let Reply { time, outcome } = self.poll(key, &[token]).await?;
+        let is_held = matches!(outcome.first(), Some(PollOutcome::Granted(_)));
+        Ok(Reply { time, outcome: if is_held { LingerOutcome::Wanted } else { LingerOutcome::Gone } })
+    }
+
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
         self.run(async move |inner: Arc<Inner>, caller: CallerWatch| {
             let guard = inner.lock_key(&request.key).await;

@@ -54,6 +54,7 @@ pub(super) struct Hold {
     pub(super) since: SystemTime,
     pub(super) metadata: Option<String>,
     pub(super) trace: Option<String>,
+    pub(super) lingers: bool,
 }
 
 #[derive(Debug)]
@@ -191,6 +192,7 @@ impl Transaction<'_> {
             since: self.wall,
             metadata: waiter.metadata,
             trace: waiter.trace,
+            lingers: false,
         };
         let granted = hold.granted(self.now);
         record.holds.push(hold);
@@ -252,7 +254,8 @@ impl Transaction<'_> {
         let fence = self.next_fence(record).ok_or_else(Fence::used_up)?;
         let fits_now = record.queue.is_empty() && record.fits(request.demand, self.now);
         if !fits_now && !request.enqueue {
-            return Ok(AcquireOutcome::Busy { check_in: self.check_in(record), in_use: record.in_use() });
+            let lingers = record.holds.iter().any(|hold| hold.lingers);
+            return Ok(AcquireOutcome::Busy { check_in: self.check_in(record), in_use: record.in_use(), lingers });
         }
         let owner = self.state.sessions.get(&request.session).map(|session| session.owner.clone()).unwrap_or_default();
         let waiter = Waiter {
@@ -276,9 +279,36 @@ impl Transaction<'_> {
         }
         record.queue.push_back(waiter);
         Ok(match self.queued(record, request.token) {
-            Some(queued) => AcquireOutcome::Queued(queued),
-            None => AcquireOutcome::Busy { check_in: None, in_use: None },
+            Some(queued) => {
+                if queued.ahead == 0 {
+                    self.recall(record);
+                }
+                AcquireOutcome::Queued(queued)
+            }
+            None => AcquireOutcome::Busy { check_in: None, in_use: None, lingers: false },
         })
+    }
+
+    /// Marks the hold of a token as lingering, if nobody waits and the hold may linger.
+    pub(super) fn linger(&self, record: &mut Record, token: TokenId) -> LingerOutcome {
+        let is_wanted = !record.queue.is_empty();
+        let Some(hold) = record.holds.iter_mut().find(|hold| hold.token == token) else { return LingerOutcome::Gone };
+        if is_wanted || !hold.demand.is_exclusive() || !hold.session_bound || hold.deadline.is_some() {
+            return LingerOutcome::Wanted;
+        }
+        hold.lingers = true;
+        let up_to = record.last.max(Some(Fence::new(self.wall_micros))).unwrap_or(hold.fence);
+        record.last = Some(up_to);
+        LingerOutcome::Lingers { fence: hold.fence, up_to }
+    }
+
+    /// Tells the holder that lingers that another request waits for the key.
+    pub(super) fn recall(&self, record: &Record) {
+        for hold in record.holds.iter().filter(|hold| hold.lingers) {
+            if let Some(push) = self.state.pushes.get(&hold.session) {
+                push.send(Push::Recall { token: hold.token });
+            }
+        }
     }
 
     /// Removes the hold or the queue entry of a token.
@@ -319,6 +349,7 @@ impl Transaction<'_> {
                     remaining: hold.deadline.map(|deadline| deadline.since(self.now)),
                     metadata: hold.metadata.clone(),
                     trace: hold.trace.clone(),
+                    lingers: hold.lingers,
                 })
                 .collect(),
             waiters: record

@@ -458,7 +458,7 @@ impl Store for Postgres {
             "queued" => AcquireOutcome::Queued(self.inner.queued(&row)?),
             "busy" => {
                 let check_in = column::<Option<i64>>(&row, "check_in")?.map(span);
-                AcquireOutcome::Busy { check_in, in_use: in_use(&row)? }
+                AcquireOutcome::Busy { check_in, in_use: in_use(&row)?, lingers: false }
             }
             "stale" => AcquireOutcome::Stale,
             "forced" => AcquireOutcome::ForceReleased,
@@ -508,6 +508,12 @@ impl Store for Postgres {
             _ => return Err(malformed()),
         };
         Ok(Reply { time: time(&row)?, outcome })
+    }
+
+    async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>> {
+        let Reply { time, outcome } = self.poll(key, &[token]).await?;
+        let is_held = matches!(outcome.first(), Some(PollOutcome::Granted(_)));
+        Ok(Reply { time, outcome: if is_held { LingerOutcome::Wanted } else { LingerOutcome::Gone } })
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {

@@ -155,6 +155,7 @@ fn holder(row: &Row, remaining: Option<Duration>) -> Result<HolderState, Problem
         remaining,
         metadata: cell(row, METADATA, "metadata")?,
         trace: cell(row, TRACE, "trace")?,
+        lingers: false,
     })
 }
 

@@ -52,6 +52,7 @@ fn state_of(key: &Key, answer: &Answer) -> Result<KeyState> {
             remaining: hold.span(5)?,
             metadata,
             trace,
+            lingers: false,
         });
     }
     let mut waiters = Vec::new();

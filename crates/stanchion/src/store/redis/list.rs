@@ -300,6 +300,7 @@ impl Inner {
                     remaining: hold.deadline.map(|deadline| deadline.since(now)),
                     metadata,
                     trace,
+                    lingers: false,
                 }
             });
             let waiters = waiters.into_iter().map(|waiter| {

@@ -382,7 +382,8 @@ impl Store for Redis {
                     (AcquireOutcome::Queued(answer.queued()?), answer.sessions(3)?)
                 }
                 "busy" => {
-                    let busy = AcquireOutcome::Busy { check_in: answer.span(0)?, in_use: answer.option(1)? };
+                    let (check_in, in_use) = (answer.span(0)?, answer.option(1)?);
+                    let busy = AcquireOutcome::Busy { check_in, in_use, lingers: false };
                     (busy, answer.sessions(2)?)
                 }
                 "full" => (AcquireOutcome::QueueFull { limit: answer.number(0)? }, answer.sessions(1)?),
@@ -401,8 +402,8 @@ impl Store for Redis {
                 AcquireOutcome::Queued(queued) => {
                     AcquireOutcome::Queued(Queued { check_in: inner.check_in(queued.check_in, &blocking), ..queued })
                 }
-                AcquireOutcome::Busy { check_in, in_use } => {
-                    AcquireOutcome::Busy { check_in: inner.check_in(check_in, &blocking), in_use }
+                AcquireOutcome::Busy { check_in, in_use, lingers } => {
+                    AcquireOutcome::Busy { check_in: inner.check_in(check_in, &blocking), in_use, lingers }
                 }
                 other => other,
             };
@@ -481,6 +482,12 @@ impl Store for Redis {
             _ => return Err(malformed()),
         };
         Ok(Reply { time: answer.time, outcome })
+    }
+
+    async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>> {
+        let Reply { time, outcome } = self.poll(key, &[token]).await?;
+        let is_held = matches!(outcome.first(), Some(PollOutcome::Granted(_)));
+        Ok(Reply { time, outcome: if is_held { LingerOutcome::Wanted } else { LingerOutcome::Gone } })
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {

@@ -179,6 +179,7 @@ impl Tx<'_> {
                     remaining: deadline.map(|deadline| until(now, deadline)),
                     metadata: hold.get(7)?,
                     trace: hold.get(8)?,
+                    lingers: false,
                 });
             }
         }

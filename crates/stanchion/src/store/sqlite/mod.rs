@@ -288,6 +288,12 @@ impl Store for Sqlite {
         send!(self, Request::Extend { key: key.clone(), token, ttl }, Answer::Extend(outcome) => outcome)
     }
 
+    async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>> {
+        let Reply { time, outcome } = self.poll(key, &[token]).await?;
+        let is_held = matches!(outcome.first(), Some(PollOutcome::Granted(_)));
+        Ok(Reply { time, outcome: if is_held { LingerOutcome::Wanted } else { LingerOutcome::Gone } })
+    }
+
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {
         send!(self, Request::Adopt(request), Answer::Adopt(outcome) => outcome)
     }

@@ -132,7 +132,7 @@ impl Tx<'_> {
             return Ok(AcquireOutcome::Granted(hold.granted(self.now)));
         }
         if !request.enqueue {
-            return Ok(AcquireOutcome::Busy { check_in: self.check_in(&row), in_use: row.in_use() });
+            return Ok(AcquireOutcome::Busy { check_in: self.check_in(&row), in_use: row.in_use(), lingers: false });
         }
         if row.waiting >= i64::from(MAX_WAITERS) {
             self.reap_expired_waiters(&mut row)?;

@@ -42,11 +42,11 @@ impl KeyUpdate<'_> {
         }
         let Some(fence) = self.next_fence() else {
             self.is_fence_exhausted.set(true);
-            return Some(AcquireOutcome::Busy { check_in: None, in_use: None });
+            return Some(AcquireOutcome::Busy { check_in: None, in_use: None, lingers: false });
         };
         let goes_now = self.record.front.is_empty() && self.fits(request.demand);
         if !goes_now && !request.enqueue {
-            return Some(AcquireOutcome::Busy { check_in: self.check_in(), in_use: self.in_use() });
+            return Some(AcquireOutcome::Busy { check_in: self.check_in(), in_use: self.in_use(), lingers: false });
         }
         let alive_until = self.session_states.get(&request.session).map_or(0, |state| state.expires_at);
         let entry = entry(request, self.owner_of(request.session), alive_until, self.now);
