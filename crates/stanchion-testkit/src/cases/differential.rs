@@ -60,10 +60,10 @@ impl Fences {
     fn state(&mut self, (real, memory): (&KeyState, &KeyState), round: usize) {
         let key = &real.key;
         let shape = |state: &KeyState| {
-            let holders =
-                state.holders.iter().map(|one| {
-                (one.units, one.capacity, one.session_bound, one.remaining.is_some(), one.lingers)
-            });
+            let holders = state
+                .holders
+                .iter()
+                .map(|one| (one.units, one.capacity, one.session_bound, one.remaining.is_some(), one.lingers));
             let waiters = state.waiters.iter().map(|one| (one.units, one.capacity));
             (holders.collect::<Vec<_>>(), waiters.collect::<Vec<_>>(), state.closed_for.is_some())
         };

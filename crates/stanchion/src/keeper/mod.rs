@@ -280,6 +280,7 @@ fn receive(shared: &Arc<Shared>, push: Push) {
                 waiter.notify(Wakeup::Recheck);
             }
         }
+        Push::Recall { .. } => {}
         Push::RecheckAll => shared.polls.poll_all(shared.clock.now()),
         Push::VerifyAll => {
             shared.store_recovered.notify_waiters();

@@ -174,7 +174,10 @@ async fn cooldown_closes_the_key_until_its_end() {
         other => panic!("{other:?}"),
     }
     let busy = AcquireRequest { enqueue: false, ..a.request(&job) };
-    assert_eq!(a.acquire(busy).await, AcquireOutcome::Busy { check_in: Some(60 * SECOND), in_use: None, lingers: false });
+    assert_eq!(
+        a.acquire(busy).await,
+        AcquireOutcome::Busy { check_in: Some(60 * SECOND), in_use: None, lingers: false }
+    );
     assert_eq!(a.store.inspect(&job).await.unwrap().outcome.closed_for, Some(60 * SECOND));
     time.advance(60 * SECOND);
     assert!(matches!(b.poll(&job, waiting).await, PollOutcome::Granted(_)));
@@ -196,7 +199,10 @@ async fn expired_waiter_leaves_cooldown() {
     a.store.release(&job, held, Some(60 * SECOND)).await.unwrap();
     std::fs::remove_file(folder.join("sessions").join(format!("{}.lock", b.session.to_hex()))).unwrap();
     let of_three = AcquireRequest { demand: Demand::new(1, 3).unwrap(), enqueue: false, ..a.request(&job) };
-    assert_eq!(a.acquire(of_three).await, AcquireOutcome::Busy { check_in: Some(60 * SECOND), in_use: None, lingers: false });
+    assert_eq!(
+        a.acquire(of_three).await,
+        AcquireOutcome::Busy { check_in: Some(60 * SECOND), in_use: None, lingers: false }
+    );
     assert_eq!(a.store.inspect(&job).await.unwrap().outcome.waiters, []);
 }
 

@@ -250,6 +250,7 @@ mod tests {
             remaining: None,
             metadata: None,
             trace: None,
+            lingers: false,
         };
         let waiter = WaiterState {
             owner: "waiter".into(),

@@ -53,8 +53,8 @@ use crate::key::Key;
 use crate::store::streams::Streams;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Capabilities, Cursor, EndOutcome, ExtendOutcome,
-    ForceReleaseOutcome, ForceReleaseRequest, GrantStream, KeyState, Listing, OpenOutcome, OpenSession, PollOutcome,
-    Push, RenewOutcome, Reply, Store, StoreTime,
+    ForceReleaseOutcome, ForceReleaseRequest, GrantStream, KeyState, LingerOutcome, Listing, OpenOutcome, OpenSession,
+    PollOutcome, Push, RenewOutcome, Reply, Store, StoreTime,
 };
 use crate::sync::lock;
 use crate::token::{SessionId, TokenId};

@@ -35,8 +35,8 @@ use crate::store::backoff::within;
 use crate::store::streams::Streams;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Capabilities, Cursor, EndOutcome, ExtendOutcome,
-    ForceReleaseOutcome, ForceReleaseRequest, GrantStream, KeyState, Listing, LostToken, OpenOutcome, OpenSession,
-    PollOutcome, Queued, RenewOutcome, Reply, Store,
+    ForceReleaseOutcome, ForceReleaseRequest, GrantStream, KeyState, LingerOutcome, Listing, LostToken, OpenOutcome,
+    OpenSession, PollOutcome, Queued, RenewOutcome, Reply, Store,
 };
 use crate::sync::lock;
 use crate::token::{SessionId, TokenId};

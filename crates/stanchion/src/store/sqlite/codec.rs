@@ -43,6 +43,11 @@ pub(super) fn encode(push: &Push) -> Vec<u8> {
             out.push(6);
             put_text(&mut out, message);
         }
+        // A program from before this kind ignores it.
+        Push::Recall { token } => {
+            out.push(7);
+            out.extend_from_slice(token.as_bytes());
+        }
     }
     out
 }
@@ -69,6 +74,7 @@ pub(super) fn decode(datagram: &[u8]) -> Option<Push> {
         4 => Push::RecheckAll,
         5 => Push::VerifyAll,
         6 => Push::Warning(take_text(&mut rest)?.to_owned()),
+        7 => Push::Recall { token: TokenId::from_bytes(take(&mut rest)?) },
         _ => return None,
     };
     rest.is_empty().then_some(push)

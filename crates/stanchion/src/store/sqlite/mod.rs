@@ -46,8 +46,8 @@ use self::request::{Answer, Request};
 use self::worker::{HandleState, Job, Worker};
 use super::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Capabilities, Cursor, EndOutcome, ExtendOutcome,
-    ForceReleaseOutcome, ForceReleaseRequest, GrantStream, KeyState, Listing, Liveness, OpenOutcome, OpenSession,
-    PollOutcome, RenewOutcome, Reply, Store, push_channel,
+    ForceReleaseOutcome, ForceReleaseRequest, GrantStream, KeyState, LingerOutcome, Listing, Liveness, OpenOutcome,
+    OpenSession, PollOutcome, RenewOutcome, Reply, Store, push_channel,
 };
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
