@@ -109,7 +109,7 @@ never changed or removed.
                  that a holder requested; null if the key is not in use
   holders        oldest first: fence, owner, units, capacity,
                  session_bound, age_ms, since, remaining_ms, metadata,
-                 trace
+                 trace, lingers (its process may not be using it)
   waiters        head of the queue first: owner, units, capacity,
                  age_ms, metadata, trace
   last_fence     the newest fence of the key, or null

@@ -35,6 +35,7 @@ struct HolderRecord<'a> {
     remaining_ms: Option<u64>,
     metadata: Option<&'a str>,
     trace: Option<&'a str>,
+    lingers: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -73,6 +74,7 @@ impl<'a> From<&'a HolderState> for HolderRecord<'a> {
             remaining_ms: holder.remaining.map(millis),
             metadata: holder.metadata.as_deref(),
             trace: holder.trace.as_deref(),
+            lingers: holder.lingers,
         }
     }
 }

@@ -25,6 +25,7 @@ use proc_macro::TokenStream;
 /// | `cooldown = "5m"` | Keeps the key closed for this long after the release |
 /// | `max_hold = "1m"` | The lock is lost after this time |
 /// | `ttl = "1m"` | Gives the lock a fixed lifetime, which does not depend on the process |
+/// | `linger = "1s"` | Keeps the key in this process after the release: see `LockRequest::linger` |
 /// | `read`, `write` | Shared with other readers, or exclusive, which is the default |
 /// | `guard = NAME` | Gives the body the `&Guard` under this name: its fence, `check`, `heartbeat`, `set_cooldown` |
 ///

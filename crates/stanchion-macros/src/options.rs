@@ -24,7 +24,7 @@ pub(crate) enum Text {
     Expression(Expr),
 }
 
-const NAMES: &str = "key, locks, wait, try, cooldown, max_hold, ttl, read, write, guard";
+const NAMES: &str = "key, locks, wait, try, cooldown, max_hold, ttl, linger, read, write, guard";
 
 /// Pairs of options that exclude each other, and the reason.
 const ONE_OF: [(&str, &str, &str); 3] = [
@@ -74,7 +74,7 @@ impl Options {
                 equals(name, input)?;
                 self.guard = Some(input.parse()?);
             }
-            "wait" | "cooldown" | "max_hold" | "ttl" => call(text, duration(value(name, input)?)?),
+            "wait" | "cooldown" | "max_hold" | "ttl" | "linger" => call(text, duration(value(name, input)?)?),
             "try" => call("wait", quote!(::core::time::Duration::ZERO)),
             "read" => call("demand", quote!(::stanchion::Demand::READ)),
             "write" => call("demand", quote!(::stanchion::Demand::WRITE)),

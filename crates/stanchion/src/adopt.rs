@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, LossCause, Result};
-use crate::guard::Guard;
+use crate::guard::{AtRelease, Guard};
 use crate::handle::Handle;
 use crate::in_flight::{Grant, InFlightToken};
 use crate::store::{AdoptOutcome, AdoptRequest};
@@ -47,7 +47,7 @@ pub(crate) async fn adopt(handle: &Arc<Handle>, token: Token) -> Result<Guard> {
                 length: granted.remaining.map(|remaining| shared.config.drift.usable(remaining)),
                 on_lost: None,
             };
-            in_flight.hold(handle, grant, None).ok_or_else(|| {
+            in_flight.hold(handle, grant, AtRelease::default()).ok_or_else(|| {
                 let too_late =
                     || Error::new(ErrorKind::Lost(LossCause::TtlExpired), "taken up with too little time left");
                 name(if shared.is_closing() { shared.draining_error() } else { too_late() })

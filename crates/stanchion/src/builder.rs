@@ -10,6 +10,7 @@ use crate::keeper;
 use crate::key::{check_namespace, normal};
 use crate::lease::Drift;
 use crate::limits::{MAX_OWNER_BYTES, check_duration};
+use crate::linger::check_linger;
 use crate::locks::Locks;
 use crate::on_lost::OnLost;
 use crate::retry::RetryPolicy;
@@ -47,6 +48,7 @@ pub struct Builder {
     clock: Clock,
     on_lost: OnLost,
     key_redaction: KeyRedaction,
+    linger: Option<Duration>,
 }
 
 enum Source {
@@ -85,6 +87,7 @@ impl Builder {
             clock: Clock::system(),
             on_lost: OnLost::default(),
             key_redaction: KeyRedaction::default(),
+            linger: None,
         }
     }
 
@@ -159,6 +162,17 @@ impl Builder {
         self
     }
 
+    /// Sets the time for which holds of this handle linger after their release. Default: never.
+    ///
+    /// It applies to exclusive requests without a ttl, `max_hold` or cooldown, and not to
+    /// [`lock_all`](Locks::lock_all), [`once`](Locks::once) and [`elect`](Locks::elect).
+    /// [`LockRequest::linger`](crate::LockRequest::linger) describes the effect and its price, and overrides it for one
+    /// request.
+    pub fn linger(mut self, linger: Duration) -> Self {
+        self.linger = Some(linger);
+        self
+    }
+
     /// Sets how keys appear in spans and log events (feature `tracing`). Default: unchanged.
     pub fn redact_keys(mut self, shown: KeyRedaction) -> Self {
         self.key_redaction = shown;
@@ -191,6 +205,7 @@ impl Builder {
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
         self.drift.check(self.session_ttl)?;
+        check_linger(self.linger.unwrap_or_default())?;
         let owner = self.owner.unwrap_or_else(default_owner);
         if owner.len() > MAX_OWNER_BYTES {
             let message =
@@ -205,6 +220,7 @@ impl Builder {
             retry: self.retry,
             on_lost: self.on_lost,
             key_redaction: self.key_redaction,
+            linger: self.linger,
         };
         let (source, clock) = (self.source, self.clock);
         let limit = self.open_within.unwrap_or(config.retry.total);

@@ -24,6 +24,8 @@ pub(crate) enum Command {
     VerifyAll,
     /// Check the next few holds, because the session was renewed.
     VerifyNext,
+    /// Send a request to linger for a hold.
+    Linger(Arc<Hold>),
     /// Query the store for the detached tokens, and forget those it does not have any more.
     QueryDetached,
     /// Listen to the pushes of a session.

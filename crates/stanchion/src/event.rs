@@ -38,6 +38,8 @@ pub enum Event {
         fence: Fence,
         /// Time from the call to the grant.
         waited: Duration,
+        /// Whether the key lingered in this process, and was granted without a request to the store.
+        is_local: bool,
     },
     /// A call started to wait for a key.
     #[non_exhaustive]
@@ -78,6 +80,16 @@ pub enum Event {
         fence: Fence,
         /// Time from the grant to the release.
         held: Duration,
+    },
+    /// A hold that [lingered](crate::LockRequest::linger) ended.
+    #[non_exhaustive]
+    LingerEnded {
+        /// The key.
+        key: Key,
+        /// Number of grants in this process that needed no request.
+        grants: u64,
+        /// The cause of the end.
+        end: LingerEnd,
     },
     /// A lock was lost.
     #[non_exhaustive]
@@ -137,4 +149,30 @@ pub enum Event {
         /// Number of dropped events.
         count: u64,
     },
+}
+
+/// The cause of the end of a hold that [lingered](crate::LockRequest::linger).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LingerEnd {
+    /// Another process requested the key.
+    Recalled,
+    /// No call of this process used the key in time.
+    Unused,
+    /// The caller, a drain or the end of the handle released it.
+    Released,
+    /// The hold was lost: its session ended, it was force-released, or the store lost it.
+    Lost,
+}
+
+impl LingerEnd {
+    /// Returns the name of the cause in metrics and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Recalled => "recalled",
+            Self::Unused => "unused",
+            Self::Released => "released",
+            Self::Lost => "lost",
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Defines [`Guard`], a lock that is held.
 
-use std::sync::Arc;
-use std::sync::{Mutex, PoisonError};
+use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -16,6 +16,7 @@ use crate::key::Key;
 use crate::lease::Hold;
 use crate::lifecycle::Phase;
 use crate::limits::check_duration;
+use crate::linger;
 use crate::shared::Shared;
 use crate::store::{EndOutcome, ExtendOutcome};
 use crate::token::{Token, TokenId};
@@ -48,9 +49,17 @@ use crate::token::{Token, TokenId};
 pub struct Guard {
     handle: Arc<Handle>,
     hold: Arc<Hold>,
-    cooldown: Mutex<Option<Duration>>,
+    at_release: Mutex<AtRelease>,
     /// The guard was released or detached, so dropping it releases nothing.
     spent: bool,
+}
+
+/// What the release of a guard does besides freeing the key.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct AtRelease {
+    pub(crate) cooldown: Option<Duration>,
+    /// Whether the hold may stay in this process.
+    pub(crate) may_linger: bool,
 }
 
 /// The result of a release.
@@ -64,8 +73,30 @@ pub enum Released {
 }
 
 impl Guard {
-    pub(crate) fn new(handle: Arc<Handle>, hold: Arc<Hold>, cooldown: Option<Duration>) -> Self {
-        Self { handle, hold, cooldown: Mutex::new(cooldown), spent: false }
+    pub(crate) fn new(handle: Arc<Handle>, hold: Arc<Hold>, at_release: AtRelease) -> Self {
+        Self { handle, hold, at_release: Mutex::new(at_release), spent: false }
+    }
+
+    pub(crate) fn hold(&self) -> &Arc<Hold> {
+        &self.hold
+    }
+
+    fn at_release(&self) -> MutexGuard<'_, AtRelease> {
+        self.at_release.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps the hold in this process after its release, if it may linger. Returns the cooldown for a release in the store
+    /// otherwise.
+    fn linger(&self) -> ControlFlow<(), Option<Duration>> {
+        let at_release = *self.at_release();
+        if at_release.may_linger {
+            if at_release.cooldown.is_some() {
+                linger::remove(self.shared(), &self.hold);
+            } else if linger::give_back(self.shared(), &self.hold, || self.report_released()) {
+                return ControlFlow::Break(());
+            }
+        }
+        ControlFlow::Continue(at_release.cooldown)
     }
 
     fn shared(&self) -> &Arc<Shared> {
@@ -323,8 +354,16 @@ impl Guard {
         if let Some(closed) = closed {
             check_duration("the cooldown", closed).map_err(|error| self.name(error))?;
         }
-        *self.cooldown.lock().unwrap_or_else(PoisonError::into_inner) = closed;
+        self.at_release().cooldown = closed;
         Ok(())
+    }
+
+    /// Releases the lock in the store when this guard is released, so that it does not [linger](crate::LockRequest::linger).
+    pub fn forbid_linger(&self) {
+        self.at_release().may_linger = false;
+        if self.shared().is_own_process() {
+            linger::remove(self.shared(), &self.hold);
+        }
     }
 
     /// Releases the lock, and returns whether it was still held.
@@ -343,8 +382,11 @@ impl Guard {
             self.end_early(cause);
             return Ok(Released::AlreadyLost);
         }
-        let cooldown = *self.cooldown.lock().unwrap_or_else(PoisonError::into_inner);
         self.hold.begin_release();
+        let ControlFlow::Continue(cooldown) = self.linger() else {
+            self.spent = true;
+            return Ok(Released::Now);
+        };
         // If this future is dropped, the guard's own drop hands the token to the keeper.
         let step = shared.step(|| shared.store.release(&self.hold.key, self.hold.token, cooldown)).await;
         let reply = step.result.map_err(|error| self.name(error))?;
@@ -412,6 +454,7 @@ impl Guard {
         if self.shared().is_own_process() {
             self.spent = true;
             self.hold.begin_release();
+            linger::remove(self.shared(), &self.hold);
             self.shared().detach(&self.hold);
         }
         self.token()
@@ -440,8 +483,8 @@ impl Drop for Guard {
             self.hold.begin_release();
             return self.end_early(cause);
         }
-        let cooldown = *self.cooldown.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.hold.begin_release();
+        let ControlFlow::Continue(cooldown) = self.linger() else { return };
         let mut cleanup = Cleanup::of_hold(&self.hold, cooldown);
         cleanup.released = Some((self.hold.fence, self.hold.since));
         self.shared().clean_up(cleanup);

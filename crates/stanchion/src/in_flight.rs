@@ -12,11 +12,12 @@ use std::time::Duration;
 use crate::clock::BootTime;
 use crate::command::{Cleanup, Command};
 use crate::error::{Error, ErrorKind, Result};
-use crate::guard::Guard;
+use crate::guard::{AtRelease, Guard};
 use crate::handle::Handle;
 use crate::key::Key;
 use crate::lease::{Hold, NewHold, SessionLease};
 use crate::limits::DURATION_RANGE;
+use crate::linger;
 use crate::on_lost::OnLost;
 use crate::shared::Shared;
 use crate::store::{Granted, Lifetime, StoreTime};
@@ -104,7 +105,7 @@ impl InFlightToken {
     }
 
     /// Turns the grant into a guard, if the hold is still valid.
-    pub(crate) fn hold(mut self, handle: &Arc<Handle>, grant: Grant, cooldown: Option<Duration>) -> Option<Guard> {
+    pub(crate) fn hold(mut self, handle: &Arc<Handle>, grant: Grant, at_release: AtRelease) -> Option<Guard> {
         let now = self.shared.clock.now();
         let drift = self.shared.config.drift;
         let deadline = grant
@@ -129,7 +130,10 @@ impl InFlightToken {
             if hold.look_at() != BootTime::NEVER {
                 self.shared.command(Command::Watch(hold.clone()));
             }
-            Guard::new(handle.clone(), hold, cooldown)
+            if self.shared.lingering.is_used() {
+                linger::superseded(&self.shared, &hold);
+            }
+            Guard::new(handle.clone(), hold, at_release)
         })
     }
 }

@@ -169,6 +169,8 @@ pub(crate) struct Hold {
     pub(crate) key: Key,
     pub(crate) token: TokenId,
     pub(crate) fence: Fence,
+    /// The fence of the store's grant. Lower than `fence` if the hold lingered and was granted again in this process.
+    pub(crate) granted: Fence,
     pub(crate) session: Arc<SessionLease>,
     pub(crate) session_bound: bool,
     pub(crate) since: BootTime,
@@ -224,6 +226,7 @@ impl Hold {
             key: new.key,
             token: new.token,
             fence: new.fence,
+            granted: new.fence,
             session: new.session,
             session_bound: new.session_bound,
             since: new.since,
@@ -242,6 +245,29 @@ impl Hold {
             lost: OnceLock::new(),
             lost_token: OnceLock::new(),
         }
+    }
+
+    /// Returns the hold of the next guard in this process. The hold must end with its session.
+    pub(crate) fn granted_again(
+        &self,
+        since: BootTime,
+        fence: Fence,
+        heartbeat_within: Option<Duration>,
+        on_lost: Option<OnLost>,
+    ) -> Self {
+        let next = Self::new(NewHold {
+            key: self.key.clone(),
+            token: self.token,
+            fence,
+            session: self.session.clone(),
+            session_bound: true,
+            since,
+            deadline: None,
+            heartbeat_within,
+            unanswered_until: self.unanswered_until,
+            on_lost,
+        });
+        Self { granted: self.granted, ..next }
     }
 
     /// Returns the time until which others cannot have the key.
@@ -310,12 +336,22 @@ impl Hold {
         }
     }
 
-    /// Marks the hold as lost. Returns whether this call did that.
-    pub(crate) fn lose(&self, cause: LossCause) -> bool {
-        let first = self.lost.set(cause).is_ok();
+    /// Marks the hold as lost. Returns whether this call did that. [`Hold::announce_loss`] must follow.
+    pub(crate) fn mark_lost(&self, cause: LossCause) -> bool {
+        self.lost.set(cause).is_ok()
+    }
+
+    /// Wakes the tasks that wait for the loss.
+    pub(crate) fn announce_loss(&self) {
         if let Some(token) = self.lost_token.get() {
             token.cancel();
         }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn lose(&self, cause: LossCause) -> bool {
+        let first = self.mark_lost(cause);
+        self.announce_loss();
         first
     }
 

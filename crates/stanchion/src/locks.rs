@@ -15,6 +15,7 @@ use crate::handle::Handle;
 use crate::key::{namespace_prefix, normal};
 use crate::lifecycle::Phase;
 use crate::limits::MAX_METADATA_BYTES;
+use crate::linger;
 use crate::observer::EventStream;
 use crate::primitives::{Election, KeyRequest, LockAllRequest, OnceRequest, OwnerStatus, RunListing, RunRecord};
 use crate::request::LockRequest;
@@ -513,6 +514,51 @@ impl Locks {
             shared.observer.publish(|| Event::ForceReleased { key, fence, reason });
         }
         Ok(outcome)
+    }
+
+    /// Releases the key if it [lingers](LockRequest::linger) in this process unused. Returns whether it did.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// # let locks = stanchion::Locks::open("memory:").await?;
+    /// for _ in 0..2 {
+    ///     drop(locks.lock("shard:7").linger(Duration::from_secs(10)).await?);
+    /// }
+    /// locks.release_lingering("shard:7").await?;
+    /// assert!(!locks.is_locked("shard:7").await?);
+    /// # Ok::<(), stanchion::Error>(()) }).unwrap();
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] if the key is malformed; any error of the store. The key lingers no more in any
+    /// case: the keeper keeps releasing it.
+    ///
+    /// # Cancel safety
+    /// If the future is dropped, the keeper finishes the release.
+    pub async fn release_lingering(&self, key: impl Into<String>) -> Result<bool> {
+        let key = self.handle.key(&key.into())?;
+        linger::release_unused(&self.handle.shared, &key).await
+    }
+
+    /// Releases every key that [lingers](LockRequest::linger) in this process unused. Returns their number.
+    ///
+    /// # Errors
+    /// The first error of [`Locks::release_lingering`]. All keys are released in any case.
+    ///
+    /// # Cancel safety
+    /// The same as for [`Locks::release_lingering`]. Keys whose turn has not come may linger on.
+    pub async fn release_all_lingering(&self) -> Result<usize> {
+        let shared = &self.handle.shared;
+        shared.check_process()?;
+        let (mut count, mut first_error) = (0, None);
+        for key in linger::unused_keys(shared) {
+            match linger::release_unused(shared, &key).await {
+                Ok(has_lingered) => count += usize::from(has_lingered),
+                Err(error) => first_error = first_error.or(Some(error)),
+            }
+        }
+        first_error.map_or(Ok(count), Err)
     }
 
     /// Returns a stream of this handle's events from now on.

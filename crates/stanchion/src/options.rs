@@ -6,6 +6,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_METADATA_BYTES, check_duration, check_wait};
+use crate::linger::check_linger;
 use crate::on_lost::OnLost;
 use crate::store::{Demand, Lifetime};
 
@@ -20,6 +21,8 @@ pub(crate) struct Options {
     pub(crate) max_hold: Option<Duration>,
     pub(crate) heartbeat_within: Option<Duration>,
     pub(crate) cooldown: Option<Duration>,
+    /// `None`: as the handle says. Zero: never.
+    pub(crate) linger: Option<Duration>,
     pub(crate) metadata: Option<String>,
     pub(crate) trace: Option<String>,
     pub(crate) cancel: Option<CancellationToken>,
@@ -38,6 +41,7 @@ impl Default for Options {
             max_hold: None,
             heartbeat_within: None,
             cooldown: None,
+            linger: None,
             metadata: None,
             trace: None,
             cancel: None,
@@ -49,6 +53,24 @@ impl Default for Options {
 }
 
 impl Options {
+    /// Returns for how long the hold may linger, if it may. `default` is the time of the handle.
+    pub(crate) fn linger(&self, default: Option<Duration>) -> Option<Duration> {
+        let may_linger = self.why_not_linger().is_none();
+        self.linger.or(default.filter(|_| may_linger)).filter(|linger| !linger.is_zero())
+    }
+
+    /// Returns the option because of which the hold cannot linger.
+    fn why_not_linger(&self) -> Option<&'static str> {
+        let demand = Demand::new(self.units, self.capacity);
+        match () {
+            () if self.ttl.is_some() => Some("a ttl"),
+            () if self.max_hold.is_some() => Some("a max_hold"),
+            () if self.cooldown.is_some() => Some("a cooldown"),
+            () if !demand.is_ok_and(Demand::is_exclusive) => Some("shared units"),
+            () => None,
+        }
+    }
+
     /// Validates all options, and returns the lifetime and the demand that they ask for.
     pub(crate) fn check(&self) -> Result<(Lifetime, Demand)> {
         let demand = Demand::new(self.units, self.capacity)?;
@@ -64,6 +86,13 @@ impl Options {
         for (what, span) in durations {
             if let Some(span) = span {
                 check_duration(what, span)?;
+            }
+        }
+        if let Some(linger) = self.linger.filter(|linger| !linger.is_zero()) {
+            check_linger(linger)?;
+            if let Some(option) = self.why_not_linger() {
+                let message = format!("a request with linger cannot have {option}: its hold would not be kept");
+                return Err(Error::new(ErrorKind::InvalidArgument, message));
             }
         }
         for (what, text) in [("the metadata", &self.metadata), ("the trace", &self.trace)] {

@@ -13,6 +13,7 @@ use crate::event::Event;
 use crate::key::Key;
 use crate::lease::{Drift, Hold, SessionLease};
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::linger::{self, Lingering};
 use crate::loss_executor::LossExecutor;
 use crate::observer::Observer;
 use crate::on_lost::OnLost;
@@ -34,6 +35,8 @@ pub(crate) struct Config {
     pub(crate) retry: RetryPolicy,
     pub(crate) on_lost: OnLost,
     pub(crate) key_redaction: KeyRedaction,
+    /// The time for which holds linger unless their request says otherwise.
+    pub(crate) linger: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -49,6 +52,7 @@ pub(crate) struct Shared {
     requested_session: Mutex<Option<SessionId>>,
     token_maker: TokenMaker,
     pub(crate) tokens: TokenTable,
+    pub(crate) lingering: Lingering,
     /// The keys that the keeper polls for waiting calls.
     pub(crate) polls: Polls,
     store_clock: StoreClock,
@@ -88,6 +92,7 @@ impl Shared {
             requested_session: Mutex::default(),
             token_maker: TokenMaker::new()?,
             tokens: TokenTable::new(),
+            lingering: Lingering::default(),
             polls: Polls::new(capabilities.push),
             store_clock: StoreClock::default(),
             commands,
@@ -135,7 +140,7 @@ impl Shared {
         if has_late_request {
             // A request that arrives after another handle has adopted the hold makes a second hold of the same token.
             let mut cleanup = Cleanup::of_hold(hold, None);
-            cleanup.spared = Some(hold.fence);
+            cleanup.spared = Some(hold.granted);
             self.command(Command::Cleanup(cleanup));
         }
     }
@@ -249,6 +254,7 @@ impl Shared {
     pub(crate) fn drain(&self, reason: &str) {
         if self.lifecycle.drain(reason) {
             self.observer.publish(|| Event::Draining { reason: reason.to_owned() });
+            linger::drain(self);
         }
     }
 
@@ -325,7 +331,7 @@ impl Shared {
             self.poll(&hold.key, hold.token)
         });
         match poll.await.result?.outcome {
-            PollOutcome::Granted(granted) if granted.fence == hold.fence => {
+            PollOutcome::Granted(granted) if granted.fence == hold.granted => {
                 if let Some(remaining) = granted.remaining
                     && hold.has_less(until, self.clock.now().after(remaining))
                 {
@@ -344,6 +350,7 @@ impl Shared {
     /// Ends the validity of all holds, and loses them. `is_asked` says whether a caller closes the handle.
     pub(crate) fn lose_all(&self, is_asked: bool) {
         self.lifecycle.advance(Phase::Closing);
+        linger::end_of_session(self, None);
         for hold in self.tokens.holds() {
             // A caller that closes the handle says that its work is over. A keeper that ended by a defect does not say that.
             self.lose_by(&hold, LossCause::Closed, None, !is_asked);
@@ -356,7 +363,9 @@ impl Shared {
     }
 
     fn lose_by(&self, hold: &Arc<Hold>, cause: LossCause, reason: Option<String>, may_abort: bool) {
-        if !hold.lose(cause) {
+        let (is_first, current) = linger::mark_lost(self, hold, cause);
+        hold.announce_loss();
+        if !is_first {
             return;
         }
         let policy = hold.on_lost.as_ref().unwrap_or(&self.config.on_lost);
@@ -373,7 +382,10 @@ impl Shared {
         } else if self.tokens.begin_grace(hold, self.clock.now()) {
             self.command(Command::QueryDetached);
         }
-        self.observer.publish(|| Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason });
+        self.observer.publish(|| {
+            let reason = reason.clone();
+            Event::Lost { key: hold.key.clone(), fence: hold.fence, cause, reason }
+        });
         if !is_gone {
             let mut cleanup = Cleanup::of_hold(hold, None);
             if cause.leaves_grace() {
@@ -387,6 +399,9 @@ impl Shared {
                 hold.is_freed_at(cleanup.not_before);
             }
             self.command(Command::Cleanup(cleanup));
+        }
+        if let Some(current) = current {
+            self.lose_by(&current, cause, reason, may_abort);
         }
     }
 }

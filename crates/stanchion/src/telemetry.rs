@@ -98,8 +98,11 @@ impl Telemetry {
         use tracing::{debug, info, warn};
         let store = self.store;
         match event {
-            Event::Acquired { key, fence, waited } => {
-                debug!(name: "stanchion.acquired", store, key = self.shown(key), fence = fence.get(), wait_seconds = waited.as_secs_f64(), "acquired");
+            Event::Acquired { key, fence, waited, is_local } => {
+                debug!(name: "stanchion.acquired", store, key = self.shown(key), fence = fence.get(), wait_seconds = waited.as_secs_f64(), local = is_local, "acquired");
+            }
+            Event::LingerEnded { key, grants, end } => {
+                debug!(name: "stanchion.linger_ended", store, key = self.shown(key), grants, end = end.name(), "the key lingers no more");
             }
             Event::Contended { key, ahead } => {
                 debug!(name: "stanchion.contended", store, key = self.shown(key), ahead, "waiting");
@@ -140,8 +143,9 @@ impl Telemetry {
         use metrics::{counter, histogram};
         let store = self.store;
         match event {
-            Event::Acquired { waited, .. } => {
-                counter!("stanchion_acquired_total", "store" => store).increment(1);
+            Event::Acquired { waited, is_local, .. } => {
+                let from = if *is_local { "process" } else { "store" };
+                counter!("stanchion_acquired_total", "store" => store, "from" => from).increment(1);
                 histogram!("stanchion_acquire_wait_seconds", "store" => store).record(waited.as_secs_f64());
             }
             Event::Contended { ahead, .. } => {
@@ -156,6 +160,9 @@ impl Telemetry {
             }
             Event::Lost { cause, .. } => {
                 counter!("stanchion_lost_total", "store" => store, "cause" => cause.name()).increment(1);
+            }
+            Event::LingerEnded { end, .. } => {
+                counter!("stanchion_linger_ended_total", "store" => store, "end" => end.name()).increment(1);
             }
             Event::ForceReleased { .. } => counter!("stanchion_force_released_total", "store" => store).increment(1),
             Event::SessionLost { .. } => counter!("stanchion_session_lost_total", "store" => store).increment(1),

@@ -1,12 +1,12 @@
 //! Tracks the state of every token of a handle.
 //!
-//! A token goes from *waiting* to *held*, and from there to *detached* or *cleaning up*; then it is gone. Each method is one
-//! transition under one lock, so no thread sees a token between two states. The table decides nothing else: it sends no request
+//! A token goes from *waiting* to *held*, and from there to *detached* or *cleaning up*; then it is gone. Between *held* and
+//! *lingering* it may go to and fro. Each method is one transition under one lock, so no thread sees a token between two states. The table decides nothing else: it sends no request
 //! and wakes no call.
 //!
 //! # Invariants
 //! 1. A token is in exactly one state, or gone.
-//! 2. A token that left *waiting* and *held* never returns there: tokens are used once.
+//! 2. A token that left *waiting*, *held* and *lingering* never returns there: the store grants a token once.
 //! 3. A detached token stays detached through a cleanup that spares its hold, and a detached token that is being cleaned up for
 //!    good is forgotten when the cleanup ends.
 
@@ -32,6 +32,8 @@ pub(crate) enum TokenState {
     Waiting(Arc<Waiter>),
     /// A guard has the hold.
     Held(Arc<Hold>),
+    /// No guard has the hold, and the next call of this process may get it.
+    Lingering(Arc<Hold>),
     /// The hold must stay in the store, and no guard has it.
     Detached(Detached),
     /// The keeper releases the token. With a value the hold must stay in the store until then: it is lost and in its grace, or
@@ -101,6 +103,28 @@ impl TokenTable {
         is_valid
     }
 
+    /// Turns a held or lingering token into the hold of the next guard in this process, if that hold is valid.
+    pub(crate) fn grant_again(&self, hold: &Arc<Hold>, is_valid: impl FnOnce() -> bool) -> bool {
+        let mut table = self.lock();
+        let is_kept = matches!(table.states.get(&hold.token), Some(TokenState::Held(_) | TokenState::Lingering(_)));
+        let is_granted = is_kept && is_valid();
+        if is_granted {
+            table.set(hold.token, TokenState::Held(hold.clone()));
+        }
+        is_granted
+    }
+
+    /// Lets a hold linger after its guard. Returns `false`, and does nothing, if the hold was lost.
+    #[must_use]
+    pub(crate) fn linger(&self, hold: &Arc<Hold>) -> bool {
+        let mut table = self.lock();
+        let is_held = matches!(table.states.get(&hold.token), Some(TokenState::Held(_)));
+        if is_held {
+            table.set(hold.token, TokenState::Lingering(hold.clone()));
+        }
+        is_held
+    }
+
     /// Detaches a held token. With `has_late_request` a request of the token may still arrive, and the token is cleaned up
     /// without the hold. Returns whether to query the store for the detached tokens.
     ///
@@ -165,10 +189,11 @@ impl TokenTable {
         }
     }
 
-    /// Forgets a waiting or held token of which the store has nothing. A token that is being cleaned up stays.
+    /// Forgets a waiting, held or lingering token of which the store has nothing. A token that is being cleaned up stays.
     pub(crate) fn forget(&self, token: TokenId) {
         let mut table = self.lock();
-        if let Some(TokenState::Waiting(_) | TokenState::Held(_)) = table.states.get(&token) {
+        if let Some(TokenState::Waiting(_) | TokenState::Held(_) | TokenState::Lingering(_)) = table.states.get(&token)
+        {
             table.remove(token);
         }
     }
@@ -192,9 +217,11 @@ impl TokenTable {
         }
     }
 
-    /// Forgets the detached holds when the session is over: nothing is pushed for the tokens of an old session.
+    /// Forgets the detached and the lingering holds when the session is over: nothing is pushed for the tokens of an old session.
     pub(crate) fn end_of_session(&self) {
-        self.lock().retain_detached(|_| false);
+        let mut table = self.lock();
+        table.states.retain(|_, state| !matches!(state, TokenState::Lingering(_)));
+        table.retain_detached(|_| false);
     }
 
     /// Sets the number of detached tokens at which the store is queried next, after it has been queried.
@@ -216,6 +243,14 @@ impl TokenTable {
         }
     }
 
+    /// Returns the hold of a token that is held or lingers.
+    pub(crate) fn held_or_lingering(&self, token: TokenId) -> Option<Arc<Hold>> {
+        match self.lock().states.get(&token) {
+            Some(TokenState::Held(hold) | TokenState::Lingering(hold)) => Some(hold.clone()),
+            _ => None,
+        }
+    }
+
     /// Returns the call that waits with a token, if one does.
     pub(crate) fn waiter(&self, token: TokenId) -> Option<Arc<Waiter>> {
         match self.lock().states.get(&token) {
@@ -224,7 +259,7 @@ impl TokenTable {
         }
     }
 
-    /// Returns all holds.
+    /// Returns all holds that a guard has.
     pub(crate) fn holds(&self) -> Vec<Arc<Hold>> {
         self.collect(|_, state| match state {
             TokenState::Held(hold) => Some(hold.clone()),
@@ -232,7 +267,7 @@ impl TokenTable {
         })
     }
 
-    /// Returns the tokens of all holds.
+    /// Returns the tokens of all holds that a guard has.
     pub(crate) fn held(&self) -> Vec<TokenId> {
         self.collect(|token, state| matches!(state, TokenState::Held(_)).then_some(token))
     }
@@ -287,7 +322,7 @@ impl Table {
 
     fn count(&mut self, state: &TokenState, difference: isize) {
         let (cleaning_up, detached) = match state {
-            TokenState::Waiting(_) | TokenState::Held(_) => (false, false),
+            TokenState::Waiting(_) | TokenState::Held(_) | TokenState::Lingering(_) => (false, false),
             TokenState::Detached(_) => (false, true),
             TokenState::CleaningUp(detached) => (true, detached.is_some()),
         };
@@ -334,7 +369,7 @@ impl Table {
                 left += usize::from(slot.is_some());
                 true
             }
-            TokenState::Waiting(_) | TokenState::Held(_) => true,
+            TokenState::Waiting(_) | TokenState::Held(_) | TokenState::Lingering(_) => true,
         });
         self.detached = left;
         self.shrink();
@@ -398,6 +433,7 @@ mod tests {
             None => "gone",
             Some(TokenState::Waiting(_)) => "waiting",
             Some(TokenState::Held(_)) => "held",
+            Some(TokenState::Lingering(_)) => "lingering",
             Some(TokenState::Detached(_)) => "detached",
             Some(TokenState::CleaningUp(None)) => "cleaning up",
             Some(TokenState::CleaningUp(Some(_))) => "cleaning up, hold stays",

@@ -8,19 +8,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::BootTime;
+use crate::command::Command;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
-use crate::guard::Guard;
+use crate::guard::{AtRelease, Guard};
 use crate::handle::Handle;
 use crate::in_flight::{Grant, InFlightToken};
 use crate::key::Key;
-use crate::lease::SessionLease;
+use crate::lease::{Hold, SessionLease};
+use crate::lifecycle::Phase;
+use crate::linger::{self, Entered, Requester, Turn, TurnWait, Usage};
 use crate::options::Options;
 use crate::retry::{Patience, out_of_time};
 use crate::shared::Shared;
 use crate::store::{AcquireOutcome, AcquireRequest, Demand, Granted, Lifetime, PollOutcome, Queued};
 use crate::token::TokenId;
 use crate::waiter::Wakeup;
+
+/// Maximum time for which an attempt waits for a lingering hold to be given up.
+const RECALL_WITHIN: Duration = Duration::from_millis(50);
 
 /// Maximum number of grants that may arrive already expired before the call fails.
 const MAX_LATE: u32 = 5;
@@ -41,6 +47,29 @@ async fn acquire_key(handle: &Arc<Handle>, key: Key, options: &Options) -> Resul
     let started = shared.clock.now();
     let enqueue = options.wait != Some(Duration::ZERO);
     let limit = if enqueue { options.wait } else { Some(shared.config.retry.no_wait) };
+    let usage = options.linger(shared.config.linger).map(|linger| Usage {
+        linger,
+        heartbeat_within: options.heartbeat_within,
+        on_lost: options.on_lost.clone(),
+    });
+    let mut requester = None;
+    let mut turn = None;
+    if let Some(usage) = &usage
+        && !shared.lifecycle.has_reached(Phase::Draining)
+    {
+        match linger::enter(shared, &key, usage, enqueue) {
+            Entered::Granted(hold) => return Ok(Some(local_guard(handle, hold, started))),
+            Entered::Request(role) => requester = Some(role),
+            Entered::Wait(wait, ahead) => {
+                if enqueue {
+                    shared.observer.publish(|| Event::Contended { key: key.clone(), ahead });
+                }
+                turn = Some(wait);
+            }
+            Entered::Busy => return Ok(None),
+            Entered::Plain => {}
+        }
+    }
     let cancelled = async {
         match &options.cancel {
             Some(token) => token.cancelled().await,
@@ -61,6 +90,10 @@ async fn acquire_key(handle: &Arc<Handle>, key: Key, options: &Options) -> Resul
         late: 0,
         stale: 0,
         other_limit: None,
+        recalls: false,
+        usage,
+        turn,
+        requester,
     };
     let ended = tokio::select! {
         biased;
@@ -68,10 +101,35 @@ async fn acquire_key(handle: &Arc<Handle>, key: Key, options: &Options) -> Resul
         () = shared.draining() => Err(shared.draining_error()),
         result = call.run() => result,
     };
-    ended.map_err(|error| match error.kind() {
+    if let (Err(error), Some(requester)) = (&ended, call.requester.take())
+        && !matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Cancelled)
+    {
+        requester.failed();
+    }
+    match ended {
+        // The holder did not give up the key at once: it uses it.
+        Err(error) if call.recalls && error.kind() == ErrorKind::Timeout => return Ok(None),
+        ended => ended,
+    }
+    .map_err(|error| match error.kind() {
         ErrorKind::Timeout => name(limit_error(shared, enqueue, limit.unwrap_or_default())),
         _ => name(error),
     })
+}
+
+/// Makes the guard of a hold that was granted in this process.
+fn local_guard(handle: &Arc<Handle>, hold: Arc<Hold>, started: BootTime) -> Guard {
+    let shared = &handle.shared;
+    if hold.look_at() != BootTime::NEVER {
+        shared.command(Command::Watch(hold.clone()));
+    }
+    shared.observer.publish(|| Event::Acquired {
+        key: hold.key.clone(),
+        fence: hold.fence,
+        waited: hold.since.since(started),
+        is_local: true,
+    });
+    Guard::new(handle.clone(), hold, AtRelease { cooldown: None, may_linger: true })
 }
 
 /// Returns the error of a call that reached its wait limit without a fault of its requests.
@@ -103,6 +161,14 @@ struct Call<'a> {
     stale: u32,
     /// The limit of other users that was last reported because it is not the limit of this call.
     other_limit: Option<u32>,
+    /// Whether an attempt that does not wait has entered the queue, so that the store recalls a lingering hold.
+    recalls: bool,
+    /// How the call uses the key, if the key may linger.
+    usage: Option<Usage>,
+    /// The call waits for its turn in this process.
+    turn: Option<TurnWait<'a>>,
+    /// The role of the call that requests the key for this process.
+    requester: Option<Requester<'a>>,
 }
 
 /// The result of one token.
@@ -113,7 +179,7 @@ enum Attempt {
     Retry,
 }
 
-impl Call<'_> {
+impl<'a> Call<'a> {
     fn shared(&self) -> &Arc<Shared> {
         &self.handle.shared
     }
@@ -137,6 +203,11 @@ impl Call<'_> {
     }
 
     async fn run(&mut self) -> Result<Option<Guard>> {
+        if let Some(turn) = self.turn.take()
+            && let Some(guard) = Box::pin(self.wait_here(turn)).await?
+        {
+            return Ok(Some(guard));
+        }
         loop {
             match self.attempt().await? {
                 Attempt::Granted(guard) => return Ok(Some(guard)),
@@ -148,6 +219,27 @@ impl Call<'_> {
                     return Err(Error::new(ErrorKind::Unavailable, message));
                 }
             }
+        }
+    }
+
+    /// Waits for the call's turn in this process. Returns `None` if the call is to request the key from the store.
+    async fn wait_here(&mut self, mut wait: TurnWait<'a>) -> Result<Option<Guard>> {
+        let turn = tokio::select! {
+            biased;
+            turn = wait.turn() => turn,
+            () = self.shared().clock.sleep_until(self.limit_at) => return Err(out_of_time()),
+        };
+        match turn {
+            Turn::Granted(hold) => {
+                let guard = local_guard(self.handle, hold, self.started);
+                // A hold that was lost on its way to this call is of no use.
+                Ok(guard.is_held().then_some(guard))
+            }
+            Turn::Request => {
+                self.requester = Some(wait.requester());
+                Ok(None)
+            }
+            Turn::Plain => Ok(None),
         }
     }
 
@@ -189,9 +281,15 @@ impl Call<'_> {
                 self.compare_limits(queued.in_use);
                 Box::pin(self.wait(in_flight, queued)).await
             }
-            AcquireOutcome::Busy { in_use, .. } => {
+            AcquireOutcome::Busy { in_use, lingers, .. } => {
                 in_flight.nothing_was_created();
                 self.compare_limits(in_use);
+                // The holder may not be using the key, and gives it up for a request that waits.
+                if lingers && shared.capabilities.push && !self.recalls {
+                    (self.recalls, self.enqueue) = (true, true);
+                    self.limit_at = self.limit_at.min(shared.clock.now().after(RECALL_WITHIN));
+                    return Ok(Attempt::Retry);
+                }
                 Ok(Attempt::Busy)
             }
             // The request missed its window, or the session ended before it arrived. The keeper opens another session.
@@ -285,11 +383,18 @@ impl Call<'_> {
             on_lost: self.options.on_lost.clone(),
         };
         let fence = granted.fence;
-        match in_flight.hold(self.handle, grant, self.options.cooldown) {
+        let at_release = AtRelease { cooldown: self.options.cooldown, may_linger: self.requester.is_some() };
+        match in_flight.hold(self.handle, grant, at_release) {
             Some(guard) => {
+                if let (Some(requester), Some(usage)) = (self.requester.take(), &self.usage) {
+                    requester.granted(guard.hold(), usage.linger);
+                }
                 let shared = self.shared();
                 let waited = shared.clock.now().since(self.started);
-                shared.observer.publish(|| Event::Acquired { key: self.key.clone(), fence, waited });
+                shared.observer.publish(|| {
+                    let (key, is_local) = (self.key.clone(), false);
+                    Event::Acquired { key, fence, waited, is_local }
+                });
                 Attempt::Granted(guard)
             }
             // Too little time is left: the hold is released and not used.

@@ -16,6 +16,7 @@ pub mod library;
 pub mod limits;
 pub mod lingering;
 pub mod liveness;
+pub mod local_grants;
 pub mod messages;
 pub mod primitives;
 pub mod queue;
@@ -178,6 +179,31 @@ macro_rules! for_every_case {
             lingering::force_release_names_the_stored_fence,
             lingering::lingering_hold_is_shown,
             lingering::lingering_hold_ends_with_its_session,
+            local_grants::lingering_key_is_granted_without_requests [Push],
+            local_grants::local_fences_rise_below_the_next_store_grant [Push],
+            local_grants::unused_key_goes_to_the_next_process [Push],
+            local_grants::used_key_goes_to_the_next_process_later [Push],
+            local_grants::calls_of_a_process_hand_the_key_over [Push],
+            local_grants::calls_before_the_first_grant_share_it [Push],
+            local_grants::abandoned_turns_go_to_the_next_call [Push],
+            local_grants::calls_after_a_recall_wait_behind_others [Push],
+            local_grants::key_used_once_does_not_linger [Push],
+            local_grants::unused_key_is_free_after_its_time [Push],
+            local_grants::lost_recall_delays_others_by_one_linger [Push],
+            local_grants::attempt_recalls_an_unused_key [Push],
+            local_grants::lost_session_takes_lingering_keys [Push],
+            local_grants::closing_releases_lingering_keys [Push],
+            local_grants::forced_release_ends_a_lingering_key [Push],
+            local_grants::forced_release_ends_a_local_grant [Push],
+            local_grants::detached_local_grant_is_not_recalled [Push],
+            local_grants::cooldown_ends_a_lingering_key [Push],
+            local_grants::guard_can_forbid_to_linger [Push],
+            local_grants::unsuitable_requests_cannot_linger [Push],
+            local_grants::handle_default_lets_keys_linger [Push],
+            local_grants::contested_keys_stop_lingering [Push],
+            local_grants::failed_request_fails_waiting_calls [Push],
+            local_grants::late_answer_revives_nothing [Push],
+            local_grants::random_local_grants_pass_the_history_check [Push],
             inspection::inspect_and_list_change_nothing,
             inspection::observers_see_the_same_state,
             inspection::inspect_lists_waiters_in_order [Fair],

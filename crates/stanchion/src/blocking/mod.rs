@@ -187,6 +187,22 @@ impl Locks {
         self.driver.call(self.locks.extend(token, ttl))
     }
 
+    /// Releases the key if it [lingers](crate::LockRequest::linger) in this process unused. Returns whether it did.
+    ///
+    /// # Errors
+    /// The errors of [`stanchion::Locks::release_lingering`](crate::Locks::release_lingering).
+    pub fn release_lingering(&self, key: impl Into<String>) -> Result<bool> {
+        self.driver.call(self.locks.release_lingering(key))
+    }
+
+    /// Releases every key that [lingers](crate::LockRequest::linger) in this process unused. Returns their number.
+    ///
+    /// # Errors
+    /// The errors of [`stanchion::Locks::release_all_lingering`](crate::Locks::release_all_lingering).
+    pub fn release_all_lingering(&self) -> Result<usize> {
+        self.driver.call(self.locks.release_all_lingering())
+    }
+
     /// Returns the holders, waiters and fences of a key when the store was queried. For display only.
     ///
     /// # Errors

@@ -64,6 +64,13 @@ impl LockRequest {
         self.with(|request| request.cooldown(closed))
     }
 
+    /// Keeps the key in this process for up to this long after its release, in case the process wants it again.
+    ///
+    /// [`stanchion::LockRequest::linger`](crate::LockRequest::linger) has the rules and the price.
+    pub fn linger(self, linger: Duration) -> Self {
+        self.with(|request| request.linger(linger))
+    }
+
     /// Attaches text for people who inspect the key. At most 4 KiB.
     pub fn metadata(self, text: impl Into<String>) -> Self {
         self.with(|request| request.metadata(text))

@@ -14,6 +14,7 @@
 
 mod cleanup;
 mod deadlines;
+mod linger;
 mod polling;
 mod session;
 mod verify;
@@ -27,6 +28,7 @@ use crate::clock::Clock;
 use crate::command::{Cleanup, Command, HoldCheck};
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::lifecycle::Phase;
+use crate::linger as local;
 use crate::shared::{SessionView, Shared};
 use crate::store::{GrantStream, PollOutcome, Push};
 use crate::thread::{self, Ending};
@@ -34,6 +36,7 @@ use crate::tokens::TokenState;
 use crate::waiter::Wakeup;
 use cleanup::CleanupQueue;
 use deadlines::Deadlines;
+use linger::LingerRequests;
 use verify::Verification;
 
 /// Maximum time for which closing waits for a store that does not answer, and the part of it for the tokens.
@@ -132,6 +135,7 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
     let mut cleanups = CleanupQueue::new(shared.clone());
     let mut verification = Verification::new(shared.clone());
     let mut deadlines = Deadlines::default();
+    let mut lingers = LingerRequests::new(shared.clone());
     let mut pushes = None;
     let polling = tokio::spawn(polling::poll_keys(shared.clone()));
     {
@@ -154,7 +158,9 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                     Some(Command::VerifyAll) => {
                         cleanups.retry_now();
                         verification.all();
+                        lingers.all();
                     }
+                    Some(Command::Linger(hold)) => lingers.enter(hold),
                     Some(Command::QueryDetached) => { tokio::spawn(forget_adopted(shared.clone())); }
                     Some(Command::Listen(stream)) => {
                         let mut old = pushes.replace(stream);
@@ -166,6 +172,7 @@ async fn keep(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                     Some(push) => receive(&shared, push),
                     None => pushes = None,
                 },
+                () = lingers.progress() => {}
                 () = cleanups.progress() => {}
                 () = verification.progress() => {}
             }
@@ -260,7 +267,8 @@ fn receive(shared: &Arc<Shared>, push: Push) {
         Push::Granted { key, token, fence } => match shared.tokens.get(token) {
             Some(TokenState::Waiting(waiter)) => waiter.notify(Wakeup::Granted(fence)),
             // An answer has given the call its grant already, unless a failover made another grant of it.
-            Some(TokenState::Held(hold)) if hold.fence == fence => {}
+            Some(TokenState::Held(hold) | TokenState::Lingering(hold)) if hold.granted == fence => {}
+            Some(TokenState::Lingering(hold)) => shared.command(Command::Linger(hold)),
             Some(TokenState::Held(hold)) => check_soon(shared, HoldCheck::new(hold)),
             Some(TokenState::Detached(_) | TokenState::CleaningUp(_)) => {}
             // The call or its hold has ended, and a failover forgot that: nobody will use this grant.
@@ -271,7 +279,9 @@ fn receive(shared: &Arc<Shared>, push: Push) {
             Some(TokenState::Held(hold)) if !shared.capabilities.authentic_push => {
                 check_soon(shared, HoldCheck { hold, cause: LossCause::ForceReleased, reason: Some(lost.reason) });
             }
-            Some(TokenState::Waiting(_) | TokenState::Held(_)) => session::force_released(shared, lost),
+            Some(TokenState::Waiting(_) | TokenState::Held(_) | TokenState::Lingering(_)) => {
+                session::force_released(shared, lost);
+            }
             // The next renewal reports a true forced release.
             Some(TokenState::Detached(_) | TokenState::CleaningUp(_)) | None => {}
         },
@@ -280,7 +290,12 @@ fn receive(shared: &Arc<Shared>, push: Push) {
                 waiter.notify(Wakeup::Recheck);
             }
         }
-        Push::Recall { .. } => {}
+        // A recall of a token that was released since has nothing to do.
+        Push::Recall { token } => {
+            if let Some(hold) = shared.tokens.held_or_lingering(token) {
+                local::recalled(shared, &hold);
+            }
+        }
         Push::RecheckAll => shared.polls.poll_all(shared.clock.now()),
         Push::VerifyAll => {
             shared.store_recovered.notify_waiters();

@@ -9,6 +9,7 @@ use crate::command::Command;
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::event::Event;
 use crate::lease::{RENEWALS_PER_TTL, SessionLease};
+use crate::linger;
 use crate::retry::{limited, sleep_unless_recovered};
 use crate::shared::{SessionView, Shared};
 use crate::store::{Liveness, LostToken, OpenOutcome, OpenSession, RenewOutcome};
@@ -25,6 +26,7 @@ pub(super) async fn maintain_session(shared: Arc<Shared>) {
         session.end();
         shared.session.send_replace(SessionView::Opening(None));
         shared.observer.publish(|| Event::SessionLost { session: session.id });
+        linger::end_of_session(&shared, Some(session.id));
         for hold in shared.tokens.holds() {
             if hold.session_bound && hold.session.id == session.id {
                 shared.lose(&hold, LossCause::SessionExpired, None);
@@ -151,6 +153,7 @@ async fn renew_until_over(shared: &Arc<Shared>, session: &SessionLease, opened: 
 pub(super) fn force_released(shared: &Arc<Shared>, lost: LostToken) {
     match shared.tokens.get(lost.token) {
         Some(TokenState::Held(hold)) => shared.lose(&hold, LossCause::ForceReleased, Some(lost.reason)),
+        Some(TokenState::Lingering(hold)) => linger::forget(shared, &hold),
         // The waiter does not know yet that it had been granted: its poll finds that the token is gone.
         Some(TokenState::Waiting(waiter)) => waiter.notify(Wakeup::Recheck),
         // The guard is gone, and only the store still has the token.

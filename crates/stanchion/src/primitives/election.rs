@@ -40,7 +40,8 @@ pub struct Election {
 
 impl Election {
     pub(crate) fn new(request: LockRequest) -> Self {
-        Self { request }
+        // The store alone says who leads.
+        Self { request: request.linger(Duration::ZERO) }
     }
 
     /// Sets text about this candidate for observers, such as its address. At most 4 KiB.

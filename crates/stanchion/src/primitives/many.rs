@@ -91,7 +91,8 @@ pub struct LockAllRequest {
 
 impl LockAllRequest {
     pub(crate) fn new(handle: Arc<Handle>, keys: Vec<KeyRequest>) -> Self {
-        Self { handle, keys, options: Options::default() }
+        // The keys are requested in an order, which a key that is granted without the store would break.
+        Self { handle, keys, options: Options { linger: Some(Duration::ZERO), ..Options::default() } }
     }
 
     /// Limits the wait for all keys together; at the limit the call fails with [`ErrorKind::Timeout`]. Default: no

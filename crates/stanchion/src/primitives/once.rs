@@ -80,6 +80,8 @@ pub enum OnceOutcome<T> {
 
 impl OnceRequest {
     pub(crate) fn new(request: LockRequest) -> Self {
+        // A run ends with a record in the store.
+        let request = request.linger(Duration::ZERO);
         Self { request, cooldown: None, every: None, slot: None, waits: false, failures_count: false, is_forced: false }
     }
 

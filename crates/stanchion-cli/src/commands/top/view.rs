@@ -69,7 +69,7 @@ fn status_line(state: &State, now: BootTime) -> Line<'static> {
 fn draw_rows(frame: &mut Frame<'_>, rows: &[Row<'_>], selected: Option<usize>, area: Rect) {
     let widths = [
         Constraint::Fill(3),
-        Constraint::Length(6),
+        Constraint::Length(7),
         Constraint::Length(10),
         Constraint::Length(7),
         Constraint::Length(12),
@@ -90,7 +90,7 @@ fn table_row(row: &Row<'_>) -> TableRow<'static> {
     let waiters = &row.key.waiters;
     let longest = waiters.iter().map(|waiter| waiter.age).max().map(for_people).unwrap_or_default();
     let (word, span) = match (row.holder, row.key.closed_for) {
-        (Some(holder), _) => ("held", for_people(holder.age)),
+        (Some(holder), _) => (if holder.lingers { "lingers" } else { "held" }, for_people(holder.age)),
         (None, Some(left)) => ("closed", for_people(left)),
         (None, None) => ("free", String::new()),
     };
