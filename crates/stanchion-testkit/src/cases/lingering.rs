@@ -228,7 +228,7 @@ pub async fn lingering_hold_is_shown<S: Store>(env: &Environment<S>) {
     let client = env.client().await;
     let (token, granted) = client.lock(&key("k")).await;
     let shown = async || {
-        let (inspected, listed) = (client.inspect(&key("k")).await, client.list("k").await);
+        let (inspected, listed) = (client.inspect(&key("k")).await, client.list("").await);
         assert_eq!((inspected.holders[0].fence, listed[0].holders[0].fence), (granted.fence, granted.fence));
         assert_eq!(inspected.holders[0].lingers, listed[0].holders[0].lingers);
         inspected.holders[0].lingers
