@@ -158,7 +158,7 @@ impl History {
     }
 }
 
-/// What a call that waits for its turn does next.
+/// The next step of a call that waited for its turn.
 #[derive(Debug)]
 pub(crate) enum Turn {
     /// The key was granted.
@@ -169,7 +169,7 @@ pub(crate) enum Turn {
     Plain,
 }
 
-/// What a call with `linger` does first.
+/// The first step of a call with `linger`.
 pub(crate) enum Entered<'a> {
     /// The key was granted.
     Granted(Arc<Hold>),

@@ -143,8 +143,8 @@ impl LockRequest {
     /// - [`inspect`](crate::Locks::inspect) shows the metadata and the fence of the request that the store granted.
     ///
     /// A key lingers only if this process released it less than this long ago already, or if a call of this process
-    /// waits for it. If other processes recall it unused, it stops lingering for a while. So a key that is used once, and
-    /// a key that processes compete for, cost about as much as without `linger`.
+    /// waits for it. If other processes recall it unused, it stops lingering for a while. A key that is used once, or
+    /// that processes compete for, therefore costs about as much as without `linger`.
     ///
     /// 10 ms to 30 s; zero means never. Default: [`Builder::linger`](crate::Builder::linger). It needs an exclusive
     /// request without [`ttl`](LockRequest::ttl), [`max_hold`](LockRequest::max_hold) and

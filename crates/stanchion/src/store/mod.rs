@@ -39,7 +39,7 @@
 //!    never mints one of them again, however the hold ends.
 //! 9. An operation that leaves a request at the head of the queue behind a marked hold sends [`Push::Recall`] to the
 //!    session of that hold: when the request enters the queue, and with each poll of the head.
-//! 10. Whoever [adopts](Store::adopt) a marked hold gets a new fence, and the mark goes: the old holder may have used
+//! 10. A caller that [adopts](Store::adopt) a marked hold gets a new fence, and the mark goes: the old holder may have used
 //!     fences above the hold's own.
 //! 11. [`force_release`](Store::force_release) names a marked hold by the fence of its grant in the store, and
 //!     [`inspect`](Store::inspect) shows that fence.
