@@ -1,7 +1,7 @@
 //! Measures the cost of stanchion. Figures drift with the machine, so compare only figures of one run.
 //!
 //! Usage: `cargo run --release -p stanchion-bench [WHAT…]`, with `pairs`, `handoff`, `processes`, `redis`, `postgres`,
-//! `firestore`, `held` or `waiters`. Without arguments everything is measured.
+//! `firestore`, `held`, `waiters` or `linger`. Without arguments everything is measured.
 #![allow(
     clippy::disallowed_methods,
     clippy::print_stdout,
@@ -11,6 +11,7 @@
 )]
 
 mod firestore;
+mod linger;
 mod postgres;
 mod redis;
 mod waiters;
@@ -41,6 +42,9 @@ fn main() {
     if let Ok(order) = std::env::var(waiters::ORDER) {
         return runtime.block_on(waiters::sleep(&order));
     }
+    if let Ok(order) = std::env::var(linger::ORDER) {
+        return runtime.block_on(linger::compete_as_ordered(&order));
+    }
     let selected: Vec<String> = std::env::args().skip(1).collect();
     let is_selected = |what: &str| selected.is_empty() || selected.iter().any(|name| name == what);
     let folder = tempfile::tempdir().unwrap();
@@ -69,6 +73,9 @@ fn main() {
         }
         if is_selected("held") {
             held(folder.path()).await;
+        }
+        if is_selected("linger") {
+            linger::all(folder.path()).await;
         }
         if is_selected("waiters") {
             waiters::all(folder.path()).await;

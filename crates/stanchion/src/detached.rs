@@ -5,9 +5,11 @@ use std::time::Duration;
 use crate::error::{Error, ErrorKind, LossCause, Result};
 use crate::guard::Released;
 use crate::limits::check_duration;
+use crate::linger;
 use crate::shared::Shared;
 use crate::store::{EndOutcome, ExtendOutcome, PollOutcome};
 use crate::token::Token;
+use crate::tokens::TokenState;
 
 /// Releases the hold of a token.
 pub(crate) async fn release(shared: &Shared, token: &Token, cooldown: Option<Duration>) -> Result<Released> {
@@ -20,9 +22,11 @@ pub(crate) async fn release(shared: &Shared, token: &Token, cooldown: Option<Dur
     let step = shared.step(|| shared.store.release(key, id, cooldown)).await;
     let outcome = step.result.map_err(name)?.outcome;
     shared.tokens.forget_detached(id);
-    if let Some(hold) = shared.tokens.hold(id) {
+    match shared.tokens.get(id) {
         // A guard of this handle has the hold. Guards of other handles find out when their keeper verifies the hold.
-        shared.lose(&hold, LossCause::Missing, None);
+        Some(TokenState::Held(hold)) => shared.lose(&hold, LossCause::Missing, None),
+        Some(TokenState::Lingering(hold)) => linger::forget(shared, &hold),
+        _ => {}
     }
     Ok(match outcome {
         EndOutcome::Released => Released::Now,

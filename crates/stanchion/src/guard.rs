@@ -54,7 +54,7 @@ pub struct Guard {
     spent: bool,
 }
 
-/// What the release of a guard does besides freeing the key.
+/// The effects of a release besides freeing the key.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct AtRelease {
     pub(crate) cooldown: Option<Duration>,

@@ -9,8 +9,8 @@
 //!    request of [`Store::linger`](crate::Store::linger) was *sent*, so a lost recall delays other processes by at most `linger`.
 //! 2. A hold that is being released is not granted again: its entry is removed before the release is sent.
 //! 3. After a recall, only the calls that waited before it are granted the key here, for at most `linger`.
-//! 4. Each key of the table has a guard, a call that requests it, or a lingering hold with a lease or a request on its way. So every
-//!    waiting call gets its turn.
+//! 4. Each key of the table has a guard, a call that requests it, or a lingering hold with a lease or a request on its way, so
+//!    every waiting call gets its turn.
 //! 5. Tasks are woken while the table is unlocked, because waking may drop a task, and its guards lock the table. The table is locked
 //!    before the token table.
 

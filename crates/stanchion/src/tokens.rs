@@ -585,6 +585,23 @@ mod tests {
     }
 
     #[test]
+    fn released_token_lingers_no_more() {
+        let table = TokenTable::new();
+        let hold = held(&table);
+        assert!(table.linger(&hold) && table.hold(hold.token).is_none());
+        assert!(!table.grant_again(&hold, || false), "not valid");
+        assert!(table.grant_again(&hold, || true) && table.hold(hold.token).is_some());
+        assert!(table.linger(&hold) && !table.linger(&hold));
+        table.begin_cleanup(hold.token);
+        assert!(!table.grant_again(&hold, || true) && !table.linger(&hold));
+        assert_eq!(state(&table, hold.token), "cleaning up");
+        let other = held(&table);
+        assert!(table.linger(&other));
+        table.end_of_session();
+        assert_eq!(state(&table, other.token), "gone");
+    }
+
+    #[test]
     fn extended_detached_hold_is_remembered() {
         let table = TokenTable::new();
         let detach = |now| {
@@ -612,7 +629,7 @@ mod tests {
         let mut seen = std::collections::BTreeSet::new();
         for _ in 0..20_000 {
             let hold = &holds[next(8) as usize];
-            match next(12) {
+            match next(14) {
                 0 => table.enter_waiting(hold.token, Arc::new(Waiter::new(key(), true))),
                 1 => drop(table.grant(hold, || true)),
                 2 => drop(table.detach(hold, false, NOW)),
@@ -624,6 +641,8 @@ mod tests {
                 8 => table.end_cleanup(hold.token, false),
                 9 => table.forget(hold.token),
                 10 => table.forget_detached(hold.token),
+                11 => drop(table.linger(hold)),
+                12 => drop(table.grant_again(hold, || true)),
                 _ if next(10) == 0 => table.end_of_session(),
                 _ => {}
             }
@@ -633,6 +652,6 @@ mod tests {
             assert_eq!(table.lock().detached, count(&["detached", "cleaning up, hold stays"]));
             seen.extend(states);
         }
-        assert_eq!(seen.len(), 6, "{seen:?}");
+        assert_eq!(seen.len(), 7, "{seen:?}");
     }
 }

@@ -7,6 +7,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio_util::sync::CancellationToken;
+
 use crate::clock::BootTime;
 use crate::command::Command;
 use crate::error::{Error, ErrorKind, Result};
@@ -54,8 +56,10 @@ async fn acquire_key(handle: &Arc<Handle>, key: Key, options: &Options) -> Resul
     });
     let mut requester = None;
     let mut turn = None;
+    let is_cancelled = || options.cancel.as_ref().is_some_and(CancellationToken::is_cancelled);
     if let Some(usage) = &usage
         && !shared.lifecycle.has_reached(Phase::Draining)
+        && !is_cancelled()
     {
         match linger::enter(shared, &key, usage, enqueue) {
             Entered::Granted(hold) => return Ok(Some(local_guard(handle, hold, started))),

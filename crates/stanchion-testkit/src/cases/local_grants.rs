@@ -312,7 +312,30 @@ pub async fn attempt_recalls_an_unused_key<S: Store>(env: &Environment<S>) {
     assert!(got.unwrap().is_held());
 }
 
-pub async fn lost_session_takes_lingering_keys<S: Store>(env: &Environment<S>) {
+pub async fn lost_session_ends_lingering_keys<S: Store>(env: &Environment<S>) {
+    let store = Faulty::new(env.open());
+    let faults = store.faults();
+    let locks = env.locks_on(store).session_ttl(Duration::from_secs(1)).open().await.unwrap();
+    let events = locks.events();
+    let mut process = Process { locks, faults, events };
+    process.linger(env, LINGER).await;
+    let guard = process.lock().await.unwrap();
+    let last = guard.fence();
+    guard.release().await.unwrap();
+    let session = process.locks.session();
+    process.faults.always(Operation::RenewSession, Fault::LoseRequest);
+    until("the session is lost", async || {
+        env.advance(Duration::from_millis(20)).await;
+        process.locks.session() != session
+    })
+    .await;
+    process.faults.clear();
+    assert_eq!(process.end_of_linger().await, LingerEnd::Lost);
+    let waiting = process.spawn();
+    assert!(passing_time(env, waiting).await.unwrap().fence() > last);
+}
+
+pub async fn draining_releases_lingering_keys<S: Store>(env: &Environment<S>) {
     let mut process = Process::lingering(env).await;
     let last = process.lock().await.unwrap().fence();
     process.locks.drain("the test ends");
@@ -380,6 +403,24 @@ pub async fn cooldown_ends_a_lingering_key<S: Store>(env: &Environment<S>) {
     guard.release().await.unwrap();
     assert!(process.locks.inspect("k").await.unwrap().closed_for.is_some());
     assert!(process.lock().try_acquire().await.unwrap().is_none());
+}
+
+pub async fn token_releases_a_lingering_key<S: Store>(env: &Environment<S>) {
+    let (mut process, other) = (Process::lingering(env).await, Process::open(env).await);
+    let guard = process.lock().await.unwrap();
+    let (token, last) = (guard.token(), guard.fence());
+    guard.release().await.unwrap();
+    assert_eq!(process.locks.release(&token, None).await.unwrap(), Released::Now);
+    assert_eq!(process.end_of_linger().await, LingerEnd::Lost);
+    assert!(other.lock().try_acquire().await.unwrap().is_some_and(|guard| guard.fence() > last));
+}
+
+pub async fn cancelled_call_is_granted_nothing<S: Store>(env: &Environment<S>) {
+    let process = Process::lingering(env).await;
+    let cancelled = tokio_util::sync::CancellationToken::new();
+    cancelled.cancel();
+    assert_eq!(process.lock().cancel(cancelled).await.unwrap_err().kind(), ErrorKind::Cancelled);
+    assert!(process.lock().try_acquire().await.unwrap().is_some());
 }
 
 pub async fn guard_can_forbid_to_linger<S: Store>(env: &Environment<S>) {
