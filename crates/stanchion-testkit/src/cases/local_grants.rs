@@ -415,14 +415,6 @@ pub async fn token_releases_a_lingering_key<S: Store>(env: &Environment<S>) {
     assert!(other.lock().try_acquire().await.unwrap().is_some_and(|guard| guard.fence() > last));
 }
 
-pub async fn cancelled_call_is_granted_nothing<S: Store>(env: &Environment<S>) {
-    let process = Process::lingering(env).await;
-    let cancelled = tokio_util::sync::CancellationToken::new();
-    cancelled.cancel();
-    assert_eq!(process.lock().cancel(cancelled).await.unwrap_err().kind(), ErrorKind::Cancelled);
-    assert!(process.lock().try_acquire().await.unwrap().is_some());
-}
-
 pub async fn guard_can_forbid_to_linger<S: Store>(env: &Environment<S>) {
     let process = Process::lingering(env).await;
     let guard = process.lock().await.unwrap();

@@ -199,7 +199,6 @@ macro_rules! for_every_case {
             local_grants::detached_local_grant_is_not_recalled [Push],
             local_grants::cooldown_ends_a_lingering_key [Push],
             local_grants::token_releases_a_lingering_key [Push],
-            local_grants::cancelled_call_is_granted_nothing [Push],
             local_grants::guard_can_forbid_to_linger [Push],
             local_grants::unsuitable_requests_cannot_linger [Push],
             local_grants::handle_default_lets_keys_linger [Push],

@@ -125,3 +125,19 @@ async fn wait_limit_reports_unanswered_polls() {
     .await;
     assert_eq!(waiting.await.unwrap().unwrap_err().kind(), ErrorKind::NetworkTimeout);
 }
+
+#[tokio::test]
+async fn cancelled_call_gets_no_lingering_key() {
+    const LINGER: Duration = Duration::from_secs(30);
+    let locks = Locks::open("memory:").await.unwrap();
+    until("the key lingers", async || {
+        drop(locks.lock("k").linger(LINGER).await.unwrap());
+        locks.inspect("k").await.unwrap().holders.first().is_some_and(|holder| holder.lingers)
+    })
+    .await;
+    let token = tokio_util::sync::CancellationToken::new();
+    token.cancel();
+    let cancelled = locks.lock("k").linger(LINGER).cancel(token).await;
+    assert_eq!(cancelled.unwrap_err().kind(), ErrorKind::Cancelled);
+    assert!(locks.lock("k").linger(LINGER).try_acquire().await.unwrap().is_some());
+}
