@@ -271,12 +271,26 @@ pub async fn unused_key_is_free_after_its_time<S: Store>(env: &Environment<S>) {
     assert_eq!(process.end_of_linger().await, LingerEnd::Unused);
 }
 
-/// The process uses the key all the time, and hears no recall.
+/// The process hears no recall. Its next request to linger says that another process waits.
 pub async fn lost_recall_delays_others_by_one_linger<S: Store>(env: &Environment<S>) {
+    wait_for_a_busy_process(env, |faults| faults.lose_pushes(true)).await;
+}
+
+/// The process hears no recall, and its requests to linger are not answered.
+pub async fn unconfirmed_lease_ends<S: Store>(env: &Environment<S>) {
+    let cut_off = |faults: &Faults| {
+        faults.lose_pushes(true);
+        faults.always(Operation::Linger, Fault::LoseRequest);
+    };
+    wait_for_a_busy_process(env, cut_off).await;
+}
+
+/// Waits for a key that lingers in a process, which uses it all the time and from now on has `faults`.
+async fn wait_for_a_busy_process<S: Store>(env: &Environment<S>, faults: impl FnOnce(&Faults)) {
     const SHORT: Duration = Duration::from_millis(300);
     let (process, other) = (Process::open(env).await, Process::open(env).await);
     process.linger(env, SHORT).await;
-    process.faults.lose_pushes(true);
+    faults(&process.faults);
     let ended = Arc::new(AtomicBool::new(false));
     let busy = tokio::spawn({
         let (locks, ended) = (process.locks.clone(), ended.clone());

@@ -190,6 +190,7 @@ macro_rules! for_every_case {
             local_grants::key_used_once_does_not_linger [Push],
             local_grants::unused_key_is_free_after_its_time [Push],
             local_grants::lost_recall_delays_others_by_one_linger [Push],
+            local_grants::unconfirmed_lease_ends [Push],
             local_grants::attempt_recalls_an_unused_key [Push],
             local_grants::lost_session_ends_lingering_keys [Push, Beat],
             local_grants::draining_releases_lingering_keys [Push],

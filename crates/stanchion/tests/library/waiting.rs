@@ -141,3 +141,33 @@ async fn cancelled_call_gets_no_lingering_key() {
     assert_eq!(cancelled.unwrap_err().kind(), ErrorKind::Cancelled);
     assert!(locks.lock("k").linger(LINGER).try_acquire().await.unwrap().is_some());
 }
+
+/// The answer to the request to linger comes when the lease, which counts from that request, is over.
+#[tokio::test]
+async fn slow_answer_gives_no_lease() {
+    const LINGER: Duration = Duration::from_millis(200);
+    let time = VirtualClock::new();
+    let store = Faulty::with_clock(Memory::with_clock(time.clock()), &time);
+    let faults = store.faults();
+    let locks = Locks::builder_with_store(store).clock(time.clock()).open().await.unwrap();
+    faults.always(Operation::Linger, Fault::DelayReply(LINGER + Duration::from_millis(50)));
+    for _ in 0..2 {
+        let guard = locks.lock("k").linger(LINGER).await.unwrap();
+        time.advance(Duration::from_millis(1));
+        guard.release().await.unwrap();
+    }
+    let mut events = locks.events();
+    let waiting = tokio::spawn(locks.lock("k").linger(LINGER).into_future());
+    until("the call has the key", async || {
+        time.advance(Duration::from_millis(10));
+        waiting.is_finished()
+    })
+    .await;
+    waiting.await.unwrap().unwrap();
+    loop {
+        match events.next().await.unwrap() {
+            stanchion::Event::Acquired { is_local, .. } => break assert!(!is_local),
+            _ => {}
+        }
+    }
+}
