@@ -111,8 +111,10 @@ pub(crate) struct Usage {
 /// A hold of this process that may be granted again.
 #[derive(Debug)]
 struct LocalHold {
-    /// The hold of the last guard. Its fence is the last one that was used.
+    /// The hold of the last guard.
     hold: Arc<Hold>,
+    /// The last fence that was used, or that must not be used.
+    used: Fence,
     in_use: bool,
     linger: Duration,
     /// The highest fence that the store has reserved for local grants.
@@ -125,6 +127,8 @@ struct LocalHold {
     recalled_at: Option<BootTime>,
     /// Whether a call used the hold since the store last answered.
     was_used: bool,
+    /// Whether the store may have been replaced by an older copy since its last answer.
+    is_doubtful: bool,
     /// Number of local grants.
     grants: u64,
 }
@@ -311,17 +315,19 @@ pub(crate) fn forget(shared: &Shared, hold: &Hold) {
     });
 }
 
-/// Ends an older hold of the key, because the store has granted the key to another token of this process.
-pub(crate) fn superseded(shared: &Shared, granted: &Hold) {
+/// Compares a grant of the store with the hold of another token that this process has of the key. The store granted both, so the
+/// older one is lost, whichever message came first.
+pub(crate) fn superseded(shared: &Shared, granted: &Arc<Hold>) {
     change(shared, &granted.key, |table, now, after| {
-        let older = table.keys.get(&granted.key).and_then(|entry| entry.hold.as_ref());
-        if let Some(older) = older.filter(|older| older.hold.token != granted.token) {
-            if older.in_use {
-                after.lost = Some(older.hold.clone());
-                table.end(&granted.key, LingerEnd::Lost, now, after);
-            } else {
-                table.release(&granted.key, LingerEnd::Lost, now, after);
-            }
+        let other = table.keys.get(&granted.key).and_then(|entry| entry.hold.as_ref());
+        let Some(other) = other.filter(|other| other.hold.token != granted.token) else { return };
+        if other.hold.granted > granted.granted {
+            after.lost = Some(granted.clone());
+        } else if other.in_use {
+            after.lost = Some(other.hold.clone());
+            table.end(&granted.key, LingerEnd::Lost, now, after);
+        } else {
+            table.release(&granted.key, LingerEnd::Lost, now, after);
         }
     });
 }
@@ -373,11 +379,18 @@ pub(crate) fn end_of_session(shared: &Shared, session: Option<SessionId>) {
     }
 }
 
-/// Returns all holds of the table, and notes that a request to linger is sent for each.
+/// Returns all holds of the table for a request to linger, because the store may have been replaced by an older copy. Until the
+/// answer they are not granted.
 pub(crate) fn ask_for_all(shared: &Shared) -> Vec<Arc<Hold>> {
     let mut table = shared.lingering.lock();
     let locals = table.keys.values_mut().filter_map(|entry| entry.hold.as_mut());
-    locals.map(|local| local.ask()).collect()
+    let doubt = |local: &mut LocalHold| {
+        local.is_doubtful = true;
+        // No local grant before the answer.
+        local.lease_until = BootTime::from_nanos(0);
+        local.ask()
+    };
+    locals.map(doubt).collect()
 }
 
 fn holds(shared: &Shared) -> Vec<(Key, Arc<Hold>)> {
@@ -404,6 +417,10 @@ pub(crate) fn answered(
         match answer {
             Some(LingerOutcome::Lingers { fence, up_to }) if fence == hold.granted => {
                 local.up_to = local.up_to.max(up_to);
+                // An older copy may lack grants that were made since its last write, under fences below its clock.
+                if std::mem::take(&mut local.is_doubtful) {
+                    local.used = local.used.max(Fence::new(up_to.get().saturating_sub(1)));
+                }
                 local.reserved = local.left();
                 local.lease_until = local.lease_until.max(sent_at.after(local.linger));
                 local.was_used = local.in_use && local.grants > 0;
@@ -492,6 +509,7 @@ impl Table {
         let Some(entry) = self.keys.get_mut(key) else { return false };
         let Some(local) = entry.hold.as_mut().filter(|local| Arc::ptr_eq(&local.hold, hold)) else { return false };
         if hold.ended(now).is_some() {
+            self.end(key, LingerEnd::Lost, now, after);
             return false;
         }
         let is_wanted = entry.waiting.iter().any(|waiting| !waiting.turn.is_closed());
@@ -627,7 +645,7 @@ impl LocalHold {
 
     /// Returns the number of reserved fences that are left.
     fn left(&self) -> u64 {
-        self.up_to.get().saturating_sub(self.hold.fence.get())
+        self.up_to.get().saturating_sub(self.used.get())
     }
 
     /// Returns whether less than half of the lease or of the reserved fences is left.
@@ -636,7 +654,7 @@ impl LocalHold {
     }
 
     fn has_lingered(&self) -> bool {
-        self.lease_until != BootTime::from_nanos(0)
+        self.reserved > 0
     }
 
     /// Notes that a request to linger is sent, and returns the hold for it.
@@ -647,12 +665,12 @@ impl LocalHold {
 
     /// Grants the hold to a call of this process, under the next fence. Returns `None` if the session is over or the handle drains.
     fn grant(&mut self, shared: &Shared, now: BootTime, usage: &Usage) -> Option<Arc<Hold>> {
-        let fence = Fence::new(self.hold.fence.get() + 1);
+        let fence = Fence::new(self.used.get() + 1);
         let hold = Arc::new(self.hold.granted_again(now, fence, usage.heartbeat_within, usage.on_lost.clone()));
         let is_valid = || hold.ended(now).is_none() && !shared.lifecycle.has_reached(Phase::Draining);
         shared.tokens.grant_again(&hold, is_valid).then(|| {
             (self.in_use, self.was_used, self.linger) = (true, true, usage.linger);
-            self.grants += 1;
+            (self.used, self.grants) = (fence, self.grants + 1);
             self.hold = hold.clone();
             hold
         })
@@ -683,6 +701,7 @@ impl<'a> Requester<'a> {
             let is_draining = self.shared.lifecycle.has_reached(Phase::Draining);
             let local = entry.hold.insert(LocalHold {
                 hold: hold.clone(),
+                used: hold.fence,
                 in_use: true,
                 linger,
                 up_to: hold.fence,
@@ -691,6 +710,7 @@ impl<'a> Requester<'a> {
                 is_asking: false,
                 recalled_at: is_draining.then_some(now),
                 was_used: false,
+                is_doubtful: false,
                 grants: 0,
             });
             if !entry.waiting.is_empty() {
@@ -743,5 +763,128 @@ impl Drop for TurnWait<'_> {
         {
             take_turn_back(self.shared, self.key, turn).finish(self.shared, self.key);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::VirtualClock;
+    use crate::guard::Guard;
+    use crate::locks::Locks;
+    use crate::store::Memory;
+
+    const LINGER: Duration = Duration::from_secs(10);
+
+    async fn open() -> (VirtualClock, Locks) {
+        let time = VirtualClock::new();
+        let store = Memory::with_clock(time.clock());
+        let locks = Locks::builder_with_store(store).clock(time.clock()).linger(LINGER).open().await.unwrap();
+        (time, locks)
+    }
+
+    fn key() -> Key {
+        Key::new("", "k").unwrap()
+    }
+
+    /// Answers a request to linger for the hold of a guard, with fences above its own by these numbers.
+    fn answer(locks: &Locks, guard: &Guard, fence: u64, up_to: u64) {
+        let shared = &locks.handle.shared;
+        let above = |by: u64| Fence::new(guard.hold().granted.get() + by);
+        let outcome = LingerOutcome::Lingers { fence: above(fence), up_to: above(up_to) };
+        answered(shared, guard.hold(), shared.clock.now(), Some(outcome));
+    }
+
+    fn has_entry(locks: &Locks) -> bool {
+        locks.handle.shared.lingering.lock().keys.contains_key(&key())
+    }
+
+    #[tokio::test]
+    async fn answer_with_another_fence_loses_the_hold() {
+        let (_time, locks) = open().await;
+        let guard = locks.lock("k").await.unwrap();
+        answer(&locks, &guard, 0, 10);
+        assert!(guard.is_held() && has_entry(&locks));
+        answer(&locks, &guard, 1, 20);
+        assert_eq!(guard.loss(), Some(LossCause::Missing));
+        assert!(!has_entry(&locks));
+    }
+
+    #[tokio::test]
+    async fn hold_that_ends_on_its_return_leaves_no_entry() {
+        let (time, locks) = open().await;
+        let guard = locks.lock("k").heartbeat_within(Duration::from_secs(1)).await.unwrap();
+        // The guard looked at the clock a moment earlier.
+        let hold = guard.hold().clone();
+        std::mem::forget(guard);
+        time.advance(Duration::from_secs(1));
+        assert!(!give_back(&locks.handle.shared, &hold, || unreachable!("the hold has ended")));
+        assert!(!has_entry(&locks));
+    }
+
+    #[tokio::test]
+    async fn answer_of_an_older_copy_gives_its_newest_fence_only() {
+        let (_time, locks) = open().await;
+        let shared = &locks.handle.shared;
+        for (is_doubtful, expected) in [(false, 1), (true, 10)] {
+            let guard = locks.lock("k").await.unwrap();
+            answer(&locks, &guard, 0, 5);
+            shared.lingering.lock().histories.clear();
+            if is_doubtful {
+                assert_eq!(ask_for_all(shared).len(), 1);
+            }
+            answer(&locks, &guard, 0, 10);
+            let mut table = shared.lingering.lock();
+            let local = table.local(&key(), guard.hold().token).unwrap();
+            assert!(local.may_grant(shared.clock.now()));
+            assert_eq!(local.used.get() + 1 - guard.hold().granted.get(), expected);
+            drop(table);
+            guard.forbid_linger();
+            guard.release().await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn older_of_two_grants_is_lost() {
+        let (_time, locks) = open().await;
+        let shared = &locks.handle.shared;
+        for (fence, newcomer_is_lost) in [(0, true), (u64::MAX, false)] {
+            let guard = locks.lock("k").await.unwrap();
+            let other = locks.lock("other").await.unwrap();
+            let (hold, other) = (guard.hold(), other.hold());
+            let newcomer = Arc::new(Hold::new(crate::lease::NewHold {
+                key: key(),
+                token: other.token,
+                fence: Fence::new(fence),
+                session: hold.session.clone(),
+                session_bound: true,
+                since: shared.clock.now(),
+                deadline: None,
+                heartbeat_within: None,
+                unanswered_until: None,
+                on_lost: None,
+            }));
+            superseded(shared, &newcomer);
+            assert_eq!(newcomer.ended(shared.clock.now()).is_some(), newcomer_is_lost);
+            assert_eq!(guard.is_held(), newcomer_is_lost);
+            assert_eq!(has_entry(&locks), newcomer_is_lost);
+            guard.forbid_linger();
+            let _ = guard.release().await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn histories_are_limited() {
+        let (time, locks) = open().await;
+        for number in 0..3 * MAX_HISTORIES {
+            locks.lock(format!("k{number}")).await.unwrap().release().await.unwrap();
+        }
+        let shared = &locks.handle.shared;
+        assert!(shared.lingering.lock().histories.len() <= MAX_HISTORIES);
+        time.advance(*LINGER_RANGE.end());
+        for number in 0..MAX_HISTORIES {
+            locks.lock(format!("later{number}")).await.unwrap().release().await.unwrap();
+        }
+        assert!(shared.lingering.lock().keys.is_empty());
     }
 }

@@ -163,7 +163,7 @@ async fn slow_answer_gives_no_lease() {
         waiting.is_finished()
     })
     .await;
-    waiting.await.unwrap().unwrap();
+    drop(waiting.await.unwrap().unwrap());
     loop {
         match events.next().await.unwrap() {
             stanchion::Event::Acquired { is_local, .. } => break assert!(!is_local),
