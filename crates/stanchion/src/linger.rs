@@ -823,7 +823,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn answer_of_an_older_copy_gives_its_newest_fence_only() {
+    async fn older_copy_reserves_only_its_newest_fence() {
         let (_time, locks) = open().await;
         let shared = &locks.handle.shared;
         for (is_doubtful, expected) in [(false, 1), (true, 10)] {
