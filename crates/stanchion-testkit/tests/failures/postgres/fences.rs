@@ -151,6 +151,35 @@ fn check_fence_makes_the_next_task_wait() {
     });
 }
 
+/// A process grants a key that lingers to its tasks without the server, which accepts the fence of each grant.
+#[test]
+fn check_fence_accepts_local_grants() {
+    let server = server();
+    create_accepts(&server);
+    block_on(async {
+        let locks = locks(&server).await;
+        let lock = || locks.lock("k").linger(30 * SECOND);
+        let holder = async || locks.inspect("k").await.unwrap().holders.into_iter().next();
+        until("the key lingers", async || {
+            let guard = lock().await.unwrap();
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            guard.release().await.unwrap();
+            holder().await.is_some_and(|holder| holder.lingers)
+        })
+        .await;
+        let accepts = |fence: u64| server.psql(&format!("SELECT accepts({fence})")) == "t";
+        let mut last = 0;
+        for _ in 0..20 {
+            let guard = lock().await.unwrap();
+            let fence = guard.fence().get();
+            assert!(accepts(fence) && !accepts(last), "{fence} after {last}");
+            last = fence;
+            guard.release().await.unwrap();
+        }
+        assert!(holder().await.unwrap().fence.get() < last, "the last grants were local");
+    });
+}
+
 #[test]
 fn example_writes_as_the_holder() {
     let server = server();
