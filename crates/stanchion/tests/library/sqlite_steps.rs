@@ -6,10 +6,10 @@ use std::time::Duration;
 use crate::sqlite_support::{Handle, SESSION, folder, granted, key, queued, until, within};
 use stanchion::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Cursor, Demand, EndOutcome, ExtendOutcome,
-    ForceReleaseOutcome, ForceReleaseRequest, Lifetime, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, PollOutcome,
-    Prefixed, Push, RenewOutcome, Sqlite, Store, StoreTime,
+    ForceReleaseOutcome, ForceReleaseRequest, Lifetime, LingerOutcome, LostToken, MAX_WAITERS, OpenOutcome,
+    OpenSession, PollOutcome, Prefixed, Push, RenewOutcome, Sqlite, Store, StoreTime,
 };
-use stanchion::{ErrorKind, Fence, SessionId, TokenId, VirtualClock};
+use stanchion::{ErrorKind, Fence, Key, SessionId, TokenId, VirtualClock};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -796,6 +796,76 @@ async fn new_predecessor_is_pushed_to_the_waiter() {
     queued(c.acquire(fourth).await);
     a.release(&pool, ended).await;
     assert_eq!(c.push().await, Push::Recheck { token: last });
+}
+
+/// Acquires a key and marks its hold. Returns the token, the fence and the newest fence of the key.
+async fn lingering(handle: &Handle, key: &Key) -> (TokenId, Fence, Fence) {
+    let (token, _) = handle.hold(key).await;
+    match handle.store.linger(key, token).await.unwrap().outcome {
+        LingerOutcome::Lingers { fence, up_to } => (token, fence, up_to),
+        other => panic!("expected a hold that lingers: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn only_the_head_recalls() {
+    let (_temp, folder) = folder();
+    let (mut a, b) = (Handle::open(&folder).await, Handle::open(&folder).await);
+    let (first, other) = (key("first"), key("other"));
+    let (recalled, ..) = lingering(&a, &first).await;
+    let (other_recalled, ..) = lingering(&a, &other).await;
+    let (head, _) = b.queue(&first).await;
+    assert_eq!(a.push().await, Push::Recall { token: recalled });
+    let before = b.store.write_transactions();
+    b.poll(&first, head).await;
+    assert_eq!(a.push().await, Push::Recall { token: recalled });
+    assert_eq!(b.store.write_transactions(), before, "a poll that recalls writes nothing");
+    let (second, queued) = b.queue(&first).await;
+    assert_eq!(queued.ahead, 1);
+    b.poll(&first, second).await;
+    b.queue(&other).await;
+    assert_eq!(a.push().await, Push::Recall { token: other_recalled }, "the second waiter recalled nothing");
+}
+
+#[tokio::test]
+async fn session_without_socket_cannot_linger() {
+    let (_temp, folder) = folder();
+    let a = Handle::open(&folder).await;
+    let job = key("job");
+    let (token, _) = a.hold(&job).await;
+    std::fs::remove_file(folder.join("sessions").join(format!("{}.sock", a.session.to_hex()))).unwrap();
+    assert_eq!(a.store.linger(&job, token).await.unwrap().outcome, LingerOutcome::Wanted);
+    assert!(!a.store.inspect(&job).await.unwrap().outcome.holders[0].lingers);
+}
+
+#[tokio::test]
+async fn wall_clock_step_back_reserves_no_fence() {
+    let (_temp, folder) = folder();
+    // The virtual wall clock begins in 2030, so the system clock is years behind it.
+    let time = VirtualClock::new();
+    let job = key("job");
+    let a = Handle::on(Sqlite::open_with(&folder, time.clock(), "boot").unwrap()).await;
+    let (token, _) = a.hold(&job).await;
+    a.release(&job, token).await;
+    let b = Handle::on(Sqlite::open_with(&folder, stanchion::Clock::system(), "boot").unwrap()).await;
+    let (token, fence, up_to) = lingering(&b, &job).await;
+    assert_eq!(up_to, fence);
+    b.release(&job, token).await;
+    assert_eq!(b.hold(&job).await.1.fence.get(), up_to.get() + 1);
+}
+
+#[tokio::test]
+async fn restart_repeats_no_reserved_fence() {
+    let (_temp, folder) = folder();
+    let (time, job) = (VirtualClock::new(), key("job"));
+    let (a, _b) = pair(&time, &folder).await;
+    let (token, _) = a.hold(&job).await;
+    time.advance(3600 * SECOND);
+    let LingerOutcome::Lingers { fence, up_to } = a.store.linger(&job, token).await.unwrap().outcome else { panic!() };
+    assert_eq!(up_to.get(), fence.get() + 3_600_000_000);
+    let c = Handle::on(Sqlite::open_with(&folder, time.clock(), "next boot").unwrap()).await;
+    let (_, granted) = c.hold(&job).await;
+    assert!(granted.fence.get() > up_to.get() + 600_000_000, "the last commits before the restart may be lost");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,7 +3,6 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
 
-use stanchion::store::OpenSession;
 use stanchion_testkit::servers::PgBouncer;
 
 use super::*;
@@ -200,6 +199,25 @@ fn transaction_pooler_causes_a_warning() {
         // Without the pooler there is no warning.
         let direct = Locks::open(&server.url()).await.unwrap();
         assert!(!warned(&direct));
+    });
+}
+
+/// Nobody could recall such a hold. The option `listen` makes pushes arrive.
+#[test]
+fn holds_without_pushes_cannot_linger() {
+    let server = server();
+    let pooler = PgBouncer::start(&server);
+    let listen = server.url().replace(':', "%3A").replace('/', "%2F").replace('@', "%40");
+    block_on(async {
+        for url in [pooler.url(), format!("{}?listen=none", pooler.url()), format!("{}?listen=none", server.url())] {
+            let holder = Holder::begin(&url).await;
+            assert_eq!(holder.linger().await, LingerOutcome::Wanted, "{url}");
+            assert!(!holder.store.inspect(&k()).await.unwrap().outcome.holders[0].lingers);
+            let other = TokenId::random().unwrap();
+            assert_eq!(holder.store.linger(&k(), other).await.unwrap().outcome, LingerOutcome::Gone);
+            holder.store.close_session(holder.session).await.unwrap();
+        }
+        Holder::begin(&format!("{}?listen={listen}", pooler.url())).await.mark().await;
     });
 }
 

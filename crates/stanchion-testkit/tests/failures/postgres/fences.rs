@@ -73,6 +73,113 @@ fn check_fence_reserves_the_key_until_commit() {
     });
 }
 
+/// Creates a function that returns whether `check_fence` accepts a fence of `k`.
+fn create_accepts(server: &PostgresServer) {
+    server.psql(
+        "CREATE FUNCTION accepts(fence bigint) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN \
+         PERFORM stanchion.check_fence('k', fence); RETURN true; \
+         EXCEPTION WHEN SQLSTATE 'SF001' THEN RETURN false; END $$",
+    );
+}
+
+/// A process uses the fences of a hold that lingers one after the other, and the server sees only the checks.
+#[test]
+fn check_fence_refuses_older_local_fence() {
+    use stanchion::store::{AdoptOutcome, AdoptRequest};
+    let server = server();
+    create_accepts(&server);
+    block_on(async {
+        let mut holder = Holder::begin(&server.url()).await;
+        let accepts = |fence: u64| server.psql(&format!("SELECT accepts({fence})")) == "t";
+        let first = holder.fence;
+        assert!(accepts(first) && !accepts(first + 1), "a hold that does not linger has one fence");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        let newest = holder.mark().await;
+        assert!(newest > first + 2, "{first} to {newest}");
+        assert!(!accepts(first - 1) && accepts(first), "the fences begin with that of the hold");
+        assert!(accepts(first + 2) && accepts(first + 2), "one task checks twice");
+        assert!(!accepts(first + 1) && !accepts(first), "earlier tasks are late");
+        // A transaction that is rolled back has changed nothing.
+        server.psql(&format!("BEGIN; SELECT stanchion.check_fence('k', {newest}); ROLLBACK"));
+        assert!(accepts(first + 2) && accepts(newest) && !accepts(newest - 1));
+        assert!(!accepts(newest + 1), "the process may not use this fence yet");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        assert!(holder.mark().await > newest && accepts(newest + 1));
+
+        let newest = holder.mark().await;
+        let request = AdoptRequest {
+            key: k(),
+            from: holder.token,
+            to: TokenId::random().unwrap(),
+            session: holder.session,
+            not_after: StoreTime::from_micros(i64::MAX as u64),
+        };
+        let to = request.to;
+        let AdoptOutcome::Adopted { granted, .. } = holder.store.adopt(request).await.unwrap().outcome else {
+            panic!()
+        };
+        (holder.token, holder.fence) = (to, granted.fence.get());
+        let adopted = holder.fence;
+        assert!(adopted > newest && accepts(adopted), "{newest}, then {adopted}");
+        assert!(!accepts(newest) && !accepts(adopted + 1), "the adopted hold has one fence");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        let newest = holder.mark().await;
+        assert!(accepts(adopted) && accepts(newest));
+        server.psql("UPDATE stanchion.sessions SET expires = 0");
+        assert!(!accepts(newest), "the session has expired");
+    });
+}
+
+/// The next task of a process checks its fence while the transaction of the task before is open.
+#[test]
+fn check_fence_makes_the_next_task_wait() {
+    let server = server();
+    create_accepts(&server);
+    block_on(async {
+        let holder = Holder::begin(&server.url()).await;
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        holder.mark().await;
+        server.psql("CREATE TABLE written (at timestamptz)");
+        let (task, next) = (holder.fence + 1, holder.fence + 2);
+        let then = "INSERT INTO written VALUES (clock_timestamp())";
+        let mut transaction = sleeping_transaction(&server, task, 3, then).await;
+        let checked = format!("BEGIN; SELECT stanchion.check_fence('k', {next}); SELECT count(*) FROM written; COMMIT");
+        let written = server.psql(&checked);
+        assert!(written.ends_with('1'), "the next task began before the transaction had ended: {written}");
+        assert!(transaction.wait().unwrap().success());
+        assert_eq!(server.psql(&format!("SELECT accepts({task})")), "f", "the task is late now");
+    });
+}
+
+/// A process grants a key that lingers to its tasks without the server, which accepts the fence of each grant.
+#[test]
+fn check_fence_accepts_local_grants() {
+    let server = server();
+    create_accepts(&server);
+    block_on(async {
+        let locks = locks(&server).await;
+        let lock = || locks.lock("k").linger(30 * SECOND);
+        let holder = async || locks.inspect("k").await.unwrap().holders.into_iter().next();
+        until("the key lingers", async || {
+            let guard = lock().await.unwrap();
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            guard.release().await.unwrap();
+            holder().await.is_some_and(|holder| holder.lingers)
+        })
+        .await;
+        let accepts = |fence: u64| server.psql(&format!("SELECT accepts({fence})")) == "t";
+        let mut last = 0;
+        for _ in 0..20 {
+            let guard = lock().await.unwrap();
+            let fence = guard.fence().get();
+            assert!(accepts(fence) && !accepts(last), "{fence} after {last}");
+            last = fence;
+            guard.release().await.unwrap();
+        }
+        assert!(holder().await.unwrap().fence.get() < last, "the last grants were local");
+    });
+}
+
 #[test]
 fn example_writes_as_the_holder() {
     let server = server();
@@ -217,10 +324,7 @@ fn blocked_key_does_not_block_reads_or_close() {
 /// An extension at the deadline of a hold races an acquire. At most one of the two gets the key.
 #[test]
 fn late_extension_never_makes_two_holders() {
-    use stanchion::store::{
-        AcquireOutcome, AcquireRequest, Demand, ExtendOutcome, Lifetime, OpenSession, Store, StoreTime,
-    };
-    use stanchion::{Key, SessionId, TokenId};
+    use stanchion::store::ExtendOutcome;
     let server = server();
     block_on(async {
         let store = Postgres::from_url(&server.url()).unwrap();
@@ -281,9 +385,7 @@ fn late_extension_never_makes_two_holders() {
 /// A session with a long ttl is renewed rarely, and still learns hours later that its hold was force-released.
 #[test]
 fn live_session_learns_of_an_old_forced_release() {
-    use stanchion::store::{
-        AcquireOutcome, AcquireRequest, Demand, ForceReleaseRequest, Lifetime, OpenSession, RenewOutcome, StoreTime,
-    };
+    use stanchion::store::{ForceReleaseRequest, RenewOutcome};
     let server = server();
     block_on(async {
         let store = Postgres::from_url(&server.url()).unwrap();

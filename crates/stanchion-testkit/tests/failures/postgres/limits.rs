@@ -58,6 +58,7 @@ fn functions_reject_values_outside_the_limits() {
         format!("stanchion.poll('no colon', {s16})"),
         format!("stanchion.extend(':k', {s16}, 0)"),
         format!("stanchion.extend(':k', {s16}, {})", most + 1),
+        format!("stanchion.linger('no colon', {s16})"),
         format!("stanchion.adopt(':k', {s16}, '\\x01', {s16}, 0)"),
         format!("stanchion.adopt(':k', {s16}, {s16}, {s16}, -1)"),
         format!("stanchion.force_release(':k', 1, {})", long(4_097)),

@@ -60,6 +60,41 @@ fn fast_polls_match_slow_polls() {
     }
 }
 
+/// Each path of a poll recalls a hold that lingers, for the head of the queue alone.
+#[test]
+fn only_polls_of_the_head_recall() {
+    let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);
+    server.psql(&Postgres::from_url(&server.url()).unwrap().schema_sql());
+    server.psql("CREATE EXTENSION pg_stat_statements");
+    let sent = || -> u32 {
+        let sent = "SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE NOT toplevel \
+                    AND query LIKE '%pg_notify%' AND query NOT LIKE '%pg_stat%'";
+        server.psql(sent).parse().unwrap()
+    };
+    block_on(async {
+        let holder = Holder::begin(&server.url()).await;
+        let [head, second, unknown] = [(); 3].map(|()| TokenId::random().unwrap());
+        holder.acquire(head).await;
+        assert_eq!(sent(), 0, "the hold does not linger");
+        holder.store.abandon(&k(), head).await.unwrap();
+        holder.mark().await;
+        for (token, recalls) in [(head, 1), (second, 1), (head, 2)] {
+            holder.acquire(token).await;
+            assert_eq!(sent(), recalls);
+        }
+        let recalls_of = async |tokens: &[TokenId]| {
+            let before = sent();
+            let outcomes = holder.store.poll(&k(), tokens).await.unwrap().outcome;
+            assert!(matches!(outcomes[0], PollOutcome::Queued(_)), "{outcomes:?}");
+            sent() - before
+        };
+        assert_eq!((recalls_of(&[head]).await, recalls_of(&[second]).await), (1, 0), "the fast path");
+        assert_eq!((recalls_of(&[head, second]).await, recalls_of(&[second, second]).await), (1, 0));
+        let with_unknown = (recalls_of(&[head, unknown]).await, recalls_of(&[second, unknown]).await);
+        assert_eq!(with_unknown, (1, 0), "these polls reconcile the key");
+    });
+}
+
 #[test]
 fn waiter_poll_costs_few_statements() {
     let server = PostgresServer::with(Kind::V15, &[("pg_stat_statements.track", "all")]);

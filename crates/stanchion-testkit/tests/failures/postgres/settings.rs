@@ -20,15 +20,20 @@ fn ten_processes_apply_the_schema_at_once() {
         server.psql(
             "CREATE ROLE service; GRANT EXECUTE ON FUNCTION stanchion.open_session, stanchion.acquire TO service; \
              UPDATE stanchion.meta SET version = 1; DROP FUNCTION stanchion.session_lives, stanchion.together, \
-             stanchion.renew_session, stanchion.force_release",
+             stanchion.renew_session, stanchion.force_release, stanchion.linger; \
+             ALTER TABLE stanchion.holds DROP lingers, DROP checked",
         );
         let error = Locks::open(&server.url()).await.unwrap_err();
         assert!(error.to_string().contains("stanchion schema --apply"), "{error}");
         Postgres::from_url(&server.url()).unwrap().apply_schema().await.unwrap();
         drop(locks(&server).await.lock("k").await.unwrap());
-        let rights = "SELECT count(*) FROM unnest('{session_lives,renew_session,acquire,poll_many,together,force_release}'::text[]) f (name) \
+        let holder = Holder::begin(&server.url()).await;
+        holder.mark().await;
+        holder.store.close_session(holder.session).await.unwrap();
+        let rights = "SELECT count(*) FROM unnest('{session_lives,renew_session,acquire,poll_many,together,linger,\
+                      force_release,inspect,list_page}'::text[]) f (name) \
                       JOIN pg_proc p ON p.proname = f.name WHERE has_function_privilege('service', p.oid, 'EXECUTE')";
-        assert_eq!(server.psql(rights), "6", "replaced functions keep their rights");
+        assert_eq!(server.psql(rights), "9", "replaced functions keep their rights");
         // A running program of an older version, which omits the last argument, keeps working.
         let old = "SELECT count(*) FROM stanchion.together('{:a}', '{x}', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, \
                    ARRAY[NULL]::bigint[])";
@@ -37,7 +42,7 @@ fn ten_processes_apply_the_schema_at_once() {
         let batches = [old; 4].join(";");
         until("a batch of the older program runs", async || server.psql(&batches).ends_with('1')).await;
         // A newer schema is neither changed nor used.
-        server.psql("UPDATE stanchion.meta SET version = 7");
+        server.psql("UPDATE stanchion.meta SET version = 8");
         let store = Postgres::from_url(&server.url()).unwrap();
         assert_eq!(store.apply_schema().await.unwrap_err().kind(), ErrorKind::Misconfigured);
         let error = Locks::open(&server.url()).await.unwrap_err();

@@ -12,7 +12,7 @@ use crate::store::Push;
 use crate::token::SessionId;
 
 /// The version of the schema that this program uses.
-const VERSION: i32 = 6;
+const VERSION: i32 = 7;
 
 /// The oldest supported version of the server, as `server_version_num` counts.
 const MIN_SERVER_VERSION: i32 = 150_000;

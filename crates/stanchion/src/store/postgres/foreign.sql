@@ -63,7 +63,7 @@ WITH place AS (
   SELECT 'pg_catalog.pg_proc'::regclass, p.oid, 'does not run with its owner''s rights and a fixed search_path'
   FROM pg_catalog.pg_proc p JOIN place ON p.pronamespace = place.oid
   WHERE p.proname IN ('version', 'open_session', 'renew_session', 'close_session', 'session_lives', 'acquire', 'poll', 'poll_many', 'finish',
-      'together', 'extend', 'adopt', 'force_release', 'inspect', 'list_page', 'tidy', 'check_fence')
+      'together', 'extend', 'linger', 'adopt', 'force_release', 'inspect', 'list_page', 'tidy', 'check_fence')
     AND NOT (p.prosecdef AND 'search_path=pg_catalog, pg_temp' = ANY (coalesce(p.proconfig, '{}')))
   UNION ALL
   SELECT 'pg_catalog.pg_namespace'::regclass, place.oid, 'lets others than its owner create: REVOKE CREATE ON SCHEMA'

@@ -26,7 +26,9 @@ use self::borrowed::UsersPool;
 use self::config::Config;
 use self::connect::{Parameter, Pool};
 use self::error::{NAME, error, from_answer, malformed};
-use self::rows::{column, granted, in_use, listing, micros, not_after, number, parameters, span, time, whole_fence};
+use self::rows::{
+    column, fence, granted, in_use, listing, micros, not_after, number, parameters, span, time, whole_fence,
+};
 use crate::clock::{BootTime, Clock, jitter};
 use crate::error::{ErrorKind, Result};
 use crate::fence::Fence;
@@ -138,6 +140,10 @@ const POLL_INTERVAL_WITHOUT_PUSH: Duration = Duration::from_millis(50);
 /// ```
 /// During the transaction, a call of another client for the key fails with `Unavailable` after at most 5 s, and the
 /// client tries again.
+///
+/// A process whose hold lingers hands the key from task to task without the server, each time with a higher fence. Check
+/// the fence first in every transaction then. The check of a task waits until the transactions of earlier tasks have
+/// ended, and from then on their checks fail.
 ///
 /// # Limits
 /// A server that confirms a commit and then loses it, loses a grant: after a crash with `synchronous_commit=off`, or
@@ -348,6 +354,11 @@ impl Inner {
         Ok(needed.into_iter().chain(without_push).min())
     }
 
+    /// Returns whether the sessions of this store receive pushes.
+    fn receives_pushes(&self) -> bool {
+        self.pool.config.listen.is_some() && !self.notifications_down.load(Ordering::Relaxed)
+    }
+
     async fn listen(&self, session: SessionId) -> Result<()> {
         if self.pool.config.listen.is_none() {
             return Ok(());
@@ -458,7 +469,8 @@ impl Store for Postgres {
             "queued" => AcquireOutcome::Queued(self.inner.queued(&row)?),
             "busy" => {
                 let check_in = column::<Option<i64>>(&row, "check_in")?.map(span);
-                AcquireOutcome::Busy { check_in, in_use: in_use(&row)?, lingers: false }
+                // The number of a busy key is that of its holds that linger.
+                AcquireOutcome::Busy { check_in, in_use: in_use(&row)?, lingers: number(&row)? > 0 }
             }
             "stale" => AcquireOutcome::Stale,
             "forced" => AcquireOutcome::ForceReleased,
@@ -511,9 +523,21 @@ impl Store for Postgres {
     }
 
     async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>> {
-        let Reply { time, outcome } = self.poll(key, &[token]).await?;
-        let is_held = matches!(outcome.first(), Some(PollOutcome::Granted(_)));
-        Ok(Reply { time, outcome: if is_held { LingerOutcome::Wanted } else { LingerOutcome::Gone } })
+        if !self.inner.receives_pushes() {
+            // Nobody could recall the hold, so it stays as it is.
+            let Reply { time, outcome } = self.poll(key, &[token]).await?;
+            let is_held = matches!(outcome.first(), Some(PollOutcome::Granted(_)));
+            return Ok(Reply { time, outcome: if is_held { LingerOutcome::Wanted } else { LingerOutcome::Gone } });
+        }
+        let token = token.as_bytes().as_slice();
+        let row = self.inner.row("linger", parameters![key.as_encoded() => TEXT, token => BYTEA]).await?;
+        let outcome = match column(&row, "outcome")? {
+            "lingers" => LingerOutcome::Lingers { fence: fence(&row, "fence")?, up_to: fence(&row, "up_to")? },
+            "wanted" => LingerOutcome::Wanted,
+            "gone" => LingerOutcome::Gone,
+            _ => return Err(malformed()),
+        };
+        Ok(Reply { time: time(&row)?, outcome })
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {

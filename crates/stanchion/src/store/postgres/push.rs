@@ -180,7 +180,7 @@ async fn receives_echo(
 }
 
 /// Reads a message. A grant is `G`, the token, the fence, a space and the key. A forced release is `F`, the token, the
-/// length of the key, a colon, the key and the reason.
+/// length of the key, a colon, the key and the reason. A recall is `R` and the token.
 fn read(text: &str) -> Result<Push> {
     let token = text.get(1..33).and_then(TokenId::from_hex).ok_or_else(malformed)?;
     let rest = &text[33..];
@@ -196,6 +196,7 @@ fn read(text: &str) -> Result<Push> {
             let key = Key::from_encoded(rest.get(..length).ok_or_else(malformed)?)?;
             Ok(Push::ForceReleased(LostToken { key, token, reason: rest.get(length..).unwrap_or_default().to_owned() }))
         }
+        Some(b'R') if rest.is_empty() => Ok(Push::Recall { token }),
         _ => Err(malformed()),
     }
 }

@@ -47,13 +47,13 @@ pub(super) fn time(row: &Row) -> Result<StoreTime> {
     Ok(StoreTime::from_micros(u64::try_from(micros).map_err(|_| malformed())?))
 }
 
-pub(super) fn fence(row: &Row) -> Result<Fence> {
-    let fence: i64 = column(row, "fence")?;
+pub(super) fn fence(row: &Row, name: &str) -> Result<Fence> {
+    let fence: i64 = column(row, name)?;
     Ok(Fence::new(u64::try_from(fence).map_err(|_| malformed())?))
 }
 
 pub(super) fn granted(row: &Row) -> Result<Granted> {
-    Ok(Granted { fence: fence(row)?, remaining: column::<Option<i64>>(row, "remaining")?.map(span) })
+    Ok(Granted { fence: fence(row, "fence")?, remaining: column::<Option<i64>>(row, "remaining")?.map(span) })
 }
 
 pub(super) fn number(row: &Row) -> Result<u32> {
@@ -101,6 +101,7 @@ const SINCE: usize = 8;
 const REMAINING: usize = 9;
 const METADATA: usize = 10;
 const TRACE: usize = 11;
+const LINGERS: usize = 12;
 
 fn is_of_key(one: &Row, next: &Row) -> bool {
     let of_key = |row: &Row| row.try_get::<_, &str>(OF_KEY).ok().map(str::to_owned);
@@ -155,7 +156,7 @@ fn holder(row: &Row, remaining: Option<Duration>) -> Result<HolderState, Problem
         remaining,
         metadata: cell(row, METADATA, "metadata")?,
         trace: cell(row, TRACE, "trace")?,
-        lingers: false,
+        lingers: cell(row, LINGERS, "lingers")?,
     })
 }
 

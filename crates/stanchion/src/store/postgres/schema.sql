@@ -43,13 +43,16 @@ BEGIN
   END IF;
   IF to_regclass('@schema@.meta') IS NOT NULL THEN
     SELECT version INTO found FROM @schema@.meta;
-    IF found > 6 THEN
+    IF found > 7 THEN
       RAISE EXCEPTION 'the schema is of version %, newer than this program: update the program', found
         USING ERRCODE = 'SF003';
     END IF;
     IF found < 5 THEN
       -- The columns of their results have changed.
       DROP FUNCTION IF EXISTS @schema@.acquire, @schema@.poll_many, @schema@.together;
+    END IF;
+    IF found < 7 THEN
+      DROP FUNCTION IF EXISTS @schema@.state_of, @schema@.inspect, @schema@.list_page;
     END IF;
   END IF;
 END $$;
@@ -105,8 +108,22 @@ CREATE TABLE IF NOT EXISTS @schema@.holds (
   at bigint NOT NULL,
   metadata text,
   trace text,
+  -- The holder may keep the hold without using it, until it is recalled. Its fences are `fence` and those above it, up to
+  -- the newest fence of the key. `checked` is the highest one that `check_fence` has accepted.
+  lingers boolean NOT NULL DEFAULT false,
+  checked bigint NOT NULL DEFAULT 0,
   PRIMARY KEY (key, token)
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000);
+DO $$
+BEGIN
+  -- Since version 7. An ALTER TABLE locks the table even if it has nothing to add, so this looks first. A running program
+  -- of version 6 calls the new functions: they recall and unmark a hold that lingers as for any other program. It marks
+  -- no hold, so it receives no recall.
+  IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = '@schema@.holds'::regclass AND attname = 'lingers') THEN
+    ALTER TABLE @schema@.holds ADD COLUMN lingers boolean NOT NULL DEFAULT false,
+      ADD COLUMN checked bigint NOT NULL DEFAULT 0;
+  END IF;
+END $$;
 
 CREATE TABLE IF NOT EXISTS @schema@.queue (
   key text COLLATE "C" NOT NULL,
@@ -219,6 +236,14 @@ CREATE OR REPLACE FUNCTION @schema@.in_use(wanted text) RETURNS integer LANGUAGE
 #variable_conflict use_variable
 BEGIN
   RETURN (SELECT min(h.capacity) FROM @schema@.holds h WHERE h.key = wanted AND h.units < h.capacity);
+END $$;
+
+-- Notifies the holder of a hold that lingers that a request waits for the key. A holder that lingers has its key alone.
+CREATE OR REPLACE FUNCTION @schema@.recall(wanted text) RETURNS void LANGUAGE plpgsql AS $$
+#variable_conflict use_variable
+BEGIN
+  PERFORM @schema@.tell(h.session, 'R' || encode(h.token, 'hex')) FROM @schema@.holds h
+  WHERE h.key = wanted AND h.lingers;
 END $$;
 
 -- Reconciles a key: removes expired holds and everything of expired sessions, and grants the waiters at the head of the
@@ -358,7 +383,8 @@ BEGIN
   RETURN (SELECT count(*) FROM @schema@.queue q WHERE q.key = wanted AND q.place < before);
 END $$;
 
--- The operations. `at` is the time of the store, and spans are in µs. Their settings guard the plans:
+-- The operations. `at` is the time of the store, and spans are in µs. `number` is the number of waiters before a request
+-- that is queued, and the number of holds that linger if the answer is `busy`. Their settings guard the plans:
 -- - `enable_bitmapscan`: the rows of a key are inserted and deleted often. A plain index scan marks dead entries and
 --   then skips them. A bitmap scan, which the planner prefers for tables without statistics, visits them every time.
 -- - `enable_seqscan`: a connection keeps its plans. A plan from the time when a table was small would scan the whole
@@ -463,6 +489,11 @@ BEGIN
   IF outcome IN ('queued', 'busy') THEN
     check_in := @schema@.check_in(rec, at);
     in_use := @schema@.in_use(wanted);
+    IF outcome = 'busy' THEN
+      number := (SELECT count(*) FROM @schema@.holds h WHERE h.key = wanted AND h.lingers);
+    ELSIF number = 0 THEN
+      PERFORM @schema@.recall(wanted);
+    END IF;
   END IF;
   PERFORM @schema@.put(rec);
 END $$;
@@ -505,6 +536,7 @@ DECLARE
   now bigint := @schema@.clock();
   rec @schema@.keys;
   before bigint;
+  lingers boolean;
   aheads bigint[];
 BEGIN
   PERFORM @schema@.sees_the_present();
@@ -519,15 +551,15 @@ BEGIN
     -- The most frequent poll: one token waits, and nothing of the key is expired or due. One statement reads everything
     -- that the answer needs.
     SELECT least(held.until, head.expires, rec.closed_until) - now, held.capacity,
-      (SELECT count(*) FROM @schema@.queue b WHERE b.key = wanted AND b.place < q.place)
-    INTO check_in, in_use, before
+      (SELECT count(*) FROM @schema@.queue b WHERE b.key = wanted AND b.place < q.place), held.lingers
+    INTO check_in, in_use, before, lingers
     FROM @schema@.queue q
     CROSS JOIN LATERAL (SELECT s.expires FROM @schema@.sessions s WHERE s.id = q.session OFFSET 0) own
     CROSS JOIN LATERAL (SELECT f.session FROM @schema@.queue f WHERE f.key = wanted ORDER BY f.place LIMIT 1) first
     CROSS JOIN LATERAL (SELECT s.expires FROM @schema@.sessions s WHERE s.id = first.session OFFSET 0) head
     CROSS JOIN LATERAL (
       SELECT count(*) AS number, min(least(h.deadline, CASE WHEN h.bound THEN s.expires END)) AS until,
-        min(h.capacity) FILTER (WHERE h.units < h.capacity) AS capacity,
+        min(h.capacity) FILTER (WHERE h.units < h.capacity) AS capacity, bool_or(h.lingers) AS lingers,
         bool_or(h.deadline <= now OR h.bound AND (s.expires > now) IS NOT TRUE) AS is_over
       FROM @schema@.holds h
       LEFT JOIN LATERAL (SELECT s.expires FROM @schema@.sessions s WHERE s.id = h.session OFFSET 0) s ON true
@@ -537,6 +569,7 @@ BEGIN
       AND held.is_over IS NOT TRUE AND (rec.closed_until > now OR rec.closed_until IS NULL AND held.number > 0)
       AND rec.fence < 9223372036854775807;
     IF FOUND THEN
+      IF before = 0 AND lingers THEN PERFORM @schema@.recall(wanted); END IF;
       RETURN QUERY VALUES (now, check_in, in_use, NULL::bigint, NULL::bigint, NULL::bigint),
         (NULL, NULL, NULL, NULL, NULL, before);
       RETURN;
@@ -551,6 +584,7 @@ BEGIN
     AND @schema@.lives((SELECT q.session FROM @schema@.queue q WHERE q.key = wanted ORDER BY q.place LIMIT 1), now)
   THEN
     IF rec.fence = 9223372036854775807 THEN PERFORM @schema@.next_fence(rec.fence); END IF;
+    IF 0 = ANY (aheads) THEN PERFORM @schema@.recall(wanted); END IF;
     RETURN QUERY SELECT now, @schema@.check_in(rec, now), @schema@.in_use(wanted), NULL::bigint, NULL::bigint,
       NULL::bigint;
     RETURN QUERY SELECT NULL::bigint, NULL::bigint, NULL::integer, NULL::bigint, NULL::bigint, a.ahead
@@ -565,6 +599,7 @@ BEGIN
   THEN
     PERFORM @schema@.next_fence(rec.fence);
   END IF;
+  IF 0 = ANY (aheads) THEN PERFORM @schema@.recall(wanted); END IF;
   RETURN QUERY SELECT now, @schema@.check_in(rec, now), @schema@.in_use(wanted), NULL::bigint, NULL::bigint, NULL::bigint;
   RETURN QUERY SELECT NULL::bigint, NULL::bigint, NULL::integer, h.fence, h.deadline - now, a.ahead
     FROM unnest(asked, aheads) WITH ORDINALITY a (token, ahead, nth)
@@ -837,6 +872,36 @@ BEGIN
   PERFORM @schema@.put(rec);
 END $$;
 
+-- Marks a hold as lingering unless a request waits, and raises the newest fence of the key to the clock. The hold stays
+-- in `holds` until it ends, because a hold in the row of its key has the newest fence.
+CREATE OR REPLACE FUNCTION @schema@.linger(
+  wanted text, asked_token bytea, OUT outcome text, OUT at bigint, OUT fence bigint, OUT up_to bigint
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
+  SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
+#variable_conflict use_variable
+DECLARE
+  rec @schema@.keys;
+  hold @schema@.holds;
+BEGIN
+  rec := @schema@.take(wanted);
+  at := @schema@.clock();
+  SELECT * INTO hold FROM @schema@.holds h WHERE h.key = wanted AND h.token = asked_token;
+  IF hold.token IS NULL THEN
+    outcome := 'gone';
+  ELSIF rec.waiting > 0 OR hold.units < hold.capacity OR NOT hold.bound OR hold.deadline IS NOT NULL THEN
+    outcome := 'wanted';
+  ELSE
+    outcome := 'lingers';
+    IF NOT hold.lingers THEN
+      UPDATE @schema@.holds h SET lingers = true WHERE h.key = wanted AND h.token = asked_token;
+    END IF;
+    rec.fence := greatest(rec.fence, at);
+    fence := hold.fence;
+    up_to := rec.fence;
+  END IF;
+  PERFORM @schema@.put(rec);
+END $$;
+
 CREATE OR REPLACE FUNCTION @schema@.adopt(
   wanted text, from_token bytea, to_token bytea, by_session bytea, not_after bigint,
   OUT outcome text, OUT at bigint, OUT fence bigint, OUT remaining bigint, OUT bound boolean
@@ -861,6 +926,12 @@ BEGIN
       UPDATE @schema@.holds h SET token = to_token, session = by_session, owner = s.owner
       FROM @schema@.sessions s WHERE h.key = wanted AND h.token = from_token AND s.id = by_session
       RETURNING h.* INTO hold;
+      IF hold.lingers THEN
+        -- The highest fence has no successor, and the store grants nothing after it.
+        IF rec.fence < 9223372036854775807 THEN rec.fence := @schema@.next_fence(rec.fence); END IF;
+        UPDATE @schema@.holds h SET fence = rec.fence, lingers = false WHERE h.key = wanted AND h.token = to_token
+        RETURNING h.* INTO hold;
+      END IF;
     END IF;
     outcome := CASE WHEN hold.token IS NULL THEN 'gone' ELSE 'adopted' END;
     fence := hold.fence;
@@ -986,25 +1057,26 @@ END $$;
 -- order.
 CREATE OR REPLACE FUNCTION @schema@.state_of(wanted text, now bigint)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
-  bound boolean, since bigint, remaining bigint, metadata text, trace text)
+  bound boolean, since bigint, remaining bigint, metadata text, trace text, lingers boolean)
 LANGUAGE sql STABLE AS $$
-  SELECT now, kind, of_key, fence, owner, units, capacity, bound, since, remaining, metadata, trace FROM (
+  SELECT now, kind, of_key, fence, owner, units, capacity, bound, since, remaining, metadata, trace, lingers FROM (
     SELECT 1 AS part, 0::bigint AS place, 'key' AS kind, k.key AS of_key, nullif(k.fence, 0) AS fence, NULL AS owner,
       NULL::integer AS units, NULL::integer AS capacity, NULL::boolean AS bound, NULL::bigint AS since,
-      CASE WHEN k.closed_until > now THEN k.closed_until - now END AS remaining, NULL AS metadata, NULL AS trace
+      CASE WHEN k.closed_until > now THEN k.closed_until - now END AS remaining, NULL AS metadata, NULL AS trace,
+      false AS lingers
     FROM @schema@.keys k WHERE k.key = wanted
     UNION ALL
-    SELECT 2, 0, 'hold', k.key, k.fence, s.owner, 1, 1, true, k.at, NULL, k.metadata, k.trace
+    SELECT 2, 0, 'hold', k.key, k.fence, s.owner, 1, 1, true, k.at, NULL, k.metadata, k.trace, false
     FROM @schema@.keys k JOIN @schema@.sessions s ON s.id = k.session
     WHERE k.key = wanted AND k.token IS NOT NULL AND s.expires > now
     UNION ALL
     SELECT 2, h.fence, 'hold', h.key, h.fence, h.owner, h.units, h.capacity, h.bound, h.at, h.deadline - now, h.metadata,
-      h.trace
+      h.trace, h.lingers
     FROM @schema@.holds h
     WHERE h.key = wanted AND (h.deadline IS NULL OR h.deadline > now)
       AND (NOT h.bound OR EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > now))
     UNION ALL
-    SELECT 3, q.place, 'waiter', q.key, NULL, s.owner, q.units, q.capacity, q.bound, q.at, NULL, q.metadata, q.trace
+    SELECT 3, q.place, 'waiter', q.key, NULL, s.owner, q.units, q.capacity, q.bound, q.at, NULL, q.metadata, q.trace, false
     FROM @schema@.queue q JOIN @schema@.sessions s ON s.id = q.session
     WHERE q.key = wanted AND s.expires > now
   ) AS parts ORDER BY part, place
@@ -1012,7 +1084,7 @@ $$;
 
 CREATE OR REPLACE FUNCTION @schema@.inspect(wanted text)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
-  bound boolean, since bigint, remaining bigint, metadata text, trace text)
+  bound boolean, since bigint, remaining bigint, metadata text, trace text, lingers boolean)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
   SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
@@ -1025,7 +1097,7 @@ BEGIN
     PERFORM @schema@.put(@schema@.take(wanted));
   END IF;
   RETURN QUERY SELECT @schema@.clock(), 'time'::text, wanted, NULL::bigint, NULL::text, NULL::integer, NULL::integer,
-    NULL::boolean, NULL::bigint, NULL::bigint, NULL::text, NULL::text;
+    NULL::boolean, NULL::bigint, NULL::bigint, NULL::text, NULL::text, NULL::boolean;
   RETURN QUERY SELECT * FROM @schema@.state_of(wanted, @schema@.clock());
 END $$;
 
@@ -1040,7 +1112,7 @@ END $$;
 DROP FUNCTION IF EXISTS @schema@.list(text, text, bigint);
 CREATE OR REPLACE FUNCTION @schema@.list_page(beginning text, after text, most bigint)
 RETURNS TABLE (now_is bigint, kind text, of_key text, fence bigint, owner text, units integer, capacity integer,
-  bound boolean, since bigint, remaining bigint, metadata text, trace text)
+  bound boolean, since bigint, remaining bigint, metadata text, trace text, lingers boolean)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s'
   SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
@@ -1083,23 +1155,24 @@ BEGIN
     END LOOP;
   END IF;
   RETURN QUERY SELECT now, 'time'::text, next_is::text, NULL::bigint, NULL::text, NULL::integer, NULL::integer,
-    NULL::boolean, NULL::bigint, NULL::bigint, NULL::text, NULL::text;
+    NULL::boolean, NULL::bigint, NULL::bigint, NULL::text, NULL::text, NULL::boolean;
   RETURN QUERY SELECT now, r.kind, r.of_key, r.fence, r.owner, r.units, r.capacity, r.bound, r.since, r.remaining, r.metadata,
-    r.trace
+    r.trace, r.lingers
   FROM (
     SELECT 1 AS part, 0::bigint AS place, CASE WHEN s.expires > now THEN 'held' ELSE 'key' END AS kind, k.key AS of_key,
       nullif(k.fence, 0) AS fence, s.owner, 1 AS units, 1 AS capacity, true AS bound, k.at AS since,
-      CASE WHEN k.closed_until > now THEN k.closed_until - now END AS remaining, k.metadata, k.trace
+      CASE WHEN k.closed_until > now THEN k.closed_until - now END AS remaining, k.metadata, k.trace, false AS lingers
     FROM @schema@.keys k
     LEFT JOIN LATERAL (SELECT * FROM @schema@.sessions s WHERE s.id = k.session OFFSET 0) s ON k.token IS NOT NULL
     WHERE k.key >= beginning AND k.key > after AND k.key < until AND (k.busy OR k.token IS NOT NULL)
     UNION ALL
-    SELECT 2, h.fence, 'hold', h.key, h.fence, h.owner, h.units, h.capacity, h.bound, h.at, h.deadline - now, h.metadata, h.trace
+    SELECT 2, h.fence, 'hold', h.key, h.fence, h.owner, h.units, h.capacity, h.bound, h.at, h.deadline - now, h.metadata,
+      h.trace, h.lingers
     FROM @schema@.holds h
     WHERE h.key >= beginning AND h.key > after AND h.key < until AND (h.deadline IS NULL OR h.deadline > now)
       AND (NOT h.bound OR EXISTS (SELECT FROM @schema@.sessions s WHERE s.id = h.session AND s.expires > now))
     UNION ALL
-    SELECT 3, q.place, 'waiter', q.key, NULL, s.owner, q.units, q.capacity, q.bound, q.at, NULL, q.metadata, q.trace
+    SELECT 3, q.place, 'waiter', q.key, NULL, s.owner, q.units, q.capacity, q.bound, q.at, NULL, q.metadata, q.trace, false
     FROM @schema@.queue q
     CROSS JOIN LATERAL (SELECT * FROM @schema@.sessions s WHERE s.id = q.session AND s.expires > now OFFSET 0) s
     WHERE q.key >= beginning AND q.key > after AND q.key < until
@@ -1109,6 +1182,11 @@ END $$;
 -- Checks a fence in your own transaction. If the hold of `key` with this fence is live, nobody else gets the key until
 -- your transaction has ended. Otherwise the function raises SQLSTATE SF001. Keep the transaction short, because other
 -- clients that want the key wait for it.
+--
+-- If the hold lingers, its process hands the key from task to task, each with a higher fence, and the server does not see
+-- that. The function then accepts each fence of the hold that is at least as high as the last one that it accepted, and
+-- the next task's check waits until your transaction has ended. A task that is late is rejected once the next task has
+-- checked its fence, so each transaction must check its fence first.
 CREATE OR REPLACE FUNCTION @schema@.check_fence(key text, fence bigint, namespace text DEFAULT '')
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
   SET enable_bitmapscan = off SET enable_seqscan = off SET jit = off AS $$
@@ -1125,8 +1203,13 @@ BEGIN
   SELECT * INTO rec FROM @schema@.keys k WHERE k.key = wanted FOR SHARE;
   now := @schema@.clock();
   IF rec.token IS NOT NULL AND rec.fence = check_fence.fence AND @schema@.lives(rec.session, now) THEN RETURN; END IF;
-  PERFORM FROM @schema@.holds h WHERE h.key = wanted AND h.fence = check_fence.fence
+  PERFORM FROM @schema@.holds h WHERE h.key = wanted AND h.fence = check_fence.fence AND NOT h.lingers
     AND (h.deadline IS NULL OR h.deadline > now) AND (NOT h.bound OR @schema@.lives(h.session, now));
+  IF FOUND THEN RETURN; END IF;
+  -- The update keeps the row locked until the transaction has ended.
+  UPDATE @schema@.holds h SET checked = check_fence.fence
+  WHERE h.key = wanted AND h.lingers AND h.fence <= check_fence.fence AND h.checked <= check_fence.fence
+    AND check_fence.fence <= rec.fence AND @schema@.lives(h.session, now);
   IF NOT FOUND THEN
     RAISE EXCEPTION 'the fence % of % is stale', check_fence.fence, quote_literal(check_fence.key) USING ERRCODE = 'SF001',
       HINT = 'The lock was lost. Do not write.';
@@ -1201,10 +1284,11 @@ BEGIN
       AND a.grantee <> p.proowner
   LOOP
     EXECUTE format('GRANT EXECUTE ON FUNCTION @schema@.session_lives, @schema@.renew_session, @schema@.acquire, '
-      '@schema@.together, @schema@.poll_many, @schema@.force_release, @schema@.list_page TO %s', who);
+      '@schema@.together, @schema@.poll_many, @schema@.linger, @schema@.force_release, @schema@.inspect, '
+      '@schema@.list_page TO %s', who);
   END LOOP;
 END $$;
 
-INSERT INTO @schema@.meta (version) VALUES (6) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
+INSERT INTO @schema@.meta (version) VALUES (7) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
 
 COMMIT;

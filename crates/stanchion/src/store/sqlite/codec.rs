@@ -125,6 +125,7 @@ mod tests {
             Push::RecheckAll,
             Push::VerifyAll,
             Push::Warning("slow".into()),
+            Push::Recall { token },
         ]
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use rusqlite::Row;
 
 use super::error::{error, is_row_error};
-use super::rows::{KEY_COLUMNS, KeyRow, read_key};
+use super::rows::{KEY_COLUMNS, KeyRow, LINGERS, read_key};
 use super::tx::{Tx, session_of, until};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::Fence;
@@ -163,7 +163,9 @@ impl Tx<'_> {
             let mut found = statement.query([row.id])?;
             while let Some(hold) = found.next()? {
                 let deadline = hold.get::<_, Option<i64>>(6)?;
-                let session_bound = hold.get(3)?;
+                let session_bound: i64 = hold.get(3)?;
+                let lingers = session_bound == LINGERS;
+                let session_bound = session_bound != 0;
                 let is_over = deadline.is_some_and(|deadline| deadline <= now);
                 if is_over || session_bound && !self.is_alive(session_of(hold, 9)?)? {
                     continue;
@@ -179,7 +181,7 @@ impl Tx<'_> {
                     remaining: deadline.map(|deadline| until(now, deadline)),
                     metadata: hold.get(7)?,
                     trace: hold.get(8)?,
-                    lingers: false,
+                    lingers,
                 });
             }
         }

@@ -289,9 +289,7 @@ impl Store for Sqlite {
     }
 
     async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>> {
-        let Reply { time, outcome } = self.poll(key, &[token]).await?;
-        let is_held = matches!(outcome.first(), Some(PollOutcome::Granted(_)));
-        Ok(Reply { time, outcome: if is_held { LingerOutcome::Wanted } else { LingerOutcome::Gone } })
+        send!(self, Request::Linger { key: key.clone(), token }, Answer::Linger(outcome) => outcome)
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {

@@ -15,7 +15,7 @@ use super::tx::{Tx, session_of, token_of, until};
 use crate::error::{Error, Result};
 use crate::fence::Fence;
 use crate::key::Key;
-use crate::store::{LostToken, PollOutcome, Queued, RenewOutcome};
+use crate::store::{LostToken, PollOutcome, Push, Queued, RenewOutcome};
 use crate::token::{SessionId, TokenId};
 
 /// Poll delay of a waiter if this process cannot watch a process on which the waiter depends.
@@ -55,9 +55,15 @@ impl Tx<'_> {
         }
     }
 
-    /// Returns the answer for a waiter, and watches the processes on which the waiter depends.
+    /// Returns the answer for a waiter, and watches the processes on which the waiter depends. If the waiter is the head
+    /// of the queue, recalls a hold that lingers.
     pub(super) fn queued(&mut self, row: &KeyRow, token: TokenId, place: Place) -> Result<Queued> {
         let Place { ahead, session, before } = place;
+        if ahead == 0
+            && let Some(hold) = self.find_lingering_hold(row)?
+        {
+            self.push(hold.session, Push::Recall { token: hold.token });
+        }
         let mut check_in = if ahead < FRONT_WAITERS { self.check_in(row) } else { None };
         if self.is_own(session) {
             let depends_on = match before {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::key::Key;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Cursor, EndOutcome, ExtendOutcome, ForceReleaseOutcome,
-    ForceReleaseRequest, KeyState, Listing, OpenOutcome, OpenSession, PollOutcome, RenewOutcome,
+    ForceReleaseRequest, KeyState, LingerOutcome, Listing, OpenOutcome, OpenSession, PollOutcome, RenewOutcome,
 };
 use crate::token::{SessionId, TokenId};
 
@@ -31,6 +31,10 @@ pub(super) enum Request {
         token: TokenId,
         ttl: Duration,
     },
+    Linger {
+        key: Key,
+        token: TokenId,
+    },
     Adopt(AdoptRequest),
     ForceRelease(ForceReleaseRequest),
     Inspect(Key),
@@ -54,6 +58,7 @@ pub(super) enum Answer {
     Poll(Vec<PollOutcome>),
     Release(EndOutcome),
     Extend(ExtendOutcome),
+    Linger(LingerOutcome),
     Adopt(AdoptOutcome),
     ForceRelease(ForceReleaseOutcome),
     Inspect(KeyState),
@@ -75,9 +80,11 @@ impl Request {
             Self::Acquire(request) => Some(&request.key),
             Self::Adopt(request) => Some(&request.key),
             Self::ForceRelease(request) => Some(&request.key),
-            Self::Poll { key, .. } | Self::Release { key, .. } | Self::Extend { key, .. } | Self::Inspect(key) => {
-                Some(key)
-            }
+            Self::Poll { key, .. }
+            | Self::Release { key, .. }
+            | Self::Extend { key, .. }
+            | Self::Linger { key, .. }
+            | Self::Inspect(key) => Some(key),
             Self::Open(_)
             | Self::RenewSession(_)
             | Self::Close(_)

@@ -64,6 +64,15 @@ impl KeyRow {
     }
 }
 
+/// The value of a hold's column `session_bound` that marks the hold as lingering, and session-bound too.
+///
+/// A program from before this value may share the folder. It reads every value but 0 as session-bound, so nothing breaks:
+/// - When it waits behind such a hold, it sends no recall. The holder learns of it from its next `linger`, whose answer is
+///   `Wanted`. A recall that it receives is of an unknown kind, and it drops that.
+/// - When it adopts such a hold, the fence stays the same, and a resource that has seen a higher one rejects the adopter.
+///   The mark stays too, and has no effect, because that program never uses a hold again without a request.
+pub(super) const LINGERS: i64 = 2;
+
 /// The columns of a hold that most requests need.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct HoldRow {
@@ -72,6 +81,7 @@ pub(super) struct HoldRow {
     pub(super) units: i64,
     pub(super) session: SessionId,
     pub(super) session_bound: bool,
+    pub(super) lingers: bool,
     pub(super) deadline: Option<i64>,
 }
 
@@ -267,6 +277,7 @@ impl Tx<'_> {
             units,
             session: hold.session,
             session_bound: hold.lifetime.session_bound,
+            lingers: false,
             deadline,
         })
     }
@@ -293,6 +304,20 @@ impl Tx<'_> {
         self.first(
             "SELECT token, fence, units, session, session_bound, deadline FROM holds WHERE key_id = ?1 AND token = ?2",
             params![row.id, token.as_bytes()],
+            read_hold,
+        )
+    }
+
+    /// Returns the hold of a key if it lingers.
+    pub(super) fn find_lingering_hold(&self, row: &KeyRow) -> Result<Option<HoldRow>> {
+        // Such a hold is exclusive.
+        if row.holders != 1 || row.in_use().is_some() {
+            return Ok(None);
+        }
+        self.first(
+            "SELECT token, fence, units, session, session_bound, deadline FROM holds
+             WHERE key_id = ?1 AND session_bound = ?2",
+            [row.id, LINGERS],
             read_hold,
         )
     }
@@ -369,12 +394,14 @@ pub(super) fn read_key(row: &Row<'_>, key: Key) -> rusqlite::Result<KeyRow> {
 }
 
 pub(super) fn read_hold(row: &Row<'_>) -> rusqlite::Result<HoldRow> {
+    let session_bound: i64 = row.get(4)?;
     Ok(HoldRow {
         token: token_of(row, 0)?,
         fence: row.get(1)?,
         units: row.get(2)?,
         session: session_of(row, 3)?,
-        session_bound: row.get(4)?,
+        session_bound: session_bound != 0,
+        lingers: session_bound == LINGERS,
         deadline: row.get(5)?,
     })
 }

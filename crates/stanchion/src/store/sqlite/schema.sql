@@ -44,6 +44,7 @@ CREATE TABLE holds (
     units INTEGER NOT NULL,
     capacity INTEGER NOT NULL,
     session BLOB NOT NULL,
+    -- 0: outlives its session. 1: ends with it. 2: ends with it, and lingers.
     session_bound INTEGER NOT NULL,
     deadline INTEGER,
     granted INTEGER NOT NULL,

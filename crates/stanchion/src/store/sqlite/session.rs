@@ -160,6 +160,11 @@ pub(super) fn sending_socket() -> Option<UnixDatagram> {
     Some(socket)
 }
 
+/// Returns whether other handles can send pushes to a session.
+pub(super) fn has_socket(folder: &Folder, session: SessionId) -> bool {
+    statat(&folder.sessions_dir, socket_name(session), AtFlags::SYMLINK_NOFOLLOW).is_ok()
+}
+
 fn bind(folder: &Folder, session: SessionId) -> Option<UnixDatagram> {
     let socket = UnixDatagram::bind(socket_path(folder, session)?).ok()?;
     socket.set_nonblocking(true).ok()?;

@@ -236,7 +236,7 @@ impl Worker {
     fn read(&mut self, batch: Vec<QueuedRequest>) -> Vec<QueuedRequest> {
         // Use one snapshot for all requests. Without it each statement takes SQLite's locks again, which is slower.
         let begun = self.db.prepare_cached("BEGIN").and_then(|mut statement| statement.execute([]));
-        let mut rest = Vec::new();
+        let (mut rest, mut recalls) = (Vec::new(), Vec::new());
         for queued in batch {
             if !queued.request.is_reading() {
                 rest.push(queued);
@@ -246,7 +246,13 @@ impl Worker {
             tx.set_time(&self.clock);
             let time = tx.time();
             match tx.read(&queued.request) {
-                Ok(Some(outcome)) => answer(queued, Ok(Reply { time, outcome })),
+                Ok(Some(outcome)) => {
+                    // The other pushes of a read are warnings of an expired session. The write that reaps the session
+                    // sends them once.
+                    let pushes = tx.effects.pushes.into_iter();
+                    recalls.extend(pushes.filter(|(_, push)| matches!(push, Push::Recall { .. })));
+                    answer(queued, Ok(Reply { time, outcome }));
+                }
                 Ok(None) => rest.push(queued),
                 Err(cause) => answer(queued, Err(cause)),
             }
@@ -257,6 +263,9 @@ impl Worker {
             if ended.is_err() && !self.db.is_autocommit() {
                 let _ = self.db.execute_batch("ROLLBACK"); // the transaction changed nothing
             }
+        }
+        for (session, push) in recalls {
+            self.send(session, push);
         }
         rest
     }

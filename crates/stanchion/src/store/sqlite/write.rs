@@ -7,7 +7,7 @@ use rusqlite::params;
 use super::error::{NAME, error};
 use super::read::Place;
 use super::request::{Answer, Request};
-use super::rows::{KeyRow, NewHold, WaiterRow, read_hold};
+use super::rows::{KeyRow, LINGERS, NewHold, WaiterRow, read_hold};
 use super::session;
 use super::tx::{Tx, micros};
 use crate::error::{ErrorKind, Result};
@@ -15,7 +15,7 @@ use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, EndOutcome, ExtendOutcome, ForceReleaseOutcome,
-    ForceReleaseRequest, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, Push,
+    ForceReleaseRequest, LingerOutcome, LostToken, MAX_WAITERS, OpenOutcome, OpenSession, Push,
 };
 use crate::token::TokenId;
 
@@ -31,6 +31,7 @@ impl Tx<'_> {
             Request::Acquire(request) => Answer::Acquire(self.acquire(request)?),
             Request::Release { key, token, cooldown } => Answer::Release(self.release(key, *token, *cooldown)?),
             Request::Extend { key, token, ttl } => Answer::Extend(self.extend(key, *token, *ttl)?),
+            Request::Linger { key, token } => Answer::Linger(self.linger(key, *token)?),
             Request::Adopt(request) => Answer::Adopt(self.adopt(request)?),
             Request::ForceRelease(request) => Answer::ForceRelease(self.force_release(request)?),
             Request::ProcessExited(pid) => {
@@ -132,7 +133,8 @@ impl Tx<'_> {
             return Ok(AcquireOutcome::Granted(hold.granted(self.now)));
         }
         if !request.enqueue {
-            return Ok(AcquireOutcome::Busy { check_in: self.check_in(&row), in_use: row.in_use(), lingers: false });
+            let lingers = self.find_lingering_hold(&row)?.is_some();
+            return Ok(AcquireOutcome::Busy { check_in: self.check_in(&row), in_use: row.in_use(), lingers });
         }
         if row.waiting >= i64::from(MAX_WAITERS) {
             self.reap_expired_waiters(&mut row)?;
@@ -255,6 +257,28 @@ impl Tx<'_> {
         Ok(ExtendOutcome::Extended)
     }
 
+    fn linger(&mut self, key: &Key, token: TokenId) -> Result<LingerOutcome> {
+        let Some(mut row) = self.find_key(key)? else { return Ok(LingerOutcome::Gone) };
+        self.reconcile(&mut row, true)?;
+        let Some(hold) = self.find_hold(&row, token)? else { return Ok(LingerOutcome::Gone) };
+        let is_exclusive = row.holders == 1 && row.in_use().is_none();
+        let can_linger = is_exclusive && hold.session_bound && hold.deadline.is_none();
+        if row.waiting > 0 || !can_linger || !session::has_socket(&self.state.folder, hold.session) {
+            return Ok(LingerOutcome::Wanted);
+        }
+        if !hold.lingers {
+            self.execute(
+                "UPDATE holds SET session_bound = ?3 WHERE key_id = ?1 AND token = ?2",
+                params![row.id, token.as_bytes(), LINGERS],
+            )?;
+        }
+        // Fences follow the wall clock, unlike the times of the answers.
+        row.fence = row.fence.max(self.wall);
+        self.save(&mut row)?;
+        let number = |fence: i64| Fence::new(fence.unsigned_abs());
+        Ok(LingerOutcome::Lingers { fence: number(hold.fence), up_to: number(row.fence) })
+    }
+
     fn adopt(&mut self, request: &AdoptRequest) -> Result<AdoptOutcome> {
         if !self.is_open(request.session)? {
             return Ok(AdoptOutcome::SessionGone);
@@ -271,10 +295,24 @@ impl Tx<'_> {
         if self.time() > request.not_after {
             return Ok(AdoptOutcome::Stale);
         }
-        let Some(hold) = self.find_hold(&row, request.from)? else { return Ok(AdoptOutcome::Gone) };
+        let Some(mut hold) = self.find_hold(&row, request.from)? else { return Ok(AdoptOutcome::Gone) };
+        if hold.lingers {
+            // After the highest fence the store grants nothing more, so the adopter's fence need not be higher.
+            row.fence = self.next_fence(&row).unwrap_or(row.fence);
+            hold.fence = row.fence;
+            self.save(&mut row)?;
+        }
         self.execute(
-            "UPDATE holds SET token = ?3, session = ?4, owner = NULL WHERE key_id = ?1 AND token = ?2",
-            params![row.id, request.from.as_bytes(), request.to.as_bytes(), request.session.as_bytes()],
+            "UPDATE holds SET token = ?3, session = ?4, owner = NULL, fence = ?5, session_bound = ?6
+             WHERE key_id = ?1 AND token = ?2",
+            params![
+                row.id,
+                request.from.as_bytes(),
+                request.to.as_bytes(),
+                request.session.as_bytes(),
+                hold.fence,
+                hold.session_bound
+            ],
         )?;
         // The head watches the process of the old holder, and must watch the new one instead.
         self.recheck_head(&row)?;
