@@ -94,6 +94,15 @@ macro_rules! both {
     }};
 }
 
+/// Returns a client whose holds can linger, because its session hears recalls.
+async fn client_that_hears<S: Store>(env: &Environment<S>) -> Client<S> {
+    let client = env.client().await;
+    let (token, _) = client.lock(&key("scratch")).await;
+    mark(&client, "scratch", token).await;
+    client.release(&key("scratch"), token).await;
+    client
+}
+
 /// Runs random operations of all kinds on the store and on the memory store, and compares all outcomes.
 pub async fn random_operations_match_memory<S: Store>(env: &Environment<S>) {
     let mut random = Random::new(seed("random_operations_match_memory"));
@@ -102,12 +111,7 @@ pub async fn random_operations_match_memory<S: Store>(env: &Environment<S>) {
     let keys: Vec<Key> = (0..4).map(|number| key(&format!("k{number}"))).collect();
     let mut clients = Vec::new();
     for _ in 0..3 {
-        clients.push((env.client().await, model.client().await));
-    }
-    for (real, _) in &clients {
-        let (token, _) = real.lock(&key("scratch")).await;
-        mark(real, "scratch", token).await;
-        real.release(&key("scratch"), token).await;
+        clients.push((client_that_hears(env).await, model.client().await));
     }
     let (mut fences, mut calls) = (Fences::default(), Vec::<Call>::new());
     for round in 0..300 {
@@ -254,7 +258,7 @@ pub async fn random_operations_match_memory<S: Store>(env: &Environment<S>) {
             }
             (18, Some(_)) => {
                 let (real, memory) =
-                    std::mem::replace(&mut clients[chosen], (env.client().await, model.client().await));
+                    std::mem::replace(&mut clients[chosen], (client_that_hears(env).await, model.client().await));
                 real.store.close_session(real.session).await.unwrap();
                 memory.store.close_session(memory.session).await.unwrap();
                 // Its tokens belong to no open session. Fixed holds live on.
