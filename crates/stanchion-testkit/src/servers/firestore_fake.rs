@@ -263,6 +263,16 @@ impl Inner {
             match write.operation.clone().unwrap() {
                 Operation::Update(mut document) => {
                     let before = documents.all.get(&document.name).and_then(|(before, _)| before.clone());
+                    if let Some(mask) = &write.update_mask {
+                        let mut fields = before.as_ref().map(|before| before.fields.clone()).unwrap_or_default();
+                        for path in &mask.field_paths {
+                            match document.fields.remove(path) {
+                                Some(value) => drop(fields.insert(path.clone(), value)),
+                                None => drop(fields.remove(path)),
+                            }
+                        }
+                        document.fields = fields;
+                    }
                     let is_same = before.as_ref().is_some_and(|before| before.fields == document.fields);
                     let at = if is_same { micros(&before.as_ref().unwrap().update_time.unwrap()) } else { now };
                     document.create_time = before.map_or(Some(stamp(now)), |before| before.create_time);

@@ -19,6 +19,9 @@ pub(super) struct Streams(Mutex<HashMap<SessionId, Stream>>);
 struct Stream {
     pushes: PushSender,
     task: Option<AbortHandle>,
+    /// Whether the task receives pushes.
+    #[cfg(feature = "firestore")]
+    is_heard: bool,
 }
 
 impl Drop for Stream {
@@ -32,9 +35,15 @@ impl Drop for Stream {
 impl Streams {
     /// Creates the stream of a session, without a task that fills it.
     pub(super) fn begin(&self, session: SessionId) -> GrantStream {
-        let (pushes, stream) = push_channel();
-        self.all().insert(session, Stream { pushes, task: None });
-        stream
+        let (pushes, grants) = push_channel();
+        let stream = Stream {
+            pushes,
+            task: None,
+            #[cfg(feature = "firestore")]
+            is_heard: false,
+        };
+        self.all().insert(session, stream);
+        grants
     }
 
     /// Starts the task that fills a session's stream, unless the stream has a task or the session has no stream. Returns what
@@ -58,6 +67,20 @@ impl Streams {
         if let Some(stream) = self.all().get(&session) {
             stream.pushes.send(push);
         }
+    }
+
+    /// Records whether the task of a session's stream receives pushes.
+    #[cfg(feature = "firestore")]
+    pub(super) fn set_heard(&self, session: SessionId, is_heard: bool) {
+        if let Some(stream) = self.all().get_mut(&session) {
+            stream.is_heard = is_heard;
+        }
+    }
+
+    /// Returns whether pushes reach this handle: its sessions have the same server and the same rights.
+    #[cfg(feature = "firestore")]
+    pub(super) fn is_heard(&self) -> bool {
+        self.all().values().any(|stream| stream.is_heard)
     }
 
     /// Removes the stream of a session and aborts its task.

@@ -45,24 +45,24 @@ fn renewal_takes_one_request() {
 }
 
 /// Returns the number of commits and of document reads since `before`.
-fn requests_since(before: &HashMap<String, u64>, fake: &FirestoreFake) -> (u64, u64) {
+pub(super) fn requests_since(before: &HashMap<String, u64>, fake: &FirestoreFake) -> (u64, u64) {
     let count = |method| fake.request_count(method) - before.get(method).copied().unwrap_or_default();
     (count("Commit"), count("BatchGetDocuments"))
 }
 
 impl Client {
-    async fn enqueue(&self, name: &str) -> AcquireRequest {
+    pub(super) async fn enqueue(&self, name: &str) -> AcquireRequest {
         let request = self.request(name);
         assert!(matches!(self.acquire(&request).await, AcquireOutcome::Queued(_)));
         request
     }
 
-    async fn release(&self, request: &AcquireRequest) {
+    pub(super) async fn release(&self, request: &AcquireRequest) {
         let ended = self.store.release(&request.key, request.token, None).await.unwrap().outcome;
         assert_eq!(ended, EndOutcome::Released);
     }
 
-    async fn wait_for_grant(&mut self, request: &AcquireRequest) -> Fence {
+    pub(super) async fn wait_for_grant(&mut self, request: &AcquireRequest) -> Fence {
         loop {
             match self.pushes.next().await {
                 Some(Push::Granted { token, fence, .. }) if token == request.token => return fence,
@@ -74,7 +74,7 @@ impl Client {
 
     /// Waits until this client has received every notification that was written before this call. Two grants on extra
     /// keys mark that point, because their notifications come later on the same stream.
-    async fn receive_all_from(&mut self, other: &Self) {
+    pub(super) async fn receive_all_from(&mut self, other: &Self) {
         for signal in ["first signal", "second signal"] {
             let held = other.request(signal);
             other.lock(&held).await;

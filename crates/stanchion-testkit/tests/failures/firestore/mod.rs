@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs, reason = "test code")]
 
 mod costs;
+mod lingering;
 mod listing;
 mod races;
 

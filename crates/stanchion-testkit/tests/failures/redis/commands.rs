@@ -29,6 +29,7 @@ const CHOSEN: &[&str] = &[
     "other_clients_see_session_liveness",
     "free_key_is_granted_and_released",
     "concurrent_adopt_has_one_winner",
+    "adopted_lingering_hold_gets_a_new_fence",
     "extend_sets_deadline_and_keeps_fence",
     "poll_finds_handoff_without_push",
     "release_grants_and_notifies_only_the_head",

@@ -67,6 +67,7 @@ async fn all_operations<S: Store>(actor: &Client<S>, what: &str) -> u32 {
         store.acquire(pooled).await.err(),
         store.poll(&key, &[token]).await.err(),
         store.extend(&key, token, SECOND).await.err(),
+        store.linger(&key, token).await.err(),
         store.adopt(adopt).await.err(),
         store.force_release(force).await.err(),
         store.inspect(&key).await.err(),
@@ -113,7 +114,7 @@ fn damaged_records_cause_no_panic() {
         // A foreign record is not overwritten.
         for text in ["hello", "0 is no number", "2garbage", "1"] {
             server.command(&["SET", RECORD, text]);
-            assert_eq!(all_operations(&actor, text).await, 9, "{text}");
+            assert_eq!(all_operations(&actor, text).await, 10, "{text}");
             assert_eq!(server.command(&["GET", RECORD]), text);
         }
         // The queue and the requests of waiters may be damaged too.

@@ -13,6 +13,7 @@ mod commands;
 mod damage;
 mod failovers;
 mod forgetting;
+mod lingering;
 mod listing;
 mod messages;
 mod processes;

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use prost::Message as _;
 use prost_types::Timestamp;
 
 use super::Inner;
@@ -19,6 +20,9 @@ use crate::token::{SessionId, TokenId};
 
 /// Maximum number of cached queue pages.
 const MAX_CACHED_PAGES: usize = 200;
+
+/// Maximum size in bytes of the record that is cached for a hold without waiters. A process can have many such holds.
+const MAX_CACHED_RECORD_BYTES: usize = 1_024;
 
 /// Remembers a yes/no hint per key in a fixed number of slots. A colliding key overwrites the hint.
 #[derive(Debug)]
@@ -76,6 +80,16 @@ pub(super) struct SoleHold {
     pub(super) session_bound: bool,
     pub(super) deadline: Option<u64>,
     pub(super) has_notification: bool,
+    /// The encoded record of the key, unless it is large. Only [`Store::linger`](crate::Store::linger) needs it.
+    record: Option<Box<[u8]>>,
+}
+
+impl SoleHold {
+    /// Returns the key as it was when the document was written.
+    pub(super) fn loaded(&self) -> Option<LoadedKey> {
+        let record = KeyRecord::decode(self.record.as_deref()?).ok()?;
+        Some(LoadedKey { written: Some(self.written), record, pages: Vec::new() })
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -92,7 +106,10 @@ impl CachedDocument {
         let Some(written) = loaded.written else { return Self::Unknown };
         if let Some(hold) = loaded.only_hold(now) {
             let StoredHold { deadline, has_notification, .. } = *hold;
-            Self::SoleHold(SoleHold { written, session_bound: hold.entry.session_bound, deadline, has_notification })
+            let is_small = loaded.record.encoded_len() <= MAX_CACHED_RECORD_BYTES;
+            let record = is_small.then(|| loaded.record.encode_to_vec().into_boxed_slice());
+            let session_bound = hold.entry.session_bound;
+            Self::SoleHold(SoleHold { written, session_bound, deadline, has_notification, record })
         } else if loaded.is_sole_hold_with_queue() {
             let head_alive_until = loaded.record.front.first().map_or(0, |head| head.session_alive_until);
             Self::HoldWithQueue(Box::new(HoldWithQueue { loaded: loaded.clone(), now, head_alive_until }))

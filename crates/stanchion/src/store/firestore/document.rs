@@ -10,6 +10,9 @@ use crate::error::Result;
 use crate::key::Key;
 use crate::token::{SessionId, TokenId};
 
+/// Field of a notification that recalls a lingering hold: the time of the request that recalls it.
+pub(super) const RECALLED_AT: &str = "recalled_at";
+
 /// Names the store's documents and collections.
 #[derive(Clone, Debug)]
 pub(super) struct Names {
@@ -150,6 +153,7 @@ pub(super) fn text_of<'a>(document: &'a api::Document, field: &str) -> Result<&'
 pub(super) enum WriteIf {
     Always,
     Missing,
+    Present,
     /// The document still has this `update_time`.
     Unchanged(Timestamp),
 }
@@ -158,6 +162,7 @@ fn precondition(write_if: WriteIf) -> Option<api::Precondition> {
     let condition = match write_if {
         WriteIf::Always => return None,
         WriteIf::Missing => api::precondition::ConditionType::Exists(false),
+        WriteIf::Present => api::precondition::ConditionType::Exists(true),
         WriteIf::Unchanged(time) => api::precondition::ConditionType::UpdateTime(time),
     };
     Some(api::Precondition { condition_type: Some(condition) })
@@ -172,6 +177,13 @@ pub(super) fn put(name: String, fields: Fields, write_if: WriteIf) -> api::Write
         current_document: precondition(write_if),
         operation: Some(api::write::Operation::Update(document)),
     }
+}
+
+/// Returns a write that sets some fields of a document and removes others.
+pub(super) fn merge(name: String, fields: Fields, removed: &[&str], write_if: WriteIf) -> api::Write {
+    let changed = fields.keys().cloned().chain(removed.iter().map(|field| (*field).to_owned()));
+    let mask = api::DocumentMask { field_paths: changed.collect() };
+    api::Write { update_mask: Some(mask), ..put(name, fields, write_if) }
 }
 
 pub(super) fn delete(name: String, write_if: WriteIf) -> api::Write {

@@ -1,11 +1,12 @@
 //! Runs operations on a key: read, apply the rules, commit, and retry if another client committed in between.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 
-use super::cache::{CachedDocument, CachedToken, SoleHold};
+use super::cache::{CachedDocument, CachedToken};
 use super::connect::{CallerWatch, CommitError, Committed, Lane};
 use super::document::{WriteIf, delete, key_id};
 use super::error::{error, malformed};
@@ -17,7 +18,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fence::Fence;
 use crate::key::Key;
 use crate::store::backoff::sleep;
-use crate::store::{AcquireOutcome, AcquireRequest, EndOutcome, Granted, PollOutcome, Reply, StoreTime};
+use crate::store::{
+    AcquireOutcome, AcquireRequest, EndOutcome, Granted, LingerOutcome, PollOutcome, Queued, Reply, StoreTime,
+};
 use crate::sync::lock;
 use crate::token::TokenId;
 
@@ -59,6 +62,16 @@ impl Drop for KeyGuard<'_> {
         if key_mutexes.get(&self.id).is_some_and(|mutex| Arc::strong_count(mutex) == 1) {
             key_mutexes.remove(&self.id);
         }
+    }
+}
+
+/// Completes an answer with the time of its commit, which raised the last fence.
+fn raised(outcome: LingerOutcome, committed: u64) -> LingerOutcome {
+    match outcome {
+        LingerOutcome::Lingers { fence, up_to } => {
+            LingerOutcome::Lingers { fence, up_to: up_to.max(Fence::new(committed)) }
+        }
+        other => other,
     }
 }
 
@@ -193,7 +206,7 @@ impl Inner {
     /// document.
     async fn create(&self, request: &AcquireRequest, owner: String) -> Result<Option<Reply<AcquireOutcome>>> {
         let alive_until = self.sessions.expires_at(request.session);
-        let write = create_document(&self.names, request, owner, alive_until, self.estimate_time());
+        let (write, mut record) = create_document(&self.names, request, owner, alive_until, self.estimate_time());
         let (time, written) = match self.service.commit(Lane::Keys, vec![write]).await {
             Ok(Committed { time, written }) => (time, written.first().copied().flatten().ok_or_else(malformed)?),
             Err(CommitError::Changed | CommitError::Contended) => {
@@ -210,12 +223,11 @@ impl Inner {
             drop(self.service.commit(Lane::Keys, vec![delete(name, WriteIf::Unchanged(written))]).await);
             return Ok(Some(reply(time, AcquireOutcome::Stale)));
         }
-        let length = request.lifetime.length();
-        let session_bound = matches!(request.lifetime, crate::store::Lifetime::Session { .. });
-        let deadline = length.map(|length| StoreTime::from_micros(time).after(length).as_micros());
-        let sole = CachedDocument::SoleHold(SoleHold { written, session_bound, deadline, has_notification: false });
-        let cached = CachedToken { session: request.session, document: sole };
+        record.apply_commit_time(time);
+        let document = CachedDocument::of(&LoadedKey { written: Some(written), record, pages: Vec::new() }, time);
+        let cached = CachedToken { session: request.session, document };
         lock(&self.tokens).insert((request.key.clone(), request.token), cached);
+        let length = request.lifetime.length();
         let granted = Granted { fence: Fence::new(time), remaining: length };
         Ok(Some(reply(time, AcquireOutcome::Granted(granted))))
     }
@@ -288,6 +300,59 @@ impl Inner {
         let ended = self.release(key, token, None, &CallerWatch::of(&caller_token)).await;
         // The token was entered in any case, so a failure here leaves its outcome unknown.
         ended.map(|ended| ended.time).map_err(|fault| fault.in_doubt(true))
+    }
+
+    /// Polls tokens. If one of them is the head of the queue, this recalls a hold that lingers.
+    pub(super) async fn poll(
+        self: &Arc<Self>,
+        key: &Key,
+        tokens: &[TokenId],
+        caller: &CallerWatch,
+    ) -> Result<Reply<Vec<PollOutcome>>> {
+        let mut recall = None;
+        let decide = |update: &mut KeyUpdate<'_>| {
+            let outcomes = update.poll(tokens);
+            let is_head = |outcome: &PollOutcome| matches!(outcome, PollOutcome::Queued(Queued { ahead: 0, .. }));
+            recall = if outcomes.iter().any(is_head) { update.repeated_recall() } else { None };
+            outcomes
+        };
+        let polled = self.update(key, caller, decide).await?;
+        if let Some(recall) = recall {
+            // The recall is a hint, so the poll does not wait for it. A failed one is repeated by the next poll.
+            let inner = self.clone();
+            tokio::spawn(async move { drop(inner.service.commit(Lane::Keys, vec![recall]).await) });
+        }
+        Ok(polled)
+    }
+
+    /// Marks a hold as lingering, with one commit and no read if this handle knows the key's document.
+    pub(super) async fn linger(&self, key: &Key, token: TokenId, caller: &CallerWatch) -> Result<Reply<LingerOutcome>> {
+        let _guard = self.lock_key(key).await;
+        caller.check()?;
+        let hears_recalls = self.streams.is_heard();
+        let known = match lock(&self.tokens).get(&(key.clone(), token)) {
+            Some(CachedToken { session, document: CachedDocument::SoleHold(sole) }) if hears_recalls => {
+                sole.loaded().map(|loaded| (*session, loaded))
+            }
+            _ => None,
+        };
+        if let Some((session, loaded)) = known {
+            let session_states = HashMap::new();
+            let mut update = KeyUpdate::new(key, &self.names, &loaded, &session_states, self.estimate_time());
+            let outcome = update.linger(token, hears_recalls);
+            if matches!(outcome, LingerOutcome::Lingers { .. }) {
+                let (writes, after) = update.writes()?;
+                // If the session may have expired, it has to be read.
+                if let Some(time) = self.commit(key, writes, after).await?
+                    && self.sessions.expires_at(session) > time
+                {
+                    return Ok(reply(time, raised(outcome, time)));
+                }
+                caller.check()?;
+            }
+        }
+        let Reply { time, outcome } = self.update(key, caller, |update| update.linger(token, hears_recalls)).await?;
+        Ok(Reply { time, outcome: raised(outcome, time.as_micros()) })
     }
 
     pub(super) async fn release(

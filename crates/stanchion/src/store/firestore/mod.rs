@@ -6,7 +6,7 @@
 //! | `COLLECTION_keys/ID` | a key that has a holder, waiters or a cooldown: its record, with the holds and the head of the queue |
 //! | `COLLECTION_keys/ID/COLLECTION_pages/N` | the rest of a long queue, 200 waiters per page |
 //! | `COLLECTION_sessions/ID` | a session; each renewal writes it |
-//! | `COLLECTION_sessions/ID/COLLECTION_calls/TOKEN` | a notification of a grant from the queue, of a waiter or of a force-release; the session's listener receives it |
+//! | `COLLECTION_sessions/ID/COLLECTION_calls/TOKEN` | a notification of a grant from the queue, of a waiter, of a recall or of a force-release; the session's listener receives it |
 //!
 //! # How an operation works
 //! An operation reads documents, applies the rules, and commits under the condition that the key's document is
@@ -14,7 +14,7 @@
 //! two requests, so a client that dies or gives up between them blocks nobody. Two operations need no read because
 //! their result is known beforehand: an acquire of a free key creates the document, and a release without waiters
 //! deletes it; each is one commit. A holder with waiters receives the key's record in a notification, so its release
-//! reads nothing either.
+//! reads nothing either. A mark of a lingering hold is one commit too, if this process wrote the key's document last.
 //!
 //! A client cannot know when its commit will happen. Everything that depends on that time is therefore computed from
 //! the commit time that the service returns, by each client that reads the document (`record.rs`): the fence, the start
@@ -110,6 +110,8 @@ use crate::token::{SessionId, TokenId};
 /// | wait for a key for an hour, per process (one poll per second, in case a notification is lost) | 3,600 | | |
 /// | hand off a key, if the holder knows the next waiter (includes the notification) | 1 | 2 | |
 /// | hand off a key, if a waiter joined since the holder was notified | 2 | 2 | |
+/// | mark a hold as lingering | | 1 | |
+/// | wait behind a lingering hold for an hour, in addition (each poll of the head repeats the recall) | | 3,600 | |
 /// | hold a key with waiters for an hour (checks that the next waiter is alive) | 600 | | |
 /// | release a key after a hand-off | | | 2 |
 /// | open and close a session | 2 | 2 | |
@@ -271,10 +273,7 @@ impl Store for Firestore {
 
     async fn poll(&self, key: &Key, tokens: &[TokenId]) -> Result<Reply<Vec<PollOutcome>>> {
         let (key, tokens) = (key.clone(), tokens.to_vec());
-        self.run(async move |inner: Arc<Inner>, caller: CallerWatch| {
-            inner.update(&key, &caller, |update| update.poll(&tokens)).await
-        })
-        .await
+        self.run(async move |inner: Arc<Inner>, caller: CallerWatch| inner.poll(&key, &tokens, &caller).await).await
     }
 
     async fn abandon(&self, key: &Key, token: TokenId) -> Result<Reply<EndOutcome>> {
@@ -299,9 +298,8 @@ impl Store for Firestore {
     }
 
     async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>> {
-        let Reply { time, outcome } = self.poll(key, &[token]).await?;
-        let is_held = matches!(outcome.first(), Some(PollOutcome::Granted(_)));
-        Ok(Reply { time, outcome: if is_held { LingerOutcome::Wanted } else { LingerOutcome::Gone } })
+        let key = key.clone();
+        self.run(async move |inner: Arc<Inner>, caller: CallerWatch| inner.linger(&key, token, &caller).await).await
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {

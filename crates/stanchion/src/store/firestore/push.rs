@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::Inner;
 use super::connect::ListenStream;
-use super::document::{micros, query, text_of};
+use super::document::{RECALLED_AT, micros, query, text_of};
 use super::error::malformed;
 use super::record::KeyRecord;
 use crate::error::Result;
@@ -59,7 +59,7 @@ async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, trie
         let stream = strong.service.listen(&strong.names.session(session), notifications).await;
         drop(strong);
         let outcome = match stream {
-            Ok(stream) => forward(stream, &inner, &pushes, &mut tried, is_first).await,
+            Ok(stream) => forward(stream, &inner, session, &pushes, &mut tried, is_first).await,
             Err(fault) => Err(fault),
         };
         drop(tried.take());
@@ -71,6 +71,7 @@ async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, trie
                 failures = 0;
             }
             Err(fault) => {
+                set_heard(&inner, session, false);
                 failures += 1;
                 if failures == 3 {
                     let why = fault.message();
@@ -84,11 +85,19 @@ async fn listen(inner: Weak<Inner>, session: SessionId, pushes: PushSender, trie
     }
 }
 
+/// Records whether a session hears pushes. Between two streams it does: the next stream repeats all notifications.
+fn set_heard(inner: &Weak<Inner>, session: SessionId, is_heard: bool) {
+    if let Some(inner) = inner.upgrade() {
+        inner.streams.set_heard(session, is_heard);
+    }
+}
+
 /// Forwards the notifications of a stream as pushes. Returns an error if the stream ended before its first snapshot was
 /// complete.
 async fn forward(
     mut listened: ListenStream,
     inner: &Weak<Inner>,
+    session: SessionId,
     pushes: &PushSender,
     tried: &mut Option<oneshot::Sender<()>>,
     is_first: bool,
@@ -107,8 +116,9 @@ async fn forward(
         match answer.response_type {
             Some(ResponseType::DocumentChange(change)) => {
                 // Skip a document that cannot be read: this store did not write it.
-                if let Some(Ok(Notification { key, token, push, pushed })) = change.document.as_ref().map(read) {
-                    if let Some(inner) = inner.upgrade() {
+                if let Some(Ok(notification)) = change.document.as_ref().map(read) {
+                    let Notification { key, token, push, pushed, is_repeated } = notification;
+                    if let Some(inner) = inner.upgrade().filter(|_| !is_repeated) {
                         inner.cache_pushed_record(&key, token, pushed);
                     }
                     if let Some(push) = push {
@@ -119,6 +129,7 @@ async fn forward(
             Some(ResponseType::TargetChange(change)) => match change.target_change_type() {
                 TargetChangeType::Current if !is_current => {
                     is_current = true;
+                    set_heard(inner, session, true);
                     drop(tried.take());
                     if !is_first {
                         pushes.send(Push::RecheckAll);
@@ -144,14 +155,19 @@ struct Notification {
     push: Option<Push>,
     /// The key's record from the same commit, with its `update_time` and that time in µs.
     pushed: Option<(KeyRecord, Timestamp, u64)>,
+    /// Whether a poll recalled the hold again, which says nothing about the key's document.
+    is_repeated: bool,
 }
 
 fn read(document: &api::Document) -> Result<Notification> {
     let id = document.name.rsplit('/').next().unwrap_or_default();
     let token = TokenId::from_hex(id).ok_or_else(malformed)?;
     let key = Key::from_encoded(text_of(document, "key")?)?;
+    let is_recall = document.fields.contains_key(RECALLED_AT);
     let push = if let Ok(reason) = text_of(document, "forced") {
         Some(Push::ForceReleased(LostToken { key: key.clone(), token, reason: reason.to_owned() }))
+    } else if is_recall {
+        Some(Push::Recall { token })
     } else if let Ok(fence) = text_of(document, "fence") {
         let fence = Fence::new(fence.parse().map_err(|_| malformed())?);
         Some(Push::Granted { key: key.clone(), token, fence })
@@ -165,5 +181,7 @@ fn read(document: &api::Document) -> Result<Notification> {
         }
         false => None,
     };
-    Ok(Notification { key, token, push, pushed })
+    // A first recall carries the record: the holder is alone and has one waiter, so the record is small.
+    let is_repeated = is_recall && pushed.is_none();
+    Ok(Notification { key, token, push, pushed, is_repeated })
 }

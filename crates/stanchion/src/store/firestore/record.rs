@@ -5,7 +5,9 @@
 //! document's `update_time`, which the service sets:
 //! - a hold without a fence was granted by the commit that wrote it: its fence and its start are the commit time;
 //! - an entry with `not_after` was made by the commit that wrote it. If the commit was later than `not_after`, the
-//!   entry never existed.
+//!   entry never existed;
+//! - a hold whose `lingers` is 0 was marked by the commit that wrote it: its holder may use the fences up to the commit
+//!   time.
 //!
 //! [`KeyRecord::apply_commit_time`] completes a record as soon as it is read, before any other code sees it.
 
@@ -85,6 +87,14 @@ pub(super) struct StoredHold {
     /// Holder before the commit that wrote this hold, if that commit was an adoption.
     #[prost(message, optional, tag = "15")]
     pub(super) previous: Option<PreviousHolder>,
+    /// Newest fence that the holder may use, if the hold lingers; 0 means the commit time.
+    ///
+    /// A program older than this field drops it when it writes the record. Nobody recalls the hold then, and a waiter
+    /// waits for the holder's next `linger`, which finds the waiter. The next fence is higher all the same, because
+    /// the service's time is. Only a hold that lingered must not be adopted by the older program, which leaves the hold
+    /// its fence although the holder used higher ones.
+    #[prost(uint64, optional, tag = "18")]
+    pub(super) lingers: Option<u64>,
 }
 
 /// Holder that keeps a hold if the adoption's commit comes too late.
@@ -98,6 +108,11 @@ pub(super) struct PreviousHolder {
     pub(super) owner: String,
     #[prost(uint64, tag = "4")]
     pub(super) not_after: u64,
+    /// Fence and mark of the hold, if it lingered; the adopter has a higher fence. Otherwise the fence is 0.
+    #[prost(uint64, tag = "5")]
+    pub(super) fence: u64,
+    #[prost(uint64, optional, tag = "6")]
+    pub(super) lingers: Option<u64>,
 }
 
 /// An acquired token, which waits or holds.
@@ -212,6 +227,10 @@ impl KeyRecord {
                 hold.fence = committed;
                 self.last_fence = self.last_fence.max(committed);
             }
+            if hold.lingers == Some(0) {
+                self.last_fence = self.last_fence.max(committed);
+                hold.lingers = Some(self.last_fence);
+            }
             if hold.entry.since == 0 {
                 hold.entry.since = committed;
                 hold.deadline = hold.entry.length.map(|length| committed.saturating_add(length));
@@ -222,6 +241,9 @@ impl KeyRecord {
                 let entry = &mut hold.entry;
                 (entry.token, entry.session, entry.owner) = (previous.token, previous.session, previous.owner);
                 hold.entry.session_alive_until = 0;
+                if previous.fence != 0 {
+                    (hold.fence, hold.lingers) = (previous.fence, previous.lingers);
+                }
             }
         }
         self.front.retain_mut(|waiter| is_in_time(&mut waiter.not_after, committed));
@@ -329,14 +351,35 @@ mod tests {
 
     #[test]
     fn late_adoption_changes_nothing() {
-        let previous =
-            Some(PreviousHolder { token: vec![1; 16], session: vec![1; 16], owner: "one".into(), not_after: 100 });
-        let entry = StoredEntry { token: vec![2; 16], ..StoredEntry::default() };
-        let hold = StoredHold { entry, fence: 7, previous, ..StoredHold::default() };
-        for (committed, token) in [(100, 2), (101, 1)] {
-            let mut record = KeyRecord { holds: vec![hold.clone()], ..KeyRecord::default() };
-            record.apply_commit_time(committed);
-            assert_eq!((record.holds[0].entry.token[0], record.holds[0].previous.is_none()), (token, true));
+        for lingered in [false, true] {
+            let (fence, lingers) = if lingered { (3, Some(5)) } else { (0, None) };
+            let previous =
+                Some(PreviousHolder { token: vec![1; 16], not_after: 100, fence, lingers, ..Default::default() });
+            let entry = StoredEntry { token: vec![2; 16], ..StoredEntry::default() };
+            let hold = StoredHold { entry, fence: 7, previous, ..StoredHold::default() };
+            for (committed, token) in [(100, 2), (101, 1)] {
+                let mut record = KeyRecord { holds: vec![hold.clone()], ..KeyRecord::default() };
+                record.apply_commit_time(committed);
+                let hold = &record.holds[0];
+                assert_eq!((hold.entry.token[0], hold.previous.is_none()), (token, true));
+                let is_restored = lingered && token == 1;
+                assert_eq!((hold.fence, hold.lingers), if is_restored { (3, Some(5)) } else { (7, None) });
+            }
+        }
+    }
+
+    #[test]
+    fn marked_hold_raises_the_last_fence_once() {
+        let entry = StoredEntry { token: vec![1; 16], since: 7, ..StoredEntry::default() };
+        let hold = StoredHold { entry, fence: 7, lingers: Some(0), ..StoredHold::default() };
+        // The last fence is ahead of the clock after the clock was set back.
+        for (last_fence, up_to) in [(7, 100), (200, 200)] {
+            let mut record = KeyRecord { last_fence, holds: vec![hold.clone()], ..KeyRecord::default() };
+            for committed in [100, 1_000] {
+                record.apply_commit_time(committed);
+                assert_eq!((record.last_fence, record.holds[0].lingers), (up_to, Some(up_to)));
+                assert_eq!(record.holds[0].fence, 7);
+            }
         }
     }
 

@@ -38,6 +38,7 @@ pub(super) struct StoredHold {
     pub(super) units: u32,
     pub(super) capacity: u32,
     pub(super) texts: [Option<String>; 3],
+    pub(super) lingers: bool,
 }
 
 /// A waiter, without its position in the queue.
@@ -73,6 +74,7 @@ impl Record {
                     units: 1,
                     capacity: 1,
                     texts: texts(part(97, rest.len())?)?,
+                    lingers: false,
                 };
                 Ok(Self { last: Some(fence), holds: vec![hold], ..Self::default() })
             }
@@ -109,6 +111,7 @@ impl StoredHold {
             units: hold.number("units")?,
             capacity: hold.number("capacity")?,
             texts: texts(hold.needed("texts")?)?,
+            lingers: hold.is("lingers"),
         })
     }
 }

@@ -52,7 +52,7 @@ fn state_of(key: &Key, answer: &Answer) -> Result<KeyState> {
             remaining: hold.span(5)?,
             metadata,
             trace,
-            lingers: false,
+            lingers: !hold.text(9)?.is_empty(),
         });
     }
     let mut waiters = Vec::new();

@@ -300,7 +300,7 @@ impl Inner {
                     remaining: hold.deadline.map(|deadline| deadline.since(now)),
                     metadata,
                     trace,
-                    lingers: false,
+                    lingers: hold.lingers,
                 }
             });
             let waiters = waiters.into_iter().map(|waiter| {

@@ -103,7 +103,7 @@ const MAX_CONCURRENT_REQUESTS: usize = 256;
 /// |---|---|
 /// | `ROLE` | a replica is noticed only when it rejects a write |
 /// | `CONFIG`, `INFO` | settings that lose locks are not noticed |
-/// | `SUBSCRIBE`, `PUBLISH` | waiting calls poll once per second |
+/// | `SUBSCRIBE`, `PUBLISH` | waiting calls poll once per second, and no hold lingers |
 /// | `SCAN` | keys cannot be listed |
 ///
 /// `SELECT` is needed for a database other than 0, `WAIT` for `min_replicas`, `CLUSTER SLOTS` in a cluster.
@@ -215,8 +215,8 @@ impl Inner {
         }
         let (answer, dispatch) =
             Box::pin(call.single_with_dispatch(&self.manager, self.manager.local().as_deref())).await?;
-        if matches!(answer.status(), "short" | "granted" | "adopted") {
-            // The key is granted even if the check fails.
+        if matches!(answer.status(), "short" | "granted" | "adopted" | "lingers") {
+            // The record is written even if the check fails.
             Box::pin(self.wait_for_replicas(dispatch)).await.map_err(|fault| fault.in_doubt(true))?;
         }
         Ok(answer)
@@ -382,9 +382,8 @@ impl Store for Redis {
                     (AcquireOutcome::Queued(answer.queued()?), answer.sessions(3)?)
                 }
                 "busy" => {
-                    let (check_in, in_use) = (answer.span(0)?, answer.option(1)?);
-                    let busy = AcquireOutcome::Busy { check_in, in_use, lingers: false };
-                    (busy, answer.sessions(2)?)
+                    let (check_in, in_use, lingers) = (answer.span(0)?, answer.option(1)?, !answer.text(2)?.is_empty());
+                    (AcquireOutcome::Busy { check_in, in_use, lingers }, answer.sessions(3)?)
                 }
                 "full" => (AcquireOutcome::QueueFull { limit: answer.number(0)? }, answer.sessions(1)?),
                 "stale" => (AcquireOutcome::Stale, Vec::new()),
@@ -485,9 +484,21 @@ impl Store for Redis {
     }
 
     async fn linger(&self, key: &Key, token: TokenId) -> Result<Reply<LingerOutcome>> {
-        let Reply { time, outcome } = self.poll(key, &[token]).await?;
-        let is_held = matches!(outcome.first(), Some(PollOutcome::Granted(_)));
-        Ok(Reply { time, outcome: if is_held { LingerOutcome::Wanted } else { LingerOutcome::Gone } })
+        let inner = &self.inner;
+        inner.reap_own_session(key, token).await?;
+        // A call with one argument could become a release in a batch, so the second argument is never left out.
+        let hears = if inner.sessions.hears_pushes() { "1" } else { "0" };
+        let arguments = vec![token.to_hex(), hears.to_owned()];
+        // If replicas must have each grant, they must have the fences of the holder's own grants too.
+        let call = batch::ScriptCall { script: &scripts::LINGER, names: inner.names.lock(key), arguments };
+        let answer = inner.run_grant(call).await?;
+        let outcome = match answer.status() {
+            "lingers" => LingerOutcome::Lingers { fence: answer.fence(0)?, up_to: answer.fence(1)? },
+            "wanted" => LingerOutcome::Wanted,
+            "gone" => LingerOutcome::Gone,
+            _ => return Err(malformed()),
+        };
+        Ok(Reply { time: answer.time, outcome })
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Reply<AdoptOutcome>> {

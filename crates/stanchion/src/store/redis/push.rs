@@ -41,6 +41,7 @@ pub(super) async fn listen(
     let mut pauses = Backoff::new(SHORTEST_PAUSE, LONGEST_PAUSE);
     let mut is_first = true;
     let mut has_warned = false;
+    let mut can_publish = None;
     loop {
         let Some(strong) = inner.upgrade() else { return };
         let subscribed = strong.manager.listen(&strong.names.session(session)).await;
@@ -50,9 +51,7 @@ pub(super) async fn listen(
         match subscribed {
             Ok(mut pubsub) => {
                 drop(tried.take());
-                if let (true, Some(inner)) = (is_first, inner.upgrade()) {
-                    warn_unless_publishing_works(&inner, session, &pushes).await;
-                }
+                set_hears_pushes(&inner, session, can_publish == Some(true));
                 if !is_first {
                     report_recovery(&pushes);
                 }
@@ -72,7 +71,9 @@ pub(super) async fn listen(
                 tokio::select! {
                     () = messages => {}
                     () = manager.watch_recoveries(&channel, || report_recovery(&pushes)) => {}
+                    () = check_publishing(&inner, session, &pushes, &mut can_publish) => {}
                 }
+                set_hears_pushes(&inner, session, false);
             }
             Err(error) => {
                 drop(tried.take());
@@ -107,23 +108,52 @@ fn report_recovery(pushes: &PushSender) {
     });
 }
 
-/// Publishes a message to the own channel, from a script as for all messages. Users of other processes most likely have
-/// the same rights.
-async fn warn_unless_publishing_works(inner: &Inner, session: SessionId, pushes: &PushSender) {
-    let channel = inner.names.session(session);
-    let mut command = PUBLISH.by_hash(1);
-    command.arg(&channel);
-    let answer = inner.manager.run(inner.manager.target(&channel), &PUBLISH, command).await;
-    if let Err(error) = answer
-        && !error.is_transient()
-    {
-        let why = error.message();
-        let message = format!("notifications cannot be sent, falling back to polling once per second: {why}");
-        pushes.send(Push::Warning(message));
+fn set_hears_pushes(inner: &Weak<Inner>, session: SessionId, hears: bool) {
+    if let Some(inner) = inner.upgrade() {
+        inner.sessions.set_hears_pushes(session, hears);
     }
 }
 
-/// Reads a message: `G`, token, fence and record name, or `F`, token and loss.
+/// Publishes a message to the own channel until the server accepts or rejects it, from a script as for all messages.
+/// Users of other processes most likely have the same rights. Never returns.
+async fn check_publishing(
+    inner: &Weak<Inner>,
+    session: SessionId,
+    pushes: &PushSender,
+    can_publish: &mut Option<bool>,
+) {
+    let mut pauses = Backoff::new(SHORTEST_PAUSE, REFUSED_PAUSE);
+    while *can_publish != Some(true) {
+        let Some(strong) = inner.upgrade() else { break };
+        let channel = strong.names.session(session);
+        let mut command = PUBLISH.by_hash(1);
+        command.arg(&channel);
+        let answer = strong.manager.run(strong.manager.target(&channel), &PUBLISH, command).await;
+        drop(strong);
+        match answer {
+            Ok(_) => {
+                *can_publish = Some(true);
+                set_hears_pushes(inner, session, true);
+            }
+            Err(error) if error.is_transient() => pauses.pause().await,
+            Err(error) => {
+                if can_publish.is_none() {
+                    let why = error.message();
+                    let message =
+                        format!("notifications cannot be sent, falling back to polling once per second: {why}");
+                    pushes.send(Push::Warning(message));
+                }
+                *can_publish = Some(false);
+                break;
+            }
+        }
+    }
+    std::future::pending().await
+}
+
+/// Reads a message: `G`, token, fence and record name; `F`, token and loss; or `R` and token.
+///
+/// A program ignores the messages that it does not know, so a newer program may send a new one.
 fn read(payload: &[u8], key_of: impl Fn(&str) -> Option<Key>) -> Option<Push> {
     // No key with its reason is longer.
     if payload.len() > MAX_MESSAGE_LENGTH {
@@ -138,6 +168,7 @@ fn read(payload: &[u8], key_of: impl Fn(&str) -> Option<Key>) -> Option<Push> {
             Some(Push::Granted { key: key_of(name)?, token, fence: Fence::new(fence.parse().ok()?) })
         }
         b'F' => read_lost(token, rest).map(Push::ForceReleased),
+        b'R' if rest.is_empty() => Some(Push::Recall { token }),
         _ => None,
     }
 }
@@ -180,8 +211,10 @@ mod tests {
             Some(key.clone())
         });
         assert_eq!(push.unwrap(), Push::Granted { key: key.clone(), token, fence: Fence::new(7) });
-        for hostile in ["", "G", "X123", "Gé", &format!("F{}9:x", token.to_hex()), &format!("G{}abc", token.to_hex())]
-        {
+        assert_eq!(read(format!("R{}", token.to_hex()).as_bytes(), no_key).unwrap(), Push::Recall { token });
+        let with_token = ["F{}9:x", "G{}abc", "R{}x"].map(|message| message.replace("{}", &token.to_hex()));
+        let too_short = ["", "G", "X123", "Gé", "R"].map(str::to_owned);
+        for hostile in with_token.iter().chain(&too_short) {
             assert!(read(hostile.as_bytes(), no_key).is_none(), "{hostile}");
         }
         let long = format!("F{}1:k{}", token.to_hex(), "x".repeat(MAX_MESSAGE_LENGTH));

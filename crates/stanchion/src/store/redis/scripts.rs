@@ -40,6 +40,7 @@ pub(super) static END: Script = on_key!("scripts/end.fast.lua", "scripts/end.lua
 pub(super) static BATCH: Script = Script::new(include_str!("scripts/batch.lua"));
 pub(super) static POLL: Script = on_key!("scripts/poll.lua");
 pub(super) static EXTEND: Script = on_key!("scripts/extend.lua");
+pub(super) static LINGER: Script = on_key!("scripts/linger.lua");
 pub(super) static ADOPT: Script = on_key!("scripts/adopt.lua");
 pub(super) static FORCE_RELEASE: Script = on_key!("scripts/force_release.lua");
 pub(super) static REAP: Script = on_key!("scripts/reap.lua");

@@ -38,6 +38,8 @@ struct OwnSession {
     is_expired: bool,
     pushes: Option<PushSender>,
     listener: Option<AbortHandle>,
+    /// Whether the listener has a subscription, and messages to it can be published.
+    hears_pushes: bool,
     held: IdMap<TokenId, HeldKey>,
     /// Tokens that the last renewal reported as force-released.
     reported_losses: Vec<TokenId>,
@@ -81,6 +83,17 @@ impl SessionCache {
             Some(own) => own.listener = Some(listener),
             None => listener.abort(),
         }
+    }
+
+    pub(super) fn set_hears_pushes(&self, session: SessionId, hears: bool) {
+        if let Some(own) = lock(&self.own).get_mut(&session) {
+            own.hears_pushes = hears && !own.is_expired;
+        }
+    }
+
+    /// Returns whether pushes reach this process. Its sessions have the same server and the same rights.
+    pub(super) fn hears_pushes(&self) -> bool {
+        lock(&self.own).values().any(|own| own.hears_pushes)
     }
 
     /// Records that a session is open. The request was sent at `sent_at`.
@@ -137,6 +150,7 @@ impl SessionCache {
             own.is_expired = true;
             // An expired session receives no more pushes.
             own.pushes = None;
+            own.hears_pushes = false;
             if let Some(listener) = own.listener.take() {
                 listener.abort();
             }
@@ -231,6 +245,7 @@ impl OwnSession {
             is_expired: false,
             pushes: None,
             listener: None,
+            hears_pushes: false,
             held: IdMap::default(),
             reported_losses: Vec::new(),
             swept_at: BootTime::from_nanos(0),

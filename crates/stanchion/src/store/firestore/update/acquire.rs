@@ -46,7 +46,8 @@ impl KeyUpdate<'_> {
         };
         let goes_now = self.record.front.is_empty() && self.fits(request.demand);
         if !goes_now && !request.enqueue {
-            return Some(AcquireOutcome::Busy { check_in: self.check_in(), in_use: self.in_use(), lingers: false });
+            let lingers = self.record.holds.iter().any(|hold| hold.lingers.is_some());
+            return Some(AcquireOutcome::Busy { check_in: self.check_in(), in_use: self.in_use(), lingers });
         }
         let alive_until = self.session_states.get(&request.session).map_or(0, |state| state.expires_at);
         let entry = entry(request, self.owner_of(request.session), alive_until, self.now);
@@ -121,6 +122,8 @@ impl KeyUpdate<'_> {
             self.owner_of(request.session),
             self.session_states.get(&request.session).map_or(0, |state| state.expires_at),
         );
+        // After the highest fence nothing more is granted, so the adopter's fence need not be higher.
+        let next_fence = self.next_fence().unwrap_or(self.record.last_fence);
         let Some(hold) = self.record.holds.iter_mut().find(|hold| hold.entry.token == request.from.as_bytes()) else {
             return AdoptOutcome::Gone;
         };
@@ -130,7 +133,14 @@ impl KeyUpdate<'_> {
             session: std::mem::replace(&mut hold.entry.session, request.session.as_bytes().to_vec()),
             owner: std::mem::replace(&mut hold.entry.owner, owner),
             not_after: request.not_after.as_micros(),
+            fence: if hold.lingers.is_some() { hold.fence } else { 0 },
+            lingers: hold.lingers,
         });
+        if hold.lingers.take().is_some() {
+            // The old holder may have used all fences up to the last one.
+            hold.fence = next_fence;
+            self.record.last_fence = next_fence;
+        }
         (hold.has_notification, hold.granted_from_queue, hold.entry.session_alive_until) = (false, false, alive_until);
         let adopted = AdoptOutcome::Adopted { granted: hold.granted(now), session_bound: hold.entry.session_bound };
         if let Some((session, token)) = was {
@@ -140,21 +150,21 @@ impl KeyUpdate<'_> {
     }
 }
 
-/// Returns the write that creates the document of a free key. The commit time becomes its fence.
+/// Returns the write that creates the document of a free key, and the record in it. The commit time becomes its fence.
 pub(crate) fn create_document(
     names: &Names,
     request: &AcquireRequest,
     owner: String,
     session_alive_until: u64,
     estimate: u64,
-) -> api::Write {
+) -> (api::Write, KeyRecord) {
     let hold = StoredHold { entry: entry(request, owner, session_alive_until, 0), ..StoredHold::default() };
     let expires_at =
         (!hold.entry.session_bound).then(|| estimate.saturating_add(hold.entry.length.unwrap_or_default()));
     let record = KeyRecord { revision: 1, holds: vec![hold], ..KeyRecord::default() };
     let sessions = sessions(&record, std::iter::empty());
     let name = names.key(&request.key);
-    key_document(name, &request.key, record.to_bytes(), sessions, expires_at, WriteIf::Missing)
+    (key_document(name, &request.key, record.to_bytes(), sessions, expires_at, WriteIf::Missing), record)
 }
 
 fn entry(request: &AcquireRequest, owner: String, session_alive_until: u64, now: u64) -> StoredEntry {

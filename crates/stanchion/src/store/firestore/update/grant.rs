@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as api;
 use prost::Message as _;
 
-use super::super::document::{Fields, WriteIf, bytes, delete, fields, put, text, timestamp};
+use super::super::document::{Fields, RECALLED_AT, WriteIf, bytes, delete, fields, merge, put, text, timestamp};
 use super::super::record::{StoredEntry, StoredHold, session_of, token_of};
 use super::{DELETION_DELAY, KeyUpdate};
 use crate::fence::Fence;
@@ -118,6 +118,7 @@ impl KeyUpdate<'_> {
             has_notification,
             granted_from_queue: has_notification,
             previous: None,
+            lingers: None,
         });
     }
 
@@ -143,16 +144,39 @@ impl KeyUpdate<'_> {
         true
     }
 
-    /// Notifies the holder when the first waiter joins, because the holder's cached document is now outdated.
+    /// Notifies the holder when the first waiter joins, because the holder's cached document is now outdated. If the
+    /// hold lingers, the notification recalls it.
     pub(super) fn notify_holder(&mut self) {
         let [hold] = &mut self.record.holds[..] else { return };
         if hold.entry.session_bound {
             hold.has_notification = true;
-            let (session, token) = (hold.entry.session.clone(), hold.entry.token.clone());
-            // Repeat the grant: the holder may not have received the notification that this one replaces.
-            let fence = hold.granted_from_queue.then_some(hold.fence);
-            self.notify(&session, &token, fence, None);
+            let (session, token, lingers) =
+                (hold.entry.session.clone(), hold.entry.token.clone(), hold.lingers.is_some());
+            // Repeat the grant: the holder may not have received the notification that this one replaces. A holder whose
+            // hold lingers has received it.
+            let fence = (hold.granted_from_queue && !lingers).then_some(hold.fence);
+            if self.notify(&session, &token, fence, None)
+                && lingers
+                && let Some(notification) = self.notifications.last_mut()
+            {
+                notification.contents.insert(RECALLED_AT.to_owned(), timestamp(self.now));
+            }
         }
+    }
+
+    /// Returns the write that recalls a lingering hold again, or `None` if the hold does not linger.
+    ///
+    /// It leaves the key's document alone, so that a head that polls disturbs no other operation. It changes the
+    /// notification only if that still exists, and keeps a force-release in it. The key's record goes, because it is
+    /// valid only in the notification that was written in the same commit.
+    pub(crate) fn repeated_recall(&self) -> Option<api::Write> {
+        let hold = self.record.holds.iter().find(|hold| hold.lingers.is_some())?;
+        let name = self.names.notification(session_of(&hold.entry.session).ok()?, token_of(&hold.entry.token).ok()?);
+        let contents = fields([
+            (RECALLED_AT, timestamp(self.now)),
+            ("expire_at", timestamp(self.now.saturating_add(DELETION_DELAY))),
+        ]);
+        Some(merge(name, contents, &["record"], WriteIf::Present))
     }
 
     /// Returns the notification documents. A holder's notification carries the key's record, so that its release needs

@@ -296,7 +296,7 @@ impl<'a> KeyUpdate<'a> {
             remaining: hold.granted(self.now).remaining,
             metadata: hold.entry.metadata.clone(),
             trace: hold.entry.trace.clone(),
-            lingers: false,
+            lingers: hold.lingers.is_some(),
         }
     }
 }

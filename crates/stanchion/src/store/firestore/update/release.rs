@@ -1,4 +1,4 @@
-//! Applies release, extend and force-release to a key.
+//! Applies release, extend, linger and force-release to a key.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use super::super::record::{SessionRecord, StoredForceRelease, StoredLoss, sessio
 use super::super::session;
 use super::{KeyUpdate, in_micros};
 use crate::fence::Fence;
-use crate::store::{EndOutcome, ExtendOutcome, ForceReleaseOutcome, ForceReleaseRequest};
+use crate::store::{EndOutcome, ExtendOutcome, ForceReleaseOutcome, ForceReleaseRequest, LingerOutcome};
 use crate::token::{SessionId, TokenId};
 
 impl KeyUpdate<'_> {
@@ -71,6 +71,29 @@ impl KeyUpdate<'_> {
             }
             None => ExtendOutcome::NotHeld,
         }
+    }
+
+    /// Marks a hold as lingering. The commit time becomes the last fence, unless that is higher already: the answer
+    /// names the last fence before the commit.
+    pub(crate) fn linger(&mut self, token: TokenId, hears_recalls: bool) -> LingerOutcome {
+        let is_wanted = !self.record.front.is_empty();
+        let Some(hold) = self.record.holds.iter_mut().find(|hold| hold.entry.token == token.as_bytes()) else {
+            return LingerOutcome::Gone;
+        };
+        let can_linger =
+            hold.entry.demand().is_exclusive() && hold.entry.session_bound && hold.deadline.is_none() && hears_recalls;
+        if is_wanted || !can_linger {
+            return LingerOutcome::Wanted;
+        }
+        hold.lingers = Some(0);
+        let fence = Fence::new(hold.fence);
+        // The holder knows its grant, and a waiter that it was notified of is gone. The next waiter notifies it again.
+        if std::mem::take(&mut hold.has_notification) {
+            hold.granted_from_queue = false;
+            let (session, token) = (hold.entry.session.clone(), hold.entry.token.clone());
+            self.delete_notification(&session, &token);
+        }
+        LingerOutcome::Lingers { fence, up_to: Fence::new(self.record.last_fence) }
     }
 
     pub(crate) fn force_release(&mut self, request: &ForceReleaseRequest) -> ForceReleaseOutcome {

@@ -24,7 +24,7 @@ elseif not state.queued and not state.closed and fits(request, usage()) then
   if not hold then return OUT_OF_FENCES end
   answer = granted(hold)
 elseif string.sub(ARGV[1], 17, 17) == '0' then
-  answer = blocking_sessions({ 'busy', now, check_in(), in_use() })
+  answer = blocking_sessions({ 'busy', now, check_in(), in_use(), lingers() })
 elseif state.queued and call('ZCARD', KEYS[2]) >= MAX_WAITERS then
   answer = { 'full', now, tostring(MAX_WAITERS) }
   local seen = {}

@@ -14,6 +14,11 @@ else
       local length = string.match(hold.texts, '^(%d+):')
       hold.texts = ARGV[4] .. string.sub(hold.texts, #length + 2 + tonumber(length))
       hold.token, hold.session, changed = ARGV[2], ARGV[3], true
+      if hold.lingers then
+        -- The old holder may have used all fences up to the last one. After the highest fence nothing more is granted,
+        -- so the fence need not be higher.
+        hold.lingers, hold.fence = nil, next_fence() or state.last
+      end
       local life = tonumber(ARGV[6])
       if life > RECORD_LIFE and life > tonumber(state.life or 0) then state.life = ARGV[6] end
     else

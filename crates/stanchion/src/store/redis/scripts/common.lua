@@ -6,6 +6,10 @@
 --   '2' and the table `state` as cmsgpack       everything else
 -- Fences and times have 16 digits, so that they compare as texts and no digit is lost: a Lua number is exact only up to
 -- 2^53. Tokens and sessions have 32 hexadecimal digits. A kind is S (ends with its session) or F (fixed lifetime).
+-- A hold that lingers has `lingers = true` in its table, so its record has the form '2'. A program older than this mark
+-- keeps it when it writes the record, and sends no recalls: a waiter then waits for the holder's next `linger`, which
+-- finds it. Both versions may therefore run together. Only a hold that lingered must not be adopted by the older
+-- version, which leaves the hold its fence although the holder used higher ones.
 -- Waiters are in two keys that exist only while there are some: `queue` has their tokens in order, and `waiting` has
 -- their requests. Scripts see sessions only by name: the caller queries them, and reaps expired ones.
 
@@ -151,6 +155,12 @@ local function reconcile()
   end
 end
 
+-- Returns '1' if the hold of the key lingers. Only an exclusive hold does, so it is the only hold.
+local function lingers()
+  local hold = state.holds[1]
+  return hold and hold.lingers and '1' or ''
+end
+
 -- Returns the smallest capacity of the holds that share the key.
 local function in_use()
   local capacity
@@ -209,7 +219,8 @@ local function save(may_fail)
   if state.closed then life = math.max(life, tonumber(minus(state.closed, now)) / 1000 + IDLE_LIFE) end
   life = string.format('%.0f', life)
   if only and not state.holds[2] and not state.queued and not next(state.forced) and not state.closed and not state.life
-    and not only.deadline and only.units == 1 and only.capacity == 1 and only.fence == state.last then
+    and not only.deadline and only.units == 1 and only.capacity == 1 and only.fence == state.last
+    and not only.lingers then
     return write('1' .. only.fence .. only.at .. only.token .. only.session .. only.kind .. only.texts, 'PX', life)
   end
   write('2' .. cmsgpack.pack(state), 'PX', life)
@@ -262,9 +273,14 @@ end
 -- Reminds the holders of their holds on behalf of a waiter. A failover may forget a release, and nobody would end that
 -- hold while its session is alive. The head of the queue sends reminders with each poll. The waiters behind it do so
 -- now and then, because a failover may also have forgotten that the head has left.
+-- On behalf of the head it also recalls a hold that lingers. A recall does not replace the reminder, because a session
+-- ignores the recall of a hold that it has forgotten.
 local function remind_holders(ahead)
   local is_due = ahead == 0 or tonumber(string.sub(now, -4)) % (ahead + 1) == 0
   for _, hold in ipairs(state.holds) do
+    if ahead == 0 and hold.lingers then
+      redis.pcall('PUBLISH', PREFIX .. 'session:{' .. hold.session .. '}', 'R' .. hold.token)
+    end
     if is_due and hold.kind == 'S' and plus(hold.at, '1000000') <= now then
       local message = 'G' .. hold.token .. hold.fence .. RECORD_NAME
       redis.pcall('PUBLISH', PREFIX .. 'session:{' .. hold.session .. '}', message)

@@ -5,6 +5,7 @@ for _, hold in ipairs(state.holds) do
   holds[#holds + 1] = {
     hold.fence, tostring(hold.units), hold.kind, hold.session, hold.at, remaining(hold), hold.texts,
     ends_with_its_session(hold) and '1' or '', tostring(hold.capacity),
+    hold.lingers and '1' or '',
   }
 end
 if state.queued then
