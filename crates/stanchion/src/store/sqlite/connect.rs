@@ -50,6 +50,16 @@ pub(super) struct OpenDatabase {
 pub(super) struct Gate(OwnedFd);
 
 impl Gate {
+    /// Leaves the gate, if this process has its lock.
+    pub(super) fn leave(&self) {
+        let _ = flock(&self.0, FlockOperation::Unlock); // unlocking an open file cannot fail
+    }
+
+    /// Takes the lock of the gate if no process has it. Returns `None` otherwise, or after a fault.
+    pub(super) fn try_enter(&self) -> Option<GateGuard<'_>> {
+        flock(&self.0, FlockOperation::NonBlockingLockExclusive).is_ok().then_some(GateGuard(self))
+    }
+
     /// Waits until this process has the lock of the gate.
     pub(super) fn enter(&self, folder: &Folder) -> Result<GateGuard<'_>> {
         loop {
@@ -68,7 +78,7 @@ pub(super) struct GateGuard<'a>(&'a Gate);
 
 impl Drop for GateGuard<'_> {
     fn drop(&mut self) {
-        let _ = flock(&self.0.0, FlockOperation::Unlock); // unlocking an open file cannot fail
+        self.0.leave();
     }
 }
 
@@ -101,7 +111,7 @@ pub(super) fn connect(folder: &Folder, clock: &Clock, boot_id: &str) -> Result<O
         )));
     }
     db.execute_batch(
-        "PRAGMA synchronous = NORMAL; PRAGMA wal_autocheckpoint = 8000; PRAGMA temp_store = MEMORY;
+        "PRAGMA synchronous = NORMAL; PRAGMA wal_autocheckpoint = 0; PRAGMA temp_store = MEMORY;
          PRAGMA trusted_schema = OFF;",
     )
     .map_err(failed)?;

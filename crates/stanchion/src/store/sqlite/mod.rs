@@ -43,7 +43,7 @@ use tokio::sync::oneshot;
 
 use self::folder::Folder;
 use self::request::{Answer, Request};
-use self::worker::{HandleState, Job, Worker};
+use self::worker::{Access, HandleState, Job, Worker};
 use super::{
     AcquireOutcome, AcquireRequest, AdoptOutcome, AdoptRequest, Capabilities, Cursor, EndOutcome, ExtendOutcome,
     ForceReleaseOutcome, ForceReleaseRequest, GrantStream, KeyState, LingerOutcome, Listing, Liveness, OpenOutcome,
@@ -72,6 +72,7 @@ use crate::token::{SessionId, TokenId};
 #[derive(Debug)]
 pub struct Sqlite {
     jobs: Sender<Job>,
+    access: Arc<Access>,
     shared: Arc<HandleState>,
     folder: PathBuf,
     thread: Mutex<Option<Ending>>,
@@ -199,9 +200,9 @@ impl Sqlite {
     fn prepare(path: &Path, clock: Clock, boot_id: &str) -> Result<(Self, Worker)> {
         let folder = Folder::prepare(path)?;
         let resolved = folder.database.parent().unwrap_or(path).to_owned();
-        let (worker, jobs) = Worker::open(folder, clock, boot_id)?;
-        let shared = worker.shared.clone();
-        Ok((Self { jobs, shared, folder: resolved, thread: Mutex::default() }, worker))
+        let (worker, jobs, shared) = Worker::open(folder, clock, boot_id)?;
+        let access = worker.access.clone();
+        Ok((Self { jobs, access, shared, folder: resolved, thread: Mutex::default() }, worker))
     }
 
     fn with_thread(self, thread: Ending) -> Self {
@@ -209,11 +210,17 @@ impl Sqlite {
         self
     }
 
-    /// Sends a request to the thread, and waits for its answer.
-    async fn send(&self, request: Request) -> Result<Reply<Answer>> {
-        let (reply, answer) = oneshot::channel();
-        self.jobs.send(Job::Request { request, reply }).map_err(|_| ended())?;
-        answer.await.map_err(|_| ended())?
+    /// Executes a request on this thread if that is possible at once. Otherwise sends it to the database thread, and waits for
+    /// its answer.
+    async fn send(&self, mut request: Request) -> Result<Reply<Answer>> {
+        let caller = self.access.enter();
+        if request.is_short() && caller.is_alone().await {
+            match self.access.try_execute(&self.jobs, request) {
+                Ok(result) => return result,
+                Err(back) => request = back,
+            }
+        }
+        self.access.queue(&self.jobs, request).ok_or_else(ended)?.await.map_err(|_| ended())?
     }
 }
 
@@ -323,7 +330,8 @@ mod tests {
     #[tokio::test]
     async fn operations_fail_when_the_thread_has_stopped() {
         let (jobs, queue) = mpsc::channel();
-        let store = Sqlite { jobs, shared: Arc::default(), folder: PathBuf::new(), thread: Mutex::default() };
+        let (access, shared) = (Arc::default(), Arc::default());
+        let store = Sqlite { jobs, access, shared, folder: PathBuf::new(), thread: Mutex::default() };
         let key = Key::new("", "job").unwrap();
         let token = TokenId::from_bytes([1; 16]);
         let operations = tokio::spawn(async move {

@@ -74,6 +74,12 @@ impl Request {
         )
     }
 
+    /// Returns whether the caller's thread may execute the request: it takes some ten microseconds, and waits for nothing but
+    /// the gate.
+    pub(super) fn is_short(&self) -> bool {
+        matches!(self, Self::Acquire(_) | Self::Release { .. } | Self::Extend { .. } | Self::Linger { .. })
+    }
+
     /// Returns the key of the request, if it has one.
     pub(super) fn key(&self) -> Option<&Key> {
         match self {

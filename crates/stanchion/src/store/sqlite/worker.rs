@@ -1,16 +1,24 @@
 //! Runs the database thread, which executes all queued requests in one transaction.
 //!
+//! A caller executes a short request on its own thread if nothing is queued and both the engine and the gate are free: waking
+//! another thread twice takes longer than the request. It never waits for them. ADR 6 has the figures.
+//!
 //! # Invariants
-//! 1. Only this thread has the connection. It waits for requests, for the gate and for the disk, and for nothing else.
-//! 2. The thread answers a request and sends its pushes only after the commit of its transaction.
+//! 1. Only one thread at a time has the engine. The database thread waits for requests, for the engine, for the gate and for the
+//!    disk, and for nothing else.
+//! 2. A request is answered, and its pushes are sent, only after the commit of its transaction.
 //! 3. A request that fails does not undo other requests of its transaction.
-//! 4. If the thread ends for any reason, every waiting caller gets an error, because the reply channels close.
+//! 4. If the thread ends for any reason, or the engine panics, every caller gets an error: the reply channels close, and the engine
+//!    is gone.
+//! 5. Checkpoints, which take milliseconds, and sweeps run on the database thread.
 
 use std::collections::{HashMap, HashSet};
 use std::mem;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::Poll;
 use std::time::Duration;
 
 use rusqlite::Connection;
@@ -18,6 +26,7 @@ use rusqlite::config::DbConfig;
 use tokio::sync::oneshot;
 
 use super::connect::{Gate, connect};
+use super::ended;
 use super::error::error;
 use super::folder::{Folder, was_deleted};
 use super::predecessors::Predecessors;
@@ -36,6 +45,9 @@ const MAX_BATCH: usize = 64;
 /// Number of write transactions between two sweeps.
 const SWEEP_INTERVAL: u32 = 64;
 
+/// Number of requests between two checkpoints.
+const CHECKPOINT_INTERVAL: u32 = 2_048;
+
 /// A message to the thread.
 #[derive(Debug)]
 pub(super) enum Job {
@@ -43,6 +55,8 @@ pub(super) enum Job {
     Request { request: Request, reply: oneshot::Sender<Result<Reply<Answer>>> },
     /// A watched process has exited.
     ProcessExited(i32),
+    /// Callers have executed many requests since the last checkpoint.
+    Checkpoint,
     /// The store was dropped: the thread executes the queued requests and ends.
     Stop,
 }
@@ -67,15 +81,107 @@ impl HandleState {
     }
 }
 
+/// Executes requests.
+#[derive(Debug)]
+struct Engine {
+    db: Connection,
+    gate: Gate,
+    state: WorkerState,
+    clock: Clock,
+    shared: Arc<HandleState>,
+    /// Number of requests until the next checkpoint.
+    checkpoint_in: u32,
+}
+
 /// The database thread, before and while it runs.
 #[derive(Debug)]
 pub(super) struct Worker {
-    pub(super) db: Connection,
-    pub(super) gate: Gate,
-    pub(super) state: WorkerState,
-    pub(super) clock: Clock,
-    pub(super) queue: Receiver<Job>,
-    pub(super) shared: Arc<HandleState>,
+    queue: Receiver<Job>,
+    pub(super) access: Arc<Access>,
+}
+
+/// The engine, for the database thread and for callers.
+#[derive(Debug, Default)]
+pub(super) struct Access {
+    /// `None` while a request runs, after the thread has ended, and after a panic.
+    engine: Mutex<Option<Engine>>,
+    crowd: Crowd,
+}
+
+/// Decides whether callers execute their requests themselves.
+///
+/// Requests of several callers are cheaper together, in one transaction of the thread. A single caller is faster alone. Callers
+/// of one executor thread never meet while each executes its request at once, so now and then a caller lets the others go first,
+/// and looks whether there are any.
+#[derive(Debug, Default)]
+pub(super) struct Crowd {
+    /// Number of callers that wait for an answer or are about to send a request.
+    callers: AtomicU32,
+    /// Number of jobs that the thread has not served yet.
+    queued: AtomicUsize,
+    /// Number of requests until a caller lets the others go first.
+    look_in: AtomicU32,
+    /// Number of requests that go to the thread before callers try on their own again.
+    left: AtomicU32,
+}
+
+impl Crowd {
+    /// Interval between two looks for other callers, in requests.
+    const LOOK_EVERY: u32 = 16;
+    /// Number of requests that go to the thread after several callers were seen.
+    const LASTS: u32 = 64;
+
+    fn enter(&self) -> Caller<'_> {
+        self.callers.fetch_add(1, Ordering::Relaxed);
+        Caller(self)
+    }
+
+    fn saw_several(&self) {
+        self.left.store(Self::LASTS, Ordering::Relaxed);
+    }
+}
+
+/// A caller with a request.
+#[derive(Debug)]
+pub(super) struct Caller<'a>(&'a Crowd);
+
+impl Caller<'_> {
+    /// Returns whether the caller may try to execute its request itself.
+    pub(super) async fn is_alone(&self) -> bool {
+        let Self(crowd) = self;
+        if crowd.left.load(Ordering::Relaxed) > 0 {
+            crowd.left.fetch_sub(1, Ordering::Relaxed);
+            return false;
+        }
+        if crowd.look_in.fetch_sub(1, Ordering::Relaxed) % Crowd::LOOK_EVERY == 0 {
+            let_others_go_first().await;
+            if crowd.callers.load(Ordering::Relaxed) > 1 {
+                crowd.saw_several();
+                return false;
+            }
+        }
+        crowd.queued.load(Ordering::Acquire) == 0
+    }
+}
+
+impl Drop for Caller<'_> {
+    fn drop(&mut self) {
+        self.0.callers.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Lets the executor run its other tasks once.
+async fn let_others_go_first() {
+    let mut has_yielded = false;
+    std::future::poll_fn(|context| {
+        if has_yielded {
+            return Poll::Ready(());
+        }
+        has_yielded = true;
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// Waits for the next job, and spins first if a job is likely to arrive soon.
@@ -133,7 +239,7 @@ struct QueuedRequest {
 
 impl Worker {
     /// Opens the store in this folder, and returns the worker for a new thread and the sender of its jobs.
-    pub(super) fn open(folder: Folder, clock: Clock, boot_id: &str) -> Result<(Self, Sender<Job>)> {
+    pub(super) fn open(folder: Folder, clock: Clock, boot_id: &str) -> Result<(Self, Sender<Job>, Arc<HandleState>)> {
         let opened = connect(&folder, &clock, boot_id)?;
         let (jobs, queue) = mpsc::channel();
         let state = WorkerState {
@@ -149,11 +255,21 @@ impl Worker {
             // Begin at a random number, so that short-lived handles sweep sometimes too.
             sweep_in: u32::try_from(jitter_seed() % 64).unwrap_or(0),
         };
-        Ok((Self { db: opened.db, gate: opened.gate, state, clock, queue, shared: Arc::default() }, jobs))
+        let shared: Arc<HandleState> = Arc::default();
+        let engine = Engine {
+            db: opened.db,
+            gate: opened.gate,
+            state,
+            clock,
+            shared: shared.clone(),
+            checkpoint_in: CHECKPOINT_INTERVAL,
+        };
+        let access = Access { engine: Mutex::new(Some(engine)), crowd: Crowd::default() };
+        Ok((Self { queue, access: Arc::new(access) }, jobs, shared))
     }
 
     /// Executes jobs until a [`Job::Stop`] arrives.
-    pub(super) fn run(mut self) {
+    pub(super) fn run(self) {
         let mut wait = SpinWait::new();
         while let Some(first) = wait.next(&self.queue) {
             let mut batch = vec![first];
@@ -163,13 +279,81 @@ impl Worker {
                     Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
                 }
             }
-            if !self.serve(batch) {
+            let requests = batch.iter().filter(|job| matches!(job, Job::Request { .. })).count();
+            if requests > 1 {
+                self.access.crowd.saw_several();
+            }
+            let mut engine = lock(&self.access.engine);
+            // Taken out, so that it is gone after a panic.
+            let Some(mut taken) = engine.take() else { break };
+            let keeps_running = taken.serve(batch);
+            if taken.checkpoint_in == 0 {
+                taken.checkpoint();
+            }
+            *engine = Some(taken);
+            drop(engine);
+            self.access.crowd.queued.fetch_sub(requests, Ordering::AcqRel);
+            if !keeps_running {
                 break;
             }
         }
-        self.close();
+        if let Some(engine) = lock(&self.access.engine).take() {
+            engine.close();
+        }
+    }
+}
+
+impl Access {
+    /// Enters a caller, which stays until the value is dropped.
+    pub(super) fn enter(&self) -> Caller<'_> {
+        self.crowd.enter()
     }
 
+    /// Queues a request for the thread, and returns the channel for its answer. Returns `None` if the thread has ended.
+    pub(super) fn queue(
+        &self,
+        jobs: &Sender<Job>,
+        request: Request,
+    ) -> Option<oneshot::Receiver<Result<Reply<Answer>>>> {
+        let (reply, answer) = oneshot::channel();
+        self.crowd.queued.fetch_add(1, Ordering::AcqRel);
+        jobs.send(Job::Request { request, reply }).ok().map(|()| answer)
+    }
+
+    /// Executes a request on the caller's thread, if the engine and the gate are free. Gives the request back otherwise.
+    pub(super) fn try_execute(
+        &self,
+        jobs: &Sender<Job>,
+        request: Request,
+    ) -> std::result::Result<Result<Reply<Answer>>, Request> {
+        let Ok(mut engine) = self.engine.try_lock() else { return Err(request) };
+        // Taken out, so that it is gone after a panic.
+        let Some(mut taken) = engine.take() else { return Err(request) };
+        // A sweep takes longer.
+        let is_free = taken.state.sweep_in > 0 && taken.gate.try_enter().map(mem::forget).is_some();
+        if !is_free {
+            *engine = Some(taken);
+            return Err(request);
+        }
+        let (reply, mut answer) = oneshot::channel();
+        let served = catch_unwind(AssertUnwindSafe(|| {
+            taken.serve(vec![Job::Request { request, reply }]);
+            taken
+        }));
+        if let Ok(mut taken) = served {
+            // The transaction has left the gate, unless it never entered.
+            taken.gate.leave();
+            if taken.checkpoint_in == 0 {
+                taken.checkpoint_in = CHECKPOINT_INTERVAL;
+                let _ = jobs.send(Job::Checkpoint); // an error: the thread has ended
+            }
+            *engine = Some(taken);
+        }
+        Ok(answer.try_recv().unwrap_or_else(|_| Err(ended())))
+    }
+}
+
+impl Engine {
     /// Executes a batch of jobs. Returns `false` if the thread must end.
     fn serve(&mut self, jobs: Vec<Job>) -> bool {
         let mut keep_running = true;
@@ -180,6 +364,7 @@ impl Worker {
                 Job::ProcessExited(pid) => {
                     batch.push(QueuedRequest { request: Request::ProcessExited(pid), reply: None })
                 }
+                Job::Checkpoint => self.checkpoint(),
                 Job::Stop => keep_running = false,
             }
         }
@@ -311,6 +496,7 @@ impl Worker {
         self.shared.write_transactions.fetch_add(1, Ordering::Relaxed);
         let is_sweep = tx.state.sweep_in == 0;
         tx.state.sweep_in = if is_sweep { SWEEP_INTERVAL } else { tx.state.sweep_in - 1 };
+        self.checkpoint_in = self.checkpoint_in.saturating_sub(u32::try_from(batch.len()).unwrap_or(u32::MAX));
         let answers = execute(&mut tx, &self.clock, batch, is_sweep).and_then(|answers| {
             tx.execute("COMMIT", []).map_err(|cause| cause.in_doubt(true))?;
             Ok(answers)
@@ -379,6 +565,13 @@ impl Worker {
         } else if let Some(push_socket) = &self.state.push_socket {
             session::send(&self.state.folder, push_socket, session, &push);
         }
+    }
+
+    /// Writes the log back into the database, as far as no reader needs it.
+    fn checkpoint(&mut self) {
+        self.checkpoint_in = CHECKPOINT_INTERVAL;
+        // If it fails, the log grows until the next one.
+        let _ = self.db.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
     }
 
     /// Closes the sessions that are still open and the database, and ignores errors.
@@ -489,7 +682,7 @@ mod tests {
 
     /// A worker without a thread, with an open session.
     struct TestWorker {
-        inner: Worker,
+        inner: Engine,
         session: SessionId,
         _temp: tempfile::TempDir,
     }
@@ -498,7 +691,8 @@ mod tests {
         fn new(clock: Clock) -> Self {
             let temp = tempfile::tempdir().unwrap();
             let folder = Folder::prepare(&temp.path().join("locks")).unwrap();
-            let (mut inner, _jobs) = Worker::open(folder, clock, "boot").unwrap();
+            let (worker, ..) = Worker::open(folder, clock, "boot").unwrap();
+            let mut inner = lock(&worker.access.engine).take().unwrap();
             inner.state.sweep_in = SWEEP_INTERVAL;
             let session = SessionId::random().unwrap();
             let mut worker = Self { inner, session, _temp: temp };
