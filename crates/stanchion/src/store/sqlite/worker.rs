@@ -45,8 +45,8 @@ const MAX_BATCH: usize = 64;
 /// Number of write transactions between two sweeps.
 const SWEEP_INTERVAL: u32 = 64;
 
-/// Number of requests between two checkpoints.
-const CHECKPOINT_INTERVAL: u32 = 2_048;
+/// Number of pages that the log grows between two checkpoints, roughly: see [`pages`].
+const CHECKPOINT_INTERVAL: usize = 8_000;
 
 /// A message to the thread.
 #[derive(Debug)]
@@ -89,8 +89,8 @@ struct Engine {
     state: WorkerState,
     clock: Clock,
     shared: Arc<HandleState>,
-    /// Number of requests until the next checkpoint.
-    checkpoint_in: u32,
+    /// Number of pages that the log may grow until the next checkpoint.
+    checkpoint_in: usize,
 }
 
 /// The database thread, before and while it runs.
@@ -129,7 +129,7 @@ impl Crowd {
     /// Interval between two looks for other callers, in requests.
     const LOOK_EVERY: u32 = 16;
     /// Number of requests that go to the thread after several callers were seen.
-    const LASTS: u32 = 64;
+    const LASTS: u32 = 1_024;
 
     fn enter(&self) -> Caller<'_> {
         self.callers.fetch_add(1, Ordering::Relaxed);
@@ -496,7 +496,7 @@ impl Engine {
         self.shared.write_transactions.fetch_add(1, Ordering::Relaxed);
         let is_sweep = tx.state.sweep_in == 0;
         tx.state.sweep_in = if is_sweep { SWEEP_INTERVAL } else { tx.state.sweep_in - 1 };
-        self.checkpoint_in = self.checkpoint_in.saturating_sub(u32::try_from(batch.len()).unwrap_or(u32::MAX));
+        self.checkpoint_in = self.checkpoint_in.saturating_sub(pages(batch.len()));
         let answers = execute(&mut tx, &self.clock, batch, is_sweep).and_then(|answers| {
             tx.execute("COMMIT", []).map_err(|cause| cause.in_doubt(true))?;
             Ok(answers)
@@ -655,6 +655,11 @@ fn roll_back(db: &Connection, tx: Tx<'_>) {
     for (session, _) in &tx.effects.opened {
         session::remove_files(&tx.state.folder, *session);
     }
+}
+
+/// Returns about how many pages a transaction writes: the requests of one transaction share pages.
+fn pages(requests: usize) -> usize {
+    4 + requests / 2
 }
 
 /// Sends the answer to the caller, if one waits for it.
