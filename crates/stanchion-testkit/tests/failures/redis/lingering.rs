@@ -33,7 +33,7 @@ async fn lingers(client: &Client<Redis>) -> bool {
 /// A new primary may lack the hold, or have it without the mark and with the last fence of its grant. The fences that
 /// the old primary reserved are lower than every later grant.
 #[test]
-fn failover_without_a_lingering_hold_grants_higher() {
+fn failover_without_lingering_hold_grants_higher() {
     let server = RedisServer::start(Kind::Redis7);
     block_on(async {
         let environment = store(server.port());
