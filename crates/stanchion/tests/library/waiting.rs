@@ -164,10 +164,10 @@ async fn slow_answer_gives_no_lease() {
     })
     .await;
     drop(waiting.await.unwrap().unwrap());
-    loop {
-        match events.next().await.unwrap() {
-            stanchion::Event::Acquired { is_local, .. } => break assert!(!is_local),
-            _ => {}
+    let event = loop {
+        if let event @ stanchion::Event::Acquired { .. } = events.next().await.unwrap() {
+            break event;
         }
-    }
+    };
+    assert!(matches!(event, stanchion::Event::Acquired { is_local: false, .. }), "{event:?}");
 }

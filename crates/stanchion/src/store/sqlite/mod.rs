@@ -31,6 +31,7 @@ mod watch;
 mod worker;
 mod write;
 
+use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -216,8 +217,8 @@ impl Sqlite {
         let caller = self.access.enter();
         if request.is_short() && caller.is_alone().await {
             match self.access.try_execute(&self.jobs, request) {
-                Ok(result) => return result,
-                Err(back) => request = back,
+                ControlFlow::Break(result) => return result,
+                ControlFlow::Continue(back) => request = back,
             }
         }
         self.access.queue(&self.jobs, request).ok_or_else(ended)?.await.map_err(|_| ended())?

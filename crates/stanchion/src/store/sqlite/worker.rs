@@ -14,6 +14,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::mem;
+use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
@@ -325,15 +326,15 @@ impl Access {
         &self,
         jobs: &Sender<Job>,
         request: Request,
-    ) -> std::result::Result<Result<Reply<Answer>>, Request> {
-        let Ok(mut engine) = self.engine.try_lock() else { return Err(request) };
+    ) -> ControlFlow<Result<Reply<Answer>>, Request> {
+        let Ok(mut engine) = self.engine.try_lock() else { return ControlFlow::Continue(request) };
         // Taken out, so that it is gone after a panic.
-        let Some(mut taken) = engine.take() else { return Err(request) };
+        let Some(mut taken) = engine.take() else { return ControlFlow::Continue(request) };
         // A sweep takes longer.
         let is_free = taken.state.sweep_in > 0 && taken.gate.try_enter().map(mem::forget).is_some();
         if !is_free {
             *engine = Some(taken);
-            return Err(request);
+            return ControlFlow::Continue(request);
         }
         let (reply, mut answer) = oneshot::channel();
         let served = catch_unwind(AssertUnwindSafe(|| {
@@ -349,7 +350,7 @@ impl Access {
             }
             *engine = Some(taken);
         }
-        Ok(answer.try_recv().unwrap_or_else(|_| Err(ended())))
+        ControlFlow::Break(answer.try_recv().unwrap_or_else(|_| Err(ended())))
     }
 }
 
