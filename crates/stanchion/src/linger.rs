@@ -834,11 +834,12 @@ mod tests {
                 assert_eq!(ask_for_all(shared).len(), 1);
             }
             answer(&locks, &guard, 0, 10);
-            let mut table = shared.lingering.lock();
-            let local = table.local(&key(), guard.hold().token).unwrap();
-            assert!(local.may_grant(shared.clock.now()));
-            assert_eq!(local.used.get() + 1 - guard.hold().granted.get(), expected);
-            drop(table);
+            {
+                let mut table = shared.lingering.lock();
+                let local = table.local(&key(), guard.hold().token).unwrap();
+                assert!(local.may_grant(shared.clock.now()));
+                assert_eq!(local.used.get() + 1 - guard.hold().granted.get(), expected);
+            }
             guard.forbid_linger();
             guard.release().await.unwrap();
         }
