@@ -117,9 +117,14 @@ impl World {
 
     /// Processes of this test that live, the test itself apart.
     pub fn processes(&self) -> Vec<i32> {
-        let mine = |pid: &i32| {
-            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let has_mark = |path: String| {
+            let environment = fs::read(path).unwrap_or_default();
             environment.split(|byte| *byte == 0).any(|entry| entry == self.mark.as_bytes())
+        };
+        // While a killed process ends, its main thread may have no environment any more although others have.
+        let mine = |pid: &i32| {
+            has_mark(format!("/proc/{pid}/environ"))
+                || threads_of(*pid).into_iter().any(|thread| has_mark(format!("/proc/{pid}/task/{thread}/environ")))
         };
         all_processes().into_iter().filter(mine).filter(|pid| is_alive(*pid)).collect()
     }
@@ -418,8 +423,14 @@ pub fn stat(pid: i32) -> Option<(char, i32, i32)> {
     Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
 }
 
+/// Returns whether a process lives: the files and locks of a killed process are closed when its last thread has ended.
 pub fn is_alive(pid: i32) -> bool {
-    stat(pid).is_some_and(|(state, ..)| !matches!(state, 'Z' | 'X'))
+    stat(pid).is_some_and(|(state, ..)| !matches!(state, 'Z' | 'X')) || threads_of(pid).len() > 1
+}
+
+fn threads_of(pid: i32) -> Vec<i32> {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    threads.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
 pub fn is_stopped(pid: i32) -> bool {

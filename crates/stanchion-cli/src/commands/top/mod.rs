@@ -31,7 +31,10 @@ pub(super) fn execute(top: &Top, store: &StoreChoice) -> Result<u8, Failure> {
     store.check_exists()?;
     let looker = Looker::start(store.clone(), top.prefix.clone())?;
     // The screen is left before anything else is printed.
-    let ended = Screen::enter().and_then(|mut screen| show(&mut screen, State::new(store.shown()), &looker));
+    let ended = Screen::enter().and_then(|screen| match screen {
+        Some(mut screen) => show(&mut screen, State::new(store.shown()), &looker),
+        None => Ok(End::Signal(signal_hook::consts::SIGHUP)),
+    });
     looker.stop();
     match ended? {
         End::Quit => Ok(exit_code::OK),

@@ -40,8 +40,8 @@ pub(super) enum Input {
 }
 
 impl Screen {
-    /// Takes the terminal over.
-    pub(super) fn enter() -> Result<Self, Failure> {
+    /// Takes the terminal over. Returns `None` if the terminal has gone.
+    pub(super) fn enter() -> Result<Option<Self>, Failure> {
         let signal = Arc::new(AtomicUsize::new(0));
         for number in [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP] {
             if !sys::is_ignored(number) {
@@ -51,16 +51,20 @@ impl Screen {
         }
         // This also sets a panic hook that gives the terminal back before it reports the panic.
         match ratatui::try_init() {
-            Ok(terminal) => Ok(Self { terminal: ManuallyDrop::new(terminal), signal }),
+            Ok(terminal) => Ok(Some(Self { terminal: ManuallyDrop::new(terminal), signal })),
             Err(error) => {
                 let _ = ratatui::try_restore(); // the terminal may be gone
-                Err(failed(error))
+                if is_gone(&error) { Ok(None) } else { Err(failed(error)) }
             }
         }
     }
 
     pub(super) fn draw(&mut self, view: impl FnOnce(&mut Frame<'_>)) -> Result<(), Failure> {
-        self.terminal.draw(view).map(drop).map_err(failed)
+        match self.terminal.draw(view) {
+            // The next input says that the terminal has gone.
+            Err(error) if !is_gone(&error) => Err(failed(error)),
+            _ => Ok(()),
+        }
     }
 
     /// Waits for a key or a signal, for a tick at most.
@@ -74,6 +78,7 @@ impl Screen {
             Ok(_) => None,
             // The signal ended the wait.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => None,
+            Err(error) if is_gone(&error) => return Ok(Input::Signal(SIGHUP)),
             Err(error) if self.signal.load(Ordering::Relaxed) == 0 => return Err(failed(error)),
             Err(_) => None,
         };
@@ -122,6 +127,11 @@ impl Drop for Screen {
             self.leave();
         }
     }
+}
+
+/// Returns whether an error says that the terminal was closed. The signal of that may come a moment later than the error.
+fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::IO.raw_os_error())
 }
 
 fn failed(error: io::Error) -> Failure {
