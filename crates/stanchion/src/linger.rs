@@ -127,8 +127,8 @@ struct LocalHold {
     recalled_at: Option<BootTime>,
     /// Whether a call used the hold since the store last answered.
     was_used: bool,
-    /// Whether the store may have been replaced by an older copy since its last answer.
-    is_doubtful: bool,
+    /// Time since when the store may have been replaced by an older copy. Answers to earlier requests count for nothing.
+    doubtful_since: Option<BootTime>,
     /// Number of local grants.
     grants: u64,
 }
@@ -383,9 +383,10 @@ pub(crate) fn end_of_session(shared: &Shared, session: Option<SessionId>) {
 /// answer they are not granted.
 pub(crate) fn ask_for_all(shared: &Shared) -> Vec<Arc<Hold>> {
     let mut table = shared.lingering.lock();
+    let now = shared.clock.now();
     let locals = table.keys.values_mut().filter_map(|entry| entry.hold.as_mut());
     let doubt = |local: &mut LocalHold| {
-        local.is_doubtful = true;
+        local.doubtful_since = Some(now);
         // No local grant before the answer.
         local.lease_until = BootTime::from_nanos(0);
         local.ask()
@@ -413,12 +414,16 @@ pub(crate) fn answered(
     change(shared, &hold.key, |table, now, after| {
         let key = &hold.key;
         let local = table.local(key, hold.token)?;
+        if local.doubtful_since.is_some_and(|since| sent_at < since) {
+            // The request of that time is on its way.
+            return None;
+        }
         local.is_asking = false;
         match answer {
             Some(LingerOutcome::Lingers { fence, up_to }) if fence == hold.granted => {
                 local.up_to = local.up_to.max(up_to);
                 // An older copy may lack grants that were made since its last write, under fences below its clock.
-                if std::mem::take(&mut local.is_doubtful) {
+                if local.doubtful_since.take().is_some() {
                     local.used = local.used.max(Fence::new(up_to.get().saturating_sub(1)));
                 }
                 local.reserved = local.left();
@@ -710,7 +715,7 @@ impl<'a> Requester<'a> {
                 is_asking: false,
                 recalled_at: is_draining.then_some(now),
                 was_used: false,
-                is_doubtful: false,
+                doubtful_since: None,
                 grants: 0,
             });
             if !entry.waiting.is_empty() {

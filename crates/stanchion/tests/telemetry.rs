@@ -71,6 +71,13 @@ async fn cause_all_events(redaction: KeyRedaction) {
     let two = locks.semaphore("secret-name", 3).permits(2).await.unwrap();
     assert!(locks.semaphore("secret-name", 5).permits(2).try_acquire().await.unwrap().is_none());
     two.release().await.unwrap();
+    // A key lingers, and is given up.
+    until("the key lingers", async || {
+        drop(locks.lock("secret-name").linger(std::time::Duration::from_secs(30)).await.unwrap());
+        locks.inspect("secret-name").await.unwrap().holders.first().is_some_and(|holder| holder.lingers)
+    })
+    .await;
+    assert!(locks.release_lingering("secret-name").await.unwrap());
     // The session ends, and its hold with it.
     let session = locks.session().unwrap();
     let guard = locks.lock("secret-name").await.unwrap();
