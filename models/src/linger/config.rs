@@ -67,7 +67,7 @@ pub struct Config {
 }
 
 /// Number of unique states up to which a run is short.
-const SHORT: usize = 200_000;
+const SHORT: usize = 100_000;
 
 impl Config {
     /// Returns whether the run takes only a few seconds.
@@ -135,5 +135,5 @@ pub const BASE: Config = Config {
     losses: false,
     backs_off: false,
     compares_lineage: false,
-    min_states: 1_000,
+    min_states: 33_000,
 };

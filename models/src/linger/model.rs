@@ -246,7 +246,7 @@ impl Lingering {
             }
             if hold.is_asking {
                 actions.push(Action::StopAsking(c));
-            } else if hold.recalled_at.is_none() && client.sent[ASKS] < config.asks {
+            } else if client.sent[ASKS] < config.asks {
                 actions.push(Action::Ask(c));
             }
         }
@@ -296,8 +296,9 @@ impl Model for Lingering {
             actions.extend(state.store.holds.iter().map(|hold| Action::ForceRelease(hold.fence)));
         }
         let has_failed = state.history.failed_over || state.history.lost_records;
-        // A tick follows the loss.
-        let may_fail = state.now < config.last_tick && !has_failed;
+        // A tick follows the loss, and the grants of a key do not outrun the clock of its fences.
+        let next_clock = u16::from(state.now + 1 - state.set_back) * config.fences_per_tick;
+        let may_fail = state.now < config.last_tick && !has_failed && state.history.issued < next_clock;
         if config.forget && may_fail {
             actions.push(Action::Forget);
         }

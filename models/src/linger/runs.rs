@@ -12,6 +12,7 @@ pub fn all() -> Vec<Config> {
             description: "three calls of the client that lingers",
             calls: [3, 1, 0],
             last_tick: 2,
+            min_states: 36_000,
             ..BASE
         },
         Config {
@@ -20,18 +21,33 @@ pub fn all() -> Vec<Config> {
             polls: 1,
             give_up: true,
             last_tick: 2,
+            min_states: 500_000,
             ..BASE
         },
-        Config { name: "linger-asks", description: "the client asks twice to linger", asks: 2, ..BASE },
+        Config {
+            name: "linger-asks",
+            description: "the client asks twice to linger",
+            asks: 2,
+            min_states: 135_000,
+            ..BASE
+        },
         Config {
             name: "linger-both",
             description: "two clients that linger, with two calls each",
             lingers: both,
             calls: [2, 2, 0],
             last_tick: 2,
+            min_states: 160_000,
             ..BASE
         },
-        Config { name: "linger-releases", description: "releases are repeated", releases: 1, last_tick: 2, ..BASE },
+        Config {
+            name: "linger-releases",
+            description: "releases are repeated",
+            releases: 1,
+            last_tick: 2,
+            min_states: 45_000,
+            ..BASE
+        },
         Config {
             name: "linger-session",
             description: "sessions expire, and each client renews once",
@@ -39,6 +55,7 @@ pub fn all() -> Vec<Config> {
             linger: 4,
             last_tick: 4,
             renewals: [1, 1, 0],
+            min_states: 750_000,
             ..BASE
         },
         Config {
@@ -46,6 +63,7 @@ pub fn all() -> Vec<Config> {
             description: "force-release, reported by push",
             force_releases: 1,
             last_tick: 2,
+            min_states: 87_000,
             ..BASE
         },
         Config {
@@ -55,6 +73,7 @@ pub fn all() -> Vec<Config> {
             pushes_force_releases: false,
             renewals: [1, 0, 0],
             last_tick: 2,
+            min_states: 360_000,
             ..BASE
         },
         Config {
@@ -62,6 +81,7 @@ pub fn all() -> Vec<Config> {
             description: "the store loses its records and fence counter",
             forget: true,
             linger: 3,
+            min_states: 88_000,
             ..BASE
         },
         Config {
@@ -70,6 +90,7 @@ pub fn all() -> Vec<Config> {
             lingers: both,
             forget: true,
             linger: 3,
+            min_states: 260_000,
             ..BASE
         },
         Config {
@@ -77,6 +98,18 @@ pub fn all() -> Vec<Config> {
             description: "a store without the newest operations takes over",
             failover: true,
             linger: 3,
+            min_states: 500_000,
+            ..BASE
+        },
+        Config {
+            name: "linger-failover-release",
+            description: "failover with repeated releases",
+            failover: true,
+            linger: 3,
+            releases: 1,
+            fences_per_tick: 2,
+            last_tick: 2,
+            min_states: 690_000,
             ..BASE
         },
         Config {
@@ -84,6 +117,7 @@ pub fn all() -> Vec<Config> {
             description: "the clock of the fences is set back",
             set_back: true,
             last_tick: 2,
+            min_states: 21_000,
             ..BASE
         },
         Config {
@@ -91,6 +125,7 @@ pub fn all() -> Vec<Config> {
             description: "a hold that lingered is detached and adopted",
             adopt: true,
             calls: [3, 1, 0],
+            min_states: 36_000,
             ..BASE
         },
         Config {
@@ -98,6 +133,7 @@ pub fn all() -> Vec<Config> {
             description: "acquires are repeated and may arrive late",
             repeats: true,
             last_tick: 2,
+            min_states: 290_000,
             ..BASE
         },
         Config {
@@ -105,15 +141,7 @@ pub fn all() -> Vec<Config> {
             description: "an attempt elsewhere recalls a lingering hold and gives up",
             calls: [2, 0, 0],
             attempts: [0, 1, 0],
-            ..BASE
-        },
-        Config {
-            name: "linger-attempts",
-            description: "both clients have an attempt and linger",
-            lingers: both,
-            calls: [1, 1, 0],
-            attempts: [1, 1, 0],
-            last_tick: 2,
+            min_states: 67_000,
             ..BASE
         },
         Config {
@@ -122,24 +150,27 @@ pub fn all() -> Vec<Config> {
             calls: [1, 0, 0],
             attempts: [0, 1, 0],
             repeats: true,
+            min_states: 370_000,
             ..BASE
         },
         Config {
             name: "linger-asker",
-            description: "four calls of one process, any of which gives up; one of them asks",
-            calls: [4, 1, 0],
+            description: "three calls of one process, any of which gives up; one of them asks",
+            calls: [3, 1, 0],
             give_up: true,
             last_tick: 1,
             asks: 0,
+            min_states: 150_000,
             ..BASE
         },
         Config {
             name: "linger-turns",
             description: "turns take time and calls give up while they wait for one",
-            calls: [3, 1, 0],
+            calls: [2, 1, 0],
             give_up: true,
             slow_turns: true,
             last_tick: 2,
+            min_states: 215_000,
             ..BASE
         },
         Config {
@@ -148,6 +179,7 @@ pub fn all() -> Vec<Config> {
             calls: [3, 1, 0],
             losses: true,
             last_tick: 2,
+            min_states: 36_000,
             ..BASE
         },
         Config {
@@ -157,6 +189,7 @@ pub fn all() -> Vec<Config> {
             lingers: both,
             calls: [1, 1, 1],
             last_tick: 2,
+            min_states: 28_000,
             ..BASE
         },
         Config {
@@ -167,6 +200,7 @@ pub fn all() -> Vec<Config> {
             attempts: [0; 3],
             clients: 1,
             backs_off: true,
+            min_states: 61_000,
             ..BASE
         },
         Config {
@@ -176,6 +210,7 @@ pub fn all() -> Vec<Config> {
             plain: [1, 0, 0],
             clients: 1,
             force_releases: 1,
+            min_states: 1_000_000,
             ..BASE
         },
         Config {
@@ -185,17 +220,19 @@ pub fn all() -> Vec<Config> {
             linger: 3,
             last_tick: 4,
             session_ttl: 6,
+            min_states: 650_000,
             ..BASE
         },
         Config {
             name: "linger-force-failover",
             description: "a failover undoes a force-release",
-            lingers: both,
             force_releases: 1,
             failover: true,
             linger: 3,
             calls: [2, 1, 0],
+            last_tick: 2,
             compares_lineage: true,
+            min_states: 1_500_000,
             ..BASE
         },
     ]
@@ -239,6 +276,35 @@ pub fn long() -> Vec<Config> {
             calls: [3, 1, 0],
             asks: 2,
             polls: 1,
+            ..BASE
+        },
+        Config {
+            name: "linger-long-force-failover",
+            description: "a failover undoes a force-release, three calls",
+            force_releases: 1,
+            failover: true,
+            linger: 3,
+            calls: [3, 1, 0],
+            last_tick: 2,
+            compares_lineage: true,
+            ..BASE
+        },
+        Config {
+            name: "linger-long-attempts",
+            description: "both clients have an attempt and linger",
+            lingers: both,
+            calls: [1, 1, 0],
+            attempts: [1, 1, 0],
+            last_tick: 2,
+            ..BASE
+        },
+        Config {
+            name: "linger-long-turns",
+            description: "turns take time and calls give up while they wait for one",
+            calls: [3, 1, 0],
+            give_up: true,
+            slow_turns: true,
+            last_tick: 2,
             ..BASE
         },
     ]
