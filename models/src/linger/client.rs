@@ -255,7 +255,9 @@ impl Lingering {
         let since = loss.and_then(|(_, since)| since);
         // A failover may have restored a hold that was lost.
         let is_below_later = loss.is_some() && since.is_none_or(|since| fence < since);
-        local.bad_fence |= fence <= history.issued && !is_below_later;
+        // A fence under a hold that is gone must not pass a resource that has seen a later grant.
+        let is_above_later = record.is_none() && since.is_some_and(|since| fence >= since);
+        local.bad_fence |= fence <= history.issued && !is_below_later || is_above_later;
         if record.is_some() {
             local.granted(hold.granted, fence);
         } else {

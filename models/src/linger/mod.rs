@@ -36,8 +36,8 @@
 //! - `K1`: No two guards are valid at once.
 //! - `K2`: Each valid guard has a live record with its token and the fence of its grant in the store. `K1` and `K2` ignore
 //!   holds that were force-released or whose record the store has lost.
-//! - `K3`: Each fence is higher than all fences granted before, local grants included. A local grant under a hold that was
-//!   lost in the store may instead be below every grant made since.
+//! - `K3`: Each fence is higher than all fences granted before, local grants included. A local grant under a hold that the
+//!   store no longer has is below every grant made since.
 //! - `K4`: No client keeps an idle hold after it has received the recall.
 //! - `K5`: No client grants locally under a hold of which it knows that it was force-released.
 //! - `K6`: No call that came after its process had received a recall is granted the key locally while a request waits for

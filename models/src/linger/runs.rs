@@ -41,7 +41,7 @@ pub fn all() -> Vec<Config> {
             ..BASE
         },
         Config {
-            name: "linger-releases",
+            name: "linger-repeated-releases",
             description: "releases are repeated",
             releases: 1,
             last_tick: 2,
