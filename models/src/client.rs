@@ -157,7 +157,7 @@ impl Rules<'_> {
                 self.hold(client, call, fence, until);
             }
             Outcome::Queued => call.phase = Phase::Waiting,
-            Outcome::Gone | Outcome::Stale | Outcome::ForceReleased | Outcome::SessionGone => {
+            Outcome::Gone | Outcome::Stale | Outcome::ForceReleased | Outcome::SessionGone | Outcome::Busy { .. } => {
                 call.phase = Phase::Releasing
             }
         }

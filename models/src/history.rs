@@ -46,6 +46,12 @@ impl History {
         }
     }
 
+    /// Records the fence of an adopted hold, which is the fence of the hold before or a new one.
+    pub fn adopted(&mut self, fence: u16) {
+        self.bad_fence |= fence < self.issued;
+        self.issued = self.issued.max(fence);
+    }
+
     /// Records a write that the resource accepted.
     pub fn write(&mut self, fence: u16) {
         self.bad_write |= fence < self.accepted;

@@ -55,6 +55,7 @@
 pub mod client;
 pub mod config;
 pub mod history;
+pub mod linger;
 pub mod liveness;
 pub mod message;
 pub mod model;

@@ -48,7 +48,7 @@ impl Protocol {
             Phase::Acquiring if now > call.not_after => call.phase = Phase::Releasing,
             Phase::Acquiring => {
                 if self.broken == Some(Mutation::FreshToken) {
-                    call.token = (call.token & 0xf0) | ((call.token + 2) & 0xf);
+                    call.token = call.token - call.token % 16 + (call.token + 2) % 16;
                 }
                 let msg = self.acquire(call, c, now);
                 self.exchange(state, &msg);

@@ -2,8 +2,16 @@
 
 use crate::config::Lifetime;
 
-/// Identifies a call: 16 times the client's number plus the call's number. A fresh token of the same call is 8 higher.
-pub type Token = u8;
+/// Identifies a request for the key: [`TOKENS_PER_CLIENT`] times the client's number plus a number of the client.
+pub type Token = u16;
+
+/// Number of tokens that a client has.
+pub const TOKENS_PER_CLIENT: Token = 256;
+
+/// Returns the client of a token.
+pub fn client_of(token: Token) -> u8 {
+    (token / TOKENS_PER_CLIENT) as u8
+}
 
 /// Result of an operation for a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -11,17 +19,27 @@ pub type Token = u8;
 pub enum Outcome {
     Granted { fence: u16, remaining: Option<u8> },
     Queued,
+    Busy { lingers: bool },
     Gone,
     Stale,
     ForceReleased,
     SessionGone,
 }
 
+/// Result of [`Msg::Linger`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs)]
+pub enum LingerOutcome {
+    Lingers { fence: u16, up_to: u16, lineage: u8 },
+    Wanted,
+    Gone,
+}
+
 /// A message in flight. Messages overtake each other and may get lost.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(missing_docs)]
 pub enum Msg {
-    Acquire { token: Token, by: u8, lifetime: Lifetime, not_after: u8, sent_at: u8 },
+    Acquire { token: Token, by: u8, lifetime: Lifetime, not_after: u8, sent_at: u8, enqueue: bool },
     Adopt { from: Token, to: Token, by: u8, not_after: u8, sent_at: u8 },
     Poll { token: Token, by: u8, lifetime: Lifetime, sent_at: u8 },
     Release { token: Token, held: bool, is_final: bool },
@@ -43,6 +61,9 @@ pub enum Msg {
     Opened { by: u8, sent_at: u8, is_alive: bool },
     PushGranted { token: Token, fence: u16 },
     PushForceReleased { token: Token },
+    Linger { token: Token, sent_at: u8 },
+    Lingered { token: Token, sent_at: u8, outcome: LingerOutcome },
+    PushRecall { token: Token },
 }
 
 impl Msg {
@@ -59,8 +80,11 @@ impl Msg {
             | Self::Extended { token, .. }
             | Self::PushGranted { token, .. }
             | Self::PushForceReleased { token }
+            | Self::Linger { token, .. }
+            | Self::Lingered { token, .. }
+            | Self::PushRecall { token }
             | Self::Adopt { to: token, .. } => token,
-            _ => u8::MAX,
+            _ => Token::MAX,
         }
     }
 
@@ -72,7 +96,9 @@ impl Msg {
             | Self::Released { token, .. }
             | Self::Extended { token, .. }
             | Self::PushGranted { token, .. }
-            | Self::PushForceReleased { token } => Some(usize::from(token / 16)),
+            | Self::Lingered { token, .. }
+            | Self::PushRecall { token }
+            | Self::PushForceReleased { token } => Some(usize::from(client_of(*token))),
             Self::Renewed { by, .. } | Self::Opened { by, .. } => Some(usize::from(*by)),
             _ => None,
         }
@@ -80,6 +106,6 @@ impl Msg {
 
     /// Returns whether the message is a push, which stays in flight after its delivery and may arrive again.
     pub fn is_push(&self) -> bool {
-        matches!(self, Self::PushGranted { .. } | Self::PushForceReleased { .. })
+        matches!(self, Self::PushGranted { .. } | Self::PushForceReleased { .. } | Self::PushRecall { .. })
     }
 }

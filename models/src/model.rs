@@ -5,7 +5,7 @@ use stateright::{Model, Property};
 use crate::client::{Call, Client, Phase, Rules};
 use crate::config::{Config, Lifetime};
 use crate::history::History;
-use crate::message::Msg;
+use crate::message::{Msg, TOKENS_PER_CLIENT, Token};
 use crate::mutant::Mutation;
 use crate::properties;
 use crate::store::{DETACHED, HoldRecord, SessionRecord, Store, StoreOperation, WaiterRecord};
@@ -90,7 +90,7 @@ impl Protocol {
         let until = now + config.session_ttl;
         let call = |client: usize, call: usize| Call {
             phase: Phase::Idle,
-            token: (client * 16 + call) as u8,
+            token: client as Token * TOKENS_PER_CLIENT + call as Token,
             lifetime: config.lifetimes[client],
             not_after: 0,
             unanswered: 0,
@@ -124,7 +124,15 @@ impl Protocol {
             history.issued = 1;
             store.last = 1;
             let demand = config.demand(session);
-            store.holds.push(HoldRecord { token: DETACHED, fence: 1, session, expires_at, is_bound, demand });
+            store.holds.push(HoldRecord {
+                token: DETACHED,
+                fence: 1,
+                session,
+                expires_at,
+                is_bound,
+                demand,
+                lingers: false,
+            });
         }
         State { now, store, clients: (0..config.clients).map(client).collect(), net: Vec::new(), history, copy: None }
     }
@@ -144,6 +152,9 @@ impl Protocol {
             store,
             history,
             now: *now,
+            set_back: 0,
+            lineage: 0,
+            grants: Vec::new(),
             out: Vec::new(),
             live,
         };
@@ -230,7 +241,7 @@ impl Protocol {
         if self.config.adopt {
             Msg::Adopt { from: DETACHED, to: token, by, not_after, sent_at }
         } else {
-            Msg::Acquire { token, by, lifetime: call.lifetime, not_after, sent_at }
+            Msg::Acquire { token, by, lifetime: call.lifetime, not_after, sent_at, enqueue: true }
         }
     }
 

@@ -101,22 +101,91 @@ pub enum Mutation {
     QueuePassed,
     /// The store grants to the first waiter that fits, even if it is not the head of the queue.
     QueueSearched,
+
+    // The rules of holds that linger.
+    /// A grant reserves fences ahead of the store's clock, and the holder uses as many as time has passed.
+    ElapsedBlock,
+    /// A grant reserves fences ahead of the store's clock, and the holder uses all of them.
+    WholeBlock,
+    /// A grant reserves fences behind the store's clock.
+    PastBlock,
+    /// `linger` does not raise the newest fence of the key.
+    CounterNotRaised,
+    /// A force-release counts from the hold's fence and not from the newest fence of the key.
+    ForceForgetsCounter,
+    /// A local grant has the fence of the grant before.
+    SameFence,
+    /// An adopted hold that lingered keeps its fence.
+    AdoptKeepsFence,
+    /// `linger` releases the hold if a request waits for the key.
+    LingerReleases,
+    /// `linger` does not report that a request waits for the key.
+    WantedNotReported,
+    /// Local grants go on until there is a recall.
+    NoLease,
+    /// The lease starts at the response to `linger` and not at its request.
+    LeaseFromReply,
+    /// Local grants do not need a valid session.
+    LocalWithoutSession,
+    /// A recall of a hold in use is forgotten.
+    RecallForgotten,
+    /// A recall releases a hold in use.
+    RecallEndsUse,
+    /// A hold is granted locally until the release is answered.
+    ReleaseStays,
+    /// A force-release ends the guard and not the hold of the process.
+    ForceReleasedGoesOn,
+    /// A call that comes after a recall waits in its process.
+    LateComersWait,
+    /// A late answer to `linger` revives a hold that was released.
+    LateAnswerRevives,
+    /// The answer that the store has no such hold is ignored.
+    GoneIgnored,
+    /// The holder does not compare the fence in the answer to `linger`.
+    FenceNotCompared,
+    /// The holder uses all fences of an answer, although another store gave the answer before.
+    LineageNotCompared,
+    /// An attempt that gives up leaves its place in the queue.
+    AttemptNotAbandoned,
+    /// An attempt regards its first request as final although a copy of it is in flight.
+    BusyIsFinal,
+    /// No other call takes over the role of an asker that gives up.
+    AskerLeavesNobody,
+    /// The calls that wait in a process get no turn when its hold is released.
+    ReleasePassesNothingOn,
+    /// The calls that wait in a process get no turn when its guard is lost.
+    LossPassesNothingOn,
+    /// A turn that arrives after its call gave up is lost.
+    TurnLost,
+    /// The newest waiting call of a process gets the next turn.
+    NewestFirst,
+    /// After a recall, waiting calls keep the hold for their promised time although its lease is over.
+    PromiseKeepsHold,
+    /// After a recall, waiting calls are granted the key locally without a limit of time.
+    PromiseWithoutLimit,
+    /// After a recall, waiting calls are granted the key locally without a lease, for their promised time.
+    PromiseWithoutLease,
+    /// A grant of another token of the key does not end an older hold of the process.
+    SupersededGoesOn,
+    /// A grant of another token of the key ends the hold of the process even if that hold is newer.
+    NewerSuperseded,
 }
 
 /// A mutant and the property that detects it.
 #[derive(Clone, Copy, Debug)]
-pub struct Mutant {
+pub struct Mutant<C = Config> {
     /// Name of the mutant.
     pub name: &'static str,
     /// Rule that the mutant breaks.
     pub broken: Mutation,
     /// Run in which the mutant is checked.
-    pub config: Config,
+    pub config: C,
     /// Property that fails, or `None` if the mutant survives.
     pub killed_by: Option<&'static str>,
 }
 
-const fn mutant(name: &'static str, broken: Mutation, config: Config, killed_by: Option<&'static str>) -> Mutant {
+/// Returns a mutant.
+pub const fn mutant<C>(name: &'static str, broken: Mutation, config: C, killed_by: Option<&'static str>) -> Mutant<C> {
     Mutant { name, broken, config, killed_by }
 }
 
@@ -124,7 +193,7 @@ fn run(name: &str) -> Config {
     by_name(name).unwrap_or(BASE)
 }
 
-/// Returns all mutants.
+/// Returns all mutants of the protocol.
 pub fn all() -> Vec<Mutant> {
     use Mutation::*;
     let waiter = Config { name: "waiter, given up", give_up: true, renewals: 0, polls: 1, ..run("waiter") };
@@ -181,9 +250,4 @@ pub fn all() -> Vec<Mutant> {
         mutant("queue-passed", QueuePassed, run("kinds"), Some("I11")),
         mutant("queue-searched", QueueSearched, run("limits"), Some("I11")),
     ]
-}
-
-/// Returns the mutant with this name.
-pub fn by_mutant(name: &str) -> Option<Mutant> {
-    all().into_iter().find(|mutant| mutant.name == name)
 }

@@ -9,7 +9,7 @@ use stateright::Property;
 use crate::client::{Call, Phase};
 use crate::config::Demand;
 use crate::liveness::{L1, L2, L3, L4};
-use crate::message::Msg;
+use crate::message::{Msg, Token, client_of};
 use crate::model::{Protocol, State};
 
 /// Returns all properties.
@@ -35,7 +35,7 @@ pub fn all() -> Vec<Property<Protocol>> {
         Property::sometimes("two valid holds", |model: &Protocol, state: &State| valid_holds(model, state).len() > 1),
         Property::sometimes("two valid holds with different capacities", |model: &Protocol, state: &State| {
             let limits =
-                valid_holds(model, state).into_iter().map(|(token, _)| model.config.demand(token / 16).capacity);
+                valid_holds(model, state).into_iter().map(|(token, _)| model.config.demand(client_of(token)).capacity);
             limits.collect::<BTreeSet<_>>().len() > 1
         }),
         Property::sometimes("a hold was lost", |_, state: &State| calls(state).any(|call| call.lost)),
@@ -50,7 +50,7 @@ pub fn all() -> Vec<Property<Protocol>> {
             state.history.expired != 0 && state.history.granted.len() > 1 && !valid_holds(model, state).is_empty()
         }),
         Property::sometimes("a push for a waiter", |_, state: &State| {
-            let waits = |token: u8| calls(state).any(|call| call.token == token && call.phase == Phase::Waiting);
+            let waits = |token: Token| calls(state).any(|call| call.token == token && call.phase == Phase::Waiting);
             state.net.iter().any(|msg| matches!(msg, Msg::PushGranted { token, .. } if waits(*token)))
         }),
         Property::sometimes("a late acquire", |_, state: &State| {
@@ -82,7 +82,7 @@ fn calls(state: &State) -> impl Iterator<Item = &Call> {
 
 /// Returns the tokens and fences of valid holds, without holds that were force-released or whose record the store has
 /// lost.
-fn valid_holds(model: &Protocol, state: &State) -> Vec<(u8, u16)> {
+fn valid_holds(model: &Protocol, state: &State) -> Vec<(Token, u16)> {
     let rules = model.rules(state.now);
     let mut found = Vec::new();
     for client in &state.clients {
@@ -97,7 +97,7 @@ fn valid_holds(model: &Protocol, state: &State) -> Vec<(u8, u16)> {
 }
 
 fn valid_holds_fit(model: &Protocol, state: &State) -> bool {
-    let demand = |(token, _): (u8, u16)| model.config.demand(token / 16);
+    let demand = |(token, _): (Token, u16)| model.config.demand(client_of(token));
     fit_together(&valid_holds(model, state).into_iter().map(demand).collect::<Vec<_>>())
 }
 

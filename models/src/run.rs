@@ -1,14 +1,56 @@
 //! Checks one run by visiting all states within its bounds.
 
 use std::collections::BTreeSet;
-use std::fmt;
+use std::fmt::{self, Debug};
+use std::hash::Hash;
 use std::time::{Duration, Instant};
 
 use stateright::{Checker, HasDiscoveries, Model};
 
 use crate::config::Config;
-use crate::model::{Action, Protocol};
-use crate::mutant::Mutant;
+use crate::model::Protocol;
+use crate::mutant::{Mutant, Mutation};
+
+/// Bounds of a run, from which its model is made.
+pub trait Bounds: Copy {
+    /// The model within these bounds.
+    type Bounded: Model<State: Clone + Debug + Hash + PartialEq + Send + Sync, Action: Clone + Debug + PartialEq>
+        + Send
+        + Sync
+        + 'static;
+
+    /// Returns the name of the run.
+    fn name(&self) -> &'static str;
+
+    /// Returns the behaviour that the run explores.
+    fn description(&self) -> &'static str;
+
+    /// Returns the minimum number of unique states.
+    fn min_states(&self) -> usize;
+
+    /// Returns the model, in which a mutant breaks one rule.
+    fn model(self, broken: Option<Mutation>) -> Self::Bounded;
+}
+
+impl Bounds for Config {
+    type Bounded = Protocol;
+
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn description(&self) -> &'static str {
+        self.description
+    }
+
+    fn min_states(&self) -> usize {
+        self.min_states
+    }
+
+    fn model(self, broken: Option<Mutation>) -> Protocol {
+        Protocol { config: self, broken }
+    }
+}
 
 /// Result of a run.
 #[derive(Clone, Debug)]
@@ -28,12 +70,12 @@ pub struct Report {
     /// Events that this run reached.
     pub reached: Vec<&'static str>,
     /// Broken properties with the trace to each.
-    pub broken: Vec<(&'static str, Vec<Action>)>,
+    pub broken: Vec<(&'static str, Vec<String>)>,
 }
 
 impl Report {
     /// Returns the trace to a broken property.
-    pub fn trace(&self, property: &str) -> Option<&[Action]> {
+    pub fn trace(&self, property: &str) -> Option<&[String]> {
         self.broken.iter().find(|(name, _)| *name == property).map(|(_, trace)| trace.as_slice())
     }
 }
@@ -50,7 +92,7 @@ impl fmt::Display for Report {
             self.depth
         )?;
         if self.broken.is_empty() {
-            return write!(f, " holds");
+            return write!(f, " {}", if self.complete { "holds" } else { "cut, nothing found" });
         }
         for (name, trace) in &self.broken {
             write!(f, " {name}({})", trace.len())?;
@@ -59,43 +101,61 @@ impl fmt::Display for Report {
     }
 }
 
+/// Limits of a search.
+struct Limits {
+    threads: usize,
+    until: HasDiscoveries,
+    /// Time after which the search is cut.
+    time: Option<Duration>,
+}
+
 // The clock measures only how long a run takes; nothing in the model depends on it.
 #[allow(clippy::disallowed_methods)]
-fn search(name: &'static str, protocol: Protocol, threads: usize, until: HasDiscoveries) -> Report {
+fn search<B: Bounds>(name: &'static str, bounds: B, broken: Option<Mutation>, limits: Limits) -> Report {
     let began = Instant::now();
-    let config = protocol.config.name;
-    let checker = protocol.checker().threads(threads).finish_when(until).spawn_bfs().join();
-    let mut broken: Vec<_> =
-        checker.discoveries().into_iter().map(|(name, trace)| (name, trace.into_actions())).collect();
-    broken.sort_unstable_by_key(|(name, _)| *name);
+    let mut builder = bounds.model(broken).checker().threads(limits.threads).finish_when(limits.until);
+    if let Some(time) = limits.time {
+        builder = builder.timeout(time);
+    }
+    let checker = builder.spawn_bfs().join();
+    let in_time = limits.time.is_none_or(|time| began.elapsed() < time);
+    let steps = |action: &<B::Bounded as Model>::Action| format!("{action:?}");
+    let mut found: Vec<(&'static str, Vec<String>)> = checker
+        .discoveries()
+        .into_iter()
+        .map(|(name, trace)| (name, trace.into_actions().iter().map(steps).collect()))
+        .collect();
+    found.sort_unstable_by_key(|(name, _)| *name);
     let sometimes = |name: &str| name.contains(' ');
-    let reached = broken.iter().map(|(name, _)| *name).filter(|name| sometimes(name)).collect();
-    broken.retain(|(name, _)| !sometimes(name));
-    let complete = checker.is_done() && broken.is_empty();
+    let reached = found.iter().map(|(name, _)| *name).filter(|name| sometimes(name)).collect();
+    found.retain(|(name, _)| !sometimes(name));
     Report {
         name,
-        config,
-        complete,
+        config: bounds.name(),
+        complete: in_time && checker.is_done() && found.is_empty(),
         reached,
         states: checker.unique_state_count(),
         duration: began.elapsed(),
         depth: checker.max_depth(),
-        broken,
+        broken: found,
     }
 }
 
-/// Checks the unbroken protocol by visiting every state within these bounds, and stops early only if a property fails.
-pub fn run(config: Config) -> Report {
-    let protocol = Protocol { config, broken: None };
-    search(config.name, protocol, 2, HasDiscoveries::AnyFailures)
+/// Checks the unbroken rules by visiting every state within these bounds, and stops early only if a property fails.
+pub fn run<B: Bounds>(bounds: B) -> Report {
+    run_for(bounds, None)
+}
+
+/// Does the same as [`run`], and cuts the search after a time.
+pub fn run_for<B: Bounds>(bounds: B, time: Option<Duration>) -> Report {
+    search(bounds.name(), bounds, None, Limits { threads: 2, until: HasDiscoveries::AnyFailures, time })
 }
 
 /// Checks a mutant until its property fails. A breadth-first search with one thread finds a shortest trace.
-pub fn run_mutant(mutant: Mutant) -> Report {
-    let protocol = Protocol { config: mutant.config, broken: Some(mutant.broken) };
+pub fn run_mutant<B: Bounds>(mutant: Mutant<B>) -> Report {
     let until = match mutant.killed_by {
         Some(property) => HasDiscoveries::AnyOf(BTreeSet::from([property])),
         None => HasDiscoveries::All,
     };
-    search(mutant.name, protocol, 1, until)
+    search(mutant.name, mutant.config, Some(mutant.broken), Limits { threads: 1, until, time: None })
 }

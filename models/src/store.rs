@@ -2,11 +2,14 @@
 
 use crate::config::{Config, Demand, Lifetime};
 use crate::history::History;
-use crate::message::{Msg, Outcome, Token};
+use crate::message::{LingerOutcome, Msg, Outcome, TOKENS_PER_CLIENT, Token};
 use crate::mutant::Mutation;
 
 /// Token of the detached hold at the start of an `adopt` run.
-pub const DETACHED: Token = 200;
+pub const DETACHED: Token = 255 * TOKENS_PER_CLIENT;
+
+/// Number of fences that a grant reserves, in the mutants that reserve fences with a grant.
+pub const BLOCK: u16 = 8;
 
 /// Record of a session.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -32,6 +35,8 @@ pub struct HoldRecord {
     pub is_bound: bool,
     /// Units and capacity.
     pub demand: Demand,
+    /// Whether the hold lingers: its holder may keep it without using it, until it is recalled.
+    pub lingers: bool,
 }
 
 /// Record of a waiter in the queue.
@@ -73,6 +78,12 @@ pub struct StoreOperation<'a> {
     pub history: &'a mut History,
     /// Time of the store's clock.
     pub now: u8,
+    /// Number of ticks by which the clock of the fences was set back.
+    pub set_back: u8,
+    /// Number of times that the store has lost records or another store has taken over.
+    pub lineage: u8,
+    /// Grants of this operation.
+    pub grants: Vec<(Token, u16)>,
     /// Responses and pushes of this operation.
     pub out: Vec<Msg>,
     /// Tokens of live calls, for `I8`.
@@ -118,16 +129,33 @@ impl StoreOperation<'_> {
         self.store.queue.iter().take(candidates).position(|waiter| self.fits(waiter.demand))
     }
 
+    fn fence_clock(&self) -> u16 {
+        let clock = u16::from(self.now.saturating_sub(self.set_back)) * self.config.fences_per_tick;
+        if self.broken(Mutation::PlainCounter) { 0 } else { clock }
+    }
+
+    /// Returns the fence of the next grant.
+    fn next_fence(&self) -> u16 {
+        (self.store.last + 1).max(self.fence_clock())
+    }
+
     fn grant(&mut self, waiter: &WaiterRecord, ahead: usize) -> (u16, Option<u8>) {
         self.history.bad_order |= ahead > 0;
-        let clock = u16::from(self.now) * self.config.fences_per_tick;
-        let clock = if self.broken(Mutation::PlainCounter) { 0 } else { clock };
-        let fence = (self.store.last + 1).max(clock);
-        self.store.last = fence;
+        let mut fence = self.next_fence();
+        let mut newest = fence;
+        if self.broken(Mutation::ElapsedBlock) || self.broken(Mutation::WholeBlock) {
+            newest = fence + BLOCK - 1;
+        } else if self.broken(Mutation::PastBlock) {
+            fence = (self.store.last + 1).max(self.fence_clock().saturating_sub(BLOCK - 1));
+            newest = (fence + BLOCK - 1).max(self.fence_clock());
+        }
+        self.store.last = newest;
+        let lingers = newest != fence;
         let expires_at = waiter.lifetime.has_deadline().then(|| self.now + self.config.fixed_ttl);
         let is_bound = waiter.lifetime.is_bound();
         let (token, session, demand) = (waiter.token, waiter.session, waiter.demand);
-        self.store.holds.push(HoldRecord { token, fence, session, expires_at, is_bound, demand });
+        self.store.holds.push(HoldRecord { token, fence, session, expires_at, is_bound, demand, lingers });
+        self.grants.push((token, fence));
         self.history.granted(waiter.token, fence, self.live.contains(&waiter.token));
         (fence, expires_at)
     }
@@ -166,17 +194,23 @@ impl StoreOperation<'_> {
             _ => self.reconcile(),
         }
         match *msg {
-            Msg::Acquire { token, by, lifetime, not_after, sent_at } => {
-                let outcome = self.acquire(token, by, lifetime, Some(not_after));
+            Msg::Acquire { token, by, lifetime, not_after, sent_at, enqueue } => {
+                let outcome = self.acquire(token, by, lifetime, Some(not_after), enqueue);
                 self.out.push(Msg::Acquired { token, outcome, sent_at });
+                if outcome == Outcome::Queued {
+                    self.recall(token);
+                }
             }
             Msg::Poll { token, by, lifetime, sent_at } => {
                 let outcome = if self.broken(Mutation::PollCreates) {
-                    self.acquire(token, by, lifetime, None)
+                    self.acquire(token, by, lifetime, None, true)
                 } else {
                     self.find(token).unwrap_or(Outcome::Gone)
                 };
                 self.out.push(Msg::Polled { token, outcome, sent_at });
+                if outcome == Outcome::Queued {
+                    self.recall(token);
+                }
                 // A failover may have undone a release, so repeat the grants.
                 if self.config.failover && self.store.queue.first().is_some_and(|head| head.token == token) {
                     self.repeat_grants();
@@ -189,6 +223,10 @@ impl StoreOperation<'_> {
             Msg::Extend { token, by, fence, nth, sent_at } => {
                 let done = self.extend(token, by, fence, nth);
                 self.out.push(Msg::Extended { token, done, nth, sent_at });
+            }
+            Msg::Linger { token, sent_at } => {
+                let outcome = self.linger(token);
+                self.out.push(Msg::Lingered { token, sent_at, outcome });
             }
             Msg::PollFromOutside => self.repeat_grants(),
             Msg::ForceRelease { fence } => self.force_release(fence),
@@ -248,7 +286,7 @@ impl StoreOperation<'_> {
         self.store.queue.iter().any(|waiter| waiter.token == token).then_some(Outcome::Queued)
     }
 
-    fn acquire(&mut self, token: Token, by: u8, lifetime: Lifetime, not_after: Option<u8>) -> Outcome {
+    fn acquire(&mut self, token: Token, by: u8, lifetime: Lifetime, not_after: Option<u8>, enqueue: bool) -> Outcome {
         if !self.config.blind && !self.is_alive(by) {
             return Outcome::SessionGone;
         }
@@ -269,8 +307,40 @@ impl StoreOperation<'_> {
             let (fence, expires_at) = self.grant(&waiter, ahead);
             return Outcome::Granted { fence, remaining: expires_at.map(|expires_at| expires_at - self.now) };
         }
+        if !enqueue {
+            return Outcome::Busy { lingers: self.store.holds.iter().any(|hold| hold.lingers) };
+        }
         self.store.queue.push(waiter);
         Outcome::Queued
+    }
+
+    /// Recalls a hold that lingers, if the head of the queue waits for it.
+    fn recall(&mut self, token: Token) {
+        if self.store.queue.first().is_some_and(|head| head.token == token) {
+            let lingering = self.store.holds.iter().filter(|hold| hold.lingers);
+            self.out.extend(lingering.map(|hold| Msg::PushRecall { token: hold.token }));
+        }
+    }
+
+    /// Marks a hold as lingering and reserves fences for local grants, unless a request waits for the key.
+    fn linger(&mut self, token: Token) -> LingerOutcome {
+        let is_wanted = !self.store.queue.is_empty() && !self.broken(Mutation::WantedNotReported);
+        let up_to = self.store.last.max(self.fence_clock());
+        let lineage = self.lineage;
+        let Some(at) = self.store.holds.iter().position(|hold| hold.token == token) else { return LingerOutcome::Gone };
+        if is_wanted && self.broken(Mutation::LingerReleases) {
+            self.store.holds.remove(at);
+            return LingerOutcome::Gone;
+        }
+        if is_wanted {
+            return LingerOutcome::Wanted;
+        }
+        let hold = &mut self.store.holds[at];
+        hold.lingers = true;
+        if self.broken != Some(Mutation::CounterNotRaised) {
+            self.store.last = up_to;
+        }
+        LingerOutcome::Lingers { fence: hold.fence, up_to, lineage }
     }
 
     fn release(&mut self, token: Token, held: bool) {
@@ -300,6 +370,7 @@ impl StoreOperation<'_> {
                 expires_at: Some(expires_at),
                 is_bound: false,
                 demand,
+                lingers: false,
             });
             return true;
         }
@@ -310,7 +381,7 @@ impl StoreOperation<'_> {
         let any = self.broken(Mutation::ForceReleaseWithoutCompare);
         let Some(at) = self.store.holds.iter().position(|hold| any || hold.fence == fence) else { return };
         let hold = self.store.holds.remove(at);
-        self.store.last += 1;
+        self.store.last = if self.broken(Mutation::ForceForgetsCounter) { hold.fence } else { self.store.last + 1 };
         self.history.record_force_release(fence);
         if self.broken(Mutation::ForceReleaseInTwoOperations) {
             self.out.push(Msg::RecordForceRelease { session: hold.session, token: hold.token });
@@ -340,11 +411,20 @@ impl StoreOperation<'_> {
             return Outcome::Stale;
         }
         let any = self.broken(Mutation::AdoptWithoutCompare);
+        let next_fence = self.next_fence();
         let Some(hold) = self.store.holds.iter_mut().find(|hold| any || hold.token == from) else {
             return Outcome::Gone;
         };
         hold.token = to;
         hold.session = by;
+        if hold.lingers {
+            hold.lingers = false;
+            if self.broken != Some(Mutation::AdoptKeepsFence) {
+                hold.fence = next_fence;
+                self.store.last = next_fence;
+            }
+        }
+        self.history.adopted(hold.fence);
         self.find(to).unwrap_or(Outcome::Gone)
     }
 }
