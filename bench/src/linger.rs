@@ -29,6 +29,7 @@ pub(crate) async fn all(folder: &Path) {
     one_store("redis", &url).await;
     compete("redis", &url, 300).await;
     let postgres = PostgresServer::with(Postgres::V15, &[("fsync", "on")]);
+    postgres.psql(&store::Postgres::from_url(&postgres.url()).unwrap().schema_sql());
     one_store("postgres", &postgres.url()).await;
     compete("postgres", &postgres.url(), 100).await;
 }
