@@ -70,6 +70,9 @@ fn write_run(last: &RunRecord, out: &mut String) -> std::fmt::Result {
 fn write_all(state: &KeyState, out: &mut String) -> std::fmt::Result {
     writeln!(out, "key      {}", escape(state.key.name()))?;
     let word = match (state.holders.is_empty(), state.closed_for) {
+        (false, _) if state.holders.iter().any(|holder| holder.lingers) => {
+            "held, and lingers: its process may not be using it".to_owned()
+        }
         (false, _) => "held".to_owned(),
         (true, Some(left)) => format!("closed for another {}", for_people(left)),
         (true, None) => "free".to_owned(),

@@ -140,7 +140,7 @@ fn rows(state: &KeyState) -> Vec<Vec<String>> {
     let row = |(number, holder): (usize, &HolderState)| {
         vec![
             key.clone(),
-            "held".into(),
+            if holder.lingers { "lingers" } else { "held" }.into(),
             mode(holder, state),
             for_people(holder.age),
             // The waiters wait for the key, not for this holder.
